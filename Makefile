@@ -1,0 +1,32 @@
+# Every target sets up what it needs by itself: `.venv` is built from the pinned constraints when it is missing or stale.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint docs bench clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"
+	touch $@
+
+demo: install
+	$(BIN)/widefield demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: install
+	$(BIN)/mkdocs build --strict
+
+bench: install
+	$(BIN)/python benchmarks/mixture_step.py
+
+clean:
+	rm -rf .venv site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

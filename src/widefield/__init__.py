@@ -1,0 +1,1 @@
+"""Receptive fields in convolutional networks."""

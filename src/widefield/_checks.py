@@ -1,0 +1,101 @@
+"""One normaliser per kind of argument, and the sentences of the errors.
+
+Each function returns the value in its canonical form or raises an error that echoes the value and says what to write
+instead. Public functions and constructors call these first, before anything is built or changed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Expert = tuple[int, int]
+"""(kernel size, dilation) of one expert."""
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest known word, or an empty string when none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``options``; raises ValueError naming the options and the nearest one."""
+    if isinstance(value, str) and value in options:
+        return value
+    listed = ", ".join(repr(o) for o in options)
+    raise ValueError(f"{name} must be one of {listed}; got {value!r}.{did_you_mean(value, options)}")
+
+
+def integer(name: str, value: object, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return ``value`` as an int within [minimum, maximum]; raises TypeError or ValueError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {value!r} of type {type(value).__name__}.")
+    number = value.__index__()
+    if number < minimum or (maximum is not None and number > maximum):
+        span = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ValueError(f"{name} must be {span}; got {number}.")
+    return int(number)
+
+
+def number(name: str, value: Any, *, minimum: float = 0.0, maximum: float = float("inf")) -> float:
+    """Return ``value`` as a float within [minimum, maximum]; raises TypeError or ValueError (also for NaN)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r} of type {type(value).__name__}.")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be from {minimum} to {maximum}; got {value!r}.")
+    return float(value)
+
+
+def square(name: str, value: object) -> int:
+    """Return one int for an int or a pair of equal ints (a stride or kernel given per axis); raises ValueError."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) == 2 and value[0] == value[1]:
+            return integer(name, value[0])
+        raise ValueError(f"{name} must be one integer or two equal ones; got {tuple(value)!r}.")
+    return integer(name, value)
+
+
+def experts(kernel_sizes: object) -> tuple[Expert, ...]:
+    """Normalise ``kernel_sizes`` to (size, dilation) pairs.
+
+    Accepts one entry per expert: an odd size, or a pair (odd size, dilation). Sizes may repeat.
+    Raises ValueError for an empty list, an even or non-positive size, a dilation below 1.
+    """
+    if isinstance(kernel_sizes, (str, bytes)) or not isinstance(kernel_sizes, Iterable):
+        raise TypeError(
+            f"kernel_sizes must be a sequence with one entry per expert, such as (3, 5, 7); got {kernel_sizes!r}."
+        )
+    entries = list(kernel_sizes)
+    if not entries:
+        raise ValueError("kernel_sizes is empty: give at least one expert, such as (3, 5, 7).")
+    return tuple(_expert(entry) for entry in entries)
+
+
+def _expert(entry: object) -> Expert:
+    if isinstance(entry, Sequence) and not isinstance(entry, str):
+        if len(entry) != 2:
+            raise ValueError(
+                f"an expert is a kernel size or a pair (kernel size, dilation); got {tuple(entry)!r} in kernel_sizes."
+            )
+        size, dilation = entry
+    else:
+        size, dilation = entry, 1
+    size = integer("every entry of kernel_sizes", size)
+    if size % 2 == 0:
+        raise ValueError(
+            f"kernel sizes must be odd, so that every expert is centred on the same pixel; got {size}. "
+            f"Use {size - 1} or {size + 1}."
+        )
+    return size, integer("the dilation of an expert", dilation)
+
+
+def conv_channels(in_channels: object, out_channels: object, groups: object) -> tuple[int, int, int]:
+    """Check channel counts against groups as ``torch.nn.Conv2d`` does; raises ValueError naming both numbers."""
+    c_in, c_out = integer("in_channels", in_channels), integer("out_channels", out_channels)
+    g = integer("groups", groups)
+    for name, channels in (("in_channels", c_in), ("out_channels", c_out)):
+        if channels % g:
+            raise ValueError(f"{name} must be divisible by groups; got {name}={channels} and groups={g}.")
+    return c_in, c_out, g
