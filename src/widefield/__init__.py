@@ -1,1 +1,55 @@
-"""Receptive fields in convolutional networks."""
+"""Receptive fields in convolutional networks.
+
+Importing the package registers its models in timm. Everything else is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import widefield.models  # noqa: F401  registers the models in timm
+
+if TYPE_CHECKING:
+    from widefield.nn import FusedMoRFConv2d, MoRFConv2d, load_balancing
+    from widefield.ops import mixture_conv2d
+    from widefield.surgery import MoRF, compare, convert, plan, reparameterize
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FusedMoRFConv2d": "widefield.nn",
+    "MoRF": "widefield.surgery",
+    "MoRFConv2d": "widefield.nn",
+    "compare": "widefield.surgery",
+    "convert": "widefield.surgery",
+    "load_balancing": "widefield.nn",
+    "mixture_conv2d": "widefield.ops",
+    "plan": "widefield.surgery",
+    "reparameterize": "widefield.surgery",
+}
+_ROOMS = ("analysis", "bench", "data", "models", "nn", "ops", "report", "surgery", "tasks", "train")
+
+__all__ = [
+    "FusedMoRFConv2d",
+    "MoRF",
+    "MoRFConv2d",
+    "compare",
+    "convert",
+    "load_balancing",
+    "mixture_conv2d",
+    "plan",
+    "reparameterize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"widefield.{name}")
+    raise AttributeError(f"module 'widefield' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -1,0 +1,343 @@
+"""Mixture of receptive fields: Lian, Yu, Wang, "Receptive Fields As Experts in Convolutional Neural Architectures",
+ICML 2024, section 3 and appendix B.
+
+A convolution whose kernel is mixed, for each image, from experts of several sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from widefield import _checks
+from widefield.nn.router import Router
+from widefield.ops import bank_conv2d, fold, mixture_conv2d
+from widefield.ops.mixture import BACKENDS
+
+INIT = ("preserve", "random")
+
+
+class MoRFConv2d(nn.Module):
+    """A drop-in for ``torch.nn.Conv2d`` that weighs convolutions of several sizes for each image: eq. 3 and 6.
+
+    Input (N, C_in, H, W), output (N, C_out, ceil(H/stride), ceil(W/stride)): "same" alignment, all experts centred on
+    the same pixel. Depthwise, grouped and dense.
+
+    Args:
+        in_channels, out_channels, groups, bias: as in Conv2d.
+        kernel_sizes: one entry per expert, an odd size or a pair (odd size, dilation); sizes may repeat.
+            ``(3, 3, 3, 3)`` with softmax attention is Dynamic Convolution (Chen et al. 2020), ``(3, (3, 2))`` is the
+            pair of SKNet (Li et al. 2019).
+        stride: one integer.
+        routing: "soft" (eq. 6) or "hard" (eq. 3-5).
+        attention: for soft routing: "none" (unnormalised, the paper's best), "softmax" or "sigmoid" (table 2c).
+        top_k: for hard routing: how many experts an image gets.
+        router_width: hidden width of the router; default :func:`widefield.nn.router.default_width`.
+        backend: of :func:`widefield.ops.mixture_conv2d`.
+
+    Attributes:
+        kernel_sizes: tuple of n sizes K_r.
+        dilations: tuple of n dilations.
+        router: the :class:`widefield.nn.Router`.
+
+    Raises:
+        TypeError, ValueError: an even kernel size, no experts, ``top_k`` out of range, an unknown word, channels that
+            groups does not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5, 7, 9, 11),
+        stride: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        routing: str = "soft",
+        attention: str = "none",
+        top_k: int = 2,
+        router_width: int | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        experts = _checks.experts(kernel_sizes)
+        self.in_channels, self.out_channels, self.groups = _checks.conv_channels(in_channels, out_channels, groups)
+        self.kernel_sizes = tuple(size for size, _ in experts)
+        self.dilations = tuple(dilation for _, dilation in experts)
+        self.stride = _checks.square("stride", stride)
+        self.backend = _checks.choice("backend", backend, BACKENDS)
+        self.router = Router(
+            self.in_channels,
+            len(experts),
+            width=router_width,
+            routing=routing,
+            attention=attention,
+            top_k=top_k,
+            device=device,
+            dtype=dtype,
+        )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = (self.out_channels, self.in_channels // self.groups)
+        self.expert_weights = nn.ParameterList(torch.empty(*shape, k, k, **factory) for k in self.kernel_sizes)
+        self.expert_biases = (
+            nn.ParameterList(torch.empty(self.out_channels, **factory) for _ in experts) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every expert as Conv2d initialises itself, and the router anew."""
+        self.router.reset_parameters()
+        for r, weight in enumerate(self.expert_weights):
+            nn.init.kaiming_uniform_(weight, a=5**0.5)
+            if self.expert_biases is not None:
+                bound = weight[0].numel() ** -0.5
+                nn.init.uniform_(self.expert_biases[r], -bound, bound)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5, 7, 9, 11),
+        *,
+        init: str = "preserve",
+        **options: Any,
+    ) -> MoRFConv2d:
+        """Make a mixture with the channels, stride, groups, bias, device, dtype and mode of ``conv``.
+
+        The experts' dilations are multiplied by that of ``conv``: a mixture in place of a dilated 3x3 convolution (a
+        network with output stride 8, say) has experts of the sizes asked for, on the same grid of pixels.
+
+        Args:
+            conv: odd square kernel, "same" padding with zeros, one stride for both axes.
+            kernel_sizes, options: as in the constructor.
+            init: "preserve": the layer computes, in evaluation mode, what ``conv`` computes (see :meth:`absorb`);
+                "random": a fresh start.
+
+        Raises:
+            ValueError: ``conv`` cannot be replaced (the message says why), or with ``init="preserve"`` no expert can
+                hold its kernel.
+        """
+        check_init(init)
+        reason = why_not(conv) or (lacks_room(conv, kernel_sizes) if init == "preserve" else None)
+        if reason:
+            raise ValueError(f"{conv} cannot become a mixture: {reason}.")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            _inherit(kernel_sizes, conv.dilation[0]),
+            stride=_checks.square("stride", conv.stride),
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        if init == "preserve":
+            layer.absorb(conv)
+        return layer.train(conv.training)
+
+    @torch.no_grad()
+    def absorb(self, conv: nn.Conv2d) -> None:
+        """Set experts and router so that the mixture is ``conv``, while every expert stays able to learn.
+
+        The router starts with weights a_r that no input changes. Every expert starts as the old kernel, cropped or
+        zero-padded to its size, scaled so that the mixture has the old size, and perturbed by a tenth of its root mean
+        square: equal experts would get equal gradients for ever. The smallest expert that the old kernel fits into
+        then takes up the remainder ``(W - sum_r a_r W_r) / a_keeper``, so the sum is W to rounding. No expert starts
+        at zero, hence router and experts all have gradients in the first step.
+        """
+        dilation = conv.dilation[0]
+        old = fold.dilate(conv.weight.double(), dilation)
+        experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
+        keeper = _keeper(experts, conv.kernel_size[0], dilation)
+        if keeper is None:
+            raise ValueError(f"{conv} does not fit into any of the experts {experts}.")
+        a = self.router.settle(keeper).double()
+        scale = 1 / a.sum()
+        support = _on_grid(torch.ones_like(self.expert_weights[keeper]).double(), experts[keeper], None)
+        noise = 0.1 * old.square().mean().sqrt()
+        noise = torch.where(noise > 0, noise, 1e-2)
+        for weight, expert in zip(self.expert_weights, experts, strict=True):
+            jitter = noise * torch.randn_like(weight, dtype=torch.double) * _on_grid(support, None, expert)
+            weight.copy_(scale * (_on_grid(old, None, expert) + jitter))
+        size = max(fold.effective_size(*expert) for expert in experts)
+        mixed = sum(
+            a[r] * fold.pad(fold.dilate(w.double(), d), size)
+            for r, (w, (_, d)) in enumerate(zip(self.expert_weights, experts, strict=True))
+        )
+        remainder = _on_grid(fold.pad(old, size) - mixed, None, experts[keeper]) / a[keeper]
+        self.expert_weights[keeper].copy_(self.expert_weights[keeper].double() + remainder)
+        if self.expert_biases is not None and conv.bias is not None:
+            for bias in self.expert_biases:
+                bias.copy_(conv.bias.double() * scale)
+
+    def route(self, x: Tensor) -> Tensor:
+        """Return the routing weights (N, n) of x (N, C_in, H, W); in training mode hard routing draws its noise."""
+        weights: Tensor = self.router(x)
+        return weights
+
+    def kernels(self) -> list[Tensor]:
+        """Return the experts' kernels: n parameters (C_out, C_in/groups, K_r, K_r), not dilated."""
+        return list(self.expert_weights)
+
+    def biases(self) -> list[Tensor] | None:
+        """Return the experts' biases: n parameters (C_out,), or None."""
+        return None if self.expert_biases is None else list(self.expert_biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        return mixture_conv2d(
+            x,
+            self.kernels(),
+            self.biases(),
+            self.route(x),
+            stride=self.stride,
+            groups=self.groups,
+            dilations=self.dilations,
+            sparse=self.router.routing == "hard",
+            backend=self.backend,
+        )
+
+    def fuse(self, norm: _BatchNorm | None = None) -> FusedMoRFConv2d:
+        """Return the re-parameterised layer: one padded kernel bank and the router. Exact in evaluation mode.
+
+        Args:
+            norm: a batch norm that directly follows this layer, to be folded in.
+
+        Raises:
+            RuntimeError: the layer, or ``norm``, is in training mode.
+            ValueError: ``norm`` has no running statistics, or another number of channels.
+        """
+        if self.training or (norm is not None and norm.training):
+            raise RuntimeError("fuse() computes the evaluation-mode function: call model.eval() first.")
+        return FusedMoRFConv2d(self, norm)
+
+    def extra_repr(self) -> str:
+        """Show the arguments that differ from layer to layer."""
+        sizes = tuple(
+            size if dilation == 1 else (size, dilation)
+            for size, dilation in zip(self.kernel_sizes, self.dilations, strict=True)
+        )
+        text = f"{self.in_channels}, {self.out_channels}, kernel_sizes={sizes}, stride={self.stride}"
+        return text + (f", groups={self.groups}" if self.groups > 1 else "") + f", bias={self.biases() is not None}"
+
+
+class FusedMoRFConv2d(nn.Module):
+    """The re-parameterised :class:`MoRFConv2d` (eq. 7): mixes one kernel per sample from one bank. Made by ``fuse()``.
+
+    Attributes:
+        bank: parameter (n, C_out, C_in/groups, K, K), K the largest effective size.
+        bias_bank: parameter (n, C_out) or None.
+        shift: parameter (C_out,) or None: the part of a folded batch norm that is not mixed.
+    """
+
+    def __init__(self, layer: MoRFConv2d, norm: _BatchNorm | None = None) -> None:
+        super().__init__()
+        self.router = layer.router.for_inference()
+        self.stride, self.groups, self.backend = layer.stride, layer.groups, layer.backend
+        self.sizes = tuple(map(fold.effective_size, layer.kernel_sizes, layer.dilations))
+        with torch.no_grad():
+            bank = fold.kernel_bank(layer.kernels(), layer.dilations)
+            biases = layer.biases()
+            bias_bank = None if biases is None else torch.stack(biases)
+            shift = None
+            if norm is not None:
+                if norm.running_mean is None or norm.running_var is None:
+                    raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
+                if norm.num_features != layer.out_channels:
+                    raise ValueError(
+                        f"cannot fold a batch norm of {norm.num_features} channels into {layer.out_channels} outputs."
+                    )
+                scale, shift = fold.batch_norm_affine(
+                    norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+                )
+                bank = bank * scale[:, None, None, None]
+                bias_bank = None if bias_bank is None else bias_bank * scale
+        self.bank = nn.Parameter(bank)
+        self.bias_bank = None if bias_bank is None else nn.Parameter(bias_bank)
+        self.shift = None if shift is None else nn.Parameter(shift)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        y = bank_conv2d(
+            x,
+            self.bank,
+            self.bias_bank,
+            self.router(x),
+            sizes=self.sizes,
+            stride=self.stride,
+            groups=self.groups,
+            sparse=self.router.routing == "hard",
+            backend=self.backend,
+        )
+        return y if self.shift is None else y + self.shift[:, None, None].to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the bank's shape."""
+        return f"bank={tuple(self.bank.shape)}, stride={self.stride}, groups={self.groups}"
+
+
+def check_init(init: str) -> str:
+    """Return ``init`` if :meth:`MoRFConv2d.from_conv2d` knows it; raises ValueError."""
+    return _checks.choice("init", init, INIT)
+
+
+def why_not(conv: nn.Module) -> str | None:
+    """Return why ``conv`` cannot become a mixture with "same" alignment, or None if it can."""
+    if type(conv) is not nn.Conv2d:
+        return f"it is a {type(conv).__name__}, not a plain torch.nn.Conv2d"
+    (height, width), dilation, padding = conv.kernel_size, conv.dilation, conv.padding
+    if height != width:
+        return f"its kernel is not square ({height}x{width})"
+    if height % 2 == 0:
+        return f"its kernel size is even ({height}x{width})"
+    if conv.stride[0] != conv.stride[1] or dilation[0] != dilation[1]:
+        return f"its stride {conv.stride} or dilation {dilation} differs between the axes"
+    if conv.padding_mode != "zeros":
+        return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
+    same = dilation[0] * (height // 2)
+    if padding != "same" and padding != (same, same):
+        return f"its padding is {padding}, and {same} is what centres the kernel on the pixel"
+    return None
+
+
+def lacks_room(conv: nn.Conv2d, kernel_sizes: Sequence[int | tuple[int, int]]) -> str | None:
+    """Return why no expert can hold the kernel of ``conv`` (one that passed :func:`why_not`), or None."""
+    size = conv.kernel_size[0]
+    if _keeper(_checks.experts(kernel_sizes), size, 1) is not None:
+        return None
+    return f"no expert of {tuple(kernel_sizes)} can hold its {size}x{size} kernel"
+
+
+def _inherit(kernel_sizes: Sequence[int | tuple[int, int]], dilation: int) -> tuple[tuple[int, int], ...]:
+    return tuple((size, own * dilation) for size, own in _checks.experts(kernel_sizes))
+
+
+def _keeper(experts: Sequence[tuple[int, int]], size: int, dilation: int) -> int | None:
+    """Return the index of the smallest expert whose taps include those of a kernel of (size, dilation), or None."""
+    reach = dilation * (size // 2)
+    fits = [
+        (d * (k // 2), r)
+        for r, (k, d) in enumerate(experts)
+        if d * (k // 2) >= reach and (dilation % d == 0 or size == 1)
+    ]
+    return min(fits)[1] if fits else None
+
+
+def _on_grid(kernel: Tensor, source: tuple[int, int] | None, target: tuple[int, int] | None) -> Tensor:
+    """Move a kernel between an expert's grid of taps and plain pixels (None); taps that the target lacks are lost."""
+    if source is not None:
+        kernel = fold.dilate(kernel, source[1])
+    if target is None:
+        return kernel
+    size = fold.effective_size(*target)
+    kernel = fold.crop(fold.pad(kernel, max(size, kernel.shape[-1])), size)
+    return kernel[..., :: target[1], :: target[1]]

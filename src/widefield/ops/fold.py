@@ -1,0 +1,70 @@
+"""Exact algebra on convolution kernels: dilate, pad, crop, stack, fold a batch norm.
+
+Every function returns a kernel that computes the same convolution as its input, except :func:`crop`, which says when
+it does. Kernels have shape (C_out, C_in/groups, K_h, K_w) with odd K_h and K_w, and any number of leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def effective_size(size: int, dilation: int) -> int:
+    """Return how many pixels a kernel of ``size`` taps with ``dilation`` spans: ``dilation * (size - 1) + 1``."""
+    return dilation * (size - 1) + 1
+
+
+def dilate(kernel: Tensor, dilation: int) -> Tensor:
+    """Write a dilated kernel as a plain one by putting ``dilation - 1`` zeros between its taps.
+
+    (..., K_h, K_w) -> (..., d*(K_h-1)+1, d*(K_w-1)+1), same dtype; differentiable.
+    """
+    if dilation == 1:
+        return kernel
+    *lead, height, width = kernel.shape
+    spread = kernel.new_zeros(*lead, effective_size(height, dilation), effective_size(width, dilation))
+    spread[..., ::dilation, ::dilation] = kernel
+    return spread
+
+
+def pad(kernel: Tensor, size: int) -> Tensor:
+    """Centre a square kernel in zeros: (..., K, K) -> (..., size, size), ``size >= K``, both odd; differentiable."""
+    margin = (size - kernel.shape[-1]) // 2
+    return F.pad(kernel, (margin, margin, margin, margin)) if margin else kernel
+
+
+def crop(kernel: Tensor, size: int) -> Tensor:
+    """Keep the central (size, size) taps of (..., K, K); a view.
+
+    Exact when the taps cut off are zero, or never meet the map: on an (H, W) map with "same" padding no tap further
+    than max(H, W) - 1 from the centre does, so ``size = 2 * max(H, W) - 1`` always suffices.
+    """
+    margin = (kernel.shape[-1] - size) // 2
+    return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
+
+
+def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
+    """Stack square kernels of any odd sizes and dilations, dilated and padded to the largest: (n, C_out, C_in/g, K, K).
+
+    K is the largest effective size. Differentiable with respect to every kernel.
+    """
+    size = max(effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True))
+    return torch.stack([pad(dilate(k, d), size) for k, d in zip(kernels, dilations, strict=True)])
+
+
+def batch_norm_affine(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift), each (C,), such that batch norm in evaluation is ``y * scale + shift`` per channel.
+
+    A convolution followed by it is one convolution with ``kernel * scale`` and ``bias * scale + shift`` per channel.
+    """
+    scale = torch.rsqrt(running_var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean * scale
+    return scale, shift if bias is None else shift + bias

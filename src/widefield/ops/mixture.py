@@ -1,0 +1,281 @@
+"""One kernel per sample, mixed from a bank of experts (MoRF, Lian, Yu, Wang 2024, eq. 6 and 7).
+
+A mixture of n convolutions is linear in the input, so for sample i it is one convolution::
+
+    y_i = sum_r a_ir (W_r * x_i + b_r) = (sum_r a_ir pad(W_r)) * x_i + sum_r a_ir b_r
+
+The paper merges at inference. Here the merged form serves training too: autograd through the sum gives the gradients
+with respect to x, every W_r, every b_r and the routing weights a. Two backends compute the same function:
+
+- ``"branches"``: n convolutions and a weighted sum. The oracle, and the faster one where per-sample kernels are larger
+  than the map that they are applied to.
+- ``"merged"``: one convolution per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widefield import _checks
+from widefield.ops import fold
+
+BACKENDS = ("auto", "merged", "branches")
+
+
+def mixture_conv2d(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    weights: Tensor,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    dilations: Sequence[int] | None = None,
+    sparse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted sum of n convolutions with weights of its own for every sample: ``sum_r a_r (W_r * x + b_r)``, eq. 6.
+
+    All experts are centred on the same pixel ("same" alignment).
+
+    Args:
+        x: (N, C_in, H, W), any memory format.
+        kernels: n tensors (C_out, C_in/groups, K_r, K_r), K_r odd.
+        biases: n tensors (C_out,), or None.
+        weights: routing weights (N, n), unconstrained.
+        stride: of every expert; the output has ceil(H/stride) rows and ceil(W/stride) columns.
+        groups: of every expert.
+        dilations: one per expert; default 1.
+        sparse: a weight of exactly 0 means that the expert was not chosen: it is not computed for that sample, and
+            neither its kernel nor that weight gets a gradient from it. Ignored (nothing is skipped, the output is the
+            same) while torch.compile or torch.export traces, as which experts to skip depends on the data.
+        backend: "auto", "merged" or "branches".
+
+    Returns:
+        (N, C_out, ceil(H/stride), ceil(W/stride)) in x's memory format.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+    """
+    dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
+    _check(x, kernels, biases, weights, groups, dilations)
+    sizes = [fold.effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
+    if _choose(backend, x, kernels[0], len(kernels), max(sizes), stride, groups) == "branches":
+        return _branches(x, kernels, biases, weights, stride, groups, dilations, sparse)
+    bank = fold.kernel_bank(kernels, dilations)
+    bias_bank = None if biases is None else torch.stack(list(biases))
+    return _merged(x, bank, bias_bank, weights, stride, groups, sizes if sparse else None)
+
+
+def bank_conv2d(
+    x: Tensor,
+    bank: Tensor,
+    bias_bank: Tensor | None,
+    weights: Tensor,
+    *,
+    sizes: Sequence[int],
+    stride: int = 1,
+    groups: int = 1,
+    sparse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`mixture_conv2d` for experts that are already one padded bank, the inference form of eq. 7.
+
+    Args:
+        x: (N, C_in, H, W).
+        bank: (n, C_out, C_in/groups, K, K): every expert dilated and zero-padded to one odd size K.
+        bias_bank: (n, C_out) or None.
+        weights: (N, n).
+        sizes: n odd numbers: the central part of the bank outside which expert r is zero.
+        stride, groups, sparse, backend: as in :func:`mixture_conv2d`.
+    """
+    if _choose(backend, x, bank[0], len(bank), bank.shape[-1], stride, groups) == "branches":
+        kernels = [fold.crop(kernel, size) for kernel, size in zip(bank, sizes, strict=True)]
+        biases = None if bias_bank is None else list(bias_bank)
+        return _branches(x, kernels, biases, weights, stride, groups, (1,) * len(sizes), sparse)
+    return _merged(x, bank, bias_bank, weights, stride, groups, sizes if sparse else None)
+
+
+def _check(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    weights: Tensor,
+    groups: int,
+    dilations: Sequence[int],
+) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x must be (N, C, H, W); got shape {tuple(x.shape)}.")
+    n = len(kernels)
+    if n == 0:
+        raise ValueError("kernels is empty: give at least one expert.")
+    if tuple(weights.shape) != (x.shape[0], n):
+        raise ValueError(
+            f"weights must be (N, n) = ({x.shape[0]}, {n}), one weight for each sample and expert; "
+            f"got shape {tuple(weights.shape)}."
+        )
+    if biases is not None and len(biases) != n:
+        raise ValueError(f"biases must hold one tensor per expert ({n}) or be None; got {len(biases)}.")
+    if len(dilations) != n:
+        raise ValueError(f"dilations must hold one number per expert ({n}); got {tuple(dilations)!r}.")
+    c_out = kernels[0].shape[0]
+    for kernel in kernels:
+        shape = tuple(kernel.shape)
+        if kernel.ndim != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
+            raise ValueError(f"a kernel must be (C_out, C_in/groups, K, K) with K odd; got shape {shape}.")
+        if shape[0] != c_out or shape[1] * groups != x.shape[1] or c_out % groups:
+            raise ValueError(
+                f"a kernel of shape {shape} does not fit {x.shape[1]} input channels, {c_out} output channels "
+                f"and groups={groups}: expected ({c_out}, {x.shape[1] // groups}, K, K)."
+            )
+
+
+def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: int, groups: int) -> str:
+    """Resolve "auto". It reads shapes only, never the batch size, so that a graph with a dynamic batch has one form.
+
+    Merging trades n convolutions for one, and pays by losing the reuse of weights over the batch. Depthwise kernels
+    have next to nothing to reuse. For the others merging won while a sample's kernels held, per input channel, at most
+    4 times as many numbers as its output map, and lost from 33 times on (benchmarks/results/mixture_step.md); the
+    limit lies between.
+    """
+    backend = _checks.choice("backend", backend, BACKENDS)
+    if backend != "auto":
+        return backend
+    if n == 1 or x.shape[0] == 0:  # nothing to merge; and convolution takes an empty batch, but not zero groups
+        return "branches"
+    if kernel.shape[1] == 1 and kernel.shape[0] == groups:
+        return "merged"
+    pixels = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    return "merged" if kernel.shape[0] // groups * size * size <= 10 * pixels else "branches"
+
+
+def _branches(
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    weights: Tensor,
+    stride: int,
+    groups: int,
+    dilations: Sequence[int],
+    sparse: bool,
+) -> Tensor:
+    skip = sparse and not torch.compiler.is_compiling()
+    y: Tensor | None = None
+    for r, (kernel, dilation) in enumerate(zip(kernels, dilations, strict=True)):
+        bias = None if biases is None else biases[r]
+        padding = dilation * (kernel.shape[-1] // 2)
+        chosen = weights[:, r].nonzero().squeeze(1) if skip else None
+        term = F.conv2d(x if chosen is None else x[chosen], kernel, bias, stride, padding, dilation, groups)
+        a = weights[:, r] if chosen is None else weights[chosen, r]
+        term = term * a[:, None, None, None].to(term.dtype)
+        if chosen is not None:
+            term = term.new_zeros(x.shape[0], *term.shape[1:]).index_copy(0, chosen, term)
+        y = term if y is None else y + term
+    if y is None:
+        raise ValueError("kernels is empty: give at least one expert.")
+    return y
+
+
+def _merged(
+    x: Tensor,
+    bank: Tensor,
+    bias_bank: Tensor | None,
+    weights: Tensor,
+    stride: int,
+    groups: int,
+    sizes: Sequence[int] | None,
+) -> Tensor:
+    """``sizes`` given: each sample pays for the largest expert that it has a weight for, and no more."""
+    bank = fold.crop(bank, 2 * max(x.shape[2], x.shape[3]) - 1)
+    if x.shape[0] == 0:  # grouped convolution refuses zero groups
+        every = None if bias_bank is None else list(bias_bank)
+        return _branches(x, list(bank), every, weights, stride, groups, (1,) * len(bank), False)
+    if sizes is None or torch.compiler.is_compiling():
+        return _merged_dense(x, bank, bias_bank, weights, stride, groups)
+    # One bucket of samples for each size of kernel. Which samples is data: on a GPU this waits for it once a layer.
+    spans = torch.tensor([min(size, bank.shape[-1]) for size in sizes], device=weights.device)
+    need = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min()))
+    parts, orders = [], []
+    for size in sorted(set(need.tolist())):
+        chosen = (need == size).nonzero().squeeze(1)
+        experts = (spans <= size).nonzero().squeeze(1)
+        biases = None if bias_bank is None else bias_bank[experts]
+        kernels = fold.crop(bank, size)[experts]
+        parts.append(_merged_dense(x[chosen], kernels, biases, weights[chosen][:, experts], stride, groups))
+        orders.append(chosen)
+    if len(parts) == 1:  # everybody, in order
+        return parts[0]
+    return torch.cat(parts)[torch.cat(orders).argsort()]
+
+
+def _merged_dense(
+    x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, stride: int, groups: int
+) -> Tensor:
+    batch, c_in, height, width = x.shape
+    _, c_out, c_group, size, _ = bank.shape
+    # Mixed in the parameters' precision also under autocast: rounding n kernels before adding them costs accuracy and
+    # saves nothing, as the mix is small next to the convolution.
+    with torch.autocast(x.device.type, enabled=False):
+        a = weights.to(bank.dtype)
+        kernels = (a @ bank.flatten(1)).view(batch * c_out, c_group, size, size)
+        bias = None if bias_bank is None else (a @ bias_bank)[:, :, None, None]
+    y = _grouped_conv2d(x.reshape(1, batch * c_in, height, width), kernels, stride, batch * groups)
+    y = y.view(batch, c_out, y.shape[2], y.shape[3])
+    if bias is not None:
+        y = y + bias.to(y.dtype)
+    if x.stride(1) == 1 and c_in > 1 and height * width > 1:  # is_contiguous(channels_last), which vmap does not know
+        return y.contiguous(memory_format=torch.channels_last)
+    return y
+
+
+def _grouped_conv2d(x: Tensor, kernels: Tensor, stride: int, groups: int) -> Tensor:
+    """F.conv2d with "same" alignment for one "image" that holds a batch in its channels: (1, N*C, H, W)."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and dtype in (torch.bfloat16, torch.float16):
+        # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
+        with torch.autocast("cpu", enabled=False):
+            return _grouped_conv2d(x.float(), kernels.float(), stride, groups).to(dtype)
+    depthwise = kernels.shape[1] == 1 and kernels.shape[0] == groups
+    if on_cpu and depthwise and stride == 1 and kernels.shape[-1] > 3:
+        y: Tensor = _DepthwiseConv2d.apply(x.to(dtype), kernels.to(dtype))
+        return y
+    return F.conv2d(x.to(dtype), kernels.to(dtype), stride=stride, padding=kernels.shape[-1] // 2, groups=groups)
+
+
+class _DepthwiseConv2d(torch.autograd.Function):
+    """F.conv2d, stride 1, "same" padding, of x (1, M, H, W) with M kernels (M, 1, K, K), for CPUs.
+
+    Both gradients are forward convolutions: with respect to x with the flipped kernel, with respect to the kernel of x
+    with the output gradient as the kernel. oneDNN has fast forward convolutions for them, while its weight gradient
+    is a loop over small matrix products for every width but 3. Differentiable any number of times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kernels: Tensor) -> Tensor:
+        return F.conv2d(x, kernels, padding=kernels.shape[-1] // 2, groups=kernels.shape[0])
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
+        need_x, need_kernels = ctx.needs_input_grad  # type: ignore[attr-defined]
+        channels, _, size, _ = kernels.shape
+        dx = dk = None
+        if need_x:
+            dx = F.conv2d(grad, kernels.flip(-1, -2), padding=size // 2, groups=channels)
+        if need_kernels:
+            image = x.contiguous(memory_format=torch.channels_last)
+            dk = F.conv2d(image, grad.transpose(0, 1), padding=size // 2, groups=channels).transpose(0, 1)
+        return dx, dk

@@ -1,0 +1,54 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tolerances import FLOAT64, close
+from widefield.ops import fold
+
+
+@given(k=st.sampled_from([1, 3, 5, 7]), d=st.integers(1, 4))
+def test_dilated_kernel_is_the_dilated_convolution(k, d):
+    x, w = torch.randn(2, 4, 13, 11).double(), torch.randn(6, 2, k, k).double()
+    plain = fold.dilate(w, d)
+    assert plain.shape[-1] == fold.effective_size(k, d)
+    expected = F.conv2d(x, w, padding=d * (k // 2), dilation=d, groups=2)
+    close(F.conv2d(x, plain, padding=plain.shape[-1] // 2, groups=2), expected, FLOAT64)
+
+
+@given(k=st.sampled_from([1, 3, 5]), more=st.integers(0, 4))
+def test_padding_keeps_the_convolution_and_cropping_undoes_it(k, more):
+    x, w = torch.randn(1, 3, 6, 7).double(), torch.randn(3, 1, k, k).double()
+    size = k + 2 * more
+    padded = fold.pad(w, size)
+    close(F.conv2d(x, padded, padding=size // 2, groups=3), F.conv2d(x, w, padding=k // 2, groups=3), FLOAT64)
+    assert torch.equal(fold.crop(padded, k), w)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (4, 2), (1, 5)])
+def test_taps_that_never_meet_the_map_can_be_cropped(height, width):
+    x, w = torch.randn(2, 3, height, width).double(), torch.randn(3, 1, 15, 15).double()
+    cropped = fold.crop(w, 2 * max(height, width) - 1)
+    assert cropped.shape[-1] < 15
+    actual = F.conv2d(x, cropped, padding=cropped.shape[-1] // 2, groups=3)
+    close(actual, F.conv2d(x, w, padding=7, groups=3), FLOAT64)
+
+
+def test_kernel_bank_has_gradients_to_every_kernel():
+    kernels = [torch.randn(2, 1, k, k).double().requires_grad_() for k in (3, 1, 3)]
+    assert fold.kernel_bank(kernels, (1, 1, 2)).shape == (3, 2, 1, 5, 5)
+    assert torch.autograd.gradcheck(lambda *ks: fold.kernel_bank(ks, (1, 1, 2)), kernels)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_affine_is_batch_norm(affine):
+    norm = torch.nn.BatchNorm2d(5, affine=affine, eps=1e-3).double().eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    y = torch.randn(3, 5, 4, 4).double()
+    scale, shift = fold.batch_norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    close(y * scale[:, None, None] + shift[:, None, None], norm(y), FLOAT64)

@@ -1,0 +1,236 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tolerances import BFLOAT16, FLOAT32, FLOAT64, close
+from widefield.ops import bank_conv2d, fold, mixture_conv2d
+
+
+def oracle(x, kernels, biases, weights, stride, groups, dilations):
+    """Eq. 6 as it is written, one sample and one expert at a time."""
+    samples = []
+    for i in range(x.shape[0]):
+        y = 0
+        for r, (w, d) in enumerate(zip(kernels, dilations, strict=True)):
+            b = None if biases is None else biases[r]
+            y = y + weights[i, r] * F.conv2d(x[i : i + 1], w, b, stride, d * (w.shape[-1] // 2), d, groups)
+        samples.append(y)
+    return torch.cat(samples)
+
+
+def case(n, groups, per_in, per_out, height, width, experts, bias, *, dtype=torch.double, zeros=False):
+    c_in, c_out = groups * per_in, groups * per_out
+    x = torch.randn(n, c_in, height, width, dtype=dtype, requires_grad=True)
+    kernels = [torch.randn(c_out, per_in, k, k, dtype=dtype, requires_grad=True) for k, _ in experts]
+    biases = [torch.randn(c_out, dtype=dtype, requires_grad=True) for _ in experts] if bias else None
+    weights = torch.randn(n, len(experts), dtype=dtype)
+    if zeros:
+        weights = weights * (torch.rand(n, len(experts)) < 0.5)
+    return x, kernels, biases, weights.requires_grad_()
+
+
+def gradients(y, x, kernels, biases, weights):
+    return torch.autograd.grad(
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *kernels, *(biases or []), weights]
+    )
+
+
+shapes = {
+    "n": st.integers(1, 4),
+    "groups": st.integers(1, 3),
+    "per_in": st.integers(1, 3),
+    "per_out": st.integers(1, 3),
+    "height": st.integers(1, 9),
+    "width": st.integers(1, 9),
+    "experts": st.lists(st.tuples(st.sampled_from([1, 3, 5, 7, 11]), st.integers(1, 3)), min_size=1, max_size=4),
+    "stride": st.integers(1, 3),
+    "bias": st.booleans(),
+}
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches", "auto"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(**shapes)
+def test_outputs_and_all_gradients_equal_the_sum_of_branches(
+    backend, channels_last, n, groups, per_in, per_out, height, width, experts, stride, bias
+):
+    x, kernels, biases, weights = case(n, groups, per_in, per_out, height, width, experts, bias)
+    dilations = [d for _, d in experts]
+    expected = oracle(x, kernels, biases, weights, stride, groups, dilations)
+    seen = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    actual = mixture_conv2d(
+        seen, kernels, biases, weights, stride=stride, groups=groups, dilations=dilations, backend=backend
+    )
+    assert actual.shape[2:] == (-(-height // stride), -(-width // stride))
+    close(actual, expected, FLOAT64)
+    inputs = (x, kernels, biases, weights)
+    for a, b in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
+        close(a, b, FLOAT64)
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+@settings(max_examples=40, deadline=None)
+@given(**shapes)
+def test_sparse_weights_skip_without_changing_anything(
+    backend, n, groups, per_in, per_out, height, width, experts, stride, bias
+):
+    x, kernels, biases, weights = case(n, groups, per_in, per_out, height, width, experts, bias, zeros=True)
+    dilations = [d for _, d in experts]
+    expected = oracle(x, kernels, biases, weights, stride, groups, dilations)
+    actual = mixture_conv2d(
+        x, kernels, biases, weights, stride=stride, groups=groups, dilations=dilations, backend=backend, sparse=True
+    )
+    close(actual, expected, FLOAT64)
+    inputs = (x, kernels, biases, weights)
+    *grads, of_weights = gradients(actual, *inputs)
+    *expected_grads, expected_of_weights = gradients(expected, *inputs)
+    for a, b in zip(grads, expected_grads, strict=True):
+        close(a, b, FLOAT64)
+    chosen = weights != 0
+    close(of_weights[chosen], expected_of_weights[chosen], FLOAT64)
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+def test_an_expert_that_no_sample_chose_gets_no_gradient(backend):
+    x, kernels, biases, _ = case(3, 4, 1, 1, 6, 6, [(3, 1), (5, 1), (7, 1)], True)
+    weights = torch.tensor([[0.4, 0.6, 0], [1, 0, 0], [0, 0.2, 0]], dtype=torch.double)
+    y = mixture_conv2d(x, kernels, biases, weights, groups=4, sparse=True, backend=backend)
+    y.square().sum().backward()
+    assert kernels[0].grad.abs().max() > 0
+    assert kernels[2].grad.abs().max() == 0
+    assert biases[2].grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+def test_skipped_experts_are_not_computed(backend):
+    """Counts multiplications: a sample that chose 3x3 must not pay for the 11x11 beside it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, kernels, _, _ = case(4, 8, 1, 1, 16, 16, [(3, 1), (11, 1)], False)
+
+    def flops(weights):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            mixture_conv2d(x, kernels, None, weights, groups=8, sparse=True, backend=backend)
+        return counter.get_total_flops()
+
+    small = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.double)
+    mixed = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2, dtype=torch.double)
+    both = torch.ones(4, 2, dtype=torch.double)
+    assert flops(small) < flops(both) * (9 / 121) * 1.2
+    assert flops(mixed) < flops(both) * 0.7
+
+
+@pytest.mark.parametrize("per", [1, 2])
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+def test_gradcheck_and_second_derivatives(backend, per):
+    x, kernels, biases, weights = case(2, 2, per, per, 4, 3, [(3, 1), (5, 1)], True)
+
+    def f(x, k0, k1, b0, b1, a):
+        return mixture_conv2d(x, [k0, k1], [b0, b1], a, groups=2, backend=backend)
+
+    inputs = (x, *kernels, *biases, weights)
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches", "auto"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_empty_batch(backend, sparse):
+    x, kernels, biases, weights = case(0, 4, 1, 1, 6, 5, [(3, 1), (5, 1)], True)
+    y = mixture_conv2d(x, kernels, biases, weights, groups=4, stride=2, backend=backend, sparse=sparse)
+    assert y.shape == (0, 4, 3, 3)
+    y.sum().backward()
+    assert kernels[1].grad.abs().max() == 0
+
+
+def test_non_contiguous_input_and_weights():
+    x, kernels, biases, _ = case(4, 6, 1, 1, 8, 8, [(3, 1), (5, 1)], True)
+    wide = torch.randn(2, 4, dtype=torch.double).t()
+    seen = x[:, :, ::2, 1:].transpose(2, 3)
+    expected = oracle(seen, kernels, biases, wide, 1, 6, (1, 1))
+    for backend in ("merged", "branches"):
+        close(mixture_conv2d(seen, kernels, biases, wide, groups=6, backend=backend), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_is_kept(backend, layout):
+    x, kernels, biases, weights = case(3, 4, 1, 1, 8, 6, [(3, 1), (5, 1)], True)
+    y = mixture_conv2d(x.contiguous(memory_format=layout), kernels, biases, weights, groups=4, backend=backend)
+    assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+def test_lower_precisions_against_float64(dtype, tolerance, groups, backend):
+    experts = [(3, 1), (5, 1), (7, 2)]
+    x, kernels, biases, weights = case(3, groups, 4 // groups, 4 // groups, 13, 12, experts, True)
+    expected = oracle(x, kernels, biases, weights, 1, groups, (1, 1, 2))
+    low = [t.detach().to(dtype).requires_grad_() for t in (x, *kernels, *biases, weights)]
+    y = mixture_conv2d(low[0], low[1:4], low[4:7], low[7], groups=groups, dilations=(1, 1, 2), backend=backend)
+    assert y.dtype == dtype
+    close(y, expected, tolerance)
+    inputs = (x, kernels, biases, weights)
+    grads = torch.autograd.grad((y.double() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), low)
+    for a, b in zip(grads, gradients(expected, *inputs), strict=True):
+        assert a.dtype == dtype
+        close(a, b, tolerance)
+
+
+def test_autocast_gives_the_autocast_dtype_and_float32_gradients():
+    x, kernels, biases, weights = case(2, 4, 1, 1, 9, 9, [(3, 1), (5, 1)], True, dtype=torch.float32)
+    expected = mixture_conv2d(x, kernels, biases, weights, groups=4, backend="branches")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixture_conv2d(x, kernels, biases, weights, groups=4, backend="merged")
+    assert y.dtype == torch.bfloat16
+    close(y, expected, BFLOAT16)
+    y.float().sum().backward()
+    assert kernels[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["merged", "branches"])
+def test_a_bank_is_the_mixture_of_its_experts(backend):
+    experts = [(3, 1), (3, 2), (7, 1)]
+    x, kernels, biases, weights = case(3, 2, 2, 3, 9, 10, experts, True)
+    dilations = [d for _, d in experts]
+    sizes = [fold.effective_size(k, d) for k, d in experts]
+    bank = fold.kernel_bank(kernels, dilations)
+    actual = bank_conv2d(x, bank, torch.stack(biases), weights, sizes=sizes, stride=2, groups=2, backend=backend)
+    close(actual, oracle(x, kernels, biases, weights, 2, 2, dilations), FLOAT64)
+
+
+def test_vmap_sees_through():
+    x, kernels, _, weights = case(2, 3, 1, 1, 6, 6, [(3, 1), (5, 1)], False)
+    stack = torch.stack([x, 2 * x])
+    ys = torch.func.vmap(lambda x: mixture_conv2d(x, kernels, None, weights, groups=3))(stack)
+    close(ys[1], mixture_conv2d(2 * x, kernels, None, weights, groups=3), FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 8, 8)}, r"x must be \(N, C, H, W\); got shape \(3, 8, 8\)"),
+        ({"kernels": []}, "kernels is empty"),
+        ({"weights": torch.zeros(2, 3)}, r"weights must be \(N, n\) = \(2, 2\).*got shape \(2, 3\)"),
+        ({"biases": [torch.zeros(4)]}, r"one tensor per expert \(2\)"),
+        ({"kernels": [torch.zeros(4, 1, 2, 2)] * 2}, "K odd"),
+        ({"kernels": [torch.zeros(4, 2, 3, 3)] * 2}, "does not fit 4 input channels"),
+        ({"dilations": (1,)}, "one number per expert"),
+        ({"backend": "merge"}, "Did you mean 'merged'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {
+        "x": torch.zeros(2, 4, 8, 8),
+        "kernels": [torch.zeros(4, 1, 3, 3), torch.zeros(4, 1, 5, 5)],
+        "biases": None,
+        "weights": torch.zeros(2, 2),
+        "groups": 4,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        mixture_conv2d(**arguments)

@@ -1,0 +1,26 @@
+"""Every tolerance of the suite, with its reason. All are relative to the largest absolute value of what is expected."""
+
+import torch
+
+# Sums of up to a few thousand float64 products in another order: rounding alone, with room for unlucky cancellation.
+FLOAT64 = 1e-10
+
+# The same in float32 (unit roundoff 6e-8), one operator.
+FLOAT32 = 1e-5
+
+# bf16 keeps 8 bits: a few roundings of inputs, kernels and output.
+BFLOAT16 = 3e-2
+
+# A whole network in float32: errors of its layers add up. What the project promises for conversion and fusing.
+NETWORK = 1e-4
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Assert max |actual - expected| <= tolerance * max(1, max |expected|), and equal shapes; finite on both sides."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    if not expected.numel():
+        return
+    a, b = actual.detach().double(), expected.detach().double()
+    difference = (a - b).abs().max().item()
+    scale = max(1.0, b.abs().max().item())
+    assert difference <= tolerance * scale, f"differs by {difference:.3e}, allowed {tolerance:.0e} * {scale:.3e}"
