@@ -1,0 +1,166 @@
+"""ResNet and ConvNeXt with mixtures of receptive fields.
+
+Paper: Lian, Yu, Wang, "Receptive Fields As Experts in Convolutional Neural Architectures", ICML 2024, section 3.2,
+appendix B and tables 1, 2 and 6. The networks are timm's own (ResNet: He et al. 2016; ConvNeXt: Liu et al. 2022) with
+every depthwise 7x7 convolution (ConvNeXt) or 3x3 convolution (ResNet) replaced. No weights have been published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from widefield import _checks
+from widefield.nn import MoRFConv2d
+from widefield.surgery import MoRF, convert
+
+__all__ = ["MoRFConvNeXt", "MoRFResNet"]
+
+STAGES = (1, 2, 3, 4)
+
+
+class MoRFConvNeXt(ConvNeXt):
+    """timm's ConvNeXt whose depthwise convolutions are mixtures; figure 5 of the paper with the default arguments.
+
+    Args:
+        kernel_sizes, routing, attention, top_k, router_width: of :class:`widefield.nn.MoRFConv2d`.
+        stages: which of the stages 1 to 4 get mixtures (table 6).
+        kwargs: timm's, ``kernel_sizes`` excepted.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5, 7, 9, 11),
+        routing: str = "soft",
+        attention: str = "none",
+        top_k: int = 2,
+        router_width: int | None = None,
+        stages: Sequence[int] = STAGES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        prefixes = [f"stages.{stage - 1}.blocks." for stage in _stages(stages)]
+        config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
+        for layer in _mix(self, config, prefixes, size=7):
+            for weight in layer.kernels():  # as ConvNeXt initialises its convolutions
+                nn.init.trunc_normal_(weight, std=0.02)
+            for bias in layer.biases() or ():
+                nn.init.zeros_(bias)
+
+
+class MoRFResNet(ResNet):
+    """timm's ResNet whose 3x3 convolutions are mixtures, each initialised as ResNet's convolutions are.
+
+    The paper does not state the sizes for ResNets. The default pair, a 3x3 and a 3x3 with dilation 2 (SKNet's), gives
+    the paper's 37M parameters for ResNet-50; for ResNet-18 it gives 23M where the paper says 20M (docs/morf.md).
+
+    Args:
+        kernel_sizes, routing, attention, top_k, router_width, stages: as in :class:`MoRFConvNeXt`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        kernel_sizes: Sequence[int | tuple[int, int]] = (3, (3, 2)),
+        routing: str = "soft",
+        attention: str = "none",
+        top_k: int = 2,
+        router_width: int | None = None,
+        stages: Sequence[int] = STAGES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        prefixes = [f"layer{stage}." for stage in _stages(stages)]
+        config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
+        for layer in _mix(self, config, prefixes, size=3):
+            for weight in layer.kernels():
+                nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def _stages(stages: Sequence[int]) -> list[int]:
+    chosen = sorted({_checks.integer("every entry of stages", stage, maximum=len(STAGES)) for stage in stages})
+    if not chosen:
+        raise ValueError(f"stages is empty: name at least one of {STAGES}, or use timm's model without mixtures.")
+    return chosen
+
+
+def _mix(model: nn.Module, config: MoRF, prefixes: Sequence[str], size: int) -> list[MoRFConv2d]:
+    def where(module: nn.Module, name: str) -> bool:
+        return name.startswith(tuple(prefixes)) and getattr(module, "kernel_size", None) == (size, size)
+
+    convert(model, config, where, inplace=True)
+    return [module for module in model.modules() if isinstance(module, MoRFConv2d)]
+
+
+def _cfg(first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.95,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "morf_resnet18": _cfg("conv1", "fc"),
+        "morf_resnet50": _cfg("conv1", "fc"),
+        "morf_convnext_tiny": _cfg("stem.0", "head.fc", crop_pct=0.875),
+        "morf_convnext_small": _cfg("stem.0", "head.fc", crop_pct=0.875),
+        "morf_convnext_base": _cfg("stem.0", "head.fc", crop_pct=0.875),
+    }
+)
+
+
+def _convnext(variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+    return build_model_with_cfg(MoRFConvNeXt, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def morf_resnet18(pretrained: bool = False, **kwargs: Any) -> MoRFResNet:
+    """ResNet-18 with mixtures (table 1)."""
+    model_args = {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
+    return build_model_with_cfg(MoRFResNet, "morf_resnet18", pretrained, **model_args)  # type: ignore[no-any-return]
+
+
+@register_model
+def morf_resnet50(pretrained: bool = False, **kwargs: Any) -> MoRFResNet:
+    """ResNet-50 with mixtures (table 1)."""
+    model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs}
+    return build_model_with_cfg(MoRFResNet, "morf_resnet50", pretrained, **model_args)  # type: ignore[no-any-return]
+
+
+@register_model
+def morf_convnext_tiny(pretrained: bool = False, **kwargs: Any) -> MoRFConvNeXt:
+    """ConvNeXt-T with mixtures (table 1, figure 5)."""
+    model_args = {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768), **kwargs}
+    return _convnext("morf_convnext_tiny", pretrained, **model_args)  # type: ignore[no-any-return]
+
+
+@register_model
+def morf_convnext_small(pretrained: bool = False, **kwargs: Any) -> MoRFConvNeXt:
+    """ConvNeXt-S with mixtures (table 1)."""
+    model_args = {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768), **kwargs}
+    return _convnext("morf_convnext_small", pretrained, **model_args)  # type: ignore[no-any-return]
+
+
+@register_model
+def morf_convnext_base(pretrained: bool = False, **kwargs: Any) -> MoRFConvNeXt:
+    """ConvNeXt-B with mixtures (table 1)."""
+    model_args = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), **kwargs}
+    return _convnext("morf_convnext_base", pretrained, **model_args)  # type: ignore[no-any-return]

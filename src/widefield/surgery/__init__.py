@@ -1,0 +1,6 @@
+"""Change the layers of any model: convert, re-parameterise."""
+
+from widefield.surgery.convert import Conversion, MoRF, Plan, Step, convert, plan
+from widefield.surgery.reparameterize import Difference, compare, reparameterize
+
+__all__ = ["Conversion", "Difference", "MoRF", "Plan", "Step", "compare", "convert", "plan", "reparameterize"]

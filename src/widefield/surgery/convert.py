@@ -1,0 +1,219 @@
+"""Exchange the layers of any model, its weights kept.
+
+A conversion is a frozen config; its type decides what it replaces, by what, and under which preconditions.
+:func:`plan` shows what :func:`convert` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from widefield.nn import MoRFConv2d, morf
+from widefield.surgery.walk import replace
+
+Where = str | Sequence[str] | Callable[[nn.Module, str], bool]
+
+
+class Conversion(Protocol):
+    """What :func:`plan` and :func:`convert` ask of a config."""
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module``, a convolution, cannot be replaced, or None if it can."""
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        """Return what to put in its place; ``module`` stays as it is."""
+
+
+@dataclass(frozen=True)
+class MoRF:
+    """Replace convolutions by mixtures of receptive fields, :class:`widefield.nn.MoRFConv2d` (Lian, Yu, Wang 2024).
+
+    The fields are the arguments of the layer. ``init="preserve"`` keeps the function of the model, in evaluation mode,
+    to rounding (:meth:`widefield.nn.MoRFConv2d.absorb`); ``"random"`` starts the layers afresh.
+
+    Raises:
+        TypeError, ValueError: at once, for what the layer would refuse.
+    """
+
+    kernel_sizes: tuple[int | tuple[int, int], ...] = (3, 5, 7, 9, 11)
+    routing: str = "soft"
+    attention: str = "none"
+    top_k: int = 2
+    router_width: int | None = None
+    init: str = "preserve"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self._options(), "init": "random"})
+        morf.check_init(self.init)
+
+    def _options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot become a mixture, or None."""
+        reason = morf.why_not(module)
+        if reason is None and self.init == "preserve" and isinstance(module, nn.Conv2d):
+            return morf.lacks_room(module, self.kernel_sizes)
+        return reason
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        """Return the mixture that takes the place of a convolution."""
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"MoRF replaces torch.nn.Conv2d; got {type(module).__name__}.")
+        return MoRFConv2d.from_conv2d(module, **self._options())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one convolution: replaced by ``after``, or passed over for ``reason``."""
+
+    name: str
+    before: str
+    after: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would do to a model; prints as a table."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def replaced(self) -> tuple[Step, ...]:
+        """Return the convolutions that would be replaced."""
+        return tuple(step for step in self.steps if step.after is not None)
+
+    @property
+    def passed_over(self) -> tuple[Step, ...]:
+        """Return the convolutions that would stay, each with its reason."""
+        return tuple(step for step in self.steps if step.after is None)
+
+    def __str__(self) -> str:
+        # rich is not needed to import widefield, and a plan is printed by people.
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{len(self.replaced)} replaced, {len(self.passed_over)} passed over", title_justify="left")
+        for column in ("module", "now", "then"):
+            table.add_column(column, overflow="fold")
+        for step in self.steps:
+            table.add_row(step.name or "(the model itself)", step.before, step.after or f"stays: {step.reason}")
+        text = io.StringIO()
+        Console(file=text, width=150).print(table)
+        return text.getvalue().rstrip()
+
+
+def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Plan:
+    """Return what :func:`convert` would do, and change nothing.
+
+    Args:
+        model: any module.
+        config: such as :class:`MoRF`.
+        where: which convolutions, by a glob over module names ("stages.3.*"), several globs, or a predicate
+            ``(module, name) -> bool``. Default: every one that does not read the image itself.
+    """
+    return Plan(tuple(step for step, _ in _steps(model, config, where)))
+
+
+def convert(model: nn.Module, config: Conversion, where: Where | None = None, *, inplace: bool = False) -> nn.Module:
+    """Return ``model`` with its spatial convolutions replaced as ``config`` says, weights, device and mode kept.
+
+    Args:
+        model, config, where: as in :func:`plan`.
+        inplace: change ``model`` itself instead of a copy.
+
+    Raises:
+        ValueError: nothing to replace; the message lists what could be, or why nothing can.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    steps = list(_steps(model, config, where))
+    chosen = {module: config.replacement(module) for step, module in steps if step.after is not None}
+    if not chosen:
+        raise ValueError(_nothing_to_convert(model, config, where))
+    return replace(model, chosen)
+
+
+def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module]]:
+    selects = _selector(model, where)
+    steps: list[tuple[Step, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _ConvNd):
+            continue
+        reason = (
+            "its kernel size is 1: not a spatial convolution"
+            if set(module.kernel_size) == {1}
+            else selects(module, name) or _untouchable(module) or config.why_not(module)
+        )
+        after = _line(config.replacement(copy.deepcopy(module).to("meta"))) if reason is None else None
+        steps.append((Step(name, _line(module), after, reason), module))
+    return steps
+
+
+def _line(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+def _selector(model: nn.Module, where: Where | None) -> Callable[[nn.Module, str], str | None]:
+    """Return (module, name) -> why it is not selected, or None if it is."""
+    if where is None:
+        readers = image_readers(model)
+        return lambda module, name: "it reads the image itself" if name in readers else None
+    if isinstance(where, str):
+        where = [where]
+    if callable(where):
+        predicate = where
+        return lambda module, name: None if predicate(module, name) else "where does not select it"
+    patterns = list(where)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"where must be a glob, several globs, or a function (module, name) -> bool; got {where!r}.")
+    return lambda module, name: (
+        None if any(fnmatch.fnmatchcase(name, p) for p in patterns) else f"{', '.join(patterns)} does not match it"
+    )
+
+
+def image_readers(model: nn.Module) -> set[str]:
+    """Return the names of the convolutions that read the image: what timm's configuration calls the first convolution,
+    else the first one of the model if it is dense with at most four input channels (grey, colour, colour and depth).
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    named = config.get("first_conv") or ()
+    names = {named} if isinstance(named, str) else set(named)
+    convolutions = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    found = names & {name for name, _ in convolutions}
+    if not found and convolutions:
+        name, first = convolutions[0]
+        if first.groups == 1 and first.in_channels <= 4:
+            return {name}
+    return found
+
+
+def _untouchable(module: nn.Module) -> str | None:
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised; remove the parametrisation first"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which a replacement would lose; remove them first"
+    return None
+
+
+def _nothing_to_convert(model: nn.Module, config: Conversion, where: Where | None) -> str:
+    steps = [step for step, _ in _steps(model, config, lambda module, name: True)]
+    possible = [step.name or "(the model itself)" for step in steps if step.after is not None]
+    if possible:
+        asked = "the default" if where is None else f"where={where!r}"
+        return f"{asked} matches no convolution of {type(model).__name__}. These could match: {', '.join(possible)}."
+    if not steps:
+        return f"{type(model).__name__} has no convolution to convert."
+    reasons = "; ".join(sorted({f"{step.name}: {step.reason}" for step in steps}))
+    return f"no convolution of {type(model).__name__} can be converted by {config}: {reasons}."
