@@ -128,6 +128,7 @@ class MoRFConv2d(nn.Module):
         reason = why_not(conv) or (lacks_room(conv, kernel_sizes) if init == "preserve" else None)
         if reason:
             raise ValueError(f"{conv} cannot become a mixture: {reason}.")
+        preserve = init == "preserve"
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -135,11 +136,13 @@ class MoRFConv2d(nn.Module):
             stride=_checks.square("stride", conv.stride),
             groups=conv.groups,
             bias=conv.bias is not None,
-            device=conv.weight.device,
+            device="meta" if preserve else conv.weight.device,  # what absorb() overwrites need not be drawn
             dtype=conv.weight.dtype,
             **options,
         )
-        if init == "preserve":
+        if preserve:
+            layer.to_empty(device=conv.weight.device)
+            layer.router.reset_parameters()
             layer.absorb(conv)
         return layer.train(conv.training)
 
@@ -154,29 +157,23 @@ class MoRFConv2d(nn.Module):
         at zero, hence router and experts all have gradients in the first step.
         """
         dilation = conv.dilation[0]
-        old = fold.dilate(conv.weight.double(), dilation)
         experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
         keeper = _keeper(experts, conv.kernel_size[0], dilation)
         if keeper is None:
             raise ValueError(f"{conv} does not fit into any of the experts {experts}.")
+        home = experts[keeper]
+        old = _regrid(conv.weight.double(), (conv.kernel_size[0], dilation), home)
         a = self.router.settle(keeper).double()
-        scale = 1 / a.sum()
-        support = _on_grid(torch.ones_like(self.expert_weights[keeper]).double(), experts[keeper], None)
         noise = 0.1 * old.square().mean().sqrt()
         noise = torch.where(noise > 0, noise, 1e-2)
-        for weight, expert in zip(self.expert_weights, experts, strict=True):
-            jitter = noise * torch.randn_like(weight, dtype=torch.double) * _on_grid(support, None, expert)
-            weight.copy_(scale * (_on_grid(old, None, expert) + jitter))
-        size = max(fold.effective_size(*expert) for expert in experts)
-        mixed = sum(
-            a[r] * fold.pad(fold.dilate(w.double(), d), size)
-            for r, (w, (_, d)) in enumerate(zip(self.expert_weights, experts, strict=True))
-        )
-        remainder = _on_grid(fold.pad(old, size) - mixed, None, experts[keeper]) / a[keeper]
-        self.expert_weights[keeper].copy_(self.expert_weights[keeper].double() + remainder)
+        mixed = torch.zeros_like(old)
+        for r, (weight, expert) in enumerate(zip(self.expert_weights, experts, strict=True)):
+            weight.copy_(_regrid((old + noise * torch.randn_like(old)) / a.sum(), home, expert))
+            mixed += a[r] * _regrid(weight.double(), expert, home)  # as rounded; zero wherever the keeper has no tap
+        self.expert_weights[keeper].copy_(self.expert_weights[keeper].double() + (old - mixed) / a[keeper])
         if self.expert_biases is not None and conv.bias is not None:
             for bias in self.expert_biases:
-                bias.copy_(conv.bias.double() * scale)
+                bias.copy_(conv.bias.double() / a.sum())
 
     def route(self, x: Tensor) -> Tensor:
         """Return the routing weights (N, n) of x (N, C_in, H, W); in training mode hard routing draws its noise."""
@@ -332,12 +329,9 @@ def _keeper(experts: Sequence[tuple[int, int]], size: int, dilation: int) -> int
     return min(fits)[1] if fits else None
 
 
-def _on_grid(kernel: Tensor, source: tuple[int, int] | None, target: tuple[int, int] | None) -> Tensor:
-    """Move a kernel between an expert's grid of taps and plain pixels (None); taps that the target lacks are lost."""
-    if source is not None:
-        kernel = fold.dilate(kernel, source[1])
-    if target is None:
-        return kernel
+def _regrid(kernel: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Move a kernel from the taps of one (size, dilation) to those of another; taps that the target lacks are lost."""
+    kernel = fold.dilate(kernel, source[1])
     size = fold.effective_size(*target)
     kernel = fold.crop(fold.pad(kernel, max(size, kernel.shape[-1])), size)
     return kernel[..., :: target[1], :: target[1]]

@@ -175,7 +175,7 @@ def _selector(model: nn.Module, where: Where | None) -> Callable[[nn.Module, str
     if callable(where):
         predicate = where
         return lambda module, name: None if predicate(module, name) else "where does not select it"
-    patterns = list(where)
+    patterns = list(where) if isinstance(where, Sequence) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"where must be a glob, several globs, or a function (module, name) -> bool; got {where!r}.")
     return lambda module, name: (

@@ -73,6 +73,11 @@ def reparameterize(
     x = _example(model) if example_input is None else example_input
     with torch.no_grad(), _watch_norms(model) as norms:
         before = _run(model, x, made_up=example_input is None)
+    if not all(leaf.isfinite().all() for leaf in tree_leaves(before) if isinstance(leaf, Tensor)):
+        raise ValueError(
+            "the model's own outputs are not finite on the example input, so nothing can be verified: "
+            "pass example_input= with images that it can handle."
+        )
     fused, names = _fuse(model, norms())
     if not names:
         raise ValueError(

@@ -1,0 +1,136 @@
+import logging
+
+import pytest
+import timm
+import torch
+from test_convert import unsettled
+from timm.utils import reparameterize_model
+from torch import nn
+
+import widefield
+from tolerances import FLOAT32, NETWORK, close
+from widefield.nn import FusedMoRFConv2d, MoRFConv2d
+
+
+def count(model, kind):
+    return sum(isinstance(m, kind) for m in model.modules())
+
+
+SMALL = {
+    "morf_convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)},
+    "morf_resnet18": {},
+}
+
+
+@pytest.mark.parametrize("routing", ["soft", "hard"])
+@pytest.mark.parametrize("name", SMALL)
+def test_timms_own_function_and_ours_agree_with_the_unfused_model(name, routing):
+    model = unsettled(timm.create_model(name, routing=routing, num_classes=10, **SMALL[name]))
+    x = torch.randn(2, 3, 64, 64)
+    for fused in (reparameterize_model(model), widefield.reparameterize(model)):
+        assert count(fused, MoRFConv2d) == 0
+        assert count(fused, FusedMoRFConv2d) == count(model, MoRFConv2d)
+        assert widefield.compare(model, fused, x).relative < NETWORK
+    assert count(model, MoRFConv2d) > 0
+
+
+def test_batch_norms_behind_mixtures_are_folded():
+    model = unsettled(timm.create_model("morf_resnet18", num_classes=10))
+    fused = widefield.reparameterize(model)
+    # Every block has two mixtures, each followed by its norm; the stem's and the three shortcuts' norms stay.
+    assert count(model, nn.BatchNorm2d) == 20
+    assert count(fused, nn.BatchNorm2d) == 4
+    assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
+
+
+class Residual(nn.Module):
+    """A mixture whose output is read by its norm and by somebody else: the norm must stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.norm = MoRFConv2d(4, 4, (3, 5)), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.mix(x)
+        return self.norm(y) + y
+
+
+class Twice(nn.Module):
+    """One mixture read by two norms, one norm that reads two mixtures."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = MoRFConv2d(4, 4, (3, 5)), MoRFConv2d(4, 4, (3, 5))
+        self.n, self.m = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.n(y) + self.m(y) + self.n(self.b(x))
+
+
+@pytest.mark.parametrize("kind", [Residual, Twice])
+def test_a_norm_that_is_not_alone_is_not_folded(kind):
+    model = unsettled(kind())
+    fused = widefield.reparameterize(model)
+    assert count(fused, nn.BatchNorm2d) == count(model, nn.BatchNorm2d)
+    x = torch.randn(2, 4, 8, 8)
+    close(fused(x), model(x), FLOAT32)
+
+
+def test_the_root_is_fused():
+    layer = MoRFConv2d(4, 4, (3, 5)).eval()
+    fused = widefield.reparameterize(layer)
+    assert isinstance(fused, FusedMoRFConv2d)
+    x = torch.randn(2, 4, 8, 8)
+    close(fused(x), layer(x), FLOAT32)
+
+
+def test_timms_own_mergeable_blocks_are_fused_too():
+    model = unsettled(timm.create_model("mobileone_s0", num_classes=10))
+    fused = widefield.reparameterize(model)
+    assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.parameters())
+    assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
+
+
+def test_an_output_that_changes_is_an_error_and_the_model_stays():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x
+
+        def fuse(self):
+            return nn.Sequential(nn.LeakyReLU(0.5))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Broken()).eval()
+    with pytest.raises(RuntimeError, match=r"changed the outputs by .* tolerance=1e-04. Fused were: 1"):
+        widefield.reparameterize(model)
+    assert isinstance(model[1], Broken)
+    assert isinstance(widefield.reparameterize(model, tolerance=10.0)[1], nn.Sequential)
+
+
+def test_what_cannot_be_done_is_refused_with_the_mend():
+    model = nn.Sequential(MoRFConv2d(4, 4, (3, 5)))
+    with pytest.raises(RuntimeError, match=r"0 is in training mode|Sequential is in training mode"):
+        widefield.reparameterize(model)
+    model.eval()[0].train()
+    with pytest.raises(RuntimeError, match=r"0 is in training mode: call model.eval\(\)"):
+        widefield.reparameterize(model)
+    with pytest.raises(ValueError, match="nothing to fuse"):
+        widefield.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval())
+    with pytest.raises(ValueError, match="pass example_input="):
+        widefield.reparameterize(nn.Sequential(MoRFConv2d(3, 4, (3,)), nn.Flatten(), nn.Linear(7, 2)).eval())
+    with pytest.raises(ValueError, match="pass example_input="):
+        widefield.reparameterize(nn.Linear(3, 3).eval())
+    with pytest.raises(ValueError, match="not finite"):
+        widefield.reparameterize(model.eval(), torch.full((1, 4, 5, 5), float("nan")))
+    with pytest.raises(TypeError, match="tolerance"):
+        widefield.reparameterize(model.eval(), tolerance="small")
+
+
+def test_example_input_inplace_and_report(caplog):
+    model = nn.Sequential(MoRFConv2d(3, 4, (3, 5)), nn.Flatten(), nn.Linear(4 * 25, 2)).eval()
+    with caplog.at_level(logging.INFO, "widefield"):
+        fused = widefield.reparameterize(model, torch.randn(1, 3, 5, 5), inplace=True)
+    assert fused is model
+    assert isinstance(model[0], FusedMoRFConv2d)
+    assert "fused 1 layers (0)" in caplog.text
+    assert not model[0]._forward_hooks
