@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from widefield import _checks
 
@@ -81,6 +83,26 @@ def measure(
 def _row(name: str, times: list[float], peak: int | None) -> Row:
     p20, p50, p80 = torch.tensor(times, dtype=torch.double).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     return Row(name, p20, p50, p80, len(times), peak)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs whatever machine it runs on."""
+
+    parameters: int
+    macs: int
+    """Multiply-accumulates of convolutions and matrix products in one forward pass."""
+
+
+def cost(model: nn.Module, x: Tensor) -> Cost:
+    """Count parameters, and multiply-accumulates of a forward pass on ``x``; both may be on the meta device.
+
+    Counted are convolutions and matrix products, as torch's FlopCounterMode sees them, at half its FLOPs. On real
+    numbers hard routing is charged for the experts that it chose; on meta tensors for the largest.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:

@@ -15,10 +15,12 @@ with respect to x, every W_r, every b_r and the routing weights a. Two backends 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from widefield import _checks
 from widefield.ops import fold
@@ -51,8 +53,8 @@ def mixture_conv2d(
         groups: of every expert.
         dilations: one per expert; default 1.
         sparse: a weight of exactly 0 means that the expert was not chosen: it is not computed for that sample, and
-            neither its kernel nor that weight gets a gradient from it. Ignored (nothing is skipped, the output is the
-            same) while torch.compile or torch.export traces, as which experts to skip depends on the data.
+            neither its kernel nor that weight gets a gradient from it. Nothing is skipped, and the output is the same,
+            where there are no numbers to look at: while torch.compile or torch.export traces, and on meta tensors.
         backend: "auto", "merged" or "branches".
 
     Returns:
@@ -153,6 +155,10 @@ def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: 
     return "merged" if kernel.shape[0] // groups * size * size <= 10 * pixels else "branches"
 
 
+def _has_numbers(weights: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or weights.is_meta or isinstance(weights, FakeTensor))
+
+
 def _branches(
     x: Tensor,
     kernels: Sequence[Tensor],
@@ -163,7 +169,7 @@ def _branches(
     dilations: Sequence[int],
     sparse: bool,
 ) -> Tensor:
-    skip = sparse and not torch.compiler.is_compiling()
+    skip = sparse and _has_numbers(weights)
     y: Tensor | None = None
     for r, (kernel, dilation) in enumerate(zip(kernels, dilations, strict=True)):
         bias = None if biases is None else biases[r]
@@ -194,7 +200,7 @@ def _merged(
     if x.shape[0] == 0:  # grouped convolution refuses zero groups
         every = None if bias_bank is None else list(bias_bank)
         return _branches(x, list(bank), every, weights, stride, groups, (1,) * len(bank), False)
-    if sizes is None or torch.compiler.is_compiling():
+    if sizes is None or not _has_numbers(weights):
         return _merged_dense(x, bank, bias_bank, weights, stride, groups)
     # One bucket of samples for each size of kernel. Which samples is data: on a GPU this waits for it once a layer.
     spans = torch.tensor([min(size, bank.shape[-1]) for size in sizes], device=weights.device)
@@ -222,17 +228,15 @@ def _merged_dense(
     with torch.autocast(x.device.type, enabled=False):
         a = weights.to(bank.dtype)
         kernels = (a @ bank.flatten(1)).view(batch * c_out, c_group, size, size)
-        bias = None if bias_bank is None else (a @ bias_bank)[:, :, None, None]
-    y = _grouped_conv2d(x.reshape(1, batch * c_in, height, width), kernels, stride, batch * groups)
+        bias = None if bias_bank is None else (a @ bias_bank).flatten()
+    y = _grouped_conv2d(x.reshape(1, batch * c_in, height, width), kernels, bias, stride, batch * groups)
     y = y.view(batch, c_out, y.shape[2], y.shape[3])
-    if bias is not None:
-        y = y + bias.to(y.dtype)
     if x.stride(1) == 1 and c_in > 1 and height * width > 1:  # is_contiguous(channels_last), which vmap does not know
         return y.contiguous(memory_format=torch.channels_last)
     return y
 
 
-def _grouped_conv2d(x: Tensor, kernels: Tensor, stride: int, groups: int) -> Tensor:
+def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
     """F.conv2d with "same" alignment for one "image" that holds a batch in its channels: (1, N*C, H, W)."""
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
@@ -241,16 +245,18 @@ def _grouped_conv2d(x: Tensor, kernels: Tensor, stride: int, groups: int) -> Ten
     if on_cpu and dtype in (torch.bfloat16, torch.float16):
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
         with torch.autocast("cpu", enabled=False):
-            return _grouped_conv2d(x.float(), kernels.float(), stride, groups).to(dtype)
+            wide = None if bias is None else bias.float()
+            return _grouped_conv2d(x.float(), kernels.float(), wide, stride, groups).to(dtype)
+    x, kernels, bias = x.to(dtype), kernels.to(dtype), None if bias is None else bias.to(dtype)
     depthwise = kernels.shape[1] == 1 and kernels.shape[0] == groups
     if on_cpu and depthwise and stride == 1 and kernels.shape[-1] > 3:
-        y: Tensor = _DepthwiseConv2d.apply(x.to(dtype), kernels.to(dtype))
+        y: Tensor = _DepthwiseConv2d.apply(x, kernels, bias)
         return y
-    return F.conv2d(x.to(dtype), kernels.to(dtype), stride=stride, padding=kernels.shape[-1] // 2, groups=groups)
+    return F.conv2d(x, kernels, bias, stride, kernels.shape[-1] // 2, groups=groups)
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
-    """F.conv2d, stride 1, "same" padding, of x (1, M, H, W) with M kernels (M, 1, K, K), for CPUs.
+    """F.conv2d, stride 1, "same" padding, of x (1, M, H, W) with M kernels (M, 1, K, K) and M biases, for CPUs.
 
     Both gradients are forward convolutions: with respect to x with the flipped kernel, with respect to the kernel of x
     with the output gradient as the kernel. oneDNN has fast forward convolutions for them, while its weight gradient
@@ -260,22 +266,24 @@ class _DepthwiseConv2d(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kernels: Tensor) -> Tensor:
-        return F.conv2d(x, kernels, padding=kernels.shape[-1] // 2, groups=kernels.shape[0])
+    def forward(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, kernels, bias, padding=kernels.shape[-1] // 2, groups=kernels.shape[0])
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, kernels = ctx.saved_tensors  # type: ignore[attr-defined]
-        need_x, need_kernels = ctx.needs_input_grad  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, kernels = ctx.saved_tensors
+        need_x, need_kernels, need_bias = ctx.needs_input_grad
         channels, _, size, _ = kernels.shape
-        dx = dk = None
+        dx = dk = db = None
         if need_x:
             dx = F.conv2d(grad, kernels.flip(-1, -2), padding=size // 2, groups=channels)
         if need_kernels:
             image = x.contiguous(memory_format=torch.channels_last)
             dk = F.conv2d(image, grad.transpose(0, 1), padding=size // 2, groups=channels).transpose(0, 1)
-        return dx, dk
+        if need_bias:
+            db = grad.sum((0, 2, 3))
+        return dx, dk, db

@@ -1,0 +1,5 @@
+"""``python -m widefield`` is ``widefield``."""
+
+from widefield.cli import main
+
+raise SystemExit(main())

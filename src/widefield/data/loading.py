@@ -1,0 +1,114 @@
+"""What every data set shares: the form of a sample, batches, and augmentation that repeats to the bit.
+
+The randomness of a sample is a function of (seed, epoch, index) and of nothing else: not of the number of loader
+workers, not of the samples read before, not of the global generators. A run resumed in the middle of an epoch
+therefore sees exactly the images it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from widefield import _checks
+
+Sample = dict[str, Any]
+"""One sample: ``image`` float32 (C, H, W), normalised; ``label`` int; whatever else the set knows."""
+
+SPLITS = ("train", "val")
+
+
+class ImageSet(Dataset[Sample | None], ABC):
+    """A map-style data set of labelled images; a subclass gives ``__len__`` and ``sample``.
+
+    Attributes:
+        classes: names of the classes; a sample's label is an index into them.
+        mean: mean of each channel for pixels in [0, 1]; it has been subtracted from every image.
+        std: standard deviation of each channel; every image has been divided by it.
+        image_size: side of the square images, in pixels.
+        split: ``"train"`` or ``"val"``.
+        seed: first word of the key to every random choice.
+    """
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __init__(self, split: str, image_size: int, seed: int) -> None:
+        self.split = _checks.choice("split", split, SPLITS)
+        self.image_size = _checks.integer("size", image_size)
+        self.seed = _checks.integer("seed", seed, minimum=0, maximum=2**32 - 1)
+        # In shared memory, so that workers that outlive an epoch (persistent_workers) see it change.
+        self._epoch = shared(torch.zeros((), dtype=torch.int64))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        shared(self._epoch)  # a copied or unpickled set reaches its workers as well
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, whose random choices the next samples get; call it before iterating a loader.
+
+        Raises TypeError or ValueError unless ``epoch`` is an integer of at least 0.
+        """
+        self._epoch.fill_(_checks.integer("epoch", epoch, minimum=0))
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, index: int) -> Sample | None:
+        """Return sample ``index``, an int in [0, len(self)), or None to leave it out of its batch."""
+
+    def __getitem__(self, index: int) -> Sample | None:
+        return self.sample(range(len(self))[index])  # range knows negative indices and raises IndexError
+
+    def key(self, index: int) -> tuple[int, int, int]:
+        """Return the key (seed, epoch, index) of one sample's randomness, for ``seeded``."""
+        return self.seed, int(self._epoch), index
+
+
+def shared(values: torch.Tensor) -> torch.Tensor:
+    """Move ``values`` to memory that worker processes see change, and return it."""
+    values.share_memory_()  # type: ignore[no-untyped-call]
+    return values
+
+
+@contextmanager
+def seeded(key: Sequence[int]) -> Iterator[None]:
+    """Seed the global CPU generators of python, numpy and torch from ``key`` for one block, and restore them after.
+
+    The transforms of timm and torchvision draw from these generators. ``key`` holds non-negative integers.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would reseed every GPU as well
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def collate(samples: Sequence[Sample | None]) -> Sample:
+    """Stack samples into a batch: ``image`` (N, C, H, W), ``label`` int64 (N,), and so on for the other entries.
+
+    ``None`` samples (skipped images) are dropped; a batch of nothing else is ``{}``.
+    """
+    kept = [sample for sample in samples if sample is not None]
+    batch: Sample = default_collate(kept) if kept else {}
+    return batch
+
+
+def normalise(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Return (``image`` - ``mean``) / ``std`` by channel for images float32 (..., C, H, W) in [0, 1]."""
+    return (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]

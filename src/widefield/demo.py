@@ -1,0 +1,271 @@
+"""The whole way in a few minutes: train three networks, re-parameterise, prove, measure, show who was routed where.
+
+`widefield demo` trains a narrow ConvNeXt with 7x7 kernels, and the same network with mixtures of receptive fields,
+soft and hard, on real images with the same seed and budget, and writes a page about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from widefield import bench, data, report, tasks
+from widefield.analysis import Routing, routing_weights
+from widefield.surgery import Difference, compare, reparameterize
+from widefield.train import ConversionSpec, Recipe, load_recipe, train
+
+DATA = ("digits", "scales")
+BASELINE = "7x7"
+VARIANTS: Mapping[str, Mapping[str, Any] | None] = {
+    BASELINE: None,
+    "MoRF soft": {"routing": "soft"},
+    "MoRF hard": {"routing": "hard"},
+}
+MEASURED_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What came of one network. Times are medians of interleaved runs, in seconds for a batch of MEASURED_BATCH."""
+
+    accuracy: float
+    cost: bench.Cost
+    fused_cost: bench.Cost
+    step: bench.Row
+    inference: bench.Row
+    fused_inference: bench.Row
+    difference: Difference | None
+    """Between fused and unfused outputs; None for the baseline, which has nothing to fuse."""
+
+
+def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Sequence[str] = ()) -> Path:
+    """Train, re-parameterise, measure and report; return the path of the page.
+
+    Writes ``results.json``, ``report.html``, two PNGs and the three training runs into ``output``, and replaces what
+    an earlier demo left there.
+
+    Args:
+        name: "digits" or "scales".
+        output: folder.
+        overrides: of the recipe ``demo_<name>``, as in ``widefield train``.
+
+    Raises:
+        OSError: ``output`` cannot be written; found before training starts.
+        ValueError, TypeError: an override does not fit.
+    """
+    folder = Path(output)
+    recipe = load_recipe(f"demo_{name}", [*overrides, "--output", str(folder)])
+    for variant in VARIANTS:
+        shutil.rmtree(folder / _slug(variant), ignore_errors=True)
+    console = Console(stderr=True)
+    models: dict[str, nn.Module] = {}
+    accuracies: dict[str, float] = {}
+    for variant, mixture in VARIANTS.items():
+        console.print(f"[bold]{variant}[/] on {name}")
+        result = train(_variant(recipe, variant, mixture), console=console)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        models[variant], accuracies[variant] = result.model.cpu(), result.metrics["top1"]
+
+    validation = data.create(recipe.data.name, "val", **recipe.data.args)
+    batches = list(DataLoader(validation, batch_size=250, collate_fn=data.collate))
+    images: Tensor = torch.cat([batch["image"] for batch in batches])
+    console.print("re-parameterising and measuring")
+    entries = _measure(models, accuracies, images, tasks.create(recipe.task.name, validation, **recipe.task.args))
+    routings = {v: routing_weights(models[v], [batch["image"] for batch in batches]) for v in VARIANTS if v != BASELINE}
+    return _write(folder, name, recipe, entries, routings, validation, batches)
+
+
+def _slug(variant: str) -> str:
+    return variant.lower().replace(" ", "-")
+
+
+def _variant(recipe: Recipe, variant: str, mixture: Mapping[str, Any] | None) -> Recipe:
+    conversion = mixture and ConversionSpec("morf", "*.conv_dw", dict(mixture))
+    return dataclasses.replace(recipe, name=_slug(variant), conversion=conversion or None)
+
+
+def _measure(
+    models: Mapping[str, nn.Module], accuracies: Mapping[str, float], images: Tensor, task: tasks.Task
+) -> dict[str, Entry]:
+    x = images[torch.arange(MEASURED_BATCH) % len(images)]
+    batch = {"image": x, "label": torch.arange(MEASURED_BATCH) % task.model_args["num_classes"]}
+
+    def step(model: nn.Module) -> None:
+        model.train()
+        model.zero_grad()
+        task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+
+    def infer(model: nn.Module) -> None:
+        with torch.inference_mode():
+            model.eval()(x)
+
+    steps = bench.measure({v: partial(step, m) for v, m in models.items()}, repeats=11, warmup=2)
+    for model in models.values():
+        model.eval()
+        model.zero_grad()
+    fused = {v: m if v == BASELINE else reparameterize(m, x) for v, m in models.items()}
+    candidates = {v: partial(infer, m) for v, m in models.items()}
+    candidates |= {f"{v} fused": partial(infer, m) for v, m in fused.items()}
+    inference = bench.measure(candidates, repeats=21, warmup=3)
+    return {
+        v: Entry(
+            accuracy=accuracies[v],
+            cost=bench.cost(model, x[:1]),
+            fused_cost=bench.cost(fused[v], x[:1]),
+            step=steps[v],
+            inference=inference[v],
+            fused_inference=inference[f"{v} fused"],
+            difference=None if v == BASELINE else compare(model, fused[v], images),
+        )
+        for v, model in models.items()
+    }
+
+
+def _rows(entries: Mapping[str, Entry]) -> list[dict[str, str]]:
+    """One row a quantity, one column a network."""
+    base = entries[BASELINE]
+
+    def throughput(row: bench.Row, reference: bench.Row) -> str:
+        spread = f"{MEASURED_BATCH / row.p80:.0f}-{MEASURED_BATCH / row.p20:.0f}"
+        return f"{MEASURED_BATCH / row.p50:.0f} ({spread}), {reference.p50 / row.p50:.2f}x"
+
+    def step(row: bench.Row) -> str:
+        return f"{1e3 * row.p50:.1f} ({1e3 * row.p20:.1f}-{1e3 * row.p80:.1f}), {row.p50 / base.step.p50:.2f}x"
+
+    quantities: dict[str, Callable[[Entry], str]] = {
+        "top-1": lambda e: f"{100 * e.accuracy:.1f}%",
+        "parameters": lambda e: f"{e.cost.parameters:,}",
+        "parameters, fused": lambda e: f"{e.fused_cost.parameters:,}",
+        "MACs": lambda e: f"{e.cost.macs / 1e6:.2f}M",
+        "training step, ms": lambda e: step(e.step),
+        "images/s": lambda e: throughput(e.inference, base.inference),
+        "images/s, fused": lambda e: throughput(e.fused_inference, base.fused_inference),
+        "max |fused - unfused|": lambda e: "-" if e.difference is None else f"{e.difference.relative:.1e}",
+    }
+    return [{"": q, **{name: show(entry) for name, entry in entries.items()}} for q, show in quantities.items()]
+
+
+def _write(
+    folder: Path,
+    name: str,
+    recipe: Recipe,
+    entries: Mapping[str, Entry],
+    routings: Mapping[str, Sequence[Routing]],
+    validation: data.ImageSet,
+    batches: Sequence[Mapping[str, Any]],
+) -> Path:
+    environment = bench.environment()
+    results = {
+        "data": name,
+        "command": f"widefield demo --data {name}",
+        "environment": environment,
+        "recipe": dataclasses.asdict(recipe),
+        "models": {v: dataclasses.asdict(entry) for v, entry in entries.items()},
+        "routing": {v: [routing.to_dict() for routing in found] for v, found in routings.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    rows = _rows(entries)
+    figures = {}
+    for variant, found in routings.items():
+        blocks, experts = [_block(r.name) for r in found], found[0].experts
+        shares = [r.frequencies().tolist() for r in found]
+        title = f"{variant}: " + (
+            "share of choices" if found[0].hard else "share of images whose largest weight it has"
+        )
+        figures[f"routing-{_slug(variant)}"] = report.pies(blocks, experts, shares, title)
+        figures[f"examples-{_slug(variant)}"] = _examples(variant, found, validation, batches)
+    for stem, figure in figures.items():
+        (folder / f"{stem}.png").write_bytes(report.png(figure))
+
+    sections = [
+        (
+            "What it costs and what it gives",
+            report.paragraph(
+                "All three networks have the same shape, seed, data and number of steps. Times are medians of "
+                f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
+                "to the 7x7 network in the same run. The last column is the largest difference between the outputs "
+                "before and after re-parameterisation over all validation images, in units of the largest output."
+            )
+            + report.table(rows),
+        ),
+        ("Training", report.picture(_curves(folder), "Validation accuracy after each epoch.")),
+    ]
+    for variant, found in routings.items():
+        caption = (
+            "How often each expert was among the chosen ones, block by block, over the validation images."
+            if found[0].hard
+            else "For how many validation images each expert had the largest routing weight, block by block."
+        )
+        sections.append((f"What {variant} chose", report.picture(figures[f"routing-{_slug(variant)}"], caption)))
+        text = "Images and the routing weights that they got: a row a block, a column an expert."
+        sections.append((f"Examples: {variant}", report.picture(figures[f"examples-{_slug(variant)}"], text)))
+    page = folder / "report.html"
+    lead = (
+        f"A narrow ConvNeXt on {name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a router "
+        "weighs for each image."
+    )
+    page.write_text(report.page("A mixture of receptive fields", lead, sections, environment), encoding="utf-8")
+    _print(rows, page)
+    return page
+
+
+def _block(name: str) -> str:
+    """``stages.2.blocks.1.conv_dw`` -> ``stage 3, block 2``, as the paper counts."""
+    parts = name.split(".")
+    return f"stage {int(parts[1]) + 1}, block {int(parts[3]) + 1}"
+
+
+def _examples(
+    variant: str, found: Sequence[Routing], validation: data.ImageSet, batches: Sequence[Mapping[str, Any]]
+) -> Any:
+    labels = torch.cat([batch["label"] for batch in batches])
+    if "size" in batches[0]:  # the smallest to the largest object
+        order = torch.cat([batch["size"] for batch in batches]).argsort()
+        chosen = [int(order[i]) for i in torch.linspace(0, len(order) - 1, 8).long()]
+    else:  # one of each class
+        chosen = [int((labels == label).nonzero()[0]) for label in range(min(8, len(validation.classes)))]
+    images = torch.cat([batch["image"] for batch in batches])[chosen]
+    mean, std = (torch.tensor(v)[:, None, None] for v in (validation.mean, validation.std))
+    pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    weights = torch.stack([routing.weights[chosen] for routing in found], 1).numpy()
+    return report.examples(
+        list(pictures),
+        [validation.classes[int(labels[i])] for i in chosen],
+        list(weights),
+        [_block(routing.name) for routing in found],
+        found[0].experts,
+        f"{variant}: routing weights",
+    )
+
+
+def _curves(folder: Path) -> Any:
+    lines = {}
+    for variant in VARIANTS:
+        log = (folder / _slug(variant) / "metrics.jsonl").read_text().splitlines()
+        points = [(e["epoch"] + 1, 100 * e["top1"]) for e in map(json.loads, log) if "top1" in e]
+        lines[variant] = ([x for x, _ in points], [y for _, y in points])
+    return report.curves(lines, "epoch", "top-1, %")
+
+
+def _print(rows: Sequence[Mapping[str, str]], page: Path) -> None:
+    table = Table(title="A mixture of receptive fields", title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    console.print(table)
+    console.print(f"The report is in {page}")

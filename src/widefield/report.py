@@ -1,0 +1,189 @@
+"""Rows and arrays to HTML, Markdown and figures.
+
+Tables take rows (mappings with the same keys, values already formatted); figures take plain lists and arrays and
+return a matplotlib Figure, which draws without a display. A page holds its pictures in itself: one file to send.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #1f6f8b; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.9rem; margin-bottom: .25rem; } h2 { margin-top: 2.5rem; font-size: 1.3rem; }
+p, li { max-width: 48rem; } .lead { opacity: .8; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
+th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; font-weight: 600; }
+thead th { border-bottom: 2px solid var(--accent); vertical-align: bottom; white-space: normal; }
+tbody tr:hover { background: var(--soft); }
+figure { margin: 1rem 0; } figure img { max-width: 100%; border-radius: 6px; background: white; }
+figcaption, footer { font-size: .9rem; opacity: .75; } footer { margin-top: 3rem; border-top: 1px solid var(--line); }
+code { background: var(--soft); padding: .1em .35em; border-radius: 4px; }
+"""
+
+
+def page(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: Mapping[str, str]) -> str:
+    """Return a complete HTML document.
+
+    Args:
+        title, lead: plain text.
+        sections: (heading, HTML body).
+        footer: facts such as the machine and versions, plain text.
+    """
+    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{content}</section>" for heading, content in sections)
+    facts = " · ".join(f"{html.escape(key)} {html.escape(value)}" for key, value in footer.items())
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>{body}'
+        f"<footer><p>{facts}</p></footer></body></html>\n"
+    )
+
+
+def paragraph(text: str) -> str:
+    """Return plain text as an HTML paragraph."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows as an HTML table; the keys of the first row are the columns."""
+    head = "".join(f"<th>{html.escape(key)}</th>" for key in rows[0])
+    lines = ("".join(f"<td>{html.escape(row[key])}</td>" for key in rows[0]) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return rows as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def picture(figure: Figure, caption: str) -> str:
+    """Return a figure as an HTML figure with the PNG inside."""
+    data = base64.b64encode(png(figure)).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG at 144 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def expert_colours(count: int) -> list[Any]:
+    """Return one RGBA colour per expert, light for the first (small kernels) to dark for the last."""
+    from matplotlib import colormaps
+
+    return [colormaps["YlGnBu"](0.25 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def pies(blocks: Sequence[str], experts: Sequence[str], shares: Sequence[Sequence[float]], title: str) -> Figure:
+    """Draw one pie a block of how often each expert was preferred (MoRF, figure 3).
+
+    Args:
+        blocks: names, in the order of depth.
+        experts: names, the same in all blocks.
+        shares: for each block, one share per expert.
+    """
+    columns = min(len(blocks), 6)
+    rows = -(-len(blocks) // columns)
+    figure = _figure(1.9 * columns + 1.2, 2.1 * rows + 0.4)
+    colours = expert_colours(len(experts))
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, block, share in zip(axes, blocks, shares, strict=False):
+        axis.pie(
+            share,
+            colors=colours,
+            startangle=90,
+            counterclock=False,
+            autopct=lambda percent: f"{percent:.0f}%" if percent >= 6 else "",
+            textprops={"fontsize": 7},
+            wedgeprops={"linewidth": 0.6, "edgecolor": "white"},
+        )
+        axis.set_title(block, fontsize=8)
+    for axis in axes[len(blocks) :]:
+        axis.axis("off")
+    handles = [_patch(colour) for colour in colours]
+    figure.legend(handles, experts, loc="outside right center", frameon=False, fontsize=9, title="expert")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _patch(colour: Any) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=colour)
+
+
+def examples(
+    images: Sequence[Any],
+    captions: Sequence[str],
+    weights: Sequence[Any],
+    blocks: Sequence[str],
+    experts: Sequence[str],
+    title: str,
+) -> Figure:
+    """Draw images, and under each its routing weights: a row a block, a column an expert.
+
+    Args:
+        images: arrays (H, W, 3) in [0, 1].
+        captions: one per image.
+        weights: for each image an array (blocks, experts).
+        blocks, experts: names.
+    """
+    figure = _figure(1.5 * len(images) + 1.4, 1.7 + 0.24 * len(blocks) + 0.7)
+    ratios = [1.5, 0.24 * len(blocks) + 0.35]
+    axes = figure.subplots(2, len(images), squeeze=False, height_ratios=ratios)
+    limit = max(float(abs(weight).max()) for weight in weights)
+    signed = any(float(weight.min()) < 0 for weight in weights)
+    shades: dict[str, Any] = (
+        {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "YlGnBu", "vmin": 0, "vmax": limit}
+    )
+    shown = None
+    for column, (image, caption, weight) in enumerate(zip(images, captions, weights, strict=True)):
+        top, bottom = axes[0, column], axes[1, column]
+        top.imshow(image, interpolation="nearest")
+        top.set_title(caption, fontsize=8)
+        top.axis("off")
+        shown = bottom.imshow(weight, aspect="auto", **shades)
+        bottom.set_xticks(range(len(experts)), experts, fontsize=6, rotation=90)
+        bottom.set_yticks(range(len(blocks)), blocks if column == 0 else [""] * len(blocks), fontsize=6)
+        bottom.tick_params(length=0)
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=axes[1, :], shrink=0.9, pad=0.01)
+        bar.ax.tick_params(labelsize=6)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> Figure:
+    """Draw one line for each name: (x values, y values)."""
+    figure = _figure(7.0, 3.2)
+    axis = figure.subplots()
+    for name, (x, y) in lines.items():
+        axis.plot(x, y, marker="o", markersize=3, linewidth=1.5, label=name)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return figure

@@ -1,0 +1,38 @@
+"""Training: recipes, the loop, checkpoints."""
+
+from widefield.train.build import build_model, load_trained
+from widefield.train.engine import RunResult, train
+from widefield.train.evaluation import evaluate
+from widefield.train.recipe import (
+    CheckpointSpec,
+    ConversionSpec,
+    DataSpec,
+    EmaSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    ScheduleSpec,
+    TaskSpec,
+)
+from widefield.train.recipe_io import describe_keys, load_recipe, save_recipe, shipped_recipes
+
+__all__ = [
+    "CheckpointSpec",
+    "ConversionSpec",
+    "DataSpec",
+    "EmaSpec",
+    "ModelSpec",
+    "OptimizerSpec",
+    "Recipe",
+    "RunResult",
+    "ScheduleSpec",
+    "TaskSpec",
+    "build_model",
+    "describe_keys",
+    "evaluate",
+    "load_recipe",
+    "load_trained",
+    "save_recipe",
+    "shipped_recipes",
+    "train",
+]

@@ -1,0 +1,87 @@
+"""Recipe -> model, and the folder of a run -> trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from widefield import _checks
+from widefield.train.checkpoint import best, checkpoints, load_weights
+from widefield.train.recipe import ConversionSpec, Recipe
+from widefield.train.recipe_io import load_recipe
+
+
+def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
+    """Build the model of a recipe, converted where the recipe says so.
+
+    Args:
+        recipe: read for ``model`` and ``conversion``.
+        model_args: what the task decides, such as ``{"num_classes": 10}`` (``Task.model_args``).
+
+    Raises:
+        ValueError: unknown model; an argument that the task decides; nothing to convert.
+        TypeError: an argument that the model or the conversion does not have.
+    """
+    import widefield.models  # noqa: F401 (registers ours in timm)
+
+    name = recipe.model.name
+    known = timm.list_models()
+    if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
+        raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
+    for key in model_args:
+        if key in recipe.model.args:
+            raise ValueError(f"model.args.{key} is decided by the task ({model_args[key]!r}); leave it out.")
+    model: nn.Module = timm.create_model(name, **recipe.model.args, **model_args)
+    return _converted(model, recipe.conversion) if recipe.conversion else model
+
+
+def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
+    from widefield import surgery
+
+    config = {"morf": surgery.MoRF}[conversion.kind]
+    known = [field.name for field in dataclasses.fields(config)]
+    for key in conversion.args:
+        if key not in known:
+            raise TypeError(
+                f"conversion.args.{key}: {config.__name__} has no such argument.{_checks.did_you_mean(key, known)} "
+                f"It takes {', '.join(known)}."
+            )
+    return surgery.convert(model, config(**conversion.args), conversion.where)
+
+
+def load_trained(run: str | Path, which: str = "best") -> nn.Module:
+    """Return the trained model of a run, on the CPU and in evaluation mode.
+
+    Its weights are the moving average if the run kept one.
+
+    Args:
+        run: the run's folder, ``runs/NAME``.
+        which: ``"best"`` by the task's headline metric, or ``"last"``.
+
+    Raises:
+        FileNotFoundError: the folder has no such checkpoint.
+        ValueError: the weights do not fit the model, which happens if the code of the model has changed since.
+    """
+    _checks.choice("which", which, ("best", "last"))
+    folder = Path(run) / "checkpoints"
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"{run} is not the folder of a run: it holds no checkpoints.")
+    chosen = found[-1]
+    if which == "best":
+        ranked = best(folder, chosen.meta["headline"], higher_is_better=chosen.meta["higher_is_better"])
+        if ranked is None:
+            raise FileNotFoundError(f'{run} holds no evaluated checkpoint yet; which="last" gives the newest.')
+        chosen = ranked
+    recipe = load_recipe(run)
+    # The stored weights replace whatever pretrained ones the recipe started from: do not fetch those.
+    args = {key: value for key, value in recipe.model.args.items() if key != "pretrained"}
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args))
+    model = build_model(recipe, chosen.meta["model_args"])
+    load_weights(chosen.weights, model)
+    return model.eval()

@@ -1,0 +1,192 @@
+"""Checkpoints on disk: whole or not there at all.
+
+A checkpoint is a folder ``checkpoints/step-00000123`` with
+
+* ``model.safetensors`` and, with a moving average, ``ema.safetensors``: the weights;
+* ``state.pt``: optimiser, scheduler, random states; tensors and plain values, for ``torch.load(weights_only=True)``;
+* ``meta.json``: step, epoch, position in the epoch, metrics once the epoch is evaluated, versions, recipe hash.
+
+It is written to a hidden folder beside it, flushed to the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint and its ``meta.json``."""
+
+    path: Path
+    meta: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Return the number of steps behind it."""
+        return int(self.meta["step"])
+
+    @property
+    def metrics(self) -> dict[str, float] | None:
+        """Return the metrics on the val split, or None if it was taken before they were."""
+        metrics: dict[str, float] | None = self.meta["metrics"]
+        return metrics
+
+    @property
+    def weights(self) -> Path:
+        """Return the weights to use: the moving average if there is one."""
+        ema = self.path / "ema.safetensors"
+        return ema if ema.is_file() else self.path / "model.safetensors"
+
+    def state(self) -> dict[str, Any]:
+        """Read ``state.pt``, onto the CPU."""
+        state: dict[str, Any] = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+        return state
+
+
+def save(
+    folder: Path, model: nn.Module, ema: nn.Module | None, state: Mapping[str, Any], meta: Mapping[str, Any]
+) -> Checkpoint:
+    """Write a checkpoint into ``folder`` (``runs/NAME/checkpoints``), or return the one that is there for this step.
+
+    ``meta`` holds ``step`` and whatever else describes the checkpoint in JSON types. If anything fails, OSError for a
+    full disk included, the folder holds what it held before.
+    """
+    path = folder / f"step-{meta['step']:08d}"
+    checkpoint = Checkpoint(path, {**meta, "metrics": None})
+    if path.is_dir():  # resumed and interrupted again before a step: nothing has changed
+        return read(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+    try:
+        save_model(model, str(unfinished / "model.safetensors"))
+        if ema is not None:
+            save_model(ema, str(unfinished / "ema.safetensors"))
+        torch.save(dict(state), unfinished / "state.pt")
+        (unfinished / "meta.json").write_text(_json(checkpoint.meta), encoding="utf-8")
+        for file in unfinished.iterdir():
+            _flush(file)
+        _flush(unfinished)
+        unfinished.chmod(0o755)  # mkdtemp makes folders for their owner only
+        unfinished.replace(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _flush(folder)
+    return checkpoint
+
+
+def record(checkpoint: Checkpoint, metrics: Mapping[str, float]) -> Checkpoint:
+    """Add the metrics of its epoch to a checkpoint; returns the checkpoint with them."""
+    meta = {**checkpoint.meta, "metrics": dict(metrics)}
+    write_text(checkpoint.path / "meta.json", _json(meta))
+    return replace(checkpoint, meta=meta)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read one checkpoint folder."""
+    return Checkpoint(path, json.loads((path / "meta.json").read_text(encoding="utf-8")))
+
+
+def checkpoints(folder: Path) -> list[Checkpoint]:
+    """Return the finished checkpoints in ``folder``, oldest first."""
+    return sorted((read(path) for path in folder.glob("step-*")), key=lambda checkpoint: checkpoint.step)
+
+
+def best(folder: Path, headline: str, *, higher_is_better: bool) -> Checkpoint | None:
+    """Return the checkpoint with the best ``headline`` metric, the earliest of equals; None if none is evaluated.
+
+    A metric that is NaN never is the best.
+    """
+    evaluated = [c for c in checkpoints(folder) if c.metrics and c.metrics[headline] == c.metrics[headline]]
+    sign = -1 if higher_is_better else 1
+    return min(evaluated, key=lambda c: sign * (c.metrics or {})[headline], default=None)
+
+
+def prune(folder: Path, keep: int, headline: str, *, higher_is_better: bool) -> None:
+    """Delete all checkpoints but the newest ``keep`` and the best."""
+    found = checkpoints(folder)
+    top = best(folder, headline, higher_is_better=higher_is_better)
+    for checkpoint in found[:-keep]:
+        if top is None or checkpoint.path != top.path:
+            # Hidden first: a folder that is half deleted must not look like a checkpoint.
+            doomed = checkpoint.path.rename(folder / f"{_UNFINISHED}{checkpoint.path.name}")
+            shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what an interrupted write or deletion left behind."""
+    for leftover in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load a ``.safetensors`` file into ``model``.
+
+    Raises:
+        ValueError: it holds the weights of another model; the message names the first keys and shapes that differ, and
+            ``model`` is as it was.
+    """
+    differences = _differences(path, model)
+    if differences:
+        shown = "; ".join(differences[:3])
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(
+            f"{path} holds the weights of another model than this {type(model).__name__}: {shown}{more}. "
+            f"Resume with the recipe of that run, or start another run."
+        )
+    load_model(model, path)
+
+
+def _differences(path: Path, model: nn.Module) -> list[str]:
+    with safe_open(str(path), framework="pt") as file:
+        stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        # A tensor that two names share is stored once; the metadata says for which other name it stands.
+        for name, kept in (file.metadata() or {}).items():
+            if kept in stored:
+                stored[name] = stored[kept]
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, extra = "not in the checkpoint", "not in the model"
+    return [
+        f"{name} is {stored.get(name, missing)} there and {expected.get(name, extra)} here"
+        for name in [*expected, *(name for name in stored if name not in expected)]
+        if stored.get(name) != expected.get(name)
+    ]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one go: after a crash it holds the old text or the new one."""
+    unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    _flush(unfinished)
+    unfinished.replace(path)
+
+
+def _json(meta: Mapping[str, Any]) -> str:
+    return json.dumps(meta, indent=2) + "\n"
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or the entries of a folder to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle for a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""What a run shows while it runs: a progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_QUIET_SECONDS = 30.0
+
+
+class Reporter(Protocol):
+    """Shows a run; used as a ``with`` block around it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def step(self, step: int, text: str) -> None:
+        """Say that ``step`` steps are done; ``text`` describes the state of the run."""
+
+    def line(self, text: str) -> None:
+        """Say something that stays on the screen."""
+
+
+def reporter(console: Console, total: int) -> Reporter:
+    """Return what suits the console, for a run of ``total`` steps."""
+    return Bar(console, total) if console.is_terminal else Lines(console, total)
+
+
+def numbers(values: Mapping[str, float]) -> str:
+    """Return ``name value`` pairs in four digits."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class Bar:
+    """A progress bar over all steps of the run, with the time left and the current numbers."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=total, text="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, text: str) -> None:
+        """Move the bar to ``step``."""
+        self._progress.update(self._task, completed=step, text=text)
+
+    def line(self, text: str) -> None:
+        """Print above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False)
+
+
+class Lines:
+    """Plain lines: those asked for, and one about the steps every half minute. For log files and notebooks."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._last = console, total, time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def step(self, step: int, text: str) -> None:
+        """Print the state of the run if nothing was printed for half a minute."""
+        if time.monotonic() - self._last >= _QUIET_SECONDS:
+            self.line(f"step {step} of {self._total}  {text}")
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._last = time.monotonic()
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

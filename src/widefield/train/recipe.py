@@ -1,0 +1,231 @@
+"""A recipe: everything that decides a run, as frozen dataclasses that check themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from widefield import _checks
+
+CONVERSIONS = ("morf",)
+SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """``timm.create_model(name, **args)``."""
+
+    name: Annotated[str, "model name, as in timm.list_models()"]
+    args: Annotated[dict[str, Any], "further arguments of timm.create_model"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _set(self, args=_arguments("model.args", self.args))
+
+
+@dataclass(frozen=True)
+class ConversionSpec:
+    """``widefield.surgery.convert(model, MoRF(**args), where)``."""
+
+    kind: Annotated[str, "what the layers become: morf"]
+    where: Annotated[
+        str | list[str] | None, "which layers: a glob over module names, or several; null: all that can"
+    ] = None
+    args: Annotated[
+        dict[str, Any], "arguments of the configuration, such as kernel_sizes of widefield.surgery.MoRF"
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _checks.choice("conversion.kind", self.kind, CONVERSIONS)
+        _set(self, where=_plain("conversion.where", self.where), args=_arguments("conversion.args", self.args))
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """``widefield.data.create(name, split, **args)`` for the splits train and val."""
+
+    name: Annotated[str, "data set: digits, scales or folder"]
+    args: Annotated[dict[str, Any], "options of the data set"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _set(self, args=_arguments("data.args", self.args))
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """``widefield.tasks.create(name, dataset, **args)``."""
+
+    name: Annotated[str, "task"] = "classification"
+    args: Annotated[dict[str, Any], "options of the task, such as mixup and label_smoothing"] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        _set(self, args=_arguments("task.args", self.args))
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """``timm.optim.create_optimizer_v2``."""
+
+    name: Annotated[str, "optimiser, as timm calls it"] = "adamw"
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    lr_base_size: Annotated[
+        int | None,
+        "batch size for which lr is meant: the rate used is lr * whole batch / lr_base_size; null: lr as it is",
+    ] = None
+    weight_decay: Annotated[float, "weight decay"] = 0.05
+    betas: Annotated[tuple[float, float] | None, "running-average coefficients of Adam and kin; null: its default"] = (
+        None
+    )
+    args: Annotated[dict[str, Any], "further arguments of create_optimizer_v2, such as eps or layer_decay"] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            lr=_checks.number("optimizer.lr", self.lr),
+            weight_decay=_checks.number("optimizer.weight_decay", self.weight_decay),
+            betas=_betas(self.betas),
+            args=_arguments("optimizer.args", self.args),
+        )
+        if self.lr_base_size is not None:
+            _checks.integer("optimizer.lr_base_size", self.lr_base_size)
+
+    def lr_at(self, batch_size: int) -> float:
+        """Return the peak learning rate for a whole batch of ``batch_size`` (Goyal et al. 2017, linear scaling)."""
+        return self.lr if self.lr_base_size is None else self.lr * batch_size / self.lr_base_size
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """``timm.scheduler.create_scheduler_v2``, stepped at every update."""
+
+    name: Annotated[str, f"one of {', '.join(SCHEDULES)}"] = "cosine"
+    warmup_epochs: Annotated[int, "epochs of linear warm-up, counted in epochs"] = 0
+    warmup_lr: Annotated[float, "learning rate at the start of the warm-up"] = 0.0
+    min_lr: Annotated[float, "learning rate at the end"] = 0.0
+    args: Annotated[dict[str, Any], "further arguments of create_scheduler_v2, such as decay_rate"] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        _checks.choice("schedule.name", self.name, SCHEDULES)
+        _checks.integer("schedule.warmup_epochs", self.warmup_epochs, minimum=0)
+        _set(
+            self,
+            warmup_lr=_checks.number("schedule.warmup_lr", self.warmup_lr),
+            min_lr=_checks.number("schedule.min_lr", self.min_lr),
+            args=_arguments("schedule.args", self.args),
+        )
+
+
+@dataclass(frozen=True)
+class EmaSpec:
+    """``timm.utils.ModelEmaV3``: an exponential moving average of the weights, evaluated beside them."""
+
+    decay: Annotated[float, "share of the average that stays at each update, such as 0.9999"]
+    warmup: Annotated[bool, "start with a small decay that grows towards this one"] = False
+
+    def __post_init__(self) -> None:
+        _set(self, decay=_checks.number("ema.decay", self.decay, maximum=1.0))
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """Which checkpoints stay; the best one always does."""
+
+    keep: Annotated[int, "how many of the newest checkpoints stay; the best one always does"] = 2
+
+    def __post_init__(self) -> None:
+        _checks.integer("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run. ``describe_keys()`` explains each key; keys nest as the classes do.
+
+    Raises TypeError or ValueError naming the key and echoing the value.
+    """
+
+    name: Annotated[str, "name of the run; its folder is output/name"]
+    model: Annotated[ModelSpec, "the model"]
+    data: Annotated[DataSpec, "the data"]
+    output: Annotated[str, "folder that holds the runs"] = "runs"
+    seed: Annotated[int, "seed of the weights, the order of the data, mixing and dropping"] = 0
+    conversion: Annotated[ConversionSpec | None, "layers of the model to replace; null: none"] = None
+    task: Annotated[TaskSpec, "the task"] = field(default_factory=TaskSpec)
+    optimizer: Annotated[OptimizerSpec, "the optimiser"] = field(default_factory=OptimizerSpec)
+    schedule: Annotated[ScheduleSpec, "the learning rate over time"] = field(default_factory=ScheduleSpec)
+    epochs: Annotated[int, "epochs to train"] = 100
+    batch_size: Annotated[int, "images per step and process"] = 128
+    workers: Annotated[int, "loader processes; 0: load in the training process"] = 4
+    clip_grad: Annotated[float | None, "largest norm of the gradient; null: no clipping"] = None
+    ema: Annotated[EmaSpec | None, "moving average of the weights; null: none"] = None
+    mixed_precision: Annotated[str, f"one of {', '.join(PRECISIONS)}"] = "no"
+    channels_last: Annotated[bool, "keep images and weights in channels-last order"] = False
+    balance: Annotated[float, "coefficient of the load-balancing loss of hard routers"] = 0.0
+    log_every: Annotated[int, "steps between two loss entries in metrics.jsonl"] = 50
+    checkpoint: Annotated[CheckpointSpec, "the checkpoints"] = field(default_factory=CheckpointSpec)
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or self.name in ("", ".."):
+            raise ValueError(f"name must be the name of a folder, without separators; got {self.name!r}.")
+        _checks.integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
+        for name in ("epochs", "batch_size", "log_every"):
+            _checks.integer(name, getattr(self, name))
+        _checks.integer("workers", self.workers, minimum=0)
+        if self.schedule.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs must not exceed epochs; got {self.schedule.warmup_epochs} of {self.epochs}."
+            )
+        if self.clip_grad is not None:
+            _set(self, clip_grad=_checks.number("clip_grad", self.clip_grad))
+        _checks.choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        _set(self, balance=_checks.number("balance", self.balance))
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, ``output/name``."""
+        return Path(self.output).expanduser() / self.name
+
+
+def _set(spec: Any, **values: Any) -> None:
+    """Store normalised values in a frozen dataclass under construction."""
+    for name, value in values.items():
+        object.__setattr__(spec, name, value)
+
+
+def _betas(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"optimizer.betas must be two numbers; got {value!r}.")
+    first, second = (_checks.number("every entry of optimizer.betas", entry, maximum=1.0) for entry in value)
+    return first, second
+
+
+def _arguments(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of names to values; got {value!r}.")
+    return {_text(name, key): _plain(f"{name}.{key}", entry) for key, entry in value.items()}
+
+
+def _text(name: str, key: Any) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{name} must have names as its keys; got {key!r}.")
+    return key
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a copy in the types YAML gives back, so that a recipe equals its saved self; raises TypeError."""
+    if isinstance(value, Mapping):
+        return _arguments(name, value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name} must be made of numbers, strings, lists and mappings, which YAML can hold; got {value!r}.")

@@ -1,0 +1,272 @@
+"""Recipes <-> YAML and the command line; an unknown key is an error that names the nearest one.
+
+jsonargparse decides whether a value is of a key's type. What it lacks is here: suggestions for unknown keys, null
+only where a key admits it, errors in one line, and a YAML dialect that reads back exactly what it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from argparse import SUPPRESS, ArgumentError
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from widefield import _checks
+from widefield.train.recipe import Recipe
+
+SHIPPED = Path(__file__).with_name("recipes")
+
+
+def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path_or_name: a YAML file, the folder of a run (its ``config.yaml``), or the name of a shipped recipe, see
+            :func:`shipped_recipes`.
+        overrides: command-line words: ``["--optimizer.lr", "0.01", "--model.args.kernel_sizes=[3, 5]"]``. Values are
+            YAML. ``--conversion null`` and ``--ema null`` drop the section.
+
+    Raises:
+        FileNotFoundError: no such file or shipped recipe.
+        ValueError: not YAML, an unknown or missing key, or a value out of range; the message names key and source.
+        TypeError: a value of the wrong type; the message names key, type and value.
+    """
+    source = _find(path_or_name)
+    try:
+        content = yaml.load(source.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} must hold the keys of a recipe, such as 'name: my_run'; got {content!r}.")
+    _check_keys(Recipe, content, "", f"in {source}")
+    for key, text in _pairs(overrides):
+        _override(Recipe, content, key.split("."), text)
+    recipe: Recipe = _build(Recipe, content, "")
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write a recipe with all its keys; ``load_recipe(path) == recipe``. Raises OSError where it cannot."""
+    Path(path).write_text(recipe_text(recipe), encoding="utf-8")
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Return a recipe as YAML, with all its keys."""
+    text: str = yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with widefield."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def describe_keys() -> str:
+    """Return one line per key of a recipe, as the command line takes it: name, type, meaning, default."""
+    lines = []
+    for leaf in _leaves(Recipe, ""):
+        default = leaf.field.default
+        if default is dataclasses.MISSING:
+            default = {} if leaf.field.default_factory is not dataclasses.MISSING else "required"
+        shown = "null" if default is None else default
+        lines.append(f"  --{leaf.key} ({_type_name(leaf.type)}, {shown}): {leaf.help}")
+    return "\n".join(lines)
+
+
+class _Leaf(NamedTuple):
+    key: str
+    type: Any
+    help: str
+    field: dataclasses.Field[Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number and ``no`` a word; YAML 1.1 takes the first for a string, the second for false."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that ``_Loader``, or a reader of YAML 1.1, would take for something else."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _dialect in (_Loader, _Dumper):
+    _dialect.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _find(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name).expanduser()
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{path_or_name}.yaml"
+    if path.name == str(path_or_name) and shipped.is_file():
+        return shipped
+    names = shipped_recipes()
+    raise FileNotFoundError(
+        f"no recipe {str(path_or_name)!r}: neither a file, nor the folder of a run, nor one of the shipped recipes "
+        f"{', '.join(names)}.{_checks.did_you_mean(path.stem, names)}"
+    )
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _section(hint: Any) -> tuple[Any, bool]:
+    """Return the dataclass that a type hint stands for, or None, and whether the hint admits None."""
+    members = _members(hint)
+    section = next((member for member in members if dataclasses.is_dataclass(member)), None)
+    return section, type(None) in members
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@cache
+def _help(cls: Any) -> dict[str, str]:
+    """Return the meaning of each key: the text beside its type."""
+    return {name: hint.__metadata__[0] for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+
+
+def _leaves(cls: Any, prefix: str) -> Iterator[_Leaf]:
+    for item in dataclasses.fields(cls):
+        hint = _hints(cls)[item.name]
+        section, _ = _section(hint)
+        if section:
+            yield from _leaves(section, f"{prefix}{item.name}.")
+        else:
+            yield _Leaf(prefix + item.name, hint, _help(cls)[item.name], item)
+
+
+def _check_keys(cls: Any, content: dict[Any, Any], prefix: str, source: str) -> None:
+    hints = _hints(cls)
+    for name, value in content.items():
+        if name not in hints:
+            raise _unknown(cls, prefix, name, source)
+        section, optional = _section(hints[name])
+        if section and isinstance(value, dict):
+            _check_keys(section, value, f"{prefix}{name}.", source)
+        elif section and not (optional and value is None):
+            raise TypeError(f"{prefix}{name} must hold keys ({', '.join(_hints(section))}); got {value!r}, {source}.")
+
+
+def _unknown(cls: Any, prefix: str, name: object, source: str) -> ValueError:
+    siblings = list(_hints(cls))
+    hint = _checks.did_you_mean(name, siblings)
+    if not hint:
+        elsewhere = [leaf.key for leaf in _leaves(Recipe, "") if leaf.key.split(".")[-1] == name]
+        hint = f" Did you mean {elsewhere[0]!r}?" if elsewhere else f" Known here: {', '.join(siblings)}."
+    return ValueError(f"{prefix}{name}: unknown key.{hint} It stands {source}.")
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Split ``--key value`` and ``--key=value`` words into pairs; raises ValueError."""
+    words = iter(overrides)
+    for word in words:
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"expected an option such as --optimizer.lr 0.01; got {word!r}.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise ValueError(f"--{key} needs a value, such as --{key} VALUE.")
+            text = following
+        yield key, text
+
+
+def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str, prefix: str = "") -> None:
+    """Set one key, given as its path, of the content of a recipe from the text of its value.
+
+    ``cls`` says which keys there are; None, inside the arguments of something, leaves them open.
+    """
+    name, *rest = names
+    if cls and name not in _hints(cls):
+        raise _unknown(cls, prefix, name, "on the command line")
+    hint = _hints(cls)[name] if cls else Any
+    if not rest:
+        content[name] = _value(hint, prefix + name, text)
+        if cls:
+            _check_keys(cls, {name: content[name]}, prefix, "on the command line")
+        return
+    section, _ = _section(hint)
+    if not section and hint is not Any and typing.get_origin(hint) is not dict:
+        raise ValueError(f"--{prefix}{name} is a value and has no keys of its own; got {'.'.join(rest)!r} there.")
+    if content.get(name) is None:
+        content[name] = {}
+    if not isinstance(content[name], dict):
+        raise TypeError(
+            f"--{prefix}{name} is {content[name]!r} and has no keys of its own; got {'.'.join(rest)!r} there."
+        )
+    _override(section, content[name], rest, text, f"{prefix}{name}.")
+
+
+def _value(hint: Any, key: str, text: str) -> Any:
+    """Read the text of a value as YAML, and where a string will do, take it for one: ``--name 3`` names a run "3"."""
+    textual = str in _members(hint)
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        if textual:  # such as the glob *.conv_dw
+            return text
+        raise ValueError(f"--{key}: {text!r} is not valid YAML: {error}") from None
+    return text if textual and not isinstance(value, (list, type(None))) else value
+
+
+def _build(cls: Any, content: dict[str, Any], prefix: str) -> Any:
+    """Build a dataclass from content whose keys have been checked."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        section, optional = _section(_hints(cls)[item.name])
+        if item.name not in content:
+            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{prefix}{item.name}: missing; it is {_help(cls)[item.name]}.")
+        elif section and content[item.name] is not None:
+            values[item.name] = _build(section, content[item.name], f"{prefix}{item.name}.")
+        else:
+            values[item.name] = _typed(prefix + item.name, _hints(cls)[item.name], optional, content[item.name])
+    return cls(**values)
+
+
+@cache
+def _parser() -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    for leaf in _leaves(Recipe, ""):
+        parser.add_argument(f"--{leaf.key}", type=leaf.type, default=SUPPRESS)
+    return parser
+
+
+def _typed(key: str, hint: Any, optional: bool, value: Any) -> Any:
+    """Return a value in the type of its key, converted where nothing is lost; raises TypeError."""
+    if (value is None and optional) or typing.get_origin(hint) is dict:
+        return value  # jsonargparse would turn the strings in a mapping to numbers; the mapping checks itself
+    try:
+        if value is None:  # jsonargparse takes null for any type
+            raise ArgumentError(None, "null")
+        return _parser().parse_object({key: value})[key]
+    except ArgumentError:
+        raise TypeError(f"{key} must be {_type_name(hint)}; got {value!r}.") from None
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is dict:
+        return "mapping"
+    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return name.replace("None", "null")

@@ -1,0 +1,106 @@
+"""The folder of a run: claimed before anything is built, then ``config.yaml``, ``metrics.jsonl`` and the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from widefield.train import checkpoint
+from widefield.train.recipe import Recipe
+from widefield.train.recipe_io import load_recipe, recipe_text
+
+_MAY_CHANGE = ("name", "output", "workers", "log_every", "checkpoint")
+"""Keys that do not alter the numbers of a run, and so may differ when it is resumed."""
+
+
+class RunFolder:
+    """``runs/NAME`` with ``config.yaml``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.log = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+
+    def claim(self) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            OSError: it cannot be written; the message names it.
+            FileExistsError: it holds something.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+            content = any(self.path.iterdir())
+        except OSError as error:
+            raise OSError(
+                f"the run's folder {self.path} cannot be written: {error.strerror}. Choose another with --output."
+            ) from error
+        if content:
+            resumable = bool(checkpoint.checkpoints(self.checkpoints))
+            mend = f"Continue it with --resume {self.path}" if resumable else "It has no checkpoint: delete it"
+            raise FileExistsError(f"{self.path} holds a run already. {mend}, or choose another --name.")
+
+    def last(self) -> checkpoint.Checkpoint:
+        """Return the newest checkpoint; raises FileNotFoundError if there is none to resume."""
+        found = checkpoint.checkpoints(self.checkpoints)
+        if not found:
+            raise FileNotFoundError(f"{self.path} holds no checkpoint to resume from.")
+        return found[-1]
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise ValueError naming the keys in which ``recipe`` would not continue the run as it was."""
+        before, now = (_flat(dataclasses.asdict(r)) for r in (load_recipe(self.config), recipe))
+        changed = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in dict.fromkeys([*before, *now])
+            if before.get(key) != now.get(key) and key.split(".")[0] not in _MAY_CHANGE
+        ]
+        if changed:
+            raise ValueError(
+                f"the run in {self.path} can only be resumed as it was, and {'; '.join(changed[:3])}. "
+                f"Leave that out, or start another run with --name."
+            )
+
+    def save_config(self, recipe: Recipe) -> None:
+        """Write ``config.yaml``."""
+        checkpoint.write_text(self.config, recipe_text(recipe))
+
+    def rewind(self, step: int, evaluated: bool) -> None:
+        """Drop the log entries after a checkpoint, which a run that was killed may have written."""
+        if not self.log.is_file():
+            return
+        kept = [
+            line
+            for line, entry in _entries(self.log)
+            if entry["step"] < step or (entry["step"] == step and (evaluated or entry["kind"] == "step"))
+        ]
+        checkpoint.write_text(self.log, "".join(f"{line}\n" for line in kept))
+
+
+def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            yield line, json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+            return
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return a short hash of the keys that decide the numbers of a run."""
+    values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _MAY_CHANGE}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

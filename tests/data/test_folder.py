@@ -1,0 +1,181 @@
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from widefield.data import Folder, collate, create
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.{'png' if i else 'jpg'}")
+    return tmp_path
+
+
+@pytest.fixture(params=["text", "truncated"])
+def corrupt(request, root):
+    """Path of one broken file: index 0 of train."""
+    path = root / "train" / "cat" / "0.jpg"
+    path.write_bytes(b"not a jpeg" if request.param == "text" else path.read_bytes()[:-400])
+    return path
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_sample_has_the_promised_form(root, split):
+    data = create("folder", split, root=str(root), size=24)
+    assert len(data) == {"train": 6, "val": 4}[split]
+    assert data.classes == ("cat", "dog")
+    assert data.image_size == 24
+    assert data.mean == (0.485, 0.456, 0.406)
+    assert data.std == (0.229, 0.224, 0.225)
+    for sample in data:
+        assert sample["image"].shape == (3, 24, 24)
+        assert sample["image"].dtype == torch.float32
+        assert type(sample["label"]) is int
+    assert [sample["label"] for sample in data] == [0] * (len(data) // 2) + [1] * (len(data) // 2)
+
+
+def test_images_are_normalised_with_mean_and_std(root):
+    path = root / "val" / "cat" / "0.jpg"
+    Image.new("RGB", (30, 30), (255, 0, 51)).save(path.with_suffix(".png"))
+    path.unlink()
+    image = Folder("val", root=root, size=8, mean=(0.5, 0.5, 0.2), std=(0.5, 0.25, 1.0))[0]["image"]
+    torch.testing.assert_close(image[:, 4, 4], torch.tensor([1.0, -2.0, 0.0]))
+
+
+def test_grey_and_transparent_images_become_rgb(root):
+    Image.new("L", (20, 20), 9).save(root / "val" / "cat" / "0.jpg")
+    Image.new("RGBA", (20, 20)).save(root / "val" / "cat" / "1.png")
+    data = Folder("val", root=root, size=16)
+    assert data[0]["image"].shape == data[1]["image"].shape == (3, 16, 16)
+
+
+HEAVY = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 1.0, "color_jitter": 0.3, "interpolation": "random"}
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(root):
+    data, again = (Folder("train", root=root, size=24, **HEAVY) for _ in range(2))
+    first = [sample["image"] for sample in data]
+    random.seed(5)
+    torch.manual_seed(5)
+    backwards = [again[i]["image"] for i in reversed(range(6))]
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(backwards), strict=True))
+    data.set_epoch(1)
+    assert not any(torch.equal(a, b["image"]) for a, b in zip(first, data, strict=True))
+    other = Folder("train", root=root, size=24, seed=1, **HEAVY)
+    assert not any(torch.equal(a, b["image"]) for a, b in zip(first, other, strict=True))
+
+
+def test_reading_leaves_the_global_generators_alone(root):
+    data = Folder("train", root=root, size=24, **HEAVY)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    data[0]
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+
+
+def test_workers_give_the_same_batches_as_none(root):
+    data = Folder("train", root=root, size=24, **HEAVY)
+    one, two = (DataLoader(data, 3, num_workers=n, collate_fn=collate) for n in (0, 2))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, two, strict=True))
+
+
+def test_val_ignores_train_options_and_crops_by_crop_pct(root):
+    plain = Folder("val", root=root, size=24)[0]["image"]
+    assert torch.equal(Folder("val", root=root, size=24, **HEAVY)[0]["image"], plain)
+    assert not torch.equal(Folder("val", root=root, size=24, crop_pct=1.0)[0]["image"], plain)
+
+
+def test_a_corrupt_image_is_refused_with_its_path_and_both_mends(root, corrupt):
+    data = Folder("train", root=root, size=24)
+    with pytest.raises(OSError, match=re.escape(str(corrupt)) + '.*Repair or delete.*corrupt="skip"'):
+        data[0]
+    assert data[1]["image"].shape == (3, 24, 24)
+
+
+def test_a_worker_refuses_a_corrupt_image_too(root, corrupt):
+    loader = DataLoader(Folder("train", root=root, size=24), 3, num_workers=1, collate_fn=collate)
+    with pytest.raises(OSError, match=re.escape(str(corrupt))):
+        next(iter(loader))
+
+
+def test_skip_warns_once_and_drops_the_sample(root, corrupt):
+    data = Folder("train", root=root, size=24, corrupt="skip")
+    with pytest.warns(UserWarning, match=re.escape(str(corrupt))):
+        assert data[0] is None
+    assert data[0] is None  # a second warning would be an error
+    (batch,) = DataLoader(data, 6, collate_fn=collate)
+    assert batch["image"].shape[0] == len(batch["label"]) == 5
+    for _ in range(2):  # fresh workers have been told as well
+        (batch,) = DataLoader(data, 6, num_workers=1, collate_fn=collate)
+        assert batch["label"].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_a_vanished_file_counts_as_corrupt(root):
+    data = Folder("val", root=root, size=24)
+    (root / "val" / "cat" / "0.jpg").unlink()
+    with pytest.raises(OSError, match="FileNotFoundError"):
+        data[0]
+
+
+def test_layouts_are_checked(root):
+    with pytest.raises(FileNotFoundError, match=r"not a folder: .*nowhere.*root/train/<class>/<image>"):
+        Folder("train", root=root / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no folder 'train'; it holds 'cat', 'dog'.*root/train/<class>"):
+        Folder("train", root=root / "train")
+    (root / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder 'train'; it holds no folders"):
+        Folder("train", root=root / "empty")
+    (root / "empty" / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no class folders"):
+        Folder("train", root=root / "empty")
+
+
+def test_a_class_without_images_is_refused(root):
+    for split in ("train", "val"):
+        (root / split / "eel").mkdir()
+    with pytest.raises(FileNotFoundError, match="eel"):
+        Folder("train", root=root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_splits_must_have_the_same_classes(root, split):
+    (root / "train" / "dog").rename(root / "train" / "wolf")
+    with pytest.raises(ValueError, match="only in train: wolf; only in val: dog"):
+        Folder(split, root=root)
+
+
+def test_one_split_alone_is_enough_to_read_it(root):
+    shutil.rmtree(root / "train")
+    assert len(Folder("val", root=root)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"corrupt": "ignore"}, ValueError, "corrupt must be one of 'refuse', 'skip'; got 'ignore'"),
+        ({"mean": 0.5}, TypeError, "mean must be a sequence of 3 numbers; got 0.5"),
+        ({"std": (1, 1, 0)}, ValueError, "std must be positive"),
+        ({"crop_pct": 0}, ValueError, "crop_pct must be above 0; got 0"),
+        ({"re_mode": "noise"}, ValueError, "re_mode must be one of"),
+        ({"interpolation": "cubic"}, ValueError, "Did you mean 'bicubic'"),
+        ({"auto_augment": "random"}, ValueError, "cannot build auto_augment='random'.*Write a policy"),
+        ({"auto_augment": 9}, TypeError, "auto_augment must be"),
+    ],
+)
+def test_bad_options_are_refused(root, options, error, text):
+    with pytest.raises(error, match=text):
+        Folder("train", root=root, **options)

@@ -1,0 +1,39 @@
+"""Small runs: seconds on one core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.helpers import QUIET
+from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, RunResult, train
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Two epochs of six steps."""
+    return Recipe(
+        name="run",
+        model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "drop_rate": 0.1}),
+        data=DataSpec("scales", {"count": 96, "size": 32}),
+        output=str(tmp_path / "runs"),
+        optimizer=OptimizerSpec(lr=2e-3),
+        epochs=2,
+        batch_size=16,
+        workers=0,
+        log_every=1,
+    )
+
+
+@pytest.fixture
+def run(recipe: Recipe) -> Callable[..., RunResult]:
+    """Train the recipe with some keys replaced, in silence."""
+
+    def start(resume: Path | None = None, **changes: Any) -> RunResult:
+        return train(replace(recipe, **changes), resume=resume, console=QUIET)
+
+    return start
