@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from widefield import bench
+from widefield import bench, report
 from widefield.ops import mixture_conv2d
 from widefield.ops.mixture import _choose
 
@@ -66,7 +66,7 @@ def main() -> None:
                     "auto": _choose("auto", x, kernels[0], len(sizes), max(sizes), 1, groups),
                 }
             )
-            print(line(rows[-1]), flush=True)
+            print(" | ".join(formatted(rows[-1]).values()), flush=True)
     environment = bench.environment()
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
@@ -75,25 +75,22 @@ def main() -> None:
         "rows": rows,
     }
     (args.out / "mixture_step.json").write_text(json.dumps(result, indent=1) + "\n")
-    head = (
-        "| kind | shape | experts | layout | branches, ms (p20-p80) | merged, ms (p20-p80) | branches / merged | auto |"
-    )
-    about = ", ".join(f"{k} {v}" for k, v in environment.items())
-    text = [f"`{result['command']}`: {about}", "", head, "|---|---|---|---|---|---|---|---|", *map(line, rows), ""]
-    (args.out / "mixture_step.md").write_text("\n".join(text))
+    about = ", ".join(f"{key} {value}" for key, value in environment.items())
+    table = report.markdown([formatted(row) for row in rows])
+    (args.out / "mixture_step.md").write_text(f"`{result['command']}`: {about}\n\n{table}")
 
 
-def line(row: dict) -> str:
-    times = [
-        f"{row[f'{b}_p50_ms']:.0f} ({row[f'{b}_p20_ms']:.0f}-{row[f'{b}_p80_ms']:.0f})" for b in ("branches", "merged")
-    ]
-    return (
-        "| "
-        + " | ".join(
-            [row["kind"], row["shape"], row["experts"], row["layout"], *times, f"{row['speedup']:.2f}", row["auto"]]
-        )
-        + " |"
-    )
+def formatted(row: dict) -> dict[str, str]:
+    def spread(name: str) -> str:
+        return f"{row[f'{name}_p50_ms']:.0f} ({row[f'{name}_p20_ms']:.0f}-{row[f'{name}_p80_ms']:.0f})"
+
+    return {
+        **{key: row[key] for key in ("kind", "shape", "experts", "layout")},
+        "branches, ms (p20-p80)": spread("branches"),
+        "merged, ms (p20-p80)": spread("merged"),
+        "branches / merged": f"{row['speedup']:.2f}",
+        "auto": row["auto"],
+    }
 
 
 if __name__ == "__main__":

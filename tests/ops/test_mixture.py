@@ -93,6 +93,25 @@ def test_sparse_weights_skip_without_changing_anything(
     close(of_weights[chosen], expected_of_weights[chosen], FLOAT64)
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_smallest_maps(side, stride, threads):
+    """Kernels shrink to 1x1 and 3x3 there, which have forms of their own on CPUs."""
+    x, kernels, biases, weights = case(3, 4, 1, 1, side, side, [(3, 1), (7, 1)], True)
+    expected = oracle(x, kernels, biases, weights, stride, 4, (1, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = mixture_conv2d(x, kernels, biases, weights, stride=stride, groups=4, backend="merged")
+        inputs = (x, kernels, biases, weights)
+        close(actual, expected, FLOAT64)
+        for a, b in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
+            close(a, b, FLOAT64)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", ["merged", "branches"])
 def test_an_expert_that_no_sample_chose_gets_no_gradient(backend):
     x, kernels, biases, _ = case(3, 4, 1, 1, 6, 6, [(3, 1), (5, 1), (7, 1)], True)
@@ -109,11 +128,11 @@ def test_skipped_experts_are_not_computed(backend):
     """Counts multiplications: a sample that chose 3x3 must not pay for the 11x11 beside it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, kernels, _, _ = case(4, 8, 1, 1, 16, 16, [(3, 1), (11, 1)], False)
+    x, kernels, _, _ = case(4, 16, 1, 1, 24, 24, [(3, 1), (11, 1)], False)
 
     def flops(weights):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            mixture_conv2d(x, kernels, None, weights, groups=8, sparse=True, backend=backend)
+            mixture_conv2d(x, kernels, None, weights, groups=16, sparse=True, backend=backend)
         return counter.get_total_flops()
 
     small = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.double)

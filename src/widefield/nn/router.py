@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.ops._autocast import without_autocast
 
 ROUTING = ("soft", "hard")
 ATTENTION = ("none", "softmax", "sigmoid")
@@ -126,7 +127,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the experts for each image: (N, C, H, W) -> (N, n) in the parameters' dtype."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             pooled = x.mean((2, 3), dtype=self.hidden.weight.dtype)
             hidden = F.gelu(self.hidden(pooled))
             logits = self.gate(hidden)

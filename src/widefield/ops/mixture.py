@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from widefield import _checks
 from widefield.ops import fold
+from widefield.ops._autocast import autocast_dtype, without_autocast
 
 BACKENDS = ("auto", "merged", "branches")
 
@@ -225,7 +226,7 @@ def _merged_dense(
     _, c_out, c_group, size, _ = bank.shape
     # Mixed in the parameters' precision also under autocast: rounding n kernels before adding them costs accuracy and
     # saves nothing, as the mix is small next to the convolution.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         a = weights.to(bank.dtype)
         kernels = (a @ bank.flatten(1)).view(batch * c_out, c_group, size, size)
         bias = None if bias_bank is None else (a @ bias_bank).flatten()
@@ -238,21 +239,33 @@ def _merged_dense(
 
 def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
     """F.conv2d with "same" alignment for one "image" that holds a batch in its channels: (1, N*C, H, W)."""
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
     on_cpu = x.device.type == "cpu"
     if on_cpu and dtype in (torch.bfloat16, torch.float16):
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(x):
             wide = None if bias is None else bias.float()
             return _grouped_conv2d(x.float(), kernels.float(), wide, stride, groups).to(dtype)
     x, kernels, bias = x.to(dtype), kernels.to(dtype), None if bias is None else bias.to(dtype)
-    depthwise = kernels.shape[1] == 1 and kernels.shape[0] == groups
-    if on_cpu and depthwise and stride == 1 and kernels.shape[-1] > 3:
-        y: Tensor = _DepthwiseConv2d.apply(x, kernels, bias)
-        return y
-    return F.conv2d(x, kernels, bias, stride, kernels.shape[-1] // 2, groups=groups)
+    y: Tensor
+    size = kernels.shape[-1]
+    if kernels.shape[1] == 1 and kernels.shape[0] == groups and on_cpu:
+        if size == 1:
+            y = x[..., ::stride, ::stride] * kernels.view(1, -1, 1, 1)
+            return y if bias is None else y + bias[:, None, None]
+        if stride == 1 and size == 3 and _is_small(x):
+            kernels, size = fold.pad(kernels, 5), 5
+        if stride == 1 and size > 3:
+            y = _DepthwiseConv2d.apply(x, kernels, bias)
+            return y
+    return F.conv2d(x, kernels, bias, stride, size // 2, groups=groups)
+
+
+def _is_small(x: Tensor) -> bool:
+    """Say whether PyTorch would not give a 3x3 convolution of x to oneDNN, but loop over its groups: one thread, and
+    at most 20,480 numbers in one image (ConvParams::use_mkldnn). Wider kernels always go to oneDNN.
+    """
+    return not torch.compiler.is_compiling() and torch.get_num_threads() == 1 and x.numel() <= 20480
 
 
 class _DepthwiseConv2d(torch.autograd.Function):

@@ -1,0 +1,135 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from widefield import cli
+
+TINY = [
+    "--model.args",
+    "{patch_size: 4, depths: [1, 1, 1, 1], dims: [4, 4, 8, 8], ls_init_value: null}",
+    "--data.args",
+    "{size: 32}",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_models_lists_ours_with_parameters_and_macs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["models"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"morf_convnext_tiny .* 30\.39M .* 4\.6\d+G", text)
+    assert len(re.findall("morf_", text)) == 5
+
+
+def test_models_takes_a_glob_over_all_of_timm(capsys):
+    assert cli.main(["models", "resnet18"]) == 0
+    assert re.search(r"resnet18 .* 11\.69M .* 1\.814G", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["models", "resnt18"], "no model matches 'resnt18'. Did you mean 'resnet18'?"),
+        (["train"], "give a recipe"),
+        (["train", "digits_mrf"], "digits_morf"),
+        (["train", "digits_morf", "--optimizer.lrr", "1"], "optimizer.lrr: unknown key. Did you mean 'lr'?"),
+        (["train", "digits_morf", "--conversion.args.routing", "sotf"], "Did you mean 'soft'"),
+        (["train", "digits_morf", "--conversion.where", "nothing.*"], "These could match"),
+        (["train", "digits_morf", "--conversion.args.kernel_sizes", "[3, 4]"], "must be odd"),
+        (["train", "digits_morf", "--output", "file.txt/sub"], "file.txt"),
+        (["demo", "--output", "file.txt/sub"], "file.txt"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_1(words, message, here, capsys):
+    (here / "file.txt").write_text("not a folder")
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert f"widefield {words[0]}: " in error
+    assert message in error
+    assert "Traceback" not in error
+    assert not (here / "runs").exists() or not list((here / "runs").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["models", "--foo"], ["demo", "--data", "mnist"]])
+def test_wrong_usage_exits_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert "usage: widefield" in capsys.readouterr().err
+
+
+def test_help_names_every_key_of_a_recipe(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for key in ("--optimizer.lr ", "--conversion.where ", "--data.name ", "digits_morf"):
+        assert key in text
+
+
+def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
+    words = ["train", "digits_morf", "--epochs", "2", "--schedule.warmup_epochs", "0", *TINY]
+    assert cli.main(words) == 0
+    run = here / "runs" / "digits_morf"
+    assert (run / "config.yaml").exists()
+    assert list((run / "checkpoints").iterdir())
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in entries if e["kind"] == "epoch"] == [0, 1]
+    assert cli.main(words) == 1  # the folder holds a run
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "runs/digits_morf"]) == 0  # finished: returns at once
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave_cleanly(number, here):
+    command = [sys.executable, "-m", "widefield", "train", "digits_morf", "--epochs", "500", *TINY]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
+    log = here / "runs" / "digits_morf" / "metrics.jsonl"
+    for _ in range(600):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, error
+    assert "--resume" in error
+    assert "Traceback" not in error
+    assert list((here / "runs" / "digits_morf" / "checkpoints").glob("*/model.safetensors"))
+
+
+@pytest.mark.parametrize("data", ["digits", "scales"])
+def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
+    small = ["--epochs", "1", "--schedule.warmup_epochs", "0"]
+    small += ["--data.args.size", "32"] if data == "digits" else ["--data.args.count", "128"]
+    words = ["demo", "--data", data, *small, "--model.args.dims", "[4, 8, 8, 8]"]
+    assert cli.main(words) == 0
+    folder = here / "runs" / "demo"
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["models"]) == {"7x7", "MoRF soft", "MoRF hard"}
+    for name, entry in results["models"].items():
+        assert 0 <= entry["accuracy"] <= 1
+        assert entry["cost"]["parameters"] > 0
+        assert entry["cost"]["macs"] > 0
+        assert entry["step"]["p20"] <= entry["step"]["p50"] <= entry["step"]["p80"]
+        assert name == "7x7" or entry["difference"]["max_abs"] <= 1e-4 * entry["difference"]["scale"]
+    for blocks in results["routing"].values():
+        assert len(blocks) == 5
+        assert all(sum(b["frequencies"]) == pytest.approx(1, abs=1e-5) for b in blocks)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "MoRF hard" in page
+    out = capsys.readouterr().out
+    assert "runs/demo/report.html" in out
+    assert "training step" in out
+    assert cli.main(words) == 0  # a second demo replaces the first

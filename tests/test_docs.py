@@ -1,0 +1,30 @@
+"""The README's and the tutorial's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/tutorial.md"])
+def test_python_blocks_run_in_order(path, capsys):
+    found = blocks(path)
+    assert found
+    scope = {}
+    for block in found:
+        exec(compile(block, path, "exec"), scope)
+    if path == "README.md":
+        unchanged, fused = (float(line) for line in capsys.readouterr().out.split())
+        assert unchanged < 1e-4
+        assert fused < 1e-4
+
+
+def test_every_relative_link_of_the_readme_resolves():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
