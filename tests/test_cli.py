@@ -49,6 +49,9 @@ def test_models_takes_a_glob_over_all_of_timm(capsys):
         (["train", "digits_morf", "--output", "file.txt/sub"], "file.txt"),
         (["demo", "--output", "file.txt/sub"], "file.txt"),
         (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--epochs", "1", "digits_morf"], "put the recipe before its keys"),
+        (["demo", "--conversion.args.routing", "hard"], "the demo decides conversion.args.routing itself"),
+        (["demo", "--model.name", "resnet18"], "model.args"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_1(words, message, here, capsys):

@@ -99,3 +99,10 @@ def conv_channels(in_channels: object, out_channels: object, groups: object) -> 
         if channels % g:
             raise ValueError(f"{name} must be divisible by groups; got {name}={channels} and groups={g}.")
     return c_in, c_out, g
+
+
+def images(shape: Sequence[int], channels: int) -> None:
+    """Check the shape of a layer's input against (N, C, H, W); raises ValueError naming both."""
+    if len(shape) != 4 or shape[1] != channels:
+        hint = " Add the batch dimension with x[None]." if len(shape) == 3 and shape[0] == channels else ""
+        raise ValueError(f"the input must be (N, {channels}, H, W); got shape {tuple(shape)}.{hint}")

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C or SIGTERM.
     """
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args, rest = parser.parse_known_args(words)
+    args.words = words
     if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -74,6 +76,8 @@ class _OnDemandHelp(argparse.RawDescriptionHelpFormatter):
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from widefield.train import load_recipe, shipped_recipes, train
 
+    if args.recipe and overrides and args.words[1] != args.recipe:
+        raise ValueError(f"put the recipe before its keys: widefield train RECIPE {' '.join(overrides)}")
     source = args.recipe or args.resume
     if source is None:
         raise ValueError(f"give a recipe, a YAML file or one of {', '.join(shipped_recipes())}; or --resume RUN.")

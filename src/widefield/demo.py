@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from widefield import bench, data, report, tasks
 from widefield.analysis import Routing, routing_weights
 from widefield.surgery import Difference, compare, reparameterize
-from widefield.train import ConversionSpec, Recipe, load_recipe, train
+from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
 
 DATA = ("digits", "scales")
 BASELINE = "7x7"
@@ -63,9 +63,17 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
     Raises:
         OSError: ``output`` cannot be written; found before training starts.
         ValueError, TypeError: an override does not fit.
+        SystemExit: Ctrl-C or SIGTERM, with 130 or 143.
     """
     folder = Path(output)
+    for word in overrides:
+        if word.partition("=")[0].partition(".")[0] in ("--conversion", "--name", "--output"):
+            raise ValueError(f"the demo decides {word.lstrip('-')} itself: leave it out, or use widefield train.")
     recipe = load_recipe(f"demo_{name}", [*overrides, "--output", str(folder)])
+    validation = data.create(recipe.data.name, "val", **recipe.data.args)
+    task = tasks.create(recipe.task.name, validation, **recipe.task.args)
+    for variant, mixture in VARIANTS.items():  # what cannot be built is found before the first is trained
+        build_model(_variant(recipe, variant, mixture), task.model_args)
     for variant in VARIANTS:
         shutil.rmtree(folder / _slug(variant), ignore_errors=True)
     console = Console(stderr=True)
@@ -75,14 +83,13 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
         console.print(f"[bold]{variant}[/] on {name}")
         result = train(_variant(recipe, variant, mixture), console=console)
         if result.interrupted:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + result.interrupted)
         models[variant], accuracies[variant] = result.model.cpu(), result.metrics["top1"]
 
-    validation = data.create(recipe.data.name, "val", **recipe.data.args)
     batches = list(DataLoader(validation, batch_size=250, collate_fn=data.collate))
     images: Tensor = torch.cat([batch["image"] for batch in batches])
     console.print("re-parameterising and measuring")
-    entries = _measure(models, accuracies, images, tasks.create(recipe.task.name, validation, **recipe.task.args))
+    entries = _measure(models, accuracies, images, task)
     routings = {v: routing_weights(models[v], [batch["image"] for batch in batches]) for v in VARIANTS if v != BASELINE}
     return _write(folder, name, recipe, entries, routings, validation, batches)
 
@@ -196,7 +203,7 @@ def _write(
             report.paragraph(
                 "All three networks have the same shape, seed, data and number of steps. Times are medians of "
                 f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
-                "to the 7x7 network in the same run. The last column is the largest difference between the outputs "
+                "to the 7x7 network in the same run. The last row is the largest difference between the outputs "
                 "before and after re-parameterisation over all validation images, in units of the largest output."
             )
             + report.table(rows),

@@ -110,7 +110,7 @@ def pies(blocks: Sequence[str], experts: Sequence[str], shares: Sequence[Sequenc
     colours = expert_colours(len(experts))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, block, share in zip(axes, blocks, shares, strict=False):
-        axis.pie(
+        _, _, labels = axis.pie(
             share,
             colors=colours,
             startangle=90,
@@ -119,6 +119,8 @@ def pies(blocks: Sequence[str], experts: Sequence[str], shares: Sequence[Sequenc
             textprops={"fontsize": 7},
             wedgeprops={"linewidth": 0.6, "edgecolor": "white"},
         )
+        for label in labels[len(labels) // 2 :]:  # the darker half
+            label.set_color("white")
         axis.set_title(block, fontsize=8)
     for axis in axes[len(blocks) :]:
         axis.axis("off")

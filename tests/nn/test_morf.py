@@ -222,6 +222,50 @@ def test_bad_arguments_are_refused(arguments, error, message):
         MoRFConv2d(8, 8, **arguments)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_inputs_of_another_shape_are_refused(fused):
+    layer = MoRFConv2d(4, 4, (3, 5)).eval()
+    layer = layer.fuse() if fused else layer
+    with pytest.raises(ValueError, match=r"must be \(N, 4, H, W\); got shape \(2, 5, 6, 6\)"):
+        layer(torch.zeros(2, 5, 6, 6))
+    with pytest.raises(ValueError, match=r"x\[None\]"):
+        layer(torch.zeros(4, 6, 6))
+
+
+def test_what_only_a_single_kernel_has_is_refused_with_the_mend():
+    layer = MoRFConv2d(4, 4, (3, 5))
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=r"no single 'weight': it has layer.kernels\(\).*where="):
+        _ = layer.weight
+    with pytest.raises(AttributeError, match="no attribute 'wieght'"):
+        _ = layer.wieght
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_convolutions_stay_frozen_and_fused_layers_are_finished(frozen):
+    layer = MoRFConv2d.from_conv2d(nn.Conv2d(4, 4, 3, padding=1).requires_grad_(not frozen), (3, 5))
+    assert all(p.requires_grad != frozen for p in layer.parameters())
+    assert not any(p.requires_grad for p in layer.eval().fuse().parameters())
+
+
+def test_fusing_keeps_the_dtype_of_the_layer():
+    layer, norm = MoRFConv2d(4, 4, (3, 5)).bfloat16().eval(), nn.BatchNorm2d(4).eval()
+    fused = layer.fuse(norm)
+    assert {p.dtype for p in fused.parameters()} == {torch.bfloat16}
+    assert fused(torch.randn(2, 4, 6, 6).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_router_with_one_place_learns_from_the_balance_alone():
+    layer = MoRFConv2d(4, 4, (3, 5, 7), routing="hard", top_k=1)
+    x = torch.randn(8, 4, 6, 6)
+    layer(x).square().sum().backward()
+    assert layer.router.gate.weight.grad.abs().max() == 0
+    with widefield.load_balancing(layer) as balance:
+        layer(x)
+        balance().backward()
+    assert layer.router.gate.weight.grad.abs().max() > 0
+
+
 def test_fuse_refuses_what_it_cannot_fold():
     layer = MoRFConv2d(4, 4, (3, 5))
     with pytest.raises(RuntimeError, match=r"model.eval\(\)"):

@@ -41,6 +41,17 @@ def test_kernel_bank_has_gradients_to_every_kernel():
     assert torch.autograd.gradcheck(lambda *ks: fold.kernel_bank(ks, (1, 1, 2)), kernels)
 
 
+def test_a_bank_lies_on_the_common_grid_and_gives_its_experts_back():
+    experts = [(3, 36), (11, 36), (5, 72)]
+    kernels = [torch.randn(2, 1, k, k) for k, _ in experts]
+    dilations = [d for _, d in experts]
+    bank = fold.kernel_bank(kernels, dilations)
+    assert fold.common_dilation(dilations) == 36
+    assert bank.shape == (3, 2, 1, 11, 11)  # and not 361 x 361
+    for r, (k, d) in enumerate(experts):
+        assert torch.equal(fold.expert(bank, r, k, d, 36), kernels[r])
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_affine_is_batch_norm(affine):
     norm = torch.nn.BatchNorm2d(5, affine=affine, eps=1e-3).double().eval()

@@ -212,13 +212,12 @@ def test_autocast_gives_the_autocast_dtype_and_float32_gradients():
 
 
 @pytest.mark.parametrize("backend", ["merged", "branches"])
-def test_a_bank_is_the_mixture_of_its_experts(backend):
-    experts = [(3, 1), (3, 2), (7, 1)]
+@pytest.mark.parametrize("experts", [[(3, 1), (3, 2), (7, 1)], [(3, 4), (5, 2), (3, 6)], [(5, 3), (5, 3)]])
+def test_a_bank_is_the_mixture_of_its_experts(backend, experts):
     x, kernels, biases, weights = case(3, 2, 2, 3, 9, 10, experts, True)
     dilations = [d for _, d in experts]
-    sizes = [fold.effective_size(k, d) for k, d in experts]
     bank = fold.kernel_bank(kernels, dilations)
-    actual = bank_conv2d(x, bank, torch.stack(biases), weights, sizes=sizes, stride=2, groups=2, backend=backend)
+    actual = bank_conv2d(x, bank, torch.stack(biases), weights, experts=experts, stride=2, groups=2, backend=backend)
     close(actual, oracle(x, kernels, biases, weights, 2, 2, dilations), FLOAT64)
 
 
@@ -227,6 +226,14 @@ def test_vmap_sees_through():
     stack = torch.stack([x, 2 * x])
     ys = torch.func.vmap(lambda x: mixture_conv2d(x, kernels, None, weights, groups=3))(stack)
     close(ys[1], mixture_conv2d(2 * x, kernels, None, weights, groups=3), FLOAT64)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "branches"])
+def test_an_input_of_another_dtype_is_refused(dtype, backend):
+    kernels = [torch.zeros(4, 1, 3, 3), torch.zeros(4, 1, 5, 5)]
+    with pytest.raises(TypeError, match=f"x is {dtype} and the kernels are torch.float32"):
+        mixture_conv2d(torch.zeros(2, 4, 8, 8).to(dtype), kernels, None, torch.zeros(2, 2), groups=4, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import widefield
 from tolerances import NETWORK
 from widefield.nn import MoRFConv2d
 from widefield.surgery import walk
+from widefield.surgery.convert import image_readers
 
 
 def unsettled(model):
@@ -131,7 +132,10 @@ def test_plan_gives_a_reason_for_every_convolution_passed_over_and_prints_a_tabl
         hooked,
         nn.Conv2d(8, 8, 9, padding=4),
         nn.ConvTranspose2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1),
     )
+    model[9].weight = model[8].weight
     plan = widefield.plan(model, widefield.MoRF((3, 5)))
     assert [s.name for s in plan.replaced] == ["1"]
     reasons = {s.name: s.reason for s in plan.passed_over}
@@ -143,10 +147,12 @@ def test_plan_gives_a_reason_for_every_convolution_passed_over_and_prints_a_tabl
         "5": "hooks",
         "6": "9x9",
         "7": "ConvTranspose2d",
+        "8": "shares its weight with 9",
+        "9": "shares its weight with 8",
     }.items():
         assert words in reasons[name]
     table = str(plan)
-    assert "1 replaced, 7 passed over" in table
+    assert "1 replaced, 9 passed over" in table
     assert "MoRFConv2d(8, 8" in table
     assert isinstance(model[1], nn.Conv2d)
 
@@ -197,6 +203,38 @@ def test_random_init_starts_afresh_and_inherits_dilation():
     assert layer.dilations == (2, 2)
     x = torch.randn(2, 8, 9, 9)
     assert widefield.compare(conv.eval(), layer.eval(), x).relative > 0.1
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "levit_conv_128s"])
+def test_blocks_that_merge_their_convolutions_themselves_are_passed_over(name):
+    model = unsettled(timm.create_model(name, num_classes=5))
+    plan = widefield.plan(model, widefield.MoRF((3, 5, 7)))
+    assert any("re-parameterise before converting" in s.reason for s in plan.passed_over)
+    if plan.replaced:
+        converted = widefield.convert(model, widefield.MoRF((3, 5, 7)))
+        x = torch.randn(2, *model.pretrained_cfg["input_size"])
+        assert widefield.compare(model, widefield.reparameterize(converted, x), x).relative < NETWORK
+
+
+def test_every_branch_of_a_stem_reads_the_image():
+    model = timm.create_model("repvgg_a0", in_chans=6)
+    assert image_readers(model) == {"stem.conv_kxk.conv", "stem.conv_1x1.conv"}
+    assert image_readers(nn.Conv2d(8, 8, 3)) == set()
+
+
+def test_dilated_networks_convert_and_fuse_at_the_size_of_their_experts():
+    model = torchvision.models.segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    converted = widefield.convert(model, widefield.MoRF((3, 5)), where="classifier.0.convs.*")
+    before = sum(p.numel() for p in converted.parameters())
+    x = torch.randn(1, 3, 64, 64)
+    fused = widefield.reparameterize(converted, x)
+    assert sum(p.numel() for p in fused.parameters()) < 2 * before
+    assert widefield.compare(model, fused, x).relative < NETWORK
+
+
+def test_configs_are_values():
+    assert widefield.MoRF([3, [3, 2]]) == widefield.MoRF((3, (3, 2)))
+    assert len({widefield.MoRF([3, 5]), widefield.MoRF((3, 5))}) == 1
 
 
 def test_conversion_works_on_the_meta_device():

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from test_convert import unsettled
+from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -68,13 +69,32 @@ class Twice(nn.Module):
         return self.n(y) + self.m(y) + self.n(self.b(x))
 
 
-@pytest.mark.parametrize("kind", [Residual, Twice])
+class Returned(nn.Module):
+    """The mixture's output is a result itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.norm = MoRFConv2d(4, 4, (3, 5)), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.mix(x)
+        return self.norm(y), {"features": y}
+
+
+@pytest.mark.parametrize("kind", [Residual, Twice, Returned])
 def test_a_norm_that_is_not_alone_is_not_folded(kind):
     model = unsettled(kind())
     fused = widefield.reparameterize(model)
     assert count(fused, nn.BatchNorm2d) == count(model, nn.BatchNorm2d)
-    x = torch.randn(2, 4, 8, 8)
-    close(fused(x), model(x), FLOAT32)
+    assert widefield.compare(model, fused, torch.randn(2, 4, 8, 8)).relative < FLOAT32
+
+
+def test_timms_norms_with_activation_are_folded_and_keep_it():
+    model = unsettled(timm.create_model("regnetx_002", num_classes=5))
+    mixture = widefield.convert(model, widefield.MoRF((3, 5)))
+    fused = widefield.reparameterize(mixture)
+    assert count(fused, BatchNormAct2d) == count(mixture, BatchNormAct2d) - count(mixture, MoRFConv2d)
+    assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
 
 
 def test_the_root_is_fused():
@@ -101,10 +121,79 @@ def test_an_output_that_changes_is_an_error_and_the_model_stays():
             return nn.Sequential(nn.LeakyReLU(0.5))
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Broken()).eval()
-    with pytest.raises(RuntimeError, match=r"changed the outputs by .* tolerance=1e-04. Fused were: 1"):
+    with pytest.raises(RuntimeError, match=r"changed the outputs by .* tolerance=1e-04. Look at: 1"):
         widefield.reparameterize(model)
     assert isinstance(model[1], Broken)
     assert isinstance(widefield.reparameterize(model, tolerance=10.0)[1], nn.Sequential)
+
+
+def test_a_layer_that_the_network_hides_is_verified_all_the_same(monkeypatch):
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = MoRFConv2d(4, 4, (3, 5))
+
+        def forward(self, x):
+            return x + 0 * self.mix(x)
+
+    fuse = MoRFConv2d.fuse
+
+    def wrong(self, norm=None):
+        fused = fuse(self, norm)
+        fused.bank.data *= 1.01
+        return fused
+
+    monkeypatch.setattr(MoRFConv2d, "fuse", wrong)
+    with pytest.raises(RuntimeError, match=r"single mixtures by up to .* Look at: mix"):
+        widefield.reparameterize(Hidden().eval())
+
+
+class Outputs(nn.Module):
+    def __init__(self, *values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, x):
+        return self.values if len(self.values) > 1 else self.values[0]
+
+
+def test_compare_measures_the_worst_tensor_and_refuses_what_it_cannot_compare():
+    x, nan, one = torch.zeros(1), torch.full((2,), torch.nan), torch.ones(2)
+    assert widefield.compare(Outputs(1e6 * one, one), Outputs(1e6 * one, 2 * one), x).relative == 1
+    assert widefield.compare(Outputs(one, one), Outputs(one, nan), x).max_abs == float("inf")
+    for first, second in (
+        (Outputs(torch.ones(4, 3)), Outputs(torch.ones(1, 3))),
+        (Outputs("text"), Outputs("text")),
+        (Outputs(one, one), Outputs(one)),
+    ):
+        with pytest.raises(ValueError, match="cannot be compared"):
+            widefield.compare(first, second, x)
+    with pytest.raises(ValueError, match="not finite"):
+        widefield.compare(Outputs(nan), Outputs(one), x)
+
+
+def test_hooks_are_not_lost_in_silence():
+    model = nn.Sequential(MoRFConv2d(4, 4, (3, 5))).eval()
+    model[0].register_forward_hook(lambda *a: None)
+    with pytest.raises(ValueError, match="0 has hooks"):
+        widefield.reparameterize(model)
+
+
+def test_a_fuse_of_another_kind_is_nobodys_business():
+    class Attention(nn.Module):
+        def fuse(self, a, b):
+            return a + b
+
+        def forward(self, x):
+            return x
+
+    fused = widefield.reparameterize(nn.Sequential(MoRFConv2d(4, 4, (3, 5)), Attention()).eval())
+    assert isinstance(fused[1], Attention)
+
+
+def test_the_example_has_the_channels_of_the_model():
+    model = timm.create_model("morf_resnet18", in_chans=1, num_classes=3).eval()
+    assert count(widefield.reparameterize(model), MoRFConv2d) == 0
 
 
 def test_what_cannot_be_done_is_refused_with_the_mend():

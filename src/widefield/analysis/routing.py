@@ -92,7 +92,5 @@ def routing_weights(model: nn.Module, batches: Iterable[Tensor]) -> list[Routing
 
 
 def _experts(layer: MoRFConv2d | FusedMoRFConv2d) -> tuple[str, ...]:
-    if isinstance(layer, FusedMoRFConv2d):
-        return tuple(f"{size}x{size}" for size in layer.sizes)
     pairs = zip(layer.kernel_sizes, layer.dilations, strict=True)
     return tuple(f"{size}x{size}" + (f" d{dilation}" if dilation > 1 else "") for size, dilation in pairs)

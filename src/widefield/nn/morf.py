@@ -111,6 +111,8 @@ class MoRFConv2d(nn.Module):
     ) -> MoRFConv2d:
         """Make a mixture with the channels, stride, groups, bias, device, dtype and mode of ``conv``.
 
+        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), experts and router are; likewise biases.
+
         The experts' dilations are multiplied by that of ``conv``: a mixture in place of a dilated 3x3 convolution (a
         network with output stride 8, say) has experts of the sizes asked for, on the same grid of pixels.
 
@@ -144,6 +146,9 @@ class MoRFConv2d(nn.Module):
             layer.to_empty(device=conv.weight.device)
             layer.router.reset_parameters()
             layer.absorb(conv)
+        layer.requires_grad_(conv.weight.requires_grad)
+        if layer.expert_biases is not None and conv.bias is not None:
+            layer.expert_biases.requires_grad_(conv.bias.requires_grad)
         return layer.train(conv.training)
 
     @torch.no_grad()
@@ -154,13 +159,15 @@ class MoRFConv2d(nn.Module):
         zero-padded to its size, scaled so that the mixture has the old size, and perturbed by a tenth of its root mean
         square: equal experts would get equal gradients for ever. The smallest expert that the old kernel fits into
         then takes up the remainder ``(W - sum_r a_r W_r) / a_keeper``, so the sum is W to rounding. No expert starts
-        at zero, hence router and experts all have gradients in the first step.
+        at zero, hence router and experts all have gradients in the first step (but see ``top_k=1`` in
+        :class:`widefield.nn.Router`).
         """
-        dilation = conv.dilation[0]
-        experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
+        step = fold.common_dilation([*self.dilations, conv.dilation[0]])  # or a dilation of 36 makes 361x361 kernels
+        dilation = conv.dilation[0] // step
+        experts = tuple((k, d // step) for k, d in zip(self.kernel_sizes, self.dilations, strict=True))
         keeper = _keeper(experts, conv.kernel_size[0], dilation)
         if keeper is None:
-            raise ValueError(f"{conv} does not fit into any of the experts {experts}.")
+            raise ValueError(f"{conv} does not fit into any expert of {self}.")
         home = experts[keeper]
         old = _regrid(conv.weight.double(), (conv.kernel_size[0], dilation), home)
         a = self.router.settle(keeper).double()
@@ -176,7 +183,11 @@ class MoRFConv2d(nn.Module):
                 bias.copy_(conv.bias.double() / a.sum())
 
     def route(self, x: Tensor) -> Tensor:
-        """Return the routing weights (N, n) of x (N, C_in, H, W); in training mode hard routing draws its noise."""
+        """Return the routing weights (N, n) of x (N, C_in, H, W); in training mode hard routing draws its noise.
+
+        Raises ValueError for an input of another shape.
+        """
+        _checks.images(x.shape, self.in_channels)
         weights: Tensor = self.router(x)
         return weights
 
@@ -201,6 +212,14 @@ class MoRFConv2d(nn.Module):
             sparse=self.router.routing == "hard",
             backend=self.backend,
         )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias", "kernel_size", "dilation", "padding"):
+            raise AttributeError(
+                f"a mixture has no single {name!r}: it has layer.kernels(), layer.biases(), layer.kernel_sizes and "
+                "layer.dilations. If a model reads it from a convolution, leave that one out with convert(..., where=)."
+            )
+        return super().__getattr__(name)
 
     def fuse(self, norm: _BatchNorm | None = None) -> FusedMoRFConv2d:
         """Return the re-parameterised layer: one padded kernel bank and the router. Exact in evaluation mode.
@@ -229,17 +248,20 @@ class MoRFConv2d(nn.Module):
 class FusedMoRFConv2d(nn.Module):
     """The re-parameterised :class:`MoRFConv2d` (eq. 7): mixes one kernel per sample from one bank. Made by ``fuse()``.
 
+    A finished module: its parameters do not ask for gradients, as training would fill the padding of the bank.
+
     Attributes:
-        bank: parameter (n, C_out, C_in/groups, K, K), K the largest effective size.
+        bank: parameter (n, C_out, C_in/groups, K, K), see :func:`widefield.ops.fold.kernel_bank`.
         bias_bank: parameter (n, C_out) or None.
         shift: parameter (C_out,) or None: the part of a folded batch norm that is not mixed.
+        kernel_sizes, dilations, router: as in the mixture.
     """
 
     def __init__(self, layer: MoRFConv2d, norm: _BatchNorm | None = None) -> None:
         super().__init__()
         self.router = layer.router.for_inference()
-        self.stride, self.groups, self.backend = layer.stride, layer.groups, layer.backend
-        self.sizes = tuple(map(fold.effective_size, layer.kernel_sizes, layer.dilations))
+        self.in_channels, self.stride, self.groups = layer.in_channels, layer.stride, layer.groups
+        self.kernel_sizes, self.dilations, self.backend = layer.kernel_sizes, layer.dilations, layer.backend
         with torch.no_grad():
             bank = fold.kernel_bank(layer.kernels(), layer.dilations)
             biases = layer.biases()
@@ -255,21 +277,24 @@ class FusedMoRFConv2d(nn.Module):
                 scale, shift = fold.batch_norm_affine(
                     norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
                 )
-                bank = bank * scale[:, None, None, None]
-                bias_bank = None if bias_bank is None else bias_bank * scale
+                dtype = bank.dtype  # the norm's may be wider
+                bank = (bank * scale[:, None, None, None]).to(dtype)
+                bias_bank = None if bias_bank is None else (bias_bank * scale).to(dtype)
+                shift = shift.to(dtype)
         self.bank = nn.Parameter(bank)
         self.bias_bank = None if bias_bank is None else nn.Parameter(bias_bank)
         self.shift = None if shift is None else nn.Parameter(shift)
-        self.eval()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
+        _checks.images(x.shape, self.in_channels)
         y = bank_conv2d(
             x,
             self.bank,
             self.bias_bank,
             self.router(x),
-            sizes=self.sizes,
+            experts=tuple(zip(self.kernel_sizes, self.dilations, strict=True)),
             stride=self.stride,
             groups=self.groups,
             sparse=self.router.routing == "hard",

@@ -51,6 +51,9 @@ class Router(nn.Module):
     is the hidden layer. Eq. 5 draws its gate and its noise from a further pair of matrices behind the last FC; two
     linear maps in a row are one, so here the last FC is the gate and stands beside the noise.
 
+    With ``top_k=1`` the one weight is a softmax over a single number, always 1: no gradient reaches the router from the
+    task, and it learns from :func:`load_balancing` alone. Shazeer et al. ask for k > 1 for this reason.
+
     Routing weights are computed in the parameters' precision also under autocast: the choice of experts and the sum of
     unnormalised weights are sensitive to rounding, and cost next to nothing.
 
@@ -109,10 +112,10 @@ class Router(nn.Module):
     def settle(self, keeper: int) -> Tensor:
         """Make the weights the same for every input, in evaluation, and return them: (n,).
 
-        Soft routing gives every expert the same weight. Hard routing ranks expert ``keeper`` first, and the others
-        in the order of their index. The margin is 2, three times the initial noise: the keeper takes part in nearly
-        every choice, and the noise deals the other places out among all the rest. With one place it is 0.5, or the
-        others would never be tried.
+        Soft routing gives every expert the same weight. Hard routing ranks expert ``keeper`` first, then the others
+        from the last to the first, so that ties do not depend on the device. The margin is 2, three times the initial
+        noise: the keeper takes part in nearly every choice, and the noise deals the other places out among the rest.
+        With one place it is 0.5, or the others would never be tried.
         """
         with torch.no_grad():
             self.gate.weight.zero_()

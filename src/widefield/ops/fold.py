@@ -6,6 +6,7 @@ it does. Kernels have shape (C_out, C_in/groups, K_h, K_w) with odd K_h and K_w,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,13 +48,27 @@ def crop(kernel: Tensor, size: int) -> Tensor:
     return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
 
 
-def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
-    """Stack square kernels of any odd sizes and dilations, dilated and padded to the largest: (n, C_out, C_in/g, K, K).
+def common_dilation(dilations: Sequence[int]) -> int:
+    """Return the coarsest grid of taps that all experts lie on: the greatest common divisor of their dilations."""
+    return math.gcd(*dilations)
 
-    K is the largest effective size. Differentiable with respect to every kernel.
+
+def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
+    """Stack square kernels of any odd sizes and dilations on their common grid: (n, C_out, C_in/groups, K, K).
+
+    The bank is to be applied with dilation d = :func:`common_dilation`; K spans the largest expert in steps of d.
+    Differentiable with respect to every kernel.
     """
-    size = max(effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True))
-    return torch.stack([pad(dilate(k, d), size) for k, d in zip(kernels, dilations, strict=True)])
+    step = common_dilation(dilations)
+    spread = [dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
+    size = max(k.shape[-1] for k in spread)
+    return torch.stack([pad(k, size) for k in spread])
+
+
+def expert(bank: Tensor, index: int, size: int, dilation: int, step: int) -> Tensor:
+    """Return expert ``index`` of a bank made by :func:`kernel_bank` with grid ``step``, as it went in; a view."""
+    relative = dilation // step
+    return crop(bank[index], effective_size(size, relative))[..., ::relative, ::relative]
 
 
 def batch_norm_affine(

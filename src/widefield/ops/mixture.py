@@ -63,15 +63,17 @@ def mixture_conv2d(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
+        TypeError: x and kernels of different dtypes, outside autocast.
     """
     dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
     _check(x, kernels, biases, weights, groups, dilations)
-    sizes = [fold.effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
-    if _choose(backend, x, kernels[0], len(kernels), max(sizes), stride, groups) == "branches":
+    size = max(fold.effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True))
+    if _choose(backend, x, kernels[0], len(kernels), size, stride, groups) == "branches":
         return _branches(x, kernels, biases, weights, stride, groups, dilations, sparse)
     bank = fold.kernel_bank(kernels, dilations)
     bias_bank = None if biases is None else torch.stack(list(biases))
-    return _merged(x, bank, bias_bank, weights, stride, groups, sizes if sparse else None)
+    experts = [(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
+    return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse)
 
 
 def bank_conv2d(
@@ -80,7 +82,7 @@ def bank_conv2d(
     bias_bank: Tensor | None,
     weights: Tensor,
     *,
-    sizes: Sequence[int],
+    experts: Sequence[tuple[int, int]],
     stride: int = 1,
     groups: int = 1,
     sparse: bool = False,
@@ -90,17 +92,20 @@ def bank_conv2d(
 
     Args:
         x: (N, C_in, H, W).
-        bank: (n, C_out, C_in/groups, K, K): every expert dilated and zero-padded to one odd size K.
+        bank: (n, C_out, C_in/groups, K, K) as :func:`widefield.ops.fold.kernel_bank` makes it.
         bias_bank: (n, C_out) or None.
         weights: (N, n).
-        sizes: n odd numbers: the central part of the bank outside which expert r is zero.
+        experts: (kernel size, dilation) of each: where in the bank its taps are.
         stride, groups, sparse, backend: as in :func:`mixture_conv2d`.
     """
-    if _choose(backend, x, bank[0], len(bank), bank.shape[-1], stride, groups) == "branches":
-        kernels = [fold.crop(kernel, size) for kernel, size in zip(bank, sizes, strict=True)]
+    _check_dtype(x, bank)
+    step = fold.common_dilation([d for _, d in experts])
+    size = fold.effective_size(bank.shape[-1], step)
+    if _choose(backend, x, bank[0], len(bank), size, stride, groups) == "branches":
+        kernels = [fold.expert(bank, r, k, d, step) for r, (k, d) in enumerate(experts)]
         biases = None if bias_bank is None else list(bias_bank)
-        return _branches(x, kernels, biases, weights, stride, groups, (1,) * len(sizes), sparse)
-    return _merged(x, bank, bias_bank, weights, stride, groups, sizes if sparse else None)
+        return _branches(x, kernels, biases, weights, stride, groups, [d for _, d in experts], sparse)
+    return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse)
 
 
 def _check(
@@ -126,6 +131,7 @@ def _check(
     if len(dilations) != n:
         raise ValueError(f"dilations must hold one number per expert ({n}); got {tuple(dilations)!r}.")
     c_out = kernels[0].shape[0]
+    _check_dtype(x, kernels[0])
     for kernel in kernels:
         shape = tuple(kernel.shape)
         if kernel.ndim != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
@@ -135,6 +141,13 @@ def _check(
                 f"a kernel of shape {shape} does not fit {x.shape[1]} input channels, {c_out} output channels "
                 f"and groups={groups}: expected ({c_out}, {x.shape[1] // groups}, K, K)."
             )
+
+
+def _check_dtype(x: Tensor, kernel: Tensor) -> None:
+    if autocast_dtype(x) != (kernel.dtype if autocast_dtype(x) == x.dtype else autocast_dtype(x)):
+        raise TypeError(
+            f"x is {x.dtype} and the kernels are {kernel.dtype}: convert one to the other, or use torch.autocast."
+        )
 
 
 def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: int, groups: int) -> str:
@@ -194,25 +207,29 @@ def _merged(
     weights: Tensor,
     stride: int,
     groups: int,
-    sizes: Sequence[int] | None,
+    experts: Sequence[tuple[int, int]],
+    sparse: bool,
 ) -> Tensor:
-    """``sizes`` given: each sample pays for the largest expert that it has a weight for, and no more."""
-    bank = fold.crop(bank, 2 * max(x.shape[2], x.shape[3]) - 1)
+    """``sparse``: each sample pays for the largest expert that it has a weight for, and no more."""
+    step = fold.common_dilation([d for _, d in experts])
+    bank = fold.crop(bank, 2 * ((max(x.shape[2], x.shape[3]) - 1) // step) + 1)  # further out no tap meets the map
     if x.shape[0] == 0:  # grouped convolution refuses zero groups
         every = None if bias_bank is None else list(bias_bank)
-        return _branches(x, list(bank), every, weights, stride, groups, (1,) * len(bank), False)
-    if sizes is None or not _has_numbers(weights):
-        return _merged_dense(x, bank, bias_bank, weights, stride, groups)
+        return _branches(x, list(bank), every, weights, stride, groups, [step] * len(bank), False)
+    if not sparse or not _has_numbers(weights):
+        return _merged_dense(x, bank, bias_bank, weights, stride, groups, step)
     # One bucket of samples for each size of kernel. Which samples is data: on a GPU this waits for it once a layer.
-    spans = torch.tensor([min(size, bank.shape[-1]) for size in sizes], device=weights.device)
+    spans = torch.tensor(
+        [min(fold.effective_size(k, d // step), bank.shape[-1]) for k, d in experts], device=weights.device
+    )
     need = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min()))
     parts, orders = [], []
     for size in sorted(set(need.tolist())):
         chosen = (need == size).nonzero().squeeze(1)
-        experts = (spans <= size).nonzero().squeeze(1)
-        biases = None if bias_bank is None else bias_bank[experts]
-        kernels = fold.crop(bank, size)[experts]
-        parts.append(_merged_dense(x[chosen], kernels, biases, weights[chosen][:, experts], stride, groups))
+        fitting = (spans <= size).nonzero().squeeze(1)
+        biases = None if bias_bank is None else bias_bank[fitting]
+        kernels = fold.crop(bank, size)[fitting]
+        parts.append(_merged_dense(x[chosen], kernels, biases, weights[chosen][:, fitting], stride, groups, step))
         orders.append(chosen)
     if len(parts) == 1:  # everybody, in order
         return parts[0]
@@ -220,7 +237,7 @@ def _merged(
 
 
 def _merged_dense(
-    x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, stride: int, groups: int
+    x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, stride: int, groups: int, dilation: int
 ) -> Tensor:
     batch, c_in, height, width = x.shape
     _, c_out, c_group, size, _ = bank.shape
@@ -230,14 +247,14 @@ def _merged_dense(
         a = weights.to(bank.dtype)
         kernels = (a @ bank.flatten(1)).view(batch * c_out, c_group, size, size)
         bias = None if bias_bank is None else (a @ bias_bank).flatten()
-    y = _grouped_conv2d(x.reshape(1, batch * c_in, height, width), kernels, bias, stride, batch * groups)
+    y = _grouped_conv2d(x.reshape(1, batch * c_in, height, width), kernels, bias, stride, batch * groups, dilation)
     y = y.view(batch, c_out, y.shape[2], y.shape[3])
     if x.stride(1) == 1 and c_in > 1 and height * width > 1:  # is_contiguous(channels_last), which vmap does not know
         return y.contiguous(memory_format=torch.channels_last)
     return y
 
 
-def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
+def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
     """F.conv2d with "same" alignment for one "image" that holds a batch in its channels: (1, N*C, H, W)."""
     dtype = autocast_dtype(x)
     on_cpu = x.device.type == "cpu"
@@ -245,7 +262,7 @@ def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
         with without_autocast(x):
             wide = None if bias is None else bias.float()
-            return _grouped_conv2d(x.float(), kernels.float(), wide, stride, groups).to(dtype)
+            return _grouped_conv2d(x.float(), kernels.float(), wide, stride, groups, dilation).to(dtype)
     x, kernels, bias = x.to(dtype), kernels.to(dtype), None if bias is None else bias.to(dtype)
     y: Tensor
     size = kernels.shape[-1]
@@ -253,12 +270,12 @@ def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int
         if size == 1:
             y = x[..., ::stride, ::stride] * kernels.view(1, -1, 1, 1)
             return y if bias is None else y + bias[:, None, None]
-        if stride == 1 and size == 3 and _is_small(x):
+        if stride == dilation == 1 and size == 3 and _is_small(x):
             kernels, size = fold.pad(kernels, 5), 5
-        if stride == 1 and size > 3:
+        if stride == dilation == 1 and size > 3:
             y = _DepthwiseConv2d.apply(x, kernels, bias)
             return y
-    return F.conv2d(x, kernels, bias, stride, size // 2, groups=groups)
+    return F.conv2d(x, kernels, bias, stride, dilation * (size // 2), dilation, groups)
 
 
 def _is_small(x: Tensor) -> bool:

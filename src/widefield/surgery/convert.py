@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from widefield.nn import MoRFConv2d, morf
-from widefield.surgery.walk import replace
+from widefield.surgery.walk import merge_method, replace
 
 Where = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
@@ -55,6 +55,8 @@ class MoRF:
     def __post_init__(self) -> None:
         MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self._options(), "init": "random"})
         morf.check_init(self.init)
+        sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
+        object.__setattr__(self, "kernel_sizes", sizes)  # lists, from YAML say, would not hash
 
     def _options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -147,6 +149,13 @@ def convert(model: nn.Module, config: Conversion, where: Where | None = None, *,
 
 def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module]]:
     selects = _selector(model, where)
+    mergeable = [
+        name for name, m in model.named_modules() if name and not isinstance(m, MoRFConv2d) and merge_method(m)
+    ]
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
     steps: list[tuple[Step, nn.Module]] = []
     for name, module in model.named_modules():
         if not isinstance(module, _ConvNd):
@@ -154,9 +163,13 @@ def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tu
         reason = (
             "its kernel size is 1: not a spatial convolution"
             if set(module.kernel_size) == {1}
-            else selects(module, name) or _untouchable(module) or config.why_not(module)
+            else selects(module, name)
+            or _untouchable(module)
+            or _tied(module, name, owners)
+            or _part_of(name, mergeable)
+            or config.why_not(module)
         )
-        after = _line(config.replacement(copy.deepcopy(module).to("meta"))) if reason is None else None
+        after = _line(config.replacement(_weightless(module))) if reason is None else None
         steps.append((Step(name, _line(module), after, reason), module))
     return steps
 
@@ -184,19 +197,26 @@ def _selector(model: nn.Module, where: Where | None) -> Callable[[nn.Module, str
 
 
 def image_readers(model: nn.Module) -> set[str]:
-    """Return the names of the convolutions that read the image: what timm's configuration calls the first convolution,
-    else the first one of the model if it is dense with at most four input channels (grey, colour, colour and depth).
+    """Return the names of the convolutions that read the image, as far as a model's structure tells.
+
+    What timm's configuration calls the first convolution, else the first one of the model if it is dense with at most
+    four input channels (grey, colour, colour and depth); and dense ones of as many input channels in the same top-level
+    module, which are further branches of the stem. Where that is wrong, say ``where``.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     named = config.get("first_conv") or ()
-    names = {named} if isinstance(named, str) else set(named)
-    convolutions = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    found = names & {name for name, _ in convolutions}
+    named = {named} if isinstance(named, str) else set(named)
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    found = named & set(convolutions)
     if not found and convolutions:
-        name, first = convolutions[0]
+        name, first = next(iter(convolutions.items()))
         if first.groups == 1 and first.in_channels <= 4:
-            return {name}
-    return found
+            found = {name}
+    stems = {(name.split(".")[0], convolutions[name].in_channels) for name in found}
+    branches = {
+        name for name, m in convolutions.items() if m.groups == 1 and (name.split(".")[0], m.in_channels) in stems
+    }
+    return found | branches
 
 
 def _untouchable(module: nn.Module) -> str | None:
@@ -205,6 +225,27 @@ def _untouchable(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which a replacement would lose; remove them first"
     return None
+
+
+def _part_of(name: str, mergeable: Sequence[str]) -> str | None:
+    for block in mergeable:
+        if name.startswith(f"{block}."):
+            return f"it is part of {block}, which merges its convolutions: re-parameterise before converting"
+    return None
+
+
+def _tied(module: nn.Module, name: str, owners: Mapping[int, Sequence[str]]) -> str | None:
+    for parameter in module.parameters(recurse=False):
+        others = [other for other in owners[id(parameter)] if other != name]
+        if others:
+            return f"it shares its weight with {', '.join(others)}"
+    return None
+
+
+def _weightless(module: nn.Module) -> nn.Module:
+    """Copy a module with its parameters on the meta device, without copying a number."""
+    stand_ins = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, stand_ins)  # memo: id -> what to use
 
 
 def _nothing_to_convert(model: nn.Module, config: Conversion, where: Where | None) -> str:
