@@ -115,8 +115,12 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
     for name in names:
         config = get_pretrained_cfg(name)
         shape = config.input_size if config else (3, 224, 224)
-        with torch.device("meta"):
-            cost = bench.cost(timm.create_model(name).eval(), torch.empty(1, *shape))
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+        except NotImplementedError:  # older releases of timm compute with numbers while they build
+            model = timm.create_model(name).to("meta")
+        cost = bench.cost(model.eval(), torch.empty(1, *shape, device="meta"))
         table.add_row(name, "x".join(map(str, shape)), f"{cost.parameters / 1e6:.2f}M", f"{cost.macs / 1e9:.3f}G")
     Console().print(table)
     return 0

@@ -1,6 +1,8 @@
+import errno
 import random
 import re
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -30,6 +32,13 @@ def corrupt(request, root):
     path = root / "train" / "cat" / "0.jpg"
     path.write_bytes(b"not a jpeg" if request.param == "text" else path.read_bytes()[:-400])
     return path
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -124,10 +133,41 @@ def test_skip_warns_once_and_drops_the_sample(root, corrupt):
         assert batch["label"].tolist() == [0, 0, 1, 1, 1]
 
 
-def test_a_vanished_file_counts_as_corrupt(root):
-    data = Folder("val", root=root, size=24)
-    (root / "val" / "cat" / "0.jpg").unlink()
-    with pytest.raises(OSError, match="FileNotFoundError"):
+@pytest.mark.parametrize(
+    "error",
+    [SyntaxError("broken PNG"), struct.error("short"), ValueError("bad"), Image.DecompressionBombError("huge")],
+)
+def test_whatever_the_decoder_raises_counts_as_corrupt(root, monkeypatch, error):
+    monkeypatch.setattr(Image, "open", raising(error))
+    with pytest.raises(OSError, match=rf"0.jpg: {type(error).__name__}: {error}"):
+        Folder("val", root=root)[0]
+    with pytest.warns(UserWarning, match=rf"0.jpg: {type(error).__name__}: {error}"):
+        assert Folder("val", root=root, corrupt="skip")[0] is None
+
+
+@pytest.mark.parametrize("policy", ["refuse", "skip"])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), PermissionError),
+        (OSError(errno.EMFILE, "Too many open files"), OSError),
+        (OSError(errno.ESTALE, "Stale file handle"), OSError),
+        (MemoryError(), MemoryError),
+    ],
+)
+def test_what_the_system_refuses_is_no_corrupt_image(root, monkeypatch, error, raised, policy):
+    monkeypatch.setattr(Image, "open", raising(error))
+    path = re.escape(str(root / "val" / "cat" / "0.jpg"))
+    with pytest.raises(raised, match=path) as caught:
+        Folder("val", root=root, corrupt=policy)[0]
+    assert getattr(caught.value, "errno", None) == getattr(error, "errno", None)
+
+
+def test_a_vanished_file_is_no_corrupt_image(root):
+    data = Folder("val", root=root, size=24, corrupt="skip")
+    path = root / "val" / "cat" / "0.jpg"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
         data[0]
 
 

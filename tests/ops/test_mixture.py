@@ -205,6 +205,10 @@ def test_autocast_gives_the_autocast_dtype_and_float32_gradients():
     expected = mixture_conv2d(x, kernels, biases, weights, groups=4, backend="branches")
     with torch.autocast("cpu", torch.bfloat16):
         y = mixture_conv2d(x, kernels, biases, weights, groups=4, backend="merged")
+        again = mixture_conv2d(x.bfloat16(), kernels, biases, weights, groups=4, backend="merged")
+        with pytest.raises(TypeError, match="uint8"):
+            mixture_conv2d(x.byte(), kernels, biases, weights, groups=4)
+    close(again, expected, BFLOAT16)
     assert y.dtype == torch.bfloat16
     close(y, expected, BFLOAT16)
     y.float().sum().backward()

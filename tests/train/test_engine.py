@@ -3,6 +3,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,9 +37,10 @@ from widefield.train import (
     evaluate,
     load_recipe,
     load_trained,
+    save_recipe,
     train,
 )
-from widefield.train.loading import EpochSampler
+from widefield.train.loading import EpochSampler, shut_down, val_loader
 
 Run = Callable[..., RunResult]
 
@@ -156,9 +163,11 @@ def test_an_existing_run_is_refused(run: Run, recipe: Recipe) -> None:
     assert log(recipe.folder) == before
 
 
-def test_a_folder_with_anything_in_it_is_refused(run: Run, recipe: Recipe) -> None:
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml"])
+def test_a_folder_with_anything_in_it_is_refused(run: Run, recipe: Recipe, name: str) -> None:
+    """A run that has just started has no checkpoint either."""
     recipe.folder.mkdir(parents=True)
-    (recipe.folder / "notes.txt").touch()
+    (recipe.folder / name).touch()
     with pytest.raises(FileExistsError, match="no checkpoint: delete it, or choose another --name"):
         run()
 
@@ -181,7 +190,17 @@ def test_an_unwritable_folder_is_found_before_anything_is_built(
     [
         ({"model": ModelSpec("convnext_ato")}, ValueError, "timm knows no model 'convnext_ato'. Did you mean 'convn"),
         ({"model": ModelSpec("convnext_atto", {"num_classes": 3})}, ValueError, "num_classes is decided by the task"),
-        ({"model": ModelSpec("convnext_atto", {"depth": 3})}, TypeError, "depth"),
+        (
+            {"model": ModelSpec("convnext_atto.d2_in1k", {"depth": [1]})},
+            TypeError,
+            "model.args.depth: convnext_atto.d2_in1k has no such argument. Did you mean 'depths'? It takes those of C",
+        ),
+        ({"model": ModelSpec("resnet18", {"zzzzz": 1})}, TypeError, "argument. It takes those of ResNet."),
+        (
+            {"model": ModelSpec("convnext_atto", {"act_layer": "foo"})},
+            ValueError,
+            "timm cannot build 'convnext_atto' with model.args {'act_layer': 'foo'}: KeyError: 'foo'.",
+        ),
         ({"conversion": ConversionSpec("morf", args={"kernel_size": 3})}, TypeError, "Did you mean 'kernel_sizes'"),
         ({"conversion": ConversionSpec("morf", "nowhere")}, ValueError, "matches no convolution"),
         ({"data": DataSpec("digts")}, ValueError, "digits"),
@@ -237,6 +256,31 @@ class Noise(Dataset[Any]):
         return {"image": image, "label": index % 3}
 
 
+class Stuck(Dataset[Any]):
+    """Never gives its only sample; ``reached`` says that it was asked for."""
+
+    def __init__(self) -> None:
+        self.reached = multiprocessing.Event()
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        self.reached.set()
+        while True:
+            time.sleep(60)
+
+
+def image_folder(root: Path) -> Path:
+    """Make two classes of four images each in both splits."""
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(root / split / name / f"{i}.png")
+    return root
+
+
 def with_noise(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Noise]:
     sets = {split: Noise(split, **options) for split in ("train", "val")}
     monkeypatch.setattr("widefield.data.create", lambda name, split, **_: sets[split])
@@ -254,6 +298,97 @@ def test_a_loss_that_is_nan_stops_the_run(run: Run, recipe: Recipe, monkeypatch:
         run(batch_size=8, epochs=3, log_every=100)
     assert [path.name for path in (recipe.folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert load_trained(recipe.folder)(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_name_free(
+    run: Run, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = with_noise(monkeypatch)
+    whole = run(name="whole", batch_size=4)
+    sets["train"].poison = 5
+    with pytest.raises(FloatingPointError):
+        run(batch_size=4, seed=1)
+    assert load_recipe(recipe.folder / "failed.yaml") == replace(recipe, batch_size=4, seed=1)
+    (recipe.folder / "notes.txt").touch()
+    sets["train"].poison = -1
+    assert log(run(batch_size=4).folder) == log(whole.folder)
+    assert {path.name for path in recipe.folder.iterdir()} - {path.name for path in whole.folder.iterdir()} == {
+        "notes.txt"
+    }
+    assert len(list((recipe.folder / "tensorboard").iterdir())) == 1
+    (recipe.folder / "failed.yaml").touch()
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(batch_size=4)
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_the_name_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("widefield.train.checkpoint._flush", full)
+        with pytest.raises(OSError, match="No space left"):
+            run()
+    assert run(epochs=1).epochs == 1
+
+
+def test_an_epoch_without_images_has_no_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = with_noise(monkeypatch)
+    sets["train"].gone = range(24)
+    result = run(epochs=1)
+    assert math.isnan(result.metrics["train_loss"])
+    entries = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (result.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [entry["train_loss"] for entry in entries] == [None]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_that_cannot_be_read_ends_the_run_in_one_sentence(
+    run: Run, tmp_path: Path, split: str, workers: int
+) -> None:
+    broken = image_folder(tmp_path / "images") / split / "a" / "1.png"
+    broken.write_bytes(b"not a png")
+    spec = DataSpec("folder", {"root": str(tmp_path / "images"), "size": 32})
+    before = multiprocessing.active_children()
+    with pytest.raises(OSError, match=rf"^cannot read the image {broken}: [^\n]*$"):
+        run(data=spec, batch_size=4, workers=workers)
+    assert set(multiprocessing.active_children()) <= set(before)
+
+
+SCRIPT = """
+import sys
+from widefield.cli import main
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_a_process_whose_worker_found_a_corrupt_image_ends(recipe: Recipe, tmp_path: Path) -> None:
+    broken = image_folder(tmp_path / "images") / "train" / "a" / "1.png"
+    broken.write_bytes(b"not a png")
+    spec = DataSpec("folder", {"root": str(tmp_path / "images"), "size": 32})
+    save_recipe(replace(recipe, data=spec, batch_size=4, workers=1), tmp_path / "recipe.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path / "recipe.yaml"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"widefield train: cannot read the image {broken}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that hangs in a file system would be; torch asks it by a queue and by SIGTERM, which workers ignore."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    before, dataset = multiprocessing.active_children(), Stuck()
+    loader = val_loader(dataset, 1, 1)
+    iter(loader)
+    assert dataset.reached.wait(60)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    shut_down(loader)
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_batches_of_unreadable_images_are_passed_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,8 +151,8 @@ def test_nothing_to_resume(run: Run, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, torch
-from widefield.train import load_recipe, train
 torch.set_num_threads(1)
+from widefield.train import load_recipe, train
 result = train(load_recipe(sys.argv[1]))
 sys.exit(128 + result.interrupted if result.interrupted else 0)
 """
@@ -166,6 +166,7 @@ def test_sigterm_from_outside(run: Run, recipe: Recipe, tmp_path: Path, stop_at:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: losses are compared to the bit
     )
     entries = recipe.folder / "metrics.jsonl"
     deadline = time.monotonic() + 60

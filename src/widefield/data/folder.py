@@ -6,7 +6,9 @@ set behaves here as it does in timm's scripts, except that its augmentation repe
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,20 @@ from widefield.data.loading import SPLITS, ImageSet, Sample, seeded, shared
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What Pillow raises on broken bytes; OSErrors of the system are told apart by their errno.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 _LAYOUT = "Expected root/train/<class>/<image> and root/val/<class>/<image>."
 
@@ -35,8 +51,9 @@ class Folder(ImageSet):
         root: the folder that holds ``train`` and ``val``.
         size: side of the images in pixels.
         seed: seed of the augmentation.
-        corrupt: what to do with a file that cannot be read or decoded in full: ``"refuse"`` raises OSError,
-            ``"skip"`` warns once per file and leaves it out of its batch.
+        corrupt: what to do with a file that cannot be decoded in full: ``"refuse"`` raises OSError, ``"skip"`` warns
+            once per file and leaves it out of its batch. What the system refuses (a missing file, a permission) is an
+            error in either case.
         mean: mean of each of the 3 channels for pixels in [0, 1].
         std: standard deviation of each of the 3 channels.
         interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two (then val uses bicubic).
@@ -132,13 +149,18 @@ class Folder(ImageSet):
     def sample(self, index: int) -> Sample | None:
         """Return sample ``index``, or None for a corrupt file under ``corrupt="skip"``.
 
-        Raises OSError for a corrupt file under ``corrupt="refuse"``, naming the file.
+        Raises, naming the file, OSError for one that cannot be opened or read and, under ``corrupt="refuse"``, for a
+        corrupt one; MemoryError where the picture does not fit.
         """
         path, label = self._files[index]
         try:
             with Image.open(path) as file:
                 picture = file.convert("RGB")  # decodes to the last byte
-        except Exception as error:  # on broken bytes Pillow raises anything from OSError to SyntaxError
+        except MemoryError as error:
+            raise MemoryError(f"out of memory while reading the image {path}.") from error
+        except _BROKEN as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+                raise OSError(error.errno, error.strerror, path) from error
             self._report(index, path, error)
             return None
         with seeded(self.key(index)):

@@ -9,14 +9,12 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Return a block in which x's device computes in the dtypes given (the meta device knows no autocast)."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """Return a block in which x's device computes in the dtypes given."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a convolution of x is to be computed: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast would compute a convolution of x, or None where it is off."""
+    if x.is_meta or not x.is_floating_point() or not torch.is_autocast_enabled(x.device.type):
+        return None  # the meta device knows no autocast
+    return torch.get_autocast_dtype(x.device.type)

@@ -144,7 +144,7 @@ def _check(
 
 
 def _check_dtype(x: Tensor, kernel: Tensor) -> None:
-    if autocast_dtype(x) != (kernel.dtype if autocast_dtype(x) == x.dtype else autocast_dtype(x)):
+    if x.dtype != kernel.dtype and autocast_dtype(x) is None:
         raise TypeError(
             f"x is {x.dtype} and the kernels are {kernel.dtype}: convert one to the other, or use torch.autocast."
         )
@@ -256,7 +256,7 @@ def _merged_dense(
 
 def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
     """F.conv2d with "same" alignment for one "image" that holds a batch in its channels: (1, N*C, H, W)."""
-    dtype = autocast_dtype(x)
+    dtype = autocast_dtype(x) or x.dtype
     on_cpu = x.device.type == "cpu"
     if on_cpu and dtype in (torch.bfloat16, torch.float16):
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.

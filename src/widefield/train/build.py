@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
         model_args: what the task decides, such as ``{"num_classes": 10}`` (``Task.model_args``).
 
     Raises:
-        ValueError: unknown model; an argument that the task decides; nothing to convert.
+        ValueError: unknown model; an argument that the task decides, or that the model refuses; nothing to convert.
         TypeError: an argument that the model or the conversion does not have.
     """
     import widefield.models  # noqa: F401 (registers ours in timm)
@@ -36,8 +39,25 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
     for key in model_args:
         if key in recipe.model.args:
             raise ValueError(f"model.args.{key} is decided by the task ({model_args[key]!r}); leave it out.")
-    model: nn.Module = timm.create_model(name, **recipe.model.args, **model_args)
+    try:
+        model: nn.Module = timm.create_model(name, **recipe.model.args, **model_args)
+    except (TypeError, LookupError, AssertionError, RuntimeError) as error:
+        raise _refusal(recipe, error) from error
     return _converted(model, recipe.conversion) if recipe.conversion else model
+
+
+def _refusal(recipe: Recipe, error: Exception) -> Exception:
+    """Return what to raise for arguments that timm or the model choked on."""
+    name, args = recipe.model.name, recipe.model.args
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown is None or unknown[2] not in args:
+        return ValueError(f"timm cannot build {name!r} with model.args {args}: {type(error).__name__}: {error}.")
+    taker, key = unknown.groups()
+    module = sys.modules[timm.models.model_entrypoint(name).__module__] if timm.is_model(name) else None
+    known = inspect.signature(getattr(module, taker)).parameters if hasattr(module, taker) else ()
+    return TypeError(
+        f"model.args.{key}: {name} has no such argument.{_checks.did_you_mean(key, known)} It takes those of {taker}."
+    )
 
 
 def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:

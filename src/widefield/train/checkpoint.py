@@ -172,9 +172,13 @@ def _differences(path: Path, model: nn.Module) -> list[str]:
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one go: after a crash it holds the old text or the new one."""
     unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    _flush(unfinished)
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        _flush(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _json(meta: Mapping[str, Any]) -> str:

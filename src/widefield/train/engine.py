@@ -38,7 +38,7 @@ from widefield.train.build import build_model
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import evaluate
 from widefield.train.interrupt import StopRequest
-from widefield.train.loading import EpochSampler, train_loader, val_loader
+from widefield.train.loading import EpochSampler, batches, shut_down, train_loader, val_loader
 from widefield.train.progress import Reporter, numbers, reporter
 from widefield.train.recipe import Recipe
 from widefield.train.run_folder import RunFolder, recipe_hash
@@ -80,8 +80,9 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         console: where to show progress; default: stderr. ``Console(quiet=True)`` shows nothing.
 
     Raises:
-        OSError: the run's folder cannot be written, or the disk is full.
-        FileExistsError: the folder holds a run, and ``resume`` is not given.
+        OSError: the run's folder cannot be written, the disk is full, or an image cannot be read.
+        FileExistsError: the folder holds a run, and ``resume`` is not given. One that failed before its first
+            checkpoint does not count and is written over.
         FileNotFoundError: there is no checkpoint to resume.
         ValueError, TypeError: the recipe does not work, or does not fit the run to resume; the message names the key.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint stays.
@@ -103,8 +104,9 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
     if not accelerator.is_main_process:
         console = Console(quiet=True)
     with ExitStack() as stack:
+        stack.callback(run.shut_down)
         if accelerator.is_main_process:
-            folder.save_config(recipe)
+            stack.enter_context(folder.occupied(recipe))
             run.open_logs(stack)
         run.stop = stack.enter_context(StopRequest())
         run.report = stack.enter_context(reporter(console or Console(stderr=True), run.total_steps))
@@ -202,6 +204,11 @@ class _Run:
         """Batches of the whole run."""
         return self.epochs * self.steps_per_epoch
 
+    def shut_down(self) -> None:
+        """End the loaders' workers."""
+        for loader in (self.train_batches, self.val_batches):
+            shut_down(loader)
+
     # The loop
 
     def loop(self) -> None:
@@ -230,7 +237,7 @@ class _Run:
         self.train_set.set_epoch(self.epoch)
         self.train_batches.set_epoch(self.epoch)
         self.model.train()
-        for batch in self.train_batches if self.position < self.steps_per_epoch else ():
+        for batch in batches(self.train_batches) if self.position < self.steps_per_epoch else ():
             if not self._largest(not batch):
                 self._update(batch)
             self.position += 1
@@ -290,7 +297,7 @@ class _Run:
         def measure(model: nn.Module) -> dict[str, float]:
             return evaluate(
                 model,
-                self._until_stop(self.val_batches),
+                self._until_stop(batches(self.val_batches)),
                 self.task,
                 self.accelerator.device,
                 gather=self.accelerator.gather_for_metrics,
@@ -302,8 +309,8 @@ class _Run:
                 metrics |= {f"ema_{name}": value for name, value in measure(self.ema.module).items()}
         return metrics
 
-    def _until_stop(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+    def _until_stop(self, all_batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in all_batches:
             if self._stopping():
                 raise _Stopped
             if not self._largest(not batch):
@@ -361,7 +368,9 @@ class _Run:
     def _write(self, entry: dict[str, Any]) -> None:
         if self._log is None:
             return
-        self._log.write(json.dumps(entry) + "\n")
+        # JSON has no NaN and no infinity.
+        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self._log.write(json.dumps(valid, allow_nan=False) + "\n")
         self._log.flush()
         for name, value in entry.items():
             if name not in ("kind", "step", "epoch"):

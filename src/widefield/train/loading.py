@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,24 +37,61 @@ class EpochSampler(Sampler[int]):
 
 
 def train_loader(dataset: Dataset[Any], batch_size: int, workers: int, seed: int) -> DataLoader[Any]:
-    """Return a loader of whole shuffled batches; its ``sampler`` is an :class:`EpochSampler`."""
-    length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset; ours have it
-    return _loader(dataset, batch_size, workers, sampler=EpochSampler(length, seed), drop_last=True)
+    """Return a loader of whole shuffled batches, for ``batches``; its ``sampler`` is an :class:`EpochSampler`."""
+    reading = _Reading(dataset)
+    return _loader(reading, batch_size, workers, sampler=EpochSampler(len(reading), seed), drop_last=True)
 
 
 def val_loader(dataset: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
-    """Return a loader of all samples in order; the last batch may be smaller."""
-    return _loader(dataset, batch_size, workers)
+    """Return a loader of all samples in order, for ``batches``; the last batch may be smaller."""
+    return _loader(_Reading(dataset), batch_size, workers)
 
 
-def _loader(dataset: Dataset[Any], batch_size: int, workers: int, **options: Any) -> DataLoader[Any]:
+def batches(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader; raises the OSError of the first sample that could not be read, as it was."""
+    for batch in loader:
+        if isinstance(batch, OSError):
+            raise batch
+        yield batch
+
+
+def shut_down(loader: Any) -> None:
+    """End the workers of a loader. Python would do so when it exits, by a SIGTERM, which they ignore."""
+    iterator = loader._iterator
+    if iterator is not None:
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()  # one that did not heed the request in time; the others are gone
+
+
+class _Reading(Dataset[Any]):
+    """A data set that returns the OSError of a sample: raised in a worker it would arrive as a traceback's text."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset; ours have it
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except OSError as error:
+            return error
+
+
+def _collate(samples: Sequence[Any]) -> Any:
     from widefield.data import collate
 
+    return next((sample for sample in samples if isinstance(sample, OSError)), None) or collate(samples)
+
+
+def _loader(dataset: _Reading, batch_size: int, workers: int, **options: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=ignore_signals,

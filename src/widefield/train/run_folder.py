@@ -1,4 +1,7 @@
-"""The folder of a run: claimed before anything is built, then ``config.yaml``, ``metrics.jsonl`` and the rest."""
+"""The folder of a run: claimed before anything is built, then ``config.yaml``, ``metrics.jsonl`` and the rest.
+
+A run that fails before its first checkpoint leaves ``failed.yaml`` in place of ``config.yaml``, and its name free.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +28,42 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.failed = path / "failed.yaml"
         self.log = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
 
     def claim(self) -> None:
-        """Make the folder of a new run.
+        """Make the folder of a new run, or clear that of one that failed before its first checkpoint.
 
         Raises:
             OSError: it cannot be written; the message names it.
-            FileExistsError: it holds something.
+            FileExistsError: it holds something else.
         """
+        resumable = bool(checkpoint.checkpoints(self.checkpoints))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
+            if self.failed.is_file() and not resumable:
+                self._clear()
+                return
             content = any(self.path.iterdir())
         except OSError as error:
             raise OSError(
                 f"the run's folder {self.path} cannot be written: {error.strerror}. Choose another with --output."
             ) from error
         if content:
-            resumable = bool(checkpoint.checkpoints(self.checkpoints))
             mend = f"Continue it with --resume {self.path}" if resumable else "It has no checkpoint: delete it"
             raise FileExistsError(f"{self.path} holds a run already. {mend}, or choose another --name.")
+
+    def _clear(self) -> None:
+        """Delete what a run writes before its first checkpoint, and nothing else."""
+        checkpoint.sweep(self.checkpoints)
+        for file in (self.log, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            with suppress(OSError):  # not there, or something else in it
+                folder.rmdir()
 
     def last(self) -> checkpoint.Checkpoint:
         """Return the newest checkpoint; raises FileNotFoundError if there is none to resume."""
@@ -69,9 +86,16 @@ class RunFolder:
                 f"Leave that out, or start another run with --name."
             )
 
-    def save_config(self, recipe: Recipe) -> None:
-        """Write ``config.yaml``."""
+    @contextmanager
+    def occupied(self, recipe: Recipe) -> Iterator[None]:
+        """Write ``config.yaml`` and, if the block fails before the first checkpoint, give the folder back."""
         checkpoint.write_text(self.config, recipe_text(recipe))
+        try:
+            yield
+        except BaseException:
+            if not checkpoint.checkpoints(self.checkpoints):
+                self.config.replace(self.failed)
+            raise
 
     def rewind(self, step: int, evaluated: bool) -> None:
         """Drop the log entries after a checkpoint, which a run that was killed may have written."""
