@@ -159,7 +159,7 @@ def _rows(entries: Mapping[str, Entry]) -> list[dict[str, str]]:
         "training step, ms": lambda e: step(e.step),
         "images/s": lambda e: throughput(e.inference, base.inference),
         "images/s, fused": lambda e: throughput(e.fused_inference, base.fused_inference),
-        "max |fused - unfused|": lambda e: "-" if e.difference is None else f"{e.difference.relative:.1e}",
+        "changed by fusing": lambda e: "-" if e.difference is None else f"{e.difference.relative:.1e}",
     }
     return [{"": q, **{name: show(entry) for name, entry in entries.items()}} for q, show in quantities.items()]
 
