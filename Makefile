@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint docs bench clean
+.PHONY: install demo test slow lint docs bench clean
 
 install: .venv/.installed
 
@@ -15,7 +15,10 @@ demo: install
 	$(BIN)/widefield demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .
