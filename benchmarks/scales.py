@@ -1,4 +1,4 @@
-"""How hard `scales` is: one narrow ConvNeXt (recipe demo_scales), several kernel designs, accuracy by object size.
+"""How hard `scales` is: one narrow ConvNeXt (recipe demo_scales, 12 epochs), several kernel designs, accuracy by object size.
 
 python benchmarks/scales.py [--seeds 0] [--out benchmarks/results]
 """
@@ -31,7 +31,7 @@ DESIGNS = {
 
 
 def recipe(design: dict, seed: int, output: str) -> Recipe:
-    base = load_recipe("demo_scales", ["--seed", str(seed), "--output", output])
+    base = load_recipe("demo_scales", ["--epochs", "12", "--seed", str(seed), "--output", output])
     if "kernel_sizes" in design:
         return dataclasses.replace(base, model=dataclasses.replace(base.model, args={**base.model.args, **design}))
     return dataclasses.replace(base, conversion=ConversionSpec("morf", "*.conv_dw", design))
