@@ -1,4 +1,4 @@
-"""How hard `scales` is: one narrow ConvNeXt (recipe demo_scales, 12 epochs), several kernel designs, accuracy by object size.
+"""How hard `scales` is: one narrow ConvNeXt (recipe demo_scales, 12 epochs), several designs, accuracy by object size.
 
 python benchmarks/scales.py [--seeds 0] [--out benchmarks/results]
 """
