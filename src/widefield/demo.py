@@ -189,9 +189,7 @@ def _write(
     for variant, found in routings.items():
         blocks, experts = [_block(r.name) for r in found], found[0].experts
         shares = [r.frequencies().tolist() for r in found]
-        title = f"{variant}: " + (
-            "share of choices" if found[0].hard else "share of images whose largest weight it has"
-        )
+        title = f"{variant}: share of " + ("choices" if found[0].hard else "images that gave it the largest weight")
         figures[f"routing-{_slug(variant)}"] = report.pies(blocks, experts, shares, title)
         figures[f"examples-{_slug(variant)}"] = _examples(variant, found, validation, batches)
     for stem, figure in figures.items():
