@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from widefield.nn import MoRFConv2d
 from widefield.train import (
     CheckpointSpec,
     ConversionSpec,
@@ -18,6 +19,7 @@ from widefield.train import (
     Recipe,
     ScheduleSpec,
     TaskSpec,
+    build_model,
     describe_keys,
     load_recipe,
     save_recipe,
@@ -200,6 +202,12 @@ def test_shipped_recipes_read() -> None:
     for name in ("morf_convnext_tiny_in1k", "morf_resnet50_in1k"):
         assert recipes[name].optimizer.lr_at(4096) == pytest.approx(4e-3)
         assert recipes[name].optimizer.lr_at(1024) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_build(name: str) -> None:
+    model = build_model(load_recipe(name), {"num_classes": 10})
+    assert any(isinstance(module, MoRFConv2d) for module in model.modules()) != name.startswith("demo_")
 
 
 def test_lr_without_a_base_is_taken_as_it_is() -> None:
