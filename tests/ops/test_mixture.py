@@ -225,6 +225,16 @@ def test_a_bank_is_the_mixture_of_its_experts(backend, experts):
     close(actual, oracle(x, kernels, biases, weights, 2, 2, dilations), FLOAT64)
 
 
+def test_a_bank_that_does_not_fit_is_refused():
+    bank, x = torch.zeros(2, 4, 1, 5, 5), torch.zeros(3, 4, 8, 8)
+    for weights, experts, message in (
+        (torch.zeros(3, 3), [(3, 1), (5, 1)], r"weights must be \(N, n\) = \(3, 2\)"),
+        (torch.zeros(3, 2), [(3, 1)], "one number per expert"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank_conv2d(x, bank, None, weights, experts=experts, groups=4)
+
+
 def test_vmap_sees_through():
     x, kernels, _, weights = case(2, 3, 1, 1, 6, 6, [(3, 1), (5, 1)], False)
     stack = torch.stack([x, 2 * x])

@@ -96,9 +96,9 @@ def bank_conv2d(
         bias_bank: (n, C_out) or None.
         weights: (N, n).
         experts: (kernel size, dilation) of each: where in the bank its taps are.
-        stride, groups, sparse, backend: as in :func:`mixture_conv2d`.
+        stride, groups, sparse, backend, and what is raised: as in :func:`mixture_conv2d`.
     """
-    _check_dtype(x, bank)
+    _check(x, list(bank), None if bias_bank is None else list(bias_bank), weights, groups, [d for _, d in experts])
     step = fold.common_dilation([d for _, d in experts])
     size = fold.effective_size(bank.shape[-1], step)
     if _choose(backend, x, bank[0], len(bank), size, stride, groups) == "branches":
