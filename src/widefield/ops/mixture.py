@@ -15,7 +15,6 @@ with respect to x, every W_r, every b_r and the routing weights a. Two backends 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from widefield import _checks
 from widefield.ops import fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
+from widefield.ops._operators import depthwise
+from widefield.ops._problem import STEPS, Problem, is_channels_last, memory_format, problem_of
+from widefield.ops.depthwise import depthwise_conv2d
 
 BACKENDS = ("auto", "merged", "branches")
 
@@ -68,11 +70,17 @@ def mixture_conv2d(
     dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
     _check(x, kernels, biases, weights, groups, dilations)
     size = max(fold.effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True))
-    if _choose(backend, x, kernels[0], len(kernels), size, stride, groups) == "branches":
+    way, _ = _choose(backend, x, kernels[0], len(kernels), size, stride, groups)
+    if way == "branches":
         return _branches(x, kernels, biases, weights, stride, groups, dilations, sparse)
-    bank = fold.kernel_bank(kernels, dilations)
-    bias_bank = None if biases is None else torch.stack(list(biases))
     experts = [(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
+    order = sorted(range(len(experts)), key=lambda r: experts[r])
+    if order != list(range(len(experts))):  # experts of one kind side by side: cheaper to reorder than their kernels
+        weights = weights[:, order]
+        kernels, experts = [kernels[r] for r in order], [experts[r] for r in order]
+        biases = None if biases is None else [biases[r] for r in order]
+    bank = fold.kernel_bank(kernels, [d for _, d in experts])
+    bias_bank = None if biases is None else torch.stack(list(biases))
     return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse)
 
 
@@ -101,11 +109,53 @@ def bank_conv2d(
     _check(x, list(bank), None if bias_bank is None else list(bias_bank), weights, groups, [d for _, d in experts])
     step = fold.common_dilation([d for _, d in experts])
     size = fold.effective_size(bank.shape[-1], step)
-    if _choose(backend, x, bank[0], len(bank), size, stride, groups) == "branches":
+    way, _ = _choose(backend, x, bank[0], len(bank), size, stride, groups)
+    if way == "branches":
         kernels = [fold.expert(bank, r, k, d, step) for r, (k, d) in enumerate(experts)]
         biases = None if bias_bank is None else list(bias_bank)
         return _branches(x, kernels, biases, weights, stride, groups, [d for _, d in experts], sparse)
     return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse)
+
+
+def plan(
+    x: Tensor,
+    kernels: Sequence[Tensor] | Tensor,
+    biases: Sequence[Tensor] | Tensor | None,
+    weights: Tensor,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    dilations: Sequence[int] | None = None,
+    experts: Sequence[tuple[int, int]] | None = None,
+    sparse: bool = False,
+    backend: str = "auto",
+) -> tuple[str, str, dict[str, str], list[Problem]]:
+    """Return what a call of either function would do: backend, reason, why not the others, depthwise passes."""
+    if experts is not None:
+        dilations = [d for _, d in experts]
+    dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
+    _check(x, list(kernels), None if biases is None else list(biases), weights, groups, dilations)
+    step = fold.common_dilation(dilations)
+    size = max(
+        fold.effective_size(k.shape[-1], step if experts else d) for k, d in zip(kernels, dilations, strict=True)
+    )
+    way, reason = _choose(backend, x, kernels[0], len(kernels), size, stride, groups)
+    others = {
+        other: "it could, but is not the fastest here" if backend == "auto" else f"backend={backend!r} was asked for"
+        for other in BACKENDS
+        if other not in ("auto", way)
+    }
+    problems = []
+    if kernels[0].shape[1] == 1 and kernels[0].shape[0] == groups:
+        taps = min((size - 1) // step, 2 * ((max(x.shape[2:]) - 1) // step)) + 1
+        padding = step * (taps // 2)
+        per_sample = x.shape[0] if way == "merged" else 1
+        weight_size = (per_sample, groups, taps, taps)
+        problems = [
+            problem_of(name, x, tuple(x.shape), weight_size, (stride,) * 2, (padding,) * 2, (step,) * 2)
+            for name in STEPS
+        ]
+    return way, reason, others, problems
 
 
 def _check(
@@ -150,23 +200,29 @@ def _check_dtype(x: Tensor, kernel: Tensor) -> None:
         )
 
 
-def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: int, groups: int) -> str:
-    """Resolve "auto". It reads shapes only, never the batch size, so that a graph with a dynamic batch has one form.
+def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: int, groups: int) -> tuple[str, str]:
+    """Resolve "auto" to a backend and the reason. It reads shapes only, never the batch size beyond an empty one, so
+    that a graph with a dynamic batch has one form.
 
     Merging trades n convolutions for one, and pays by losing the reuse of weights over the batch. Depthwise kernels
     have next to nothing to reuse. For the others merging won while a sample's kernels held, per input channel, at most
-    4 times as many numbers as its output map, and lost from 33 times on (benchmarks/results/mixture_step.md); the
+    4 times as many numbers as its output map, and lost from 33 times on (benchmarks/results/mixture_cpu.md); the
     limit lies between.
     """
     backend = _checks.choice("backend", backend, BACKENDS)
     if backend != "auto":
-        return backend
-    if n == 1 or x.shape[0] == 0:  # nothing to merge; and convolution takes an empty batch, but not zero groups
-        return "branches"
+        return backend, "asked for"
+    if n == 1:
+        return "branches", "there is one expert: nothing to merge"
+    if x.shape[0] == 0:
+        return "branches", "the batch is empty"  # convolution takes that, but not zero groups
     if kernel.shape[1] == 1 and kernel.shape[0] == groups:
-        return "merged"
+        return "merged", "depthwise: one convolution per sample instead of one per expert"
+    numbers = kernel.shape[0] // groups * size * size
     pixels = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    return "merged" if kernel.shape[0] // groups * size * size <= 10 * pixels else "branches"
+    if numbers <= 10 * pixels:
+        return "merged", f"a sample's kernels have {numbers} numbers per input channel, its map {pixels} pixels"
+    return "branches", f"a sample's kernels would have {numbers} numbers per input channel for {pixels} pixels"
 
 
 def _has_numbers(weights: Tensor) -> bool:
@@ -189,7 +245,11 @@ def _branches(
         bias = None if biases is None else biases[r]
         padding = dilation * (kernel.shape[-1] // 2)
         chosen = weights[:, r].nonzero().squeeze(1) if skip else None
-        term = F.conv2d(x if chosen is None else x[chosen], kernel, bias, stride, padding, dilation, groups)
+        seen = x if chosen is None else x[chosen]
+        if kernel.shape[1] == 1 and kernel.shape[0] == groups:
+            term = depthwise_conv2d(seen, kernel, bias, stride=stride, padding=padding, dilation=dilation)
+        else:
+            term = F.conv2d(seen, kernel, bias, stride, padding, dilation, groups)
         a = weights[:, r] if chosen is None else weights[chosen, r]
         term = term * a[:, None, None, None].to(term.dtype)
         if chosen is not None:
@@ -239,81 +299,31 @@ def _merged(
 def _merged_dense(
     x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, stride: int, groups: int, dilation: int
 ) -> Tensor:
-    batch, c_in, height, width = x.shape
     _, c_out, c_group, size, _ = bank.shape
     # Mixed in the parameters' precision also under autocast: rounding n kernels before adding them costs accuracy and
     # saves nothing, as the mix is small next to the convolution.
     with without_autocast(x):
         a = weights.to(bank.dtype)
-        kernels = (a @ bank.flatten(1)).view(batch * c_out, c_group, size, size)
-        bias = None if bias_bank is None else (a @ bias_bank).flatten()
-    y = _grouped_conv2d(x.reshape(1, batch * c_in, height, width), kernels, bias, stride, batch * groups, dilation)
-    y = y.view(batch, c_out, y.shape[2], y.shape[3])
-    if x.stride(1) == 1 and c_in > 1 and height * width > 1:  # is_contiguous(channels_last), which vmap does not know
-        return y.contiguous(memory_format=torch.channels_last)
-    return y
-
-
-def _grouped_conv2d(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
-    """F.conv2d with "same" alignment for one "image" that holds a batch in its channels: (1, N*C, H, W)."""
+        kernels = (a @ bank.flatten(1)).view(a.shape[0], c_out, c_group, size, size)
+        bias = None if bias_bank is None else a @ bias_bank
     dtype = autocast_dtype(x) or x.dtype
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and dtype in (torch.bfloat16, torch.float16):
-        # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
-        with without_autocast(x):
-            wide = None if bias is None else bias.float()
-            return _grouped_conv2d(x.float(), kernels.float(), wide, stride, groups, dilation).to(dtype)
     x, kernels, bias = x.to(dtype), kernels.to(dtype), None if bias is None else bias.to(dtype)
-    y: Tensor
-    size = kernels.shape[-1]
-    if kernels.shape[1] == 1 and kernels.shape[0] == groups and on_cpu:
-        if size == 1:
-            y = x[..., ::stride, ::stride] * kernels.view(1, -1, 1, 1)
-            return y if bias is None else y + bias[:, None, None]
-        if stride == dilation == 1 and size == 3 and _is_small(x):
-            kernels, size = fold.pad(kernels, 5), 5
-        if stride == dilation == 1 and size > 3:
-            y = _DepthwiseConv2d.apply(x, kernels, bias)
-            return y
-    return F.conv2d(x, kernels, bias, stride, dilation * (size // 2), dilation, groups)
-
-
-def _is_small(x: Tensor) -> bool:
-    """Say whether PyTorch would not give a 3x3 convolution of x to oneDNN, but loop over its groups: one thread, and
-    at most 20,480 numbers in one image (ConvParams::use_mkldnn). Wider kernels always go to oneDNN.
-    """
-    return not torch.compiler.is_compiling() and torch.get_num_threads() == 1 and x.numel() <= 20480
-
-
-class _DepthwiseConv2d(torch.autograd.Function):
-    """F.conv2d, stride 1, "same" padding, of x (1, M, H, W) with M kernels (M, 1, K, K) and M biases, for CPUs.
-
-    Both gradients are forward convolutions: with respect to x with the flipped kernel, with respect to the kernel of x
-    with the output gradient as the kernel. oneDNN has fast forward convolutions for them, while its weight gradient
-    is a loop over small matrix products for every width but 3. Differentiable any number of times.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, kernels, bias, padding=kernels.shape[-1] // 2, groups=kernels.shape[0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, kernels = ctx.saved_tensors
-        need_x, need_kernels, need_bias = ctx.needs_input_grad
-        channels, _, size, _ = kernels.shape
-        dx = dk = db = None
-        if need_x:
-            dx = F.conv2d(grad, kernels.flip(-1, -2), padding=size // 2, groups=channels)
-        if need_kernels:
-            image = x.contiguous(memory_format=torch.channels_last)
-            dk = F.conv2d(image, grad.transpose(0, 1), padding=size // 2, groups=channels).transpose(0, 1)
-        if need_bias:
-            db = grad.sum((0, 2, 3))
-        return dx, dk, db
+    padding = dilation * (size // 2)
+    if c_group == 1 and c_out == groups and not torch.compiler.is_exporting():
+        steps, pads, spread = (stride, stride), (padding, padding), (dilation, dilation)
+        return depthwise(x, kernels.squeeze(2), bias, steps, pads, spread, "auto")
+    batch, c_in = x.shape[:2]
+    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
+        x, kernels, bias = x.float(), kernels.float(), None if bias is None else bias.float()
+    y = F.conv2d(
+        x.reshape(1, batch * c_in, *x.shape[2:]),
+        kernels.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        stride,
+        padding,
+        dilation,
+        batch * groups,
+    )
+    y = y.view(batch, c_out, *y.shape[2:]).to(dtype)
+    return y.contiguous(memory_format=memory_format(is_channels_last(x)))

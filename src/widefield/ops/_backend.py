@@ -1,0 +1,167 @@
+"""Which backend computes a pass of a depthwise convolution: what each cannot do, and the choice that "auto" makes.
+
+On CPUs the choice is a table, read off measurements (benchmarks/results/depthwise_cpu.md): the same call always takes
+the same way. On CUDA devices, where the winner depends on the card and on cuDNN, every way is timed once for each
+kind of problem and the winner remembered (:mod:`widefield.ops._timed`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+
+from widefield import _checks
+from widefield.ops import _timed
+from widefield.ops._onednn import SOME_PIXELS, WIDEST, computes_in, leaves_cache
+from widefield.ops._problem import Problem, trim
+
+_HOMES = {
+    "aten": "widefield.ops._aten",
+    "onednn": "widefield.ops._onednn",
+    "fft": "widefield.ops._fft",
+    "direct": "widefield.ops._triton.direct",
+    "gemm": "widefield.ops._triton.gemm",
+}
+BACKENDS = ("auto", *_HOMES)
+
+_LARGE_MAP = 48
+_LARGE_KERNEL = 27
+
+
+def why_not(backend: str, problem: Problem) -> str | None:
+    """Return what keeps ``backend`` from computing ``problem``, or None if nothing does."""
+    if backend in ("direct", "gemm"):
+        from widefield.ops import _triton
+
+        reason = _triton.unavailable()
+        if reason is not None:
+            return reason
+    reason = module(backend).why_not(problem)
+    return None if reason is None else str(reason)
+
+
+@functools.cache
+def module(backend: str) -> ModuleType:
+    """Return the module that holds a backend. Triton's are imported when they are first asked for."""
+    return importlib.import_module(_HOMES[backend])
+
+
+def check(backend: str, problem: Problem) -> None:
+    """Raise ValueError with the reason where ``backend``, asked for by name, cannot compute ``problem``."""
+    reason = None if backend == "auto" else why_not(backend, problem)
+    if reason is not None:
+        raise ValueError(
+            f"backend={backend!r} cannot compute the {problem.step} of this convolution: {reason}. "
+            "backend='auto' takes one that can."
+        )
+
+
+def resolve(backend: str, problem: Problem, run: Callable[[ModuleType], object]) -> ModuleType:
+    """Return the module to compute ``problem`` with. ``run`` computes it with a given one, to be timed."""
+    if backend != "auto":
+        check(backend, problem)
+        return module(backend)
+    return module(choose(problem, run)[0])
+
+
+def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) -> tuple[str, str]:
+    """Return what "auto" takes for ``problem``, and why. Without ``run`` nothing new is timed."""
+    if problem.device.type == "cpu":
+        return _on_cpu(problem)
+    if problem.device.type != "cuda":
+        return "aten", f"nothing else computes on {problem.device.type}"
+    able = [name for name in ("direct", "gemm") if why_not(name, problem) is None]
+    if not able:
+        return "aten", "nothing else can compute it here"
+    candidates = ["aten", *able]
+    known = _timed.known(problem, candidates)
+    if known is None and run is not None and _timed.may_measure(problem.device):
+        known = _timed.measure(problem, {name: functools.partial(run, module(name)) for name in candidates})
+    if known is not None:
+        return known
+    guess = "gemm" if "gemm" in able and min(problem.kernel) >= WIDEST else "direct"
+    return guess if guess in able else able[0], "not timed yet: the rule of thumb is by kernel size"
+
+
+def is_stock(problems: Sequence[Problem]) -> bool:
+    """Say whether "auto" would take PyTorch's own kernels for all of these, which needs no operator around them."""
+    return all(problem.device.type == "cpu" and _on_cpu(problem)[0] == "aten" for problem in problems)
+
+
+@functools.lru_cache(4096)
+def _on_cpu(problem: Problem) -> tuple[str, str]:
+    if why_not("onednn", problem) is not None:
+        return "aten", str(why_not("onednn", problem))
+    if not computes_in(problem.dtype):
+        return "onednn", f"this CPU has no {problem.dtype} arithmetic of its own: it is computed in 32 bits"
+    if why_not("fft", problem) is None and _is_for_spectra(problem):
+        return "fft", f"kernels from {_LARGE_KERNEL} on maps from {_LARGE_MAP} need the fewest operations as spectra"
+    return {"forward": _forward, "input_grad": _input_grad, "weight_grad": _weight_grad}[problem.step](problem)
+
+
+def _is_for_spectra(problem: Problem) -> bool:
+    return (
+        min(problem.height, problem.width) >= _LARGE_MAP
+        and min(problem.kernel) >= _LARGE_KERNEL
+        and problem.dtype == torch.float32
+    )
+
+
+def _extent(problem: Problem) -> int:
+    """Columns that the kernel spans once the taps that only meet padding are off."""
+    cut = trim(
+        (problem.height, problem.width), problem.kernel, problem.stride, problem.padding, problem.dilation
+    )  # fmt: skip
+    return problem.dilation[1] * (problem.kernel[1] - 2 * cut[1] - 1) + 1
+
+
+def _forward(problem: Problem) -> tuple[str, str]:
+    extent = _extent(problem)
+    if problem.per_sample:
+        return "onednn", "kernels per sample run as one image, in the layout that suits them"
+    if not problem.channels_last:
+        if extent > WIDEST:
+            return "onednn", f"PyTorch loops over small matrix products for {extent} columns in NCHW"
+        if problem.kernel[1] > WIDEST:
+            return "onednn", "taps that never meet the map are cut off first"
+    elif extent in (WIDEST - 1, WIDEST) or (extent == WIDEST - 2 and problem.pixels >= 400):
+        return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
+    elif extent > WIDEST and (problem.dilation != (1, 1) or leaves_cache(problem.channels, *problem.kernel)):
+        if problem.dilation != (1, 1):
+            return "onednn", "a dilated kernel that wide is plain on interleaved maps"
+        if problem.pixels >= SOME_PIXELS:
+            return "onednn", "so many large kernels leave the cache: some channels at a time"
+    return "aten", "PyTorch's own kernel is the fast one for this width and layout"
+
+
+def _input_grad(problem: Problem) -> tuple[str, str]:
+    extent = _extent(problem)
+    if problem.dilation != (1, 1):
+        return "onednn", "PyTorch's input gradient is slow for dilated kernels"
+    if problem.channels_last:
+        flips = extent >= WIDEST - 1 and problem.pixels >= (196 if extent > WIDEST else 784)
+    else:
+        flips = extent >= 10 and not (WIDEST < extent <= 17 and problem.pixels >= 2000)
+    if flips:
+        return "onednn", "the forward convolution with the flipped kernel is faster for this width"
+    if problem.per_sample:
+        return "onednn", "kernels per sample run as one image, in the layout that suits them"
+    return "aten", "PyTorch's own kernel is the fast one for this width and layout"
+
+
+def _weight_grad(problem: Problem) -> tuple[str, str]:
+    if problem.kernel[1] in (1, 3) and problem.dilation == (1, 1):
+        return "aten", f"PyTorch has a fast kernel for {problem.kernel[1]} columns"
+    small = problem.batch * problem.channels * problem.pixels < 50_000
+    if small and problem.kernel[1] <= 5 and problem.channels_last:
+        return "aten", "so few numbers are soon added up"
+    return "onednn", "PyTorch loops over small matrix products for this width"
+
+
+def names(backend: object) -> str:
+    """Return ``backend`` if there is one of that name; raises ValueError naming those that there are."""
+    return _checks.choice("backend", backend, BACKENDS)

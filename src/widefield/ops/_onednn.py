@@ -1,0 +1,241 @@
+"""Every pass as a forward convolution of a shape and layout that oneDNN has a fast kernel for. CPUs.
+
+oneDNN computes a depthwise forward convolution fast in NCHW as long as the kernel, dilated, is at most 13 columns
+wide, and in channels_last at any width but 12 and 13. Everything else falls back to a loop over small matrix products:
+NCHW wider than 13, dilations past that width, the weight gradient of every width but 1 and 3. All of those can be
+written as forward convolutions:
+
+- taps that never meet the map are cut off first;
+- wide kernels run in channels_last, some channels at a time so that their weights stay in the cache;
+- channels_last kernels 11 to 13 columns wide are padded with zero columns to 15;
+- a dilated kernel that spans too much is a plain kernel on each of the d*d interleaved maps;
+- the gradient with respect to x is the convolution with the flipped kernel;
+- the gradient with respect to the kernel is, for each sample, the convolution of x with the output gradient as the
+  kernel. A dilation there becomes a stride; a stride splits x into interleaved maps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widefield.ops._problem import Pair, Problem, fold, is_channels_last, memory_format, trim
+
+WIDEST = 13
+"""Columns up to which oneDNN's NCHW kernels go (jit_dw; oneDNN 3.12, ONEDNN_VERBOSE=dispatch)."""
+
+_SLAB = 200_000
+"""Numbers of x that one call of the weight gradient takes: about what a core's cache holds beside its kernels."""
+
+_FEW = 16_000
+"""Numbers of a sample below which the calls of a loop over samples cost more than moving it to NCHW."""
+
+_CACHED = 2**17
+"""Taps of all channels beyond which they are taken some at a time: 512 KiB, half of a core's second-level cache."""
+
+SOME_PIXELS = 400
+"""Pixels of a map below which taking channels some at a time costs more than it saves."""
+
+
+def why_not(problem: Problem) -> str | None:
+    """Say what keeps this backend from computing the problem."""
+    if problem.device.type != "cpu":
+        return f"oneDNN computes on CPUs, not on {problem.device.type}"
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"oneDNN does not compute in {problem.dtype}"
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    if problem.step == "input_grad":
+        if problem.stride != (1, 1):
+            return f"with stride {problem.stride} the input gradient is no plain convolution"
+        if any(p > e - 1 for p, e in zip(problem.padding, problem.extent, strict=True)):
+            return f"padding {problem.padding} is wider than the kernel"
+    if problem.step == "weight_grad" and problem.stride != (1, 1) and problem.dilation != (1, 1):
+        return f"taps of dilation {problem.dilation} and stride {problem.stride} interleave"
+    return None
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the convolution, computed in 32 bits where the CPU has no arithmetic of its own for x's dtype."""
+    if not computes_in(x.dtype):
+        wide = None if bias is None else bias.float()
+        return forward(x.float(), weight.float(), wide, stride, padding, dilation).to(x.dtype)
+    weight, padding = _trimmed(weight, x, stride, padding, dilation)
+    kw = weight.shape[3]
+    extent = dilation[1] * (kw - 1) + 1
+    if extent > WIDEST and dilation != (1, 1) and stride == (1, 1):
+        return _interleaved(x, weight, bias, padding, dilation)
+    slow = extent in (WIDEST - 1, WIDEST) or (extent == WIDEST - 2 and x.shape[2] * x.shape[3] >= SOME_PIXELS)
+    if is_channels_last(x) and slow and dilation == stride == (1, 1):
+        side = (WIDEST + 2 - kw) // 2
+        weight, padding = F.pad(weight, (side, side)), (padding[0], padding[1] + side)
+        extent = weight.shape[3]
+    run = _wide if extent > WIDEST else _narrow
+    if weight.shape[0] == 1:
+        return run(x, weight, bias, stride, padding, dilation)
+    if is_channels_last(x) and x[0].numel() >= _FEW:
+        samples = [
+            run(x[n : n + 1], weight[n : n + 1], None if bias is None else bias[n : n + 1], stride, padding, dilation)
+            for n in range(len(x))
+        ]
+        return torch.cat(samples)
+    channels = x.shape[1]
+    bias = None if bias is None else bias.reshape(1, -1)
+    y = run(fold(x), weight.reshape(1, -1, *weight.shape[2:]), bias, stride, padding, dilation)
+    return y.view(len(x), channels, *y.shape[2:]).contiguous(memory_format=memory_format(is_channels_last(x)))
+
+
+def input_grad(
+    grad: Tensor, weight: Tensor, input_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """Return the gradient with respect to x: the convolution of ``grad`` with the flipped kernel. Stride 1 only."""
+    padding = (
+        dilation[0] * (weight.shape[2] - 1) - padding[0],
+        dilation[1] * (weight.shape[3] - 1) - padding[1],
+    )
+    return forward(grad, weight.flip(-1, -2), None, stride, padding, dilation)
+
+
+def weight_grad(
+    grad: Tensor, x: Tensor, weight_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """Return the gradient with respect to the weights: for each sample, x convolved with its output gradient.
+
+    16-bit inputs are multiplied and added up in 32 bits.
+    """
+    if stride != (1, 1):
+        return _strided_weight_grad(grad, x, weight_size, stride, padding)
+    groups, channels, kh, kw = weight_size
+    cut_h, cut_w = trim(x.shape[2:], (kh, kw), stride, padding, dilation)
+    kh, kw = kh - 2 * cut_h, kw - 2 * cut_w
+    padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
+    channels_last = grad.shape[3] > WIDEST
+    count = max(16, 16 * round(_SLAB / (16 * x.shape[2] * x.shape[3])))
+
+    def correlate(image: Tensor, kernel: Tensor) -> Tensor:
+        parts = [
+            F.conv2d(
+                image[:, i : i + count].float().contiguous(memory_format=memory_format(channels_last)),
+                kernel[i : i + count].float(),
+                padding=padding,
+                stride=dilation,
+                groups=min(count, len(kernel) - i),
+            )[..., :kh, :kw]
+            for i in range(0, len(kernel), count)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    if is_channels_last(x) and x[0].numel() >= _FEW:
+        each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))
+        if groups == 1:
+            dw = next(each)
+            for more in each:
+                dw = dw + more
+        else:
+            dw = torch.cat(list(each))
+    else:
+        dw = correlate(fold(x), grad.reshape(-1, 1, *grad.shape[2:])).reshape(len(x), channels, kh, kw)
+        dw = dw.sum(0, keepdim=True) if groups == 1 else dw
+    return F.pad(dw, (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
+
+
+def _strided_weight_grad(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], stride: Pair, padding: Pair) -> Tensor:
+    """Split x into the maps that taps 0, s, 2s..., then 1, s + 1, ... meet: each has gradients of a plain stride."""
+    kh, kw = weight_size[2:]
+    rows, columns = grad.shape[2:]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    dw = x.new_zeros(weight_size)
+    for a in range(min(stride[0], kh)):
+        for b in range(min(stride[1], kw)):
+            part = dw[:, :, a :: stride[0], b :: stride[1]]
+            met = x[:, :, a :: stride[0], b :: stride[1]][
+                :, :, : rows + part.shape[2] - 1, : columns + part.shape[3] - 1
+            ]
+            part.copy_(weight_grad(grad, met, tuple(part.shape), (1, 1), (0, 0), (1, 1)))
+    return dw
+
+
+def leaves_cache(channels: int, rows: int, columns: int) -> bool:
+    """Say whether so many kernels leave no room in a core's cache for the map that they are applied to."""
+    return channels * rows * columns > _CACHED
+
+
+def computes_in(dtype: torch.dtype) -> bool:
+    """Say whether this CPU multiplies in ``dtype``; where it does not, oneDNN and PyTorch loop over slow emulations."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
+    return dtype == torch.float32
+
+
+def _trimmed(weight: Tensor, x: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> tuple[Tensor, Pair]:
+    kh, kw = weight.shape[2:]
+    cut_h, cut_w = trim(x.shape[2:], (kh, kw), stride, padding, dilation)
+    padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
+    return weight[:, :, cut_h : kh - cut_h, cut_w : kw - cut_w], padding
+
+
+def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """F.conv2d as it is, but for two shapes that PyTorch does not hand to oneDNN."""
+    _, channels, kh, kw = weight.shape
+    bias = None if bias is None else bias.flatten()
+    if kh == kw == 1 and padding == (0, 0):
+        y = x[..., :: stride[0], :: stride[1]] * weight.view(1, -1, 1, 1)
+        return y if bias is None else y + bias[:, None, None]
+    if kh == kw == 3 and stride == dilation == (1, 1) and _loops(x):
+        weight, padding = F.pad(weight, (1, 1, 1, 1)), (padding[0] + 1, padding[1] + 1)
+    return F.conv2d(x, weight.transpose(0, 1), bias, stride, padding, dilation, channels)
+
+
+def _loops(x: Tensor) -> bool:
+    """Say whether PyTorch would loop over the groups of a 3x3 convolution: one thread, one image of at most 20,480
+    numbers (ConvParams::use_mkldnn). Wider kernels always go to oneDNN.
+    """
+    return x.shape[0] == 1 and torch.get_num_threads() == 1 and x.numel() <= 20480
+
+
+def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """Run in channels_last; large kernels some channels at a time, as all of them together leave the cache."""
+    channels, kh, kw = weight.shape[1:]
+    bias = None if bias is None else bias.flatten()
+    kernel = weight.transpose(0, 1)
+    count = channels
+    if leaves_cache(channels, kh, kw) and x.shape[2] * x.shape[3] >= SOME_PIXELS:
+        count = max(32, 32 * (_CACHED // (4 * 32 * kh * kw)))
+    parts = [
+        F.conv2d(
+            x[:, i : i + count].contiguous(memory_format=torch.channels_last),
+            kernel[i : i + count],
+            None if bias is None else bias[i : i + count],
+            stride,
+            padding,
+            dilation,
+            min(count, channels - i),
+        ).contiguous(memory_format=memory_format(is_channels_last(x)))
+        for i in range(0, channels, count)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _interleaved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, dilation: Pair) -> Tensor:
+    """Split each map into dilation x dilation interleaved ones, on which the kernel is a plain one. Stride 1.
+
+    A padding that is no multiple of the dilation is rounded up, and the rows that this adds are cut off.
+    """
+    batch, channels, height, width = x.shape
+    channels_last = is_channels_last(x)
+    (dh, dw), (kh, kw) = dilation, weight.shape[2:]
+    rows, columns = height + 2 * padding[0] - dh * (kh - 1), width + 2 * padding[1] - dw * (kw - 1)
+    inner = (-(-padding[0] // dh), -(-padding[1] // dw))
+    top, left = inner[0] * dh - padding[0], inner[1] * dw - padding[1]
+    if weight.shape[0] != 1:
+        x, weight = fold(x), weight.reshape(1, -1, kh, kw)
+        bias = None if bias is None else bias.reshape(1, -1)
+    images, maps = x.shape[:2]
+    x = F.pad(x, (0, -width % dw, 0, -height % dh))
+    h, w = x.shape[2] // dh, x.shape[3] // dw
+    x = x.reshape(images, maps, h, dh, w, dw).permute(3, 5, 0, 1, 2, 4).reshape(dh * dw * images, maps, h, w)
+    y = forward(x, weight, bias, (1, 1), inner, (1, 1))
+    y = y.view(dh, dw, images, maps, *y.shape[2:]).permute(2, 3, 4, 0, 5, 1)
+    y = y.reshape(batch, channels, y.shape[2] * dh, y.shape[4] * dw)[..., top : top + rows, left : left + columns]
+    return y.contiguous(memory_format=memory_format(channels_last))

@@ -1,0 +1,256 @@
+"""The three passes of a depthwise convolution as operators of PyTorch: ``torch.ops.widefield.depthwise*``.
+
+Each has a fake twin (shapes and layouts without numbers, for torch.compile and torch.export), derivatives in terms of
+the three, a rule for vmap, and a count of its FLOPs. All are bilinear, so that these derivatives hold at any order.
+
+Weights are (G, C, KH, KW) and biases (G, C): G is 1, or N for kernels of its own for every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from widefield.ops import _backend
+from widefield.ops._problem import Pair, is_channels_last, memory_format, output_size, problem_of
+
+_library = torch.library.Library("widefield", "FRAGMENT")
+_library.define(
+    "depthwise(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, str backend)"
+    " -> Tensor"
+)
+_library.define(
+    "depthwise_input_grad(Tensor grad, Tensor weight, SymInt[] input_size, int[2] stride, int[2] padding,"
+    " int[2] dilation, str backend) -> Tensor"
+)
+_library.define(
+    "depthwise_weight_grad(Tensor grad, Tensor x, SymInt[] weight_size, int[2] stride, int[2] padding,"
+    " int[2] dilation, str backend) -> Tensor"
+)
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    """Convolve (N, C, H, W) with weights (G, C, KH, KW); differentiable. Arguments are taken to be checked."""
+    return _call("depthwise", x, weight, bias, stride, padding, dilation, backend)
+
+
+def _call(name: str, *args: Any) -> Tensor:
+    """Call an operator; under torch.func's transforms, in which operators' derivatives take no part, its Function."""
+    under_transform = torch._C._are_functorch_transforms_active()
+    result: Tensor = _FUNCTIONS[name].apply(*args) if under_transform else getattr(torch.ops.widefield, name)(*args)
+    return result
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    stride, padding, dilation = _pairs(stride, padding, dilation)
+    size = (*x.shape[:2], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+    if x.shape[0] == 0:
+        return _empty(x, size)
+    problem = problem_of("forward", x, tuple(x.shape), tuple(weight.shape), stride, padding, dilation)
+
+    def run(module: ModuleType) -> Tensor:
+        y: Tensor = module.forward(x, weight, bias, stride, padding, dilation)
+        return y
+
+    y = run(_backend.resolve(backend, problem, run))
+    return y.contiguous(memory_format=memory_format(problem.channels_last))
+
+
+def _input_grad(
+    grad: Tensor, weight: Tensor, input_size: list[int], stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    (stride, padding, dilation), size = _pairs(stride, padding, dilation), tuple(input_size)
+    if size[0] == 0:
+        return _empty(grad, size)
+    problem = problem_of("input_grad", grad, size, tuple(weight.shape), stride, padding, dilation)
+
+    def run(module: ModuleType) -> Tensor:
+        dx: Tensor = module.input_grad(grad, weight, size, stride, padding, dilation)
+        return dx
+
+    dx = run(_backend.resolve(backend, problem, run))
+    return dx.contiguous(memory_format=memory_format(problem.channels_last))
+
+
+def _weight_grad(
+    grad: Tensor, x: Tensor, weight_size: list[int], stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    (stride, padding, dilation), size = _pairs(stride, padding, dilation), tuple(weight_size)
+    if x.shape[0] == 0:
+        return x.new_zeros(size)
+    problem = problem_of("weight_grad", x, tuple(x.shape), size, stride, padding, dilation)
+
+    def run(module: ModuleType) -> Tensor:
+        dw: Tensor = module.weight_grad(grad, x, size, stride, padding, dilation)
+        return dw
+
+    return run(_backend.resolve(backend, problem, run)).contiguous()
+
+
+def _pairs(*given: Sequence[int]) -> Iterator[Pair]:
+    """PyTorch hands operators lists; problems are keys and want tuples."""
+    return ((pair[0], pair[1]) for pair in given)
+
+
+def _empty(like: Tensor, size: tuple[int, ...]) -> Tensor:
+    layout = memory_format(is_channels_last(like))
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    return _empty(x, (*x.shape[:2], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)))
+
+
+def _fake_input_grad(grad: Tensor, weight: Tensor, input_size: list[int], *_: object) -> Tensor:
+    return _empty(grad, tuple(input_size))
+
+
+def _fake_weight_grad(grad: Tensor, x: Tensor, weight_size: list[int], *_: object) -> Tensor:
+    return x.new_empty(tuple(weight_size))
+
+
+# Derivatives. Gradients reach us in any layout, broadcast ones too: they are given the layout of what they are
+# gradients of, so that a backward pass takes the way that its forward took.
+
+
+def _like(grad: Tensor, channels_last: bool) -> Tensor:
+    return grad.contiguous(memory_format=memory_format(channels_last))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, second, _, *geometry = inputs
+    ctx.save_for_backward(first, second)
+    ctx.geometry = geometry
+    ctx.channels_last = is_channels_last(first)
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad = _like(grad, ctx.channels_last)
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        dx = _call("depthwise_input_grad", grad, weight, x.shape, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        dw = _call("depthwise_weight_grad", grad, x, weight.shape, *ctx.geometry)
+    if ctx.needs_input_grad[2]:
+        db = grad.sum((2, 3))
+        db = db.sum(0, keepdim=True) if weight.shape[0] == 1 else db
+    return dx, dw, db, None, None, None, None
+
+
+def _input_grad_backward(ctx: Any, grad_of_dx: Tensor) -> tuple[Tensor | None, ...]:
+    grad, weight = ctx.saved_tensors
+    grad_of_dx = _like(grad_of_dx, ctx.channels_last)
+    of_grad = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_grad = _call("depthwise", grad_of_dx, weight, None, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        of_weight = _call("depthwise_weight_grad", grad, grad_of_dx, weight.shape, *ctx.geometry)
+    return of_grad, of_weight, None, None, None, None, None
+
+
+def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    of_grad = of_x = None
+    if ctx.needs_input_grad[0]:
+        of_grad = _call("depthwise", x, grad_of_dw, None, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        of_x = _call("depthwise_input_grad", grad, grad_of_dw, x.shape, *ctx.geometry)
+    return of_grad, of_x, None, None, None, None, None
+
+
+# vmap: a mapped dimension is more batch, and mapped weights are weights per sample.
+
+
+def _to_front(value: Tensor, dim: int | None, count: int) -> Tensor:
+    return value.expand(count, *value.shape) if dim is None else value.movedim(dim, 0)
+
+
+def _per_sample(value: Tensor, dim: int | None, count: int, batch: int) -> Tensor:
+    """Lay (count, G, ...) out as (count * batch, ...)."""
+    value = _to_front(value, dim, count)
+    return value.expand(count, batch, *value.shape[2:]).reshape(count * batch, *value.shape[2:])
+
+
+def _vmap_forward(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    x = _to_front(x, in_dims[0], info.batch_size)
+    count, batch = x.shape[:2]
+    if in_dims[1] is not None or in_dims[2] is not None or weight.shape[0] != 1:
+        weight = _per_sample(weight, in_dims[1], count, batch)
+        bias = None if bias is None else _per_sample(bias, in_dims[2], count, batch)
+    y = torch.ops.widefield.depthwise(x.flatten(0, 1), weight, bias, *rest)
+    return y.unflatten(0, (count, batch)), 0
+
+
+def _vmap_input_grad(info: Any, in_dims: Any, grad: Tensor, weight: Tensor, input_size: list[int], *rest: Any) -> Any:
+    grad = _to_front(grad, in_dims[0], info.batch_size)
+    count, batch = grad.shape[:2]
+    if in_dims[1] is not None or weight.shape[0] != 1:
+        weight = _per_sample(weight, in_dims[1], count, batch)
+    size = (count * batch, *input_size[1:])
+    dx = torch.ops.widefield.depthwise_input_grad(grad.flatten(0, 1), weight, size, *rest)
+    return dx.unflatten(0, (count, batch)), 0
+
+
+def _vmap_weight_grad(info: Any, in_dims: Any, grad: Tensor, x: Tensor, weight_size: list[int], *rest: Any) -> Any:
+    grad, x = _to_front(grad, in_dims[0], info.batch_size), _to_front(x, in_dims[1], info.batch_size)
+    count, batch = x.shape[:2]
+    size = (count * batch, *weight_size[1:])
+    dw = torch.ops.widefield.depthwise_weight_grad(grad.flatten(0, 1), x.flatten(0, 1), size, *rest)
+    dw = dw.unflatten(0, (count, batch))
+    return (dw.sum(1, keepdim=True) if weight_size[0] == 1 else dw), 0
+
+
+def _flops(kernel: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    return 2 * prod(kernel[2:]) * prod(outputs)
+
+
+_PARTS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "depthwise": (_forward, _fake_forward, _forward_backward, _vmap_forward),
+    "depthwise_input_grad": (_input_grad, _fake_input_grad, _input_grad_backward, _vmap_input_grad),
+    "depthwise_weight_grad": (_weight_grad, _fake_weight_grad, _weight_grad_backward, _vmap_weight_grad),
+}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+for _name, (_real, _fake, _backward, _vmap) in _PARTS.items():
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"widefield::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"widefield::{_name}", _backward, setup_context=_remember, lib=_library)
+    torch.library.register_vmap(f"widefield::{_name}", _vmap, lib=_library)
+    _FUNCTIONS[_name] = type(
+        _name,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(getattr(torch.ops.widefield, _name)),
+            "setup_context": staticmethod(_remember),
+            "backward": staticmethod(_backward),
+            "generate_vmap_rule": True,
+        },
+    )
+
+
+@register_flop_formula(torch.ops.widefield.depthwise)
+def _forward_flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _flops(weight, out_shape)
+
+
+@register_flop_formula(torch.ops.widefield.depthwise_input_grad)
+def _input_grad_flops(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _flops(weight, grad)
+
+
+@register_flop_formula(torch.ops.widefield.depthwise_weight_grad)
+def _weight_grad_flops(grad: Any, x: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return _flops(out_shape, grad)

@@ -1,0 +1,111 @@
+"""What every backend of the depthwise convolution is told: the problem, and helpers on its shapes and layouts.
+
+The primitive that all of them compute is ``y[n, c] = sum_k weight[g, c, k] x[n, c, .]`` with weights (G, C, KH, KW),
+where G is 1 (kernels shared by the batch) or N (kernels of its own for every sample, as a mixture has them).
+A backend is a module with four functions: ``why_not(problem)``, ``forward(x, weight, bias, stride, padding,
+dilation)``, ``input_grad(grad, weight, input_size, ...)`` and ``weight_grad(grad, x, weight_size, ...)``. All of them
+return what they are asked for in the memory format of ``x`` (``input_grad``: of ``grad``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+Sizes = Sequence[int]
+
+STEPS = ("forward", "input_grad", "weight_grad")
+"""The three convolutions of a training step. Each is dispatched by itself."""
+
+
+class Problem(NamedTuple):
+    """One pass of one depthwise convolution, by all that a choice of backend may look at."""
+
+    step: str
+    """"forward", "input_grad" or "weight_grad"."""
+    batch: int
+    channels: int
+    height: int
+    """Of the input."""
+    width: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    per_sample: bool
+    """Whether every sample has kernels of its own."""
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    @property
+    def extent(self) -> Pair:
+        """How many rows and columns the kernel spans once dilated."""
+        return (self.dilation[0] * (self.kernel[0] - 1) + 1, self.dilation[1] * (self.kernel[1] - 1) + 1)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one map of the input."""
+        return self.height * self.width
+
+
+def problem_of(
+    step: str,
+    x: Tensor,
+    input_size: tuple[int, ...],
+    weight_size: tuple[int, ...],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Problem:
+    """Describe a pass. ``x`` is the tensor whose layout the result takes: the input, or its gradient's source."""
+    batch, channels, height, width = input_size
+    groups, _, kh, kw = weight_size
+    return Problem(
+        step, batch, channels, height, width, (kh, kw), stride, padding, dilation,
+        groups != 1, x.dtype, x.device, is_channels_last(x),
+    )  # fmt: skip
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Say whether the channels of (N, C, H, W) are next to each other in memory; where all readings hold, they are not.
+
+    It looks at strides instead of asking ``is_contiguous``, which vmap does not know and slices do not fulfil.
+    """
+    return x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return torch's name for the layout."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def output_size(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Return rows and columns of the output, as F.conv2d counts them; may be below 1 for kernels that do not fit."""
+    rows, columns = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
+    return rows, columns
+
+
+def trim(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Return how many taps may be cut off on either side of each axis because they only ever meet padding.
+
+    Cutting t taps at both ends and ``dilation * t`` of the padding leaves every output as it was.
+    """
+    out = output_size(size, kernel, stride, padding, dilation)
+    cuts = []
+    for i in range(2):
+        p, d, k = padding[i], dilation[i], kernel[i]
+        last_row = (out[i] - 1) * stride[i]
+        first = max(0, -(-(p - last_row) // d))  # the first tap that some output meets the map with
+        last = (size[i] - 1 + p) // d  # and the last one
+        cuts.append(max(0, min(first, k - 1 - last, p // d, (k - 1) // 2)))
+    return cuts[0], cuts[1]
+
+
+def fold(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (1, N*C, H, W): a batch with kernels of its own for each sample is one image of many channels."""
+    return x.reshape(1, -1, *x.shape[2:])
