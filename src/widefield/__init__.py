@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 import widefield.models  # noqa: F401  registers the models in timm
 
 if TYPE_CHECKING:
-    from widefield.nn import FusedMoRFConv2d, MoRFConv2d, load_balancing
-    from widefield.ops import mixture_conv2d
-    from widefield.surgery import MoRF, compare, convert, plan, reparameterize
+    from widefield.nn import DepthwiseConv2d, FusedMoRFConv2d, MoRFConv2d, load_balancing
+    from widefield.ops import depthwise_conv2d, explain, mixture_conv2d
+    from widefield.surgery import FastDepthwise, MoRF, compare, convert, plan, reparameterize
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DepthwiseConv2d": "widefield.nn",
+    "FastDepthwise": "widefield.surgery",
     "FusedMoRFConv2d": "widefield.nn",
     "MoRF": "widefield.surgery",
     "MoRFConv2d": "widefield.nn",
     "compare": "widefield.surgery",
     "convert": "widefield.surgery",
+    "depthwise_conv2d": "widefield.ops",
+    "explain": "widefield.ops",
     "load_balancing": "widefield.nn",
     "mixture_conv2d": "widefield.ops",
     "plan": "widefield.surgery",
@@ -31,11 +35,15 @@ _HOMES = {
 _ROOMS = ("analysis", "bench", "data", "models", "nn", "ops", "report", "surgery", "tasks", "train")
 
 __all__ = [
+    "DepthwiseConv2d",
+    "FastDepthwise",
     "FusedMoRFConv2d",
     "MoRF",
     "MoRFConv2d",
     "compare",
     "convert",
+    "depthwise_conv2d",
+    "explain",
     "load_balancing",
     "mixture_conv2d",
     "plan",

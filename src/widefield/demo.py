@@ -112,7 +112,7 @@ def _measure(
     def step(model: nn.Module) -> None:
         model.train()
         model.zero_grad()
-        task.loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        task.loss(model, batch).backward()
 
     def infer(model: nn.Module) -> None:
         with torch.inference_mode():

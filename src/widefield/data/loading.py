@@ -76,7 +76,7 @@ class ImageSet(Dataset[Sample | None], ABC):
 
 def shared(values: torch.Tensor) -> torch.Tensor:
     """Move ``values`` to memory that worker processes see change, and return it."""
-    values.share_memory_()  # type: ignore[no-untyped-call]
+    values.share_memory_()
     return values
 
 

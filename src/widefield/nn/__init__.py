@@ -1,6 +1,7 @@
 """Layers, one idea a file. A layer that can be re-parameterised has ``fuse() -> nn.Module``."""
 
+from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.nn.router import Router, load_balancing
 
-__all__ = ["FusedMoRFConv2d", "MoRFConv2d", "Router", "load_balancing"]
+__all__ = ["DepthwiseConv2d", "FusedMoRFConv2d", "MoRFConv2d", "Router", "load_balancing"]

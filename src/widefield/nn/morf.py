@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
+from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.router import Router
 from widefield.ops import bank_conv2d, fold, mixture_conv2d
 from widefield.ops.mixture import BACKENDS
@@ -314,7 +315,7 @@ def check_init(init: str) -> str:
 
 def why_not(conv: nn.Module) -> str | None:
     """Return why ``conv`` cannot become a mixture with "same" alignment, or None if it can."""
-    if type(conv) is not nn.Conv2d:
+    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d):
         return f"it is a {type(conv).__name__}, not a plain torch.nn.Conv2d"
     (height, width), dilation, padding = conv.kernel_size, conv.dilation, conv.padding
     if height != width:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from widefield.nn import MoRFConv2d, morf
+from widefield.nn import DepthwiseConv2d, MoRFConv2d, depthwise, morf
 from widefield.surgery.walk import merge_method, replace
 
 Where = str | Sequence[str] | Callable[[nn.Module, str], bool]
@@ -73,6 +73,33 @@ class MoRF:
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"MoRF replaces torch.nn.Conv2d; got {type(module).__name__}.")
         return MoRFConv2d.from_conv2d(module, **self._options())
+
+
+@dataclass(frozen=True)
+class FastDepthwise:
+    """Replace depthwise convolutions by :class:`widefield.nn.DepthwiseConv2d`: the same weights, keys and function.
+
+    The fast forward and gradients of :func:`widefield.ops.depthwise_conv2d` for a model that is already there.
+    ``reparameterize`` gives the plain convolutions back.
+
+    Raises:
+        ValueError: at once, for an unknown backend.
+    """
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        DepthwiseConv2d(1, 1, backend=self.backend, device="meta")
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot be replaced, or None."""
+        return depthwise.why_not(module)
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        """Return the layer that takes the place of a depthwise convolution, holding the same parameters."""
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"FastDepthwise replaces torch.nn.Conv2d; got {type(module).__name__}.")
+        return DepthwiseConv2d.from_conv2d(module, backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -163,15 +190,21 @@ def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tu
         reason = (
             "its kernel size is 1: not a spatial convolution"
             if set(module.kernel_size) == {1}
-            else selects(module, name)
-            or _untouchable(module)
-            or _tied(module, name, owners)
-            or _part_of(name, mergeable)
-            or config.why_not(module)
+            else selects(module, name) or _untouchable(module)
         )
+        if reason is None and not _stays_a_convolution(config):
+            reason = _tied(module, name, owners) or _part_of(name, mergeable)
+        reason = reason or config.why_not(module)
         after = _line(config.replacement(_weightless(module))) if reason is None else None
         steps.append((Step(name, _line(module), after, reason), module))
     return steps
+
+
+def _stays_a_convolution(config: Conversion) -> bool:
+    """Say whether what a config puts in is a Conv2d with the parameters of the old one: whoever shares these, or merges
+    them with others, will not notice.
+    """
+    return isinstance(config, FastDepthwise)
 
 
 def _line(module: nn.Module) -> str:
