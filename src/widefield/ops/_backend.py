@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 
 from widefield import _checks
-from widefield.ops import _timed
+from widefield.ops import _fft, _timed
 from widefield.ops._onednn import SOME_PIXELS, WIDEST, computes_in, leaves_cache
-from widefield.ops._problem import Problem, trim
+from widefield.ops._problem import Problem, multiply_adds, trim
 
 _HOMES = {
     "aten": "widefield.ops._aten",
@@ -27,9 +27,6 @@ _HOMES = {
     "gemm": "widefield.ops._triton.gemm",
 }
 BACKENDS = ("auto", *_HOMES)
-
-_LARGE_MAP = 48
-_LARGE_KERNEL = 27
 
 
 def why_not(backend: str, problem: Problem) -> str | None:
@@ -78,9 +75,11 @@ def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) 
     if not able:
         return "aten", "nothing else can compute it here"
     candidates = ["aten", *able]
-    known = _timed.known(problem, candidates)
+    key = _timed.key_of(problem)
+    known = _timed.known(key, problem.device, candidates)
     if known is None and run is not None and _timed.may_measure(problem.device):
-        known = _timed.measure(problem, {name: functools.partial(run, module(name)) for name in candidates})
+        runs = {name: functools.partial(run, module(name)) for name in candidates}
+        known = _timed.measure(key, problem.device, runs)
     if known is not None:
         return known
     guess = "gemm" if "gemm" in able and min(problem.kernel) >= WIDEST else "direct"
@@ -99,16 +98,23 @@ def _on_cpu(problem: Problem) -> tuple[str, str]:
     if not computes_in(problem.dtype):
         return "onednn", f"this CPU has no {problem.dtype} arithmetic of its own: it is computed in 32 bits"
     if why_not("fft", problem) is None and _is_for_spectra(problem):
-        return "fft", f"kernels from {_LARGE_KERNEL} on maps from {_LARGE_MAP} need the fewest operations as spectra"
+        return "fft", "kernel and map are large enough for spectra to need far fewer operations"
     return {"forward": _forward, "input_grad": _input_grad, "weight_grad": _weight_grad}[problem.step](problem)
 
 
 def _is_for_spectra(problem: Problem) -> bool:
-    return (
-        min(problem.height, problem.width) >= _LARGE_MAP
-        and min(problem.kernel) >= _LARGE_KERNEL
-        and problem.dtype == torch.float32
-    )
+    """Compare operations: multiply-adds inside the map against those of the transforms, which are slower ones by a
+    factor that was measured, and read channels_last maps a channel at a time.
+    """
+    if problem.dtype != torch.float32:
+        return False
+    if problem.step == "weight_grad":
+        factor = 20 if problem.channels_last else 16
+    else:
+        factor = 26 if problem.channels_last else 19
+    kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)
+    transforms = 1 + kernels_per_map / 2  # in pairs: a map there and back, and its part of a kernel
+    return multiply_adds(problem) > factor * transforms * _fft.work(problem)
 
 
 def _extent(problem: Problem) -> int:

@@ -1,17 +1,25 @@
 """The convolution theorem: multiply spectra. For large kernels on large maps, where it needs the fewest operations.
 
-Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length that has small factors only: lengths such
-as 17 or 47 cost up to four times of 20 or 48. Some channels at a time, so that spectra stay in the cache.
+Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length that the transforms are fast for, and
+taken a few at a time, so that their spectra never leave the cache: written to memory they would cost what they save.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from math import log2
 
 import torch
 from torch import Tensor
 
 from widefield.ops._problem import Pair, Problem, is_channels_last, memory_format
 
-_CHANNELS = 16
+_LENGTHS = (16, 20, 24, 32, 36, 40, 44, 48, 64, 80, 96, 112, 128)
+"""Lengths that transforms are fast for; the ones between cost more than the next of these (MKL, on Zen 4 and Cascade
+Lake: 64x64 takes less time than 50x50)."""
+
+_CACHED = 2**16
+"""Numbers of padded maps that are transformed at once: with spectrum and product about 1 MiB, a core's cache."""
 
 
 def why_not(problem: Problem) -> str | None:
@@ -21,16 +29,18 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
+def work(problem: Problem) -> float:
+    """Return how much one map costs, in units of one multiply-add of the transform of a number."""
+    rows, columns = _lengths((problem.height, problem.width), problem.kernel, problem.padding)
+    return rows * columns * log2(rows * columns)
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Return the convolution: the spectrum of x times the conjugate of the kernel's (F.conv2d is a correlation)."""
     height, width = x.shape[2:]
     kh, kw = weight.shape[2:]
     rows, columns = height + 2 * padding[0] - kh + 1, width + 2 * padding[1] - kw + 1
-    lengths = _lengths((height, width), (kh, kw), padding)
-    y = _empty(x, (*x.shape[:2], rows, columns))
-    for part in _parts(x.shape[1]):
-        product = _spectrum(x[:, part], lengths) * _kernel_spectrum(weight[:, part], lengths, padding).conj()
-        y[:, part] = _inverse(product, lengths)[..., :rows, :columns]
+    y = _apply(x, weight, (height, width), (rows, columns), padding, conjugate=True)
     if bias is not None:
         y += bias[:, :, None, None]
     return y
@@ -40,13 +50,8 @@ def input_grad(
     grad: Tensor, weight: Tensor, input_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Return the gradient with respect to x: the product of the spectra of ``grad`` and the kernel."""
-    height, width = input_size[2:]
-    lengths = _lengths((height, width), (weight.shape[2], weight.shape[3]), padding)
-    dx = _empty(grad, input_size)
-    for part in _parts(grad.shape[1]):
-        product = _spectrum(grad[:, part], lengths) * _kernel_spectrum(weight[:, part], lengths, padding)
-        dx[:, part] = _inverse(product, lengths)[..., :height, :width]
-    return dx
+    size = (input_size[2], input_size[3])
+    return _apply(grad, weight, size, size, padding, conjugate=False)
 
 
 def weight_grad(
@@ -56,58 +61,69 @@ def weight_grad(
     groups, _, kh, kw = weight_size
     lengths = _lengths((x.shape[2], x.shape[3]), (kh, kw), padding)
     dw = x.new_empty(weight_size)
-    for part in _parts(x.shape[1]):
-        product = _spectrum(x[:, part], lengths) * _spectrum(grad[:, part], lengths).conj()
-        if groups == 1:
-            product = product.sum(0, keepdim=True)
-        dw[:, part] = _inverse(product, lengths).roll(padding, (-2, -1))[..., :kh, :kw]
+    for part in _parts(x.shape[1], lengths):
+        total = None
+        for n in range(len(x)):
+            product = _spectrum(grad[n, part], lengths).conj_physical_().mul_(_spectrum(x[n, part], lengths))
+            if groups == 1:
+                total = product if total is None else total.add_(product)
+            if groups != 1 or n == len(x) - 1:
+                lags = _inverse(product if total is None else total, lengths).roll(padding, (-2, -1))
+                dw[n if groups != 1 else 0, part] = lags[..., :kh, :kw]
     return dw
+
+
+def _apply(x: Tensor, weight: Tensor, size: Pair, output: Pair, padding: Pair, *, conjugate: bool) -> Tensor:
+    """Multiply the spectra of x and of the kernels, or of their conjugates; ``size`` is that of the convolution's x."""
+    lengths = _lengths(size, (weight.shape[2], weight.shape[3]), padding)
+    y = torch.empty(
+        (*x.shape[:2], *output), dtype=x.dtype, device=x.device, memory_format=memory_format(is_channels_last(x))
+    )
+    for part in _parts(x.shape[1], lengths):
+        kernel = None
+        for n in range(len(x)):
+            if kernel is None or weight.shape[0] != 1:
+                kernel = _kernel_spectrum(weight[n if weight.shape[0] != 1 else 0, part], lengths, padding)
+                kernel = kernel.conj_physical_() if conjugate else kernel
+            product = _spectrum(x[n, part], lengths).mul_(kernel)
+            y[n, part] = _inverse(product, lengths)[..., : output[0], : output[1]]
+    return y
 
 
 def _lengths(size: Pair, kernel: Pair, padding: Pair) -> Pair:
     """Return lengths at which nothing wraps around onto something else."""
-    height, width = (_smooth(max(s + p, k, s + 2 * p - k + 1)) for s, k, p in zip(size, kernel, padding, strict=True))
-    return height, width
+    rows, columns = (_good(max(s + p, k, s + 2 * p - k + 1)) for s, k, p in zip(size, kernel, padding, strict=True))
+    return rows, columns
 
 
-def _smooth(least: int) -> int:
-    """Return the smallest number from ``least`` on with no prime factor but 2, 3 and 5, and a factor of 4."""
-    n = -(-least // 4) * 4
-    while True:
-        rest = n
-        for prime in (2, 3, 5):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return n
-        n += 4
+def _good(least: int) -> int:
+    """Return a length from ``least`` on that transforms are fast for."""
+    for length in _LENGTHS:
+        if length >= least:
+            return length
+    power = 1 << (least - 1).bit_length()  # beyond the list: 5/8, 3/4 or the whole of a power of two
+    return next(length for length in (5 * power // 8, 3 * power // 4, power) if length >= least)
 
 
-def _parts(channels: int) -> list[slice]:
-    return [slice(i, i + _CHANNELS) for i in range(0, channels, _CHANNELS)]
+def _parts(channels: int, lengths: Pair) -> Iterator[slice]:
+    count = max(1, _CACHED // (lengths[0] * lengths[1]))
+    return (slice(i, i + count) for i in range(0, channels, count))
 
 
-def _spectrum(x: Tensor, lengths: Pair) -> Tensor:
-    spectrum: Tensor = torch.fft.rfft2(_wide(x), s=lengths)
+def _spectrum(maps: Tensor, lengths: Pair) -> Tensor:
+    """Return the half spectrum of real maps (C, H, W). There are no spectra of 16-bit numbers."""
+    maps = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
+    spectrum: Tensor = torch.fft.rfft2(maps, s=lengths)
     return spectrum
 
 
-def _kernel_spectrum(weight: Tensor, lengths: Pair, padding: Pair) -> Tensor:
-    """Return the spectrum of the kernel with the tap that meets its own pixel at the origin."""
-    at_origin = weight.new_zeros(*weight.shape[:2], *lengths, dtype=_wide(weight).dtype)
-    at_origin[..., : weight.shape[2], : weight.shape[3]] = weight
+def _kernel_spectrum(kernels: Tensor, lengths: Pair, padding: Pair) -> Tensor:
+    """Return the spectrum of kernels (C, KH, KW) with the tap that meets its own pixel at the origin."""
+    at_origin = kernels.new_zeros(kernels.shape[0], *lengths)
+    at_origin[..., : kernels.shape[1], : kernels.shape[2]] = kernels
     return _spectrum(at_origin.roll((-padding[0], -padding[1]), (-2, -1)), lengths)
 
 
 def _inverse(spectrum: Tensor, lengths: Pair) -> Tensor:
-    x: Tensor = torch.fft.irfft2(spectrum, s=lengths)
-    return x
-
-
-def _wide(x: Tensor) -> Tensor:
-    """There are no spectra of 16-bit numbers."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _empty(like: Tensor, size: tuple[int, ...]) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format(is_channels_last(like)))
+    maps: Tensor = torch.fft.irfft2(spectrum, s=lengths)
+    return maps

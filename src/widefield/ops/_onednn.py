@@ -195,15 +195,20 @@ def _loops(x: Tensor) -> bool:
 
 
 def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Run in channels_last; large kernels some channels at a time, as all of them together leave the cache."""
+    """Run in channels_last, some channels at a time where all of them together would leave the cache."""
     channels, kh, kw = weight.shape[1:]
     bias = None if bias is None else bias.flatten()
     kernel = weight.transpose(0, 1)
+    channels_last = is_channels_last(x)
     count = channels
-    if leaves_cache(channels, kh, kw) and x.shape[2] * x.shape[3] >= SOME_PIXELS:
-        count = max(32, 32 * (_CACHED // (4 * 32 * kh * kw)))
-    parts = [
-        F.conv2d(
+    if x.shape[2] * x.shape[3] >= SOME_PIXELS:
+        if leaves_cache(channels, kh, kw):
+            count = max(32, 32 * (_CACHED // (4 * 32 * kh * kw)))
+        if not channels_last:
+            count = min(count, max(32, 32 * (4 * _CACHED // (32 * x[:, 0].numel()))))
+
+    def part(i: int) -> Tensor:
+        return F.conv2d(
             x[:, i : i + count].contiguous(memory_format=torch.channels_last),
             kernel[i : i + count],
             None if bias is None else bias[i : i + count],
@@ -211,10 +216,18 @@ def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding:
             padding,
             dilation,
             min(count, channels - i),
-        ).contiguous(memory_format=memory_format(is_channels_last(x)))
-        for i in range(0, channels, count)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        )
+
+    if count >= channels:
+        return part(0).contiguous(memory_format=memory_format(channels_last))
+    if channels_last:
+        return torch.cat([part(i) for i in range(0, channels, count)], 1)
+    first = part(0)
+    y = first.new_empty(len(x), channels, *first.shape[2:])
+    y[:, :count] = first
+    for i in range(count, channels, count):  # copied while it is still in the cache
+        y[:, i : i + count] = part(i)
+    return y
 
 
 def _interleaved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, dilation: Pair) -> Tensor:

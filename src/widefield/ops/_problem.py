@@ -106,6 +106,23 @@ def trim(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair
     return cuts[0], cuts[1]
 
 
+def multiply_adds(problem: Problem) -> int:
+    """Return how many products of a tap with a pixel of the map, not of the padding, one map of one sample takes."""
+    total = 1
+    out = output_size(
+        (problem.height, problem.width), problem.kernel, problem.stride, problem.padding, problem.dilation
+    )
+    for i, size in enumerate((problem.height, problem.width)):
+        stride, padding, dilation = problem.stride[i], problem.padding[i], problem.dilation[i]
+        count = 0
+        for k in range(problem.kernel[i]):
+            first = max(0, -(-(padding - k * dilation) // stride))  # outputs whose tap k is inside the map
+            last = min(out[i] - 1, (size - 1 + padding - k * dilation) // stride)
+            count += max(0, last - first + 1)
+        total *= count
+    return total
+
+
 def fold(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (1, N*C, H, W): a batch with kernels of its own for each sample is one image of many channels."""
     return x.reshape(1, -1, *x.shape[2:])

@@ -5,11 +5,12 @@ A mixture of n convolutions is linear in the input, so for sample i it is one co
     y_i = sum_r a_ir (W_r * x_i + b_r) = (sum_r a_ir pad(W_r)) * x_i + sum_r a_ir b_r
 
 The paper merges at inference. Here the merged form serves training too: autograd through the sum gives the gradients
-with respect to x, every W_r, every b_r and the routing weights a. Two backends compute the same function:
+with respect to x, every W_r, every b_r and the routing weights a. Three backends compute the same function:
 
 - ``"branches"``: n convolutions and a weighted sum. The oracle, and the faster one where per-sample kernels are larger
   than the map that they are applied to.
-- ``"merged"``: one convolution per sample.
+- ``"merged"``: one convolution per sample; a depthwise one is :mod:`widefield.ops.depthwise`'s, with its dispatch.
+- ``"routed"``: the same without ever writing a sample's kernel to memory; depthwise on CUDA devices, for small maps.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from widefield import _checks
-from widefield.ops import fold
+from widefield.ops import _routed, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._operators import depthwise
 from widefield.ops._problem import STEPS, Problem, is_channels_last, memory_format, problem_of
 from widefield.ops.depthwise import depthwise_conv2d
 
-BACKENDS = ("auto", "merged", "branches")
+BACKENDS = ("auto", "merged", "branches", "routed")
+
+_SMALL_MAP = 16 * 16
+"""Pixels up to which a batch's mixed kernels weigh as much as its maps, so that not writing them can pay."""
 
 
 def mixture_conv2d(
@@ -58,19 +62,20 @@ def mixture_conv2d(
         sparse: a weight of exactly 0 means that the expert was not chosen: it is not computed for that sample, and
             neither its kernel nor that weight gets a gradient from it. Nothing is skipped, and the output is the same,
             where there are no numbers to look at: while torch.compile or torch.export traces, and on meta tensors.
-        backend: "auto", "merged" or "branches".
+        backend: "auto", "merged", "branches" or "routed".
 
     Returns:
         (N, C_out, ceil(H/stride), ceil(W/stride)) in x's memory format.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: shapes that do not fit together, an unknown backend, or one that cannot compute this call.
         TypeError: x and kernels of different dtypes, outside autocast.
     """
     dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
     _check(x, kernels, biases, weights, groups, dilations)
     size = max(fold.effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True))
-    way, _ = _choose(backend, x, kernels[0], len(kernels), size, stride, groups)
+    step = fold.common_dilation(dilations)
+    way, _ = _choose(backend, x, kernels[0], len(kernels), size, stride, groups, step)
     if way == "branches":
         return _branches(x, kernels, biases, weights, stride, groups, dilations, sparse)
     experts = [(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
@@ -81,7 +86,7 @@ def mixture_conv2d(
         biases = None if biases is None else [biases[r] for r in order]
     bank = fold.kernel_bank(kernels, [d for _, d in experts])
     bias_bank = None if biases is None else torch.stack(list(biases))
-    return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse)
+    return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse, backend)
 
 
 def bank_conv2d(
@@ -109,12 +114,12 @@ def bank_conv2d(
     _check(x, list(bank), None if bias_bank is None else list(bias_bank), weights, groups, [d for _, d in experts])
     step = fold.common_dilation([d for _, d in experts])
     size = fold.effective_size(bank.shape[-1], step)
-    way, _ = _choose(backend, x, bank[0], len(bank), size, stride, groups)
+    way, _ = _choose(backend, x, bank[0], len(bank), size, stride, groups, step)
     if way == "branches":
         kernels = [fold.expert(bank, r, k, d, step) for r, (k, d) in enumerate(experts)]
         biases = None if bias_bank is None else list(bias_bank)
         return _branches(x, kernels, biases, weights, stride, groups, [d for _, d in experts], sparse)
-    return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse)
+    return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse, backend)
 
 
 def plan(
@@ -139,14 +144,15 @@ def plan(
     size = max(
         fold.effective_size(k.shape[-1], step if experts else d) for k, d in zip(kernels, dilations, strict=True)
     )
-    way, reason = _choose(backend, x, kernels[0], len(kernels), size, stride, groups)
-    others = {
-        other: "it could, but is not the fastest here" if backend == "auto" else f"backend={backend!r} was asked for"
-        for other in BACKENDS
-        if other not in ("auto", way)
-    }
+    way, reason = _choose(backend, x, kernels[0], len(kernels), size, stride, groups, step)
+    depthwise = kernels[0].shape[1] == 1 and kernels[0].shape[0] == groups
+    could = "it could, but is not the fastest here"
+    others = {other: could for other in ("merged", "branches") if other != way}
+    if way != "routed":
+        inside = _routed.why_not(x, kernels[0], None, weights, stride, step) if depthwise else "it is depthwise only"
+        others["routed"] = inside or "on small maps both are timed at the first call"
     problems = []
-    if kernels[0].shape[1] == 1 and kernels[0].shape[0] == groups:
+    if depthwise:
         taps = min((size - 1) // step, 2 * ((max(x.shape[2:]) - 1) // step)) + 1
         padding = step * (taps // 2)
         per_sample = x.shape[0] if way == "merged" else 1
@@ -200,7 +206,9 @@ def _check_dtype(x: Tensor, kernel: Tensor) -> None:
         )
 
 
-def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: int, groups: int) -> tuple[str, str]:
+def _choose(
+    backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: int, groups: int, dilation: int
+) -> tuple[str, str]:
     """Resolve "auto" to a backend and the reason. It reads shapes only, never the batch size beyond an empty one, so
     that a graph with a dynamic batch has one form.
 
@@ -210,13 +218,20 @@ def _choose(backend: str, x: Tensor, kernel: Tensor, n: int, size: int, stride: 
     limit lies between.
     """
     backend = _checks.choice("backend", backend, BACKENDS)
+    depthwise = kernel.shape[1] == 1 and kernel.shape[0] == groups
+    if backend == "routed":
+        reason = _routed.why_not(x, kernel, None, kernel, stride, dilation) if depthwise else "it is depthwise only"
+        if reason is not None:
+            raise ValueError(
+                f"backend='routed' cannot compute this mixture: {reason}. backend='auto' takes one that can."
+            )
     if backend != "auto":
         return backend, "asked for"
     if n == 1:
         return "branches", "there is one expert: nothing to merge"
     if x.shape[0] == 0:
         return "branches", "the batch is empty"  # convolution takes that, but not zero groups
-    if kernel.shape[1] == 1 and kernel.shape[0] == groups:
+    if depthwise:
         return "merged", "depthwise: one convolution per sample instead of one per expert"
     numbers = kernel.shape[0] // groups * size * size
     pixels = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
@@ -269,6 +284,7 @@ def _merged(
     groups: int,
     experts: Sequence[tuple[int, int]],
     sparse: bool,
+    backend: str,
 ) -> Tensor:
     """``sparse``: each sample pays for the largest expert that it has a weight for, and no more."""
     step = fold.common_dilation([d for _, d in experts])
@@ -276,12 +292,13 @@ def _merged(
     if x.shape[0] == 0:  # grouped convolution refuses zero groups
         every = None if bias_bank is None else list(bias_bank)
         return _branches(x, list(bank), every, weights, stride, groups, [step] * len(bank), False)
+    sizes = [min(fold.effective_size(k, d // step), bank.shape[-1]) for k, d in experts]
     if not sparse or not _has_numbers(weights):
+        if bank.shape[2] == 1 and _mixes_inside(backend, x, bank, bias_bank, weights, sizes, stride, step):
+            return _mixed_inside(x, bank, bias_bank, weights, sizes)
         return _merged_dense(x, bank, bias_bank, weights, stride, groups, step)
     # One bucket of samples for each size of kernel. Which samples is data: on a GPU this waits for it once a layer.
-    spans = torch.tensor(
-        [min(fold.effective_size(k, d // step), bank.shape[-1]) for k, d in experts], device=weights.device
-    )
+    spans = torch.tensor(sizes, device=weights.device)
     need = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min()))
     parts, orders = [], []
     for size in sorted(set(need.tolist())):
@@ -294,6 +311,48 @@ def _merged(
     if len(parts) == 1:  # everybody, in order
         return parts[0]
     return torch.cat(parts)[torch.cat(orders).argsort()]
+
+
+def _mixes_inside(
+    backend: str,
+    x: Tensor,
+    bank: Tensor,
+    bias_bank: Tensor | None,
+    weights: Tensor,
+    spans: Sequence[int],
+    stride: int,
+    dilation: int,
+) -> bool:
+    """Decide between "merged" and "routed" for depthwise experts; "auto" times both once, where that may pay."""
+    if backend != "auto":
+        return backend == "routed"
+    small = x.device.type == "cuda" and x.shape[2] * x.shape[3] <= _SMALL_MAP
+    if not small or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if _routed.why_not(x, bank, bias_bank, weights, stride, dilation) is not None:
+        return False
+    ways = ("merged", "routed")
+    key = f"mixture {tuple(x.shape)} {bank.shape[-1]} {tuple(spans)} {x.dtype} {is_channels_last(x)}"
+    known = _timed.known(key, x.device, ways)
+    if known is None:
+        if not _timed.may_measure(x.device):
+            return False
+        with torch.no_grad():
+            known = _timed.measure(
+                key,
+                x.device,
+                {
+                    "merged": lambda: _merged_dense(x, bank, bias_bank, weights, stride, x.shape[1], dilation),
+                    "routed": lambda: _mixed_inside(x, bank, bias_bank, weights, spans),
+                },
+            )
+    return known[0] == "routed"
+
+
+def _mixed_inside(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, spans: Sequence[int]) -> Tensor:
+    with without_autocast(x):
+        x = x.to(autocast_dtype(x) or x.dtype)
+        return _routed.routed(x, bank.squeeze(2), bias_bank, weights, spans)
 
 
 def _merged_dense(

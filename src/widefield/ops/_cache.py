@@ -1,0 +1,46 @@
+"""What was measured on a device, kept between runs: JSON files under ``$XDG_CACHE_HOME/widefield``.
+
+A file that cannot be read or written is as good as none: everything in it can be measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def path(kind: str, *parts: object) -> Path:
+    """Return the file for a kind of measurement and what it depends on, such as the card and versions."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(str(part) for part in parts))
+    return Path(root) / "widefield" / kind / f"{name}.json"
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return what a file holds; nothing where it cannot be read or holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write(file: Path, entry: str, value: object) -> None:
+    """Add one entry to a file, in one move, so that no other process ever reads half of it."""
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = read(file) | {entry: value}
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as opened:
+            temporary = Path(opened.name)
+            json.dump(content, opened, indent=1, sort_keys=True)
+        temporary.replace(file)
+    except OSError:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()

@@ -1,0 +1,28 @@
+"""GPU kernels for depthwise convolution in Triton, the only importer of triton in the package.
+
+Importing this package imports no triton; import its modules only where :func:`unavailable` returns None:
+
+- :mod:`.direct`: multiply-add kernels for small kernels, any stride and dilation, both memory formats.
+- :mod:`.gemm`: tensor-core kernels for large kernels, stride 1.
+- :mod:`.routed`: a mixture of experts whose kernels are mixed inside the convolution.
+- :mod:`.tune`: the choice of block sizes, measured once per kind of problem.
+
+The first two are backends of one primitive and have the same four functions: ``why_not``, ``forward``, ``input_grad``
+and ``weight_grad``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+
+def unavailable() -> str | None:
+    """Say why Triton cannot be used here, or return None. Does not import triton."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # or a mere folder of that name on the path
+        return "triton is not installed (it comes with PyTorch for CUDA on Linux)"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None

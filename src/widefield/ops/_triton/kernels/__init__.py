@@ -1,0 +1,1 @@
+"""The kernels themselves: Triton's language in Python's syntax, which type checkers cannot follow."""
