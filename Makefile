@@ -29,7 +29,8 @@ docs: install
 	$(BIN)/mkdocs build --strict
 
 bench: install
-	$(BIN)/python benchmarks/mixture_step.py
+	$(BIN)/widefield bench depthwise --out benchmarks/results
+	$(BIN)/widefield bench mixture --out benchmarks/results
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

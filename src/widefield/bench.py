@@ -7,6 +7,7 @@ together are ratios within one run.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import time
@@ -22,17 +23,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from widefield import _checks
 
+_MOST_CALLS = 1000
+"""In one timing, however short a call is."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """Wall-clock seconds of one call: 20th, 50th and 80th percentile. ``peak_bytes`` is known on CUDA devices only."""
+    """Wall-clock seconds of one call: 20th, 50th and 80th percentile."""
 
     name: str
     p20: float
     p50: float
     p80: float
     repeats: int
+    """How many timings the percentiles are of."""
     peak_bytes: int | None = None
+    """What a call held at its peak beyond what was allocated before it. Known on CUDA devices only."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary."""
@@ -45,14 +51,24 @@ def measure(
     repeats: int = 9,
     warmup: int = 1,
     device: torch.device | str = "cpu",
+    budget_s: float | None = None,
+    shortest_s: float = 0.0,
 ) -> dict[str, Row]:
     """Time each candidate ``repeats`` times, taking turns, after ``warmup`` untimed rounds.
 
+    Every other round goes in reverse, so that each follows, and leaves its caches to, both of its neighbours.
+
     Args:
         candidates: name -> callable without arguments; its result is dropped.
-        repeats: timed calls of each candidate.
+        repeats: timings of each candidate.
         warmup: untimed calls of each before the first timed round.
-        device: on "cuda" every call is followed by a synchronisation, and peak memory is recorded.
+        device: on "cuda" every timing ends with a synchronisation, and peak memory is recorded.
+        budget_s: a candidate that has used up so many timed seconds sits out the other rounds, yet has at least two
+            timings. Its row says how many. A last untimed call that alone takes longer counts as a timing: what is
+            so slow has no cold start to speak of.
+        shortest_s: a call that is over sooner is repeated within each timing until that takes about so long. Calls of
+            up to ten times that have as many untimed ones before each timing, so that nobody gains or loses by what
+            the one before left in the caches. Rows stay seconds of one call.
 
     Raises:
         ValueError: no candidates, or counts out of range.
@@ -60,23 +76,39 @@ def measure(
     if not candidates:
         raise ValueError("nothing to measure: candidates is empty.")
     repeats = _checks.integer("repeats", repeats)
+    warmup = _checks.integer("warmup", warmup, minimum=0)
+    budget = math.inf if budget_s is None else _checks.number("budget_s", budget_s)
+    shortest = _checks.number("shortest_s", shortest_s)
     on_cuda = torch.device(device).type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    spent = dict.fromkeys(candidates, 0.0)
+    fastest = dict.fromkeys(candidates, math.inf)
     peaks: dict[str, int] = {}
-    for turn in range(_checks.integer("warmup", warmup, minimum=0) + repeats):
-        for name, call in candidates.items():
+    for turn in range(warmup + repeats):
+        order = list(candidates.items())
+        for name, call in reversed(order) if turn % 2 else order:
+            if len(seconds[name]) >= 2 and spent[name] >= budget:
+                continue
+            calls = 1 if turn < warmup else max(1, min(_MOST_CALLS, math.ceil(shortest / max(fastest[name], 1e-9))))
+            for _ in range(calls if turn >= warmup and fastest[name] < 10 * shortest else 0):
+                call()
+            held = 0
             if on_cuda:
-                torch.cuda.reset_peak_memory_stats(device)
                 torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+                held = torch.cuda.memory_allocated(device)
             start = time.perf_counter()
-            call()
+            for _ in range(calls):
+                call()
             if on_cuda:
                 torch.cuda.synchronize(device)
             elapsed = time.perf_counter() - start
-            if turn >= warmup:
-                seconds[name].append(elapsed)
+            fastest[name] = min(fastest[name], elapsed / calls)
+            if turn >= warmup or (turn == warmup - 1 and elapsed > budget):
+                spent[name] += elapsed
+                seconds[name].append(elapsed / calls)
                 if on_cuda:
-                    peaks[name] = torch.cuda.max_memory_allocated(device)
+                    peaks[name] = torch.cuda.max_memory_allocated(device) - held
     return {name: _row(name, times, peaks.get(name)) for name, times in seconds.items()}
 
 
@@ -114,8 +146,12 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         except PackageNotFoundError:
             packages[package] = "not installed"
     on_cuda = torch.device(device).type == "cuda"
+    card = {}
+    if on_cuda:
+        card = {"cuda": str(torch.version.cuda), "tf32": "yes" if torch.backends.cudnn.allow_tf32 else "no"}
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else _processor(),
+        **card,
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "python": platform.python_version(),
         **packages,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.metadata
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("widefield", description="Receptive fields in convolutional networks.")
-    parser.add_argument("--version", action="version", version=f"widefield {importlib.metadata.version('widefield')}")
+    parser.add_argument("--version", action="version", version=f"widefield {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., int], summary: str, *, takes_overrides: bool = False) -> Any:
@@ -57,7 +59,58 @@ def _parser() -> argparse.ArgumentParser:
 
     models = command("models", _models, "list models with parameters and MACs")
     models.add_argument("pattern", nargs="?", help="glob over all of timm's names; default: those of widefield")
+
+    _bench_parsers(command("bench", _bench, "measure against PyTorch's own convolutions; rows, ratios and bars"))
     return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("widefield")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "(not installed)"
+
+
+def _bench_parsers(bench: argparse.ArgumentParser) -> None:
+    subjects = bench.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
+    count: dict[str, Any] = {"type": int, "metavar": "N"}
+    many: dict[str, Any] = {**count, "nargs": "+"}
+
+    def subject(name: str, summary: str) -> argparse.ArgumentParser:
+        sub = subjects.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (cpu)")
+        sub.add_argument(
+            "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of what (float32)"
+        )
+        sub.add_argument("--repeats", default=7, **count, help="timings of each call (7)")
+        sub.add_argument(
+            "--budget", type=float, metavar="S", help="seconds for all timings of a call, two at least (0.6; models: 5)"
+        )
+        sub.add_argument("--batch", **count, help="images a call; default: by device and shape, said in the output")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="write SUBJECT_DEVICE.json and .md there (no files)")
+        return sub
+
+    depthwise = subject("depthwise", "RepLKNet's table 1: all passes of a depthwise convolution against F.conv2d")
+    depthwise.add_argument("--channels", **count, help="(384)")
+    depthwise.add_argument("--resolutions", **many, help="sides of the maps (16 32 64)")
+    depthwise.add_argument("--kernels", **many, help="(3 5 7 9 13 17 21 27 29 31)")
+    depthwise.add_argument("--layers", **count, help="convolutions a call (24 on cuda, 1 on cpu)")
+    depthwise.epilog = (
+        "On cpu, with none of --channels, --resolutions and --kernels, ConvNeXt-T's shapes, larger ones and some in "
+        "bfloat16 are measured too."
+    )
+
+    mixture = subject("mixture", "MoRF's figure 4: training and inference against sets of experts")
+    mixture.add_argument(
+        "--shapes", nargs="+", metavar="CxS", help="channels x side of the maps (96x56 192x28 384x14 768x7)"
+    )
+    mixture.add_argument("--sets", nargs="+", metavar="K,K", help="sets of experts (3,5,7 3,5,7,9,11 and up to 15)")
+    mixture.add_argument("--counts", **many, help="numbers of experts (5 64 128)")
+    mixture.epilog = "Dense mixtures are measured when --shapes is not given."
+
+    model = subject("model", "throughput and memory of timm's models, as they are and with FastDepthwise")
+    model.add_argument("names", nargs="+", metavar="NAME", help="as timm calls them")
+    model.add_argument("--size", **count, help="side of the images; default: the model's own")
 
 
 class _OnDemandHelp(argparse.RawDescriptionHelpFormatter):
@@ -124,6 +177,48 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
         table.add_row(name, "x".join(map(str, shape)), f"{cost.parameters / 1e6:.2f}M", f"{cost.macs / 1e9:.3f}G")
     Console().print(table)
     return 0
+
+
+def _bench(args: argparse.Namespace, _: Sequence[str]) -> int:
+    from widefield.benchmarks import Settings, depthwise, mixture, model
+
+    settings = Settings(
+        shlex.join(["widefield", *args.words]),
+        device=args.device,
+        dtype=args.dtype,
+        repeats=args.repeats,
+        budget_s=args.budget if args.budget is not None else 5.0 if args.subject == "model" else 0.6,
+        out=args.out,
+    )
+    if args.subject == "depthwise":
+        depthwise.run(
+            settings,
+            channels=args.channels,
+            resolutions=args.resolutions,
+            kernels=args.kernels,
+            batch=args.batch,
+            layers=args.layers,
+        )
+    elif args.subject == "mixture":
+        shapes = args.shapes and [(s[0], s[1]) for s in (_numbers("--shapes", word, "x", 2) for word in args.shapes)]
+        mixture.run(
+            settings,
+            batch=16 if args.batch is None else args.batch,
+            shapes=shapes,
+            sets=args.sets and [_numbers("--sets", word, ",") for word in args.sets],
+            counts=args.counts,
+        )
+    else:
+        model.run(settings, args.names, batch=args.batch, size=args.size)
+    return 0
+
+
+def _numbers(option: str, word: str, between: str, count: int | None = None) -> list[int]:
+    parts = word.split(between)
+    if not all(part.isdecimal() for part in parts) or (count is not None and len(parts) != count):
+        example = "96x56" if between == "x" else "3,5,7"
+        raise ValueError(f"{option} takes words such as {example}; got {word!r}.")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tolerances import BFLOAT16, FLOAT32, FLOAT64, close
-from widefield.ops import bank_conv2d, fold, mixture_conv2d
+from widefield.ops import bank_conv2d, explain, fold, mixture_conv2d
 
 
 def oracle(x, kernels, biases, weights, stride, groups, dilations):
@@ -274,3 +275,126 @@ def test_what_does_not_fit_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         mixture_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_many_experts(dtype, sparse):
+    experts = [(k, d) for k in (3, 5, 7, 9, 11) for d in (1, 2)] * 7
+    x, kernels, biases, weights = case(3, 5, 1, 1, 9, 8, experts[:64], True, dtype=dtype, zeros=sparse)
+    dilations, tolerance = [d for _, d in experts[:64]], FLOAT64 if dtype == torch.float64 else FLOAT32
+    wide = [[t.detach().double().requires_grad_() for t in group] for group in ([x], kernels, biases, [weights])]
+    inputs = (wide[0][0], wide[1], wide[2], wide[3][0])
+    expected = oracle(*inputs, 1, 5, dilations)
+    actual = mixture_conv2d(x, kernels, biases, weights, groups=5, dilations=dilations, sparse=sparse)
+    close(actual, expected, tolerance)
+    *grads, of_weights = gradients(actual, x, kernels, biases, weights)
+    *expected_grads, expected_of_weights = gradients(expected, *inputs)
+    for a, b in zip(grads, expected_grads, strict=True):
+        close(a, b, tolerance)
+    chosen = weights != 0 if sparse else torch.ones_like(weights, dtype=torch.bool)
+    close(of_weights[chosen], expected_of_weights[chosen], tolerance)
+
+
+@pytest.mark.parametrize("sizes", [(3, 7, 15), (5, 31), (31, 3, 15)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kernels_of_every_sample_that_are_larger_than_the_map(dtype, stride, channels, layout, sizes):
+    inputs = case(3, channels, 1, 1, 9, 11, [(k, 1) for k in sizes], True)
+    expected = oracle(*inputs, stride, channels, (1,) * len(sizes))
+    expected_grads = gradients(expected, *inputs)
+    x, kernels, biases, weights = inputs
+    x = x.detach().to(dtype).contiguous(memory_format=layout).requires_grad_()
+    kernels, biases = ([t.detach().to(dtype).requires_grad_() for t in group] for group in (kernels, biases))
+    weights = weights.detach().to(dtype).requires_grad_()
+    actual = mixture_conv2d(x, kernels, biases, weights, stride=stride, groups=channels, backend="merged")
+    tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32
+    assert actual.is_contiguous(memory_format=layout)
+    close(actual, expected, tolerance)
+    for a, b in zip(gradients(actual, x, kernels, biases, weights), expected_grads, strict=True):
+        close(a, b, tolerance)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the dtypes in which dense convolutions are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in str(func):
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("within", [False, True], ids=["bf16", "autocast"])
+def test_grouped_convolutions_in_sixteen_bits_are_computed_in_thirty_two_on_cpus(within, layout):
+    """PyTorch loops over groups otherwise."""
+    x, kernels, biases, weights = case(3, 2, 2, 3, 9, 8, [(3, 1), (5, 1)], True, dtype=torch.float32)
+    expected = oracle(x.double(), [k.double() for k in kernels], [b.double() for b in biases], weights, 1, 2, (1, 1))
+    x = x.detach().contiguous(memory_format=layout)
+    if not within:
+        x, weights = x.bfloat16(), weights.bfloat16()
+        kernels, biases = [k.bfloat16() for k in kernels], [b.bfloat16() for b in biases]
+    with Convolutions() as seen, torch.autocast("cpu", torch.bfloat16, enabled=within):
+        y = mixture_conv2d(x, kernels, biases, weights, groups=2, backend="merged")
+    assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=layout)
+    close(y, expected, BFLOAT16)
+    assert seen.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("per", [1, 2])
+def test_gradients_of_every_sample_in_any_layout(per, layout):
+    x, kernels, _, weights = case(3, 2, per, per, 6, 7, [(3, 1), (5, 1)], False, dtype=torch.float32)
+    x, weights = x.detach().contiguous(memory_format=layout), weights.detach()
+
+    def loss(kernel, sample, a):
+        mixed = mixture_conv2d(sample[None], [kernel, kernels[1].detach()], None, a[None], groups=2, backend="merged")
+        return mixed.square().sum()
+
+    kernel = kernels[0].detach()
+    actual = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(kernel, x, weights)
+    for i in range(3):
+        close(actual[i], torch.func.grad(loss)(kernel, x[i], weights[i]), FLOAT32)
+
+
+def test_an_explanation_of_a_mixture():
+    x, kernels, biases, weights = case(3, 4, 1, 1, 14, 14, [(3, 1), (15, 1)], True, dtype=torch.float32)
+    explanation = explain(mixture_conv2d, x, kernels, biases, weights, groups=4)
+    assert [choice.step for choice in explanation.choices] == ["mixture", "forward", "input_grad", "weight_grad"]
+    assert explanation["mixture"].backend == "merged"
+    assert "depthwise" in explanation["mixture"].reason
+    assert explanation["mixture"].others["branches"] == "it could, but is not the fastest here"
+    assert "kernels per sample" in explanation["forward"].reason
+    bank = explain(
+        bank_conv2d, x, fold.kernel_bank(kernels, (1, 1)), torch.stack(biases), weights,
+        experts=[(3, 1), (15, 1)], groups=4,
+    )  # fmt: skip
+    assert bank.choices == explanation.choices
+    one = explain(mixture_conv2d, x, kernels[1:], None, weights[:, 1:], groups=4)
+    assert (one["mixture"].backend, one["mixture"].reason) == ("branches", "there is one expert: nothing to merge")
+    asked = explain(mixture_conv2d, x, kernels, biases, weights, groups=4, backend="branches")
+    assert asked["mixture"].backend == "branches"
+    assert asked["mixture"].reason == "asked for"
+    with pytest.raises(ValueError, match="Did you mean 'merged'"):
+        explain(mixture_conv2d, x, kernels, biases, weights, groups=4, backend="merge")
+
+
+def test_an_explanation_of_a_mixture_that_is_not_depthwise_has_no_passes():
+    x, kernels, biases, weights = case(3, 2, 2, 2, 14, 14, [(3, 1), (5, 1)], True, dtype=torch.float32)
+    explanation = explain(mixture_conv2d, x, kernels, biases, weights, groups=2)
+    assert [choice.step for choice in explanation.choices] == ["mixture"]
+    assert "numbers per input channel" in str(explanation)
+
+
+def test_an_explanation_of_a_mixture_knows_autocast():
+    x, kernels, biases, weights = case(3, 4, 1, 1, 14, 14, [(3, 1), (15, 1)], True, dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        explanation = explain(mixture_conv2d, x, kernels, biases, weights, groups=4)
+    assert "no torch.float16 arithmetic" in explanation["forward"].reason

@@ -32,10 +32,10 @@ def input_grad(
     grad: Tensor, weight: Tensor, input_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Return the gradient of :func:`forward` with respect to x."""
-    channels_last = is_channels_last(grad)
-    x = grad.new_empty(input_size).contiguous(memory_format=memory_format(channels_last))
+    layout = memory_format(is_channels_last(grad))
+    x = torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)  # only its size is read
     dx, _ = _backward(grad, x, weight, stride, padding, dilation, (True, False, False))
-    return dx.contiguous(memory_format=memory_format(channels_last))
+    return dx.contiguous(memory_format=layout)
 
 
 def weight_grad(

@@ -17,7 +17,7 @@ import torch
 from widefield import _checks
 from widefield.ops import _fft, _timed
 from widefield.ops._onednn import SOME_PIXELS, WIDEST, computes_in, leaves_cache
-from widefield.ops._problem import Problem, multiply_adds, trim
+from widefield.ops._problem import Pair, Problem, multiply_adds, trim
 
 _HOMES = {
     "aten": "widefield.ops._aten",
@@ -117,12 +117,14 @@ def _is_for_spectra(problem: Problem) -> bool:
     return multiply_adds(problem) > factor * transforms * _fft.work(problem)
 
 
+def _cut(problem: Problem) -> Pair:
+    size = (problem.height, problem.width)
+    return trim(size, problem.kernel, problem.stride, problem.padding, problem.dilation)
+
+
 def _extent(problem: Problem) -> int:
     """Columns that the kernel spans once the taps that only meet padding are off."""
-    cut = trim(
-        (problem.height, problem.width), problem.kernel, problem.stride, problem.padding, problem.dilation
-    )  # fmt: skip
-    return problem.dilation[1] * (problem.kernel[1] - 2 * cut[1] - 1) + 1
+    return problem.dilation[1] * (problem.kernel[1] - 2 * _cut(problem)[1] - 1) + 1
 
 
 def _forward(problem: Problem) -> tuple[str, str]:
@@ -136,7 +138,9 @@ def _forward(problem: Problem) -> tuple[str, str]:
             return "onednn", "taps that never meet the map are cut off first"
     elif extent in (WIDEST - 1, WIDEST) or (extent == WIDEST - 2 and problem.pixels >= 400):
         return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
-    elif extent > WIDEST and (problem.dilation != (1, 1) or leaves_cache(problem.channels, *problem.kernel)):
+    elif extent > WIDEST and (
+        problem.dilation != (1, 1) or leaves_cache(problem.channels, *problem.kernel, problem.dtype)
+    ):
         if problem.dilation != (1, 1):
             return "onednn", "a dilated kernel that wide is plain on interleaved maps"
         if problem.pixels >= SOME_PIXELS:
@@ -160,10 +164,15 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
 
 
 def _weight_grad(problem: Problem) -> tuple[str, str]:
+    if problem.channels == 1:  # 2.14, for kernels about twice as tall as the map; groups=1 is not depthwise to it
+        return "onednn", "PyTorch's own writes out of bounds for tall kernels of one channel"
+    if _cut(problem) != (0, 0):
+        return "onednn", "taps that never meet the map are cut off first"
     if problem.kernel[1] in (1, 3) and problem.dilation == (1, 1):
         return "aten", f"PyTorch has a fast kernel for {problem.kernel[1]} columns"
-    small = problem.batch * problem.channels * problem.pixels < 50_000
-    if small and problem.kernel[1] <= 5 and problem.channels_last:
+    numbers = problem.batch * problem.channels * problem.pixels
+    few = (5, 50_000) if problem.channels_last else (7, 12_000)
+    if problem.kernel[1] <= few[0] and numbers < few[1]:
         return "aten", "so few numbers are soon added up"
     return "onednn", "PyTorch loops over small matrix products for this width"
 

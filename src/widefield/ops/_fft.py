@@ -2,6 +2,7 @@
 
 Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length that the transforms are fast for, and
 taken a few at a time, so that their spectra never leave the cache: written to memory they would cost what they save.
+An infinity or NaN spreads over its whole map.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def why_not(problem: Problem) -> str | None:
     """Say what keeps this backend from computing the problem."""
     if problem.stride != (1, 1) or problem.dilation != (1, 1):
         return f"spectra know no stride or dilation; got stride {problem.stride} and dilation {problem.dilation}"
+    if not problem.dtype.is_floating_point:
+        return f"spectra are of real floating-point numbers; got {problem.dtype}"
     return None
 
 

@@ -156,9 +156,11 @@ def _strided_weight_grad(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], 
     return dw
 
 
-def leaves_cache(channels: int, rows: int, columns: int) -> bool:
-    """Say whether so many kernels leave no room in a core's cache for the map that they are applied to."""
-    return channels * rows * columns > _CACHED
+def leaves_cache(channels: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Say whether so many kernels leave no room in a core's cache for the map that they are applied to. In 16 bits
+    taking them some at a time has not paid.
+    """
+    return dtype == torch.float32 and channels * rows * columns > _CACHED
 
 
 def computes_in(dtype: torch.dtype) -> bool:
@@ -202,14 +204,15 @@ def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding:
     channels_last = is_channels_last(x)
     count = channels
     if x.shape[2] * x.shape[3] >= SOME_PIXELS:
-        if leaves_cache(channels, kh, kw):
+        if leaves_cache(channels, kh, kw, x.dtype):
             count = max(32, 32 * (_CACHED // (4 * 32 * kh * kw)))
         if not channels_last:
             count = min(count, max(32, 32 * (4 * _CACHED // (32 * x[:, 0].numel()))))
 
     def part(i: int) -> Tensor:
+        some = x[:, i : i + count]  # one channel in channels_last strides is read out of bounds (PyTorch 2.14)
         return F.conv2d(
-            x[:, i : i + count].contiguous(memory_format=torch.channels_last),
+            some.contiguous(memory_format=memory_format(some.shape[1] > 1)),
             kernel[i : i + count],
             None if bias is None else bias[i : i + count],
             stride,

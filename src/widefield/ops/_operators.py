@@ -8,6 +8,7 @@ Weights are (G, C, KH, KW) and biases (G, C): G is 1, or N for kernels of its ow
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from types import ModuleType
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from widefield.ops import _backend
-from widefield.ops._problem import Pair, is_channels_last, memory_format, output_size, problem_of
+from widefield.ops._autocast import without_autocast
+from widefield.ops._problem import Pair, is_channels_last, laid_out, memory_format, output_size, problem_of
 
 _library = torch.library.Library("widefield", "FRAGMENT")
 _library.define(
@@ -45,7 +47,12 @@ def depthwise(
 def _call(name: str, *args: Any) -> Tensor:
     """Call an operator; under torch.func's transforms, in which operators' derivatives take no part, its Function."""
     under_transform = torch._C._are_functorch_transforms_active()
-    result: Tensor = _FUNCTIONS[name].apply(*args) if under_transform else getattr(torch.ops.widefield, name)(*args)
+    result: Tensor = _FUNCTIONS[name].apply(*args) if under_transform else _operate(name, *args)
+    return result
+
+
+def _operate(name: str, *args: Any) -> Tensor:
+    result: Tensor = getattr(torch.ops.widefield, name)(*args)
     return result
 
 
@@ -62,7 +69,8 @@ def _forward(
         y: Tensor = module.forward(x, weight, bias, stride, padding, dilation)
         return y
 
-    y = run(_backend.resolve(backend, problem, run))
+    with without_autocast(x):
+        y = run(_backend.resolve(backend, problem, run))
     return y.contiguous(memory_format=memory_format(problem.channels_last))
 
 
@@ -78,7 +86,8 @@ def _input_grad(
         dx: Tensor = module.input_grad(grad, weight, size, stride, padding, dilation)
         return dx
 
-    dx = run(_backend.resolve(backend, problem, run))
+    with without_autocast(grad):
+        dx = run(_backend.resolve(backend, problem, run))
     return dx.contiguous(memory_format=memory_format(problem.channels_last))
 
 
@@ -94,7 +103,9 @@ def _weight_grad(
         dw: Tensor = module.weight_grad(grad, x, size, stride, padding, dilation)
         return dw
 
-    return run(_backend.resolve(backend, problem, run)).contiguous()
+    with without_autocast(grad):
+        dw = run(_backend.resolve(backend, problem, run))
+    return dw.contiguous()
 
 
 def _pairs(*given: Sequence[int]) -> Iterator[Pair]:
@@ -125,20 +136,19 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, weight_size: list[int], *_: objec
 # gradients of, so that a backward pass takes the way that its forward took.
 
 
-def _like(grad: Tensor, channels_last: bool) -> Tensor:
-    return grad.contiguous(memory_format=memory_format(channels_last))
-
-
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, _, *geometry = inputs
+    first, second, third, *geometry = inputs
     ctx.save_for_backward(first, second)
+    if torch._C._are_functorch_transforms_active():
+        ctx.save_for_forward(first, second)
+        ctx.third = None if isinstance(third, Tensor) else third
     ctx.geometry = geometry
     ctx.channels_last = is_channels_last(first)
 
 
 def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    grad = _like(grad, ctx.channels_last)
+    grad = laid_out(grad, ctx.channels_last)
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
         dx = _call("depthwise_input_grad", grad, weight, x.shape, *ctx.geometry)
@@ -152,7 +162,7 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _input_grad_backward(ctx: Any, grad_of_dx: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
-    grad_of_dx = _like(grad_of_dx, ctx.channels_last)
+    grad_of_dx = laid_out(grad_of_dx, ctx.channels_last)
     of_grad = of_weight = None
     if ctx.needs_input_grad[0]:
         of_grad = _call("depthwise", grad_of_dx, weight, None, *ctx.geometry)
@@ -171,6 +181,23 @@ def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, 
     return of_grad, of_x, None, None, None, None, None
 
 
+def _push_forward(name: str) -> Callable[..., Tensor]:
+    """Return the forward-mode derivative of an operator that is linear in its first argument, and in its second."""
+
+    def derivative(ctx: Any, of_first: Tensor | None, of_second: Tensor | None, of_third: Any, *_: Any) -> Tensor:
+        first, second = ctx.saved_tensors
+        of_first = torch.zeros_like(first) if of_first is None else of_first
+        of_second = torch.zeros_like(second) if of_second is None else of_second
+        sizes = (of_third, None) if name == "depthwise" else (ctx.third, ctx.third)  # a bias, or a size
+        left = _call(name, of_first, second, sizes[0], *ctx.geometry)
+        return left + _call(name, first, of_second, sizes[1], *ctx.geometry)
+
+    return derivative
+
+
+Caller = Callable[..., Tensor]
+"""How a rule for vmap goes on: with the operator, or with what other transforms see."""
+
 # vmap: a mapped dimension is more batch, and mapped weights are weights per sample.
 
 
@@ -184,31 +211,37 @@ def _per_sample(value: Tensor, dim: int | None, count: int, batch: int) -> Tenso
     return value.expand(count, batch, *value.shape[2:]).reshape(count * batch, *value.shape[2:])
 
 
-def _vmap_forward(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+def _vmap_forward(
+    call: Caller, info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Any:
     x = _to_front(x, in_dims[0], info.batch_size)
     count, batch = x.shape[:2]
     if in_dims[1] is not None or in_dims[2] is not None or weight.shape[0] != 1:
         weight = _per_sample(weight, in_dims[1], count, batch)
         bias = None if bias is None else _per_sample(bias, in_dims[2], count, batch)
-    y = torch.ops.widefield.depthwise(x.flatten(0, 1), weight, bias, *rest)
+    y = call("depthwise", x.flatten(0, 1), weight, bias, *rest)
     return y.unflatten(0, (count, batch)), 0
 
 
-def _vmap_input_grad(info: Any, in_dims: Any, grad: Tensor, weight: Tensor, input_size: list[int], *rest: Any) -> Any:
+def _vmap_input_grad(
+    call: Caller, info: Any, in_dims: Any, grad: Tensor, weight: Tensor, input_size: list[int], *rest: Any
+) -> Any:
     grad = _to_front(grad, in_dims[0], info.batch_size)
     count, batch = grad.shape[:2]
     if in_dims[1] is not None or weight.shape[0] != 1:
         weight = _per_sample(weight, in_dims[1], count, batch)
     size = (count * batch, *input_size[1:])
-    dx = torch.ops.widefield.depthwise_input_grad(grad.flatten(0, 1), weight, size, *rest)
+    dx = call("depthwise_input_grad", grad.flatten(0, 1), weight, size, *rest)
     return dx.unflatten(0, (count, batch)), 0
 
 
-def _vmap_weight_grad(info: Any, in_dims: Any, grad: Tensor, x: Tensor, weight_size: list[int], *rest: Any) -> Any:
+def _vmap_weight_grad(
+    call: Caller, info: Any, in_dims: Any, grad: Tensor, x: Tensor, weight_size: list[int], *rest: Any
+) -> Any:
     grad, x = _to_front(grad, in_dims[0], info.batch_size), _to_front(x, in_dims[1], info.batch_size)
     count, batch = x.shape[:2]
     size = (count * batch, *weight_size[1:])
-    dw = torch.ops.widefield.depthwise_weight_grad(grad.flatten(0, 1), x.flatten(0, 1), size, *rest)
+    dw = call("depthwise_weight_grad", grad.flatten(0, 1), x.flatten(0, 1), size, *rest)
     dw = dw.unflatten(0, (count, batch))
     return (dw.sum(1, keepdim=True) if weight_size[0] == 1 else dw), 0
 
@@ -228,7 +261,7 @@ for _name, (_real, _fake, _backward, _vmap) in _PARTS.items():
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"widefield::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"widefield::{_name}", _backward, setup_context=_remember, lib=_library)
-    torch.library.register_vmap(f"widefield::{_name}", _vmap, lib=_library)
+    torch.library.register_vmap(f"widefield::{_name}", functools.partial(_vmap, _operate), lib=_library)
     _FUNCTIONS[_name] = type(
         _name,
         (torch.autograd.Function,),
@@ -236,7 +269,8 @@ for _name, (_real, _fake, _backward, _vmap) in _PARTS.items():
             "forward": staticmethod(getattr(torch.ops.widefield, _name)),
             "setup_context": staticmethod(_remember),
             "backward": staticmethod(_backward),
-            "generate_vmap_rule": True,
+            "jvp": staticmethod(_push_forward(_name)),
+            "vmap": staticmethod(functools.partial(_vmap, _call)),
         },
     )
 

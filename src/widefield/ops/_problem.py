@@ -84,6 +84,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """Return x in that layout; as it is under torch.func's transforms, within which layouts cannot be chosen."""
+    if torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=memory_format(channels_last))
+
+
 def output_size(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Return rows and columns of the output, as F.conv2d counts them; may be below 1 for kernels that do not fit."""
     rows, columns = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))

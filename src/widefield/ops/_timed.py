@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from widefield.ops._problem import Problem
 _MARGIN = 0.97
 """How much of PyTorch's own time another backend may take at most to be preferred: less is noise."""
 
-_memory: dict[Path, dict[str, dict[str, float]]] = {}
+_memory: dict[Path, dict[str, Any]] = {}
 
 
 def cache_file(device: torch.device) -> Path:
@@ -36,8 +37,8 @@ def known(key: str, device: torch.device, candidates: Sequence[str]) -> tuple[st
     if torch.are_deterministic_algorithms_enabled():
         return None
     times = _times(device).get(key)
-    if times is None or not set(candidates) <= set(times):
-        return None
+    if not isinstance(times, dict) or not all(isinstance(times.get(name), float) for name in candidates):
+        return None  # never measured, or not by us
     return _winner({name: times[name] for name in candidates})
 
 
@@ -69,7 +70,7 @@ def key_of(problem: Problem) -> str:
     )  # fmt: skip
 
 
-def _times(device: torch.device) -> dict[str, dict[str, float]]:
+def _times(device: torch.device) -> dict[str, Any]:
     file = cache_file(device)
     if file not in _memory:
         _memory[file] = _cache.read(file)

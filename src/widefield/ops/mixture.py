@@ -26,7 +26,7 @@ from widefield import _checks
 from widefield.ops import _routed, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import STEPS, Problem, is_channels_last, memory_format, problem_of
+from widefield.ops._problem import STEPS, Problem, is_channels_last, laid_out, problem_of
 from widefield.ops.depthwise import depthwise_conv2d
 
 BACKENDS = ("auto", "merged", "branches", "routed")
@@ -153,12 +153,17 @@ def plan(
         others["routed"] = inside or "on small maps both are timed at the first call"
     problems = []
     if depthwise:
-        taps = min((size - 1) // step, 2 * ((max(x.shape[2:]) - 1) // step)) + 1
+        if way == "branches":  # each expert by itself: those of the largest
+            each = experts or [(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
+            taps, step = max(each, key=lambda expert: fold.effective_size(*expert))
+        else:
+            taps = min((size - 1) // step, 2 * ((max(x.shape[2:]) - 1) // step)) + 1
         padding = step * (taps // 2)
-        per_sample = x.shape[0] if way == "merged" else 1
-        weight_size = (per_sample, groups, taps, taps)
+        weight_size = (1 if way == "branches" else x.shape[0], groups, taps, taps)
         problems = [
-            problem_of(name, x, tuple(x.shape), weight_size, (stride,) * 2, (padding,) * 2, (step,) * 2)
+            problem_of(name, x, tuple(x.shape), weight_size, (stride,) * 2, (padding,) * 2, (step,) * 2)._replace(
+                dtype=autocast_dtype(x) or x.dtype
+            )
             for name in STEPS
         ]
     return way, reason, others, problems
@@ -300,17 +305,20 @@ def _merged(
     # One bucket of samples for each size of kernel. Which samples is data: on a GPU this waits for it once a layer.
     spans = torch.tensor(sizes, device=weights.device)
     need = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min()))
-    parts, orders = [], []
+    # Split and joined, not indexed: the gradient of an index is a map of zeros for each bucket.
+    samples, rows = x.split(1), weights.split(1)
+    results: dict[int, Tensor] = {}
     for size in sorted(set(need.tolist())):
-        chosen = (need == size).nonzero().squeeze(1)
+        chosen = (need == size).nonzero().squeeze(1).tolist()
         fitting = (spans <= size).nonzero().squeeze(1)
         biases = None if bias_bank is None else bias_bank[fitting]
         kernels = fold.crop(bank, size)[fitting]
-        parts.append(_merged_dense(x[chosen], kernels, biases, weights[chosen][:, fitting], stride, groups, step))
-        orders.append(chosen)
-    if len(parts) == 1:  # everybody, in order
-        return parts[0]
-    return torch.cat(parts)[torch.cat(orders).argsort()]
+        some, shares = torch.cat([samples[i] for i in chosen]), torch.cat([rows[i] for i in chosen])[:, fitting]
+        part = _merged_dense(some, kernels, biases, shares, stride, groups, step)
+        if len(chosen) == len(samples):
+            return part
+        results.update(zip(chosen, part.split(1), strict=True))
+    return torch.cat([results[i] for i in range(len(samples))])
 
 
 def _mixes_inside(
@@ -375,14 +383,15 @@ def _merged_dense(
     if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
         x, kernels, bias = x.float(), kernels.float(), None if bias is None else bias.float()
-    y = F.conv2d(
-        x.reshape(1, batch * c_in, *x.shape[2:]),
-        kernels.flatten(0, 1),
-        None if bias is None else bias.flatten(),
-        stride,
-        padding,
-        dilation,
-        batch * groups,
-    )
+    with without_autocast(x):
+        y = F.conv2d(
+            x.reshape(1, batch * c_in, *x.shape[2:]),
+            kernels.flatten(0, 1),
+            None if bias is None else bias.flatten(),
+            stride,
+            padding,
+            dilation,
+            batch * groups,
+        )
     y = y.view(batch, c_out, *y.shape[2:]).to(dtype)
-    return y.contiguous(memory_format=memory_format(is_channels_last(x)))
+    return laid_out(y, is_channels_last(x))

@@ -1,0 +1,401 @@
+"""``widefield bench depthwise``: RepLKNet's table 1 (Ding et al. 2022), every pass, ours against F.conv2d.
+
+The paper times a stack of 24 depthwise layers on (64, 384, R, R). Here the layers stand side by side on one input, so
+that each pass can be timed by itself:
+
+- ``forward``: the operator under ``torch.no_grad()``.
+- ``input_grad``, ``weight_grad``: ``torch.autograd.grad`` of a graph in which only the input, or only the kernel, wants
+  a gradient. Graphs are built beforehand and retained; autograd's own overhead is in, for both sides.
+- ``backward``: the same with both gradients.
+
+All four peers, ours and stock in both memory formats, take turns on the same numbers. Columns of ratios are times of
+F.conv2d over times of ours: *same layout* on the same tensor, *better layout* the faster of the two formats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from widefield import _checks
+from widefield.benchmarks import record
+from widefield.benchmarks.record import Bar, Record, Row, bar
+from widefield.benchmarks.settings import LAYOUTS, Ceilings, Settings, ceilings
+from widefield.ops import depthwise_conv2d, explain
+
+STEPS = ("forward", "input_grad", "weight_grad", "backward")
+CHANNELS = 384
+RESOLUTIONS = (16, 32, 64)
+KERNELS = (3, 5, 7, 9, 13, 17, 21, 27, 29, 31)
+MORE_SHAPES = ((96, 56), (192, 28), (384, 14), (768, 7))
+"""(channels, side) of ConvNeXt-T's stages, measured with MORE_KERNELS on CPUs."""
+MORE_KERNELS = (7, 11, 31)
+LARGE_SHAPES = ((384, 28), (384, 56), (768, 28), (768, 56))
+"""On CPUs with LARGE_KERNELS: maps and channels that the project's bars speak of."""
+LARGE_KERNELS = (7, 31)
+HALF_SHAPES = ((384, 28), (384, 14))
+"""On CPUs in bfloat16, with HALF_KERNELS."""
+HALF_KERNELS = (3, 7, 13, 31)
+
+NOISE = 0.95
+"""Two timings of the same call differ by some hundredths: a ratio from here on counts as no slower."""
+_DOUBTFUL = 0.98
+"""Ratios below are measured again."""
+
+Op = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a few rows are about: ``layers`` depthwise convolutions of (batch, channels, side, side), padding "same"."""
+
+    batch: int
+    channels: int
+    side: int
+    kernel: int
+    layers: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.channels} x {self.side}x{self.side}, K={self.kernel}{dtype}"
+
+    def flops(self, step: str) -> int:
+        """Count two operations for every product of a tap and a pixel inside the map; padding is not counted."""
+        taps = in_bounds_taps(self.side, self.kernel) ** 2
+        return 2 * self.layers * self.batch * self.channels * taps * (2 if step == "backward" else 1)
+
+    def tensors(self, layout: str) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the input, the layers' kernels and the gradient of an output: the same numbers every time."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+        shape = (self.batch, self.channels, self.side, self.side)
+        x, grad = (draw(*shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+        return x, [draw(self.channels, 1, self.kernel, self.kernel) for _ in range(self.layers)], grad
+
+
+def in_bounds_taps(side: int, kernel: int) -> int:
+    """Count, along one axis, the pairs of an output pixel and a tap that meet the map under "same" padding."""
+    half = kernel // 2
+    return sum(min(side, i + half + 1) - max(0, i - half) for i in range(side))
+
+
+def ours(x: Tensor, weight: Tensor) -> Tensor:
+    """The operator with ``backend="auto"``."""
+    return depthwise_conv2d(x, weight)
+
+
+def stock(x: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's own."""
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+
+
+def upcast(x: Tensor, weight: Tensor) -> Tensor:
+    """PyTorch's own in float32 and back, what a user would write who finds 16 bits slow."""
+    return stock(x.float(), weight.float()).to(x.dtype)
+
+
+def calls(case: Case, step: str) -> dict[str, Callable[[], object]]:
+    """Set up one pass for every peer: "ours NCHW", "stock channels_last" and so on -> a call of all layers."""
+    peers = {"ours": ours, "stock": stock}
+    if case.device == "cpu" and case.dtype != torch.float32:
+        peers["upcast"] = upcast
+    found = {}
+    for layout in LAYOUTS:
+        tensors = case.tensors(layout)
+        for name, op in peers.items():
+            found[f"{name} {layout}"] = _call(op, *tensors, step)
+    return found
+
+
+def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, step: str) -> Callable[[], object]:
+    def forward() -> None:
+        with torch.no_grad():
+            for weight in weights:
+                op(x, weight)
+
+    if step == "forward":
+        return forward
+    leaf = x.detach().requires_grad_(step != "weight_grad")
+    graphs = []
+    for weight in weights:
+        kernel = weight.detach().requires_grad_(step != "input_grad")
+        wanted = [tensor for tensor in (leaf, kernel) if tensor.requires_grad]
+        graphs.append((get_gradient_edge(op(leaf, kernel)), wanted))  # an edge keeps no output alive
+
+    def backward() -> Tensor:
+        for edge, wanted in graphs:
+            result = torch.autograd.grad(edge, wanted, grad, retain_graph=True)
+        return result[-1]
+
+    return backward
+
+
+def backends(case: Case, layout: str, step: str) -> str:
+    """Say which backend computes a pass: one name, or two for a backward pass that takes two."""
+    x, weights, _ = replace(case, layers=1).tensors(layout)
+    found = explain(depthwise_conv2d, x, weights[0])
+    names = [found[s].backend for s in (("input_grad", "weight_grad") if step == "backward" else (step,))]
+    return " + ".join(dict.fromkeys(names))
+
+
+def rows_of(case: Case, step: str, settings: Settings, top: Ceilings) -> Iterator[Row]:
+    """Measure one pass; yield a row for each layout of ours.
+
+    Where something comes out more than 2% slower than stock, noise or not, all peers are measured once more with three
+    times the repeats, and that second measurement is the one that counts.
+    """
+    called = calls(case, step)
+    measured = settings.measure(called)
+    pairs = [(measured[f"ours {layout}"].p50, measured[f"stock {layout}"].p50) for layout in LAYOUTS]
+    again = any(peer < _DOUBTFUL * mine for mine, peer in pairs)
+    if again:
+        measured = settings.measure(called, more=3)
+    best = min(measured[f"stock {layout}"].p50 for layout in LAYOUTS)
+    for layout in LAYOUTS:
+        mine = measured[f"ours {layout}"]
+        speed = case.flops(step) / mine.p50
+        row: Row = {
+            "label": f"{case}, {layout}, {step}",
+            "batch": case.batch,
+            "channels": case.channels,
+            "side": case.side,
+            "kernel": case.kernel,
+            "layers": case.layers,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "layout": layout,
+            "step": step,
+            "backend": backends(case, layout, step),
+            "times": record.times(measured),
+            "same_layout": measured[f"stock {layout}"].p50 / mine.p50,
+            "better_layout": best / mine.p50,
+            "flops_per_s": speed,
+            "of_gemm": speed / top.gemm_flops,
+            "measured_again": again,
+        }
+        if f"upcast {layout}" in measured:
+            row["upcast"] = measured[f"upcast {layout}"].p50 / mine.p50
+        if step == "weight_grad":
+            call = called[f"ours {layout}"]
+            row["same_bits"] = bool(torch.equal(_tensor(call()), _tensor(call())))
+        yield row
+
+
+def _tensor(value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected a tensor; got {type(value).__name__}.")
+    return value
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "shape": lambda r: f"{r['batch']} x {r['channels']} x {r['side']}x{r['side']}",
+    "K": lambda r: str(r["kernel"]),
+    "step": lambda r: r["step"],
+    "layout": lambda r: r["layout"],
+    "ours, ms (p20-p80)": lambda r: record.milliseconds(r["times"][f"ours {r['layout']}"]),
+    "F.conv2d, ms (p20-p80)": lambda r: record.milliseconds(r["times"][f"stock {r['layout']}"]),
+    "same layout": lambda r: f"{r['same_layout']:.2f}",
+    "better layout": lambda r: f"{r['better_layout']:.2f}",
+    "GFLOP/s": lambda r: f"{r['flops_per_s'] / 1e9:.3g}",
+    "of gemm": lambda r: f"{100 * r['of_gemm']:.0f}%",
+    "backend": lambda r: r["backend"],
+}
+UPCAST_COLUMNS = {**COLUMNS, "upcast / ours": lambda r: f"{r['upcast']:.2f}"}
+
+
+def run(
+    settings: Settings,
+    *,
+    channels: int | None = None,
+    resolutions: Sequence[int] | None = None,
+    kernels: Sequence[int] | None = None,
+    batch: int | None = None,
+    layers: int | None = None,
+    top: Ceilings | None = None,
+) -> list[Bar]:
+    """Measure, print, write what ``settings.out`` asks for, and return the bars.
+
+    Args:
+        settings: how.
+        channels, resolutions, kernels: RepLKNet's when None; on CPUs the shapes of ConvNeXt-T, larger ones, and some in
+            bfloat16 are then measured too.
+        batch: on CUDA devices 64 when None; on CPUs as many as make 4096 pixels, at most 8.
+        layers: on CUDA devices 24 when None, on CPUs 1.
+        top: the machine's ceilings, when they are known already.
+
+    Raises:
+        ValueError: numbers out of range, even kernels.
+    """
+    on_cpu = settings.device == "cpu"
+    whole = on_cpu and channels is None and resolutions is None and kernels is None
+    channels = _checks.integer("channels", CHANNELS if channels is None else channels)
+    sides = [_checks.integer("resolutions", side) for side in resolutions or RESOLUTIONS]
+    sizes = [size for size, _ in _checks.experts(kernels or KERNELS)]
+    layers = _checks.integer("layers", (1 if on_cpu else 24) if layers is None else layers)
+    if batch is not None:
+        batch = _checks.integer("batch", batch)
+
+    def case(c: int, side: int, kernel: int, dtype: torch.dtype) -> Case:
+        count = batch or (scaled_batch(c, side) if on_cpu else 64)
+        return Case(count, c, side, kernel, layers, dtype, settings.device)
+
+    out = Record("depthwise", settings)
+    top = top or ceilings(settings)
+    out.fact(f"Ceilings in this run: {top}. Layers of each row: {layers}. Ratios are F.conv2d's time over ours.")
+    if on_cpu and batch is None:
+        out.fact("Scaled down for a CPU: the paper has 24 layers and a batch of 64; here each row says its batch.")
+    dtype = settings.torch_dtype
+    columns = UPCAST_COLUMNS if on_cpu and dtype != torch.float32 else COLUMNS
+
+    parts = [(out.table("RepLKNet, table 1", columns), [case(channels, r, k, dtype) for r in sides for k in sizes])]
+    if whole:
+        for title, shapes, wanted in (
+            ("ConvNeXt-T's stages", MORE_SHAPES, MORE_KERNELS),
+            ("Large maps, many channels", LARGE_SHAPES, LARGE_KERNELS),
+        ):
+            parts.append((out.table(title, columns), [case(c, r, k, dtype) for c, r in shapes for k in wanted]))
+    if whole and dtype == torch.float32:
+        cases = [case(c, r, k, torch.bfloat16) for c, r in HALF_SHAPES for k in HALF_KERNELS]
+        parts.append((out.table("bfloat16", UPCAST_COLUMNS), cases))
+    with out.until_interrupted():
+        for table, cases in parts:
+            for one, step in itertools.product(cases, STEPS):
+                for row in rows_of(one, step, settings, top):
+                    out.add(table, row)
+    paper, rows = parts[0][0].rows, [row for table, _ in parts for row in table.rows]
+    bars = cpu_bars(rows) if on_cpu else cuda_bars(rows, settings.dtype)
+    digest = [(f"{step}, ms for {layers} layer(s)", latencies(paper, step)) for step in ("forward", "backward")]
+    out.finish(bars, [(title, lines) for title, lines in digest if lines])
+    return bars
+
+
+def scaled_batch(channels: int, side: int) -> int:
+    """Return a power of two for a CPU: at most 8, about 4096 pixels, fewer for more than 384 channels."""
+    images = 4096 * min(1.0, 384 / channels) / side**2
+    return next((n for n in (8, 4, 2) if images >= n), 1)
+
+
+def latencies(rows: Sequence[Row], step: str) -> list[dict[str, str]]:
+    """Lay one pass out as the paper's table does: a row for each resolution and peer, a column for each kernel."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        if row["step"] != step:
+            continue
+        for peer in ("stock", "ours"):
+            at = (f"{row['side']}x{row['side']}", f"{peer} {row['layout']}".replace("stock", "F.conv2d"))
+            cells = found.setdefault(at, {"R": at[0], "": at[1]})
+            cells[str(row["kernel"])] = record.milliseconds(row["times"][f"{peer} {row['layout']}"]).split()[0]
+    return list(found.values())
+
+
+def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
+    """Hold rows against what the project promises on a CPU."""
+    single = [r for r in rows if r["dtype"] == "float32"]
+    large = [r for r in single if r["kernel"] == 31 and r["step"] == "forward" and r["side"] >= 28]
+    many = [r for r in large if r["channels"] >= 384]
+    weight = [r for r in single if r["step"] == "weight_grad" and 28 <= r["side"] <= 56]
+
+    def over_channels_last(row: Row) -> float:
+        mine, peer = row["times"][f"ours {row['layout']}"], row["times"]["stock channels_last"]
+        return float(peer["p50"] / mine["p50"])
+
+    return [
+        bar(
+            "31x31 forward, maps of 28 and more, NCHW: F.conv2d NCHW / ours",
+            [r for r in large if r["layout"] == "NCHW"],
+            _same,
+            at_least=20,
+        ),
+        *(
+            bar(
+                f"31x31 forward, 384 channels and more, maps of 28 and more, {layout}: F.conv2d channels_last / ours",
+                [r for r in many if r["layout"] == layout],
+                over_channels_last,
+                at_least=1.4,
+            )
+            for layout in LAYOUTS
+        ),
+        *(
+            bar(
+                f"weight gradient, K={kernel}, maps of 28 to 56: better F.conv2d layout / ours",
+                [r for r in weight if r["kernel"] == kernel],
+                lambda r: float(r["better_layout"]),
+                at_least=limit,
+            )
+            for kernel, limit in ((7, 2), (31, 25))
+        ),
+        *_no_slower(rows),
+        *(
+            bar(
+                f"16 bits, {step}: upcast F.conv2d, same layout / ours",
+                [r for r in rows if "upcast" in r and r["step"] == step],
+                lambda r: float(r["upcast"]),
+                at_least=NOISE,
+            )
+            for step in ("forward", "backward")
+        ),
+        _same_bits(rows),
+    ]
+
+
+def cuda_bars(rows: Sequence[Row], dtype: str) -> list[Bar]:
+    """Hold rows against what the project promises on a GPU."""
+    large = [r for r in rows if r["kernel"] == 31 and r["side"] == 32]
+    return [
+        *(
+            bar(
+                f"K=31, R=32, {step}, {dtype}: better F.conv2d layout / ours",
+                [r for r in large if r["step"] == step],
+                lambda r: float(r["better_layout"]),
+                at_least=3,
+            )
+            for step in ("forward", "backward")
+        ),
+        *(
+            bar(
+                f"K<=7, {step}, {dtype}: F.conv2d, same layout / ours",
+                [r for r in rows if r["kernel"] <= 7 and r["step"] == step],
+                _same,
+                at_least=NOISE,
+            )
+            for step in ("forward", "backward")
+        ),
+        *_no_slower(rows),
+        _same_bits(rows),
+    ]
+
+
+def _same(row: Row) -> float:
+    return float(row["same_layout"])
+
+
+def _no_slower(rows: Sequence[Row]) -> list[Bar]:
+    return [
+        bar(
+            f"every row, {step}: F.conv2d, same layout / ours",
+            [r for r in rows if r["step"] == step],
+            _same,
+            at_least=NOISE,
+        )
+        for step in STEPS
+    ]
+
+
+def _same_bits(rows: Sequence[Any]) -> Bar:
+    return bar(
+        "weight gradient the same to the bit on two runs (1: yes)",
+        [r for r in rows if "same_bits" in r],
+        lambda r: float(r["same_bits"]),
+        at_least=1,
+    )

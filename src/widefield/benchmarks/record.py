@@ -1,0 +1,202 @@
+"""What a benchmark leaves behind: rows printed as they come, and a JSON and a Markdown file of one run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from widefield import bench, report
+from widefield.benchmarks.settings import Settings, keep_freed_memory
+
+Row = dict[str, Any]
+
+_TIMES = 22
+"""Characters that a time and its percentiles take."""
+_WORD = 13
+_WORDS = ("step", "mode", "layout", "layers")
+"""Columns of words up to so long: rows line up from the first on."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A limit that a benchmark is held against, and the row that comes off worst."""
+
+    text: str
+    limit: float
+    at_least: bool
+    """Whether the measured value must be at least the limit, or at most."""
+    measured: float | None
+    """None where no row of the run says anything about it."""
+    where: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Met, not met or not measured."""
+        if self.measured is None:
+            return "not measured"
+        met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        return "met" if met else "not met"
+
+    def to_dict(self) -> Row:
+        """Return the fields and the verdict."""
+        return {**asdict(self), "verdict": self.verdict}
+
+    def formatted(self) -> dict[str, str]:
+        """Return a row of the summary."""
+        return {
+            "bar": self.text,
+            "limit": f"{'>=' if self.at_least else '<='} {self.limit:g}",
+            "measured": "-" if self.measured is None else f"{self.measured:.4g}",
+            "verdict": self.verdict,
+            "worst row": self.where or "-",
+        }
+
+
+def bar(
+    text: str,
+    rows: Iterable[Row],
+    value: Callable[[Row], float],
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Bar:
+    """Hold the worst of ``rows`` against a limit; a row's "label" says where that was. Give one of the limits."""
+    limit = at_least if at_least is not None else at_most
+    if limit is None or (at_least is not None and at_most is not None):
+        raise ValueError("give at_least or at_most, one of them.")
+    values = [(value(row), str(row["label"])) for row in rows]
+    if not values:
+        return Bar(text, limit, at_least is not None, None)
+    worst = (min if at_least is not None else max)(values)
+    return Bar(text, limit, at_least is not None, *worst)
+
+
+class Table:
+    """Rows under a heading. A row is kept as it is, for JSON, and shown through ``columns``: heading -> how to show."""
+
+    def __init__(self, title: str, columns: Mapping[str, Callable[[Row], str]], note: str = "") -> None:
+        self.title = title
+        self.columns = columns
+        self.note = note
+        self.rows: list[Row] = []
+
+    def formatted(self, row: Row) -> dict[str, str]:
+        """Return a row as text."""
+        return {heading: show(row) for heading, show in self.columns.items()}
+
+    def markdown(self) -> str:
+        """Return heading, note and rows."""
+        note = f"{self.note}\n\n" if self.note else ""
+        return f"## {self.title}\n\n{note}{report.markdown([self.formatted(row) for row in self.rows])}"
+
+
+class Record:
+    """One run of a benchmark: prints its parts as they come, and at the end writes ``NAME_DEVICE.json`` and ``.md``."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self.settings = settings
+        malloc = "keeps what is freed" if keep_freed_memory() else "as the system has it"
+        self.environment = {**bench.environment(settings.device), "dtype": settings.dtype, "malloc": malloc}
+        self.facts: list[str] = []
+        self.tables: list[Table] = []
+        self._widths: list[int] = []
+        self._say(f"{settings.command}: {self._about()}")
+
+    def _about(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.environment.items())
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+
+    def fact(self, text: str) -> None:
+        """Print and keep a sentence on how or on what was measured."""
+        self.facts.append(text)
+        self._say(text)
+
+    def table(self, title: str, columns: Mapping[str, Callable[[Row], str]], note: str = "") -> Table:
+        """Make a table; add rows with :meth:`add`. Its heading is printed with the first."""
+        table = Table(title, columns, note)
+        self.tables.append(table)
+        return table
+
+    def add(self, table: Table, row: Row) -> None:
+        """Append a row and print it."""
+        table.rows.append(row)
+        cells = table.formatted(row)
+        if len(table.rows) == 1:
+            self._say(f"\n{table.title}" + (f"\n{table.note}" if table.note else ""))
+            self._widths = [_TIMES if "p20" in heading else _WORD if heading in _WORDS else 0 for heading in cells]
+            self._widths = _wider(_wider(self._widths, list(cells)), list(cells.values()))
+            self._line(list(cells))
+        self._line(list(cells.values()))
+
+    def _line(self, cells: Sequence[str]) -> None:
+        self._widths = _wider(self._widths, cells)
+        self._say("  ".join(cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip())
+
+    @contextlib.contextmanager
+    def until_interrupted(self) -> Iterator[None]:
+        """Let Ctrl-C end the measuring inside, not the run: what there is gets its summary and its files."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.fact("Interrupted: the rows that are missing were not measured.")
+
+    def finish(self, bars: Sequence[Bar], digest: Sequence[tuple[str, Sequence[Mapping[str, str]]]] = ()) -> None:
+        """Print the summary, and write the files where there is a folder for them.
+
+        Args:
+            bars: may be empty.
+            digest: further small tables of text, (title, rows), for the head of the Markdown file.
+        """
+        shown = [b.formatted() for b in bars]
+        if shown:
+            self._say("\nSummary")
+            lines = [list(shown[0]), *(list(line.values()) for line in shown)]
+            self._widths = functools.reduce(_wider, lines, [0] * len(lines[0]))
+            for line in lines:
+                self._line(line)
+        if self.settings.out is None:
+            return
+        stem = self.settings.out / f"{self.name}_{self.settings.slug}"
+        result = {
+            "command": self.settings.command,
+            "environment": self.environment,
+            "facts": self.facts,
+            "tables": {table.title: table.rows for table in self.tables},
+            "summary": [b.to_dict() for b in bars],
+        }
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        # The markers let a page of the docs take the head alone.
+        parts = ["<!-- --8<-- [start:summary] -->", f"`{self.settings.command}`: {self._about()}", *self.facts]
+        if shown:
+            parts.append(report.markdown(shown).rstrip())
+        parts += [f"**{title}**\n\n{report.markdown(rows).rstrip()}" for title, rows in digest]
+        parts.append("<!-- --8<-- [end:summary] -->")
+        parts += [table.markdown().rstrip() for table in self.tables if table.rows]
+        stem.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+        self._say(f"\nwritten: {stem}.json, {stem}.md")
+
+
+def _wider(widths: Sequence[int], cells: Sequence[str]) -> list[int]:
+    return [max(width, len(cell)) for width, cell in zip(widths, cells, strict=True)]
+
+
+def milliseconds(row: Mapping[str, Any]) -> str:
+    """Show a row of times as "p50 (p20-p80)", three digits of each."""
+    return f"{_ms(row['p50'])} ({_ms(row['p20'])}-{_ms(row['p80'])})"
+
+
+def _ms(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(rows: Mapping[str, bench.Row]) -> dict[str, Row]:
+    """Return measured rows as plain dictionaries."""
+    return {name: row.to_dict() for name, row in rows.items()}

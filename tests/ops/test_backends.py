@@ -1,0 +1,444 @@
+"""Each backend against the oracle, the choice between them, its explanation, and the memory of timed choices."""
+
+import contextlib
+from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tolerances import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, close
+from widefield.ops import _aten, _backend, _fft, _onednn, depthwise_conv2d, explain
+from widefield.ops._problem import STEPS, Problem, fold, is_channels_last, memory_format, output_size, problem_of, trim
+
+MODULES = {"aten": _aten, "onednn": _onednn, "fft": _fft}
+TOLERANCES = {
+    torch.float64: FLOAT64,
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+}
+LAYOUTS = ("contiguous", "channels_last", "channels_last slice", "rows and columns swapped", "one sample expanded")
+
+
+def lay_out(x, layout):
+    """Return a tensor of x's shape in a layout; its numbers are x's, but for expanded ones."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "channels_last slice":
+        return F.pad(x, (1, 0, 0, 1, 2, 1)).contiguous(memory_format=torch.channels_last)[:, 2:-1, :-1, 1:]
+    if layout == "rows and columns swapped":
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "one sample expanded":
+        return x[:1].expand(x.shape)
+    return x
+
+
+@contextlib.contextmanager
+def limits(changed):
+    """Move the limits beyond which a backend takes another way, so that small shapes take every one."""
+    homes = {"_onednn": [_onednn], "_fft": [_fft], "both": [_onednn, _backend]}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            place, limit = name.split(" ")
+            for home in homes[place]:
+                patch.setattr(home, limit, value)
+        _backend._on_cpu.cache_clear()
+        yield
+    _backend._on_cpu.cache_clear()
+
+
+SMALL = {
+    "_onednn _CACHED": 64,
+    "_onednn _SLAB": 64,
+    "_onednn _FEW": 1,
+    "both SOME_PIXELS": 1,
+    "_fft _CACHED": 1500,
+    "_fft work": lambda posed: 2.0 * posed.pixels,
+}
+AS_THEY_ARE = {}
+
+
+def geometry(size, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), batch=2, channels=3):
+    return batch, channels, size, kernel, stride, dilation, padding
+
+
+@st.composite
+def geometries(draw):
+    """Draw (batch, channels, size, kernel, stride, dilation, padding) with an output of a pixel at least."""
+    many = draw(st.booleans())
+    channels = draw(st.sampled_from([17, 33, 37])) if many else draw(st.integers(1, 5))
+    size, kernel, stride, dilation, padding = [], [], [], [], []
+    plain = draw(st.booleans())
+    for _ in range(2):
+        s = draw(st.integers(1, 7 if many else 20))
+        k = draw(st.integers(1, 17 if many else 33))
+        d = 1 if plain else draw(st.integers(1, 3))
+        least = max(0, -(-(d * (k - 1) + 1 - s) // 2))
+        more = draw(st.integers(0, 3 if k > 7 else d * k + 1))  # also wider than the kernel
+        size.append(s)
+        kernel.append(k)
+        dilation.append(d)
+        stride.append(1 if plain else draw(st.integers(1, 3)))
+        padding.append(least + more)
+    pairs = (tuple(v) for v in (size, kernel, stride, dilation, padding))
+    return (draw(st.integers(1, 2 if many else 3)), channels, *pairs)
+
+
+NOTABLE = [
+    geometry((20, 19), (51, 5), padding=(25, 2)),
+    geometry((19, 20), (5, 51), padding=(2, 25)),
+    geometry((7, 9), (33, 33), padding=(16, 16)),
+    geometry((14, 14), (1, 14), padding=(0, 7)),
+    geometry((1, 1), (1, 1)),
+    geometry((5, 6), (1, 1), stride=(2, 3)),
+    geometry((5, 6), (1, 1), padding=(1, 0)),
+    geometry((6, 5), (3, 3), padding=(1, 1), batch=1),
+    geometry((6, 5), (3, 3), padding=(5, 4)),
+    geometry((3, 30), (2, 9), dilation=(1, 3), padding=(1, 12)),
+    geometry((30, 3), (9, 2), dilation=(3, 2), padding=(13, 2)),
+    geometry((17, 4), (7, 9), dilation=(2, 4), padding=(6, 15)),  # one column to each interleaved map
+    geometry((16, 13), (9, 11), stride=(3, 2), padding=(4, 5)),
+    geometry((2, 2), (5, 7), stride=(3, 3), padding=(9, 3)),
+    geometry((12, 12), (31, 13), padding=(15, 6), channels=40),
+    geometry((9, 8), (15, 15), padding=(7, 7), channels=37, batch=3),
+    *(geometry((6, 15), (3, width), padding=(1, width // 2)) for width in range(10, 17)),
+]
+
+
+def with_notable_geometries(test):
+    for notable in NOTABLE:
+        test = example(notable)(test)
+    return given(geometries())(test)
+
+
+def tensors(case, per_sample, dtype, layout="contiguous"):
+    batch, channels, size, kernel, stride, dilation, padding = case
+    groups = batch if per_sample else 1
+    x = lay_out(torch.randn(batch, channels, *size).to(dtype), layout)
+    weight, bias = torch.randn(groups, channels, *kernel).to(dtype), torch.randn(groups, channels).to(dtype)
+    out = output_size(size, kernel, stride, padding, dilation)
+    return x, weight, bias, torch.randn(batch, channels, *out).to(dtype)
+
+
+def oracle(x, weight, bias, grad, stride, padding, dilation):
+    """Return output and gradients with respect to x and weight, in float64 and one sample at a time."""
+    x, weight = x.detach().double().contiguous().requires_grad_(), weight.detach().double().requires_grad_()
+    bias = None if bias is None else bias.detach().double()
+    samples = []
+    for i in range(len(x)):
+        g = i if weight.shape[0] > 1 else 0
+        kernel, b = weight[g].unsqueeze(1), None if bias is None else bias[g]
+        samples.append(F.conv2d(x[i : i + 1], kernel, b, stride, padding, dilation, x.shape[1]))
+    y = torch.cat(samples)
+    return y.detach(), *torch.autograd.grad(y, [x, weight], grad.double())
+
+
+def pytorch_reads_out_of_bounds(case, layout):
+    """One channel, which is no depthwise convolution to oneDNN, in channels_last strides and with one column out."""
+    _, channels, size, kernel, stride, _, _ = case
+    return channels == 1 and layout != "contiguous" and stride[1] > 1 and kernel[1] > size[1]
+
+
+def check_all_passes(name, case, per_sample, dtype, layout):
+    if name != "fft" and pytorch_reads_out_of_bounds(case, layout):
+        return  # for test_depthwise.py
+    module, tolerance = MODULES[name], TOLERANCES[dtype]
+    x, weight, bias, grad = tensors(case, per_sample, dtype, layout)
+    steps = case[4], case[6], case[5]
+    kept = [t.clone() for t in (x, weight, bias, grad)]
+    y, dx, dw = oracle(x, weight, bias, grad, *steps)
+    given_grad = lay_out(grad, layout) if layout != "one sample expanded" else grad
+    ways = {
+        "forward": (lambda: module.forward(x, weight, bias, *steps), y),
+        "input_grad": (lambda: module.input_grad(given_grad, weight, tuple(x.shape), *steps), dx),
+        "weight_grad": (lambda: module.weight_grad(given_grad, x, tuple(weight.shape), *steps), dw),
+    }
+    if name == "aten" and case[1] == 1 and case[3][0] > case[2][0]:  # PyTorch writes out of bounds: test_depthwise.py
+        del ways["weight_grad"]
+    for step, (run, expected) in ways.items():
+        problem = problem_of(step, x, tuple(x.shape), tuple(weight.shape), *steps)
+        if module.why_not(problem) is None:
+            actual = run()
+            assert actual.dtype == dtype
+            close(actual, expected, tolerance)
+    assert all(torch.equal(a, b) for a, b in zip((x, weight, bias, grad), kept, strict=True))
+
+
+@pytest.mark.parametrize("changed", [AS_THEY_ARE, SMALL], ids=["limits as they are", "small limits"])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), [("onednn", torch.float32), ("fft", torch.float32), ("fft", torch.float64)])
+@settings(max_examples=40, deadline=None)
+@with_notable_geometries
+def test_all_three_passes_of_every_backend_equal_the_oracle(name, dtype, per_sample, changed, case):
+    with limits(changed):
+        for layout in ("contiguous", "channels_last"):
+            check_all_passes(name, case, per_sample, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("per_sample", [False, True])
+@settings(max_examples=15, deadline=None)
+@with_notable_geometries
+def test_the_oracles_own_backend_folds_batches_and_layouts_right(per_sample, dtype, case):
+    for layout in ("contiguous", "channels_last"):
+        check_all_passes("aten", case, per_sample, dtype, layout)
+
+
+@pytest.mark.parametrize("changed", [AS_THEY_ARE, SMALL], ids=["limits as they are", "small limits"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", list(MODULES))
+@settings(max_examples=10, deadline=None)
+@given(case=geometries(), per_sample=st.booleans())
+def test_any_layout_may_come_in(name, layout, changed, case, per_sample):
+    with limits(changed):
+        check_all_passes(name, case, per_sample, torch.float32, layout)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["onednn", "fft"])
+@settings(max_examples=15, deadline=None)
+@given(case=geometries(), per_sample=st.booleans(), layout=st.sampled_from(LAYOUTS))
+def test_sixteen_bits(name, dtype, native, case, per_sample, layout):
+    """With and without arithmetic of the CPU's own, whichever CPU this runs on; emulated bf16 is slow, not wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_onednn, "computes_in", lambda d: d == torch.float32 or (native and d == torch.bfloat16))
+        check_all_passes(name, case, per_sample, dtype, layout)
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_results_depend_on_the_number_of_threads_by_rounding_only(name, per_sample):
+    before = torch.get_num_threads()
+    try:
+        for case in NOTABLE:
+            x, weight, bias, grad = tensors(case, per_sample, torch.float32)
+            steps, results = (case[4], case[6], case[5]), []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                passes = {
+                    "forward": (MODULES[name].forward, (x, weight, bias)),
+                    "input_grad": (MODULES[name].input_grad, (grad, weight, tuple(x.shape))),
+                    "weight_grad": (MODULES[name].weight_grad, (grad, x, tuple(weight.shape))),
+                }
+                results.append([])
+                for step, (run, args) in passes.items():
+                    problem = problem_of(step, x, tuple(x.shape), tuple(weight.shape), *steps)
+                    if MODULES[name].why_not(problem) is None:
+                        results[-1].append(run(*args, *steps))
+            for one, two in zip(*results, strict=True):
+                close(one, two, FLOAT32)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=300, deadline=None)
+@given(geometries())
+def test_trimmed_taps_never_meet_the_map_and_no_more_could_be_cut(case):
+    _, _, size, kernel, stride, dilation, padding = case
+    cuts = trim(size, kernel, stride, padding, dilation)
+    out = output_size(size, kernel, stride, padding, dilation)
+    for n, k, s, d, p, rows, cut in zip(size, kernel, stride, dilation, padding, out, cuts, strict=True):
+        meets = [any(0 <= s * i + d * tap - p < n for i in range(rows)) for tap in range(k)]
+        assert not any(meets[:cut])
+        assert not any(meets[k - cut :])
+        assert p - d * cut >= 0
+        assert k - 2 * cut >= 1
+        if s == 1:  # a stride may step over a small map, which trim does not look for
+            stuck = p < d * (cut + 1) or k < 2 * cut + 3
+            assert stuck or meets[cut] or meets[k - 1 - cut]
+
+
+@given(geometries())
+def test_output_sizes_are_those_of_conv2d(case):
+    batch, channels, size, kernel, stride, dilation, padding = case
+    x, weight = torch.empty(batch, channels, *size, device="meta"), torch.empty(channels, 1, *kernel, device="meta")
+    y = F.conv2d(x, weight, None, stride, padding, dilation, channels)
+    assert output_size(size, kernel, stride, padding, dilation) == tuple(y.shape[2:])
+
+
+def test_layouts_are_told_apart_by_strides():
+    x = torch.randn(2, 3, 4, 5)
+    assert [is_channels_last(lay_out(x, layout)) for layout in LAYOUTS] == [False, True, True, False, False]
+    assert not is_channels_last(torch.randn(2, 1, 4, 5).contiguous(memory_format=torch.channels_last))
+    assert not is_channels_last(torch.randn(2, 3, 1, 1).contiguous(memory_format=torch.channels_last))
+    assert memory_format(True) == torch.channels_last
+    assert memory_format(False) == torch.contiguous_format
+    assert fold(x).shape == (1, 6, 4, 5)
+
+
+# why_not, check and choose
+
+
+def problem(step="forward", **changed):
+    plain = Problem(
+        step, 2, 8, 14, 14, (7, 7), (1, 1), (3, 3), (1, 1), False, torch.float32, torch.device("cpu"), False
+    )  # fmt: skip
+    return plain._replace(**changed)
+
+
+@pytest.mark.parametrize(
+    ("backend", "posed", "reason"),
+    [
+        ("onednn", problem(dtype=torch.float64), "does not compute in torch.float64"),
+        ("onednn", problem(device=torch.device("cuda")), "on CPUs, not on cuda"),
+        ("onednn", problem("input_grad", stride=(2, 1)), r"stride \(2, 1\)"),
+        ("onednn", problem("input_grad", padding=(7, 0)), "wider than the kernel"),
+        ("onednn", problem("weight_grad", stride=(1, 2), dilation=(2, 1)), "interleave"),
+        ("fft", problem(stride=(2, 2)), "no stride or dilation"),
+        ("fft", problem("weight_grad", dilation=(1, 2)), "no stride or dilation"),
+    ],
+)
+def test_a_backend_says_what_it_cannot_do(backend, posed, reason):
+    with pytest.raises(
+        ValueError, match=f"backend='{backend}' cannot compute the {posed.step}.*{reason}.*'auto' takes"
+    ):
+        _backend.check(backend, posed)
+    _backend.check("auto", posed)
+    _backend.check("aten", posed)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_spectra_are_of_real_floating_point_numbers(dtype):
+    assert _fft.why_not(problem(dtype=dtype)) is not None
+
+
+def test_triton_backends_say_that_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend in ("direct", "gemm"):
+        assert "triton is not installed" in _backend.why_not(backend, problem()) or "no CUDA device" in (
+            _backend.why_not(backend, problem())
+        )
+
+
+@pytest.mark.parametrize("changed", [AS_THEY_ARE, SMALL], ids=["limits as they are", "small limits"])
+@settings(max_examples=200, deadline=None)
+@given(
+    case=geometries(),
+    step=st.sampled_from(STEPS),
+    per_sample=st.booleans(),
+    channels_last=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    larger=st.integers(0, 60),
+)
+def test_auto_takes_what_can_compute_it_and_says_why(changed, case, step, per_sample, channels_last, dtype, larger):
+    batch, channels, (height, width), kernel, stride, dilation, padding = case
+    posed = Problem(
+        step, batch, channels, height + larger, width + larger, kernel, stride, padding, dilation,
+        per_sample, dtype, torch.device("cpu"), channels_last,
+    )  # fmt: skip
+    with limits(changed):
+        name, reason = _backend.choose(posed)
+        assert name in ("aten", "onednn", "fft")
+        assert _backend.why_not(name, posed) is None
+        assert reason
+        assert _backend.choose(posed) == (name, reason)
+        assert _backend.is_stock([posed]) == (name == "aten")
+
+
+def test_the_measured_table():
+    """A few entries of benchmarks/results/depthwise_cpu.md that the issue is about."""
+    table = {
+        problem(kernel=(31, 31), padding=(15, 15)): "onednn",
+        problem(kernel=(7, 7)): "aten",
+        problem("weight_grad", batch=16, kernel=(7, 7)): "onednn",
+        problem("weight_grad", batch=1, kernel=(7, 7)): "aten",
+        problem("weight_grad", kernel=(3, 3), padding=(1, 1)): "aten",
+        problem("input_grad", dilation=(2, 2)): "onednn",
+        problem("input_grad", stride=(2, 2)): "aten",
+        problem(height=64, width=64, kernel=(31, 31), padding=(15, 15)): "fft",
+        problem(dtype=torch.float16): "onednn",
+        problem(dtype=torch.float64, kernel=(31, 31)): "aten",
+        problem(device=torch.device("meta")): "aten",
+    }
+    assert {posed: _backend.choose(posed)[0] for posed in table} == table
+
+
+def test_a_name_is_one_of_the_backends():
+    assert _backend.names("gemm") == "gemm"
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'aten'.*got 'onedn'.*Did you mean 'onednn'"):
+        _backend.names("onedn")
+    with pytest.raises(ValueError, match="got None"):
+        _backend.names(None)
+
+
+# explain
+
+
+def test_an_explanation_names_every_pass_its_backend_and_the_reasons():
+    x, weight = torch.randn(2, 4, 20, 20), torch.randn(4, 1, 21, 21)
+    explanation = explain(depthwise_conv2d, x, weight)
+    assert explanation.operator == "depthwise_conv2d"
+    assert [choice.step for choice in explanation.choices] == list(STEPS)
+    assert explanation["forward"].backend == "onednn"
+    for choice in explanation.choices:
+        assert set(choice.others) == {"aten", "onednn", "fft", "direct", "gemm"} - {choice.backend}
+        assert all(choice.others.values())
+    text = str(explanation)
+    assert text.startswith("depthwise_conv2d\n  forward: onednn (")
+    assert "      not gemm: " in text
+    with pytest.raises(KeyError, match="'backward'; there are 'forward', 'input_grad', 'weight_grad'"):
+        explanation["backward"]
+    with pytest.raises(FrozenInstanceError):
+        explanation.operator = "else"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@settings(max_examples=25, deadline=None)
+@example(geometry((7, 7), (7, 7)), True)  # one pixel out, of which no strides tell the layout
+@given(case=geometries().filter(lambda case: case[1] > 1 or case[3][0] <= case[2][0]), channels_last=st.booleans())
+def test_what_is_explained_is_what_runs(dtype, case, channels_last):
+    x, weight, _, _ = tensors(case, False, dtype, "channels_last" if channels_last else "contiguous")
+    options = {"stride": case[4], "dilation": case[5], "padding": case[6]}
+    kernel = weight.transpose(0, 1).contiguous().requires_grad_()
+    explained = [choice.backend for choice in explain(depthwise_conv2d, x, kernel, **options).choices]
+    ran, module = [], _backend.module
+
+    def watched(name):
+        found = module(name)
+        spied = {
+            step: (lambda *args, step=step: ran.append((step, name)) or getattr(found, step)(*args)) for step in STEPS
+        }
+        return SimpleNamespace(why_not=found.why_not, **spied)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "module", watched)
+        depthwise_conv2d(x.requires_grad_(), kernel, **options).sum().backward()
+    if ran:
+        assert sorted(ran) == sorted(zip(STEPS, explained, strict=True))
+    else:  # F.conv2d itself
+        assert explained == ["aten"] * 3
+
+
+def test_explain_takes_names_meta_tensors_and_autocast():
+    x, weight = torch.randn(2, 4, 20, 20), torch.randn(4, 1, 21, 21)
+    asked = explain(depthwise_conv2d, x, weight, padding=3, backend="fft")
+    assert {(choice.backend, choice.reason) for choice in asked.choices} == {("fft", "asked for")}
+    assert "it could" in asked["forward"].others["onednn"]
+    here, there = (explain(depthwise_conv2d, x.to(d), weight.to(d)) for d in ("cpu", "meta"))
+    assert here == there
+    with torch.autocast("cpu", torch.float16):
+        assert "no torch.float16 arithmetic" in explain(depthwise_conv2d, x, weight)["forward"].reason
+
+
+def test_explain_takes_meta_tensors_as_those_of_a_cpu_for_named_backends_too():
+    x, weight = torch.randn(2, 4, 20, 20), torch.randn(4, 1, 21, 21)
+    here, there = (explain(depthwise_conv2d, x.to(d), weight.to(d), backend="onednn") for d in ("cpu", "meta"))
+    assert here == there
+
+
+def test_explain_computes_nothing_and_refuses_what_the_call_would():
+    x, weight = torch.randn(2, 4, 20, 20), torch.randn(4, 1, 21, 21)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", None)
+        explain(depthwise_conv2d, x, weight)
+    with pytest.raises(ValueError, match="no stride"):
+        explain(depthwise_conv2d, x, weight, stride=2, padding=3, backend="fft")
+    with pytest.raises(ValueError, match="defined for stride 1"):
+        explain(depthwise_conv2d, x, weight, stride=2)
+    with pytest.raises(ValueError, match=r"explain knows depthwise_conv2d, mixture_conv2d, bank_conv2d; got 'relu'"):
+        explain(torch.relu, x)
