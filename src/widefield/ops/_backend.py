@@ -16,7 +16,7 @@ import torch
 
 from widefield import _checks
 from widefield.ops import _fft, _timed
-from widefield.ops._onednn import SOME_PIXELS, WIDEST, computes_in, leaves_cache
+from widefield.ops._onednn import WIDEST, computes_in, leaves_cache
 from widefield.ops._problem import Pair, Problem, multiply_adds, trim
 
 _HOMES = {
@@ -109,9 +109,9 @@ def _is_for_spectra(problem: Problem) -> bool:
     if problem.dtype != torch.float32:
         return False
     if problem.step == "weight_grad":
-        factor = 20 if problem.channels_last else 16
+        factor = 18 if problem.channels_last else 16
     else:
-        factor = 26 if problem.channels_last else 19
+        factor = 24 if problem.channels_last else 18
     kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)
     transforms = 1 + kernels_per_map / 2  # in pairs: a map there and back, and its part of a kernel
     return multiply_adds(problem) > factor * transforms * _fft.work(problem)
@@ -138,13 +138,14 @@ def _forward(problem: Problem) -> tuple[str, str]:
             return "onednn", "taps that never meet the map are cut off first"
     elif extent in (WIDEST - 1, WIDEST) or (extent == WIDEST - 2 and problem.pixels >= 400):
         return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
-    elif extent > WIDEST and (
-        problem.dilation != (1, 1) or leaves_cache(problem.channels, *problem.kernel, problem.dtype)
+    elif extent > WIDEST and problem.dilation != (1, 1):
+        return "onednn", "a dilated kernel that wide is plain on interleaved maps"
+    elif (
+        min(problem.kernel) >= 27
+        and problem.pixels >= 1000
+        and leaves_cache(problem.channels, *problem.kernel, problem.dtype)
     ):
-        if problem.dilation != (1, 1):
-            return "onednn", "a dilated kernel that wide is plain on interleaved maps"
-        if problem.pixels >= SOME_PIXELS:
-            return "onednn", "so many large kernels leave the cache: some channels at a time"
+        return "onednn", "so many large kernels leave the cache: some channels at a time"
     return "aten", "PyTorch's own kernel is the fast one for this width and layout"
 
 

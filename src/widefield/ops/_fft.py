@@ -7,6 +7,7 @@ An infinity or NaN spreads over its whole map.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from math import log2
 
@@ -20,7 +21,7 @@ _LENGTHS = (16, 20, 24, 32, 36, 40, 44, 48, 64, 80, 96, 112, 128)
 Lake: 64x64 takes less time than 50x50)."""
 
 _CACHED = 2**16
-"""Numbers of padded maps that are transformed at once: with spectrum and product about 1 MiB, a core's cache."""
+"""Numbers of padded maps that a thread transforms at once: with spectrum and product about 1 MiB, a core's cache."""
 
 
 def why_not(problem: Problem) -> str | None:
@@ -86,8 +87,8 @@ def _apply(x: Tensor, weight: Tensor, size: Pair, output: Pair, padding: Pair, *
         kernel = None
         for n in range(len(x)):
             if kernel is None or weight.shape[0] != 1:
-                kernel = _kernel_spectrum(weight[n if weight.shape[0] != 1 else 0, part], lengths, padding)
-                kernel = kernel.conj_physical_() if conjugate else kernel
+                mine = weight[n if weight.shape[0] != 1 else 0, part]
+                kernel = _kernel_spectrum(mine, lengths, padding, conjugate)
             product = _spectrum(x[n, part], lengths).mul_(kernel)
             y[n, part] = _inverse(product, lengths)[..., : output[0], : output[1]]
     return y
@@ -109,7 +110,7 @@ def _good(least: int) -> int:
 
 
 def _parts(channels: int, lengths: Pair) -> Iterator[slice]:
-    count = max(1, _CACHED // (lengths[0] * lengths[1]))
+    count = max(1, torch.get_num_threads() * _CACHED // (lengths[0] * lengths[1]))
     return (slice(i, i + count) for i in range(0, channels, count))
 
 
@@ -120,11 +121,23 @@ def _spectrum(maps: Tensor, lengths: Pair) -> Tensor:
     return spectrum
 
 
-def _kernel_spectrum(kernels: Tensor, lengths: Pair, padding: Pair) -> Tensor:
-    """Return the spectrum of kernels (C, KH, KW) with the tap that meets its own pixel at the origin."""
-    at_origin = kernels.new_zeros(kernels.shape[0], *lengths)
-    at_origin[..., : kernels.shape[1], : kernels.shape[2]] = kernels
-    return _spectrum(at_origin.roll((-padding[0], -padding[1]), (-2, -1)), lengths)
+def _kernel_spectrum(kernels: Tensor, lengths: Pair, padding: Pair, conjugate: bool) -> Tensor:
+    """Return the spectrum of kernels (C, KH, KW), or its conjugate, with the tap that meets its own pixel at the
+    origin. Turning phases moves it there, without a map of zeros to move it in.
+    """
+    spectrum = _spectrum(kernels, lengths)
+    if conjugate:
+        spectrum = spectrum.conj_physical_()
+    return spectrum.mul_(_phases(lengths, padding, conjugate, spectrum.dtype, spectrum.device))
+
+
+@functools.lru_cache(64)
+def _phases(lengths: Pair, padding: Pair, conjugate: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows = torch.arange(lengths[0], dtype=torch.float64, device=device) * padding[0] / lengths[0]
+    columns = torch.arange(lengths[1] // 2 + 1, dtype=torch.float64, device=device) * padding[1] / lengths[1]
+    turns = rows[:, None] + columns[None, :]
+    angles = (-2 if conjugate else 2) * torch.pi * (turns - turns.floor())
+    return torch.polar(torch.ones_like(angles), angles).to(dtype)
 
 
 def _inverse(spectrum: Tensor, lengths: Pair) -> Tensor:

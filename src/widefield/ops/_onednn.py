@@ -25,7 +25,7 @@ from widefield.ops._problem import Pair, Problem, fold, is_channels_last, memory
 WIDEST = 13
 """Columns up to which oneDNN's NCHW kernels go (jit_dw; oneDNN 3.12, ONEDNN_VERBOSE=dispatch)."""
 
-_SLAB = 200_000
+_SLAB = 500_000
 """Numbers of x that one call of the weight gradient takes: about what a core's cache holds beside its kernels."""
 
 _FEW = 16_000
@@ -127,6 +127,7 @@ def weight_grad(
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     if is_channels_last(x) and x[0].numel() >= _FEW:
+        grad = grad.contiguous()  # kernels are read plane by plane
         each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))
         if groups == 1:
             dw = next(each)

@@ -146,15 +146,27 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.channels_last = is_channels_last(first)
 
 
+def _wanted(ctx: Any, index: int) -> bool:
+    """Say whether anybody waits for a gradient. ``torch.autograd.grad`` with respect to an image alone does not wait
+    for those of the kernels, although they require one: PyTorch's own operators know, and so should these.
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
+    except (AttributeError, RuntimeError, TypeError):  # a leaf that autograd.grad was asked for, or no engine at work
+        return True
+
+
 def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad = laid_out(grad, ctx.channels_last)
     dx = dw = db = None
-    if ctx.needs_input_grad[0]:
+    if _wanted(ctx, 0):
         dx = _call("depthwise_input_grad", grad, weight, x.shape, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
+    if _wanted(ctx, 1):
         dw = _call("depthwise_weight_grad", grad, x, weight.shape, *ctx.geometry)
-    if ctx.needs_input_grad[2]:
+    if _wanted(ctx, 2):
         db = grad.sum((2, 3))
         db = db.sum(0, keepdim=True) if weight.shape[0] == 1 else db
     return dx, dw, db, None, None, None, None
@@ -164,9 +176,9 @@ def _input_grad_backward(ctx: Any, grad_of_dx: Tensor) -> tuple[Tensor | None, .
     grad, weight = ctx.saved_tensors
     grad_of_dx = laid_out(grad_of_dx, ctx.channels_last)
     of_grad = of_weight = None
-    if ctx.needs_input_grad[0]:
+    if _wanted(ctx, 0):
         of_grad = _call("depthwise", grad_of_dx, weight, None, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
+    if _wanted(ctx, 1):
         of_weight = _call("depthwise_weight_grad", grad, grad_of_dx, weight.shape, *ctx.geometry)
     return of_grad, of_weight, None, None, None, None, None
 
@@ -174,9 +186,9 @@ def _input_grad_backward(ctx: Any, grad_of_dx: Tensor) -> tuple[Tensor | None, .
 def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     of_grad = of_x = None
-    if ctx.needs_input_grad[0]:
+    if _wanted(ctx, 0):
         of_grad = _call("depthwise", x, grad_of_dw, None, *ctx.geometry)
-    if ctx.needs_input_grad[1]:
+    if _wanted(ctx, 1):
         of_x = _call("depthwise_input_grad", grad, grad_of_dw, x.shape, *ctx.geometry)
     return of_grad, of_x, None, None, None, None, None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,11 @@ def depthwise_conv2d(
             compute this call.
         TypeError: x, weight and bias of different dtypes, outside autocast.
     """
+    key = _key(x, weight, bias, stride, padding, dilation, backend)
+    known = _stock_calls.get(key) if key is not None else None
+    if known is not None:
+        return F.conv2d(x, weight, bias, *known, x.shape[1])
+    given = x, weight
     backend = _backend.names(backend)
     x, weight, bias = _checked(x, weight, bias)
     x, steps, pads, spread = _placed(x, weight, stride, padding, dilation)
@@ -62,12 +68,50 @@ def depthwise_conv2d(
         # What is exported runs where widefield is not installed: it keeps the operator that every runtime knows.
         return F.conv2d(x, weight, bias, steps, pads, spread, x.shape[1])
     if not _is_traced(x):
-        trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        stock = _is_stock(_facts(x, weight), steps, pads, spread, backend, STEPS if trains else STEPS[:1])
+        stock = _is_stock(_facts(x, weight), steps, pads, spread, backend, _steps(x, weight))
         if stock and not x.is_meta:  # there F.conv2d forgets the layout
+            if key is not None and given[0] is x and given[1] is weight and len(_stock_calls) < 4096:
+                _stock_calls[key] = steps, pads, spread
             return F.conv2d(x, weight, bias, steps, pads, spread, x.shape[1])
     bias = None if bias is None else bias[None]
     return depthwise(x, weight.transpose(0, 1), bias, steps, pads, spread, backend)
+
+
+_stock_calls: dict[Any, tuple[Pair, Pair, Pair]] = {}
+"""Calls that came out as PyTorch's own, with their geometry: reading it anew takes as long as small convolutions."""
+
+
+def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, backend: str) -> Any:
+    """Return what tells apart calls that take different ways or are to be refused, or None where that is not plain:
+    under transforms and autocast, and for arguments that are only equal to numbers that were checked, such as 1.0.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.ndim != 4 or weight.ndim != 4:
+        return None
+    for value in (stride, padding, dilation):
+        if type(value) is tuple:
+            if not all(type(number) is int for number in value):
+                return None
+        elif type(value) is not int and type(value) is not str:
+            return None
+    key = (
+        x.shape, weight.shape, x.stride(1) == 1, weight.stride(1) == 1, x.dtype, weight.dtype, x.device,
+        x.requires_grad, weight.requires_grad, torch.is_grad_enabled(), stride, padding, dilation, backend,
+        None if bias is None else (bias.shape, bias.dtype),
+    )  # fmt: skip
+    try:
+        hash(key)
+    except TypeError:  # symbolic sizes
+        return None
+    return key
+
+
+def _steps(x: Tensor, weight: Tensor) -> tuple[str, ...]:
+    """Return the passes that there will be."""
+    if not torch.is_grad_enabled():
+        return STEPS[:1]
+    return STEPS[:1] + STEPS[1:2] * x.requires_grad + STEPS[2:] * weight.requires_grad
 
 
 def _is_traced(x: Tensor) -> bool:
