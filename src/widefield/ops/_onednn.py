@@ -28,6 +28,9 @@ WIDEST = 13
 _SLAB = 500_000
 """Numbers of x that one call of the weight gradient takes: about what a core's cache holds beside its kernels."""
 
+_FEW_AT_ONCE = 200_000
+"""Numbers of a sample from which, up to _SLAB, the weight gradient moves the whole batch to channels_last at once."""
+
 _FEW = 16_000
 """Numbers of a sample below which the calls of a loop over samples cost more than moving it to NCHW."""
 
@@ -126,6 +129,8 @@ def weight_grad(
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    if channels_last and _FEW_AT_ONCE <= x[0].numel() <= _SLAB:
+        x = x.float().contiguous(memory_format=torch.channels_last)
     if is_channels_last(x) and x[0].numel() >= _FEW:
         grad = grad.contiguous()  # kernels are read plane by plane
         each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))

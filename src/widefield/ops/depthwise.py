@@ -57,9 +57,9 @@ def depthwise_conv2d(
         TypeError: x, weight and bias of different dtypes, outside autocast.
     """
     key = _key(x, weight, bias, stride, padding, dilation, backend)
-    known = _stock_calls.get(key) if key is not None else None
-    if known is not None:
-        return F.conv2d(x, weight, bias, *known, x.shape[1])
+    if key in _stock_calls:
+        steps, pads, spread = _stock_calls[key]
+        return F.conv2d(x, weight, bias, steps, pads, spread, weight.shape[0])
     given = x, weight
     backend = _backend.names(backend)
     x, weight, bias = _checked(x, weight, bias)
@@ -87,24 +87,21 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
     """
     if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
         return None
-    if x.ndim != 4 or weight.ndim != 4:
+    size, kernel = x.shape, weight.shape
+    if type(stride) is int and type(dilation) is int and type(padding) in (int, str):
+        plain = True
+    else:
+        plain = all(
+            type(value) in (int, str) or (type(value) is tuple and all(type(n) is int for n in value))
+            for value in (stride, padding, dilation)
+        )
+    if not plain or len(size) != 4 or len(kernel) != 4 or type(size[0]) is not int:  # the last: a symbol
         return None
-    for value in (stride, padding, dilation):
-        if type(value) is tuple:
-            if not all(type(number) is int for number in value):
-                return None
-        elif type(value) is not int and type(value) is not str:
-            return None
-    key = (
-        x.shape, weight.shape, x.stride(1) == 1, weight.stride(1) == 1, x.dtype, weight.dtype, x.device,
+    return (
+        size, kernel, x.stride(1) == 1, weight.stride(1) == 1, x.dtype, weight.dtype, x.device,
         x.requires_grad, weight.requires_grad, torch.is_grad_enabled(), stride, padding, dilation, backend,
         None if bias is None else (bias.shape, bias.dtype),
     )  # fmt: skip
-    try:
-        hash(key)
-    except TypeError:  # symbolic sizes
-        return None
-    return key
 
 
 def _steps(x: Tensor, weight: Tensor) -> tuple[str, ...]:
