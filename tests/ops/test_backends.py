@@ -54,6 +54,8 @@ SMALL = {
     "_onednn _CACHED": 64,
     "_onednn _SLAB": 64,
     "_onednn _FEW": 1,
+    "_onednn _FEW_EACH": 1,
+    "_onednn _FEW_AT_ONCE": 1,
     "_onednn SOME_PIXELS": 1,
     "_fft _CACHED": 1500,
     "_fft work": lambda posed: 2.0 * posed.pixels,

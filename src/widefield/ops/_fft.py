@@ -7,7 +7,6 @@ An infinity or NaN spreads over its whole map.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from math import log2
 
@@ -40,11 +39,12 @@ def work(problem: Problem) -> float:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Return the convolution: the spectrum of x times the conjugate of the kernel's (F.conv2d is a correlation)."""
+    """Return the convolution with the flipped kernel, as F.conv2d is a correlation."""
     height, width = x.shape[2:]
     kh, kw = weight.shape[2:]
-    rows, columns = height + 2 * padding[0] - kh + 1, width + 2 * padding[1] - kw + 1
-    y = _apply(x, weight, (height, width), (rows, columns), padding, conjugate=True)
+    output = (height + 2 * padding[0] - kh + 1, width + 2 * padding[1] - kw + 1)
+    start = (kh - 1 - padding[0], kw - 1 - padding[1])
+    y = _convolve(x, weight.flip(-1, -2), _lengths((height, width), (kh, kw), padding), start, output)
     if bias is not None:
         y += bias[:, :, None, None]
     return y
@@ -53,9 +53,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
 def input_grad(
     grad: Tensor, weight: Tensor, input_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Return the gradient with respect to x: the product of the spectra of ``grad`` and the kernel."""
+    """Return the gradient with respect to x: the convolution of ``grad`` with the kernel."""
     size = (input_size[2], input_size[3])
-    return _apply(grad, weight, size, size, padding, conjugate=False)
+    lengths = _lengths(size, (weight.shape[2], weight.shape[3]), padding)
+    return _convolve(grad, weight, lengths, padding, size)
 
 
 def weight_grad(
@@ -72,14 +73,13 @@ def weight_grad(
             if groups == 1:
                 total = product if total is None else total.add_(product)
             if groups != 1 or n == len(x) - 1:
-                lags = _inverse(product if total is None else total, lengths).roll(padding, (-2, -1))
-                dw[n if groups != 1 else 0, part] = lags[..., :kh, :kw]
+                lags = _inverse(product if total is None else total, lengths)
+                dw[n if groups != 1 else 0, part] = _window(lags, (-padding[0], -padding[1]), (kh, kw))
     return dw
 
 
-def _apply(x: Tensor, weight: Tensor, size: Pair, output: Pair, padding: Pair, *, conjugate: bool) -> Tensor:
-    """Multiply the spectra of x and of the kernels, or of their conjugates; ``size`` is that of the convolution's x."""
-    lengths = _lengths(size, (weight.shape[2], weight.shape[3]), padding)
+def _convolve(x: Tensor, weight: Tensor, lengths: Pair, start: Pair, output: Pair) -> Tensor:
+    """Return ``output`` rows and columns of the circular convolution from ``start`` on, in the layout of x."""
     y = torch.empty(
         (*x.shape[:2], *output), dtype=x.dtype, device=x.device, memory_format=memory_format(is_channels_last(x))
     )
@@ -87,15 +87,23 @@ def _apply(x: Tensor, weight: Tensor, size: Pair, output: Pair, padding: Pair, *
         kernel = None
         for n in range(len(x)):
             if kernel is None or weight.shape[0] != 1:
-                mine = weight[n if weight.shape[0] != 1 else 0, part]
-                kernel = _kernel_spectrum(mine, lengths, padding, conjugate)
+                kernel = _spectrum(weight[n if weight.shape[0] != 1 else 0, part], lengths)
             product = _spectrum(x[n, part], lengths).mul_(kernel)
-            y[n, part] = _inverse(product, lengths)[..., : output[0], : output[1]]
+            y[n, part] = _window(_inverse(product, lengths), start, output)
     return y
 
 
+def _window(maps: Tensor, start: Pair, size: Pair) -> Tensor:
+    """Return ``size`` rows and columns from ``start`` on, which may be negative: maps are circular."""
+    if min(start) >= 0:
+        return maps[:, start[0] : start[0] + size[0], start[1] : start[1] + size[1]]
+    rows = torch.arange(start[0], start[0] + size[0], device=maps.device) % maps.shape[1]
+    columns = torch.arange(start[1], start[1] + size[1], device=maps.device) % maps.shape[2]
+    return maps[:, rows[:, None], columns]
+
+
 def _lengths(size: Pair, kernel: Pair, padding: Pair) -> Pair:
-    """Return lengths at which nothing wraps around onto something else."""
+    """Return lengths at which what wraps around falls before the first output that is read."""
     rows, columns = (_good(max(s + p, k, s + 2 * p - k + 1)) for s, k, p in zip(size, kernel, padding, strict=True))
     return rows, columns
 
@@ -119,25 +127,6 @@ def _spectrum(maps: Tensor, lengths: Pair) -> Tensor:
     maps = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
     spectrum: Tensor = torch.fft.rfft2(maps, s=lengths)
     return spectrum
-
-
-def _kernel_spectrum(kernels: Tensor, lengths: Pair, padding: Pair, conjugate: bool) -> Tensor:
-    """Return the spectrum of kernels (C, KH, KW), or its conjugate, with the tap that meets its own pixel at the
-    origin. Turning phases moves it there, without a map of zeros to move it in.
-    """
-    spectrum = _spectrum(kernels, lengths)
-    if conjugate:
-        spectrum = spectrum.conj_physical_()
-    return spectrum.mul_(_phases(lengths, padding, conjugate, spectrum.dtype, spectrum.device))
-
-
-@functools.lru_cache(64)
-def _phases(lengths: Pair, padding: Pair, conjugate: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    rows = torch.arange(lengths[0], dtype=torch.float64, device=device) * padding[0] / lengths[0]
-    columns = torch.arange(lengths[1] // 2 + 1, dtype=torch.float64, device=device) * padding[1] / lengths[1]
-    turns = rows[:, None] + columns[None, :]
-    angles = (-2 if conjugate else 2) * torch.pi * (turns - turns.floor())
-    return torch.polar(torch.ones_like(angles), angles).to(dtype)
 
 
 def _inverse(spectrum: Tensor, lengths: Pair) -> Tensor:

@@ -31,8 +31,11 @@ _SLAB = 500_000
 _FEW_AT_ONCE = 200_000
 """Numbers of a sample from which, up to _SLAB, the weight gradient moves the whole batch to channels_last at once."""
 
+_FEW_EACH = 100_000
+"""Numbers of a sample below which a loop over samples with kernels of their own costs more than moving to NCHW."""
+
 _FEW = 16_000
-"""Numbers of a sample below which the calls of a loop over samples cost more than moving it to NCHW."""
+"""The same where all samples share their kernels, for the weight gradient."""
 
 _CACHED = 2**17
 """Taps of all channels beyond which they are taken some at a time: 512 KiB, half of a core's second-level cache."""
@@ -77,7 +80,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
     run = _wide if extent > WIDEST else _narrow
     if weight.shape[0] == 1:
         return run(x, weight, bias, stride, padding, dilation)
-    if is_channels_last(x) and x[0].numel() >= _FEW:
+    if is_channels_last(x) and x[0].numel() >= _FEW_EACH:
         samples = [
             run(x[n : n + 1], weight[n : n + 1], None if bias is None else bias[n : n + 1], stride, padding, dilation)
             for n in range(len(x))
@@ -131,7 +134,7 @@ def weight_grad(
 
     if channels_last and _FEW_AT_ONCE <= x[0].numel() <= _SLAB:
         x = x.float().contiguous(memory_format=torch.channels_last)
-    if is_channels_last(x) and x[0].numel() >= _FEW:
+    if is_channels_last(x) and x[0].numel() >= (_FEW if groups == 1 else _FEW_EACH):
         grad = grad.contiguous()  # kernels are read plane by plane
         each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))
         if groups == 1:
