@@ -109,7 +109,7 @@ def _is_for_spectra(problem: Problem) -> bool:
     if problem.dtype != torch.float32:
         return False
     if problem.step == "weight_grad":
-        factor = 19.5 if problem.channels_last else 16
+        factor = 18 if problem.channels_last else 16
     else:
         factor = 24 if problem.channels_last else 18
     kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)

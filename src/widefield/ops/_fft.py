@@ -119,6 +119,7 @@ def _good(least: int) -> int:
 
 def _parts(channels: int, lengths: Pair) -> Iterator[slice]:
     count = max(1, torch.get_num_threads() * _CACHED // (lengths[0] * lengths[1]))
+    count = -(-channels // -(-channels // count))  # parts of one size
     return (slice(i, i + count) for i in range(0, channels, count))
 
 
