@@ -14,7 +14,7 @@ LINES = [("forward", "NCHW"), ("weight_grad", "NCHW"), ("weight_grad", "channels
 
 def main() -> None:
     tables = json.loads((ROOT / "benchmarks/results/depthwise_cpu.json").read_text())["tables"]
-    rows = [row for row in dict(tables)["RepLKNet, table 1"] if row["side"] == 32]
+    rows = [row for row in tables["RepLKNet, table 1"] if row["side"] == 32]
     lines = {}
     for step, layout in LINES:
         found = sorted((r["kernel"], r["same_layout"]) for r in rows if (r["step"], r["layout"]) == (step, layout))

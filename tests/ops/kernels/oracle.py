@@ -106,13 +106,6 @@ def empty_batch(backend, per_sample):
     assert dw.abs().sum() == 0
 
 
-def does_not_fit(backend):
-    """A kernel larger than the padded map is an error, as it is for F.conv2d."""
-    module = importlib.import_module(f"widefield.ops._triton.{backend}")
-    with pytest.raises(ValueError, match=r"exceeds a map of \(4, 4\)"):
-        module.forward(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 7, 3), None, (1, 1), (1, 1), (1, 1))
-
-
 def routed(
     shape, spans, *, side=None, bias=True, channels_last=False, sparse=False, dtype=torch.float32, block=0, bank=None
 ):

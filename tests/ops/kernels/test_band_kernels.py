@@ -48,7 +48,3 @@ def test_every_block_size_is_right(interpreted, block):
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_empty_batch(interpreted, per_sample):
     interpreted(oracle.empty_batch, "gemm", per_sample)
-
-
-def test_a_kernel_that_does_not_fit(interpreted):
-    interpreted(oracle.does_not_fit, "gemm")

@@ -61,7 +61,3 @@ def test_every_block_size_is_right(interpreted, block, channels_last):
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_empty_batch(interpreted, per_sample):
     interpreted(oracle.empty_batch, "direct", per_sample)
-
-
-def test_a_kernel_that_does_not_fit(interpreted):
-    interpreted(oracle.does_not_fit, "direct")
