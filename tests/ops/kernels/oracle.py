@@ -4,7 +4,6 @@ import contextlib
 import importlib
 from unittest import mock
 
-import pytest
 import torch
 import torch.nn.functional as F
 
