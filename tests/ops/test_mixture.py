@@ -398,3 +398,18 @@ def test_an_explanation_of_a_mixture_knows_autocast():
     with torch.autocast("cpu", torch.float16):
         explanation = explain(mixture_conv2d, x, kernels, biases, weights, groups=4)
     assert "no torch.float16 arithmetic" in explanation["forward"].reason
+
+
+@pytest.mark.parametrize("side", [2, 9])
+@pytest.mark.parametrize("per_in", [1, 2])
+def test_many_experts_of_few_kinds_in_any_order(side, per_in):
+    """From four of a kind on, kinds are mixed one after the other; spans repeat, and some reach past the map."""
+    experts = [(3, 2), (5, 1), (1, 1), (3, 3)] * 4
+    x, kernels, biases, weights = case(2, 3, per_in, per_in, side, side, experts, True)
+    dilations = [d for _, d in experts]
+    expected = oracle(x, kernels, biases, weights, 1, 3, dilations)
+    actual = mixture_conv2d(x, kernels, biases, weights, groups=3, dilations=dilations, backend="merged")
+    inputs = (x, kernels, biases, weights)
+    close(actual, expected, FLOAT64)
+    for a, b in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
+        close(a, b, FLOAT64)

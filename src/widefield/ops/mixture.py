@@ -31,6 +31,9 @@ from widefield.ops.depthwise import depthwise_conv2d
 
 BACKENDS = ("auto", "merged", "branches", "routed")
 
+_MANY = 4
+"""Experts of one kind, on average, from which kinds are mixed one after the other instead of from one padded bank."""
+
 _SMALL_MAP = 16 * 16
 """Pixels up to which a batch's mixed kernels weigh as much as its maps, so that not writing them can pay."""
 
@@ -84,8 +87,14 @@ def mixture_conv2d(
         weights = weights[:, order]
         kernels, experts = [kernels[r] for r in order], [experts[r] for r in order]
         biases = None if biases is None else [biases[r] for r in order]
-    bank = fold.kernel_bank(kernels, [d for _, d in experts])
     bias_bank = None if biases is None else torch.stack(list(biases))
+    buckets = sparse and _has_numbers(weights)
+    if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not buckets and x.device.type != "cuda":
+        with without_autocast(x):
+            mixed = _mixed_by_kind(kernels, experts, weights.to(kernels[0].dtype), max(x.shape[2:]), step)
+            bias = None if bias_bank is None else weights.to(bias_bank.dtype) @ bias_bank
+        return _convolved(x, mixed, bias, stride, groups, step)
+    bank = fold.kernel_bank(kernels, [d for _, d in experts])
     return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse, backend)
 
 
@@ -373,6 +382,33 @@ def _merged_dense(
         a = weights.to(bank.dtype)
         kernels = (a @ bank.flatten(1)).view(a.shape[0], c_out, c_group, size, size)
         bias = None if bias_bank is None else a @ bias_bank
+    return _convolved(x, kernels, bias, stride, groups, dilation)
+
+
+def _mixed_by_kind(
+    kernels: Sequence[Tensor], experts: Sequence[tuple[int, int]], weights: Tensor, side: int, step: int
+) -> Tensor:
+    """Mix experts that lie sorted by kind: those of one kind in one product, each result into the next larger one.
+
+    The bank's sum without the bank, most of which is padding, and most of what would be read where experts are many.
+    """
+    kinds = sorted(set(experts), key=lambda kind: fold.effective_size(*kind))
+    mixed: Tensor | None = None
+    for size, dilation in kinds:
+        first = experts.index((size, dilation))
+        last = first + experts.count((size, dilation))
+        stack = torch.stack(list(kernels[first:last]))
+        one = (weights[:, first:last] @ stack.flatten(1)).view(weights.shape[0], *stack.shape[1:])
+        one = fold.crop(fold.dilate(one, dilation // step), 2 * ((side - 1) // step) + 1)
+        mixed = one if mixed is None else one + fold.pad(mixed, one.shape[-1])
+    if mixed is None:
+        raise ValueError("kernels is empty: give at least one expert.")
+    return mixed
+
+
+def _convolved(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
+    """Convolve every sample with kernels (N, C_out, C_in/groups, K, K) and biases (N, C_out) of its own."""
+    c_out, c_group, size = kernels.shape[1], kernels.shape[2], kernels.shape[-1]
     dtype = autocast_dtype(x) or x.dtype
     x, kernels, bias = x.to(dtype), kernels.to(dtype), None if bias is None else bias.to(dtype)
     padding = dilation * (size // 2)
