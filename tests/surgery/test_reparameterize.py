@@ -144,7 +144,7 @@ def test_a_layer_that_the_network_hides_is_verified_all_the_same(monkeypatch):
         return fused
 
     monkeypatch.setattr(MoRFConv2d, "fuse", wrong)
-    with pytest.raises(RuntimeError, match=r"single mixtures by up to .* Look at: mix"):
+    with pytest.raises(RuntimeError, match=r"single layers by up to .* Look at: mix"):
         widefield.reparameterize(Hidden().eval())
 
 

@@ -78,8 +78,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def fuse(self) -> nn.Conv2d:
         """Return the plain ``torch.nn.Conv2d`` with these very parameters. Exact in any mode: nothing is merged."""
-        arguments = {name: getattr(self, name) for name in _ARGUMENTS}
-        return _hand_over(self, nn.Conv2d(**arguments, bias=self.bias is not None, device="meta"))
+        return _hand_over(self, bare(self, bias=self.bias is not None))
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.ndim == 3:  # an image without a batch, as Conv2d takes it
@@ -91,6 +90,12 @@ class DepthwiseConv2d(nn.Conv2d):
         return depthwise_conv2d(
             input, weight, bias, stride=self.stride, padding=padding, dilation=self.dilation, backend=self.backend
         )
+
+
+def bare(conv: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
+    """Return a plain convolution with the arguments of ``conv``, its parameters on the meta device."""
+    arguments = {name: getattr(conv, name) for name in _ARGUMENTS}
+    return nn.Conv2d(**arguments, bias=bias, device="meta")
 
 
 def why_not(conv: nn.Module) -> str | None:

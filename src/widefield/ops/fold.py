@@ -33,10 +33,14 @@ def dilate(kernel: Tensor, dilation: int) -> Tensor:
     return spread
 
 
-def pad(kernel: Tensor, size: int) -> Tensor:
-    """Centre a square kernel in zeros: (..., K, K) -> (..., size, size), ``size >= K``, both odd; differentiable."""
-    margin = (size - kernel.shape[-1]) // 2
-    return F.pad(kernel, (margin, margin, margin, margin)) if margin else kernel
+def pad(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Centre a kernel in zeros: (..., K_h, K_w) -> (..., rows, columns), all odd; differentiable.
+
+    ``size``: (rows, columns), no less than the kernel's, or one number for both.
+    """
+    rows, columns = (size, size) if isinstance(size, int) else size
+    down, right = (rows - kernel.shape[-2]) // 2, (columns - kernel.shape[-1]) // 2
+    return F.pad(kernel, (right, right, down, down)) if down or right else kernel
 
 
 def crop(kernel: Tensor, size: int) -> Tensor:
@@ -111,3 +115,23 @@ def batch_norm_affine(
         scale = scale * weight
     shift = -running_mean * scale
     return scale, shift if bias is None else shift + bias
+
+
+def fold_batch_norm(
+    kernel: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return (kernel, bias) of the convolution that a convolution and the batch norm after it are in evaluation.
+
+    ``kernel``: (C_out, ...), also a linear layer's; the others (C_out,), as in :func:`batch_norm_affine`. Computed in
+    the widest dtype given, and returned in the kernel's.
+    """
+    scale, offset = batch_norm_affine(running_mean, running_var, weight, shift, eps)
+    merged = kernel * scale.view(-1, *(1,) * (kernel.ndim - 1))
+    offset = offset if bias is None else offset + bias * scale
+    return merged.to(kernel.dtype), offset.to(kernel.dtype)

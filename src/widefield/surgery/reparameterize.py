@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -18,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from widefield import _checks
-from widefield.nn import MoRFConv2d
-from widefield.surgery.walk import MERGE_METHODS, merge_method, replace
+from widefield.surgery.walk import MERGE_METHODS, fuse_layers, takes_norm
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +46,10 @@ def reparameterize(
 ) -> nn.Module:
     """Return the model with every mergeable layer fused, the root included, and its outputs verified.
 
-    A batch norm that is the only reader of a mixture's output, as seen on the example input, is folded into the
-    mixture's kernel bank: of the model's ways, keep to those that the example takes. Verified are the outputs of the
-    model, and those of every mixture on its own input, as a network can hide its layers (timm starts the last norm of
-    each residual branch at zero). What was fused and the differences are logged at INFO.
+    A batch norm that is the only reader of a mixture's or masked convolution's output, as seen on the example input, is
+    folded into its kernels: of the model's ways, keep to those that the example takes. Verified are the outputs of the
+    model, and those of every such layer on its own input, as a network can hide its layers (timm starts the last norm
+    of each residual branch at zero). What was fused and the differences are logged at INFO.
 
     Args:
         model: in evaluation mode.
@@ -63,7 +61,7 @@ def reparameterize(
     Raises:
         RuntimeError: the model is in training mode; or outputs differ by more than the tolerance (the model passed is
             then unchanged, unless ``inplace``).
-        ValueError: there is nothing to fuse; a mixture has hooks, which would be lost; no example input could be made
+        ValueError: there is nothing to fuse; a layer has hooks, which would be lost; no example input could be made
             up; or the outputs hold nothing that can be compared.
     """
     tolerance = _checks.number("tolerance", tolerance)
@@ -73,9 +71,7 @@ def reparameterize(
             f"re-parameterisation computes the evaluation-mode function, but {training[0]} is in training mode: "
             "call model.eval() first."
         )
-    hooked = [
-        n for n, m in model.named_modules() if isinstance(m, MoRFConv2d) and (m._forward_hooks or m._forward_pre_hooks)
-    ]
+    hooked = [n for n, m in model.named_modules() if takes_norm(m) and (m._forward_hooks or m._forward_pre_hooks)]
     if hooked:
         raise ValueError(f"{', '.join(hooked)} has hooks, which fusing would lose: remove them first.")
     if not inplace:
@@ -84,7 +80,7 @@ def reparameterize(
     with torch.no_grad(), _Watch(model) as seen:
         before = _run(model, x, made_up=example_input is None)
         norms = seen.norms(before)
-    fused, names = _fuse(model, norms)
+    fused, names = fuse_layers(model, norms=norms)
     if not names:
         raise ValueError(
             f"{type(model).__name__} has nothing to fuse: no module in it has a method {' or '.join(MERGE_METHODS)}."
@@ -93,7 +89,7 @@ def reparameterize(
         difference = _difference(before, fused(x))
     worst = max(seen.layers.values(), key=lambda d: d.relative, default=Difference(0.0, 0.0))
     log.info(
-        "fused %d layers (%s); outputs differ by %.1e of their scale, those of single mixtures by at most %.1e",
+        "fused %d layers (%s); outputs differ by %.1e of their scale, those of single layers by at most %.1e",
         len(names),
         ", ".join(names),
         difference.relative,
@@ -103,7 +99,7 @@ def reparameterize(
         guilty = [name for name, d in seen.layers.items() if not d.relative <= tolerance] or names
         raise RuntimeError(
             f"re-parameterisation changed the outputs by {difference.relative:.2e} of their scale "
-            f"({difference.max_abs:.2e} absolute) and those of single mixtures by up to {worst.relative:.2e}, "
+            f"({difference.max_abs:.2e} absolute) and those of single layers by up to {worst.relative:.2e}, "
             f"more than tolerance={tolerance:.0e}. Look at: {', '.join(guilty)}."
         )
     return fused
@@ -134,13 +130,14 @@ def _difference(first: Any, second: Any) -> Difference:
 
 
 def _example(model: nn.Module) -> Tensor:
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, MoRFConv2d))), None)
+    channels = [getattr(m, "in_channels", None) for m in model.modules()]
+    first = next((count for count in channels if isinstance(count, int)), None)
     if first is None:
         raise ValueError("no example input could be made up for this model: pass example_input=.")
     config = getattr(model, "pretrained_cfg", None) or {}
     _, height, width = config.get("input_size") or (None, 64, 64)
-    x = torch.randn(2, first.in_channels, height, width, generator=torch.Generator().manual_seed(0))
-    return x.to(next(first.parameters()))
+    x = torch.randn(2, first, height, width, generator=torch.Generator().manual_seed(0))
+    return x.to(next(model.parameters()))
 
 
 def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
@@ -154,40 +151,6 @@ def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
         ) from error
 
 
-def _fuse(model: nn.Module, norms: Mapping[MoRFConv2d, _BatchNorm]) -> tuple[nn.Module, list[str]]:
-    """Fuse the outermost mergeable modules; ``norms``: mixture -> the batch norm that may be folded into it.
-
-    Somebody else's mergeable block that holds a mixture is left unmerged, as it would look for a convolution there.
-    """
-    replacements: dict[nn.Module, nn.Module] = {}
-    names: list[str] = []
-    done: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in done):
-            continue
-        if isinstance(module, MoRFConv2d):
-            norm = norms.get(module)
-            replacements[module] = module.fuse(norm)
-            if norm is not None:
-                replacements[norm] = _without_norm(norm)
-        elif (method := merge_method(module)) and not any(isinstance(m, MoRFConv2d) for m in module.modules()):
-            merged = getattr(module, method)()
-            if isinstance(merged, nn.Module):
-                replacements[module] = merged
-        else:
-            continue
-        names.append(name or type(module).__name__)
-        done.append(f"{name}." if name else "")
-    return replace(model, replacements), names
-
-
-def _without_norm(norm: _BatchNorm) -> nn.Module:
-    """Return what a batch norm does besides normalising: nothing, or timm's drop and activation."""
-    if isinstance(norm, BatchNormAct2d):
-        return nn.Sequential(norm.drop, norm.act).eval()
-    return nn.Identity().eval()
-
-
 class _Watch(TorchFunctionMode):
     """Watches a forward pass: which batch norm alone reads a mixture's output, and is every mixture what it fuses to?
 
@@ -198,14 +161,14 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.layers: dict[str, Difference] = {}
-        self._outputs: dict[int, tuple[MoRFConv2d, Tensor]] = {}  # holds the tensors, so that ids stay theirs
+        self._outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the tensors, so that ids stay theirs
         self._calls: Counter[nn.Module] = Counter()
-        self._readers: dict[MoRFConv2d, list[_BatchNorm]] = {}
-        self._others: set[MoRFConv2d] = set()
+        self._readers: dict[nn.Module, list[_BatchNorm]] = {}
+        self._others: set[nn.Module] = set()
         self._inside: list[nn.Module] = []
         self._handles: list[Any] = []
         for name, module in model.named_modules():
-            if isinstance(module, MoRFConv2d):
+            if takes_norm(module):
                 self._handles.append(module.register_forward_hook(partial(self._mixed, name)))
             elif type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d) and module.track_running_stats:
                 self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -222,7 +185,7 @@ class _Watch(TorchFunctionMode):
             handle.remove()
         self._outputs.clear()
 
-    def norms(self, result: Any) -> dict[MoRFConv2d, _BatchNorm]:
+    def norms(self, result: Any) -> dict[nn.Module, _BatchNorm]:
         """Return mixture -> batch norm that can be folded into it, given what the model returned."""
         self._read(tree_leaves(result))
         return {
@@ -234,9 +197,9 @@ class _Watch(TorchFunctionMode):
     def _read(self, leaves: list[Any]) -> None:
         self._others |= {self._outputs[id(leaf)][0] for leaf in leaves if id(leaf) in self._outputs}
 
-    def _mixed(self, name: str, module: MoRFConv2d, args: Any, output: Tensor) -> None:
+    def _mixed(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         self._inside.append(module)  # what follows is no reader
-        self.layers[name] = _difference(output, module.fuse()(args[0]))
+        self.layers[name] = _difference(output, cast(Any, module).fuse()(args[0]))
         self._inside.pop()
         self._calls[module] += 1
         self._outputs[id(output)] = (module, output)

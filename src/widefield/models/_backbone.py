@@ -1,0 +1,185 @@
+"""What timm, and the tools here, ask of a network of stages with a classifier on top; written once for all families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import SelectAdaptivePool2d
+from timm.models import checkpoint_seq, feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widefield import _checks
+
+
+class Backbone(nn.Module):
+    """Stages that each halve the map, a pooled vector, and a linear layer ``head``.
+
+    A family defines :meth:`enter`, :meth:`stage`, :meth:`parts`, and where it needs to :meth:`finish` and
+    :meth:`pooled`; it sets ``self.head = self.classifier()`` where its official keys have it.
+
+    Args:
+        widths: channels of the feature of each stage.
+        in_chans: channels of the image.
+        num_classes: outputs of the classifier; 0 for none.
+        global_pool: timm's word for how the last map becomes a vector: "avg", "max", "avgmax", "catavgmax", "fast" or
+            "" (not at all).
+        drop_rate: dropout before the classifier.
+        hidden: numbers in the pooled vector; the last of ``widths`` by default.
+    """
+
+    head: nn.Module
+    feature_info: list[dict[str, Any]]
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_chans = _checks.integer("in_chans", in_chans)
+        self.num_classes = _checks.integer("num_classes", num_classes, minimum=0)
+        self.drop_rate = _checks.number("drop_rate", drop_rate, maximum=1.0)
+        self.num_features = widths[-1] if hidden is None else hidden
+        self.head_hidden_size = self.num_features
+        self.grad_checkpointing = False
+        self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.feature_info = [
+            {"num_chs": width, "reduction": 4 << i, "module": self.parts(i)[0]} for i, width in enumerate(widths)
+        ]
+
+    # What a family is made of
+
+    def enter(self, index: int, x: Tensor) -> Tensor:
+        """Return the input of a stage: of the first from the image, of the others from the feature before."""
+        raise NotImplementedError
+
+    def stage(self, index: int, x: Tensor) -> Tensor:
+        """Return the feature (N, C, H, W) of a stage from its input."""
+        raise NotImplementedError
+
+    def parts(self, index: int) -> tuple[str, ...]:
+        """Return the names of the submodules that nothing but a stage, or later ones, need; itself first."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Return what is pooled, from the last feature."""
+        return x
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Return what the classifier reads, from the pooled vector (or from the map where nothing is pooled)."""
+        return x
+
+    # What timm asks
+
+    def classifier(self) -> nn.Module:
+        """Return a new head for ``num_classes``."""
+        features = self.num_features * self.pool.feat_mult()
+        return nn.Linear(features, self.num_classes) if self.num_classes else nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, freshly initialised head on the network; 0 classes: none."""
+        self.num_classes = _checks.integer("num_classes", num_classes, minimum=0)
+        if global_pool is not None:
+            self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        like = next(self.parameters())
+        self.head = self.classifier().to(like)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of blocks in training, and compute what is inside twice."""
+        self.grad_checkpointing = enable
+
+    def run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        """Run the blocks of a stage, with checkpointing where it is on."""
+        if self.grad_checkpointing and self.training:
+            y: Tensor = checkpoint_seq(blocks, x)
+            return y
+        out: Tensor = blocks(x)
+        return out
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> the map that is pooled, (N, num_features, H/32, W/32)."""
+        for index in range(len(self.feature_info)):
+            x = self.stage(index, self.enter(index, x))
+        return self.finish(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map of :meth:`forward_features` -> logits (N, num_classes), or with ``pre_logits`` what they read."""
+        x = self.pooled(self.pool(x))
+        x = F.dropout(x, self.drop_rate, self.training)
+        if pre_logits or isinstance(self.head, nn.Identity):
+            return x
+        if x.ndim == 4:  # global_pool="": logits of every pixel
+            return self._at_every_pixel(x)
+        out: Tensor = self.head(x)
+        return out
+
+    def _at_every_pixel(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(x.permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the features of stages, each (N, C, H, W): alone, or after the map of :meth:`forward_features`.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: which stages; an integer n: the last n; None: all.
+            norm: give the last feature as :meth:`forward_features` does.
+            stop_early: compute no stage past the last one wanted; then what comes first is that stage's.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+
+        Raises:
+            ValueError: another output format.
+        """
+        _checks.choice("output_fmt", output_fmt, ("NCHW",))
+        last = len(self.feature_info) - 1
+        taken, deepest = feature_take_indices(last + 1, indices)
+        features = []
+        for index in range((deepest if stop_early or intermediates_only else last) + 1):
+            x = self.stage(index, self.enter(index, x))
+            if index in taken:
+                features.append(self.finish(x) if norm and index == last else x)
+        if intermediates_only:
+            return features
+        return (self.finish(x) if index == last else x), features
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the features of these stages do not need, and return their indices."""
+        count = len(self.feature_info)
+        taken, deepest = feature_take_indices(count, indices)
+        for index in range(deepest + 1, count):
+            for name in self.parts(index):
+                self.set_submodule(name, nn.Identity())
+        self.feature_info = self.feature_info[: deepest + 1]
+        if prune_head or deepest + 1 < count:
+            self.reset_classifier(0, "")
+            self.unfinish()
+        return list(taken)
+
+    def unfinish(self) -> None:
+        """Remove what :meth:`finish` and :meth:`pooled` apply."""

@@ -1,0 +1,107 @@
+"""How the networks here get into timm: configurations, construction, and weights in the official keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import Tensor, nn
+
+from widefield.nn import ReparamConv2d
+from widefield.surgery.walk import fuse_layers
+
+
+class Stated(NamedTuple):
+    """What a paper, or its repository, says of a network; 224x224 pixels and 1000 classes unless noted."""
+
+    parameters: str
+    macs: str
+    source: str
+
+
+def cfg(first_conv: str, classifier: str = "head", **kwargs: Any) -> dict[str, Any]:
+    """Return timm's configuration of a network for ImageNet; ``kwargs`` take precedence."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        **kwargs,
+    }
+
+
+def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """Build a :class:`Backbone` as timm does, taking weights in the official keys (:func:`official_weights`)."""
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=official_weights,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Check a state dict against a network that is to load it, and return it; timm calls this.
+
+    Weights of a re-parameterised network turn ``model``, in place, into its re-parameterised form. timm then adapts the
+    first convolution to other image channels, and leaves out a classifier of another number of classes.
+
+    Raises:
+        ValueError: the weights are those of another network; the message names the first keys that differ.
+    """
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    free = {f"{config.get(part)}.{name}" for part in ("first_conv", "classifier") for name in ("weight", "bias")}
+    classes = state.get(f"{config.get('classifier')}.weight")
+    if classes is not None:  # of these weights, which need not be those that the configuration speaks of
+        config["num_classes"] = classes.shape[0]
+    if not _differences(state, model, free):
+        return state
+    for select in (_everything, _large_kernels):
+        shadow, _ = fuse_layers(copy.deepcopy(model).to("meta").eval(), select=select)
+        if not _differences(state, shadow, free):
+            training = model.training
+            fuse_layers(model.eval(), select=select)
+            model.train(training)
+            return state
+    name = config.get("architecture") or type(model).__name__
+    raise ValueError(f"these weights do not fit {name}: {'; '.join(_differences(state, model, free))}.")
+
+
+def _everything(module: nn.Module) -> bool:
+    return True
+
+
+def _large_kernels(module: nn.Module) -> bool:
+    """What RepLKNet's and SLaK's code merges."""
+    return isinstance(module, ReparamConv2d)
+
+
+def _differences(state: dict[str, Tensor], model: nn.Module, free: Iterable[str]) -> list[str]:
+    """Say how weights differ from what a network holds; ``free`` keys may be absent, or of another shape."""
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in ours if key not in theirs and key not in free]
+    unknown = [key for key in theirs if key not in ours and key not in free]
+    shapes = [
+        f"{key} is {theirs[key]} and should be {shape}"
+        for key, shape in ours.items()
+        if theirs.get(key, shape) != shape and key not in free
+    ]
+    listed = (("missing: ", missing), ("not known: ", unknown), ("", shapes))
+    return [f"{what}{_first(keys)}" for what, keys in listed if keys]
+
+
+def _first(words: list[str], count: int = 3) -> str:
+    more = f" and {len(words) - count} more" if len(words) > count else ""
+    return ", ".join(words[:count]) + more
