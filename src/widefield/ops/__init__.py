@@ -3,5 +3,6 @@
 from widefield.ops.depthwise import depthwise_conv2d
 from widefield.ops.explain import Choice, Explanation, explain
 from widefield.ops.mixture import bank_conv2d, mixture_conv2d
+from widefield.ops.per_sample import per_sample_conv2d
 
-__all__ = ["Choice", "Explanation", "bank_conv2d", "depthwise_conv2d", "explain", "mixture_conv2d"]
+__all__ = ["Choice", "Explanation", "bank_conv2d", "depthwise_conv2d", "explain", "mixture_conv2d", "per_sample_conv2d"]

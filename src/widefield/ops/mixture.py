@@ -25,9 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from widefield import _checks
 from widefield.ops import _routed, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
-from widefield.ops._operators import depthwise
-from widefield.ops._problem import STEPS, Problem, is_channels_last, laid_out, problem_of
+from widefield.ops._problem import STEPS, Problem, is_channels_last, problem_of
 from widefield.ops.depthwise import depthwise_conv2d
+from widefield.ops.per_sample import per_sample_conv2d
 
 BACKENDS = ("auto", "merged", "branches", "routed")
 
@@ -408,26 +408,7 @@ def _mixed_by_kind(
 
 def _convolved(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
     """Convolve every sample with kernels (N, C_out, C_in/groups, K, K) and biases (N, C_out) of its own."""
-    c_out, c_group, size = kernels.shape[1], kernels.shape[2], kernels.shape[-1]
-    dtype = autocast_dtype(x) or x.dtype
-    x, kernels, bias = x.to(dtype), kernels.to(dtype), None if bias is None else bias.to(dtype)
-    padding = dilation * (size // 2)
-    if c_group == 1 and c_out == groups and not torch.compiler.is_exporting():
-        steps, pads, spread = (stride, stride), (padding, padding), (dilation, dilation)
-        return depthwise(x, kernels.squeeze(2), bias, steps, pads, spread, "auto")
-    batch, c_in = x.shape[:2]
-    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
-        x, kernels, bias = x.float(), kernels.float(), None if bias is None else bias.float()
-    with without_autocast(x):
-        y = F.conv2d(
-            x.reshape(1, batch * c_in, *x.shape[2:]),
-            kernels.flatten(0, 1),
-            None if bias is None else bias.flatten(),
-            stride,
-            padding,
-            dilation,
-            batch * groups,
-        )
-    y = y.view(batch, c_out, *y.shape[2:]).to(dtype)
-    return laid_out(y, is_channels_last(x))
+    padding = dilation * (kernels.shape[-1] // 2)
+    return per_sample_conv2d(
+        x, kernels, bias, stride=(stride,) * 2, padding=(padding,) * 2, dilation=(dilation,) * 2, groups=groups
+    )

@@ -1,0 +1,72 @@
+"""Convolution with a kernel of its own for every sample: what a mixture, or a dynamic mask, comes down to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widefield.ops._autocast import autocast_dtype, without_autocast
+from widefield.ops._operators import depthwise
+from widefield.ops._problem import is_channels_last, laid_out
+
+Pair = tuple[int, int]
+
+
+def per_sample_conv2d(
+    x: Tensor,
+    kernels: Tensor,
+    biases: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve sample n of x with ``kernels[n]`` and add ``biases[n]``.
+
+    Args:
+        x: (N, C_in, H, W), any memory format; under autocast in autocast's dtype.
+        kernels: (N, C_out, C_in/groups, KH, KW).
+        biases: (N, C_out) or None.
+        stride, padding, dilation: (rows, columns).
+        groups: as F.conv2d's.
+
+    Returns:
+        (N, C_out, H_out, W_out) as F.conv2d's, in the memory format of x and in its dtype. Differentiable.
+
+    Raises:
+        ValueError: kernels or biases that do not fit x.
+    """
+    batch, c_in = x.shape[:2]
+    count, c_out, c_group = kernels.shape[:3] if kernels.ndim == 5 else (0, 0, 0)
+    if kernels.ndim != 5 or count != batch or c_group * groups != c_in or c_out % groups:
+        raise ValueError(
+            f"kernels must be (N, C_out, C_in/groups, KH, KW) with N={batch}, C_in={c_in} and groups={groups}, which "
+            f"divides C_out; got shape {tuple(kernels.shape)}."
+        )
+    if biases is not None and tuple(biases.shape) != (batch, c_out):
+        raise ValueError(f"biases must be (N, C_out) = ({batch}, {c_out}) or None; got shape {tuple(biases.shape)}.")
+    dtype = autocast_dtype(x) or x.dtype
+    x, kernels, biases = x.to(dtype), kernels.to(dtype), None if biases is None else biases.to(dtype)
+    if c_group == 1 and c_out == groups and not torch.compiler.is_exporting():
+        return depthwise(x, kernels.squeeze(2), biases, stride, padding, dilation, "auto")
+    if batch == 0:  # grouped convolution refuses zero groups
+        with without_autocast(x):
+            y = F.conv2d(x, kernels.sum(0), None, stride, padding, dilation, groups)
+        return laid_out(y, is_channels_last(x))
+    layout = is_channels_last(x)
+    if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
+        x, kernels, biases = x.float(), kernels.float(), None if biases is None else biases.float()
+    with without_autocast(x):
+        y = F.conv2d(
+            x.reshape(1, batch * c_in, *x.shape[2:]),
+            kernels.flatten(0, 1),
+            None if biases is None else biases.flatten(),
+            stride,
+            padding,
+            dilation,
+            batch * groups,
+        )
+    return laid_out(y.view(batch, c_out, *y.shape[2:]).to(dtype), layout)
