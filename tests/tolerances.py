@@ -15,6 +15,9 @@ BFLOAT16 = 3e-2
 FLOAT16 = 4e-3
 TF32 = 4e-3
 
+# What a dtype allows one operator that adds up in 32 bits or more.
+OF_DTYPE = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
 # A whole network in float32: errors of its layers add up. What the project promises for conversion and fusing.
 NETWORK = 1e-4
 

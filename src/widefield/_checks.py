@@ -57,6 +57,16 @@ def square(name: str, value: object) -> int:
     return integer(name, value)
 
 
+def pair(name: str, value: object, *, minimum: int = 1) -> tuple[int, int]:
+    """Return (rows, columns) for an integer, or a sequence of one or two of them; raises TypeError or ValueError."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) not in (1, 2):
+            raise ValueError(f"{name} must be one integer or two (rows, columns); got {tuple(value)!r}.")
+        return integer(name, value[0], minimum=minimum), integer(name, value[-1], minimum=minimum)
+    side = integer(name, value, minimum=minimum)
+    return side, side
+
+
 def experts(kernel_sizes: object) -> tuple[Expert, ...]:
     """Normalise ``kernel_sizes`` to (size, dilation) pairs.
 

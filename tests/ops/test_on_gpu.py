@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tolerances import BFLOAT16, FLOAT16, FLOAT32, TF32, close
+from tolerances import OF_DTYPE, TF32, close
 from widefield.ops import depthwise_conv2d, mixture_conv2d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
-TOLERANCES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # (N, C, H, W), (KH, KW), stride, padding, dilation
 SHAPES = {
@@ -55,7 +55,7 @@ def rounded(dtype, *shape):
 
 
 def check(expected, actual, leaves, exact, grad, dtype, layout, tolerance=None):
-    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    tolerance = OF_DTYPE[dtype] if tolerance is None else tolerance
     assert actual.dtype == dtype
     assert actual.is_contiguous(memory_format=layout)
     close(actual.cpu(), expected, tolerance)
@@ -93,7 +93,7 @@ def test_tuned_block_sizes():
 
 @pytest.mark.parametrize("backend", ["direct", "gemm"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_backend_by_name(dtype, layout, backend):
     layout = LAYOUTS[layout]
     x, weight = rounded(dtype, 2, 24, 33, 30), rounded(dtype, 24, 1, 13, 13)
@@ -118,7 +118,7 @@ def test_tf32_is_taken_where_it_is_allowed_and_stays_within_its_bits(layout):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mixture_and_gradients(layout, dtype, sparse):
     layout, sizes, channels = LAYOUTS[layout], (3, 5, 7, 9, 11), 24
@@ -141,18 +141,18 @@ def test_mixture_and_gradients(layout, dtype, sparse):
         leaves[0], leaves[1 : n + 1], leaves[n + 1 : -1], leaves[-1], groups=channels, sparse=sparse, backend="merged"
     )
     assert actual.is_contiguous(memory_format=layout)
-    close(actual.cpu(), expected, TOLERANCES[dtype])
+    close(actual.cpu(), expected, OF_DTYPE[dtype])
     grad = rounded(dtype, *expected.shape)
     wanted = torch.autograd.grad(expected, exact, grad)
     found = torch.autograd.grad(actual, leaves, grad.to("cuda", dtype).contiguous(memory_format=layout))
     *found, of_weights = found
     *wanted, of_exact_weights = wanted
     for got, want in zip(found, wanted, strict=True):
-        close(got.cpu(), want, TOLERANCES[dtype])
-    close(of_weights.cpu() * live, of_exact_weights * live, TOLERANCES[dtype])
+        close(got.cpu(), want, OF_DTYPE[dtype])
+    close(of_weights.cpu() * live, of_exact_weights * live, OF_DTYPE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel", [3, 7, 31])
 def test_the_weight_gradient_is_the_same_to_the_bit_on_every_run(kernel, layout, dtype):

@@ -16,7 +16,7 @@ import torch
 
 from widefield import _checks
 from widefield.ops import _fft, _timed
-from widefield.ops._onednn import WIDEST, computes_in, leaves_cache
+from widefield.ops._onednn import WIDEST, computes_in, is_slow_in_channels_last, leaves_cache
 from widefield.ops._problem import Pair, Problem, multiply_adds, trim
 
 _HOMES = {
@@ -68,6 +68,9 @@ def resolve(backend: str, problem: Problem, run: Callable[[ModuleType], object])
 def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) -> tuple[str, str]:
     """Return what "auto" takes for ``problem``, and why. Without ``run`` nothing new is timed."""
     if problem.device.type == "cpu":
+        if widens("auto", problem):
+            name, reason = _on_cpu(problem._replace(dtype=torch.float32))
+            return name, f"this CPU has no {problem.dtype} arithmetic of its own: in 32 bits, {reason}"
         return _on_cpu(problem)
     if problem.device.type != "cuda":
         return "aten", f"nothing else computes on {problem.device.type}"
@@ -86,17 +89,26 @@ def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) 
     return guess if guess in able else able[0], "not timed yet: the rule of thumb is by kernel size"
 
 
+def widens(backend: str, problem: Problem) -> bool:
+    """Say whether a 16-bit problem is computed in 32 bits, as the CPU would only emulate its dtype, slowly. "aten" is
+    PyTorch's own, whatever it does.
+    """
+    sixteen = problem.dtype in (torch.bfloat16, torch.float16)
+    return sixteen and backend != "aten" and problem.device.type == "cpu" and not computes_in(problem.dtype)
+
+
 def is_stock(problems: Sequence[Problem]) -> bool:
     """Say whether "auto" would take PyTorch's own kernels for all of these, which needs no operator around them."""
-    return all(problem.device.type == "cpu" and _on_cpu(problem)[0] == "aten" for problem in problems)
+    return all(
+        problem.device.type == "cpu" and not widens("auto", problem) and _on_cpu(problem)[0] == "aten"
+        for problem in problems
+    )
 
 
 @functools.lru_cache(4096)
 def _on_cpu(problem: Problem) -> tuple[str, str]:
     if why_not("onednn", problem) is not None:
         return "aten", str(why_not("onednn", problem))
-    if not computes_in(problem.dtype):
-        return "onednn", f"this CPU has no {problem.dtype} arithmetic of its own: it is computed in 32 bits"
     if why_not("fft", problem) is None and _is_for_spectra(problem):
         return "fft", "kernel and map are large enough for spectra to need far fewer operations"
     return {"forward": _forward, "input_grad": _input_grad, "weight_grad": _weight_grad}[problem.step](problem)
@@ -136,7 +148,7 @@ def _forward(problem: Problem) -> tuple[str, str]:
             return "onednn", f"PyTorch loops over small matrix products for {extent} columns in NCHW"
         if problem.kernel[1] > WIDEST:
             return "onednn", "taps that never meet the map are cut off first"
-    elif extent in (WIDEST - 1, WIDEST) or (extent == WIDEST - 2 and problem.pixels >= 400):
+    elif is_slow_in_channels_last(extent, problem.pixels):
         return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
     elif extent > WIDEST and problem.dilation != (1, 1):
         return "onednn", "a dilated kernel that wide is plain on interleaved maps"

@@ -63,16 +63,13 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Return the convolution, computed in 32 bits where the CPU has no arithmetic of its own for x's dtype."""
-    if not computes_in(x.dtype):
-        wide = None if bias is None else bias.float()
-        return forward(x.float(), weight.float(), wide, stride, padding, dilation).to(x.dtype)
+    """Return the convolution."""
     weight, padding = _trimmed(weight, x, stride, padding, dilation)
     kw = weight.shape[3]
     extent = dilation[1] * (kw - 1) + 1
     if extent > WIDEST and dilation != (1, 1) and stride == (1, 1):
         return _interleaved(x, weight, bias, padding, dilation)
-    slow = extent in (WIDEST - 1, WIDEST) or (extent == WIDEST - 2 and x.shape[2] * x.shape[3] >= SOME_PIXELS)
+    slow = is_slow_in_channels_last(extent, x.shape[2] * x.shape[3])
     if is_channels_last(x) and slow and dilation == stride == (1, 1):
         side = (WIDEST + 2 - kw) // 2
         weight, padding = F.pad(weight, (side, side)), (padding[0], padding[1] + side)
@@ -170,6 +167,11 @@ def leaves_cache(channels: int, rows: int, columns: int, dtype: torch.dtype) -> 
     taking them some at a time has not paid.
     """
     return dtype == torch.float32 and channels * rows * columns > _CACHED
+
+
+def is_slow_in_channels_last(columns: int, pixels: int) -> bool:
+    """Say whether oneDNN falls back to small matrix products in channels_last, as it does not for two columns more."""
+    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and pixels >= SOME_PIXELS)
 
 
 def computes_in(dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ Weights are (G, C, KH, KW) and biases (G, C): G is 1, or N for kernels of its ow
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -56,61 +56,52 @@ def _operate(name: str, *args: Any) -> Tensor:
     return result
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, backend: str
-) -> Tensor:
-    stride, padding, dilation = _pairs(stride, padding, dilation)
-    size = (*x.shape[:2], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
-    if x.shape[0] == 0:
-        return _empty(x, size)
-    problem = problem_of("forward", x, tuple(x.shape), tuple(weight.shape), stride, padding, dilation)
+def _implementation(name: str, step: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what an operator does: pose the problem, have a backend chosen, run it.
 
-    def run(module: ModuleType) -> Tensor:
-        y: Tensor = module.forward(x, weight, bias, stride, padding, dilation)
-        return y
+    The arguments are those of the backends' functions. The third is the bias of the forward pass, and of the others the
+    size of what they return.
+    """
 
-    with without_autocast(x):
-        y = run(_backend.resolve(backend, problem, run))
-    return y.contiguous(memory_format=memory_format(problem.channels_last))
+    def run(
+        first: Tensor,
+        second: Tensor,
+        third: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        backend: str,
+    ) -> Tensor:
+        geometry = _pair(stride), _pair(padding), _pair(dilation)  # PyTorch hands over lists, which are no keys
+        if step == "weight_grad":
+            input_size, weight_size = second.shape, third
+        else:
+            input_size, weight_size = third if step == "input_grad" else first.shape, second.shape
+        if input_size[0] == 0:
+            return fake(first, second, third, *geometry, backend).zero_()
+        like = second if step == "weight_grad" else first
+        problem = problem_of(step, like, tuple(input_size), tuple(weight_size), *geometry)
+        inputs: list[Any] = [first, second, third if third is None or isinstance(third, Tensor) else tuple(third)]
+        if _backend.widens(backend, problem):
+            problem = problem._replace(dtype=torch.float32)
+            inputs = [value.float() if isinstance(value, Tensor) else value for value in inputs]
 
+        def compute(module: ModuleType) -> Tensor:
+            result: Tensor = getattr(module, step)(*inputs, *geometry)
+            return result
 
-def _input_grad(
-    grad: Tensor, weight: Tensor, input_size: list[int], stride: Pair, padding: Pair, dilation: Pair, backend: str
-) -> Tensor:
-    (stride, padding, dilation), size = _pairs(stride, padding, dilation), tuple(input_size)
-    if size[0] == 0:
-        return _empty(grad, size)
-    problem = problem_of("input_grad", grad, size, tuple(weight.shape), stride, padding, dilation)
+        with without_autocast(first):
+            result = compute(_backend.resolve(backend, problem, compute)).to(like.dtype)
+        channels_last = problem.channels_last and step != "weight_grad"
+        return result.contiguous(memory_format=memory_format(channels_last))
 
-    def run(module: ModuleType) -> Tensor:
-        dx: Tensor = module.input_grad(grad, weight, size, stride, padding, dilation)
-        return dx
-
-    with without_autocast(grad):
-        dx = run(_backend.resolve(backend, problem, run))
-    return dx.contiguous(memory_format=memory_format(problem.channels_last))
-
-
-def _weight_grad(
-    grad: Tensor, x: Tensor, weight_size: list[int], stride: Pair, padding: Pair, dilation: Pair, backend: str
-) -> Tensor:
-    (stride, padding, dilation), size = _pairs(stride, padding, dilation), tuple(weight_size)
-    if x.shape[0] == 0:
-        return x.new_zeros(size)
-    problem = problem_of("weight_grad", x, tuple(x.shape), size, stride, padding, dilation)
-
-    def run(module: ModuleType) -> Tensor:
-        dw: Tensor = module.weight_grad(grad, x, size, stride, padding, dilation)
-        return dw
-
-    with without_autocast(grad):
-        dw = run(_backend.resolve(backend, problem, run))
-    return dw.contiguous()
+    run.__name__ = name
+    return run
 
 
-def _pairs(*given: Sequence[int]) -> Iterator[Pair]:
-    """PyTorch hands operators lists; problems are keys and want tuples."""
-    return ((pair[0], pair[1]) for pair in given)
+def _pair(sizes: Sequence[int]) -> Pair:
+    rows, columns = sizes
+    return rows, columns
 
 
 def _empty(like: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -262,15 +253,15 @@ def _flops(kernel: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     return 2 * prod(kernel[2:]) * prod(outputs)
 
 
-_PARTS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "depthwise": (_forward, _fake_forward, _forward_backward, _vmap_forward),
-    "depthwise_input_grad": (_input_grad, _fake_input_grad, _input_grad_backward, _vmap_input_grad),
-    "depthwise_weight_grad": (_weight_grad, _fake_weight_grad, _weight_grad_backward, _vmap_weight_grad),
+_PARTS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Any], Callable[..., Any]]] = {
+    "depthwise": ("forward", _fake_forward, _forward_backward, _vmap_forward),
+    "depthwise_input_grad": ("input_grad", _fake_input_grad, _input_grad_backward, _vmap_input_grad),
+    "depthwise_weight_grad": ("weight_grad", _fake_weight_grad, _weight_grad_backward, _vmap_weight_grad),
 }
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
-for _name, (_real, _fake, _backward, _vmap) in _PARTS.items():
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
+for _name, (_step, _fake, _backward, _vmap) in _PARTS.items():
+    _library.impl(_name, _implementation(_name, _step, _fake), "CompositeExplicitAutograd")
     torch.library.register_fake(f"widefield::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"widefield::{_name}", _backward, setup_context=_remember, lib=_library)
     torch.library.register_vmap(f"widefield::{_name}", functools.partial(_vmap, _operate), lib=_library)

@@ -62,12 +62,14 @@ def problem_of(
     padding: Pair,
     dilation: Pair,
 ) -> Problem:
-    """Describe a pass. ``x`` is the tensor whose layout the result takes: the input, or its gradient's source."""
+    """Describe a pass. ``x`` is the tensor whose layout the result takes: the input, or its gradient's source. One on
+    the meta device stands for a CPU's.
+    """
     batch, channels, height, width = input_size
     groups, _, kh, kw = weight_size
     return Problem(
         step, batch, channels, height, width, (kh, kw), stride, padding, dilation,
-        groups != 1, x.dtype, x.device, is_channels_last(x),
+        groups != 1, x.dtype, torch.device("cpu") if x.is_meta else x.device, is_channels_last(x),
     )  # fmt: skip
 
 

@@ -10,9 +10,8 @@ and torch.export keep them as nodes, and each is differentiable in terms of the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from widefield import _checks
 from widefield.ops import _backend
 from widefield.ops._autocast import autocast_dtype
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import STEPS, Pair, Problem, is_channels_last, output_size
+from widefield.ops._problem import STEPS, Pair, Problem, is_channels_last, output_size, problem_of
 
 
 def depthwise_conv2d(
@@ -57,45 +56,41 @@ def depthwise_conv2d(
         TypeError: x, weight and bias of different dtypes, outside autocast.
     """
     key = _key(x, weight, bias, stride, padding, dilation, backend)
-    if key in _stock_calls:
-        steps, pads, spread = _stock_calls[key]
-        return F.conv2d(x, weight, bias, steps, pads, spread, weight.shape[0])
-    given = x, weight
-    backend = _backend.names(backend)
-    x, weight, bias = _checked(x, weight, bias)
-    x, steps, pads, spread = _placed(x, weight, stride, padding, dilation)
-    if backend == "aten" or torch.compiler.is_exporting():
-        # What is exported runs where widefield is not installed: it keeps the operator that every runtime knows.
-        return F.conv2d(x, weight, bias, steps, pads, spread, x.shape[1])
-    if not _is_traced(x):
-        stock = _is_stock(_facts(x, weight), steps, pads, spread, backend, _steps(x, weight))
-        if stock and not x.is_meta:  # there F.conv2d forgets the layout
-            if key is not None and given[0] is x and given[1] is weight and len(_stock_calls) < 4096:
-                _stock_calls[key] = steps, pads, spread
-            return F.conv2d(x, weight, bias, steps, pads, spread, x.shape[1])
+    call = _calls.get(key)
+    if call is None:
+        given = x, weight
+        x, weight, bias, call = _prepared(x, weight, bias, stride, padding, dilation, backend)
+        if key is not None and given[0] is x and given[1] is weight and len(_calls) < 4096:
+            _calls[key] = call
+    if call.stock:
+        return F.conv2d(x, weight, bias, call.stride, call.padding, call.dilation, x.shape[1])
     bias = None if bias is None else bias[None]
-    return depthwise(x, weight.transpose(0, 1), bias, steps, pads, spread, backend)
+    return depthwise(x, weight.transpose(0, 1), bias, call.stride, call.padding, call.dilation, backend)
 
 
-_stock_calls: dict[Any, tuple[Pair, Pair, Pair]] = {}
-"""Calls that came out as PyTorch's own, with their geometry: reading it anew takes as long as small convolutions."""
+class _Call(NamedTuple):
+    """How a call is made once its arguments are checked: with F.conv2d, or with our operator."""
+
+    stock: bool
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
+_calls: dict[Any, _Call] = {}
+"""Calls that came up before: to check and to choose anew takes as long as small convolutions."""
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, backend: str) -> Any:
     """Return what tells apart calls that take different ways or are to be refused, or None where that is not plain:
     under transforms and autocast, and for arguments that are only equal to numbers that were checked, such as 1.0.
     """
-    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or x.is_meta:
         return None
     size, kernel = x.shape, weight.shape
-    if type(stride) is int and type(dilation) is int and type(padding) in (int, str):
-        plain = True
-    else:
-        plain = all(
-            type(value) in (int, str) or (type(value) is tuple and all(type(n) is int for n in value))
-            for value in (stride, padding, dilation)
-        )
-    if not plain or len(size) != 4 or len(kernel) != 4 or type(size[0]) is not int:  # the last: a symbol
+    if len(size) != 4 or len(kernel) != 4 or type(size[0]) is not int:  # the last: a symbol
+        return None
+    if not (_is_plain(stride) and _is_plain(padding) and _is_plain(dilation)):
         return None
     return (
         size, kernel, x.stride(1) == 1, weight.stride(1) == 1, x.dtype, weight.dtype, x.device,
@@ -104,67 +99,46 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
     )  # fmt: skip
 
 
-def _steps(x: Tensor, weight: Tensor) -> tuple[str, ...]:
-    """Return the passes that there will be."""
-    if not torch.is_grad_enabled():
-        return STEPS[:1]
-    return STEPS[:1] + STEPS[1:2] * x.requires_grad + STEPS[2:] * weight.requires_grad
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind is int or kind is str or (kind is tuple and all(type(number) is int for number in value))
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Say whether sizes may be symbols, which choose nothing and are no keys of a cache."""
-    return torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in x.shape)
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, backend: object
+) -> tuple[Tensor, Tensor, Tensor | None, _Call]:
+    """Return the tensors as they are to be convolved, and how; raises what :func:`depthwise_conv2d` promises."""
+    name = _backend.names(backend)
+    x, weight, bias = _checked(x, weight, bias)
+    x, *geometry = _placed(x, weight, stride, padding, dilation)
+    if name == "aten" or torch.compiler.is_exporting():
+        # What is exported runs where widefield is not installed: it keeps the operator that every runtime knows.
+        stock = True
+    elif torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in x.shape):
+        stock = False  # sizes may be symbols, which choose nothing
+    else:
+        passes = _passes(x, weight, *geometry)
+        for problem in passes:
+            _backend.check(name, problem)
+        if not torch.is_grad_enabled():
+            passes = passes[:1]
+        else:  # those that there will be
+            passes = passes[:1] + passes[1:2] * x.requires_grad + passes[2:] * weight.requires_grad
+        stock = name == "auto" and not x.is_meta and _backend.is_stock(passes)  # there F.conv2d forgets the layout
+    return x, weight, bias, _Call(stock, *geometry)
 
 
 def plan(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = "same",
-    dilation: int | Sequence[int] = 1,
-    backend: str = "auto",
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, backend: str
 ) -> list[Problem]:
     """Return the passes that a training step of this call makes; raises what :func:`depthwise_conv2d` would."""
-    x, weight, _ = _checked(x, weight, bias)
-    x, steps, pads, spread = _placed(x, weight, stride, padding, dilation)
-    return _problems(_facts(x, weight), steps, pads, spread, _backend.names(backend), STEPS)
+    x, weight, _, call = _prepared(x, weight, bias, stride, padding, dilation, backend)
+    return _passes(x, weight, call.stride, call.padding, call.dilation)
 
 
-Facts = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool]
-
-
-def _facts(x: Tensor, weight: Tensor) -> Facts:
-    """Return all that a choice looks at, in values that a cache can tell apart. Meta tensors stand for a CPU's."""
-    weight_size = (1, weight.shape[0], weight.shape[2], weight.shape[3])
-    device = torch.device("cpu") if x.is_meta else x.device
-    return tuple(x.shape), weight_size, x.dtype, device, is_channels_last(x)
-
-
-def _problems(
-    facts: Facts, stride: Pair, padding: Pair, dilation: Pair, backend: str, steps: Sequence[str]
-) -> list[Problem]:
-    size, weight_size, dtype, device, channels_last = facts
-    batch, channels, height, width = size
-    kernel, per_sample = (weight_size[2], weight_size[3]), False
-    problems = [
-        Problem(
-            step, batch, channels, height, width, kernel, stride, padding, dilation, per_sample, dtype, device,
-            channels_last,
-        )
-        for step in steps
-    ]  # fmt: skip
-    for problem in problems:
-        _backend.check(backend, problem)
-    return problems
-
-
-@functools.lru_cache(4096)  # which costs as much time as the smallest convolutions
-def _is_stock(facts: Facts, stride: Pair, padding: Pair, dilation: Pair, backend: str, steps: Sequence[str]) -> bool:
-    """Say whether PyTorch's own kernels are what a call would take; raises where its backend cannot compute it."""
-    problems = _problems(facts, stride, padding, dilation, backend, steps if backend == "auto" else STEPS)
-    return backend == "auto" and _backend.is_stock(problems)
+def _passes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[Problem]:
+    size, kernels = tuple(x.shape), (1, x.shape[1], *weight.shape[2:])
+    return [problem_of(step, x, size, kernels, stride, padding, dilation) for step in STEPS]
 
 
 def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -200,51 +174,29 @@ def _placed(
     x: Tensor, weight: Tensor, stride: object, padding: object, dilation: object
 ) -> tuple[Tensor, Pair, Pair, Pair]:
     """Return x, padded beforehand where the sides differ, and stride, padding and dilation as pairs."""
-    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    if not isinstance(padding, str):
-        padding = _pair("padding", padding, 0)
-    elif padding == "same" and steps != (1, 1):
-        halves = tuple(d * (k // 2) for d, k in zip(spread, weight.shape[2:], strict=True))
-        raise ValueError(
-            f"padding='same' is defined for stride 1; got stride={stride!r}. Give numbers, such as padding={halves}."
-        )
-    geometry = _geometry.__wrapped__ if _is_traced(x) else _geometry
-    pads, more = geometry(tuple(x.shape[2:]), tuple(weight.shape[2:]), steps, padding, spread)
-    if more != (0, 0):
-        x = F.pad(x, (0, more[1], 0, more[0]))
-    return x, steps, pads, spread
-
-
-@functools.lru_cache(4096)
-def _geometry(size: Pair, kernel: Pair, steps: Pair, padding: Pair | str, spread: Pair) -> tuple[Pair, Pair]:
-    """Return the padding of all sides, and how many rows and columns to add at the bottom and on the right."""
-    more: Pair = (0, 0)
-    if padding == "valid":
-        pads: Pair = (0, 0)
-    elif padding == "same":
+    steps, spread = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
+    size, kernel = x.shape[2:], (weight.shape[2], weight.shape[3])
+    pads, more = (0, 0), (0, 0)
+    if padding == "same":
+        if steps != (1, 1):
+            halves = tuple(d * (k // 2) for d, k in zip(spread, kernel, strict=True))
+            raise ValueError(
+                f"padding='same' is defined for stride 1; got stride={stride!r}. "
+                f"Give numbers, such as padding={halves}."
+            )
         total = (spread[0] * (kernel[0] - 1), spread[1] * (kernel[1] - 1))
         pads, more = (total[0] // 2, total[1] // 2), (total[0] % 2, total[1] % 2)
     elif isinstance(padding, str):
-        raise ValueError(f"padding must be numbers, 'same' or 'valid'; got {padding!r}.")
+        if padding != "valid":
+            raise ValueError(f"padding must be numbers, 'same' or 'valid'; got {padding!r}.")
     else:
-        pads = padding
+        pads = _checks.pair("padding", padding, minimum=0)
     rows, columns = output_size((size[0] + more[0], size[1] + more[1]), kernel, steps, pads, spread)
     if rows < 1 or columns < 1:
         raise ValueError(
             f"a {kernel[0]}x{kernel[1]} kernel with dilation {spread} does not fit on a map of "
             f"{size[0]}x{size[1]} pixels with padding {pads}. padding='same' fits any kernel."
         )
-    return pads, more
-
-
-def _pair(name: str, value: object, minimum: int) -> Pair:
-    if type(value) is int and value >= minimum:
-        return value, value
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) == 1:
-            return _pair(name, value[0], minimum)
-        if len(value) != 2:
-            raise ValueError(f"{name} must be one integer or two (rows, columns); got {tuple(value)!r}.")
-        return _checks.integer(name, value[0], minimum=minimum), _checks.integer(name, value[1], minimum=minimum)
-    number = _checks.integer(name, value, minimum=minimum)
-    return number, number
+    if more != (0, 0):
+        x = F.pad(x, (0, more[1], 0, more[0]))
+    return x, steps, pads, spread

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from widefield.ops import _backend, depthwise, mixture
@@ -59,25 +59,31 @@ def explain(op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation
     known: dict[Callable[..., Tensor], Callable[..., list[Choice]]] = {
         depthwise.depthwise_conv2d: _depthwise,
         mixture.mixture_conv2d: _mixture,
-        mixture.bank_conv2d: _mixture,
+        mixture.bank_conv2d: _bank,
     }
     if op not in known:
         names = ", ".join(f.__name__ for f in known)
         raise ValueError(f"explain knows {names}; got {getattr(op, '__name__', op)!r}.")
-    return Explanation(op.__name__, tuple(known[op](*args, **kwargs)))
+    given = inspect.signature(op).bind(*args, **kwargs)
+    given.apply_defaults()
+    return Explanation(op.__name__, tuple(known[op](**given.arguments)))
 
 
-def _depthwise(*args: Any, **kwargs: Any) -> list[Choice]:
-    return [_choice(kwargs.get("backend", "auto"), problem) for problem in depthwise.plan(*args, **kwargs)]
+def _depthwise(**given: Any) -> list[Choice]:
+    return [_choice(given["backend"], problem) for problem in depthwise.plan(**given)]
 
 
-def _mixture(*args: Any, **kwargs: Any) -> list[Choice]:
-    way, reason, others, problems = mixture.plan(*args, **kwargs)
+def _mixture(*, sparse: bool, **given: Any) -> list[Choice]:
+    way, reason, others, problems = mixture.plan(**given)
     return [Choice("mixture", way, reason, others), *(_choice("auto", problem) for problem in problems)]
 
 
+def _bank(*, bank: Tensor, bias_bank: Tensor | None, experts: Sequence[tuple[int, int]], **given: Any) -> list[Choice]:
+    dilations = [dilation for _, dilation in experts]
+    return _mixture(kernels=bank, biases=bias_bank, dilations=dilations, experts=experts, **given)
+
+
 def _choice(backend: str, problem: Problem) -> Choice:
-    problem = problem._replace(device=torch.device("cpu")) if problem.device.type == "meta" else problem
     taken, reason = (backend, "asked for") if backend != "auto" else _backend.choose(problem)
     others = {
         other: _backend.why_not(other, problem) or "it could, but is not the fastest here"

@@ -136,17 +136,16 @@ def plan(
     kernels: Sequence[Tensor] | Tensor,
     biases: Sequence[Tensor] | Tensor | None,
     weights: Tensor,
-    *,
-    stride: int = 1,
-    groups: int = 1,
-    dilations: Sequence[int] | None = None,
+    stride: int,
+    groups: int,
+    dilations: Sequence[int] | None,
+    backend: str,
     experts: Sequence[tuple[int, int]] | None = None,
-    sparse: bool = False,
-    backend: str = "auto",
 ) -> tuple[str, str, dict[str, str], list[Problem]]:
-    """Return what a call of either function would do: backend, reason, why not the others, depthwise passes."""
-    if experts is not None:
-        dilations = [d for _, d in experts]
+    """Return what a call of either function would do: backend, reason, why not the others, depthwise passes.
+
+    ``experts``: where the kernels are a padded bank, the size and dilation of each.
+    """
     dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
     _check(x, list(kernels), None if biases is None else list(biases), weights, groups, dilations)
     step = fold.common_dilation(dilations)

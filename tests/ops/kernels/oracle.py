@@ -7,10 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from tolerances import BFLOAT16, FLOAT32, close
-
-# float16 keeps 11 bits, more than bfloat16.
-TOLERANCES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: BFLOAT16}
+from tolerances import FLOAT32, OF_DTYPE, close
 
 
 def convolve(x, weight, bias, stride, padding, dilation):
@@ -83,7 +80,7 @@ def passes(
         y = module.forward(x, weight, shift, *settings)
         dx = module.input_grad(grad, weight, x.shape, *settings)
         dw = module.weight_grad(grad, x, weight.shape, *settings)
-    tolerance = TOLERANCES[dtype]
+    tolerance = OF_DTYPE[dtype]
     for actual, wanted in ((y, expected), (dx, expected_grads[0]), (dw, expected_grads[1])):
         assert actual.dtype == dtype
         close(actual, wanted, tolerance)
@@ -135,17 +132,17 @@ def routed(
     with candidate(module.tune, block):
         y = module.forward(x, given, spans, shifts, weights)
         dx, d_bank, d_bias, d_weights = module.backward(grad, x, given, spans, shifts, weights)
-    tolerance = TOLERANCES[dtype]
+    tolerance = OF_DTYPE[dtype]
     close(y, expected, tolerance)
     assert y.dtype == dx.dtype == dtype
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert y.is_contiguous(memory_format=layout)
     assert dx.is_contiguous(memory_format=layout)
     close(dx, expected_grads[0], tolerance)
-    close(d_bank, expected_grads[1], TOLERANCES[given.dtype])
+    close(d_bank, expected_grads[1], OF_DTYPE[given.dtype])
     assert d_bank.dtype == given.dtype
     assert (d_bank * (1 - live)).abs().sum() == 0
-    close(d_weights, expected_grads[2], TOLERANCES[given.dtype])
+    close(d_weights, expected_grads[2], OF_DTYPE[given.dtype])
     assert d_weights.dtype == weights.dtype
     if bias:
         close(d_bias, expected_grads[3], FLOAT32)
