@@ -168,10 +168,10 @@ class Record:
             "command": self.settings.command,
             "environment": self.environment,
             "facts": self.facts,
-            "tables": {table.title: table.rows for table in self.tables},
             "summary": [b.to_dict() for b in bars],
         }
-        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        rows = {table.title: table.rows for table in self.tables}
+        stem.with_suffix(".json").write_text(_document(result, rows))
         # The markers let a page of the docs take the head alone.
         parts = ["<!-- --8<-- [start:summary] -->", f"`{self.settings.command}`: {self._about()}", *self.facts]
         if shown:
@@ -198,5 +198,18 @@ def _ms(seconds: float) -> str:
 
 
 def times(rows: Mapping[str, bench.Row]) -> dict[str, Row]:
-    """Return measured rows as plain dictionaries."""
-    return {name: row.to_dict() for name, row in rows.items()}
+    """Return measured rows as plain dictionaries: seconds, and the peak of memory where it is known."""
+    return {
+        name: {key: value for key, value in row.to_dict().items() if key != "name" and value is not None}
+        for name, row in rows.items()
+    }
+
+
+def _document(result: Mapping[str, Any], tables: Mapping[str, Sequence[Row]]) -> str:
+    """Return JSON with a line for each row, so that a run can be compared with the next line by line."""
+    parts = (
+        f"  {json.dumps(title)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
+        for title, rows in tables.items()
+    )
+    head = json.dumps(result, indent=1).removesuffix("\n}")
+    return f'{head},\n "tables": {{\n' + ",\n".join(parts) + "\n }\n}\n"

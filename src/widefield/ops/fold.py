@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,37 +63,10 @@ def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
     The bank is to be applied with dilation d = :func:`common_dilation`; K spans the largest expert in steps of d.
     Differentiable with respect to every kernel.
     """
-    if torch._C._are_functorch_transforms_active():  # which allow no writing into parts of a tensor
-        step = common_dilation(dilations)
-        spread = [dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
-        size = max(k.shape[-1] for k in spread)
-        return torch.stack([pad(k, size) for k in spread])
-    bank: Tensor = _Bank.apply(tuple(dilations), *kernels)
-    return bank
-
-
-class _Bank(torch.autograd.Function):
-    """Write every kernel to its place once: with hundreds of experts, padded copies would cost more than mixing.
-
-    The gradient is made of views, so that it can be differentiated again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, dilations: tuple[int, ...], *kernels: Tensor) -> Tensor:
-        step = common_dilation(dilations)
-        spans = [effective_size(k.shape[-1], d // step) for k, d in zip(kernels, dilations, strict=True)]
-        ctx.experts = [(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
-        ctx.step = step
-        bank = kernels[0].new_zeros(len(kernels), *kernels[0].shape[:-2], max(spans), max(spans))
-        for r, (kernel, dilation) in enumerate(zip(kernels, dilations, strict=True)):
-            expert(bank, r, kernel.shape[-1], dilation, step).copy_(kernel)
-        return bank
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        experts = enumerate(ctx.experts)
-        return None, *(expert(grad, r, k, d, ctx.step) if wanted[r] else None for r, (k, d) in experts)
+    step = common_dilation(dilations)
+    spread = [dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
+    size = max(k.shape[-1] for k in spread)
+    return torch.stack([pad(k, size) for k in spread])
 
 
 def expert(bank: Tensor, index: int, size: int, dilation: int, step: int) -> Tensor:

@@ -89,7 +89,8 @@ def mixture_conv2d(
         biases = None if biases is None else [biases[r] for r in order]
     bias_bank = None if biases is None else torch.stack(list(biases))
     buckets = sparse and _has_numbers(weights)
-    if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not buckets and x.device.type != "cuda":
+    on_gpu = x.device.type == "cuda"  # where the bank may be mixed inside the convolution
+    if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not buckets and not on_gpu:
         with without_autocast(x):
             mixed = _mixed_by_kind(kernels, experts, weights.to(kernels[0].dtype), max(x.shape[2:]), step)
             bias = None if bias_bank is None else weights.to(bias_bank.dtype) @ bias_bank
