@@ -110,8 +110,8 @@ def check_tensors(model, expected):
 
 def loaded(module, case, key="state_dict"):
     """Give a module the weights of an operator's case, every key of them; in float64 and evaluation mode."""
-    module.load_state_dict({name: array(entry) for name, entry in case[key].items()})
-    return module.double().eval()
+    module.double().load_state_dict({name: array(entry) for name, entry in case[key].items()})
+    return module.eval()
 
 
 def check_operator(run, case):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import SelectAdaptivePool2d
-from timm.models import checkpoint_seq, feature_take_indices
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,16 +1,27 @@
 """Layers, one idea a file. A layer that can be re-parameterised has ``fuse() -> nn.Module``."""
 
+from widefield.nn.deform import DCNv3, DeformConv2d
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
+from widefield.nn.grn import GRN
+from widefield.nn.inception import InceptionDWConv2d
+from widefield.nn.large_kernel import DecomposedConv2d, DilatedReparamConv2d, LargeKernelConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
-from widefield.nn.reparam import ConvNorm, DecomposedConv2d, DilatedReparamConv2d, LargeKernelConv2d, ReparamConv2d
+from widefield.nn.reparam import ConvNorm, ReparamConv2d
 from widefield.nn.router import Router, load_balancing
 
 __all__ = [
+    "GRN",
     "ConvNorm",
+    "DCNv3",
     "DecomposedConv2d",
+    "DeformConv2d",
     "DepthwiseConv2d",
     "DilatedReparamConv2d",
+    "DynamicGMConv2d",
     "FusedMoRFConv2d",
+    "GMConv2d",
+    "InceptionDWConv2d",
     "LargeKernelConv2d",
     "MoRFConv2d",
     "ReparamConv2d",

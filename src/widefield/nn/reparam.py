@@ -1,41 +1,33 @@
-"""Large depthwise kernels that train as a sum of branches, each with batch norm, and merge into one convolution.
-
-- A small kernel beside the large one: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31", CVPR 2022,
-  section 3, guideline 3.
-- Dilated small kernels beside the large one: Ding et al., "UniRepLKNet", CVPR 2024, section 3.1.
-- Two crossed bands and a small square in its place: Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond
-  51x51 using Sparsity" (SLaK), ICLR 2023, section 3.
+"""Sums of depthwise branches, each with batch norm, that merge into one convolution; :mod:`widefield.nn.large_kernel`
+has the kinds of them.
 
 Convolution is linear, and so is batch norm in evaluation: a sum of both is one convolution with the sum of the
-kernels, each spread by its dilation, padded with zeros to the largest and scaled by its norm. Keys are those of the
-papers' code.
+kernels, each spread by its dilation, padded with zeros to the largest and scaled by its norm. What ``fuse()`` returns
+has parameters of its own and is in evaluation mode; they are those of plain convolutions, and train on where the
+branches' kernels did.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
+from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d, bare
 from widefield.ops import fold
 
+INIT = ("preserve", "random")
+
 Pair = tuple[int, int]
 
-DILATED_BRANCHES: Mapping[int, tuple[Pair, ...]] = {
-    5: ((3, 1), (3, 2)),
-    7: ((5, 1), (3, 2), (3, 3)),
-    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
-    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
-    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
-    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
-    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
-}
-"""UniRepLKNet's (kernel size, dilation) of the branches beside a kernel of each size."""
+Branch = tuple[nn.Conv2d, _BatchNorm | None]
+"""A convolution and the norm after it, if there is one."""
 
 
 class ConvNorm(nn.Sequential):
@@ -72,7 +64,7 @@ class ReparamConv2d(nn.Module):
     :meth:`branches`, the first of them the largest.
     """
 
-    def branches(self) -> list[tuple[nn.Conv2d, _BatchNorm]]:
+    def branches(self) -> list[Branch]:
         """Return the convolutions, each with its norm."""
         raise NotImplementedError
 
@@ -80,7 +72,7 @@ class ReparamConv2d(nn.Module):
         """Sum over the branches of ``norm(conv(x))``."""
         y: Tensor | None = None
         for conv, norm in self.branches():
-            term = norm(conv(x))
+            term = conv(x) if norm is None else norm(conv(x))
             y = term if y is None else y + term
         if y is None:
             raise ValueError("there are no branches to sum.")
@@ -90,152 +82,78 @@ class ReparamConv2d(nn.Module):
         """Return the merged layer. Exact in evaluation mode; raises RuntimeError in training mode."""
         raise NotImplementedError
 
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, kernel_size: int | Pair, *, init: str = "preserve", **options: Any) -> Self:
+        """Make this layer in place of a depthwise convolution: its stride, backend, device, dtype and mode.
+
+        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), so is the layer.
+
+        Args:
+            conv: depthwise, odd kernel, "same" padding with zeros, no dilation; any stride.
+            kernel_size: as in the constructor.
+            init: "preserve": the layer computes what ``conv`` computes (:meth:`absorb`); where there are norms, in
+                evaluation mode only, as in training mode batch norm subtracts and divides by what it sees. "random": a
+                fresh start.
+            options: further ones of the constructor.
+
+        Raises:
+            ValueError: ``conv`` cannot be replaced (the message says why), or with ``init="preserve"`` the first branch
+                cannot hold its kernel.
+        """
+        check_init(init)
+        reason = why_not(conv)
+        if reason:
+            raise ValueError(f"{conv} cannot become a {cls.__name__}: {reason}.")
+        make: Any = cls
+        stride, backend = _checks.pair("stride", conv.stride), getattr(conv, "backend", "auto")
+        layer: Self = make(conv.in_channels, kernel_size, stride=stride, backend=backend, **options).to(conv.weight)
+        if init == "preserve":
+            layer.absorb(conv)
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
+
+    @torch.no_grad()
+    def absorb(self, conv: nn.Conv2d) -> None:
+        """Set all branches so that in evaluation mode their sum is ``conv``, while every branch stays able to learn.
+
+        All branches but the first start as equal shares of half of the old kernel at their taps, perturbed by a tenth
+        of the channel's root mean square, as two equal branches would get equal gradients for ever; taps that the first
+        one does not have start at zero. The first one takes up the remainder, so the sum is the old kernel to rounding.
+        Norms, as new, have mean 0 and variance 1; their weight is the root of ``1 + eps``, so that they scale by 1. The
+        old bias is that of the first norm, or without norms that of the first convolution.
+
+        Raises:
+            ValueError: the kernel of ``conv`` is larger than the first branch.
+        """
+        (first, norm), *beside = self.branches()
+        size = _checks.pair("kernel_size", first.kernel_size)
+        reason = lacks_room(conv, size)
+        if reason:
+            raise ValueError(f"{conv} cannot become a {type(self).__name__}: {reason}.")
+        old = conv.weight.double()
+        noise = 0.1 * old.square().mean((1, 2, 3), keepdim=True).sqrt()
+        noise = torch.where(noise > 0, noise, 1e-2)
+        remainder = fold.pad(old, size)
+        for part, _ in beside:
+            dilation = part.dilation[0]
+            span = tuple(fold.effective_size(k, dilation) for k in part.kernel_size)
+            share = _centred(old, span)[..., ::dilation, ::dilation] / (2 * len(beside))
+            common = _centred(old.new_ones(size), span)[::dilation, ::dilation]  # taps that the first has
+            part.weight.copy_(share + common * noise * torch.randn_like(share))
+            remainder -= _centred(fold.dilate(part.weight.double(), dilation), size)  # as rounded
+        first.weight.copy_(remainder)
+        for _, each in self.branches():
+            if each is not None:
+                each.reset_parameters()
+                each.weight.fill_((1 + each.eps) ** 0.5)
+        bias = first.bias if norm is None else norm.bias
+        if bias is not None:
+            bias.copy_(torch.zeros_like(bias) if conv.bias is None else conv.bias)
+
     def extra_repr(self) -> str:
         """Show the kernels."""
         kernels = [(*conv.kernel_size, conv.dilation[0]) for conv, _ in self.branches()]
         words = (f"{h}x{w}" + (f" dilated {d}" if d > 1 else "") for h, w, d in kernels)
         return f"{self.branches()[0][0].in_channels}, {' + '.join(words)}"
-
-
-class LargeKernelConv2d(ReparamConv2d):
-    """RepLKNet's: a large kernel and a small one, each with batch norm. ``lkb_origin``, ``small_conv``.
-
-    Args:
-        channels: of input and output.
-        kernel_size: odd, or (rows, columns) both odd.
-        stride: of both.
-        small: size of the small kernel; smaller than the large one, or None for none. Where a side of the large kernel
-            is smaller, so is that of the small kernel.
-
-    Raises:
-        TypeError, ValueError: sizes that are no odd integers, ``small`` larger than the kernel.
-    """
-
-    def __init__(self, channels: int, kernel_size: int | Pair, stride: int = 1, small: int | None = 5) -> None:
-        super().__init__()
-        size = _odd_pair("kernel_size", kernel_size)
-        self.lkb_origin = ConvNorm(_depthwise(channels, size, stride))
-        if small is not None:
-            beside = _odd_pair("small", small)
-            if beside[0] > max(size):
-                raise ValueError(f"small must not exceed the kernel of {size[0]}x{size[1]}; got {small}.")
-            beside = min(beside[0], size[0]), min(beside[1], size[1])
-            self.small_conv = ConvNorm(_depthwise(channels, beside, stride))
-
-    def branches(self) -> list[tuple[nn.Conv2d, _BatchNorm]]:
-        """Return the large kernel, and the small one if there is one."""
-        return [(part.conv, part.bn) for part in self.children() if isinstance(part, ConvNorm)]
-
-    def fuse(self) -> nn.Sequential:
-        """Return one depthwise convolution, ``lkb_reparam``, with a bias. Exact in evaluation mode.
-
-        Raises:
-            RuntimeError: in training mode.
-        """
-        return _alone("lkb_reparam", merged(self))
-
-
-class DilatedReparamConv2d(ReparamConv2d):
-    """UniRepLKNet's: a large kernel, and dilated ones beside it. ``lk_origin``, ``origin_bn``, ``dil_conv_k3_2``, ...
-
-    Args:
-        channels: of input and output.
-        kernel_size: odd.
-        branches: (kernel size, dilation) of each one beside it; by default UniRepLKNet's for this size.
-
-    Raises:
-        TypeError, ValueError: sizes that are no odd integers; no default for this size; a branch that spans more.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, branches: Sequence[Pair] | None = None) -> None:
-        super().__init__()
-        size, _ = _odd_pair("kernel_size", kernel_size)
-        if branches is None:
-            if size not in DILATED_BRANCHES:
-                known = ", ".join(map(str, DILATED_BRANCHES))
-                raise ValueError(f"UniRepLKNet has branches for kernels of {known}; got {size}: give branches=.")
-            branches = DILATED_BRANCHES[size]
-        self.lk_origin = _depthwise(channels, (size, size), 1)
-        self.origin_bn = nn.BatchNorm2d(channels)
-        self._branches = _checks.experts(branches) if branches else ()
-        for k, d in self._branches:
-            if fold.effective_size(k, d) > size:
-                raise ValueError(
-                    f"a branch of kernel size {k} and dilation {d} spans {fold.effective_size(k, d)} pixels, "
-                    f"more than the kernel of {size}x{size}."
-                )
-            self.add_module(f"dil_conv_k{k}_{d}", _depthwise(channels, (k, k), 1, d))
-            self.add_module(f"dil_bn_k{k}_{d}", nn.BatchNorm2d(channels))
-
-    def branches(self) -> list[tuple[nn.Conv2d, _BatchNorm]]:
-        """Return the large kernel and the dilated ones."""
-        beside = [(getattr(self, f"dil_conv_k{k}_{d}"), getattr(self, f"dil_bn_k{k}_{d}")) for k, d in self._branches]
-        return [(self.lk_origin, self.origin_bn), *beside]
-
-    def fuse(self) -> nn.Sequential:
-        """Return one depthwise convolution, ``lk_origin``, with a bias. Exact in evaluation mode.
-
-        Raises:
-            RuntimeError: in training mode.
-        """
-        return _alone("lk_origin", merged(self))
-
-
-class DecomposedConv2d(ReparamConv2d):
-    """SLaK's: bands of KxN and NxK and a square of NxN, each with batch norm. ``LoRA1``, ``LoRA2``, ``small_conv``.
-
-    Args:
-        channels: of input and output.
-        kernel_size: K, odd.
-        small: N, odd. The square is left out where N is not below K.
-
-    Raises:
-        TypeError, ValueError: sizes that are no odd integers.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, small: int = 5) -> None:
-        super().__init__()
-        (long, _), (short, _) = _odd_pair("kernel_size", kernel_size), _odd_pair("small", small)
-        self.LoRA1 = ConvNorm(_depthwise(channels, (long, short), 1))
-        self.LoRA2 = ConvNorm(_depthwise(channels, (short, long), 1))
-        if short < long:
-            self.small_conv = ConvNorm(_depthwise(channels, (short, short), 1))
-
-    def branches(self) -> list[tuple[nn.Conv2d, _BatchNorm]]:
-        """Return the two bands and the square."""
-        return [(part.conv, part.bn) for part in self.children() if isinstance(part, ConvNorm)]
-
-    def fuse(self) -> DecomposedKernel:
-        """Return the sum of the two bands, norms and square folded in. Exact in evaluation mode.
-
-        One KxK kernel would be exact too, and cost K / (2N) times as many multiply-adds.
-
-        Raises:
-            RuntimeError: in training mode.
-        """
-        refuse_training(self)
-        first, second, *square = (fold_norm(conv, norm) for conv, norm in self.branches())
-        with torch.no_grad():
-            for conv in square:
-                first.weight += fold.pad(conv.weight, first.kernel_size)  # type: ignore[arg-type]
-                first.bias += conv.bias  # type: ignore[operator]
-            first.bias += second.bias  # type: ignore[operator]
-        second.bias = None
-        return DecomposedKernel(first, second)
-
-
-class DecomposedKernel(nn.Module):
-    """The merged :class:`DecomposedConv2d`: the sum of two bands, ``LoRA1`` and ``LoRA2``. Made by ``fuse()``."""
-
-    def __init__(self, rows: nn.Conv2d, columns: nn.Conv2d) -> None:
-        super().__init__()
-        self.LoRA1, self.LoRA2 = rows, columns
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        y: Tensor = self.LoRA1(x) + self.LoRA2(x)
-        return y
 
 
 def merged(layer: ReparamConv2d) -> nn.Conv2d:
@@ -256,22 +174,33 @@ def merged(layer: ReparamConv2d) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def fold_norm(conv: nn.Conv2d, norm: _BatchNorm) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: _BatchNorm | None) -> nn.Conv2d:
     """Return the convolution, of the same kind and with a bias, that ``conv`` and ``norm`` are in evaluation mode.
+
+    Its parameters are new ones, and ask for gradients where the kernel of ``conv`` does. Without a norm: copies.
 
     Raises:
         RuntimeError: one of the two is in training mode.
-        ValueError: ``norm`` has no running statistics.
+        ValueError: ``norm`` has no running statistics, or another number of channels.
     """
-    for module in (conv, norm):
-        refuse_training(module)
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
-    weight, bias = fold.fold_batch_norm(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-    )
+    refuse_training(conv)
+    if norm is None:
+        weight = conv.weight.clone()
+        bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.clone()
+    else:
+        refuse_training(norm)
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
+        if norm.num_features != conv.out_channels:
+            raise ValueError(
+                f"cannot fold a batch norm of {norm.num_features} channels into {conv.out_channels} outputs."
+            )
+        weight, bias = fold.fold_batch_norm(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+        )
     plain = bare(conv, bias=True)
-    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    learns = conv.weight.requires_grad
+    plain.weight, plain.bias = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
     plain.eval()
     return DepthwiseConv2d.from_conv2d(plain, backend=conv.backend) if isinstance(conv, DepthwiseConv2d) else plain
 
@@ -282,20 +211,54 @@ def refuse_training(module: nn.Module) -> None:
         raise RuntimeError("fuse() computes the evaluation-mode function: call model.eval() first.")
 
 
-def _depthwise(channels: int, size: Pair, stride: int, dilation: int = 1) -> DepthwiseConv2d:
+def check_init(init: str) -> str:
+    """Return ``init`` if :meth:`LargeKernelConv2d.from_conv2d` knows it; raises ValueError."""
+    return _checks.choice("init", init, INIT)
+
+
+def why_not(conv: nn.Module) -> str | None:
+    """Return why ``conv`` cannot become a :class:`LargeKernelConv2d`, or None if it can."""
+    reason = None if type(conv) is DepthwiseConv2d else depthwise.why_not(conv)
+    if reason is not None or not isinstance(conv, nn.Conv2d):
+        return reason
+    rows, columns = conv.kernel_size
+    if rows % 2 == 0 or columns % 2 == 0:
+        return f"its kernel size is even ({rows}x{columns})"
+    if set(conv.dilation) != {1}:
+        return f"its dilation is {conv.dilation}: put the large kernel into the network before it is dilated"
+    if conv.padding_mode != "zeros":
+        return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
+    same = rows // 2, columns // 2
+    if conv.padding != "same" and conv.padding != same:
+        return f"its padding is {conv.padding}, and {same} is what centres the kernel on the pixel"
+    return None
+
+
+def lacks_room(conv: nn.Conv2d, kernel_size: int | Pair) -> str | None:
+    """Return why a kernel of this size cannot hold that of ``conv`` (which passed :func:`why_not`), or None."""
+    rows, columns = odd_pair("kernel_size", kernel_size)
+    if conv.kernel_size[0] > rows or conv.kernel_size[1] > columns:
+        return f"its {conv.kernel_size[0]}x{conv.kernel_size[1]} kernel does not fit into one of {rows}x{columns}"
+    return None
+
+
+def depthwise_same(
+    channels: int, size: Pair, stride: int | Pair = 1, dilation: int = 1, bias: bool = False, backend: str = "auto"
+) -> DepthwiseConv2d:
+    """Return a depthwise convolution that is centred on its pixel."""
     padding = (dilation * (size[0] // 2), dilation * (size[1] // 2))
-    return DepthwiseConv2d(channels, size, stride, padding, dilation, bias=False)
+    return DepthwiseConv2d(channels, size, stride, padding, dilation, bias, backend=backend)
 
 
-def _alone(name: str, conv: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(OrderedDict({name: conv})).eval()
+def _centred(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Crop or pad (..., K_h, K_w) to (..., rows, columns), all odd, around the same centre."""
+    down, right = (size[0] - kernel.shape[-2]) // 2, (size[1] - kernel.shape[-1]) // 2
+    return F.pad(kernel, (right, right, down, down))  # which crops where these are negative
 
 
-def _odd_pair(name: str, value: object) -> Pair:
-    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one integer or two (rows, columns); got {pair!r}.")
-    rows, columns = (_checks.integer(name, side) for side in pair)
+def odd_pair(name: str, value: object) -> Pair:
+    """Return (rows, columns), both odd, for one number or two; raises TypeError or ValueError."""
+    rows, columns = _checks.pair(name, value)
     for side in (rows, columns):
         if side % 2 == 0:
             raise ValueError(f"{name} must be odd, so that it is centred on a pixel; got {side}.")

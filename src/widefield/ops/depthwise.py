@@ -101,7 +101,9 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
 
 def _is_plain(value: Any) -> bool:
     kind = type(value)
-    return kind is int or kind is str or (kind is tuple and all(type(number) is int for number in value))
+    if kind is tuple:
+        return len(value) == 2 and type(value[0]) is int and type(value[1]) is int
+    return kind is int or kind is str
 
 
 def _prepared(

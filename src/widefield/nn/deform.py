@@ -1,0 +1,289 @@
+"""DCNv3, the operator of InternImage: Wang et al., "InternImage: Exploring Large-Scale Vision Foundation Models with
+Deformable Convolutions", CVPR 2023, section 3.1, eq. 2.
+
+A convolution whose points move: for every pixel and group of channels, places and weights of its K points are
+predicted from the input. Weights sum to one over the points; what is convolved is mixed by linear layers before and
+after. Keys are those of the paper's code.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widefield import _checks
+from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.ops._problem import is_channels_last, laid_out
+from widefield.ops.deform import BACKENDS, Sampling, dcnv3, sampling_points
+
+GROUP_CHANNELS = 16
+"""Channels of a group in the published networks."""
+
+
+class DCNv3(nn.Module):
+    """Deformable convolution, version 3; channels last: (N, H, W, C) -> (N, Ho, Wo, C_out).
+
+    The depthwise convolution that predicts offsets and weights is centred where the grid of points is, and has the
+    same stride; hence any stride and padding works. In the paper's code the module takes a stride, but fails for any
+    other than 1.
+
+    Args:
+        channels: C.
+        kernel_size: the grid has ``K = kernel_size**2`` points.
+        dw_kernel_size: of the depthwise convolution, odd; ``kernel_size`` by default.
+        stride, dilation: of the grid.
+        pad: zeros around the map; None: as many as keep its size at stride 1.
+        groups: each has points of its own for its ``C / groups`` channels.
+        offset_scale: multiplies offsets and grid.
+        center_feature_scale: mix each output with the input at its place, by a gate for each group (InternImage-H).
+        remove_center: leave out the point at the centre.
+        out_channels: C_out; ``channels`` by default.
+        norm_layer: channels -> norm after the depthwise convolution, for (N, C, H, W).
+        act_layer: -> activation after that norm.
+        backend: of :func:`widefield.ops.deform.dcnv3`.
+
+    Raises:
+        TypeError, ValueError: numbers out of range; channels that groups does not divide; an even span of the grid, or
+            an even ``dw_kernel_size``, which have no centre; a depthwise convolution too small for the padding.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        dw_kernel_size: int | None = None,
+        stride: int = 1,
+        pad: int | None = None,
+        dilation: int = 1,
+        groups: int = 4,
+        offset_scale: float = 1.0,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        *,
+        out_channels: int | None = None,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.channels = _checks.integer("channels", channels)
+        self.out_channels = _checks.integer("out_channels", channels if out_channels is None else out_channels)
+        self.backend = _checks.choice("backend", backend, BACKENDS)
+        size = _checks.integer("kernel_size", kernel_size)
+        span = _checks.integer("dilation", dilation) * (size - 1)
+        if span % 2:
+            raise ValueError(f"a grid of kernel_size={size} and dilation={dilation} has no centre: use an odd size.")
+        pad = span // 2 if pad is None else pad
+        self.sampling = Sampling(size, stride, pad, dilation, groups, offset_scale, remove_center).checked()
+        if channels % groups:
+            raise ValueError(f"channels must be divisible by groups; got channels={channels} and groups={groups}.")
+        dw_size = size if dw_kernel_size is None else dw_kernel_size
+        self.dw_conv = nn.Sequential(
+            DepthwiseConv2d(channels, dw_size, stride=stride, padding=_depthwise_padding(dw_size, self.sampling)),
+            keyed(1, norm_layer(channels)),
+            act_layer(),
+        )
+        count = groups * self.sampling.points
+        self.offset = nn.Linear(channels, 2 * count)
+        self.mask = nn.Linear(channels, count)
+        self.input_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, self.out_channels)
+        self.center_feature_scale = bool(center_feature_scale)
+        if self.center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start on the regular grid with equal weights, as the paper's code does.
+
+        While ``offset`` and ``mask`` are zero, no gradient passes through them: ``dw_conv`` learns from the second step
+        on.
+        """
+        for layer in (self.offset, self.mask):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (self.input_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
+
+    def points(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the layer reads x (N, H, W, C), and with which weights; G groups of K points.
+
+        Returns:
+            (N, Ho, Wo, G, K, 2), per point (column, row) in pixels, and (N, Ho, Wo, G, K).
+        """
+        offset, mask = self._offset_and_mask(self._features(x))
+        places = sampling_points(offset, (x.shape[1], x.shape[2]), self.sampling)
+        return places, mask.unflatten(-1, (self.sampling.groups, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, Ho, Wo, C_out)."""
+        features = self._features(x)
+        value = self.input_proj(x)
+        y = dcnv3(value, *self._offset_and_mask(features), **self.sampling._asdict(), backend=self.backend)
+        if self.center_feature_scale:
+            y = self._with_centre(y, value, features)
+        out: Tensor = self.output_proj(y)
+        return out
+
+    def _features(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[-1] != self.channels:
+            raise ValueError(
+                f"the input must be (N, H, W, {self.channels}); got shape {tuple(x.shape)}. "
+                "Bring a map to channels last with x.permute(0, 2, 3, 1)."
+            )
+        features: Tensor = self.dw_conv(x.permute(0, 3, 1, 2))
+        return features.permute(0, 2, 3, 1)
+
+    def _offset_and_mask(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        mask: Tensor = self.mask(features).unflatten(-1, (self.sampling.groups, -1)).softmax(-1)
+        return self.offset(features), mask.flatten(-2)
+
+    def _with_centre(self, y: Tensor, value: Tensor, features: Tensor) -> Tensor:
+        sampling = self.sampling
+        gate = F.linear(features, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias).sigmoid()
+        more = sampling.padding - sampling.reach  # negative: the outermost pixels are no centres
+        centre = F.pad(value, (0, 0, more, more, more, more))[:, :: sampling.stride, :: sampling.stride]
+        gate, groups = gate[..., None], (sampling.groups, -1)
+        mixed: Tensor = y.unflatten(-1, groups) * (1 - gate) + centre.unflatten(-1, groups) * gate
+        return mixed.flatten(-2)
+
+    def extra_repr(self) -> str:
+        """Show the arguments that differ from layer to layer."""
+        words = [str(self.channels)]
+        if self.out_channels != self.channels:
+            words.append(f"out_channels={self.out_channels}")
+        defaults = Sampling(padding=self.sampling.reach)._asdict()
+        given = {k: v for k, v in self.sampling._asdict().items() if v != defaults[k] or k in ("kernel_size", "groups")}
+        words += [f"{name}={value}" for name, value in given.items()]
+        return ", ".join(words) + (", center_feature_scale=True" if self.center_feature_scale else "")
+
+
+class DeformConv2d(DCNv3):
+    """:class:`DCNv3` in place of a ``torch.nn.Conv2d``: (N, C_in, H, W) -> (N, C_out, Ho, Wo), in x's memory format.
+
+    Same output size as the convolution. It starts afresh: weights over the points that sum to one are the same for all
+    channels of a group, so no choice of them is a given convolution.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation: as in Conv2d, one number each.
+        groups: not Conv2d's: how many sets of points there are; by default groups of 16 channels as in the paper, or
+            as few more as divide the channels.
+        options: further ones of :class:`DCNv3`, by name.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int | None = None,
+        **options: Any,
+    ) -> None:
+        groups = default_groups(in_channels) if groups is None else groups
+        super().__init__(
+            in_channels,
+            kernel_size,
+            stride=stride,
+            pad=padding,
+            dilation=dilation,
+            groups=groups,
+            out_channels=out_channels,
+            **options,
+        )
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, *, groups: int | None = None, **options: Any) -> DeformConv2d:
+        """Return a fresh layer with the channels, size, stride, padding, device, dtype and mode of ``conv``.
+
+        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), the layer is.
+
+        Raises:
+            TypeError, ValueError: ``conv`` cannot be replaced; the message is that of :func:`why_not`. Or groups do not
+                divide its input channels.
+        """
+        reason = why_not(conv)
+        if reason is not None:
+            raise ValueError(f"{conv} cannot become a DeformConv2d: {reason}.")
+        with conv.weight.device:
+            layer = cls(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size[0],
+                conv.stride[0],
+                _padding(conv),
+                conv.dilation[0],
+                groups,
+                **options,
+            )
+        layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, Ho, Wo)."""
+        _checks.images(x.shape, self.channels)
+        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return laid_out(y, is_channels_last(x))
+
+
+def why_not(conv: nn.Module) -> str | None:
+    """Return why ``conv`` cannot become a :class:`DeformConv2d`, or None if it can."""
+    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d):
+        return f"it is a {type(conv).__name__}, not a plain torch.nn.Conv2d"
+    (height, width), dilation = conv.kernel_size, conv.dilation
+    if height != width:
+        return f"its kernel is not square ({height}x{width})"
+    if height % 2 == 0 or height == 1:
+        return f"its kernel size is {height}, and a grid of points needs an odd one of at least 3"
+    if conv.stride[0] != conv.stride[1] or dilation[0] != dilation[1]:
+        return f"its stride {conv.stride} or dilation {dilation} differs between the axes"
+    if conv.padding_mode != "zeros":
+        return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
+    if not isinstance(conv.padding, str) and conv.padding[0] != conv.padding[1]:
+        return f"its padding {conv.padding} differs between the axes"
+    if _padding(conv) + height // 2 < dilation[0] * (height // 2):
+        return f"its padding is {conv.padding}, and the offsets of a grid with dilation {dilation[0]} need more"
+    return None
+
+
+def default_groups(channels: int) -> int:
+    """Return the most groups of at least 16 channels that divide ``channels``; 1 where there are none."""
+    return max((g for g in range(1, channels // GROUP_CHANNELS + 1) if channels % g == 0), default=1)
+
+
+def keyed(index: int, layer: nn.Module) -> nn.Sequential:
+    """Return ``layer`` in a sequence, under ``index``: the official keys count changes of layout as layers."""
+    return nn.Sequential(OrderedDict({str(index): layer}))
+
+
+def _depthwise_padding(size: int, sampling: Sampling) -> int:
+    """Return the padding that centres a depthwise kernel of ``size`` where the grid of points is."""
+    size = _checks.integer("dw_kernel_size", size)
+    if size % 2 == 0:
+        raise ValueError(f"dw_kernel_size must be odd, so that it is centred on a pixel; got {size}.")
+    missing = sampling.reach - sampling.padding
+    if size // 2 < missing:
+        raise ValueError(
+            f"with pad={sampling.padding} a grid that reaches {sampling.reach} pixels needs a dw_kernel_size of "
+            f"at least {2 * missing + 1}; got {size}."
+        )
+    return size // 2 - missing
+
+
+def _padding(conv: nn.Conv2d) -> int:
+    if conv.padding == "same":
+        return conv.dilation[0] * (conv.kernel_size[0] // 2)
+    return 0 if isinstance(conv.padding, str) else conv.padding[0]

@@ -1,0 +1,60 @@
+"""Global response normalisation: Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+CVPR 2023, section 3, eq. 1-3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks
+
+
+class GRN(nn.Module):
+    """Scale each channel by its L2 norm over the map, in units of the channels' mean norm, beside the input itself.
+
+    ``x * (1 + gamma * N) + beta`` with ``N = |x_c| / (mean over c of |x_c| + eps)``: eq. 1 to 3, the residual included.
+    (N, H, W, C) -> the same, in the dtype of the input. ``timm.layers.grn.GlobalResponseNorm`` computes this from keys
+    and shapes of its own (``weight``, ``bias``, (C,)); this one has the keys of the official weights, and the form
+    without bias that a re-parameterised network holds.
+
+    Norms and their ratio are computed in float32 where the input is narrower: a norm over pixels grows with the root
+    of their number, and ``eps`` vanishes beside it.
+
+    Args:
+        channels: C.
+        use_bias: whether there is a ``beta``.
+        eps: added to the mean norm.
+
+    Attributes:
+        gamma, beta: (1, 1, 1, C), zero at first, so that a new layer is the identity; ``beta`` may be None.
+
+    Raises:
+        TypeError, ValueError: channels that are no positive integer, an ``eps`` that is no number from 0.
+    """
+
+    beta: nn.Parameter | None
+
+    def __init__(self, channels: int, use_bias: bool = True, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.channels = _checks.integer("channels", channels)
+        self.eps = _checks.number("eps", eps)
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, self.channels))
+        self.register_parameter("beta", nn.Parameter(torch.zeros(1, 1, 1, self.channels)) if use_bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C); raises ValueError for another shape."""
+        if x.ndim != 4 or x.shape[-1] != self.channels:
+            raise ValueError(
+                f"the input must be (N, H, W, {self.channels}); got shape {tuple(x.shape)}. "
+                "Bring a map to channels last with x.permute(0, 2, 3, 1)."
+            )
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)
+        scale = 1 + self.gamma * (norm / (norm.mean(-1, keepdim=True) + self.eps))
+        y: Tensor = x * scale.to(x.dtype)
+        return y if self.beta is None else y + self.beta.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the arguments."""
+        return f"{self.channels}, use_bias={self.beta is not None}, eps={self.eps}"

@@ -1,0 +1,234 @@
+"""The three ways in which large depthwise kernels train as a sum of branches; see :mod:`widefield.nn.reparam`.
+
+- A small kernel beside the large one: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31", CVPR 2022,
+  section 3, guideline 3.
+- Dilated small kernels beside the large one: Ding et al., "UniRepLKNet", CVPR 2024, section 3.1.
+- Two crossed bands and a small square in its place: Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond
+  51x51 using Sparsity" (SLaK), ICLR 2023, section 3.
+
+Keys are those of the papers' code.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from widefield import _checks
+from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.reparam import (
+    Branch,
+    ConvNorm,
+    Pair,
+    ReparamConv2d,
+    depthwise_same,
+    fold_norm,
+    merged,
+    odd_pair,
+    refuse_training,
+)
+from widefield.ops import fold
+
+DILATED_BRANCHES: Mapping[int, tuple[Pair, ...]] = {
+    5: ((3, 1), (3, 2)),
+    7: ((5, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+"""UniRepLKNet's (kernel size, dilation) of the branches beside a kernel of each size."""
+
+
+class LargeKernelConv2d(ReparamConv2d):
+    """RepLKNet's: a large kernel and a small one, each with batch norm. ``lkb_origin``, ``small_conv``.
+
+    Args:
+        channels: of input and output.
+        kernel_size: odd, or (rows, columns) both odd.
+        stride: of both; one number or (rows, columns).
+        small: size of the small kernel, no larger than the large one, or None for none. Where a side of the large
+            kernel is smaller, so is that of the small kernel.
+        norm: without it the branches have no batch norm, and the large kernel has a bias: for blocks that normalise
+            the sum themselves, and for pretrained ones (see :meth:`from_conv2d`).
+        backend: of :func:`widefield.ops.depthwise_conv2d`.
+
+    Raises:
+        TypeError, ValueError: sizes that are no odd integers, ``small`` larger than the kernel, an unknown backend.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        small: int | None = 5,
+        *,
+        norm: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        size, steps = odd_pair("kernel_size", kernel_size), _checks.pair("stride", stride)
+        self.lkb_origin = _part(depthwise_same(channels, size, steps, bias=not norm, backend=backend), norm)
+        if small is not None:
+            side = _odd("small", small)
+            if side > max(size):
+                raise ValueError(f"small must not exceed the kernel of {size[0]}x{size[1]}; got {small}.")
+            beside = min(side, size[0]), min(side, size[1])
+            self.small_conv = _part(depthwise_same(channels, beside, steps, backend=backend), norm)
+
+    def branches(self) -> list[Branch]:
+        """Return the large kernel, and the small one if there is one."""
+        return _convs_and_norms(self)
+
+    def fuse(self, norm: _BatchNorm | None = None) -> nn.Sequential:
+        """Return one depthwise convolution, ``lkb_reparam``, with a bias. Exact in evaluation mode.
+
+        Args:
+            norm: a batch norm that directly follows this layer, to be folded in.
+
+        Raises:
+            RuntimeError: in training mode.
+            ValueError: ``norm`` has no running statistics, or another number of channels.
+        """
+        conv = merged(self)
+        return _alone("lkb_reparam", conv if norm is None else fold_norm(conv, norm))
+
+
+class DilatedReparamConv2d(ReparamConv2d):
+    """UniRepLKNet's: a large kernel, and dilated ones beside it. ``lk_origin``, ``origin_bn``, ``dil_conv_k3_2``, ...
+
+    Args:
+        channels: of input and output.
+        kernel_size: odd.
+        branches: (kernel size, dilation) of each one beside it; by default UniRepLKNet's for this size.
+        stride, backend: of all, as in :class:`LargeKernelConv2d`.
+
+    Raises:
+        TypeError, ValueError: sizes that are no odd integers; no default for this size; a branch that spans more, or
+            stands twice.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        branches: Sequence[Pair] | None = None,
+        *,
+        stride: int | Pair = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        size = _odd("kernel_size", kernel_size)
+        if branches is None:
+            if size not in DILATED_BRANCHES:
+                known = ", ".join(map(str, DILATED_BRANCHES))
+                raise ValueError(f"UniRepLKNet has branches for kernels of {known}; got {size}: give branches=.")
+            branches = DILATED_BRANCHES[size]
+        self.lk_origin = depthwise_same(channels, (size, size), stride, backend=backend)
+        self.origin_bn = nn.BatchNorm2d(channels)
+        self._branches = _checks.experts(branches) if branches else ()
+        for k, d in self._branches:
+            if self._branches.count((k, d)) > 1:
+                raise ValueError(f"branches must differ; got kernel size {k} with dilation {d} more than once.")
+            if fold.effective_size(k, d) > size:
+                raise ValueError(
+                    f"a branch of kernel size {k} and dilation {d} spans {fold.effective_size(k, d)} pixels, "
+                    f"more than the kernel of {size}x{size}."
+                )
+            self.add_module(f"dil_conv_k{k}_{d}", depthwise_same(channels, (k, k), stride, d, backend=backend))
+            self.add_module(f"dil_bn_k{k}_{d}", nn.BatchNorm2d(channels))
+
+    def branches(self) -> list[Branch]:
+        """Return the large kernel and the dilated ones."""
+        beside = [(getattr(self, f"dil_conv_k{k}_{d}"), getattr(self, f"dil_bn_k{k}_{d}")) for k, d in self._branches]
+        return [(self.lk_origin, self.origin_bn), *beside]
+
+    def fuse(self) -> nn.Sequential:
+        """Return one depthwise convolution, ``lk_origin``, with a bias. Exact in evaluation mode.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        return _alone("lk_origin", merged(self))
+
+
+class DecomposedConv2d(ReparamConv2d):
+    """SLaK's: bands of KxN and NxK and a square of NxN, each with batch norm. ``LoRA1``, ``LoRA2``, ``small_conv``.
+
+    Args:
+        channels: of input and output.
+        kernel_size: K, odd.
+        small: N, odd. The square is left out where N is not below K.
+        stride, backend: of all, as in :class:`LargeKernelConv2d`.
+
+    Raises:
+        TypeError, ValueError: sizes that are no odd integers.
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int, small: int = 5, *, stride: int | Pair = 1, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        long, short = _odd("kernel_size", kernel_size), _odd("small", small)
+        self.LoRA1 = ConvNorm(depthwise_same(channels, (long, short), stride, backend=backend))
+        self.LoRA2 = ConvNorm(depthwise_same(channels, (short, long), stride, backend=backend))
+        if short < long:
+            self.small_conv = ConvNorm(depthwise_same(channels, (short, short), stride, backend=backend))
+
+    def branches(self) -> list[Branch]:
+        """Return the two bands and the square."""
+        return _convs_and_norms(self)
+
+    def fuse(self) -> DecomposedKernel:
+        """Return the sum of the two bands, norms and square folded in. Exact in evaluation mode.
+
+        One KxK kernel would be exact too, and cost K / (2N) times as many multiply-adds.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        refuse_training(self)
+        first, second, *square = (fold_norm(conv, norm) for conv, norm in self.branches())
+        with torch.no_grad():
+            for conv in square:
+                first.weight += fold.pad(conv.weight, first.kernel_size)  # type: ignore[arg-type]
+                first.bias += conv.bias  # type: ignore[operator]
+            first.bias += second.bias  # type: ignore[operator]
+        second.bias = None
+        return DecomposedKernel(first, second)
+
+
+class DecomposedKernel(nn.Module):
+    """The merged :class:`DecomposedConv2d`: the sum of two bands, ``LoRA1`` and ``LoRA2``. Made by ``fuse()``."""
+
+    def __init__(self, rows: nn.Conv2d, columns: nn.Conv2d) -> None:
+        super().__init__()
+        self.LoRA1, self.LoRA2 = rows, columns
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        y: Tensor = self.LoRA1(x) + self.LoRA2(x)
+        return y
+
+
+def _part(conv: DepthwiseConv2d, norm: bool) -> nn.Sequential:
+    return ConvNorm(conv) if norm else nn.Sequential(OrderedDict(conv=conv))
+
+
+def _convs_and_norms(layer: nn.Module) -> list[Branch]:
+    return [(part.conv, getattr(part, "bn", None)) for part in layer.children()]  # type: ignore[misc]
+
+
+def _alone(name: str, conv: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(OrderedDict({name: conv})).eval()
+
+
+def _odd(name: str, value: object) -> int:
+    return odd_pair(name, _checks.square(name, value))[0]
