@@ -32,7 +32,7 @@ THIRD_PARTY = {
     "models": {"torch", "timm"},
     "analysis": {"torch", "numpy"},
     "data": {"torch", "torchvision", "timm", "sklearn", "numpy", "PIL"},
-    "benchmarks": {"torch", "timm"},
+    "benchmarks": {"torch", "timm", "torchvision"},
     "tasks": {"torch", "torchvision", "timm", "torchmetrics"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py"))

@@ -11,16 +11,56 @@ from typing import TYPE_CHECKING, Any
 import widefield.models  # noqa: F401  registers the models in timm
 
 if TYPE_CHECKING:
-    from widefield.nn import DepthwiseConv2d, FusedMoRFConv2d, MoRFConv2d, load_balancing
-    from widefield.ops import depthwise_conv2d, explain, mixture_conv2d
-    from widefield.surgery import FastDepthwise, MoRF, compare, convert, plan, reparameterize
+    from widefield.nn import (
+        GRN,
+        DCNv3,
+        DecomposedConv2d,
+        DeformConv2d,
+        DepthwiseConv2d,
+        DilatedReparamConv2d,
+        DynamicGMConv2d,
+        FusedMoRFConv2d,
+        GMConv2d,
+        InceptionDWConv2d,
+        LargeKernelConv2d,
+        MoRFConv2d,
+        load_balancing,
+    )
+    from widefield.ops import depthwise_conv2d, explain, mixture_conv2d, per_sample_conv2d
+    from widefield.surgery import (
+        Deformable,
+        DynamicSparsity,
+        FastDepthwise,
+        GMConv,
+        InceptionSplit,
+        LargeKernel,
+        MoRF,
+        compare,
+        convert,
+        plan,
+        reparameterize,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DCNv3": "widefield.nn",
+    "DecomposedConv2d": "widefield.nn",
+    "DeformConv2d": "widefield.nn",
+    "Deformable": "widefield.surgery",
     "DepthwiseConv2d": "widefield.nn",
+    "DilatedReparamConv2d": "widefield.nn",
+    "DynamicGMConv2d": "widefield.nn",
+    "DynamicSparsity": "widefield.surgery",
     "FastDepthwise": "widefield.surgery",
     "FusedMoRFConv2d": "widefield.nn",
+    "GMConv": "widefield.surgery",
+    "GMConv2d": "widefield.nn",
+    "GRN": "widefield.nn",
+    "InceptionDWConv2d": "widefield.nn",
+    "InceptionSplit": "widefield.surgery",
+    "LargeKernel": "widefield.surgery",
+    "LargeKernelConv2d": "widefield.nn",
     "MoRF": "widefield.surgery",
     "MoRFConv2d": "widefield.nn",
     "compare": "widefield.surgery",
@@ -29,15 +69,30 @@ _HOMES = {
     "explain": "widefield.ops",
     "load_balancing": "widefield.nn",
     "mixture_conv2d": "widefield.ops",
+    "per_sample_conv2d": "widefield.ops",
     "plan": "widefield.surgery",
     "reparameterize": "widefield.surgery",
 }
 _ROOMS = ("analysis", "bench", "data", "models", "nn", "ops", "report", "surgery", "tasks", "train")
 
 __all__ = [
+    "GRN",
+    "DCNv3",
+    "DecomposedConv2d",
+    "DeformConv2d",
+    "Deformable",
     "DepthwiseConv2d",
+    "DilatedReparamConv2d",
+    "DynamicGMConv2d",
+    "DynamicSparsity",
     "FastDepthwise",
     "FusedMoRFConv2d",
+    "GMConv",
+    "GMConv2d",
+    "InceptionDWConv2d",
+    "InceptionSplit",
+    "LargeKernel",
+    "LargeKernelConv2d",
     "MoRF",
     "MoRFConv2d",
     "compare",
@@ -46,6 +101,7 @@ __all__ = [
     "explain",
     "load_balancing",
     "mixture_conv2d",
+    "per_sample_conv2d",
     "plan",
     "reparameterize",
 ]

@@ -1,13 +1,30 @@
 """Change the layers of any model: convert, re-parameterise."""
 
-from widefield.surgery.convert import Conversion, FastDepthwise, MoRF, Plan, Step, convert, plan
+from widefield.surgery.conversions import (
+    Conversion,
+    Deformable,
+    FastDepthwise,
+    GMConv,
+    InceptionSplit,
+    LargeKernel,
+    MoRF,
+    Place,
+)
+from widefield.surgery.convert import Plan, Step, convert, plan
 from widefield.surgery.reparameterize import Difference, compare, reparameterize
+from widefield.surgery.sparsity import DynamicSparsity
 
 __all__ = [
     "Conversion",
+    "Deformable",
     "Difference",
+    "DynamicSparsity",
     "FastDepthwise",
+    "GMConv",
+    "InceptionSplit",
+    "LargeKernel",
     "MoRF",
+    "Place",
     "Plan",
     "Step",
     "compare",

@@ -10,96 +10,20 @@ import copy
 import fnmatch
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from widefield.nn import DepthwiseConv2d, MoRFConv2d, depthwise, morf
+from widefield.nn import MoRFConv2d
+from widefield.surgery.conversions import Conversion, Place, stages_of
 from widefield.surgery.walk import merge_method, replace
 
+_SHOWN = 6
+"""Reasons that an error lists."""
+
 Where = str | Sequence[str] | Callable[[nn.Module, str], bool]
-
-
-class Conversion(Protocol):
-    """What :func:`plan` and :func:`convert` ask of a config."""
-
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module``, a convolution, cannot be replaced, or None if it can."""
-
-    def replacement(self, module: nn.Module) -> nn.Module:
-        """Return what to put in its place; ``module`` stays as it is."""
-
-
-@dataclass(frozen=True)
-class MoRF:
-    """Replace convolutions by mixtures of receptive fields, :class:`widefield.nn.MoRFConv2d` (Lian, Yu, Wang 2024).
-
-    The fields are the arguments of the layer. ``init="preserve"`` keeps the function of the model, in evaluation mode,
-    to rounding (:meth:`widefield.nn.MoRFConv2d.absorb`); ``"random"`` starts the layers afresh.
-
-    Raises:
-        TypeError, ValueError: at once, for what the layer would refuse.
-    """
-
-    kernel_sizes: tuple[int | tuple[int, int], ...] = (3, 5, 7, 9, 11)
-    routing: str = "soft"
-    attention: str = "none"
-    top_k: int = 2
-    router_width: int | None = None
-    init: str = "preserve"
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self._options(), "init": "random"})
-        morf.check_init(self.init)
-        sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
-        object.__setattr__(self, "kernel_sizes", sizes)  # lists, from YAML say, would not hash
-
-    def _options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot become a mixture, or None."""
-        reason = morf.why_not(module)
-        if reason is None and self.init == "preserve" and isinstance(module, nn.Conv2d):
-            return morf.lacks_room(module, self.kernel_sizes)
-        return reason
-
-    def replacement(self, module: nn.Module) -> nn.Module:
-        """Return the mixture that takes the place of a convolution."""
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"MoRF replaces torch.nn.Conv2d; got {type(module).__name__}.")
-        return MoRFConv2d.from_conv2d(module, **self._options())
-
-
-@dataclass(frozen=True)
-class FastDepthwise:
-    """Replace depthwise convolutions by :class:`widefield.nn.DepthwiseConv2d`: the same weights, keys and function.
-
-    The fast forward and gradients of :func:`widefield.ops.depthwise_conv2d` for a model that is already there.
-    ``reparameterize`` gives the plain convolutions back.
-
-    Raises:
-        ValueError: at once, for an unknown backend.
-    """
-
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        DepthwiseConv2d(1, 1, backend=self.backend, device="meta")
-
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot be replaced, or None."""
-        return depthwise.why_not(module)
-
-    def replacement(self, module: nn.Module) -> nn.Module:
-        """Return the layer that takes the place of a depthwise convolution, holding the same parameters."""
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"FastDepthwise replaces torch.nn.Conv2d; got {type(module).__name__}.")
-        return DepthwiseConv2d.from_conv2d(module, backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -150,9 +74,10 @@ def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Pl
         model: any module.
         config: such as :class:`MoRF`.
         where: which convolutions, by a glob over module names ("stages.3.*"), several globs, or a predicate
-            ``(module, name) -> bool``. Default: every one that does not read the image itself.
+            ``(module, name) -> bool``. Default: every one that does not read the image itself, unless the config has
+            something for those, too.
     """
-    return Plan(tuple(step for step, _ in _steps(model, config, where)))
+    return Plan(tuple(step for step, _, _ in _steps(model, config, where)))
 
 
 def convert(model: nn.Module, config: Conversion, where: Where | None = None, *, inplace: bool = False) -> nn.Module:
@@ -167,15 +92,16 @@ def convert(model: nn.Module, config: Conversion, where: Where | None = None, *,
     """
     if not inplace:
         model = copy.deepcopy(model)
-    steps = list(_steps(model, config, where))
-    chosen = {module: config.replacement(module) for step, module in steps if step.after is not None}
+    steps = _steps(model, config, where)
+    chosen = {module: here.replacement(module) for step, module, here in steps if step.after is not None}
     if not chosen:
         raise ValueError(_nothing_to_convert(model, config, where))
     return replace(model, chosen)
 
 
-def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module]]:
-    selects = _selector(model, where)
+def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module, Conversion]]:
+    """Return what happens to each convolution, the convolution, and the config for its place."""
+    selects = selector(where)
     mergeable = [
         name for name, m in model.named_modules() if name and not isinstance(m, MoRFConv2d) and merge_method(m)
     ]
@@ -183,39 +109,40 @@ def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tu
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    steps: list[tuple[Step, nn.Module]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, _ConvNd):
-            continue
-        reason = (
-            "its kernel size is 1: not a spatial convolution"
-            if set(module.kernel_size) == {1}
-            else selects(module, name) or _untouchable(module)
-        )
-        if reason is None and not _stays_a_convolution(config):
+    readers = image_readers(model)
+    kept = readers if where is None and not config.takes_stem else set()
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+    reasons: dict[str, str | None] = {}
+    for name, module in convolutions.items():
+        if set(module.kernel_size) == {1}:
+            reason: str | None = "its kernel size is 1: not a spatial convolution"
+        elif name in kept:
+            reason = "it reads the image itself"
+        else:
+            reason = selects(module, name) or _untouchable(module)
+        if reason is None and not config.keeps_parameters:
             reason = _tied(module, name, owners) or _part_of(name, mergeable)
-        reason = reason or config.why_not(module)
-        after = _line(config.replacement(_weightless(module))) if reason is None else None
-        steps.append((Step(name, _line(module), after, reason), module))
+        reasons[name] = reason or config.why_not(module)
+    stages = stages_of(model, [name for name, reason in reasons.items() if reason is None])
+    steps: list[tuple[Step, nn.Module, Conversion]] = []
+    for name, module in convolutions.items():
+        reason, here = reasons[name], config
+        if reason is None:
+            here = config.at(Place(name, name in readers, stages[name], 1 + max(stages.values())))
+            reason = here.why_not(module)
+        after = _line(here.replacement(_weightless(module))) if reason is None else None
+        steps.append((Step(name, _line(module), after, reason), module, here))
     return steps
-
-
-def _stays_a_convolution(config: Conversion) -> bool:
-    """Say whether what a config puts in is a Conv2d with the parameters of the old one: whoever shares these, or merges
-    them with others, will not notice.
-    """
-    return isinstance(config, FastDepthwise)
 
 
 def _line(module: nn.Module) -> str:
     return f"{type(module).__name__}({module.extra_repr()})"
 
 
-def _selector(model: nn.Module, where: Where | None) -> Callable[[nn.Module, str], str | None]:
+def selector(where: Where | None) -> Callable[[nn.Module, str], str | None]:
     """Return (module, name) -> why it is not selected, or None if it is."""
     if where is None:
-        readers = image_readers(model)
-        return lambda module, name: "it reads the image itself" if name in readers else None
+        return lambda module, name: None
     if isinstance(where, str):
         where = [where]
     if callable(where):
@@ -282,12 +209,19 @@ def _weightless(module: nn.Module) -> nn.Module:
 
 
 def _nothing_to_convert(model: nn.Module, config: Conversion, where: Where | None) -> str:
-    steps = [step for step, _ in _steps(model, config, lambda module, name: True)]
+    steps = [step for step, _, _ in _steps(model, config, lambda module, name: True)]
     possible = [step.name or "(the model itself)" for step in steps if step.after is not None]
     if possible:
         asked = "the default" if where is None else f"where={where!r}"
         return f"{asked} matches no convolution of {type(model).__name__}. These could match: {', '.join(possible)}."
     if not steps:
         return f"{type(model).__name__} has no convolution to convert."
-    reasons = "; ".join(sorted({f"{step.name}: {step.reason}" for step in steps}))
-    return f"no convolution of {type(model).__name__} can be converted by {config}: {reasons}."
+    reasons: dict[str, list[str]] = {}
+    for step in steps:
+        reasons.setdefault(str(step.reason), []).append(step.name or "(the model itself)")
+    found = [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in reasons.items()
+    ]
+    rest = f"; and {len(found) - _SHOWN} other reasons, which plan() shows" if len(found) > _SHOWN else ""
+    return f"no convolution of {type(model).__name__} can be converted by {config}: {'; '.join(found[:_SHOWN])}{rest}."

@@ -1,0 +1,358 @@
+"""What convolutions can become: frozen configs, each a :class:`Conversion`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Self
+
+from torch import nn
+
+from widefield import _checks
+from widefield.nn import (
+    DecomposedConv2d,
+    DeformConv2d,
+    DepthwiseConv2d,
+    DilatedReparamConv2d,
+    DynamicGMConv2d,
+    GMConv2d,
+    InceptionDWConv2d,
+    LargeKernelConv2d,
+    MoRFConv2d,
+    ReparamConv2d,
+    deform,
+    depthwise,
+    gmconv,
+    inception,
+    morf,
+    reparam,
+)
+
+
+class Place(NamedTuple):
+    """Where in a model a convolution stands."""
+
+    name: str
+    reads_image: bool
+    stage: int
+    """Counted from 0 over the stages that hold convolutions to replace."""
+    stages: int
+    """How many of them there are."""
+
+
+class Conversion(ABC):
+    """What :func:`plan` and :func:`convert` ask of a config."""
+
+    keeps_parameters: ClassVar[bool] = False
+    """Whether what it puts in is a Conv2d with the parameters of the old one: whoever shares these, or merges them with
+    others, will not notice."""
+    takes_stem: ClassVar[bool] = False
+    """Whether convolutions that read the image are replaced, too, where ``where`` does not say."""
+
+    def at(self, place: Place) -> Conversion:
+        """Return the config for a convolution at this place; raises ValueError for one that does not fit the model."""
+        return self
+
+    @abstractmethod
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module``, a convolution, cannot be replaced, or None if it can."""
+
+    def replacement(self, module: nn.Module) -> nn.Module:
+        """Return what to put in the place of a convolution, which stays as it is."""
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"{type(self).__name__} replaces torch.nn.Conv2d; got {type(module).__name__}.")
+        return self._replace(module)
+
+    @abstractmethod
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        """Return what to put in the place of ``conv``."""
+
+    def _options(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def _with(self, **changes: Any) -> Self:
+        return type(self)(**{**self._options(), **changes})
+
+
+@dataclass(frozen=True)
+class MoRF(Conversion):
+    """Replace convolutions by mixtures of receptive fields, :class:`widefield.nn.MoRFConv2d` (Lian, Yu, Wang 2024).
+
+    The fields are the arguments of the layer. ``init="preserve"`` keeps the function of the model, in evaluation mode,
+    to rounding (:meth:`widefield.nn.MoRFConv2d.absorb`); ``"random"`` starts the layers afresh.
+
+    Raises:
+        TypeError, ValueError: at once, for what the layer would refuse.
+    """
+
+    kernel_sizes: tuple[int | tuple[int, int], ...] = (3, 5, 7, 9, 11)
+    routing: str = "soft"
+    attention: str = "none"
+    top_k: int = 2
+    router_width: int | None = None
+    init: str = "preserve"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self._options(), "init": "random"})
+        morf.check_init(self.init)
+        sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
+        object.__setattr__(self, "kernel_sizes", sizes)  # lists, from YAML say, would not hash
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot become a mixture, or None."""
+        reason = morf.why_not(module)
+        if reason is None and self.init == "preserve" and isinstance(module, nn.Conv2d):
+            return morf.lacks_room(module, self.kernel_sizes)
+        return reason
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        return MoRFConv2d.from_conv2d(conv, **self._options())
+
+
+@dataclass(frozen=True)
+class FastDepthwise(Conversion):
+    """Replace depthwise convolutions by :class:`widefield.nn.DepthwiseConv2d`: the same weights, keys and function.
+
+    The fast forward and gradients of :func:`widefield.ops.depthwise_conv2d` for a model that is already there.
+    ``reparameterize`` gives the plain convolutions back.
+
+    Raises:
+        ValueError: at once, for an unknown backend.
+    """
+
+    keeps_parameters = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        DepthwiseConv2d(1, 1, backend=self.backend, device="meta")
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot be replaced, or None."""
+        return depthwise.why_not(module)
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        return DepthwiseConv2d.from_conv2d(conv, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class GMConv(Conversion):
+    """Put Gaussian masks on convolutions, which learn how far a kernel looks (Chen et al., GMConv, section III).
+
+    As in the paper, those that read the image get masks that depend on it (:class:`widefield.nn.DynamicGMConv2d`), all
+    others one learned sigma (:class:`widefield.nn.GMConv2d`), which ``reparameterize`` folds away.
+
+    Args:
+        stem: kind for convolutions that read the image: "dynamic", "static", or "none" to leave them.
+        body: kind for the others.
+        sigma: to start from; None: 5, and more for kernels larger than 11x11.
+        predict, reduction: of the dynamic layers.
+        init: "preserve": weights are divided by the mask, so that the model computes what it did; "random".
+
+    Raises:
+        TypeError, ValueError: at once, for an unknown word, or a number out of bounds.
+    """
+
+    takes_stem = True
+    stem: str = "dynamic"
+    body: str = "static"
+    sigma: float | None = None
+    predict: str = "sigma1_ratio"
+    reduction: float = 4 / 3
+    init: str = "preserve"
+
+    def __post_init__(self) -> None:
+        for name in ("stem", "body"):
+            _checks.choice(name, getattr(self, name), ("static", "dynamic", "none"))
+        conv = nn.Conv2d(1, 1, 3, device="meta")
+        for kind in ("static", "dynamic"):
+            self._layer(conv, kind, _checks.choice("init", self.init, gmconv.INIT) and "random")
+
+    def at(self, place: Place) -> Conversion:
+        """Return the config of one kind, the one for this place."""
+        kind = self.stem if place.reads_image else self.body
+        return self._with(stem=kind, body=kind)
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot get a mask, or None."""
+        if self.stem == self.body == "none":
+            return "stem or body is 'none' for it"
+        reason = gmconv.why_not(module)
+        if reason is None and self.init == "preserve" and isinstance(module, nn.Conv2d):
+            return gmconv.fades_out(module, self.sigma)
+        return reason
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        return self._layer(conv, self.body, self.init)
+
+    def _layer(self, conv: nn.Conv2d, kind: str, init: str) -> nn.Module:
+        if kind == "static":
+            return GMConv2d.from_conv2d(conv, init=init, sigma=self.sigma)
+        return DynamicGMConv2d.from_conv2d(
+            conv, init=init, sigma=self.sigma, predict=self.predict, reduction=self.reduction
+        )
+
+
+_LARGE: dict[str, type[ReparamConv2d]] = {
+    "small": LargeKernelConv2d,
+    "dilated": DilatedReparamConv2d,
+    "bands": DecomposedConv2d,
+}
+
+
+@dataclass(frozen=True)
+class LargeKernel(Conversion):
+    """Enlarge depthwise convolutions: RepLKNet's way, UniRepLKNet's or SLaK's (:mod:`widefield.nn.large_kernel`).
+
+    ``LargeKernel((31, 29, 27, 13))`` gives the depthwise convolutions of the four stages of a ConvNeXt kernels of these
+    sizes. ``reparameterize`` merges the branches.
+
+    Args:
+        kernel_sizes: one for all, or one for each stage that holds depthwise convolutions; rectangular ones as (rows,
+            columns) within the latter.
+        small: size of the small kernel beside the large one, or None for none.
+        branches: "small": a large kernel and a small one (:class:`widefield.nn.LargeKernelConv2d`); "dilated": dilated
+            ones of UniRepLKNet's sizes beside it (:class:`widefield.nn.DilatedReparamConv2d`); "bands": two crossed
+            bands, ``small`` wide, and a square (:class:`widefield.nn.DecomposedConv2d`).
+        norm: batch norm after each branch, as in the papers. With it a pretrained function is kept in evaluation mode,
+            without it, which "small" alone can be, in training mode, too.
+        init: "preserve": the model computes what it did; bands can only do so for kernels no wider than they are.
+            "random": a fresh start.
+
+    Raises:
+        TypeError, ValueError: at once, for what the layer would refuse.
+    """
+
+    kernel_sizes: int | tuple[int | tuple[int, int], ...]
+    small: int | None = 5
+    branches: str = "small"
+    norm: bool = True
+    init: str = "preserve"
+
+    def __post_init__(self) -> None:
+        reparam.check_init(self.init)
+        _checks.choice("branches", self.branches, tuple(_LARGE))
+        if not self.norm and self.branches != "small":
+            raise ValueError(f"norm=False is for branches='small'; got branches={self.branches!r}.")
+        if not isinstance(self.kernel_sizes, int):
+            sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
+            if not sizes:
+                raise ValueError("kernel_sizes is empty: give one size, or one for each stage.")
+            object.__setattr__(self, "kernel_sizes", sizes)
+        for size in self._sizes():
+            make: Any = _LARGE[self.branches]
+            make(1, size, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        options = {"small": {"small": self.small, "norm": self.norm}, "dilated": {}, "bands": {"small": self.small}}
+        return options[self.branches]
+
+    def _sizes(self) -> Sequence[int | tuple[int, int]]:
+        return (self.kernel_sizes,) if isinstance(self.kernel_sizes, int) else self.kernel_sizes
+
+    def at(self, place: Place) -> Conversion:
+        """Return the config with the size for the place's stage."""
+        sizes = self._sizes()
+        if len(sizes) == 1:
+            return self
+        if len(sizes) != place.stages:
+            raise ValueError(
+                f"kernel_sizes={self.kernel_sizes} has {len(sizes)} sizes, but the model's depthwise convolutions lie "
+                f"in {place.stages} stages: give one size for each, or one for all."
+            )
+        return self._with(kernel_sizes=(sizes[place.stage],))
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot get a large kernel, or None."""
+        reason = reparam.why_not(module)
+        if reason is None and self.init == "preserve" and len(self._sizes()) == 1 and isinstance(module, nn.Conv2d):
+            size = _checks.pair("kernel_size", self._sizes()[0])
+            return reparam.lacks_room(module, (size[0], self.small or 1) if self.branches == "bands" else size)
+        return reason
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        kind = _LARGE[self.branches]
+        return kind.from_conv2d(conv, self._sizes()[0], init=self.init, **self._arguments())
+
+
+@dataclass(frozen=True)
+class InceptionSplit(Conversion):
+    """Split depthwise convolutions into a square, two bands and channels that pass (Yu et al., InceptionNeXt, eq. 3).
+
+    A start for training, not a function-preserving conversion: most kernels are dropped
+    (:meth:`widefield.nn.InceptionDWConv2d.from_conv2d`).
+
+    Raises:
+        TypeError, ValueError: at once, for what the layer would refuse.
+    """
+
+    square_kernel_size: int = 3
+    band_kernel_size: int | None = 11
+    branch_ratio: float = 0.125
+
+    def __post_init__(self) -> None:
+        InceptionDWConv2d(64, self.square_kernel_size, self.band_kernel_size or 11, self.branch_ratio)
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot be split, or None."""
+        reason = inception.why_not(module)
+        if reason is None and isinstance(module, nn.Conv2d):
+            return inception.lacks_room(module.in_channels, self.branch_ratio)
+        return reason
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        return InceptionDWConv2d.from_conv2d(conv, **self._options())
+
+
+@dataclass(frozen=True)
+class Deformable(Conversion):
+    """Replace convolutions by deformable ones, :class:`widefield.nn.DeformConv2d` (Wang et al., InternImage, eq. 2).
+
+    The layers start afresh: their weights over points cannot express a given kernel.
+
+    Args:
+        groups: sets of points in each layer; by default groups of 16 channels.
+        offset_scale, center_feature_scale: of the layer.
+
+    Raises:
+        TypeError, ValueError: at once, for what the layer would refuse.
+    """
+
+    groups: int | None = None
+    offset_scale: float = 1.0
+    center_feature_scale: bool = False
+
+    def __post_init__(self) -> None:
+        DeformConv2d(self.groups or 1, self.groups or 1, 3, **self._options())
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot be replaced, or None."""
+        reason = deform.why_not(module)
+        if reason is None and self.groups and isinstance(module, nn.Conv2d) and module.in_channels % self.groups:
+            return f"groups={self.groups} does not divide its {module.in_channels} input channels"
+        return reason
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        return DeformConv2d.from_conv2d(conv, **self._options())
+
+
+def stages_of(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Return in which stage each of these convolutions, in the order of the model, stands, counted without gaps.
+
+    A stage ends with the module that gives its feature in timm's ``feature_info``. Where there is none, one ends where
+    the number of channels changes.
+    """
+    info = getattr(model, "feature_info", None)
+    ends = [entry["module"] for entry in getattr(info, "info", info) or () if entry.get("module")]
+    modules = dict(model.named_modules())
+    if ends and all(end in modules for end in ends):
+        order = {name: index for index, name in enumerate(modules)}
+        last = [max(i for name, i in order.items() if name == end or name.startswith(f"{end}.")) for end in ends]
+        raw = [sum(order[name] > end for end in last) for name in names]
+    else:
+        raw, widths = [], [modules[name].in_channels for name in names]
+        for index, width in enumerate(widths):
+            raw.append((raw[-1] + (width != widths[index - 1])) if raw else 0)
+    ranks = {stage: rank for rank, stage in enumerate(sorted(set(raw)))}
+    return {name: ranks[stage] for name, stage in zip(names, raw, strict=True)}
