@@ -12,6 +12,7 @@ from widefield.train.recipe import (
     OptimizerSpec,
     Recipe,
     ScheduleSpec,
+    SparsitySpec,
     TaskSpec,
 )
 from widefield.train.recipe_io import describe_keys, load_recipe, save_recipe, shipped_recipes
@@ -26,6 +27,7 @@ __all__ = [
     "Recipe",
     "RunResult",
     "ScheduleSpec",
+    "SparsitySpec",
     "TaskSpec",
     "build_model",
     "describe_keys",

@@ -18,6 +18,16 @@ from widefield.train.checkpoint import best, checkpoints, load_weights
 from widefield.train.recipe import ConversionSpec, Recipe
 from widefield.train.recipe_io import load_recipe
 
+_CONFIGS = {
+    "deformable": "Deformable",
+    "fast_depthwise": "FastDepthwise",
+    "gmconv": "GMConv",
+    "inception_split": "InceptionSplit",
+    "large_kernel": "LargeKernel",
+    "morf": "MoRF",
+}
+"""Kind of conversion in a recipe -> name in widefield.surgery."""
+
 
 def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
     """Build the model of a recipe, converted where the recipe says so.
@@ -63,7 +73,7 @@ def _refusal(recipe: Recipe, error: Exception) -> Exception:
 def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
     from widefield import surgery
 
-    config = {"morf": surgery.MoRF}[conversion.kind]
+    config = getattr(surgery, _CONFIGS[conversion.kind])
     known = [field.name for field in dataclasses.fields(config)]
     for key in conversion.args:
         if key not in known:

@@ -6,10 +6,10 @@ recipe. Hence a resumed run continues as if it had not stopped, on the CPU to th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import platform
-import random
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_device, set_seed
 from rich.console import Console
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from widefield import data, tasks
 from widefield.nn import load_balancing
+from widefield.surgery import DynamicSparsity
 from widefield.tasks import Batch
 from widefield.train import checkpoint
 from widefield.train.build import build_model
@@ -40,6 +40,7 @@ from widefield.train.evaluation import evaluate
 from widefield.train.interrupt import StopRequest
 from widefield.train.loading import EpochSampler, batches, shut_down, train_loader, val_loader
 from widefield.train.progress import Reporter, numbers, reporter
+from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
 from widefield.train.run_folder import RunFolder, recipe_hash
 
@@ -99,7 +100,9 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
     accelerator.wait_for_everyone()
 
     run = _Run(recipe, folder, accelerator)
-    if last is not None:
+    if last is None:
+        run.start()
+    else:
         run.restore(last)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
@@ -145,6 +148,10 @@ class _Run:
             train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed),
             val_loader(val_set, recipe.batch_size, recipe.workers),
         )
+        self.sparse = None
+        if recipe.sparsity:
+            arguments = dataclasses.asdict(recipe.sparsity)
+            self.sparse = DynamicSparsity(model, **arguments, end=self.total_steps, seed=recipe.seed)
         # Every process drops and mixes differently.
         set_seed(recipe.seed, device_specific=True)
 
@@ -209,6 +216,24 @@ class _Run:
         for loader in (self.train_batches, self.val_batches):
             shut_down(loader)
 
+    def start(self) -> None:
+        """Choose what is sparse, from the gradients of the first batch."""
+        if self.sparse is None:
+            return
+        first = self.accelerator.process_index * self.recipe.batch_size
+        order = list(EpochSampler(len(self.sampler), self.recipe.seed))[first : first + self.recipe.batch_size]
+        batch = send_to_device(data.collate([self.train_set[index] for index in order]), self.accelerator.device)
+        scaler = self.accelerator.scaler  # without it, gradients of 1e-6 vanish in fp16; a factor changes no ranking
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            value = self.task.loss(model, batch)
+            return value if scaler is None else scaler.scale(value)
+
+        with self.accelerator.autocast():
+            self.sparse.start([batch], loss)
+        if self.ema is not None:
+            self.sparse.apply(self.ema.module)
+
     # The loop
 
     def loop(self) -> None:
@@ -263,11 +288,15 @@ class _Run:
         step = self.step + 1
         self._pending.append((step, self._lr(), loss.detach()))
         self.optimizer.step()
+        if self.sparse is not None:
+            self.sparse.step(self.optimizer)
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step_update(step)
         if self.ema is not None:
             self.ema.update(self.raw, step)
+            if self.sparse is not None:
+                self.sparse.apply(self.ema.module)
 
     def _flush(self) -> None:
         """Read the losses of the last steps, all at once: reading each would stall the accelerator at every step.
@@ -383,7 +412,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "random": gather_object([_random_state()]),
+            "sparsity": None if self.sparse is None else self.sparse.state_dict(),
+            "random": gather_object([random_state()]),
             "sampler": {"epoch": self.epoch, "position": self.position},
             "loss": [self._loss_sum, self._loss_count],
         }
@@ -429,6 +459,8 @@ class _Run:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.sparse is not None:
+            self.sparse.load_state_dict(state["sparsity"])
         self.epoch, self.position = state["sampler"]["epoch"], state["sampler"]["position"]
         self._loss_sum, self._loss_count = state["loss"]
         if self.accelerator.is_main_process:
@@ -437,7 +469,7 @@ class _Run:
         if last.metrics is not None:
             self.metrics = last.metrics
             self._next_epoch()
-        _set_random_state(state["random"][self.accelerator.process_index])
+        restore_random_state(state["random"][self.accelerator.process_index])
 
     def result(self) -> RunResult:
         """Return what the run came to."""
@@ -452,25 +484,3 @@ class _Run:
             interrupted=self.stop.received if self.epoch < self.epochs else None,
             model=(trained if self.ema is None else self.ema.module).eval(),
         )
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the states of the global generators in types that ``torch.load(weights_only=True)`` admits."""
-    twister = np.random.get_state(legacy=False)
-    words = torch.from_numpy(twister["state"]["key"].astype(np.int64))
-    return {
-        "python": random.getstate(),
-        "numpy": {**twister, "state": {**twister["state"], "key": words}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    twister = state["numpy"]
-    words = twister["state"]["key"].numpy().astype(np.uint32)
-    random.setstate(state["python"])
-    np.random.set_state({**twister, "state": {**twister["state"], "key": words}})
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from widefield import _checks
 
-CONVERSIONS = ("morf",)
+CONVERSIONS = ("deformable", "fast_depthwise", "gmconv", "inception_split", "large_kernel", "morf")
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -27,14 +27,14 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ConversionSpec:
-    """``widefield.surgery.convert(model, MoRF(**args), where)``."""
+    """``widefield.surgery.convert(model, Config(**args), where)``, Config being ``MoRF``, ``GMConv`` and so on."""
 
-    kind: Annotated[str, "what the layers become: morf"]
+    kind: Annotated[str, f"what the layers become: {', '.join(CONVERSIONS)}"]
     where: Annotated[
         str | list[str] | None, "which layers: a glob over module names, or several; null: all that can"
     ] = None
     args: Annotated[
-        dict[str, Any], "arguments of the configuration, such as kernel_sizes of widefield.surgery.MoRF"
+        dict[str, Any], "arguments of the configuration in widefield.surgery, such as kernel_sizes of MoRF"
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,6 +135,29 @@ class EmaSpec:
 
 
 @dataclass(frozen=True)
+class SparsitySpec:
+    """``widefield.surgery.DynamicSparsity``: a share of the weights is zero, and which ones moves."""
+
+    sparsity: Annotated[float, "share of the weights that is zero"] = 0.4
+    exploration: Annotated[float, "share of the active weights that moves at a time; falls to 0 over the run"] = 0.3
+    interval: Annotated[int, "steps from one move to the next"] = 100
+    growth: Annotated[str, "where weights grow: random, or gradient"] = "random"
+    init: Annotated[str, "which weights to begin with: snip, snip_density, erk or uniform"] = "snip"
+    where: Annotated[
+        str | list[str] | None, "which layers: a glob over module names, or several; null: all that are trained"
+    ] = None
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            sparsity=_checks.number("sparsity.sparsity", self.sparsity, maximum=1.0),
+            exploration=_checks.number("sparsity.exploration", self.exploration, maximum=1.0),
+            where=_plain("sparsity.where", self.where),
+        )
+        _checks.integer("sparsity.interval", self.interval)
+
+
+@dataclass(frozen=True)
 class CheckpointSpec:
     """Which checkpoints stay; the best one always does."""
 
@@ -165,6 +188,7 @@ class Recipe:
     workers: Annotated[int, "loader processes; 0: load in the training process"] = 4
     clip_grad: Annotated[float | None, "largest norm of the gradient; null: no clipping"] = None
     ema: Annotated[EmaSpec | None, "moving average of the weights; null: none"] = None
+    sparsity: Annotated[SparsitySpec | None, "zeros among the weights while training; null: none"] = None
     mixed_precision: Annotated[str, f"one of {', '.join(PRECISIONS)}"] = "no"
     channels_last: Annotated[bool, "keep images and weights in channels-last order"] = False
     balance: Annotated[float, "coefficient of the load-balancing loss of hard routers"] = 0.0

@@ -1,0 +1,71 @@
+"""Sparse training in the engine: masks hold through steps, the average, checkpoints and resume."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import BUSY, stop_at  # noqa: F401 (a fixture)
+from torch import nn
+
+from train.helpers import log, same_weights
+from widefield.train import ConversionSpec, ModelSpec, Recipe, RunResult, SparsitySpec
+
+Run = Callable[..., RunResult]
+SPARSE = SparsitySpec(sparsity=0.6, interval=2, init="erk", where="stages.*")
+
+
+def zeros(state: dict[str, torch.Tensor]) -> float:
+    masked = [v for k, v in state.items() if k.startswith("stages") and k.endswith("weight") and v.ndim > 1]
+    return sum(int((v == 0).sum()) for v in masked) / sum(v.numel() for v in masked)
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_the_share_of_zeros_holds_in_the_model_the_average_and_the_checkpoints(run: Run, growth: str) -> None:
+    result = run(sparsity=replace(SPARSE, growth=growth), **BUSY)
+    last = max((result.folder / "checkpoints").glob("*/model.safetensors"))
+    for state in (result.model.state_dict(), load_file(last)):
+        assert zeros(state) == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9])
+def test_a_resumed_sparse_run_is_the_uninterrupted_one(run: Run, recipe: Recipe, stop_at: Any, stop: int) -> None:  # noqa: F811
+    whole = run(name="whole", sparsity=SPARSE, **BUSY)
+    stop_at(stop)
+    part = run(sparsity=SPARSE, **BUSY)
+    assert part.interrupted == signal.SIGINT
+    rest = run(resume=part.folder, sparsity=SPARSE, **BUSY)
+    assert same_weights(whole.model, rest.model)
+    assert log(whole.folder) == log(rest.folder)
+
+
+def test_every_kind_of_conversion_trains(run: Run) -> None:
+    for kind, arguments in {
+        "gmconv": {},
+        "large_kernel": {"kernel_sizes": [9, 9, 7, 7], "small": 3},
+        "fast_depthwise": {},
+        "inception_split": {},
+        "deformable": {},
+    }.items():
+        result = run(name=kind, epochs=1, conversion=ConversionSpec(kind, args=arguments))
+        assert result.steps == 6
+        assert not any(type(m) is nn.Conv2d and m.kernel_size == (7, 7) for m in result.model.modules())
+
+
+def test_a_sparsity_that_cannot_be_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"sparsity\.sparsity must be from 0"):
+        SparsitySpec(1.5)
+
+
+def test_snip_starts_from_the_first_batch(run: Run) -> None:
+    """Layer scales of 1e-6, as ConvNeXt starts with, hide the blocks' gradients from SNIP."""
+    model = ModelSpec("test_resnet", {"drop_rate": 0.1})
+    result = run(model=model, epochs=1, sparsity=SparsitySpec(0.5, where="layer*"))
+    masked = [v for k, v in result.model.state_dict().items() if k.startswith("layer") and v.ndim == 4]
+    share = sum(int((v == 0).sum()) for v in masked) / sum(v.numel() for v in masked)
+    assert share == pytest.approx(0.5, abs=1e-3)
