@@ -163,8 +163,8 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
     if not names:
         raise ValueError(f"no model matches {args.pattern!r}.{_checks.did_you_mean(args.pattern, every)}")
     table = Table()
-    for column in ("model", "input", "parameters", "MACs"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for column in ("model", "input", "parameters", "MACs", "stated", "by"):
+        table.add_column(column, justify="left" if column in ("model", "by") else "right", no_wrap=column != "by")
     for name in names:
         config = get_pretrained_cfg(name)
         shape = config.input_size if config else (3, 224, 224)
@@ -174,7 +174,10 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
         except NotImplementedError:  # older releases of timm compute with numbers while they build
             model = timm.create_model(name).to("meta")
         cost = bench.cost(model.eval(), torch.empty(1, *shape, device="meta"))
-        table.add_row(name, "x".join(map(str, shape)), f"{cost.parameters / 1e6:.2f}M", f"{cost.macs / 1e9:.3f}G")
+        stated = widefield.models.STATED.get(name)
+        said = (f"{stated.parameters} / {stated.macs}", stated.source) if stated else ("", "")
+        size = "x".join(map(str, shape))
+        table.add_row(name, size, f"{cost.parameters / 1e6:.2f}M", f"{cost.macs / 1e9:.3f}G", *said)
     Console().print(table)
     return 0
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from widefield import _checks
+from widefield.models._registry import Stated, cfg
 from widefield.nn import MoRFConv2d
 from widefield.surgery import MoRF, convert
 
@@ -99,29 +99,24 @@ def _mix(model: nn.Module, config: MoRF, prefixes: Sequence[str], size: int) -> 
     return [module for module in model.modules() if isinstance(module, MoRFConv2d)]
 
 
-def _cfg(first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
-        **kwargs,
-    }
-
+STATED = {
+    f"morf_{name}": Stated(parameters, "not stated", "table 1, after re-parameterisation: see docs/morf.md")
+    for name, parameters in (
+        ("resnet18", "20M"),
+        ("resnet50", "37M"),
+        ("convnext_tiny", "31M"),
+        ("convnext_small", "52M"),
+        ("convnext_base", "91M"),
+    )
+}
 
 default_cfgs = generate_default_cfgs(
     {
-        "morf_resnet18": _cfg("conv1", "fc"),
-        "morf_resnet50": _cfg("conv1", "fc"),
-        "morf_convnext_tiny": _cfg("stem.0", "head.fc", crop_pct=0.875),
-        "morf_convnext_small": _cfg("stem.0", "head.fc", crop_pct=0.875),
-        "morf_convnext_base": _cfg("stem.0", "head.fc", crop_pct=0.875),
+        "morf_resnet18": cfg("conv1", "fc", crop_pct=0.95),
+        "morf_resnet50": cfg("conv1", "fc", crop_pct=0.95),
+        "morf_convnext_tiny": cfg("stem.0", "head.fc"),
+        "morf_convnext_small": cfg("stem.0", "head.fc"),
+        "morf_convnext_base": cfg("stem.0", "head.fc"),
     }
 )
 

@@ -1,0 +1,419 @@
+import copy
+import math
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conformance import (
+    OPERATORS_WITHIN,
+    array,
+    check_features,
+    check_logits,
+    check_operator,
+    check_state,
+    check_tensors,
+    filled,
+    fixture,
+    loaded,
+    operators,
+)
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
+from timm.optim import param_groups_layer_decay
+from torch.utils.flop_counter import FlopCounterMode
+
+import widefield
+from tolerances import BFLOAT16, FLOAT32, NETWORK, close
+from widefield.models.unireplknet import STATED, FusedBlock, UniRepLKNet, UniRepLKNetBlock, default_kernel_sizes
+from widefield.nn.large_kernel import DILATED_BRANCHES
+from widefield.surgery.walk import fuse_layers
+
+FOUR = (2, 2, 6, 2), (2, 2, 8, 2), (3, 3, 18, 3), (3, 3, 27, 3)
+PUBLISHED = {
+    "a": ((40, 80, 160, 320), FOUR[0]),
+    "f": ((48, 96, 192, 384), FOUR[0]),
+    "p": ((64, 128, 256, 512), FOUR[0]),
+    "n": ((80, 160, 320, 640), FOUR[1]),
+    "t": ((80, 160, 320, 640), FOUR[2]),
+    "s": ((96, 192, 384, 768), FOUR[3]),
+    "b": ((128, 256, 512, 1024), FOUR[3]),
+    "l": ((192, 384, 768, 1536), FOUR[3]),
+    "xl": ((256, 512, 1024, 2048), FOUR[3]),
+}
+THIRD_STAGE = dict(zip(FOUR, ([13] * 6, [13] * 8, [13, 3] * 9, [13, 3, 3] * 9), strict=True))
+TINY = {"depths": (1, 1, 2, 1), "widths": (8, 12, 16, 24), "kernel_sizes": (3, 7, (13, 3), 5), "num_classes": 7}
+
+
+DOCS = Path(__file__).parents[2] / "docs/unireplknet.md"
+
+
+def tiny(name="unireplknet_t", **arguments):
+    return timm.create_model(name, **{**TINY, "layer_scale_init": 0.5, **arguments})
+
+
+def kernel_size(block):
+    return (block.dwconv.branches()[0][0] if hasattr(block.dwconv, "branches") else block.dwconv).kernel_size[0]
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model, side):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.float().to("meta")(torch.empty(1, 3, side, side, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", ["unireplknet_a", "unireplknet_t"])
+def test_both_forms_are_the_official_network(name):
+    expected = fixture(name)
+    model = filled(timm.create_model(name))
+    check_state(model, expected["state_dict"])
+    assert list(model.state_dict()) == list(expected["state_dict"])
+    assert parameters(model) == expected["params"]
+    for run in (expected, *expected["extra_runs"]):
+        check_logits(model, run)
+        check_features(model, run)
+    merged, _ = fuse_layers(copy.deepcopy(model))
+    check_state(merged, expected["merged"]["state_dict"])
+    assert list(merged.state_dict()) == list(expected["merged"]["state_dict"])
+    assert parameters(merged) == expected["merged"]["params"]
+    check_logits(merged, expected["merged"])
+    check_tensors(merged, expected["merged"])
+    assert macs(model, 224) == expected["macs_224"]
+    assert macs(merged, 224) == expected["merged"]["macs_224"]
+
+
+@pytest.mark.parametrize("size", [3, 13])
+def test_the_block_is_the_official_one(size):
+    case = operators()[f"unireplknet_block_k{size}"]
+    block = loaded(UniRepLKNetBlock(4, size).double(), case)
+    assert list(block.state_dict()) == list(case["state_dict"])
+    check_operator(block, case)
+    fused = block.fuse()
+    check_operator(fused, case)
+    state = fused.state_dict()
+    assert list(state) == list(case["merged_state_dict"])
+    for key, entry in case["merged_state_dict"].items():
+        close(state[key], array(entry), OPERATORS_WITHIN)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_published_networks_have_what_is_stated_of_them(size):
+    widths, depths = PUBLISHED[size]
+    with torch.device("meta"):
+        model = timm.create_model(f"unireplknet_{size}").eval()
+    assert [info["num_chs"] for info in model.feature_info] == list(widths)
+    found = [[kernel_size(block) for block in stage] for stage in model.stages]
+    assert found == [[3] * depths[0], [13] * depths[1], THIRD_STAGE[depths], [13] * depths[3]]
+    stated = STATED[f"unireplknet_{size}"]
+    side = 384 if "384" in stated.macs else 224
+    training = parameters(model), macs(model, side)
+    merged, _ = fuse_layers(model)
+    for ours, theirs in ((parameters(merged) / 1e6, stated.parameters), (macs(merged, side) / 1e9, stated.macs)):
+        number = re.match(r"[\d.]+", theirs)[0]
+        digits = len(number.partition(".")[2])
+        # XL has 386.53M parameters, which the repository cuts to 386M instead of rounding
+        assert abs(ours - float(number)) <= 0.54 * 10**-digits, theirs
+    counts = zip(training, (parameters(merged), macs(merged, side)), (1e6, 1e9), "MG", stated[:2], strict=True)
+    cells = [(f"{a / unit:.2f}{s}", f"{b / unit:.2f}{s}", theirs.split()[0]) for a, b, unit, s, theirs in counts]
+    assert f"| {size.upper()} | {side} | {' | '.join(cells[0] + cells[1])} |" in DOCS.read_text()
+
+
+def test_all_are_registered_and_have_stated_figures():
+    names = {f"unireplknet_{size}" for size in PUBLISHED}
+    assert set(timm.list_models("unireplknet_*")) == set(STATED) == names
+
+
+def test_default_kernel_sizes_at_other_depths():
+    assert default_kernel_sizes((1, 2, 4, 1)) == [[3], [13, 13], [13] * 4, [13]]
+    assert default_kernel_sizes((1, 1, 20, 1))[2] == [13, 3] * 10
+    assert default_kernel_sizes((1, 1, 28, 1))[2] == [13, 3, 3] * 9 + [13]
+    assert kernel_size(UniRepLKNet(depths=(1, 1), widths=(8, 8)).stages[1][0]) == 13
+
+
+def test_kernel_sizes_of_stages_and_blocks():
+    model = tiny(kernel_sizes=(3, 5, (17, 9), 7))
+    assert [kernel_size(block) for stage in model.stages for block in stage] == [3, 5, 17, 9, 7]
+    plain = [hasattr(block.dwconv, "weight") for stage in model.stages for block in stage]
+    assert plain == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kernel_sizes": (3, 13, 13)}, ValueError, r"one entry for each of 4 stages; got \(3, 13, 13\)"),
+        ({"kernel_sizes": 13}, ValueError, "one entry for each of 4 stages; got 13"),
+        ({"kernel_sizes": (3, 13, (13, 3, 3), 13)}, ValueError, "stage 2 has 2 blocks and kernel_sizes has 3 sizes"),
+        ({"kernel_sizes": (3, 13, (13, 4), 13)}, ValueError, "one of 3, 5, 7, 9, 11, 13, 15, 17; got 4"),
+        ({"kernel_sizes": (3, 31, 13, 13)}, ValueError, "one of 3, 5, .*; got 31"),
+        ({"kernel_sizes": (3, 13.0, 13, 13)}, TypeError, r"must be an integer; got 13\.0"),
+        ({"depths": (1, 1, 2)}, ValueError, r"one entry a stage; got \[1, 1, 2\] and \[8, 12, 16, 24\]"),
+        ({"depths": (1, 0, 2, 1)}, ValueError, "every entry of depths must be at least 1; got 0"),
+        ({"widths": (3, 12, 16, 24)}, ValueError, "every entry of widths must be at least 4; got 3"),
+        ({"drop_path_rate": 1.5}, ValueError, r"drop_path_rate must be from 0\.0 to 1\.0; got 1\.5"),
+        ({"layer_scale_init": -1.0}, ValueError, "layer_scale_init must be from 0"),
+        ({"head_init_scale": "1"}, TypeError, "head_init_scale must be a number"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tiny(**arguments)
+
+
+@pytest.mark.parametrize("layer_scale_init", [0.3, 0, None])
+@pytest.mark.parametrize("size", [3, *DILATED_BRANCHES])
+def test_a_fused_block_is_the_block(size, layer_scale_init):
+    block = filled(UniRepLKNetBlock(8, size, drop_path=0.5, layer_scale_init=layer_scale_init))
+    assert (block.gamma is None) == (not layer_scale_init)
+    fused = block.fuse()
+    x = torch.randn(2, 8, 19, 21, dtype=torch.float64)
+    close(fused(x), block(x), 1e-12)
+    assert isinstance(fused, FusedBlock)
+    assert not any(module.training for module in fused.modules())
+    assert not {p.data_ptr() for p in fused.parameters()} & {p.data_ptr() for p in block.parameters()}
+    fused(x).square().sum().backward()
+    assert all(p.grad is not None for p in fused.parameters())
+    with pytest.raises(RuntimeError, match=r"call model\.eval\(\) first"):
+        block.train().fuse()
+
+
+def test_frozen_layers_stay_frozen():
+    fused = filled(UniRepLKNetBlock(8, 7)).requires_grad_(False).fuse()
+    assert not any(p.requires_grad for p in fused.parameters())
+
+
+def test_reparameterize_of_ours_and_of_timm():
+    model = filled(tiny()).float()
+    x = torch.randn(2, 3, 96, 64)
+    ours, theirs = widefield.reparameterize(model), timm.utils.reparameterize_model(model)
+    for merged in (ours, theirs):
+        assert widefield.compare(model, merged, x).relative <= NETWORK
+        assert not any("_bn" in key or "norm.running" in key or "beta" in key for key in merged.state_dict())
+    features = filled(tiny(features_only=True)).float()
+    pairs = zip(widefield.reparameterize(features)(x), features(x), strict=True)
+    assert all((a - b).abs().max() < 1e-4 * b.abs().max() for a, b in pairs)
+
+
+def test_initialisation_is_the_official_one():
+    model = timm.create_model("unireplknet_a", head_init_scale=0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("act.1.gamma") or name.endswith(("bias", "beta")):
+            assert not parameter.any(), name
+        elif name.endswith("gamma"):
+            assert (parameter == 1e-6).all(), name
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        elif parameter.numel() > 5000:
+            assert parameter.std().item() == pytest.approx(0.01 if name == "head.weight" else 0.02, rel=0.06), name
+    model.reset_classifier(50)
+    assert model.head.weight.std().item() == pytest.approx(0.01, rel=0.06)
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    rates = [block.drop_path.drop_prob for stage in tiny(drop_path_rate=0.4).stages for block in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_layers_in_order_for_layer_wise_decay():
+    model = tiny()
+    groups = param_groups_layer_decay(model, 0.05, layer_decay=0.5, no_weight_decay_list=())
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    of = {name: scales[id(p)] for name, p in model.named_parameters()}
+    assert of["head.weight"] == of["norm.weight"] == 1
+    assert of["stages.3.0.gamma"] == of["downsample_layers.3.0.weight"] == 0.5
+    assert of["stages.2.1.gamma"] == 0.25
+    assert of["stages.2.0.gamma"] == of["downsample_layers.2.0.weight"] == 0.125
+    assert of["downsample_layers.0.0.weight"] == 2**-6
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert all((id(p) in decayed) == (p.ndim > 1) for p in model.parameters())  # GRN's tensors with the weights
+    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert coarse["stages.2.1.gamma"] == coarse["downsample_layers.2.0.weight"] == 3
+
+
+def test_configurations_are_the_official_evaluation():
+    for name, side, mode, classes in (
+        ("unireplknet_a", 224, "center", 1000),
+        ("unireplknet_s.in22k_ft_in1k_384", 384, "squash", 1000),
+        ("unireplknet_b", 384, "squash", 1000),
+        ("unireplknet_b.in22k", 224, "center", 21841),
+        ("unireplknet_xl.in22k", 192, "center", 21841),
+    ):
+        model = timm.create_model(name, **{k: v for k, v in TINY.items() if k != "num_classes"})
+        data = resolve_model_data_config(model)
+        assert model.num_classes == classes
+        assert model.head.out_features == classes
+        assert data["input_size"] == (3, side, side)
+        assert (data["mean"], data["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert data["interpolation"] == "bicubic"
+        assert (data["crop_mode"], data["crop_pct"]) == (mode, 0.875 if mode == "center" else 1.0)
+    assert "Resize(size=(384, 384)" in str(create_transform(input_size=(3, 384, 384), crop_mode="squash", crop_pct=1.0))
+
+
+@pytest.mark.parametrize("name", ["unireplknet_a", "unireplknet_xl"])
+def test_it_behaves_as_every_network_in_timm(name):
+    model = tiny(name, in_chans=1, drop_rate=0.1, drop_path_rate=0.1).eval()
+    x = torch.randn(2, 1, 64, 64)
+    assert model(x).shape == (2, 7)
+    assert torch.equal(model.forward_head(model.forward_features(x)), model(x))
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 24)
+    assert model.pretrained_cfg["architecture"] == name
+    assert model.get_classifier() is model.head
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 24)
+    for pool, width in (("max", 24), ("catavgmax", 48)):
+        model.reset_classifier(3, pool)
+        assert model(x).shape == (2, 3)
+        assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, width)
+    model.reset_classifier(3, "")
+    assert model(x).shape == (2, 3, 2, 2)
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        tiny(name, pretrained=True)
+
+
+def test_each_half_of_catavgmax_is_normalised():
+    model = tiny(global_pool="catavgmax", num_classes=0).eval()
+    halves = model(5 * torch.randn(2, 3, 64, 64)).unflatten(1, (2, -1))
+    close(halves.mean(-1), torch.zeros(2, 2), FLOAT32)
+    close(halves.var(-1, unbiased=False), torch.ones(2, 2), NETWORK)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (75, 90)])
+def test_features_at_strides_4_to_32(size):
+    model = tiny(features_only=True).eval()
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    assert model.feature_info.channels() == [8, 12, 16, 24]
+    steps = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
+    shapes = [(1, channels, *(math.ceil(side / step) for side in size)) for channels, step in steps]
+    assert [feature.shape for feature in model(torch.randn(1, 3, *size))] == shapes
+    first = tiny(features_only=True, out_indices=(0, 1))
+    assert len(first(torch.randn(1, 3, 64, 64))) == 2
+    assert not any(key.startswith(("stages.2", "downsample_layers.3", "norm", "head")) for key in first.state_dict())
+
+
+def test_a_pruned_network_gives_its_last_feature():
+    model = tiny().eval()
+    model.prune_intermediate_layers([1])
+    x = torch.randn(1, 3, 64, 64)
+    assert model.forward_features(x).shape == model(x).shape == (1, 12, 8, 8)
+
+
+def test_a_training_step_reaches_every_parameter():
+    model = tiny(drop_path_rate=0.1).train()
+    y = model(torch.randn(8, 3, 64, 64))
+    (y * torch.randn_like(y)).sum().backward()
+    assert y.isfinite().all()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not still
+    before = model(torch.randn(8, 3, 64, 64))
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert not torch.equal(model(torch.randn(8, 3, 64, 64)), before)
+
+
+def test_checkpointing_gives_equal_gradients():
+    model = tiny(drop_path_rate=0.3).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    x = torch.randn(4, 3, 64, 64)
+    for network in (model, twin):
+        torch.manual_seed(1)
+        network(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert q.grad is not None, name
+        close(q.grad, p.grad, FLOAT32)
+
+
+def test_autocast_channels_last_copies_and_state_dicts():
+    model = filled(tiny()).float()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    twin = tiny().eval()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(x), expected)
+    last = twin.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    close(last, expected, FLOAT32)
+    for network in (model, widefield.reparameterize(model)):
+        with torch.autocast("cpu", torch.bfloat16):
+            close(network(x), expected, BFLOAT16)
+    assert model(x[:0]).shape == (0, 7)
+
+
+def test_export_of_the_fused_network_with_a_dynamic_batch():
+    fused = widefield.reparameterize(filled(tiny()).float())
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(fused, (torch.randn(3, 3, 64, 64),), dynamic_shapes=({0: batch},))
+    for count in (1, 5):
+        x = torch.randn(count, 3, 64, 64)
+        close(program.module()(x), fused(x), FLOAT32)
+    assert not any("widefield" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.slow
+def test_compile_traces_training_and_inference_without_breaks():
+    model = filled(tiny()).float()
+    x = torch.randn(2, 3, 64, 64)
+    for network in (model, widefield.reparameterize(model)):
+        close(torch.compile(network, backend="aot_eager", fullgraph=True)(x), network(x), FLOAT32)
+
+
+def saved(state, path, wrapped):
+    if path.suffix == ".safetensors":
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save({"model": state} if wrapped else state, path)
+    return {"file": str(path)}
+
+
+@pytest.mark.parametrize("form", ["training", "deployed"])
+@pytest.mark.parametrize(("suffix", "wrapped"), [(".pth", True), (".pth", False), (".safetensors", False)])
+def test_official_weights_load_in_both_forms(tmp_path, form, suffix, wrapped):
+    source = filled(tiny()).float()
+    if form == "deployed":
+        source = widefield.reparameterize(source)
+    file = saved(source.state_dict(), tmp_path / f"weights{suffix}", wrapped)
+    model = tiny(pretrained=True, pretrained_cfg_overlay=file).eval()
+    assert list(model.state_dict()) == list(source.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), source(x))
+    features = tiny(pretrained=True, pretrained_cfg_overlay=file, features_only=True).eval()
+    for ours, theirs in zip(features(x), source.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert torch.equal(ours, theirs)
+    gray = tiny(pretrained=True, pretrained_cfg_overlay=file, in_chans=1, num_classes=3).eval()
+    assert gray(x[:, :1]).shape == (2, 3)
+    key = "downsample_layers.0.0.weight"
+    close(gray.state_dict()[key], source.state_dict()[key].sum(1, keepdim=True), FLOAT32)
+
+
+@pytest.mark.parametrize("form", ["training", "deployed"])
+def test_weights_for_21841_classes(tmp_path, form):
+    source = filled(tiny(num_classes=21841)).float()
+    if form == "deployed":
+        source = widefield.reparameterize(source)
+    file = saved(source.state_dict(), tmp_path / "in22k.pth", wrapped=True)
+    x = torch.randn(1, 3, 64, 64)
+    arguments = {k: v for k, v in TINY.items() if k != "num_classes"}
+    tagged = timm.create_model("unireplknet_l.in22k", pretrained=True, pretrained_cfg_overlay=file, **arguments).eval()
+    assert torch.equal(tagged(x), source(x))
+    model = tiny("unireplknet_l", pretrained=True, pretrained_cfg_overlay=file).eval()  # to be fine-tuned
+    assert model(x).shape == (1, 7)
+    assert torch.equal(model.forward_features(x), source.forward_features(x))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    file = saved(tiny(widths=(8, 12, 16, 20)).state_dict(), tmp_path / "other.pth", wrapped=True)
+    with pytest.raises(ValueError, match=r"do not fit unireplknet_t: .*downsample_layers\.3\.0\.weight is \(20, 16"):
+        tiny(pretrained=True, pretrained_cfg_overlay=file)
+    file = saved(tiny(kernel_sizes=(3, 7, 3, 5)).state_dict(), tmp_path / "smaller.pth", wrapped=True)
+    with pytest.raises(ValueError, match=r"do not fit unireplknet_t: missing: stages\.2\.0\.dwconv\.lk_origin"):
+        tiny(pretrained=True, pretrained_cfg_overlay=file)
+
+
+def test_the_python_of_the_docs_runs():
+    scope = {}
+    for block in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.MULTILINE | re.DOTALL):
+        exec(compile(block, str(DOCS), "exec"), scope)
+    assert "served" in scope
