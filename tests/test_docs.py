@@ -1,4 +1,4 @@
-"""The README's and the tutorial's Python runs as it stands."""
+"""The Python in the README and the docs runs as it stands."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,10 @@ def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/tutorial.md"])
+PAGES = ("tutorial", "gmconv", "large_kernels", "unireplknet", "slak", "internimage")
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
 def test_python_blocks_run_in_order(path, capsys):
     found = blocks(path)
     assert found
