@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         MoRFConv2d,
         load_balancing,
     )
-    from widefield.ops import depthwise_conv2d, explain, mixture_conv2d, per_sample_conv2d
+    from widefield.ops import dcnv3, depthwise_conv2d, explain, mixture_conv2d, per_sample_conv2d
     from widefield.surgery import (
         Deformable,
         DynamicSparsity,
@@ -65,6 +65,7 @@ _HOMES = {
     "MoRFConv2d": "widefield.nn",
     "compare": "widefield.surgery",
     "convert": "widefield.surgery",
+    "dcnv3": "widefield.ops",
     "depthwise_conv2d": "widefield.ops",
     "explain": "widefield.ops",
     "load_balancing": "widefield.nn",
@@ -97,6 +98,7 @@ __all__ = [
     "MoRFConv2d",
     "compare",
     "convert",
+    "dcnv3",
     "depthwise_conv2d",
     "explain",
     "load_balancing",

@@ -108,6 +108,11 @@ def _bench_parsers(bench: argparse.ArgumentParser) -> None:
     mixture.add_argument("--counts", **many, help="numbers of experts (5 64 128)")
     mixture.epilog = "Dense mixtures are measured when --shapes is not given."
 
+    deform = subject("deform", "InternImage's deformable sampling against torchvision's and a gather formulation")
+    deform.add_argument("--side", **count, help="of the first stage's maps (56)")
+    deform.add_argument("--width", **count, help="channels of the first stage (64)")
+    deform.add_argument("--stages", **many, help="(1 2 3 4)")
+
     model = subject("model", "throughput and memory of timm's models, as they are and with FastDepthwise")
     model.add_argument("names", nargs="+", metavar="NAME", help="as timm calls them")
     model.add_argument("--size", **count, help="side of the images; default: the model's own")
@@ -183,7 +188,7 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
 
 
 def _bench(args: argparse.Namespace, _: Sequence[str]) -> int:
-    from widefield.benchmarks import Settings, depthwise, mixture, model
+    from widefield.benchmarks import Settings, deform, depthwise, mixture, model
 
     settings = Settings(
         shlex.join(["widefield", *args.words]),
@@ -211,6 +216,9 @@ def _bench(args: argparse.Namespace, _: Sequence[str]) -> int:
             sets=args.sets and [_numbers("--sets", word, ",") for word in args.sets],
             counts=args.counts,
         )
+    elif args.subject == "deform":
+        given = {name: getattr(args, name) for name in ("batch", "side", "width", "stages")}
+        deform.run(settings, **{name: value for name, value in given.items() if value is not None})
     else:
         model.run(settings, args.names, batch=args.batch, size=args.size)
     return 0

@@ -16,12 +16,6 @@ from widefield import models
 NAMES = [name for name in timm.list_models() if is_model_in_modules(name, models.MODULES)]
 WIDTHS = (16, 24, 32, 40)
 SMALL = {
-    "internimage_h": {
-        "depths": (1, 1, 2, 1),
-        "widths": (16, 32, 48, 64),
-        "groups": (1, 2, 3, 4),
-        "norms_after": (0, 1),
-    },
     "internimage": {"depths": (1, 1, 2, 1), "widths": (16, 32, 48, 64), "groups": (1, 2, 3, 4)},
     "morf_convnext": {"depths": (1, 1, 2, 1), "dims": WIDTHS},
     "morf_resnet": {"layers": (1, 1, 1, 1)},

@@ -1,0 +1,294 @@
+"""``widefield bench deform``: DCNv3's sampling on the maps of InternImage-T's stages, time and memory.
+
+Peers, on the same numbers: ours, :func:`widefield.ops.deform.dcnv3`, and three ways to write it without an operator of
+its own: indexing and arithmetic (``gather``, its other backend), ``F.grid_sample`` on a batch of groups and a sum over
+points, as the PyTorch version in the paper's repository does, and ``torchvision.ops.deform_conv2d`` with kernels of
+ones, which is compiled, for CPUs and CUDA.
+
+- ``forward``: under ``torch.no_grad()``.
+- ``backward``: ``torch.autograd.grad`` of a graph built beforehand and retained, all three gradients.
+
+Memory is the most that a pass holds beside its inputs, results included, and what the graph keeps between the two
+beside inputs and output. On CPUs PyTorch's profiler counts it. Ratios are a peer's over ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from widefield import _checks
+from widefield.benchmarks import record
+from widefield.benchmarks.record import Bar, Record, Row, bar
+from widefield.benchmarks.settings import Settings
+from widefield.ops.deform import dcnv3
+
+STEPS = ("forward", "backward")
+GROUP = 16
+"""Channels of a group."""
+POINTS = 9
+NOISE = 0.95
+"""Two timings of the same call differ by some hundredths: a ratio from here on counts as no slower."""
+
+Op = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: a map (batch, side, side, channels), 3x3 points, groups of 16 channels, offsets of about a pixel."""
+
+    batch: int
+    channels: int
+    side: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.side}x{self.side} x {self.channels}"
+
+    def tensors(self) -> tuple[list[Tensor], Tensor]:
+        """Return x, offset and mask, and the gradient of an output: the same numbers every time."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(channels: int) -> Tensor:
+            return torch.randn(self.batch, self.side, self.side, channels, generator=generator)
+
+        count = self.channels // GROUP * POINTS
+        mask = draw(count).unflatten(-1, (-1, POINTS)).softmax(-1).flatten(-2)
+        x, offset, mask, grad = (
+            t.to(self.device, self.dtype) for t in (draw(self.channels), draw(2 * count), mask, draw(self.channels))
+        )
+        return [x, offset, mask], grad
+
+
+def ours(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    """The operator with ``backend="auto"``."""
+    return dcnv3(x, offset, mask, groups=x.shape[-1] // GROUP)
+
+
+def gather(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    """Indexing and arithmetic."""
+    return dcnv3(x, offset, mask, groups=x.shape[-1] // GROUP, backend="gather")
+
+
+def grid_sample(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    """Sample all points of all groups, then sum them by the mask."""
+    batch, height, width, channels = x.shape
+    groups = channels // GROUP
+    points = offset.unflatten(-1, (groups, POINTS, 2))
+    taps = torch.arange(-1, 2, device=x.device)
+    columns = torch.arange(width, device=x.device)[:, None, None] + taps.repeat_interleave(3) + points[..., 0]
+    rows = torch.arange(height, device=x.device)[:, None, None, None] + taps.repeat(3) + points[..., 1]
+    grid = torch.stack(((2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1), -1)
+    grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, POINTS, 2)
+    maps = x.permute(0, 3, 1, 2).reshape(batch * groups, GROUP, height, width)
+    sampled = F.grid_sample(maps, grid, align_corners=False)
+    weights = mask.unflatten(-1, (groups, POINTS)).permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, -1, POINTS)
+    y: Tensor = (sampled * weights).sum(-1).view(batch, channels, height, width)
+    return y.permute(0, 2, 3, 1)
+
+
+def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    """Let torchvision sample, its depthwise kernels all ones; it has rows before columns, and points by rows."""
+    from torchvision.ops import deform_conv2d as operator
+
+    channels = x.shape[-1]
+    points = offset.unflatten(-1, (-1, 3, 3, 2)).flip(-1).permute(0, 3, 5, 4, 6, 1, 2).flatten(1, 4)
+    weights = mask.unflatten(-1, (-1, 3, 3)).permute(0, 3, 5, 4, 1, 2).flatten(1, 3)
+    ones = x.new_ones(channels, 1, 3, 3)
+    y: Tensor = operator(x.permute(0, 3, 1, 2), points, ones, padding=1, mask=weights)
+    return y.permute(0, 2, 3, 1)
+
+
+PEERS: dict[str, Op] = {"ours": ours, "gather": gather, "grid_sample": grid_sample, "deform_conv2d": deform_conv2d}
+OTHERS = tuple(PEERS)[1:]
+
+
+def in_32_bits(op: Op) -> Op:
+    """Return ``op`` for narrower numbers, as one would write it around an operator that takes none."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        return op(*(tensor.float() for tensor in tensors)).to(tensors[0].dtype)
+
+    return run
+
+
+def peers(case: Case) -> dict[str, Op]:
+    """Return the peers; those that lose the places of points in 16 bits, or lack them, compute in 32."""
+    if case.dtype == torch.float32:
+        return PEERS
+    return {name: op if name in ("ours", "gather") else in_32_bits(op) for name, op in PEERS.items()}
+
+
+def calls(case: Case, step: str) -> dict[str, Callable[[], object]]:
+    """Set up one pass for every peer."""
+    return {name: _call(op, case, step) for name, op in peers(case).items()}
+
+
+def _call(op: Op, case: Case, step: str) -> Callable[[], object]:
+    tensors, grad = case.tensors()
+    if step == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                y: Tensor = op(*tensors)
+                return y
+
+        return forward
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    edge = get_gradient_edge(op(*leaves))  # an edge keeps no output alive
+    return lambda: torch.autograd.grad(edge, leaves, grad, retain_graph=True)
+
+
+def held(call: Callable[[], object], device: str) -> tuple[int, int]:
+    """Return the bytes that a call holds at its peak, and those that it leaves with its result."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        del result
+        return found
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and end on stderr
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
+        result = call()
+    found_events = getattr(profile, "kineto_results").events()  # noqa: B009  private, and None before
+    events = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(found_events) if e.name() == "[memory]")
+    now = peak = 0
+    for _, _, size in events:
+        now += size
+        peak = max(peak, now)
+    del result
+    return peak, now
+
+
+def kept(op: Op, case: Case) -> int:
+    """Return the bytes that the graph of a call keeps, beside inputs and output."""
+    tensors, grad = case.tensors()
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    return max(0, held(lambda: op(*leaves), case.device)[1] - grad.nbytes)
+
+
+def time_row(case: Case, step: str, settings: Settings) -> Row:
+    """Measure one pass of all peers in turns."""
+    measured = settings.measure(calls(case, step))
+    return {
+        **_about(case, step),
+        "times": record.times(measured),
+        "ratios": {name: measured[name].p50 / measured["ours"].p50 for name in OTHERS},
+    }
+
+
+def memory_row(case: Case, step: str) -> Row:
+    """Count what one pass of each peer holds, or what the graph keeps between the passes (``step="kept"``)."""
+    if step == "kept":
+        found = {name: kept(op, case) for name, op in peers(case).items()}
+    else:
+        found = {name: held(call, case.device)[0] for name, call in calls(case, step).items()}
+    mine = found["ours"]
+    return {**_about(case, step), "bytes": found, "ratios": {n: found[n] / mine if mine else None for n in OTHERS}}
+
+
+def _about(case: Case, step: str) -> Row:
+    return {
+        "label": f"{case}, {step}",
+        "batch": case.batch,
+        "channels": case.channels,
+        "side": case.side,
+        "groups": case.channels // GROUP,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "step": step,
+    }
+
+
+def _columns(unit: str, show: Callable[[Row, str], str]) -> dict[str, Callable[[Row], str]]:
+    columns: dict[str, Callable[[Row], str]] = {
+        "shape": lambda r: f"{r['batch']} x {r['side']}x{r['side']} x {r['channels']}",
+        "step": lambda r: r["step"],
+    }
+    for name in PEERS:
+        columns[f"{name}, {unit}"] = lambda r, name=name: show(r, name)  # type: ignore[misc]
+    for name in OTHERS:
+        columns[f"{name} / ours"] = lambda r, name=name: _ratio(r["ratios"][name])  # type: ignore[misc]
+    return columns
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+TIME = _columns("ms (p20-p80)", lambda r, name: record.milliseconds(r["times"][name]))
+MEMORY = _columns("MiB", lambda r, name: f"{r['bytes'][name] / 2**20:.1f}")
+
+
+def run(
+    settings: Settings,
+    *,
+    batch: int = 4,
+    side: int = 56,
+    width: int = 64,
+    stages: Sequence[int] = (1, 2, 3, 4),
+) -> list[Bar]:
+    """Measure, print, write what ``settings.out`` asks for, and return the bars.
+
+    Args:
+        settings: how.
+        batch: images.
+        side: rows and columns of the first stage's map; each later one has half as many.
+        width: channels of the first stage, a multiple of 16; each later one has twice as many.
+        stages: which.
+
+    Raises:
+        TypeError, ValueError: numbers out of range.
+    """
+    width = _checks.integer("width", width, minimum=GROUP)
+    if width % GROUP:
+        raise ValueError(f"width must be a multiple of {GROUP}, the channels of a group; got {width}.")
+    chosen = [_checks.integer("every entry of stages", stage, maximum=8) - 1 for stage in stages]
+    batch, side = _checks.integer("batch", batch), _checks.integer("side", side, minimum=1 << max(chosen, default=0))
+    cases = [Case(batch, width << i, side >> i, settings.torch_dtype, settings.device) for i in chosen]
+    out = Record("deform", settings)
+    out.fact("Offsets are normal with a deviation of one pixel. Ratios are a peer's time or memory over ours.")
+    time, memory = out.table("Time", TIME), out.table("Memory", MEMORY)
+    with out.until_interrupted():
+        for case in cases:
+            for step in STEPS:
+                out.add(time, time_row(case, step, settings))
+        for case in cases:
+            for step in ("forward", "kept", "backward"):
+                out.add(memory, memory_row(case, step))
+    bars = _bars(time.rows, memory.rows)
+    out.finish(bars)
+    return bars
+
+
+def _bars(times: Sequence[Row], memory: Sequence[Row]) -> list[Bar]:
+    def of(name: str) -> Callable[[Any], float]:
+        return lambda row: float(row["ratios"][name])
+
+    return [
+        *(
+            bar(f"{step}: time of {name} / ours", [r for r in times if r["step"] == step], of(name), at_least=NOISE)
+            for step in STEPS
+            for name in OTHERS
+        ),
+        *(
+            bar(
+                f"{step}: memory of grid_sample / ours",
+                [r for r in memory if r["step"] == step],
+                of("grid_sample"),
+                at_least=1,
+            )
+            for step in STEPS
+        ),
+    ]
