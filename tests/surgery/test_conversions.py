@@ -21,6 +21,7 @@ from widefield.nn import (
     InceptionDWConv2d,
     LargeKernelConv2d,
 )
+from widefield.nn.mixers import TOKEN_MIXERS
 
 
 def create(name, **arguments):
@@ -185,6 +186,18 @@ def test_inception_split_and_deformable_take_the_place_and_train():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
 
 
+@pytest.mark.parametrize("mixer", ["attention", "focal", "gnconv", "lka", "moga", "pooling"])
+def test_other_token_mixers_take_the_place_of_depthwise_convolutions(mixer):
+    model, x = create("convnext_atto"), torch.randn(2, 3, 64, 64)
+    converted = widefield.convert(model, widefield.TokenMixer(mixer)).train()
+    kind = type(TOKEN_MIXERS[mixer](40, 0))
+    assert len(layers(converted, kind)) == 12
+    y = converted(x)
+    assert y.shape == model(x).shape
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -201,6 +214,7 @@ def test_inception_split_and_deformable_take_the_place_and_train():
         (lambda: widefield.LargeKernel(7, init="keep"), "init must be one of"),
         (lambda: widefield.InceptionSplit(branch_ratio=0.5), "branch_ratio"),
         (lambda: widefield.Deformable(groups=0), "groups"),
+        (lambda: widefield.TokenMixer("lca"), "mixer must be one of .*Did you mean 'lka'"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(make, message):

@@ -3,15 +3,20 @@
 from widefield.nn.deform import DCNv3, DeformConv2d
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
+from widefield.nn.gnconv import GlobalLocalFilter, GnConv
 from widefield.nn.grn import GRN
 from widefield.nn.inception import InceptionDWConv2d
 from widefield.nn.large_kernel import DecomposedConv2d, DilatedReparamConv2d, LargeKernelConv2d
+from widefield.nn.lka import LKA, LKAAttention
+from widefield.nn.moga import ChannelAggregationFFN, MultiOrderDWConv, MultiOrderGatedAggregation
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d
 from widefield.nn.router import Router, load_balancing
 
 __all__ = [
     "GRN",
+    "LKA",
+    "ChannelAggregationFFN",
     "ConvNorm",
     "DCNv3",
     "DecomposedConv2d",
@@ -21,9 +26,14 @@ __all__ = [
     "DynamicGMConv2d",
     "FusedMoRFConv2d",
     "GMConv2d",
+    "GlobalLocalFilter",
+    "GnConv",
     "InceptionDWConv2d",
+    "LKAAttention",
     "LargeKernelConv2d",
     "MoRFConv2d",
+    "MultiOrderDWConv",
+    "MultiOrderGatedAggregation",
     "ReparamConv2d",
     "Router",
     "load_balancing",

@@ -173,6 +173,19 @@ def merged(layer: ReparamConv2d) -> nn.Conv2d:
     return largest
 
 
+def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift), each (C,), such that ``norm`` in evaluation mode is ``scale * x + shift``.
+
+    Raises:
+        RuntimeError: in training mode.
+        ValueError: no running statistics.
+    """
+    refuse_training(norm)
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
+    return fold.batch_norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
 @torch.no_grad()
 def fold_norm(conv: nn.Conv2d, norm: _BatchNorm | None) -> nn.Conv2d:
     """Return the convolution, of the same kind and with a bias, that ``conv`` and ``norm`` are in evaluation mode.
@@ -188,16 +201,12 @@ def fold_norm(conv: nn.Conv2d, norm: _BatchNorm | None) -> nn.Conv2d:
         weight = conv.weight.clone()
         bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.clone()
     else:
-        refuse_training(norm)
-        if norm.running_mean is None or norm.running_var is None:
-            raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
+        scale, shift = norm_affine(norm)
         if norm.num_features != conv.out_channels:
             raise ValueError(
                 f"cannot fold a batch norm of {norm.num_features} channels into {conv.out_channels} outputs."
             )
-        weight, bias = fold.fold_batch_norm(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-        )
+        weight, bias = fold.scale_outputs(conv.weight, conv.bias, scale, shift)
     plain = bare(conv, bias=True)
     learns = conv.weight.requires_grad
     plain.weight, plain.bias = nn.Parameter(weight, learns), nn.Parameter(bias, learns)

@@ -89,21 +89,12 @@ def batch_norm_affine(
     return scale, shift if bias is None else shift + bias
 
 
-def fold_batch_norm(
-    kernel: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return (kernel, bias) of the convolution that a convolution and the batch norm after it are in evaluation.
+def scale_outputs(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (kernel, bias) of the convolution that is ``scale * y + shift`` where the one given is y.
 
-    ``kernel``: (C_out, ...), also a linear layer's; the others (C_out,), as in :func:`batch_norm_affine`. Computed in
-    the widest dtype given, and returned in the kernel's.
+    ``kernel``: (C_out, ...), also a linear layer's; the others (C_out,). Computed in the widest dtype given, and
+    returned in the kernel's. With what :func:`batch_norm_affine` returns, a batch norm is folded in.
     """
-    scale, offset = batch_norm_affine(running_mean, running_var, weight, shift, eps)
     merged = kernel * scale.view(-1, *(1,) * (kernel.ndim - 1))
-    offset = offset if bias is None else offset + bias * scale
+    offset = shift if bias is None else shift + bias * scale
     return merged.to(kernel.dtype), offset.to(kernel.dtype)

@@ -9,10 +9,12 @@ from widefield.surgery.conversions import (
     LargeKernel,
     MoRF,
     Place,
+    TokenMixer,
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
 from widefield.surgery.reparameterize import Difference, compare, reparameterize
 from widefield.surgery.sparsity import DynamicSparsity
+from widefield.surgery.walk import fuse_layers
 
 __all__ = [
     "Conversion",
@@ -27,8 +29,10 @@ __all__ = [
     "Place",
     "Plan",
     "Step",
+    "TokenMixer",
     "compare",
     "convert",
+    "fuse_layers",
     "plan",
     "reparameterize",
 ]

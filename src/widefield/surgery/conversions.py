@@ -25,6 +25,8 @@ from widefield.nn import (
     depthwise,
     gmconv,
     inception,
+    lka,
+    mixers,
     morf,
     reparam,
 )
@@ -335,6 +337,39 @@ class Deformable(Conversion):
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
         return DeformConv2d.from_conv2d(conv, **self._options())
+
+
+@dataclass(frozen=True)
+class TokenMixer(Conversion):
+    """Replace depthwise convolutions by other token mixers, which start afresh.
+
+    Args:
+        mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`, such as "lka", "gnconv", "moga", "focal" or
+            "attention".
+        stage: whose size to take, of mixers that differ by stage; set for each convolution by where it stands.
+
+    Raises:
+        ValueError: at once, for an unknown name.
+    """
+
+    mixer: str
+    stage: int = 0
+
+    def __post_init__(self) -> None:
+        _checks.choice("mixer", self.mixer, tuple(mixers.TOKEN_MIXERS))
+
+    def at(self, place: Place) -> Conversion:
+        """Return the config with the place's stage."""
+        return self._with(stage=place.stage)
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module`` cannot be replaced, or None."""
+        return lka.why_not(module)
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        with conv.weight.device:
+            layer = mixers.TOKEN_MIXERS[self.mixer](conv.in_channels, self.stage)
+        return layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad).train(conv.training)
 
 
 def stages_of(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
