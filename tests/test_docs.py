@@ -12,7 +12,18 @@ def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / path).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-PAGES = ("tutorial", "gmconv", "large_kernels", "unireplknet", "slak", "internimage")
+PAGES = (
+    "tutorial",
+    "gmconv",
+    "large_kernels",
+    "unireplknet",
+    "slak",
+    "internimage",
+    "van",
+    "hornet",
+    "moganet",
+    "metaformer",
+)
 
 
 @pytest.mark.parametrize("path", ["README.md", *(f"docs/{page}.md" for page in PAGES)])

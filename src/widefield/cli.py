@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="runs/demo", help="folder; an earlier demo in it is replaced (runs/demo)")
 
     models = command("models", _models, "list models with parameters and MACs")
+    models.add_argument(
+        "--compare", action="store_true", help="the slides' table of networks on ImageNet, cited beside measured"
+    )
     models.add_argument("pattern", nargs="?", help="glob over all of timm's names; default: those of widefield")
 
     _bench_parsers(command("bench", _bench, "measure against PyTorch's own convolutions; rows, ratios and bars"))
@@ -84,7 +87,10 @@ def _bench_parsers(bench: argparse.ArgumentParser) -> None:
         )
         sub.add_argument("--repeats", default=7, **count, help="timings of each call (7)")
         sub.add_argument(
-            "--budget", type=float, metavar="S", help="seconds for all timings of a call, two at least (0.6; models: 5)"
+            "--budget",
+            type=float,
+            metavar="S",
+            help="seconds for all timings of a call, two at least (0.6; model and mixers: 5)",
         )
         sub.add_argument("--batch", **count, help="images a call; default: by device and shape, said in the output")
         sub.add_argument("--out", type=Path, metavar="DIR", help="write SUBJECT_DEVICE.json and .md there (no files)")
@@ -112,6 +118,11 @@ def _bench_parsers(bench: argparse.ArgumentParser) -> None:
     deform.add_argument("--side", **count, help="of the first stage's maps (56)")
     deform.add_argument("--width", **count, help="channels of the first stage (64)")
     deform.add_argument("--stages", **many, help="(1 2 3 4)")
+
+    mixers = subject("mixers", "one MetaFormer with every token mixer: counts, inference, a training step")
+    mixers.add_argument("--name", help="which (metaformer_tiny)")
+    mixers.add_argument("--mixers", nargs="+", metavar="NAME", help="which token mixers (all)")
+    mixers.add_argument("--size", **count, help="side of the images (224)")
 
     model = subject("model", "throughput and memory of timm's models, as they are and with FastDepthwise")
     model.add_argument("names", nargs="+", metavar="NAME", help="as timm calls them")
@@ -152,14 +163,15 @@ def _demo(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
     import timm
-    import torch
     from rich.console import Console
     from rich.table import Table
     from timm.models import get_pretrained_cfg, is_model_in_modules
 
     import widefield.models
-    from widefield import _checks, bench
+    from widefield import _checks
 
+    if args.compare:
+        return _compare(args.pattern)
     every = timm.list_models()
     if args.pattern is None:
         names = [name for name in every if is_model_in_modules(name, widefield.models.MODULES)]
@@ -173,12 +185,7 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
     for name in names:
         config = get_pretrained_cfg(name)
         shape = config.input_size if config else (3, 224, 224)
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name)
-        except NotImplementedError:  # older releases of timm compute with numbers while they build
-            model = timm.create_model(name).to("meta")
-        cost = bench.cost(model.eval(), torch.empty(1, *shape, device="meta"))
+        cost = _cost(name, shape)
         stated = widefield.models.STATED.get(name)
         said = (f"{stated.parameters} / {stated.macs}", stated.source) if stated else ("", "")
         size = "x".join(map(str, shape))
@@ -187,15 +194,75 @@ def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
     return 0
 
 
+def _cost(name: str, shape: Sequence[int], *, merged: bool = False) -> Any:
+    """Return the counts of a network for an image of this shape, computing no number."""
+    import timm
+    import torch
+
+    from widefield import bench
+    from widefield.surgery import fuse_layers
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+    except NotImplementedError:  # older releases of timm compute with numbers while they build
+        model = timm.create_model(name).to("meta")
+    model.eval().requires_grad_(False)  # the counter's hooks cannot follow parameters that are passed along
+    if merged:
+        model, _ = fuse_layers(model)
+    return bench.cost(model, torch.empty(1, *shape, device="meta"))
+
+
+def _compare(pattern: str | None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+    from timm.models import is_model_in_modules
+
+    from widefield.models import MODULES
+    from widefield.models.comparison import CITED
+
+    rows = [row for row in CITED if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
+    if not rows:
+        raise ValueError(f"no network of the slides' table is called {pattern!r} in timm's registry.")
+    table = Table(
+        caption="cited / measured; * differs by more than 1 %. Ours are measured in their merged form; "
+        "SLaK is cited with 40 % of its weights removed, and measured dense.",
+        caption_justify="left",
+    )
+    for column in ("architecture", "date", "type", "size", "parameters (M)", "MACs (G)", "top-1", "model"):
+        table.add_column(column, justify="left" if column in ("architecture", "date", "model") else "right")
+
+    def both(cited: float, measured: float | None) -> str:
+        if measured is None:
+            return f"{cited:g} / -  "
+        return f"{cited:g} / {measured:.4g}{' *' if abs(measured - cited) > 0.01 * cited else '  '}"
+
+    for row in rows:
+        shape, ours = (3, row.size, row.size), is_model_in_modules(row.name, MODULES)
+        cost = _cost(row.name, shape, merged=ours) if row.name else None
+        table.add_row(
+            row.architecture + (f" ({row.note})" if row.note else ""),
+            row.date,
+            row.kind,
+            str(row.size),
+            both(row.parameters, cost and cost.parameters / 1e6),
+            both(row.macs, cost and cost.macs / 1e9),
+            f"{row.top1:g}",
+            row.name,
+        )
+    Console().print(table)
+    return 0
+
+
 def _bench(args: argparse.Namespace, _: Sequence[str]) -> int:
-    from widefield.benchmarks import Settings, deform, depthwise, mixture, model
+    from widefield.benchmarks import Settings, deform, depthwise, mixers, mixture, model
 
     settings = Settings(
         shlex.join(["widefield", *args.words]),
         device=args.device,
         dtype=args.dtype,
         repeats=args.repeats,
-        budget_s=args.budget if args.budget is not None else 5.0 if args.subject == "model" else 0.6,
+        budget_s=args.budget if args.budget is not None else 5.0 if args.subject in ("model", "mixers") else 0.6,
         out=args.out,
     )
     if args.subject == "depthwise":
@@ -217,11 +284,16 @@ def _bench(args: argparse.Namespace, _: Sequence[str]) -> int:
             counts=args.counts,
         )
     elif args.subject == "deform":
-        given = {name: getattr(args, name) for name in ("batch", "side", "width", "stages")}
-        deform.run(settings, **{name: value for name, value in given.items() if value is not None})
+        deform.run(settings, **_given(args, "batch", "side", "width", "stages"))
+    elif args.subject == "mixers":
+        mixers.run(settings, **_given(args, "name", "mixers", "batch", "size"))
     else:
         model.run(settings, args.names, batch=args.batch, size=args.size)
     return 0
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _numbers(option: str, word: str, between: str, count: int | None = None) -> list[int]:

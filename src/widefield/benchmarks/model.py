@@ -47,11 +47,13 @@ def calls(models: Models, x: Tensor, mode: str) -> dict[str, Callable[[], object
         images = x.contiguous(memory_format=memory_format)
         for name, model in models.items():
             own = copy.deepcopy(model).to(memory_format=memory_format)
-            found[f"{name} {layout}"] = _call(own.train(mode == "step"), images, mode)
+            found[f"{name} {layout}"] = call(own.train(mode == "step"), images, mode)
     return found
 
 
-def _call(model: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+def call(model: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    """Return one call of a mode. The model is taken as it is, in training mode for "step"."""
+
     def infer() -> None:
         with torch.inference_mode():
             model(x)
