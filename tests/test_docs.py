@@ -21,6 +21,7 @@ PAGES = (
     "internimage",
     "van",
     "hornet",
+    "focalnet",
     "moganet",
     "metaformer",
 )
