@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -185,6 +186,43 @@ class Backbone(nn.Module):
 
     def unfinish(self) -> None:
         """Remove what :meth:`finish` and :meth:`pooled` apply."""
+
+
+class NormedBackbone(Backbone):
+    """A :class:`Backbone` that ends as ConvNeXt does: a norm over the channels of the pooled vector, ``norm``.
+
+    The family sets ``self.norm``, and applies :func:`initialise_truncated` to itself.
+    """
+
+    norm: nn.Module
+    head_init_scale: float = 1.0
+    """What the initial weights of the classifier are multiplied by."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Normalise the pooled vector, or each pixel where nothing is pooled; with "catavgmax" each half."""
+        halves = x.unflatten(1, (self.pool.feat_mult(), -1)).movedim(2, -1)
+        y: Tensor = self.norm(halves).movedim(-1, 2).flatten(1, 2)
+        return y
+
+    def unfinish(self) -> None:
+        """Remove the last norm."""
+        self.norm = nn.Identity()
+
+    def classifier(self) -> nn.Module:
+        """Return a new head, initialised as the rest of the network and scaled."""
+        head = super().classifier().apply(initialise_truncated)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.mul_(self.head_init_scale)
+        return head
+
+
+def initialise_truncated(module: nn.Module) -> None:
+    """Initialise as ConvNeXt's code, and what grew out of it, does: truncated normals of 0.02, biases of 0."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def initialise_fan_out(module: nn.Module) -> None:

@@ -14,12 +14,12 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import Backbone
+from widefield.models._backbone import NormedBackbone, initialise_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.gnconv import GlobalLocalFilter, GnConv
 from widefield.nn.reparam import Pair, refuse_training
@@ -152,7 +152,7 @@ def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
     return y if scale is None else scale[:, None, None] * y
 
 
-class HorNet(Backbone):
+class HorNet(NormedBackbone):
     """Stages of :class:`Block`, entered by patches of 4x4 pixels, later of 2x2; HorNet-T (7x7) by default.
 
     Args:
@@ -215,7 +215,7 @@ class HorNet(Backbone):
             blocks = [Block(width, order, next(rates), layer_scale, **options) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = LayerNorm(widths[-1], eps=1e-6)
-        self.apply(_initialise)
+        self.apply(initialise_truncated)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
@@ -230,24 +230,6 @@ class HorNet(Backbone):
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the names of a stage and of what enters it."""
         return f"stages.{index}", f"downsample_layers.{index}"
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Normalise the pooled vector, or each pixel where nothing is pooled; with "catavgmax" each half."""
-        halves = x.unflatten(1, (self.pool.feat_mult(), -1)).movedim(2, -1)
-        y: Tensor = self.norm(halves).movedim(-1, 2).flatten(1, 2)
-        return y
-
-    def unfinish(self) -> None:
-        """Remove the last norm."""
-        self.norm = nn.Identity()
-
-    def classifier(self) -> nn.Module:
-        """Return a new head, initialised as the official code does."""
-        head = super().classifier().apply(_initialise)
-        with torch.no_grad():
-            for parameter in head.parameters():
-                parameter.mul_(self.head_init_scale)
-        return head
 
     def set_input_size(self, img_size: int | Pair) -> None:
         """Store the global filters for images of this size, on which the function of the network stays what it is.
@@ -266,13 +248,6 @@ class HorNet(Backbone):
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
         whole = r"^(?:downsample_layers|stages)\.(\d+)"
         return {"stem": r"^downsample_layers\.0", "blocks": whole if coarse else blocks}
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:

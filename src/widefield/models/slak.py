@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import Backbone
+from widefield.models._backbone import NormedBackbone, initialise_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.large_kernel import DecomposedConv2d, LargeKernelConv2d
 from widefield.nn.reparam import ReparamConv2d
@@ -74,7 +74,7 @@ class Block(nn.Module):
         return out
 
 
-class SLaK(Backbone):
+class SLaK(NormedBackbone):
     """SLaK-T with the default arguments, dense.
 
     Args:
@@ -143,7 +143,7 @@ class SLaK(Backbone):
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = LayerNorm(widths[-1], eps=_EPS)
         self.head = self.classifier()
-        self.apply(_initialise)
+        self.apply(initialise_truncated)
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Downsample: 4x4 patches of the image, 2x2 patches of later maps."""
@@ -157,18 +157,6 @@ class SLaK(Backbone):
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the names of a stage and of the downsampling in front of it."""
         return f"stages.{index}", f"downsample_layers.{index}"
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Normalise what the classifier reads over its channels."""
-        if x.ndim == 4:
-            x = x.permute(0, 2, 3, 1)
-            return self.norm(x).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
-        y: Tensor = self.norm(x)
-        return y
-
-    def unfinish(self) -> None:
-        """Remove the last norm."""
-        self.norm = nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's grouping of parameters, by stages or by blocks, for a learning rate that decays by depth."""
@@ -186,13 +174,6 @@ def _large_kernel(width: int, kernel_size: int, small_kernel: int, decomposed: b
     if decomposed:
         return DecomposedConv2d(width, kernel_size, small_kernel)
     return LargeKernelConv2d(width, kernel_size, small=small_kernel if small_kernel < kernel_size else None)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 default_cfgs = generate_default_cfgs({name: cfg("downsample_layers.0.0") for name in STATED})

@@ -14,13 +14,13 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
-from widefield.models._backbone import Backbone
+from widefield.models._backbone import NormedBackbone, initialise_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.grn import GRN
@@ -183,7 +183,7 @@ class FusedBlock(nn.Sequential):
         return y
 
 
-class UniRepLKNet(Backbone):
+class UniRepLKNet(NormedBackbone):
     """Stages of :class:`UniRepLKNetBlock`, each entered by a 3x3 convolution of stride 2 (the first by two).
 
     Args:
@@ -232,7 +232,7 @@ class UniRepLKNet(Backbone):
             for width, stage in zip(widths, sizes, strict=True)
         )
         self.norm = LayerNorm(widths[-1], eps=1e-6)
-        self.apply(_initialise)
+        self.apply(initialise_truncated)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
@@ -247,24 +247,6 @@ class UniRepLKNet(Backbone):
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the names of a stage and of what enters it."""
         return f"stages.{index}", f"downsample_layers.{index}"
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Normalise the pooled vector, or each pixel where nothing is pooled; with "catavgmax" each half."""
-        halves = x.unflatten(1, (self.pool.feat_mult(), -1)).movedim(2, -1)
-        y: Tensor = self.norm(halves).movedim(-1, 2).flatten(1, 2)
-        return y
-
-    def unfinish(self) -> None:
-        """Remove the last norm."""
-        self.norm = nn.Identity()
-
-    def classifier(self) -> nn.Module:
-        """Return a new head, initialised as the official code does."""
-        head = super().classifier().apply(_initialise)
-        with torch.no_grad():
-            for parameter in head.parameters():
-                parameter.mul_(self.head_init_scale)
-        return head
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers in order; what halves the map goes with the block that follows."""
@@ -311,13 +293,6 @@ def _size(value: object) -> int:
 
 def _halve(channels: int, width: int) -> tuple[nn.Conv2d, LayerNorm2d]:
     return nn.Conv2d(channels, width, 3, stride=2, padding=1), LayerNorm2d(width, eps=1e-6)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
