@@ -49,7 +49,7 @@ def test_snip_keeps_the_most_salient_weights_and_leaves_the_model_alone(build):
     model = build().train()
     twin = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
-    sparse = DynamicSparsity(model, sparsity=0.5)
+    sparse = DynamicSparsity(model, sparsity=0.3)  # at a half, SNIP may empty one of these tiny tensors, and refuses
     data = batches(3)
     sparse.start(data, loss)
     assert model.training
@@ -60,7 +60,7 @@ def test_snip_keeps_the_most_salient_weights_and_leaves_the_model_alone(build):
         [(w * g).abs().flatten() for w, g in zip(weights, torch.autograd.grad(total, weights), strict=True)]
     )
     active = torch.cat([mask.flatten() for mask in sparse.masks.values()])
-    assert int(active.sum()) == round(0.5 * len(active))
+    assert int(active.sum()) == round(0.7 * len(active))
     assert scores[active].min() >= 0.999 * scores[~active].max()
     for name, value in model.state_dict().items():
         expected = before[name] * sparse.masks[name] if name in sparse.masks else before[name]

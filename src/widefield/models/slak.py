@@ -142,8 +142,8 @@ class SLaK(NormedBackbone):
             ]
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = LayerNorm(widths[-1], eps=_EPS)
-        self.head = self.classifier()
         self.apply(initialise_truncated)
+        self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Downsample: 4x4 patches of the image, 2x2 patches of later maps."""
