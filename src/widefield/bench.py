@@ -132,8 +132,15 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
     Counted are convolutions and matrix products, as torch's FlopCounterMode sees them, at half its FLOPs. On real
     numbers hard routing is charged for the experts that it chose; on meta tensors for the largest.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:  # the counter's hooks stumble over views of these that a model passes along
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 

@@ -207,7 +207,7 @@ def _cost(name: str, shape: Sequence[int], *, merged: bool = False) -> Any:
             model = timm.create_model(name)
     except NotImplementedError:  # older releases of timm compute with numbers while they build
         model = timm.create_model(name).to("meta")
-    model.eval().requires_grad_(False)  # the counter's hooks cannot follow parameters that are passed along
+    model.eval()
     if merged:
         model, _ = fuse_layers(model)
     return bench.cost(model, torch.empty(1, *shape, device="meta"))
