@@ -412,14 +412,16 @@ def test_official_weights_load(tmp_path, form, file, wrap):
 
 
 @pytest.mark.parametrize("name", ["van_b4", "van_b5", "van_b6"])
-def test_weights_for_21841_classes(tmp_path, name):
+def test_weights_for_21841_classes(tmp_path, caplog, name):
     source = shown(tiny(num_classes=21841)).float()
     overlay = saved(source.state_dict(), tmp_path / "van_22k.pth", "state_dict")
     x = torch.randn(1, 3, 64, 64)
     arguments = {k: v for k, v in TINY.items() if k != "num_classes"}
     options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     close(timm.create_model(f"{name}.in22k", **options, **arguments).eval()(x), source(x), FLOAT32)
+    assert not caplog.records
     model = tiny(name, **options).eval()  # to be fine-tuned
+    assert caplog.messages == ["the weights have 21841 classes, the network 7: its head starts afresh"]
     assert model(x).shape == (1, 7)
     close(model.forward_features(x), source.forward_features(x), FLOAT32)
 

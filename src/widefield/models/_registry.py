@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from widefield.nn import ReparamConv2d
 from widefield.surgery.walk import fuse_layers
+
+_log = logging.getLogger(__name__)
 
 
 class Stated(NamedTuple):
@@ -65,6 +68,9 @@ def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     classes = state.get(f"{config.get('classifier')}.weight")
     if classes is not None:  # of these weights, which need not be those that the configuration speaks of
         config["num_classes"] = classes.shape[0]
+        asked = getattr(model, "num_classes", 0)
+        if asked not in (0, classes.shape[0]):
+            _log.warning("the weights have %d classes, the network %d: its head starts afresh", len(classes), asked)
     if not _differences(state, model, free):
         return state
     for select in (_everything, _large_kernels):
