@@ -1,18 +1,7 @@
 """Backbones, registered in timm by importing this package."""
 
-from widefield.models import (
-    hornet,
-    internimage,
-    metaformers,
-    mobilenetv2_lk,
-    moganet,
-    morf,
-    replknet,
-    resnet_cifar,
-    slak,
-    unireplknet,
-    van,
-)
+from importlib import import_module
+
 from widefield.models._registry import Stated
 from widefield.models.hornet import HorNet
 from widefield.models.internimage import InternImage, InternImageH
@@ -39,22 +28,22 @@ __all__ = [
     "UniRepLKNet",
 ]
 
-_FILES = (
-    hornet,
-    internimage,
-    metaformers,
-    mobilenetv2_lk,
-    moganet,
-    morf,
-    replknet,
-    resnet_cifar,
-    slak,
-    unireplknet,
-    van,
+MODULES = (
+    "hornet",
+    "internimage",
+    "metaformers",
+    "mobilenetv2_lk",
+    "moganet",
+    "morf",
+    "replknet",
+    "resnet_cifar",
+    "slak",
+    "unireplknet",
+    "van",
 )
-
-MODULES = tuple(file.__name__.rpartition(".")[2] for file in _FILES)
 """The files here, by which timm knows whose models are whose."""
 
-STATED: dict[str, Stated] = {name: stated for file in _FILES for name, stated in file.STATED.items()}
+STATED: dict[str, Stated] = {
+    name: stated for file in MODULES for name, stated in import_module(f"{__name__}.{file}").STATED.items()
+}
 """Name of a model -> what its paper or repository says of it."""
