@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from widefield.nn import MoRFConv2d
 from widefield.surgery.conversions import Conversion, Place, stages_of
 from widefield.surgery.walk import merge_method, replace
 
@@ -102,9 +101,7 @@ def convert(model: nn.Module, config: Conversion, where: Where | None = None, *,
 def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module, Conversion]]:
     """Return what happens to each convolution, the convolution, and the config for its place."""
     selects = selector(where)
-    mergeable = [
-        name for name, m in model.named_modules() if name and not isinstance(m, MoRFConv2d) and merge_method(m)
-    ]
+    mergeable = [name for name, m in model.named_modules() if name and merge_method(m)]
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
