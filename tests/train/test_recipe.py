@@ -135,7 +135,7 @@ def test_overrides(path: Path) -> None:
         (["--model.args", "3"], TypeError, "model.args must be a mapping of names to values; got 3"),
         (["--model.args", "{1: 2}"], TypeError, "model.args must have names as its keys; got 1"),
         (["--conversion.where", "x"], ValueError, "conversion.kind: missing"),
-        (["--conversion.kind", "mrf"], ValueError, "'morf'; got 'mrf'. Did you mean 'morf'?"),
+        (["--conversion.kind", "mrf"], ValueError, "'token_mixer'; got 'mrf'. Did you mean 'morf'?"),
         (["--optimizer.lr", "-1"], ValueError, "optimizer.lr must be from 0.0 to inf; got -1.0"),
         (["--ema.decay", "1.1"], ValueError, "ema.decay must be from 0.0 to 1.0; got 1.1"),
         (["--schedule.name", "cosin"], ValueError, "Did you mean 'cosine'?"),

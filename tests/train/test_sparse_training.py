@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from train.helpers import log, same_weights
 from widefield.train import ConversionSpec, ModelSpec, Recipe, RunResult, SparsitySpec
+from widefield.train.recipe import CONVERSIONS
 
 Run = Callable[..., RunResult]
 SPARSE = SparsitySpec(sparsity=0.6, interval=2, init="erk", where="stages.*")
@@ -45,21 +47,34 @@ def test_a_resumed_sparse_run_is_the_uninterrupted_one(run: Run, recipe: Recipe,
 
 
 def test_every_kind_of_conversion_trains(run: Run) -> None:
-    for kind, arguments in {
+    given: dict[str, dict[str, Any]] = {
         "gmconv": {},
         "large_kernel": {"kernel_sizes": [9, 9, 7, 7], "small": 3},
         "fast_depthwise": {},
         "inception_split": {},
         "deformable": {},
-    }.items():
+        "morf": {},
+        "token_mixer": {"mixer": "lka"},
+    }
+    assert set(given) == set(CONVERSIONS)
+    for kind, arguments in given.items():
         result = run(name=kind, epochs=1, conversion=ConversionSpec(kind, args=arguments))
         assert result.steps == 6
         assert not any(type(m) is nn.Conv2d and m.kernel_size == (7, 7) for m in result.model.modules())
 
 
-def test_a_sparsity_that_cannot_be_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"sparsity\.sparsity must be from 0"):
-        SparsitySpec(1.5)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsity": 1.5}, "sparsity.sparsity must be from 0"),
+        ({"sparsity": 1}, "sparsity.sparsity must be below 1: at 1 no weight is left"),
+        ({"growth": "gradients"}, "got 'gradients'. Did you mean 'gradient'?"),
+        ({"init": "snap"}, "got 'snap'. Did you mean 'snip'?"),
+    ],
+)
+def test_a_sparsity_that_cannot_be_is_refused_by_name(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SparsitySpec(**given)
 
 
 def test_snip_starts_from_the_first_batch(run: Run) -> None:

@@ -15,18 +15,8 @@ from torch import nn
 
 from widefield import _checks
 from widefield.train.checkpoint import best, checkpoints, load_weights
-from widefield.train.recipe import ConversionSpec, Recipe
+from widefield.train.recipe import CONVERSIONS, ConversionSpec, Recipe
 from widefield.train.recipe_io import load_recipe
-
-_CONFIGS = {
-    "deformable": "Deformable",
-    "fast_depthwise": "FastDepthwise",
-    "gmconv": "GMConv",
-    "inception_split": "InceptionSplit",
-    "large_kernel": "LargeKernel",
-    "morf": "MoRF",
-}
-"""Kind of conversion in a recipe -> name in widefield.surgery."""
 
 
 def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
@@ -73,7 +63,7 @@ def _refusal(recipe: Recipe, error: Exception) -> Exception:
 def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
     from widefield import surgery
 
-    config = getattr(surgery, _CONFIGS[conversion.kind])
+    config = getattr(surgery, CONVERSIONS[conversion.kind])
     known = [field.name for field in dataclasses.fields(config)]
     for key in conversion.args:
         if key not in known:

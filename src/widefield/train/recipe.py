@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from widefield import _checks
+from widefield.surgery.sparsity import GROWTH, INIT
 
-CONVERSIONS = ("deformable", "fast_depthwise", "gmconv", "inception_split", "large_kernel", "morf")
+CONVERSIONS = {
+    "deformable": "Deformable",
+    "fast_depthwise": "FastDepthwise",
+    "gmconv": "GMConv",
+    "inception_split": "InceptionSplit",
+    "large_kernel": "LargeKernel",
+    "morf": "MoRF",
+    "token_mixer": "TokenMixer",
+}
+"""Kind of a conversion -> the config's name in widefield.surgery."""
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -38,7 +48,7 @@ class ConversionSpec:
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _checks.choice("conversion.kind", self.kind, CONVERSIONS)
+        _checks.choice("conversion.kind", self.kind, tuple(CONVERSIONS))
         _set(self, where=_plain("conversion.where", self.where), args=_arguments("conversion.args", self.args))
 
 
@@ -141,8 +151,8 @@ class SparsitySpec:
     sparsity: Annotated[float, "share of the weights that is zero"] = 0.4
     exploration: Annotated[float, "share of the active weights that moves at a time; falls to 0 over the run"] = 0.3
     interval: Annotated[int, "steps from one move to the next"] = 100
-    growth: Annotated[str, "where weights grow: random, or gradient"] = "random"
-    init: Annotated[str, "which weights to begin with: snip, snip_density, erk or uniform"] = "snip"
+    growth: Annotated[str, f"where weights grow, one of {', '.join(GROWTH)}"] = "random"
+    init: Annotated[str, f"which weights to begin with, one of {', '.join(INIT)}"] = "snip"
     where: Annotated[
         str | list[str] | None, "which layers: a glob over module names, or several; null: all that are trained"
     ] = None
@@ -154,7 +164,11 @@ class SparsitySpec:
             exploration=_checks.number("sparsity.exploration", self.exploration, maximum=1.0),
             where=_plain("sparsity.where", self.where),
         )
+        if self.sparsity == 1:
+            raise ValueError("sparsity.sparsity must be below 1: at 1 no weight is left.")
         _checks.integer("sparsity.interval", self.interval)
+        _checks.choice("sparsity.growth", self.growth, GROWTH)
+        _checks.choice("sparsity.init", self.init, INIT)
 
 
 @dataclass(frozen=True)
