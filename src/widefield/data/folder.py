@@ -154,28 +154,45 @@ class Folder(ImageSet):
         """
         path, label = self._files[index]
         try:
-            with Image.open(path) as file:
-                picture = file.convert("RGB")  # decodes to the last byte
-        except MemoryError as error:
-            raise MemoryError(f"out of memory while reading the image {path}.") from error
-        except _BROKEN as error:
-            if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
-                raise OSError(error.errno, error.strerror, path) from error
+            picture = read(path)
+        except CorruptImageError as error:
             self._report(index, path, error)
             return None
         with seeded(self.key(index)):
             image: torch.Tensor = self._transform(picture)
         return {"image": image, "label": label}
 
-    def _report(self, index: int, path: str, error: Exception) -> None:
-        problem = f"cannot read the image {path}: {type(error).__name__}: {error}."
+    def _report(self, index: int, path: str, error: CorruptImageError) -> None:
         if self.corrupt == "refuse":
-            raise OSError(
-                f'{problem} Repair or delete the file, or pass corrupt="skip" to leave such images out.'
-            ) from error
+            raise CorruptImageError(
+                f'{error} Repair or delete the file, or pass corrupt="skip" to leave such images out.'
+            ) from error.__cause__
         if not self._warned[index]:
             self._warned[index] = True
-            warnings.warn(f"{problem} It is left out; repair or delete it.", stacklevel=2)
+            warnings.warn(f"{error} It is left out; repair or delete it.", stacklevel=2)
+
+
+class CorruptImageError(OSError):
+    """A file is there, can be opened, and is no whole image."""
+
+
+def read(path: str | Path) -> Image.Image:
+    """Return the image in a file, as RGB, decoded to the last byte.
+
+    Raises:
+        CorruptImageError: it cannot be decoded in full.
+        OSError: the system refuses to open or read it.
+        MemoryError: the picture does not fit. All three name the file.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except MemoryError as error:
+        raise MemoryError(f"out of memory while reading the image {path}.") from error
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise CorruptImageError(f"cannot read the image {path}: {type(error).__name__}: {error}.") from error
 
 
 def _checked_layout(root: Path, split: str) -> Path:

@@ -1,0 +1,189 @@
+"""A few images to look through a model with: from a folder, from one of the data sets, or from what is installed.
+
+scikit-learn ships two photographs of 427x640 pixels (china.jpg and flower.jpg, both CC BY); random crops of them stand
+in for natural images where none are at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from widefield import _checks
+from widefield.data.catalog import SETS, create
+from widefield.data.folder import IMAGENET_MEAN, IMAGENET_STD, read
+from widefield.data.loading import ImageSet, Sample, collate, normalise, seeded
+
+PHOTOGRAPHS = "photographs"
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
+_SMALLEST_CROP = 0.35  # of a photograph's shorter side
+
+
+class Pictures(ImageSet):
+    """Images (C, size, size), float32 and normalised, drawn once by a seed; read when they are asked for.
+
+    C is 3, or what the data set gives and ``mean`` and ``std`` do not widen. Samples: ``image``, ``label`` (-1 where
+    there are no classes), and what else a data set knows.
+
+    Args:
+        source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation part), or a
+            folder that is searched for images at any depth; a file's class is the folder it lies in, if that is not
+            the source itself. A folder with a ``val`` folder in it stands for that one.
+        count: how many; a seeded choice where there are more. None: all there are (64 photographs).
+        size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the centre.
+        mean, std: of each channel for pixels in [0, 1]. None: ImageNet's, or the data set's own.
+        seed: of the choice and the crops.
+        options: further ones of the data set.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+        ValueError, TypeError: an argument out of range, or of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        source: str | Path = PHOTOGRAPHS,
+        *,
+        count: int | None = None,
+        size: int = 224,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__("val", size, seed)
+        self.source = str(source)
+        self.classes = ()
+        self._from: ImageSet | None = None
+        self._files: list[Path] = []
+        own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
+        if self.source in SETS and self.source != "folder":
+            self._from = create(self.source, "val", size=size, **options)
+            self.classes = self._from.classes
+            own = self._from.mean, self._from.std
+            available = len(self._from)
+        elif options:
+            raise TypeError(f"options {sorted(options)} are for data sets; {self.source!r} takes none.")
+        elif self.source == PHOTOGRAPHS:
+            available = 64 if count is None else _checks.integer("count", count)
+        else:
+            self._files = _files(Path(source).expanduser())
+            folders = sorted({path.parent.name for path in self._files if path.parent != Path(source).expanduser()})
+            self.classes = tuple(folders) if all(p.parent.name in folders for p in self._files) else ()
+            available = len(self._files)
+        self.mean = tuple(own[0] if mean is None else mean)
+        self.std = tuple(own[1] if std is None else std)
+        count = available if count is None else min(_checks.integer("count", count), available)
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+        self._chosen: list[int] = order.tolist() if count < available else list(range(available))
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Where the images come from and what was done to them, for a result to keep."""
+        return {
+            "images": len(self),
+            "source": self.source,
+            "size": self.image_size,
+            "mean": [round(v, 4) for v in self.mean],
+            "std": [round(v, 4) for v in self.std],
+            "seed": self.seed,
+        }
+
+    def name(self, index: int) -> str:
+        """Return what to call an image: its file, or its place in the data set."""
+        chosen = self._chosen[index]
+        return str(self._files[chosen]) if self._files else f"{self.source} {chosen}"
+
+    def sample(self, index: int) -> Sample:
+        """Return image ``index``; raises OSError naming a file that cannot be read."""
+        chosen = self._chosen[index]
+        if self._from is not None:
+            found = self._from[chosen]
+            if found is None:
+                raise OSError(f"{self.source} has no image {chosen}.")
+            image = found["image"]
+            before = [torch.tensor(v)[:, None, None] for v in (self._from.mean, self._from.std)]
+            return {**found, "image": self._normalised(image * before[1] + before[0])}
+        if self._files:
+            path = self._files[chosen]
+            label = self.classes.index(path.parent.name) if self.classes else -1
+            return {"image": self._normalised(_centre(read(path), self.image_size)), "label": label}
+        return {"image": self._normalised(self._crop(chosen)), "label": -1}
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Return pixels (1 or 3, H, W) in [0, 1] in as many channels as there are means."""
+        channels = len(self.mean)
+        if len(pixels) == 3 and channels == 1:
+            pixels = (pixels * pixels.new_tensor(_LUMA)[:, None, None]).sum(0, keepdim=True)
+        return normalise(pixels.expand(channels, -1, -1), self.mean, self.std)
+
+    def _crop(self, index: int) -> Tensor:
+        """Return crop ``index`` of one of the two photographs, of random place, side and direction."""
+        from sklearn.datasets import load_sample_images
+
+        photographs = load_sample_images().images
+        with seeded((self.seed, index)):
+            photograph = torch.from_numpy(photographs[index % 2].copy())
+            height, width = photograph.shape[:2]
+            side = int(height * (_SMALLEST_CROP + (1 - _SMALLEST_CROP) * torch.rand(()).item()))
+            top = int(torch.randint(height - side + 1, ()))
+            left = int(torch.randint(width - side + 1, ()))
+            flip = bool(torch.rand(()) < 0.5)
+        cut = photograph[top : top + side, left : left + side]
+        picture = Image.fromarray((cut.flip(1) if flip else cut).numpy())
+        return _tensor(picture.resize((self.image_size,) * 2, Image.Resampling.BICUBIC))
+
+    def batches(self, size: int = 32) -> Iterator[Sample]:
+        """Yield the samples in order, in batches of ``size``."""
+        for start in range(0, len(self), size):
+            yield collate([self[i] for i in range(start, min(start + size, len(self)))])
+
+    def tensor(self) -> Tensor:
+        """Return all images as one tensor, (N, C, size, size)."""
+        return torch.stack([self.sample(i)["image"] for i in range(len(self))])
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Return normalised images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], as figures take them."""
+        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1).movedim(1, -1)
+
+
+def _files(root: Path) -> list[Path]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not root.is_dir():
+        known = ", ".join(repr(name) for name in (PHOTOGRAPHS, *SETS) if name != "folder")
+        raise FileNotFoundError(
+            f"no folder of images {str(root)!r}.{_checks.did_you_mean(str(root), (PHOTOGRAPHS, *SETS))} "
+            f"Give a folder, or one of {known}."
+        )
+    if (root / "val").is_dir():
+        root = root / "val"
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not found:
+        raise FileNotFoundError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
+    return found
+
+
+def _centre(picture: Image.Image, size: int) -> Tensor:
+    """Resize the shorter side to size / 0.875 and crop the centre, as networks on ImageNet are evaluated."""
+    scale = size / 0.875 / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return _tensor(resized.crop((left, top, left + size, top + size)))
+
+
+def _tensor(picture: Image.Image) -> Tensor:
+    from torchvision.transforms.functional import pil_to_tensor
+
+    pixels: Tensor = pil_to_tensor(picture)
+    return pixels.float() / 255
