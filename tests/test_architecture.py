@@ -18,8 +18,10 @@ LEVELS = {
     "surgery": 3,
     "models": 4, "analysis": 4, "data": 4, "tasks": 4,
     "train": 5,
-    "demo": 6, "benchmarks": 6,
-    "cli": 7, "__main__": 8,
+    "subjects": 6,
+    "run_report": 7,
+    "demo": 8, "benchmarks": 8,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 OPEN = {"_checks", "bench", "report"}  # level 0 is open to all
 THIRD_PARTY = {
@@ -30,7 +32,7 @@ THIRD_PARTY = {
     "nn": {"torch", "timm"},
     "surgery": {"torch", "timm", "rich"},
     "models": {"torch", "timm"},
-    "analysis": {"torch", "numpy"},
+    "analysis": {"torch", "numpy", "captum", "rich"},
     "data": {"torch", "torchvision", "timm", "sklearn", "numpy", "PIL"},
     "benchmarks": {"torch", "timm", "torchvision"},
     "tasks": {"torch", "torchvision", "timm", "torchmetrics"},

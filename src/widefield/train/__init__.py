@@ -1,6 +1,6 @@
 """Training: recipes, the loop, checkpoints."""
 
-from widefield.train.build import build_model, load_trained
+from widefield.train.build import build_model, create_model, load_trained
 from widefield.train.engine import RunResult, train
 from widefield.train.evaluation import evaluate
 from widefield.train.recipe import (
@@ -30,6 +30,7 @@ __all__ = [
     "SparsitySpec",
     "TaskSpec",
     "build_model",
+    "create_model",
     "describe_keys",
     "evaluate",
     "load_recipe",

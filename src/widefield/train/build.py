@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -15,7 +16,7 @@ from torch import nn
 
 from widefield import _checks
 from widefield.train.checkpoint import best, checkpoints, load_weights
-from widefield.train.recipe import CONVERSIONS, ConversionSpec, Recipe
+from widefield.train.recipe import CONVERSIONS, ConversionSpec, ModelSpec, Recipe
 from widefield.train.recipe_io import load_recipe
 
 
@@ -30,25 +31,40 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
         ValueError: unknown model; an argument that the task decides, or that the model refuses; nothing to convert.
         TypeError: an argument that the model or the conversion does not have.
     """
-    import widefield.models  # noqa: F401 (registers ours in timm)
-
-    name = recipe.model.name
-    known = timm.list_models()
-    if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
-        raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
-    for key in model_args:
-        if key in recipe.model.args:
-            raise ValueError(f"model.args.{key} is decided by the task ({model_args[key]!r}); leave it out.")
-    try:
-        model: nn.Module = timm.create_model(name, **recipe.model.args, **model_args)
-    except (TypeError, LookupError, AssertionError, RuntimeError) as error:
-        raise _refusal(recipe, error) from error
+    model = create_model(recipe.model, model_args)
     return _converted(model, recipe.conversion) if recipe.conversion else model
 
 
-def _refusal(recipe: Recipe, error: Exception) -> Exception:
+def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
+    """Build ``timm.create_model(spec.name, **spec.args, **decided)``.
+
+    Args:
+        spec: name and arguments, as the user wrote them.
+        decided: further arguments, which the user must not give.
+
+    Raises:
+        ValueError: unknown model; an argument that is decided, or that the model refuses.
+        TypeError: an argument that the model does not have.
+    """
+    import widefield.models  # noqa: F401 (registers ours in timm)
+
+    name = spec.name
+    known = timm.list_models()
+    if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
+        raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
+    for key in decided:
+        if key in spec.args:
+            raise ValueError(f"model.args.{key} is decided by the task ({decided[key]!r}); leave it out.")
+    try:
+        model: nn.Module = timm.create_model(name, **spec.args, **decided)
+    except (TypeError, LookupError, AssertionError, RuntimeError) as error:
+        raise _refusal(spec, error) from error
+    return model
+
+
+def _refusal(spec: ModelSpec, error: Exception) -> Exception:
     """Return what to raise for arguments that timm or the model choked on."""
-    name, args = recipe.model.name, recipe.model.args
+    name, args = spec.name, spec.args
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown is None or unknown[2] not in args:
         return ValueError(f"timm cannot build {name!r} with model.args {args}: {type(error).__name__}: {error}.")

@@ -1,0 +1,131 @@
+"""Models by name, and what each expects of images: timm's, torchvision's, and those of runs.
+
+What the commands, the report of a run and evaluation all begin with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from widefield import _checks, data
+from widefield.train import ModelSpec, create_model, load_recipe, load_trained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode, and what it expects of images."""
+
+    name: str
+    """What to call it: the words it was asked for by, or the run's name."""
+    model: nn.Module
+    size: int
+    """Side of the images, in pixels."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights: str
+    """Where they come from: "random", "pretrained" or "trained in this run"."""
+    source: str = data.PHOTOGRAPHS
+    """Images to show it unless others are asked for, as `widefield.data.Pictures` takes it: a run's own."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the data set ``source``."""
+
+    def pictures(
+        self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
+    ) -> data.Pictures:
+        """Return images as the model expects them: its own, or those of ``source``; arguments as of `Pictures`."""
+        return data.Pictures(
+            self.source if source is None else source,
+            count=count,
+            size=size or self.size,
+            mean=self.mean,
+            std=self.std,
+            seed=seed,
+            **(self.options if source is None else {}),
+        )
+
+
+def load(word: str, *, pretrained: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> Subject:
+    """Build or load the model that a word names.
+
+    Args:
+        word: a name of timm (``resnet50``) or of torchvision (``torchvision:resnet50``), each with arguments in braces
+            if wanted (``replknet_31b{kernel_sizes: [3, 3, 3, 3]}``, YAML), or the folder of a run.
+        pretrained: fetch the weights that timm or torchvision publish.
+        seed: of random weights. The global generator is seeded.
+        device: where the model goes.
+
+    Raises:
+        ValueError: unknown model or device, or arguments that the model refuses.
+        TypeError: an argument that the model does not have.
+        FileNotFoundError: a folder without a run, or a run without checkpoints.
+    """
+    torch.manual_seed(seed)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {str(device)!r} is not at hand: {str(error).splitlines()[0]}") from error
+    if Path(word).expanduser().is_dir():
+        found = _of_run(Path(word).expanduser())
+    elif word.startswith("torchvision:"):
+        found = _of_torchvision(word, pretrained)
+    else:
+        found = _of_timm(word, pretrained)
+    found.model.to(device).eval()
+    return found
+
+
+def _parsed(word: str) -> tuple[str, dict[str, Any]]:
+    import yaml
+
+    match = re.fullmatch(r"([^{}]+)(\{.*\})?", word, re.DOTALL)
+    if match is None:
+        raise ValueError(f"a model is a name, or a name and arguments in braces; got {word!r}.")
+    try:
+        given = yaml.safe_load(match[2] or "{}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"the braces of {word!r} hold no YAML: {str(error).splitlines()[0]}.") from error
+    return match[1].strip(), {str(key): value for key, value in given.items()}
+
+
+def _of_timm(word: str, pretrained: bool) -> Subject:
+    from timm.data import resolve_model_data_config
+
+    name, given = _parsed(word)
+    model = create_model(ModelSpec(name, {**given, **({"pretrained": True} if pretrained else {})}))
+    config = resolve_model_data_config(model)
+    weights = "pretrained" if pretrained else "random"
+    return Subject(word, model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]), weights)
+
+
+def _of_torchvision(word: str, pretrained: bool) -> Subject:
+    import torchvision.models as tv
+
+    name, given = _parsed(word.removeprefix("torchvision:"))
+    known = tv.list_models(module=tv)
+    if name not in known:
+        raise ValueError(f"torchvision knows no model {name!r}.{_checks.did_you_mean(name, known)}")
+    try:
+        model = tv.get_model(name, weights="DEFAULT" if pretrained else None, **given)
+    except TypeError as error:
+        raise ValueError(f"torchvision cannot build {word!r}: {error}.") from error
+    shown = tv.get_model_weights(name).DEFAULT.transforms()
+    weights = "pretrained" if pretrained else "random"
+    return Subject(word, model, shown.crop_size[0], tuple(shown.mean), tuple(shown.std), weights)
+
+
+def _of_run(folder: Path) -> Subject:
+    model = load_trained(folder)
+    recipe = load_recipe(folder)
+    validation = data.create(recipe.data.name, "val", **recipe.data.args)
+    shape = validation.image_size, validation.mean, validation.std
+    if recipe.data.name == "folder":
+        return Subject(recipe.name, model, *shape, "trained in this run", str(recipe.data.args["root"]))
+    options = {key: value for key, value in recipe.data.args.items() if key not in ("size", "augment")}
+    return Subject(recipe.name, model, *shape, "trained in this run", recipe.data.name, options)

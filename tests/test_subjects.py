@@ -1,0 +1,77 @@
+"""Models by name: timm's, torchvision's, ours, and those of runs, with what they expect of images."""
+
+import re
+
+import pytest
+import torch
+import torchvision
+from rich.console import Console
+
+from widefield.subjects import load
+from widefield.train import DataSpec, ModelSpec, Recipe, train
+
+
+def test_timms_and_ours_take_arguments_in_braces():
+    found = load("test_resnet{num_classes: 5, in_chans: 1}", seed=3)
+    assert found.model.num_classes == 5
+    assert not found.model.training
+    assert (found.size, found.weights) == (160, "random")
+    ours = load("unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}")
+    assert ours.model.num_features == 32
+    assert ours.mean == (0.485, 0.456, 0.406)
+
+
+def test_random_weights_are_a_function_of_the_seed():
+    one, again, other = (load("test_resnet", seed=seed).model.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[k], again[k]) for k in one)
+    assert not all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_torchvisions():
+    found = load("torchvision:squeezenet1_1{num_classes: 7}")
+    assert isinstance(found.model, torchvision.models.SqueezeNet)
+    assert found.size == 224
+    assert found.model(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    assert found.pictures(count=2, size=40).tensor().shape == (2, 3, 40, 40)
+
+
+def test_a_run_brings_its_own_images(tmp_path):
+    args = {"patch_size": 2, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
+    recipe = Recipe(
+        name="tiny",
+        model=ModelSpec("convnext_atto", {**args, "in_chans": 1}),
+        data=DataSpec("digits", {"size": 32, "channels": 1, "augment": True}),
+        output=str(tmp_path),
+        epochs=1,
+        batch_size=721,
+        workers=0,
+    )
+    result = train(recipe, console=Console(quiet=True))
+    found = load(str(result.folder))
+    assert (found.name, found.size, found.weights) == ("tiny", 32, "trained in this run")
+    pictures = found.pictures(count=3)
+    assert pictures.classes == tuple("0123456789")
+    assert torch.equal(found.model(pictures.tensor()), result.model.cpu()(pictures.tensor()))
+    assert found.pictures("photographs", count=1).tensor().shape == (1, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "message"),
+    [
+        ("resnet51", ValueError, "Did you mean 'resnet51q'"),
+        ("torchvision:resnet51", ValueError, "torchvision knows no model 'resnet51'. Did you mean 'resnet50'"),
+        ("torchvision:resnet18{nmu_classes: 1}", ValueError, "nmu_classes"),
+        ("test_resnet{layers", ValueError, "a name and arguments in braces; got 'test_resnet{layers'"),
+        ("test_resnet{a: [}", ValueError, "hold no YAML"),
+        (".", FileNotFoundError, "is not the folder of a run"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(word, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=re.escape(message)):
+        load(word)
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(ValueError, match="the device 'cuda:7' is not at hand"):
+        load("test_resnet", device="cuda:7")
