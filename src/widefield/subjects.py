@@ -98,7 +98,7 @@ def _of_timm(word: str, pretrained: bool) -> Subject:
     from timm.data import resolve_model_data_config
 
     name, given = _parsed(word)
-    model = create_model(ModelSpec(name, {**given, **({"pretrained": True} if pretrained else {})}))
+    model = create_model(ModelSpec(name, given, pretrained))
     config = resolve_model_data_config(model)
     weights = "pretrained" if pretrained else "random"
     return Subject(word, model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]), weights)

@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class ImageSet(Dataset[Sample | None], ABC):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    needs: ClassVar[dict[str, str]] = {}
+    """What to give for each option that has no default, for the message where it is missing."""
+    _visit = 0
 
     def __init__(self, split: str, image_size: int, seed: int) -> None:
         self.split = _checks.choice("split", split, SPLITS)
@@ -69,9 +72,19 @@ class ImageSet(Dataset[Sample | None], ABC):
     def __getitem__(self, index: int) -> Sample | None:
         return self.sample(range(len(self))[index])  # range knows negative indices and raises IndexError
 
-    def key(self, index: int) -> tuple[int, int, int]:
-        """Return the key (seed, epoch, index) of one sample's randomness, for ``seeded``."""
-        return self.seed, int(self._epoch), index
+    @contextmanager
+    def visited(self, visit: int) -> Iterator[None]:
+        """Augment the samples taken in this block as on another visit in the same epoch; 0 is the first."""
+        self._visit = visit
+        try:
+            yield
+        finally:
+            self._visit = 0
+
+    def key(self, index: int) -> tuple[int, ...]:
+        """Return the key of one sample's randomness, for ``seeded``: (seed, epoch, index), or with a later visit."""
+        key = self.seed, int(self._epoch), index
+        return (*key, self._visit) if self._visit else key
 
 
 def shared(values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ import timm
 from torch import nn
 
 from widefield import _checks
-from widefield.train.checkpoint import best, checkpoints, load_weights
+from widefield.train import checkpoint
+from widefield.train.pretrained import start_from
 from widefield.train.recipe import CONVERSIONS, ConversionSpec, ModelSpec, Recipe
 from widefield.train.recipe_io import load_recipe
 
@@ -31,12 +32,20 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
         ValueError: unknown model; an argument that the task decides, or that the model refuses; nothing to convert.
         TypeError: an argument that the model or the conversion does not have.
     """
-    model = create_model(recipe.model, model_args)
-    return _converted(model, recipe.conversion) if recipe.conversion else model
+    spec = recipe.model
+
+    def converted(model: nn.Module) -> nn.Module:
+        return _converted(model, recipe.conversion) if recipe.conversion else model
+
+    if isinstance(spec.pretrained, str):
+        fresh = dataclasses.replace(spec, pretrained=False)
+        classes = model_args.get("num_classes", 0)
+        return start_from(spec.pretrained, lambda given: create_model(fresh, given), converted, classes)
+    return converted(create_model(spec, model_args))
 
 
 def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
-    """Build ``timm.create_model(spec.name, **spec.args, **decided)``.
+    """Build ``timm.create_model(spec.name, **spec.args, **decided)``, with timm's weights if ``spec.pretrained``.
 
     Args:
         spec: name and arguments, as the user wrote them.
@@ -56,7 +65,8 @@ def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType(
         if key in spec.args:
             raise ValueError(f"model.args.{key} is decided by the task ({decided[key]!r}); leave it out.")
     try:
-        model: nn.Module = timm.create_model(name, **spec.args, **decided)
+        start = {"pretrained": True} if spec.pretrained else {}
+        model: nn.Module = timm.create_model(name, **spec.args, **start, **decided)
     except (TypeError, LookupError, AssertionError, RuntimeError) as error:
         raise _refusal(spec, error) from error
     return model
@@ -103,21 +113,10 @@ def load_trained(run: str | Path, which: str = "best") -> nn.Module:
         FileNotFoundError: the folder has no such checkpoint.
         ValueError: the weights do not fit the model, which happens if the code of the model has changed since.
     """
-    _checks.choice("which", which, ("best", "last"))
-    folder = Path(run) / "checkpoints"
-    found = checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"{run} is not the folder of a run: it holds no checkpoints.")
-    chosen = found[-1]
-    if which == "best":
-        ranked = best(folder, chosen.meta["headline"], higher_is_better=chosen.meta["higher_is_better"])
-        if ranked is None:
-            raise FileNotFoundError(f'{run} holds no evaluated checkpoint yet; which="last" gives the newest.')
-        chosen = ranked
+    chosen = checkpoint.chosen(Path(run), which)
     recipe = load_recipe(run)
     # The stored weights replace whatever pretrained ones the recipe started from: do not fetch those.
-    args = {key: value for key, value in recipe.model.args.items() if key != "pretrained"}
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args))
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False))
     model = build_model(recipe, chosen.meta["model_args"])
-    load_weights(chosen.weights, model)
+    checkpoint.load_weights(chosen.weights, model)
     return model.eval()

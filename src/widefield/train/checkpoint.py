@@ -25,6 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from widefield import _checks
+
 _UNFINISHED = ".unfinished-"
 
 
@@ -116,6 +118,25 @@ def best(folder: Path, headline: str, *, higher_is_better: bool) -> Checkpoint |
     evaluated = [c for c in checkpoints(folder) if c.metrics and c.metrics[headline] == c.metrics[headline]]
     sign = -1 if higher_is_better else 1
     return min(evaluated, key=lambda c: sign * (c.metrics or {})[headline], default=None)
+
+
+def chosen(run: Path, which: str) -> Checkpoint:
+    """Return the best checkpoint of a run's folder by its headline metric, or the last; ``which`` says which.
+
+    Raises FileNotFoundError where there is none.
+    """
+    _checks.choice("which", which, ("best", "last"))
+    folder = run / "checkpoints"
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"{run} is not the folder of a run: it holds no checkpoints.")
+    last = found[-1]
+    if which == "last":
+        return last
+    ranked = best(folder, last.meta["headline"], higher_is_better=last.meta["higher_is_better"])
+    if ranked is None:
+        raise FileNotFoundError(f'{run} holds no evaluated checkpoint yet; which="last" gives the newest.')
+    return ranked
 
 
 def prune(folder: Path, keep: int, headline: str, *, higher_is_better: bool) -> None:

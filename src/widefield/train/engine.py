@@ -6,39 +6,36 @@ recipe. Hence a resumed run continues as if it had not stopped, on the CPU to th
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import itertools
 import math
 import platform
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_device, set_seed
 from rich.console import Console
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from widefield import data, tasks
-from widefield.nn import load_balancing
-from widefield.surgery import DynamicSparsity
 from widefield.tasks import Batch
 from widefield.train import checkpoint
-from widefield.train.build import build_model
+from widefield.train.alarms import watch_routers
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import evaluate
 from widefield.train.interrupt import StopRequest
+from widefield.train.learner import Learner
 from widefield.train.loading import EpochSampler, batches, shut_down, train_loader, val_loader
+from widefield.train.logs import Logs, check_trackers
+from widefield.train.processes import largest
 from widefield.train.progress import Reporter, numbers, reporter
 from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
@@ -90,8 +87,11 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
     """
     # accelerate keeps the precision of a process's first Accelerator; this one is to have the recipe's.
     AcceleratorState._reset_state()
+    check_trackers(recipe.trackers)
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision, dataloader_config=DataLoaderConfiguration(non_blocking=True)
+        mixed_precision=recipe.mixed_precision,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        dynamo_backend="inductor" if recipe.compile else None,
     )
     folder = RunFolder(recipe.folder if resume is None else Path(resume))
     last = None if resume is None else folder.last()
@@ -110,7 +110,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         stack.callback(run.shut_down)
         if accelerator.is_main_process:
             stack.enter_context(folder.occupied(recipe))
-            run.open_logs(stack)
+            run.logs = stack.enter_context(Logs(folder, recipe, run.step))
         run.stop = stack.enter_context(StopRequest())
         run.report = stack.enter_context(reporter(console or Console(stderr=True), run.total_steps))
         run.loop()
@@ -121,11 +121,26 @@ class _Stopped(Exception):  # noqa: N818 (a turn of events, not an error)
     """An evaluation was cut short."""
 
 
+_MOST_SKIPPED = 20
+"""Steps in a row that came to nothing, after which a run that skips them gives up."""
+
+
+class _Pending(NamedTuple):
+    """A step whose loss has not been read from the accelerator yet."""
+
+    number: int
+    lr: float
+    loss: Tensor
+    indices: Tensor
+    skipped: bool
+
+
 class _Run:
     """A run in progress."""
 
     stop: StopRequest
     report: Reporter
+    logs: Logs
 
     def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
@@ -136,80 +151,39 @@ class _Run:
         self.task = tasks.create(recipe.task.name, self.train_set, **recipe.task.args)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
-        model = build_model(recipe, self.task.model_args).to(accelerator.device)
-        if recipe.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        self.raw = model
-        # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
-        self.ema = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
-        self._whole_batch = recipe.batch_size * accelerator.num_processes
-        self._prepare(
-            self._optimizer(),
-            train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed),
-            val_loader(val_set, recipe.batch_size, recipe.workers),
+        self.learner = Learner(recipe, self.task, accelerator)
+        self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
+        loader = train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed, recipe.repeats)
+        self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
+        self.train_batches, self.val_batches = accelerator.prepare(
+            loader, val_loader(val_set, recipe.batch_size, recipe.workers)
         )
-        self.sparse = None
-        if recipe.sparsity:
-            arguments = dataclasses.asdict(recipe.sparsity)
-            self.sparse = DynamicSparsity(model, **arguments, end=self.total_steps, seed=recipe.seed)
-        # Every process drops and mixes differently.
-        set_seed(recipe.seed, device_specific=True)
-
-        self.epoch = self.position = 0
-        self.metrics: dict[str, float] = {}
-        self._loss_sum, self._loss_count = 0.0, 0
-        self._pending: list[tuple[int, float, Tensor]] = []
-        self._log: Any = None
-        self._board: Any = None
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        spec = self.recipe.optimizer
-        betas = {} if spec.betas is None else {"betas": spec.betas}
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            self.raw,
-            opt=spec.name,
-            lr=spec.lr_at(self._whole_batch),
-            weight_decay=spec.weight_decay,
-            **betas,
-            **spec.args,
-        )
-        return optimizer
-
-    def _prepare(self, optimizer: torch.optim.Optimizer, train_batches: Any, val_batches: Any) -> None:
-        self.sampler: EpochSampler = train_batches.sampler
-        self.model, self.optimizer, self.train_batches, self.val_batches = self.accelerator.prepare(
-            self.raw, optimizer, train_batches, val_batches
-        )
-        self.steps_per_epoch: int = len(self.train_batches)
+        self.steps_per_epoch: int = len(self.train_batches) // recipe.accumulate
         if not self.steps_per_epoch:
             raise ValueError(
                 f"the train split has {len(self.sampler)} images, fewer than one batch of {self._whole_batch}: "
                 f"lower batch_size."
             )
-        spec = self.recipe.schedule
-        # Not prepared: accelerate would step it once per process, and timm's counts updates itself.
-        self.epochs: int
-        self.scheduler, self.epochs = create_scheduler_v2(
-            optimizer,
-            sched=spec.name,
-            num_epochs=self.recipe.epochs,
-            warmup_epochs=spec.warmup_epochs,
-            warmup_lr=spec.warmup_lr,
-            min_lr=spec.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-            **spec.args,
-        )
+        self.learner.schedule(self.steps_per_epoch)
+        # Every process drops and mixes differently.
+        set_seed(recipe.seed, device_specific=True)
+
+        self.epoch = self.position = 0
+        self.metrics: dict[str, float] = {}
+        self._warnings: list[str] = []
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._pending: list[_Pending] = []
+        self._skipped = 0
 
     @property
     def step(self) -> int:
-        """Batches behind the run; those that held no image count."""
+        """Steps behind the run; those whose batches held no image count."""
         return self.epoch * self.steps_per_epoch + self.position
 
     @property
     def total_steps(self) -> int:
-        """Batches of the whole run."""
-        return self.epochs * self.steps_per_epoch
+        """Steps of the whole run."""
+        return self.learner.epochs * self.steps_per_epoch
 
     def shut_down(self) -> None:
         """End the loaders' workers."""
@@ -217,28 +191,20 @@ class _Run:
             shut_down(loader)
 
     def start(self) -> None:
-        """Choose what is sparse, from the gradients of the first batch."""
-        if self.sparse is None:
-            return
-        first = self.accelerator.process_index * self.recipe.batch_size
-        order = list(EpochSampler(len(self.sampler), self.recipe.seed))[first : first + self.recipe.batch_size]
-        batch = send_to_device(data.collate([self.train_set[index] for index in order]), self.accelerator.device)
-        scaler = self.accelerator.scaler  # without it, gradients of 1e-6 vanish in fp16; a factor changes no ranking
-
-        def loss(model: nn.Module, batch: Batch) -> Tensor:
-            value = self.task.loss(model, batch)
-            return value if scaler is None else scaler.scale(value)
-
-        with self.accelerator.autocast():
-            self.sparse.start([batch], loss)
-        if self.ema is not None:
-            self.sparse.apply(self.ema.module)
+        """Prepare a new run: see whether its checkpoints will fit the disk, and choose what is sparse."""
+        if self.accelerator.is_main_process:
+            self.folder.check_space(self.learner.raw, self.recipe)
+        if self.learner.is_sparse:
+            first = self.accelerator.process_index * self.recipe.batch_size
+            order = list(self.sampler)[first : first + self.recipe.batch_size]
+            batch = data.collate([self.train_batches.dataset[index] for index in order])
+            self.learner.start(send_to_device(batch, self.accelerator.device))
 
     # The loop
 
     def loop(self) -> None:
         """Train and evaluate until all epochs are done or a stop is asked for."""
-        while self.epoch < self.epochs:
+        while self.epoch < self.learner.epochs:
             started = time.monotonic()
             self._train_epoch()
             # Before the evaluation: if that is cut short, nothing is lost.
@@ -250,7 +216,7 @@ class _Run:
             except _Stopped:
                 break
             self._finish_epoch(saved, time.monotonic() - started)
-        if self.epoch < self.epochs:
+        if self.epoch < self.learner.epochs:
             self.report.line(
                 f"stopped at step {self.step} of {self.total_steps}; "
                 f"continue with: widefield train --resume {self.folder.path}"
@@ -259,66 +225,80 @@ class _Run:
     def _train_epoch(self) -> None:
         """Train to the end of the epoch or until a stop is asked for."""
         self.sampler.start = self.position * self._whole_batch
+        self._since, self._seen = time.monotonic(), 0
         self.train_set.set_epoch(self.epoch)
         self.train_batches.set_epoch(self.epoch)
-        self.model.train()
-        for batch in batches(self.train_batches) if self.position < self.steps_per_epoch else ():
-            if not self._largest(not batch):
-                self._update(batch)
+        self.learner.train()
+        found = batches(self.train_batches) if self.position < self.steps_per_epoch else iter(())
+        while self.position < self.steps_per_epoch:
+            self._step(list(itertools.islice(found, self.recipe.accumulate)))
             self.position += 1
+            every = self.recipe.checkpoint.every
             if self.step % self.recipe.log_every == 0:
                 self._flush()
+            if every and self.step % every == 0 and self.position < self.steps_per_epoch:
+                self._flush()  # what is not finite is not saved
+                self._save()
+                self._prune()
             if self._stopping():
                 break
         self._flush()
 
-    def _update(self, batch: Batch) -> None:
-        """Take one step."""
-        recipe = self.recipe
-        if recipe.channels_last:
-            batch = {**batch, "image": batch["image"].contiguous(memory_format=torch.channels_last)}
-        if recipe.balance:
-            with load_balancing(self.raw) as balance:
-                loss = self.task.loss(self.model, batch) + recipe.balance * balance()
-        else:
-            loss = self.task.loss(self.model, batch)
-        self.accelerator.backward(loss)
-        if recipe.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-        step = self.step + 1
-        self._pending.append((step, self._lr(), loss.detach()))
-        self.optimizer.step()
-        if self.sparse is not None:
-            self.sparse.step(self.optimizer)
-        self.optimizer.zero_grad()
-        if self.scheduler is not None:
-            self.scheduler.step_update(step)
-        if self.ema is not None:
-            self.ema.update(self.raw, step)
-            if self.sparse is not None:
-                self.sparse.apply(self.ema.module)
+    def _step(self, group: Sequence[Batch]) -> None:
+        """Take one step on batches of which some may be empty, as all of their images were left out."""
+        full = [batch for batch in group if not largest(self.accelerator, not batch)]
+        if not full:
+            return
+        indices = torch.cat([batch["index"] for batch in full])
+        lr = self.learner.lr
+        loss, skipped = self.learner.step(full, self.step + 1)
+        self._pending.append(_Pending(self.step + 1, lr, loss, indices, skipped))
+        self._seen += self._whole_batch
 
     def _flush(self) -> None:
         """Read the losses of the last steps, all at once: reading each would stall the accelerator at every step.
 
-        Raises FloatingPointError for the first that is not finite. No checkpoint is written in between.
+        Raises FloatingPointError for the first that is not finite, unless its step was skipped, and for a row of
+        skipped steps. No checkpoint is written in between.
         """
         if not self._pending:
             return
-        losses = self.accelerator.reduce(torch.stack([loss for _, _, loss in self._pending]), reduction="mean").tolist()
-        for (step, lr, _), loss in zip(self._pending, losses, strict=True):
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step} of {self.total_steps} (learning rate {lr:.3g}). The last good "
-                    f"checkpoint, if there is one, is in {self.folder.checkpoints}. A lower optimizer.lr, a longer "
-                    f"warm-up or clip_grad may mend it."
-                )
+        losses = self.accelerator.reduce(torch.stack([p.loss for p in self._pending]), reduction="mean").tolist()
+        for step, loss in zip(self._pending, losses, strict=True):
+            if step.skipped or not math.isfinite(loss):
+                self._not_finite(step, loss)
+                continue
+            self._skipped = 0
             self._loss_sum += loss
             self._loss_count += 1
-            if step % self.recipe.log_every == 0:
-                self._write({"kind": "step", "step": step, "epoch": self.epoch, "loss": loss, "lr": lr})
+            if step.number % self.recipe.log_every == 0:
+                self._write({"kind": "step", "step": step.number, "epoch": self.epoch, "loss": loss, "lr": step.lr})
         self._pending.clear()
-        self.report.step(self.step, numbers({"loss": loss, "lr": lr, **self.metrics}))
+        self.report.step(self.step, numbers({"loss": loss, "lr": step.lr, **self._pace(), **self.metrics}))
+
+    def _not_finite(self, step: _Pending, loss: float) -> None:
+        """Log a step that came to nothing; raises FloatingPointError unless it was skipped, as asked."""
+        indices = gather_object(step.indices.tolist())
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+        self._write({"kind": "nonfinite", "step": step.number, "epoch": self.epoch, "lr": step.lr, "images": indices})
+        self._skipped += 1
+        if step.skipped and self._skipped < _MOST_SKIPPED:
+            self.report.line(f"{what} at step {step.number}: skipped")
+            return
+        shown = ", ".join(map(str, indices[:16])) + (", ..." if len(indices) > 16 else "")
+        row = f", and so it was in the {self._skipped} steps up to it" if step.skipped else ""
+        raise FloatingPointError(
+            f"{what} at step {step.number} of {self.total_steps}{row} (learning rate {step.lr:.3g}, images {shown} of "
+            f"the train split; {self.folder.log} lists all). The last good checkpoint, if there is one, is in "
+            f"{self.folder.checkpoints}. A lower optimizer.lr, a longer warm-up or clip_grad may mend it."
+        )
+
+    def _pace(self) -> dict[str, float]:
+        """Return images a second since the epoch began in this process, and the accelerator's memory in GB."""
+        pace = {"images/s": self._seen / max(time.monotonic() - self._since, 1e-9)}
+        if self.accelerator.device.type == "cuda":
+            pace["GB"] = torch.cuda.max_memory_allocated() / 1e9
+        return pace
 
     def _evaluate(self) -> dict[str, float]:
         """Return the metrics of the model, and of its moving average; raises _Stopped."""
@@ -333,33 +313,35 @@ class _Run:
             )
 
         with self.accelerator.autocast():
-            metrics = measure(self.model)
-            if self.ema is not None:
-                metrics |= {f"ema_{name}": value for name, value in measure(self.ema.module).items()}
+            metrics, self._warnings = watch_routers(self.learner.raw, lambda: measure(self.learner.model))
+            if self.learner.ema is not None:
+                metrics |= {f"ema_{name}": value for name, value in measure(self.learner.ema.module).items()}
         return metrics
 
     def _until_stop(self, all_batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in all_batches:
             if self._stopping():
                 raise _Stopped
-            if not self._largest(not batch):
+            if not largest(self.accelerator, not batch):
                 yield batch
 
     def _finish_epoch(self, saved: Checkpoint, seconds: float) -> None:
-        lr = self._lr()
-        self._write(
-            {"kind": "epoch", "step": self.step, "epoch": self.epoch, "lr": lr, "seconds": seconds, **self.metrics}
-        )
+        about = {"step": self.step, "epoch": self.epoch, "lr": self.learner.lr, "seconds": seconds}
+        self._write({"kind": "epoch", **about, **self.metrics})
+        for text in self._warnings:
+            self._write({"kind": "warning", "step": self.step, "epoch": self.epoch, "text": text})
         if self.accelerator.is_main_process:
             checkpoint.record(saved, self.metrics)
-            checkpoint.prune(
-                self.folder.checkpoints,
-                self.recipe.checkpoint.keep,
-                self.headline,
-                higher_is_better=self.task.higher_is_better,
-            )
+        self._prune()
         self._next_epoch()
-        self.report.line(f"epoch {self.epoch}/{self.epochs}  {numbers(self.metrics)}  ({seconds:.1f} s)")
+        self.report.line(f"epoch {self.epoch}/{self.learner.epochs}  {numbers(self.metrics)}  ({seconds:.1f} s)")
+        if self._warnings:
+            self.report.line(f"warning: {'; '.join(self._warnings)}")
+
+    def _prune(self) -> None:
+        if self.accelerator.is_main_process:
+            keep, higher = self.recipe.checkpoint.keep, self.task.higher_is_better
+            checkpoint.prune(self.folder.checkpoints, keep, self.headline, higher_is_better=higher)
 
     def _next_epoch(self) -> None:
         self.epoch, self.position = self.epoch + 1, 0
@@ -368,51 +350,22 @@ class _Run:
     def _train_loss(self) -> float:
         return self._loss_sum / self._loss_count if self._loss_count else math.nan
 
-    def _lr(self) -> float:
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
-
     def _stopping(self) -> bool:
         """Whether any process was asked to stop; they all stop after the same step, then."""
-        number = self._largest(self.stop.received or 0)
+        number = largest(self.accelerator, self.stop.received or 0)
         if number:
             self.stop.received = signal.Signals(number)
         return number > 0
 
-    def _largest(self, value: int) -> int:
-        """Return the largest value of any process; collective operations must be run by all of them or by none."""
-        if self.accelerator.num_processes == 1:
-            return value
-        values: Tensor = self.accelerator.gather(torch.tensor([value], device=self.accelerator.device))
-        return int(values.max())
-
-    # Logs
-
-    def open_logs(self, stack: ExitStack) -> None:
-        """Open ``metrics.jsonl`` and the TensorBoard log, until ``stack`` is left."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._log = stack.enter_context(self.folder.log.open("a", encoding="utf-8"))
-        self._board = stack.enter_context(SummaryWriter(str(self.folder.tensorboard), purge_step=self.step + 1))
-
     def _write(self, entry: dict[str, Any]) -> None:
-        if self._log is None:
-            return
-        # JSON has no NaN and no infinity.
-        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self._log.write(json.dumps(valid, allow_nan=False) + "\n")
-        self._log.flush()
-        for name, value in entry.items():
-            if name not in ("kind", "step", "epoch"):
-                self._board.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
+        if self.accelerator.is_main_process:
+            self.logs.write(entry)
 
     # Checkpoints
 
     def _save(self) -> Checkpoint:
         state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "sparsity": None if self.sparse is None else self.sparse.state_dict(),
+            **self.learner.state_dict(),
             "random": gather_object([random_state()]),
             "sampler": {"epoch": self.epoch, "position": self.position},
             "loss": [self._loss_sum, self._loss_count],
@@ -434,8 +387,8 @@ class _Run:
         }
         saved = Checkpoint(self.folder.checkpoints, {**meta, "metrics": None})
         if self.accelerator.is_main_process:
-            ema = None if self.ema is None else self.ema.module
-            saved = checkpoint.save(self.folder.checkpoints, self.raw, ema, state, meta)
+            ema = None if self.learner.ema is None else self.learner.ema.module
+            saved = checkpoint.save(self.folder.checkpoints, self.learner.raw, ema, state, meta)
         self.accelerator.wait_for_everyone()
         return saved
 
@@ -444,23 +397,17 @@ class _Run:
 
         Raises ValueError before anything is changed: another model, another recipe, another number of processes.
         """
-        checkpoint.load_weights(last.path / "model.safetensors", self.raw)
+        checkpoint.load_weights(last.path / "model.safetensors", self.learner.raw)
         self.folder.check_recipe(self.recipe)
         if last.meta["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"the run used {last.meta['processes']} processes and can only be resumed with as many; there are "
                 f"{self.accelerator.num_processes}."
             )
-        if self.ema is not None:
-            checkpoint.load_weights(last.path / "ema.safetensors", self.ema.module)
+        if self.learner.ema is not None:
+            checkpoint.load_weights(last.path / "ema.safetensors", self.learner.ema.module)
         state = last.state()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.sparse is not None:
-            self.sparse.load_state_dict(state["sparsity"])
+        self.learner.load_state_dict(state)
         self.epoch, self.position = state["sampler"]["epoch"], state["sampler"]["position"]
         self._loss_sum, self._loss_count = state["loss"]
         if self.accelerator.is_main_process:
@@ -474,13 +421,12 @@ class _Run:
     def result(self) -> RunResult:
         """Return what the run came to."""
         best = checkpoint.best(self.folder.checkpoints, self.headline, higher_is_better=self.task.higher_is_better)
-        trained = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return RunResult(
             folder=self.folder.path,
             metrics=self.metrics,
             best=dict(best.metrics or {}) if best else {},
             epochs=self.epoch,
             steps=self.step,
-            interrupted=self.stop.received if self.epoch < self.epochs else None,
-            model=(trained if self.ema is None else self.ema.module).eval(),
+            interrupted=self.stop.received if self.epoch < self.learner.epochs else None,
+            model=self.learner.result(),
         )

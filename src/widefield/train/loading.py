@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from widefield.data import ImageSet
 from widefield.train.interrupt import ignore_signals
 
 
 class EpochSampler(Sampler[int]):
     """A shuffle of ``range(length)`` that is a function of (seed, epoch), from any position on.
 
+    With ``repeats`` each of a part of the images comes so many times in a row (Hoffer et al. 2020, "Augment your
+    batch"), and an epoch is as long as before. Visit v of image i is ``i + v * length``.
+
     Attributes:
         start: how many samples of the epoch to leave out, as they were used before the run was interrupted; they are
             not loaded.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, repeats: int = 1) -> None:
+        self.length, self.seed, self.repeats = length, seed, repeats
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -33,16 +38,18 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return iter(order[self.start :].tolist())
+        visits = (order[:, None] + self.length * np.arange(self.repeats)).ravel()[: self.length]
+        return iter(visits[self.start :].tolist())
 
 
-def train_loader(dataset: Dataset[Any], batch_size: int, workers: int, seed: int) -> DataLoader[Any]:
+def train_loader(dataset: ImageSet, batch_size: int, workers: int, seed: int, repeats: int = 1) -> DataLoader[Any]:
     """Return a loader of whole shuffled batches, for ``batches``; its ``sampler`` is an :class:`EpochSampler`."""
     reading = _Reading(dataset)
-    return _loader(reading, batch_size, workers, sampler=EpochSampler(len(reading), seed), drop_last=True)
+    sampler = EpochSampler(len(reading), seed, repeats)
+    return _loader(reading, batch_size, workers, sampler=sampler, drop_last=True)
 
 
-def val_loader(dataset: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+def val_loader(dataset: ImageSet, batch_size: int, workers: int) -> DataLoader[Any]:
     """Return a loader of all samples in order, for ``batches``; the last batch may be smaller."""
     return _loader(_Reading(dataset), batch_size, workers)
 
@@ -65,19 +72,25 @@ def shut_down(loader: Any) -> None:
 
 
 class _Reading(Dataset[Any]):
-    """A data set that returns the OSError of a sample: raised in a worker it would arrive as a traceback's text."""
+    """A data set whose samples know their index, and that returns the OSError of one that could not be read.
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    Raised in a worker the error would arrive as a traceback's text.
+    """
+
+    def __init__(self, dataset: ImageSet) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset; ours have it
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        visit, index = divmod(index, len(self))
         try:
-            return self.dataset[index]
+            with self.dataset.visited(visit) if visit else nullcontext():
+                sample = self.dataset[index]
         except OSError as error:
             return error
+        return None if sample is None else {**sample, "index": index}
 
 
 def _collate(samples: Sequence[Any]) -> Any:

@@ -22,6 +22,8 @@ CONVERSIONS = {
 """Kind of a conversion -> the config's name in widefield.surgery."""
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
+TRACKERS = ("tensorboard", "wandb")
+NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,17 @@ class ModelSpec:
 
     name: Annotated[str, "model name, as in timm.list_models()"]
     args: Annotated[dict[str, Any], "further arguments of timm.create_model"] = field(default_factory=dict)
+    pretrained: Annotated[
+        bool | str,
+        "weights to start from: true for those that timm fetches, or a path: a file of weights or the folder of a run",
+    ] = False
 
     def __post_init__(self) -> None:
         _set(self, args=_arguments("model.args", self.args))
+        if not isinstance(self.pretrained, (bool, str)):
+            raise TypeError(f"model.pretrained must be true, false or a path; got {self.pretrained!r}.")
+        if "pretrained" in self.args:
+            raise ValueError("model.args.pretrained: write model.pretrained instead.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,24 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class GroupSpec:
+    """Parameters that learn at a rate, or decay by a weight, of their own."""
+
+    where: Annotated[str | list[str], "which parameters: a glob over their names, or several"]
+    lr_scale: Annotated[float, "their learning rate relative to the others'"] = 1.0
+    weight_decay: Annotated[float | None, "their weight decay; null: as it would be"] = None
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            where=_plain("optimizer.groups.where", self.where),
+            lr_scale=_checks.number("optimizer.groups.lr_scale", self.lr_scale),
+        )
+        if self.weight_decay is not None:
+            _set(self, weight_decay=_checks.number("optimizer.groups.weight_decay", self.weight_decay))
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """``timm.optim.create_optimizer_v2``."""
 
@@ -93,6 +121,9 @@ class OptimizerSpec:
     args: Annotated[dict[str, Any], "further arguments of create_optimizer_v2, such as eps or layer_decay"] = field(
         default_factory=dict
     )
+    groups: Annotated[
+        list[GroupSpec], "parameters with a rate of their own, such as routers and sigmas; the first match counts"
+    ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _set(
@@ -173,12 +204,15 @@ class SparsitySpec:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """Which checkpoints stay; the best one always does."""
+    """When checkpoints are written, beside those at every epoch's end, and which stay; the best one always does."""
 
     keep: Annotated[int, "how many of the newest checkpoints stay; the best one always does"] = 2
+    every: Annotated[int | None, "steps from one to the next within an epoch; null: at the ends of epochs"] = None
 
     def __post_init__(self) -> None:
         _checks.integer("checkpoint.keep", self.keep)
+        if self.every is not None:
+            _checks.integer("checkpoint.every", self.every)
 
 
 @dataclass(frozen=True)
@@ -198,23 +232,43 @@ class Recipe:
     optimizer: Annotated[OptimizerSpec, "the optimiser"] = field(default_factory=OptimizerSpec)
     schedule: Annotated[ScheduleSpec, "the learning rate over time"] = field(default_factory=ScheduleSpec)
     epochs: Annotated[int, "epochs to train"] = 100
-    batch_size: Annotated[int, "images per step and process"] = 128
+    batch_size: Annotated[int, "images at a time and process"] = 128
+    accumulate: Annotated[int, "batches whose gradients make one step"] = 1
+    repeats: Annotated[int, "how often an image comes, augmented anew, in the epochs that it comes in"] = 1
     workers: Annotated[int, "loader processes; 0: load in the training process"] = 4
+    freeze: Annotated[
+        str | list[str] | None, "parameters that stay as they are: a glob over their names, or several; null: none"
+    ] = None
     clip_grad: Annotated[float | None, "largest norm of the gradient; null: no clipping"] = None
+    nonfinite: Annotated[str, "after a loss or a gradient that is no number: stop, or skip the step"] = "stop"
     ema: Annotated[EmaSpec | None, "moving average of the weights; null: none"] = None
     sparsity: Annotated[SparsitySpec | None, "zeros among the weights while training; null: none"] = None
     mixed_precision: Annotated[str, f"one of {', '.join(PRECISIONS)}"] = "no"
     channels_last: Annotated[bool, "keep images and weights in channels-last order"] = False
+    compile: Annotated[bool, "torch.compile the model"] = False
+    gradient_checkpointing: Annotated[bool, "compute blocks again in the backward pass rather than keep them"] = False
+    sync_batchnorm: Annotated[bool, "batch norms see the batches of all processes"] = False
+    fsdp: Annotated[bool, "shard weights, gradients and optimiser state over the processes"] = False
     balance: Annotated[float, "coefficient of the load-balancing loss of hard routers"] = 0.0
     log_every: Annotated[int, "steps between two loss entries in metrics.jsonl"] = 50
+    trackers: Annotated[list[str], f"where else the numbers go: any of {', '.join(TRACKERS)}"] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
     checkpoint: Annotated[CheckpointSpec, "the checkpoints"] = field(default_factory=CheckpointSpec)
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name must be the name of a folder, without separators; got {self.name!r}.")
         _checks.integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
-        for name in ("epochs", "batch_size", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "repeats", "log_every"):
             _checks.integer(name, getattr(self, name))
+        _set(self, freeze=_plain("freeze", self.freeze))
+        _checks.choice("nonfinite", self.nonfinite, NONFINITE)
+        for tracker in self.trackers:
+            _checks.choice("every entry of trackers", tracker, TRACKERS)
+        for key in ("ema", "sparsity"):
+            if self.fsdp and getattr(self, key) is not None:
+                raise ValueError(f"fsdp shards the weights, and {key} wants them whole: drop one of the two.")
         _checks.integer("workers", self.workers, minimum=0)
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(

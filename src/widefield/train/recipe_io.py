@@ -135,6 +135,12 @@ def _section(hint: Any) -> tuple[Any, bool]:
     return section, type(None) in members
 
 
+def _entries(hint: Any) -> Any:
+    """Return the dataclass that a type hint admits a list of, or None."""
+    inner = typing.get_args(hint)[:1] if typing.get_origin(hint) is list else ()
+    return next((entry for entry in inner if dataclasses.is_dataclass(entry)), None)
+
+
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -162,7 +168,14 @@ def _check_keys(cls: Any, content: dict[Any, Any], prefix: str, source: str) -> 
         if name not in hints:
             raise _unknown(cls, prefix, name, source)
         section, optional = _section(hints[name])
-        if section and isinstance(value, dict):
+        entries = _entries(hints[name])
+        if entries:
+            if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+                keys = ", ".join(_hints(entries))
+                raise TypeError(f"{prefix}{name} must be a list of mappings ({keys}); got {value!r}, {source}.")
+            for number, entry in enumerate(value):
+                _check_keys(entries, entry, f"{prefix}{name}[{number}].", source)
+        elif section and isinstance(value, dict):
             _check_keys(section, value, f"{prefix}{name}.", source)
         elif section and not (optional and value is None):
             raise TypeError(f"{prefix}{name} must hold keys ({', '.join(_hints(section))}); got {value!r}, {source}.")
@@ -221,13 +234,14 @@ def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str
 def _value(hint: Any, key: str, text: str) -> Any:
     """Read the text of a value as YAML, and where a string will do, take it for one: ``--name 3`` names a run "3"."""
     textual = str in _members(hint)
+    words = (list, type(None), bool) if bool in _members(hint) else (list, type(None))
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         if textual:  # such as the glob *.conv_dw
             return text
         raise ValueError(f"--{key}: {text!r} is not valid YAML: {error}") from None
-    return text if textual and not isinstance(value, (list, type(None))) else value
+    return text if textual and not isinstance(value, words) else value
 
 
 def _build(cls: Any, content: dict[str, Any], prefix: str) -> Any:
@@ -235,9 +249,15 @@ def _build(cls: Any, content: dict[str, Any], prefix: str) -> Any:
     values: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
         section, optional = _section(_hints(cls)[item.name])
+        entries = _entries(_hints(cls)[item.name])
         if item.name not in content:
             if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{prefix}{item.name}: missing; it is {_help(cls)[item.name]}.")
+        elif entries:
+            values[item.name] = [
+                _build(entries, entry, f"{prefix}{item.name}[{number}].")
+                for number, entry in enumerate(content[item.name])
+            ]
         elif section and content[item.name] is not None:
             values[item.name] = _build(section, content[item.name], f"{prefix}{item.name}.")
         else:
@@ -246,10 +266,9 @@ def _build(cls: Any, content: dict[str, Any], prefix: str) -> Any:
 
 
 @cache
-def _parser() -> Any:
+def _parser(hint: Any) -> Any:
     parser = ArgumentParser(exit_on_error=False)
-    for leaf in _leaves(Recipe, ""):
-        parser.add_argument(f"--{leaf.key}", type=leaf.type, default=SUPPRESS)
+    parser.add_argument("--value", type=hint, default=SUPPRESS)
     return parser
 
 
@@ -260,7 +279,7 @@ def _typed(key: str, hint: Any, optional: bool, value: Any) -> Any:
     try:
         if value is None:  # jsonargparse takes null for any type
             raise ArgumentError(None, "null")
-        return _parser().parse_object({key: value})[key]
+        return _parser(hint).parse_object({"value": value})["value"]
     except ArgumentError:
         raise TypeError(f"{key} must be {_type_name(hint)}; got {value!r}.") from None
 

@@ -6,19 +6,23 @@ A run that fails before its first checkpoint leaves ``failed.yaml`` in place of 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from widefield.train import checkpoint
 from widefield.train.recipe import Recipe
 from widefield.train.recipe_io import load_recipe, recipe_text
 
-_MAY_CHANGE = ("name", "output", "workers", "log_every", "checkpoint")
+_MAY_CHANGE = ("name", "output", "workers", "log_every", "checkpoint", "trackers")
 """Keys that do not alter the numbers of a run, and so may differ when it is resumed."""
 
 
@@ -55,6 +59,23 @@ class RunFolder:
         if content:
             mend = f"Continue it with --resume {self.path}" if resumable else "It has no checkpoint: delete it"
             raise FileExistsError(f"{self.path} holds a run already. {mend}, or choose another --name.")
+
+    def check_space(self, model: nn.Module, recipe: Recipe) -> None:
+        """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, one more being written.
+
+        An optimiser is taken to keep two numbers a parameter, as Adam does.
+        """
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+        one = weights * (3 + (recipe.ema is not None))
+        needed = one * (recipe.checkpoint.keep + 2)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoints need about {needed / 1e9:.2f} GB (checkpoint.keep is {recipe.checkpoint.keep}) and "
+                f"{free / 1e9:.2f} GB are free: make room, keep fewer, or choose another --output",
+                str(self.path),
+            )
 
     def _clear(self) -> None:
         """Delete what a run writes before its first checkpoint, and nothing else."""

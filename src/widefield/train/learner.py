@@ -1,0 +1,207 @@
+"""A model and all that moves its weights: one step, and the state that steps leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from widefield.nn import load_balancing
+from widefield.surgery import DynamicSparsity
+from widefield.tasks import Batch, Task
+from widefield.train.build import build_model
+from widefield.train.optimisation import create_optimizer, freeze
+from widefield.train.processes import largest
+from widefield.train.recipe import Recipe
+
+
+class Step(NamedTuple):
+    """What one step came to."""
+
+    loss: Tensor
+    """Mean over its batches, a scalar on the device."""
+    skipped: bool
+    """Whether the weights were left as they are, as something was not finite."""
+
+
+class Learner:
+    """The model of a recipe with its optimiser, schedule, average and sparsity, on accelerate's device.
+
+    Attributes:
+        raw: the model without wrappers.
+        model: the model to call.
+        ema: the moving average of the weights, or None.
+        epochs: how many the schedule makes of the recipe's.
+
+    Raises ValueError or TypeError for a recipe that does not work, naming the key.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, accelerator: Accelerator) -> None:
+        self._recipe, self._task, self._accelerator = recipe, task, accelerator
+        model = build_model(recipe, task.model_args).to(accelerator.device)
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self._resting = freeze(model, recipe.freeze) if recipe.freeze else []
+        if recipe.gradient_checkpointing:
+            _checkpoint_blocks(model)
+        if recipe.sync_batchnorm:
+            model = _synchronised(model, accelerator)
+        self.raw = model
+        # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
+        self.ema = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
+        rate = recipe.optimizer.lr_at(recipe.batch_size * recipe.accumulate * accelerator.num_processes)
+        optimizer = create_optimizer(model, recipe.optimizer, rate)
+        self.model: nn.Module
+        self.optimizer: Any
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.epochs = recipe.epochs
+        self._scheduler: Any = None
+        self._sparse: DynamicSparsity | None = None
+
+    def schedule(self, steps_per_epoch: int) -> None:
+        """Plan the learning rate, and what is sparse, for epochs of so many steps."""
+        spec = self._recipe.schedule
+        # Not prepared: accelerate would step it once per process, and timm's counts updates itself.
+        self._scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer.optimizer,
+            sched=spec.name,
+            num_epochs=self._recipe.epochs,
+            warmup_epochs=spec.warmup_epochs,
+            warmup_lr=spec.warmup_lr,
+            min_lr=spec.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **spec.args,
+        )
+        if self._recipe.sparsity:
+            arguments = dataclasses.asdict(self._recipe.sparsity)
+            end = self.epochs * steps_per_epoch
+            self._sparse = DynamicSparsity(self.raw, **arguments, end=end, seed=self._recipe.seed)
+
+    def start(self, batch: Batch) -> None:
+        """Choose what is sparse, from the gradients of a first batch; nothing to do for a dense model."""
+        if self._sparse is None:
+            return
+        scaler = self._accelerator.scaler  # without it, gradients of 1e-6 vanish in fp16; a factor changes no ranking
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            value = self._task.loss(model, batch)
+            return value if scaler is None else scaler.scale(value)
+
+        with self._accelerator.autocast():
+            self._sparse.start([batch], loss)
+        if self.ema is not None:
+            self._sparse.apply(self.ema.module)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether :meth:`start` needs a batch."""
+        return self._sparse is not None
+
+    def train(self) -> None:
+        """Put the model into training mode, all but the norms that are frozen."""
+        self.model.train()
+        for norm in self._resting:
+            norm.eval()
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate of any group."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def step(self, batches: Sequence[Batch], number: int) -> Step:
+        """Take step ``number``, from 1, on the gradients of these batches."""
+        recipe, accelerator = self._recipe, self._accelerator
+        losses: list[Tensor] = []
+        for batch in batches:
+            last = len(losses) == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self._loss(batch) / len(batches)
+                accelerator.backward(loss)
+            losses.append(loss.detach())
+        if recipe.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        loss = torch.stack(losses).sum()
+        if recipe.nonfinite == "skip" and largest(accelerator, not self._finite(loss)):
+            self.optimizer.zero_grad()
+            return Step(loss, skipped=True)
+        self.optimizer.step()
+        if self._sparse is not None:
+            self._sparse.step(self.optimizer)
+        self.optimizer.zero_grad()
+        if self._scheduler is not None:
+            self._scheduler.step_update(number)
+        if self.ema is not None:
+            self.ema.update(self.raw, number)
+            if self._sparse is not None:
+                self._sparse.apply(self.ema.module)
+        return Step(loss, skipped=False)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        if self._recipe.channels_last:
+            batch = {**batch, "image": batch["image"].contiguous(memory_format=torch.channels_last)}
+        if not self._recipe.balance:
+            return self._task.loss(self.model, batch)
+        with load_balancing(self.raw) as balance:
+            return self._task.loss(self.model, batch) + self._recipe.balance * balance()
+
+    def _finite(self, loss: Tensor) -> bool:
+        """Whether the loss and all gradients are finite; those of fp16 are the scaler's business."""
+        if not torch.isfinite(loss):
+            return False
+        if self._accelerator.scaler is not None:
+            return True
+        gradients = [p.grad for p in self.raw.parameters() if p.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state but the weights, in types that ``torch.load(weights_only=True)`` admits."""
+        parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            **{name: None if part is None else part.state_dict() for name, part in parts.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+
+    def result(self) -> nn.Module:
+        """Return the trained model in evaluation mode, without wrappers; the moving average if there is one."""
+        if self.ema is not None:
+            average: nn.Module = self.ema.module
+            return average.eval()
+        trained: nn.Module = self._accelerator.unwrap_model(
+            self.model, keep_fp32_wrapper=False, keep_torch_compile=False
+        )
+        return trained.eval()
+
+
+def _checkpoint_blocks(model: nn.Module) -> None:
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} does not offer it (set_grad_checkpointing); leave it out."
+        ) from error
+
+
+def _synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if accelerator.num_processes == 1:
+        return model
+    if accelerator.device.type == "cpu":
+        raise ValueError("sync_batchnorm: torch has it for GPUs alone; leave it out on the CPU.")
+    converted: nn.Module = convert_sync_batchnorm(model)
+    return converted

@@ -1,0 +1,88 @@
+"""Where the numbers of a run go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+from widefield.train.recipe import Recipe
+from widefield.train.run_folder import RunFolder
+
+Tracker = Callable[[dict[str, float], int], None]
+"""Takes numbers by name, and the step that they belong to."""
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise ValueError for a tracker whose package is not installed."""
+    for name, module in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
+        if name in trackers and importlib.util.find_spec(module) is None:
+            raise ValueError(f"trackers: {name!r} needs the package {module}: pip install {module}, or leave it out.")
+
+
+class Logs:
+    """The logs of a run, open in a ``with`` block.
+
+    Args:
+        folder: of the run.
+        recipe: whose ``trackers`` say where the numbers go beside the file.
+        step: finished steps; what a killed run wrote beyond them is dropped.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, step: int) -> None:
+        self._folder, self._recipe, self._step = folder, recipe, step
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._file = stack.enter_context(self._folder.log.open("a", encoding="utf-8"))
+            makers = {"tensorboard": self._tensorboard, "wandb": self._wandb}
+            self._trackers: list[Tracker] = [makers[name](stack) for name in self._recipe.trackers]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Write one entry: ``kind``, ``step``, and numbers by name; lists stay in the file."""
+        # JSON has no NaN and no infinity.
+        valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self._file.write(json.dumps(valid, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {
+            f"{entry['kind']}/{name}": float(value)
+            for name, value in entry.items()
+            if name not in ("kind", "step", "epoch") and isinstance(value, (int, float))
+        }
+        for track in self._trackers:
+            track(numbers, entry["step"])
+
+    def _tensorboard(self, stack: ExitStack) -> Tracker:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = stack.enter_context(SummaryWriter(str(self._folder.tensorboard), purge_step=self._step + 1))
+
+        def track(numbers: dict[str, float], step: int) -> None:
+            for name, value in numbers.items():
+                board.add_scalar(name, value, step)
+
+        return track
+
+    def _wandb(self, stack: ExitStack) -> Tracker:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+
+        run = wandb.init(
+            project="widefield",
+            name=self._recipe.name,
+            id=hashlib.sha256(str(self._folder.path.resolve()).encode()).hexdigest()[:16],  # the same when resumed
+            resume="allow",
+            dir=str(self._folder.path),
+            config=dataclasses.asdict(self._recipe),
+        )
+        stack.callback(run.finish)
+        return lambda numbers, step: run.log(numbers, step=step)

@@ -1,0 +1,80 @@
+"""Weights to start from: read from a file or a run, and put into a model whole, or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from widefield.train import checkpoint
+
+_HEADS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight", "head.l.weight")
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """Return the weights in a file (safetensors, or what torch saved), or the best ones of a run, on the CPU.
+
+    Of a training script's checkpoint the moving average is taken, if it holds one. Nothing is unpickled but tensors and
+    plain values.
+
+    Raises:
+        FileNotFoundError: neither a file nor a run.
+        ValueError: a file that holds something else.
+    """
+    from timm.models import load_state_dict
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = checkpoint.chosen(path, "best").weights
+    elif not path.is_file():
+        raise FileNotFoundError(f"model.pretrained: there is neither a file nor a run {source!r}.")
+    try:
+        weights: dict[str, Any] = load_state_dict(str(path), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"model.pretrained: {source} holds no weights: {str(error).splitlines()[0]}") from error
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"model.pretrained: {source} holds no weights: its entries must be tensors by name.")
+    return weights
+
+
+def classes_of(weights: Mapping[str, Tensor]) -> int:
+    """Return how many classes weights tell apart, or 0 if they have no head."""
+    return next((len(weights[name]) for name in _HEADS if name in weights), 0)
+
+
+def start_from(
+    source: str, build: Callable[[dict[str, Any]], nn.Module], convert: Callable[[nn.Module], nn.Module], classes: int
+) -> nn.Module:
+    """Return a network with the weights of ``source``, and a fresh head if its classes are others.
+
+    The weights may be those of the plain network, in any form that timm reads for it: then they are loaded first, and
+    the conversion keeps their function. Or they are those of the converted one.
+
+    Args:
+        source: see :func:`read_weights`.
+        build: makes the plain network from arguments of ``timm.create_model``.
+        convert: makes the converted network of the plain one.
+        classes: of the network that is returned.
+
+    Raises:
+        ValueError: the weights are neither's; the message names keys that differ.
+    """
+    weights = read_weights(source)
+    theirs = classes_of(weights)
+    overlay = {"state_dict": dict(weights), "num_classes": theirs, "label_offset": 0}
+    try:  # with their own number of classes, as timm is lenient with every key where the numbers differ
+        model = build({"num_classes": theirs, "pretrained": True, "pretrained_cfg_overlay": overlay})
+    except ValueError as plain:
+        model = convert(build({"num_classes": theirs}))
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"model.pretrained: {source} does not fit {type(model).__name__}: {error}") from plain
+    else:
+        model = convert(model)
+    if theirs != classes:
+        model.reset_classifier(classes)  # type: ignore[operator]
+    return model

@@ -1,0 +1,15 @@
+"""Decisions that several processes must make alike."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+def largest(accelerator: Accelerator, value: int) -> int:
+    """Return the largest value of any process; to be called by all of them, or by none."""
+    if accelerator.num_processes == 1:
+        return value
+    values: Tensor = accelerator.gather(torch.tensor([value], device=accelerator.device))
+    return int(values.max())
