@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from widefield import _checks, data
+from widefield import data
 from widefield.train import ModelSpec, create_model, load_recipe, load_trained
+from widefield.train.build import TORCHVISION
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Subject:
             mean=self.mean,
             std=self.std,
             seed=seed,
-            **(self.options if source is None else {}),
+            options=self.options if source is None else {},
         )
 
 
@@ -73,7 +74,7 @@ def load(word: str, *, pretrained: bool = False, seed: int = 0, device: torch.de
         raise ValueError(f"the device {str(device)!r} is not at hand: {str(error).splitlines()[0]}") from error
     if Path(word).expanduser().is_dir():
         found = _of_run(Path(word).expanduser())
-    elif word.startswith("torchvision:"):
+    elif word.startswith(TORCHVISION):
         found = _of_torchvision(word, pretrained)
     else:
         found = _of_timm(word, pretrained)
@@ -105,17 +106,11 @@ def _of_timm(word: str, pretrained: bool) -> Subject:
 
 
 def _of_torchvision(word: str, pretrained: bool) -> Subject:
-    import torchvision.models as tv
+    from torchvision.models import get_model_weights
 
-    name, given = _parsed(word.removeprefix("torchvision:"))
-    known = tv.list_models(module=tv)
-    if name not in known:
-        raise ValueError(f"torchvision knows no model {name!r}.{_checks.did_you_mean(name, known)}")
-    try:
-        model = tv.get_model(name, weights="DEFAULT" if pretrained else None, **given)
-    except TypeError as error:
-        raise ValueError(f"torchvision cannot build {word!r}: {error}.") from error
-    shown = tv.get_model_weights(name).DEFAULT.transforms()
+    name, given = _parsed(word)
+    model = create_model(ModelSpec(name, given, pretrained))
+    shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
     weights = "pretrained" if pretrained else "random"
     return Subject(word, model, shown.crop_size[0], tuple(shown.mean), tuple(shown.std), weights)
 
@@ -127,5 +122,6 @@ def _of_run(folder: Path) -> Subject:
     shape = validation.image_size, validation.mean, validation.std
     if recipe.data.name == "folder":
         return Subject(recipe.name, model, *shape, "trained in this run", str(recipe.data.args["root"]))
-    options = {key: value for key, value in recipe.data.args.items() if key not in ("size", "augment")}
+    decided = ("size", "augment", "mean", "std", "seed")
+    options = {key: value for key, value in recipe.data.args.items() if key not in decided}
     return Subject(recipe.name, model, *shape, "trained in this run", recipe.data.name, options)

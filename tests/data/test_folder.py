@@ -1,4 +1,5 @@
 import errno
+import pickle
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from widefield.data import Folder, collate, create
+from widefield.data.transforms import _posterize
 
 
 @pytest.fixture
@@ -102,6 +104,106 @@ def test_workers_give_the_same_batches_as_none(root):
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, two, strict=True))
 
 
+def test_val_images_are_cropped_squashed_or_padded(root):
+    path = root / "val" / "cat" / "0.jpg"
+    Image.linear_gradient("L").resize((20, 40)).save(path.with_suffix(".png"))  # black at the top, white below
+    path.unlink()
+    options = {"root": root, "size": 20, "mean": (0, 0, 0), "std": (1, 1, 1), "crop_pct": 1.0}
+    modes = ("center", "squash", "border")
+    center, squash, border = (Folder("val", crop_mode=mode, **options)[0]["image"][0] for mode in modes)
+    assert center.shape == squash.shape == border.shape == (20, 20)
+    assert 0.2 < center[0].min() < center[-1].max() < 0.8
+    assert squash[0].max() < 0.05
+    assert squash[-1].min() > 0.95
+    assert (border[:, [0, 4, 15, 19]] == 0).all()
+    assert border[-1, 6:14].min() > 0.9
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m15-n2", "original", "v0", "augmix-m9-w3", "3a"])
+def test_the_policies_of_the_recipes_are_timms(root, policy):
+    plain, augmented = (Folder("train", root=root, size=24, auto_augment=p, color_jitter=0) for p in (None, policy))
+    images = [data[index]["image"] for data in (augmented, plain) for index in range(6)]
+    assert all(image.isfinite().all() for image in images)
+    assert not all(torch.equal(a, b) for a, b in zip(images[:6], images[6:], strict=True))
+
+
+def test_the_largest_magnitude_is_no_error(root):
+    """timm keeps 0 bits there, which Pillow refuses."""
+    data = Folder("train", root=root, size=8, auto_augment="rand-m10-n8-p1.0-inc1")
+    for epoch in range(20):
+        data.set_epoch(epoch)
+        assert all(sample["image"].isfinite().all() for sample in data)
+    assert _posterize(Image.new("RGB", (2, 2), "white"), 0).getcolors() == [(4, (0, 0, 0))]
+    assert _posterize(Image.new("RGB", (2, 2), "white"), 1).getcolors() == [(4, (128, 128, 128))]
+
+
+def test_three_augment_keeps_color_jitter(root):
+    def images(**options):
+        return [s["image"] for s in Folder("train", root=root, size=24, **options)]
+
+    for policy, same in (("3a", False), ("rand-m9-mstd0.5-inc1", True)):
+        plain, jittered = (images(auto_augment=policy, color_jitter=strength) for strength in (0.0, 0.5))
+        assert all(torch.equal(a, b) for a, b in zip(plain, jittered, strict=True)) == same
+
+
+def test_samples_carry_the_name_of_their_file_if_asked(root):
+    path = root / "val" / "cat" / "1.png"
+    path.rename(path.with_name("ILSVRC2012_val_00000293.PNG"))
+    batch = collate(list(Folder("val", root=root, size=16, names=True)))
+    assert batch["name"] == ["0.jpg", "ILSVRC2012_val_00000293.PNG", "0.jpg", "1.png"]
+    assert "name" not in Folder("val", root=root, size=16)[0]
+
+
+def numbered(directory, names):
+    """Make class folders with one image each, as bright as the number that they are named by."""
+    for name in names:
+        (directory / name).mkdir(parents=True)
+        Image.new("L", (8, 8), int(name)).save(directory / name / f"{name}.png")
+
+
+def test_folders_named_by_index_are_no_words(tmp_path):
+    numbered(tmp_path, [str(n) for n in range(12)])
+    data = Folder("val", root=tmp_path, size=8, class_map="integer", mean=(0, 0, 0), std=(1, 1, 1))
+    assert data.classes == tuple(str(n) for n in range(12))
+    assert sorted((s["label"], round(255 * s["image"].max().item())) for s in data) == [(n, n) for n in range(12)]
+    wrong = Folder("val", root=tmp_path, size=8)
+    assert wrong.classes[:3] == ("0", "1", "10")
+
+
+def test_a_class_map_decides_labels_whatever_folders_there_are(tmp_path):
+    numbered(tmp_path / "train", ["3", "7", "20"])
+    numbered(tmp_path / "val", ["7"])
+    words = tmp_path / "words.txt"
+    words.write_text("20\n7\n\nabsent\n3\n")
+    for split, labels in (("train", [0, 3, 1]), ("val", [1])):
+        data = Folder(split, root=tmp_path, size=8, class_map=str(words))
+        assert [sample["label"] for sample in data] == labels  # in the order of the folders 20, 3, 7
+        assert data.classes == ("20", "7", "absent", "3")
+    for split in ("train", "val"):
+        data = Folder(split, root=tmp_path, size=8, class_map="integer")
+        assert len(data.classes) == 21
+    words.write_text("20\n3\n")
+    with pytest.raises(ValueError, match=r"words.txt' lacks '7'; add them, or remove"):
+        Folder("train", root=tmp_path, class_map=words)
+
+
+def test_val_may_be_the_folder_of_the_classes_itself(root):
+    inside, itself = (Folder("val", root=path, size=24) for path in (root, root / "val"))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(inside, itself, strict=True))
+    assert itself.classes == ("cat", "dog")
+    (root / "sets").mkdir()
+    for name in ("train", "val"):
+        (root / name).rename(root / "sets" / name)
+    with pytest.raises(FileNotFoundError, match="no folder 'val'; it holds 'sets'"):
+        Folder("val", root=root)
+
+
+def test_copies_read_the_same_files(root):
+    data = Folder("train", root=str(root), size=24, **HEAVY)
+    copy = pickle.loads(pickle.dumps(data))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(data, copy, strict=True))
+
+
 def test_val_ignores_train_options_and_crops_by_crop_pct(root):
     plain = Folder("val", root=root, size=24)[0]["image"]
     assert torch.equal(Folder("val", root=root, size=24, **HEAVY)[0]["image"], plain)
@@ -122,7 +224,7 @@ def test_a_worker_refuses_a_corrupt_image_too(root, corrupt):
 
 
 def test_skip_warns_once_and_drops_the_sample(root, corrupt):
-    data = Folder("train", root=root, size=24, corrupt="skip")
+    data = Folder("train", root=root, size=24, corrupt="skip", max_corrupt=0.5)
     with pytest.warns(UserWarning, match=re.escape(str(corrupt))):
         assert data[0] is None
     assert data[0] is None  # a second warning would be an error
@@ -142,7 +244,7 @@ def test_whatever_the_decoder_raises_counts_as_corrupt(root, monkeypatch, error)
     with pytest.raises(OSError, match=rf"0.jpg: {type(error).__name__}: {error}"):
         Folder("val", root=root)[0]
     with pytest.warns(UserWarning, match=rf"0.jpg: {type(error).__name__}: {error}"):
-        assert Folder("val", root=root, corrupt="skip")[0] is None
+        assert Folder("val", root=root, corrupt="skip", max_corrupt=0.5)[0] is None
 
 
 @pytest.mark.parametrize("policy", ["refuse", "skip"])
@@ -210,12 +312,17 @@ def test_one_split_alone_is_enough_to_read_it(root):
         ({"mean": 0.5}, TypeError, "mean must be a sequence of 3 numbers; got 0.5"),
         ({"std": (1, 1, 0)}, ValueError, "std must be positive"),
         ({"crop_pct": 0}, ValueError, "crop_pct must be above 0; got 0"),
+        ({"crop_mode": "middle"}, ValueError, "crop_mode must be one of 'center', 'squash', 'border'; got 'middle'"),
+        ({"scale": (1, 0.5)}, ValueError, r"scale must be a range .* got \(1, 0.5\)"),
+        ({"ratio": (0, 1)}, ValueError, "ratio must be a range"),
+        ({"max_corrupt": 1.5}, ValueError, "max_corrupt must be from 0.0 to 1; got 1.5"),
         ({"re_mode": "noise"}, ValueError, "re_mode must be one of"),
         ({"interpolation": "cubic"}, ValueError, "Did you mean 'bicubic'"),
         ({"auto_augment": "random"}, ValueError, "cannot build auto_augment='random'.*Write a policy"),
         ({"auto_augment": 9}, TypeError, "auto_augment must be"),
     ],
 )
-def test_bad_options_are_refused(root, options, error, text):
-    with pytest.raises(error, match=text):
-        Folder("train", root=root, **options)
+def test_bad_options_are_refused_in_both_splits(root, options, error, text):
+    for split in ("train", "val"):
+        with pytest.raises(error, match=text):
+            Folder(split, root=root, **options)

@@ -5,9 +5,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made_sets import write_tar
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from widefield.data import Digits, collate, create, seeded
+from widefield.data import Digits, Scales, catalog, collate, create, create_both, seeded
 
 
 def global_state():
@@ -78,12 +80,57 @@ def test_create_passes_options_on():
         ("digit", "train", {}, ValueError, "got 'digit'. Did you mean 'digits'"),
         ("digits", "valid", {}, ValueError, "got 'valid'. Did you mean 'val'"),
         ("scales", "train", {"clutters": 1}, TypeError, "no option 'clutters'.*Did you mean 'clutter'"),
-        ("folder", "train", {}, TypeError, "needs the option root"),
+        ("folder", "train", {}, TypeError, "needs the option root, the folder that holds train and val"),
+        ("cifar10", "train", {}, TypeError, "needs the option root, the folder or archive of the original files"),
+        ("shards", "train", {"size": 8}, TypeError, "needs the option root, the folder that holds the tar files"),
+        ("hfds", "train", {}, TypeError, "needs the option path, a name on the Hugging Face hub, or a folder"),
+        ("shards", "train", {"re_porb": 1}, TypeError, "no option 're_porb'; it takes root, train, .*'re_prob'"),
+        ("folder", "train", {"options": 1}, TypeError, "no option 'options'; it takes root, class_map, size, "),
     ],
 )
 def test_create_refuses_what_it_does_not_know(name, split, options, error, text):
     with pytest.raises(error, match=text):
         create(name, split, **options)
+
+
+def test_options_are_those_of_the_class_and_of_what_it_passes_on():
+    assert catalog.options_of(Scales) == ["size", "count", "seed", "object_sizes", "clutter", "rotation"]
+    options = {name: catalog.options_of(kind) for name, kind in catalog.SETS.items()}
+    shared = options["folder"][2:]
+    assert options["folder"][:2] == ["root", "class_map"]
+    assert {"size", "seed", "corrupt", "max_corrupt", "re_prob"} <= set(shared)
+    assert options["shards"][-len(shared) :] == options["hfds"][-len(shared) :] == shared
+    assert all(set(kind.needs) <= set(options[name]) for name, kind in catalog.SETS.items())
+
+
+def labelled(root, train, val):
+    """Write class folders with an image each."""
+    for split, names in (("train", train), ("val", val)):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(root / split / name / "0.png")
+
+
+def test_both_splits_are_built_where_they_agree_on_labels(tmp_path):
+    labelled(tmp_path, ["0", "1", "2"], ["0", "1"])  # val may lack the last
+    train, val = create_both("folder", root=tmp_path, class_map="integer", size=8)
+    assert (train.split, val.split, val.image_size) == ("train", "val", 8)
+    assert [sample["label"] for sample in val] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "text"),
+    [
+        ("cat dog eel", "cat eel", "label 1 is 'eel' in val, and in train 'dog'"),
+        ("cat", "cat dog", "label 1 is 'dog' in val, and in train there is no such label"),
+    ],
+)
+def test_splits_that_differ_in_what_a_label_means_are_refused(tmp_path, train, val, text):
+    for split, names in (("train", train), ("val", val)):
+        files = [(f"{name}/0.png", b"") for name in sorted(names.split())]
+        write_tar(tmp_path / split / "all.tar", files)
+    with pytest.raises(ValueError, match=f"the splits of 'shards' differ in classes: {text}"):
+        create_both("shards", root=tmp_path)
 
 
 def test_importing_the_room_is_light():

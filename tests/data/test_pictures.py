@@ -63,9 +63,9 @@ def test_of_a_data_set_the_validation_part_is_taken(folder):
     assert torch.equal(pictures[5]["image"], digits[5]["image"])
     assert pictures[5]["label"] == digits[5]["label"]
     assert pictures.classes == digits.classes
-    gray = Pictures("digits", size=16, channels=1, count=3)
+    gray = Pictures("digits", size=16, options={"channels": 1}, count=3)
     assert gray.tensor().shape == (3, 1, 16, 16)
-    wide = Pictures("digits", size=16, channels=1, count=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    wide = Pictures("digits", size=16, options={"channels": 1}, count=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert wide.tensor().shape == (3, 3, 16, 16)
     (folder / "train").mkdir()
     (folder / "val").mkdir()
@@ -77,8 +77,8 @@ def test_of_a_data_set_the_validation_part_is_taken(folder):
     ("source", "given", "error", "message"),
     [
         ("photograph", {}, FileNotFoundError, "Did you mean 'photographs'?"),
-        ("digits", {"sise": 3}, TypeError, "no option 'sise'"),
-        ("photographs", {"augment": True}, TypeError, "options ['augment'] are for data sets"),
+        ("digits", {"options": {"sise": 3}}, TypeError, "no option 'sise'"),
+        ("photographs", {"options": {"augment": True}}, TypeError, "options ['augment'] are for data sets"),
         ("photographs", {"count": 0}, ValueError, "count must be"),
         ("photographs", {"size": 0}, ValueError, "size must be"),
         (".", {}, FileNotFoundError, "holds no images"),

@@ -1,10 +1,36 @@
-"""Data sets: embedded (`Digits`), generated (`Scales`) and yours (`Folder`), all giving samples of one form."""
+"""Data sets of one form: embedded (`Digits`), generated (`Scales`), CIFAR, and yours (`Folder`, `Shards` and more)."""
 
-from widefield.data.catalog import create
+from widefield.data.catalog import create, create_both
+from widefield.data.cifar import Cifar10, Cifar100
+from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
+from widefield.data.hugging_face import HuggingFace
+from widefield.data.image_files import CorruptImageError, CorruptImagesError
 from widefield.data.loading import ImageSet, Sample, collate, seeded
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
+from widefield.data.shards import Shards
 
-__all__ = ["PHOTOGRAPHS", "Digits", "Folder", "ImageSet", "Pictures", "Sample", "Scales", "collate", "create", "seeded"]
+__all__ = [
+    "PHOTOGRAPHS",
+    "SIXTEEN",
+    "Cifar10",
+    "Cifar100",
+    "ConflictImages",
+    "CorruptImageError",
+    "CorruptImagesError",
+    "Digits",
+    "Folder",
+    "HuggingFace",
+    "ImageSet",
+    "Pictures",
+    "Sample",
+    "Scales",
+    "Shards",
+    "collate",
+    "create",
+    "create_both",
+    "seeded",
+    "write_conflicts",
+]

@@ -6,34 +6,76 @@ import inspect
 from typing import Any
 
 from widefield import _checks
+from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
+from widefield.data.hugging_face import HuggingFace
 from widefield.data.loading import ImageSet
 from widefield.data.scales import Scales
+from widefield.data.shards import Shards
 
-SETS: dict[str, type[ImageSet]] = {"digits": Digits, "scales": Scales, "folder": Folder}
+SETS: dict[str, type[ImageSet]] = {
+    "digits": Digits,
+    "scales": Scales,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+    "folder": Folder,
+    "shards": Shards,
+    "hfds": HuggingFace,
+}
 
 
 def create(name: str, split: str, **options: Any) -> ImageSet:
     """Build the data set ``name``.
 
     Args:
-        name: ``"digits"``, ``"scales"`` or ``"folder"``.
+        name: ``"digits"``, ``"scales"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``, ``"shards"`` or ``"hfds"``.
         split: ``"train"`` or ``"val"``.
-        options: keyword arguments of `Digits`, `Scales` or `Folder`.
+        options: keyword arguments of `Digits`, `Scales`, `Cifar`, `Folder`, `Shards` or `HuggingFace`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.
         TypeError: unknown or missing option, or one of the wrong kind.
+        OSError: the files of the set are missing or cannot be read.
+        ModuleNotFoundError: the package that reads the set is not installed.
     """
     make = SETS[_checks.choice("name", name, tuple(SETS))]
-    accepted = [p for p in inspect.signature(make).parameters if p != "split"]
+    accepted = options_of(make)
     for option in options:
         if option not in accepted:
             raise TypeError(
                 f"the data set {name!r} has no option {option!r}; it takes {', '.join(accepted)}."
                 f"{_checks.did_you_mean(option, accepted)}"
             )
-    if "root" in accepted and "root" not in options:
-        raise TypeError(f"the data set {name!r} needs the option root, the folder that holds train and val.")
+    for option, meaning in make.needs.items():
+        if option not in options:
+            raise TypeError(f"the data set {name!r} needs the option {option}, {meaning}.")
     return make(split, **options)
+
+
+def create_both(name: str, **options: Any) -> tuple[ImageSet, ImageSet]:
+    """Build the train and the val split of the data set ``name``; arguments and errors as of ``create``.
+
+    Raises ValueError if a label means different classes in the two. Val may lack the last classes.
+    """
+    train, val = create(name, "train", **options), create(name, "val", **options)
+    for label, there in enumerate(val.classes):
+        here = train.classes[label] if label < len(train.classes) else None
+        if here != there:
+            raise ValueError(
+                f"the splits of {name!r} differ in classes: label {label} is {there!r} in val, and in train "
+                f"{'there is no such label' if here is None else repr(here)}."
+            )
+    return train, val
+
+
+def options_of(make: type[ImageSet]) -> list[str]:
+    """Return the names of a data set's options, with those that it passes on to its base class."""
+    names: list[str] = []
+    for base in make.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return names

@@ -6,8 +6,9 @@ in for natural images where none are at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield.data.catalog import SETS, create
-from widefield.data.folder import IMAGENET_MEAN, IMAGENET_STD, read
+from widefield.data.image_files import read
 from widefield.data.loading import ImageSet, Sample, collate, normalise, seeded
+from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOGRAPHS = "photographs"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
@@ -54,7 +56,7 @@ class Pictures(ImageSet):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         seed: int = 0,
-        **options: Any,
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__("val", size, seed)
         self.source = str(source)
@@ -68,7 +70,7 @@ class Pictures(ImageSet):
             own = self._from.mean, self._from.std
             available = len(self._from)
         elif options:
-            raise TypeError(f"options {sorted(options)} are for data sets; {self.source!r} takes none.")
+            raise TypeError(f"the options {sorted(options)} are for data sets; {self.source!r} takes none.")
         elif self.source == PHOTOGRAPHS:
             available = 64 if count is None else _checks.integer("count", count)
         else:

@@ -1,0 +1,212 @@
+"""Where the images in tar files are: their headers, read once.
+
+Streaming readers (webdataset's, and timm's reader of it) give samples in the order of the files, shuffled in a buffer:
+they can neither go on in the middle of an epoch nor tell how many samples each process has seen. timm's
+``ReaderImageInTar`` has random access, but not to webdataset's layout; it also reads every byte to find the headers,
+shares an open file with forked workers, and keeps its table as a pickle. With the place and length of each image in
+arrays, any reader is one seek away from any image, and a tar file is as good as a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FORMAT = 1  # of the kept file; counts up when its meaning changes
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Images in tar files, in the files' order: arrays of length N, and the names of the classes."""
+
+    names: NDArray[np.bytes_]
+    """Path inside the tar file, in UTF-8; that of an inner tar file comes first, without its ``.tar``."""
+    tars: NDArray[np.int32]
+    """Which tar file."""
+    offsets: NDArray[np.int64]
+    """First byte in it."""
+    sizes: NDArray[np.int64]
+    """Length in bytes."""
+    labels: NDArray[np.int64]
+    """Index into ``classes``; the label that the tar file gives, if there are no classes."""
+    classes: NDArray[np.str_]
+    """Names of the folders in sorted order, (M,); (0,) where labels lie beside the images."""
+
+
+def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
+    """Return the index of ``tars``, from ``store`` if it was kept there, or made and kept there.
+
+    Args:
+        tars: uncompressed tar files.
+        label_key: where to find the label in ``.json`` files.
+        store: a folder. What is kept goes by the files' names, lengths and times of change.
+
+    Raises:
+        OSError: a tar file cannot be read, or is none; the message names it.
+        ValueError: an image lacks a label while others have one, or a label is not an integer.
+
+    Warns if the index cannot be kept.
+    """
+    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in tars]
+    digest = hashlib.sha256(json.dumps([_FORMAT, label_key, told]).encode()).hexdigest()
+    kept = store / f".widefield-tar-index-{digest[:16]}.npz"
+    try:
+        # numpy refuses pickled objects unless they are asked for. It leaves files of its own open if they are damaged.
+        with kept.open("rb") as file, np.load(file) as arrays:
+            return TarIndex(**{field.name: arrays[field.name] for field in fields(TarIndex)})
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # not there, or damaged: it is only a copy
+    index = _made(tars, label_key)
+    try:
+        _keep(index, kept)
+    except OSError as error:
+        warnings.warn(
+            f"the index of {len(tars)} tar files cannot be kept in {str(store)!r} ({error.strerror}), so every process "
+            f"reads their headers. The option index may name another folder.",
+            stacklevel=3,
+        )
+    return index
+
+
+def _keep(index: TarIndex, path: Path) -> None:
+    """Write the index beside its place and move it there: several processes may do so at once."""
+    descriptor, unfinished = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **{field.name: getattr(index, field.name) for field in fields(TarIndex)})
+        Path(unfinished).chmod(0o644)  # mkstemp makes files for their owner only
+        Path(unfinished).replace(path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
+    folders: dict[str, int] = {}
+    parts = [_columns(number, path, label_key, folders) for number, path in enumerate(tars)]
+    names, numbers, offsets, sizes, labels, folder = (np.concatenate(column) for column in zip(*parts, strict=True))
+    lacking = labels < 0
+    if lacking.all():
+        places = np.argsort(np.argsort(list(folders)))  # of the folders as they came, in sorted order
+        return TarIndex(names, numbers, offsets, sizes, places[folder], np.array(sorted(folders), dtype=np.str_))
+    if lacking.any():
+        without, beside = (
+            f"{tars[numbers[i]]}/{names[i].decode('utf-8', 'replace')}" for i in (lacking.argmax(), lacking.argmin())
+        )
+        raise ValueError(f"{without} has no label beside it (.cls or .json), but {beside} has.")
+    return TarIndex(names, numbers, offsets, sizes, labels, np.array([], dtype=np.str_))
+
+
+def _columns(number: int, path: Path, label_key: str, folders: dict[str, int]) -> tuple[NDArray[Any], ...]:
+    """Return names, tar files, offsets, sizes, labels (-1: none) and folders of the images in one tar file.
+
+    Which of the last two counts is known when all files have been read. ``folders`` numbers the folders as they come.
+    """
+    names, offsets, sizes, labels = _scanned(path, label_key)
+    return (
+        np.array([name.encode("utf-8", "surrogateescape") for name in names], dtype=np.bytes_),
+        np.full(len(names), number, np.int32),
+        np.array(offsets, np.int64),
+        np.array(sizes, np.int64),
+        np.array([-1 if label is None else label for label in labels], np.int64),
+        np.array([folders.setdefault(_folder(name, path), len(folders)) for name in names], np.int64),
+    )
+
+
+def _folder(name: str, tar: Path) -> str:
+    """Return the class of an image in a layout of class folders: its folder, or else the tar file."""
+    return name.split("/")[-2] if "/" in name else tar.stem
+
+
+def _scanned(path: Path, label_key: str) -> tuple[list[str], list[int], list[int], list[int | None]]:
+    """Return names, offsets, sizes and labels of the images in one tar file; a label is None where there is none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    names: list[str] = []
+    offsets: list[int] = []
+    sizes: list[int] = []
+    beside: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
+    with path.open("rb") as file:
+        try:
+            for name, offset, size in _members(file, file, 0, ""):
+                ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path for each of millions takes minutes)
+                if ending in IMG_EXTENSIONS:
+                    names.append(name)
+                    offsets.append(offset)
+                    sizes.append(size)
+                elif ending in beside:
+                    file.seek(offset)
+                    beside[ending][_key(name)] = file.read(size)
+        except tarfile.TarError as error:
+            raise OSError(
+                f"{path} is no whole, uncompressed tar file: {error}. Fetch it again, or decompress it: images are "
+                f"read from the middle."
+            ) from error
+    labels = [_label(path, name, beside, label_key) for name in names]
+    if any(label is not None for label in labels):
+        keys = [_key(name) for name in names]
+        if len(set(keys)) < len(keys):
+            twice = next(name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1)
+            raise ValueError(f"{path} holds several images of the sample {_key(twice)!r}; a sample has one image.")
+    return names, offsets, sizes, labels
+
+
+def _members(raw: BinaryIO, file: Any, start: int, prefix: str) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset in ``raw`` and size of each regular file in a tar file, and in the tar files inside it.
+
+    ``file`` is the tar file, which begins at byte ``start`` of ``raw``.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all headers: gigabytes for millions
+            if not member.isreg():
+                continue
+            offset = start + member.offset_data
+            if member.name.endswith(".tar"):
+                inner = archive.extractfile(member)
+                yield from _members(raw, inner, offset, f"{prefix}{member.name.removesuffix('.tar')}/")
+            else:
+                yield prefix + member.name.removeprefix("./"), offset, member.size
+
+
+def _key(name: str) -> str:
+    """Return the key of webdataset's samples: the path up to the first dot in the file's name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _label(path: Path, name: str, beside: dict[str, dict[str, bytes]], label_key: str) -> int | None:
+    key = _key(name)
+    if key in beside[".cls"]:
+        found: object = beside[".cls"][key].decode("ascii", "replace").strip()
+        what = f"{path}/{key}.cls"
+    elif key in beside[".json"]:
+        what = f"{label_key!r} in {path}/{key}.json"
+        try:
+            found = json.loads(beside[".json"][key])[label_key]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path}/{key}.json gives no {label_key!r}: {type(error).__name__}: {error}. The option label_key "
+                f"names the entry that holds the label."
+            ) from error
+    else:
+        return None
+    try:
+        label = int(str(found))
+    except ValueError:
+        label = -1
+    if label < 0:
+        raise ValueError(f"{what} must be the index of a class, from 0; got {found!r}.")
+    return label

@@ -1,0 +1,109 @@
+"""Hugging Face data sets, through timm's reader of them and the package ``datasets``, which is optional."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widefield.data.image_files import CorruptImageError, ImageFiles
+
+
+class HuggingFace(ImageFiles):
+    """A data set of the Hugging Face hub, or a folder of its file formats (parquet, images with metadata).
+
+    What is not in the cache is fetched by ``datasets``; code that comes with a data set is never run. Only sets with
+    random access are read, none is streamed. Classes are named by the set, or by their index.
+
+    Args:
+        split: ``"train"`` or ``"val"``.
+        path: name on the hub, such as ``"timm/mini-imagenet"``, or a folder.
+        train: the set's own name for the training split; slices such as ``"train[:90%]"`` work.
+        val: its name for the validation split.
+        image_key: name of the column that holds the images.
+        label_key: name of the column that holds the indices of the classes.
+        cache: folder for what is fetched; None means the package's own.
+        options: those of `ImageFiles`, such as ``size``, ``auto_augment`` and ``corrupt``.
+
+    Raises:
+        ModuleNotFoundError: the package ``datasets`` is not installed.
+        OSError: there is no such data set, or it cannot be fetched.
+        ValueError: it lacks the split, the columns or labels, or an argument is out of range.
+        TypeError: an argument is unknown or of the wrong kind.
+    """
+
+    needs: ClassVar[dict[str, str]] = {"path": "a name on the Hugging Face hub, or a folder"}
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        path: str | Path,
+        train: str = "train",
+        val: str = "validation",
+        image_key: str = "image",
+        label_key: str = "label",
+        cache: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(split, **options)
+        spec = importlib.util.find_spec("datasets")
+        if spec is None or spec.origin is None:  # or a mere folder of that name on the path
+            raise ModuleNotFoundError("Hugging Face data sets need the package datasets: pip install datasets.")
+
+        from timm.data.readers.reader_hfds import ReaderHfds
+
+        self._path, self._part = str(path), {"train": train, "val": val}[split]
+        try:
+            self._reader = ReaderHfds(
+                self._path,
+                root=None if cache is None else str(cache),
+                split=self._part,
+                input_key=image_key,
+                target_key=label_key,
+            )
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"cannot read the split {self._part!r} of {self._path!r}: {error} Its names are set by the options "
+                f"train, val, image_key and label_key."
+            ) from error
+        labels = self._labels_of(label_key)
+        if self._reader.dataset[0][image_key] is None:  # as it is where the package had to add the column
+            raise ValueError(f"{self._path!r} has no column {image_key!r} of images. Set image_key.")
+        named = sorted(self._reader.class_to_idx, key=self._reader.class_to_idx.__getitem__)
+        classes = named or [str(label) for label in range(int(labels.max()) + 1)]
+        if labels.max() >= len(classes):
+            raise ValueError(f"{self._path!r} has the label {labels.max()}, but names only {len(classes)} classes.")
+        self._hold(classes, labels)
+
+    def _labels_of(self, key: str) -> NDArray[np.int64]:
+        table = self._reader.dataset
+        if key not in table.column_names:
+            raise ValueError(
+                f"{self._path!r} has no column {key!r} of labels, label_key; it has {', '.join(table.column_names)}."
+            )
+        labels = table[key][:]
+        if not labels:
+            raise ValueError(f"the split {self._part!r} of {self._path!r} is empty.")
+        wrong = [label for label in labels if type(label) is not int or label < 0]
+        if wrong:
+            raise ValueError(
+                f"the column {key!r} of {self._path!r} must hold the index of a class, from 0; got {wrong[0]!r}."
+            )
+        return np.array(labels, dtype=np.int64)
+
+    def _open(self, index: int) -> BinaryIO:
+        try:
+            file: BinaryIO = self._reader[index][0]
+        except (TypeError, AssertionError) as error:  # timm takes for granted that there is an image
+            raise CorruptImageError(f"cannot read the image {self._name(index)}: the row has none.") from error
+        return file
+
+    def _name(self, index: int) -> str:
+        return f"{self._path}/{self._part}/{index}"
+
+    def _file_name(self, index: int) -> str:
+        return Path(self._reader.filename(index) or str(index)).name

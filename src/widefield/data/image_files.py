@@ -1,0 +1,221 @@
+"""What all sets of encoded images share, wherever the bytes are: timm's transforms, and what to do with broken ones."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from widefield import _checks
+from widefield.data import transforms
+from widefield.data.loading import ImageSet, Sample, seeded, shared
+from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+# What Pillow raises on broken bytes; OSErrors of the system are told apart by their errno.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+_LISTED = 100  # names in the message of CorruptImagesError; each was in a warning before
+
+
+class ImageFiles(ImageSet):
+    """Images of any size, decoded when they are asked for.
+
+    Samples: ``image`` float32 (3, size, size), ``label`` int, and with ``names`` the file's name, str, as ``name``.
+    Train images get a random crop, flip, ``auto_augment`` or ``color_jitter``, and random erasing; val images are
+    resized and cropped. Each split ignores the options of the other, so one set of options serves both.
+
+    Args:
+        split: ``"train"`` or ``"val"``.
+        size: side of the images in pixels.
+        seed: seed of the augmentation.
+        names: give each sample its file's ``name``, without folders, as ImageNet-ReaL finds labels by it.
+        corrupt: what to do with a file that cannot be decoded in full: ``"refuse"`` raises OSError, ``"skip"`` warns
+            once per file and leaves it out of its batch. What the system refuses (a missing file, a permission) is an
+            error in either case.
+        max_corrupt: largest share of the split that may be skipped, from 0 to 1; beyond it OSError lists the files.
+            The files are counted over all workers and epochs of a process.
+        mean: mean of each of the 3 channels for pixels in [0, 1].
+        std: standard deviation of each of the 3 channels.
+        interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two (then val uses bicubic).
+        crop_pct: val: side of the crop relative to the resized image, in (0, 1]; None means 0.875.
+        crop_mode: val: ``"center"`` resizes the shorter side to size / crop_pct and crops, ``"squash"`` resizes both
+            sides so and crops, ``"border"`` resizes the longer side so, and pads or crops.
+        scale: train: range of the random crop's area relative to the image.
+        ratio: train: range of the random crop's aspect ratio.
+        hflip: train: probability of a horizontal flip.
+        auto_augment: train: timm's policy, such as ``"rand-m9-mstd0.5-inc1"``, or ``"3a"`` for the three of DeiT III;
+            None means none. timm leaves ``color_jitter`` out beside any but the last.
+        color_jitter: train: strength of brightness, contrast and saturation jitter; 0 means none.
+        re_prob: train: probability of random erasing.
+        re_mode: train: what erased pixels become: ``"const"``, ``"rand"`` or ``"pixel"``.
+        re_count: train: largest number of erased rectangles.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an argument is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int = 224,
+        seed: int = 0,
+        names: bool = False,
+        corrupt: str = "refuse",
+        max_corrupt: float = 0.01,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        interpolation: str = "bicubic",
+        crop_pct: float | None = None,
+        crop_mode: str = "center",
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        auto_augment: str | None = None,
+        color_jitter: float = 0.4,
+        re_prob: float = 0.0,
+        re_mode: str = "pixel",
+        re_count: int = 1,
+    ) -> None:
+        super().__init__(split, size, seed)
+        self.names = bool(names)
+        self.corrupt = _checks.choice("corrupt", corrupt, ("refuse", "skip"))
+        self.max_corrupt = _checks.number("max_corrupt", max_corrupt, maximum=1)
+        self.mean, self.std = transforms.statistics(mean, std)
+        # Both are built, so that a wrong option of either split is found in both.
+        built = {
+            "train": transforms.training(
+                size,
+                self.mean,
+                self.std,
+                interpolation=interpolation,
+                scale=scale,
+                ratio=ratio,
+                hflip=hflip,
+                auto_augment=auto_augment,
+                color_jitter=color_jitter,
+                re_prob=re_prob,
+                re_mode=re_mode,
+                re_count=re_count,
+            ),
+            "val": transforms.evaluation(
+                size, self.mean, self.std, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
+            ),
+        }
+        self._transform = built[split]
+
+    def _hold(self, classes: Sequence[str], labels: NDArray[np.int64]) -> None:
+        """Take over what the subclass found: the classes' names, and the label of each image, (N,)."""
+        self.classes = tuple(classes)
+        self._labels = labels
+        # In shared memory, so that a file is warned of once among all workers and epochs.
+        self._warned = shared(torch.zeros(len(labels), dtype=torch.bool))
+
+    @abstractmethod
+    def _open(self, index: int) -> str | BinaryIO:
+        """Return the path of image ``index``, or a file with its bytes; raises OSError."""
+
+    @abstractmethod
+    def _name(self, index: int) -> str:
+        """Return the path of image ``index``, as messages give it; parts of it need not be folders of the system."""
+
+    def _file_name(self, index: int) -> str:
+        return Path(self._name(index)).name
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def sample(self, index: int) -> Sample | None:
+        """Return sample ``index``, or None for a corrupt file under ``corrupt="skip"``.
+
+        Raises, naming the file, OSError for one that cannot be opened or read and, under ``corrupt="refuse"``, for a
+        corrupt one; MemoryError where the picture does not fit. CorruptImagesError, an OSError, names all corrupt
+        files where there are more than ``max_corrupt`` allows.
+        """
+        try:
+            picture = read(self._open(index), self._name(index))
+        except CorruptImageError as error:
+            self._report(index, error)
+            return None
+        with seeded(self.key(index)):
+            image = self._transform(picture)
+        sample: Sample = {"image": image, "label": int(self._labels[index])}
+        if self.names:
+            sample["name"] = self._file_name(index)
+        return sample
+
+    def _report(self, index: int, error: CorruptImageError) -> None:
+        if self.corrupt == "refuse":
+            raise CorruptImageError(
+                f'{error} Repair or delete the file, or pass corrupt="skip" to leave such images out.'
+            ) from error.__cause__
+        if not self._warned[index]:
+            self._warned[index] = True
+            warnings.warn(f"{error} It is left out; repair or delete it.", stacklevel=2)
+        found = self._warned.nonzero().flatten().tolist()
+        if len(found) > self.max_corrupt * len(self):
+            raise CorruptImagesError(self._too_many(found)) from error
+
+    def _too_many(self, found: Sequence[int]) -> str:
+        listed = "".join(f"\n  {self._name(index)}" for index in found[:_LISTED])
+        more = f"\n  and {len(found) - _LISTED} more, each named in a warning" if len(found) > _LISTED else ""
+        return (
+            f"{len(found)} of {len(self)} images of the {self.split} split cannot be read, more than "
+            f"max_corrupt={self.max_corrupt:g} allows. Repair or delete them, or raise max_corrupt:{listed}{more}"
+        )
+
+
+class CorruptImageError(OSError):
+    """A file is there, can be opened, and is no whole image."""
+
+
+class CorruptImagesError(OSError):
+    """More files than allowed are no whole images; the message lists them."""
+
+
+def read(source: str | Path | BinaryIO, name: str | Path | None = None) -> Image.Image:
+    """Return the image in a file, as RGB, decoded to the last byte.
+
+    Args:
+        source: a path, or a file opened for reading, which is closed.
+        name: what to call it in an error; default: the path.
+
+    Raises:
+        CorruptImageError: it cannot be decoded in full.
+        OSError: the system refuses to open or read it.
+        MemoryError: the picture does not fit. All three name the file.
+    """
+    name = str(source if name is None else name)
+    try:
+        if isinstance(source, (str, Path)):
+            with Image.open(source) as image:
+                return image.convert("RGB")
+        with source, Image.open(source) as image:
+            return image.convert("RGB")
+    except MemoryError as error:
+        raise MemoryError(f"out of memory while reading the image {name}.") from error
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+            raise OSError(error.errno, error.strerror, name) from error
+        raise CorruptImageError(f"cannot read the image {name}: {type(error).__name__}: {error}.") from error
