@@ -1,5 +1,6 @@
 """Models by name: timm's, torchvision's, ours, and those of runs, with what they expect of images."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 import torchvision
 from rich.console import Console
 
+from tolerances import NETWORK, close
 from widefield.subjects import load
-from widefield.train import DataSpec, ModelSpec, Recipe, train
+from widefield.train import ConversionSpec, DataSpec, ModelSpec, Recipe, build_model, train
 
 
 def test_timms_and_ours_take_arguments_in_braces():
@@ -75,3 +77,23 @@ def test_what_cannot_be_built_is_refused(word, error, message, tmp_path, monkeyp
 def test_a_device_that_is_not_there():
     with pytest.raises(ValueError, match="the device 'cuda:7' is not at hand"):
         load("test_resnet", device="cuda:7")
+
+
+def test_a_recipe_may_train_torchvisions(tmp_path):
+    def recipe(name, **model):
+        spec = ModelSpec("torchvision:squeezenet1_1", **model)
+        return Recipe(
+            name=name, model=spec, data=DataSpec("digits", {"size": 32}), output=str(tmp_path), epochs=1,
+            batch_size=721, workers=0,
+        )  # fmt: skip
+
+    first = train(recipe("first"), console=Console(quiet=True))
+    second = build_model(recipe("second", pretrained=str(first.folder)), {"num_classes": 10}).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(second(x), first.model.cpu()(x))
+    masked = dataclasses.replace(recipe("masked", pretrained=str(first.folder)), conversion=ConversionSpec("gmconv"))
+    close(build_model(masked, {"num_classes": 10}).eval()(x), second(x), NETWORK)
+    with pytest.raises(ValueError, match="does not fit SqueezeNet"):
+        build_model(recipe("other", pretrained=str(first.folder)), {"num_classes": 9})
+    with pytest.raises(ValueError, match="comes with a head for ImageNet"):
+        build_model(recipe("other", pretrained=True), {"num_classes": 9})

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from widefield import bench, data, report, tasks
-from widefield.analysis import Routing, routing_weights
+from widefield.analysis.routing import RoutingStatistics, routing_statistics
 from widefield.surgery import Difference, compare, reparameterize
 from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
 
@@ -90,7 +91,11 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
     images: Tensor = torch.cat([batch["image"] for batch in batches])
     console.print("re-parameterising and measuring")
     entries = _measure(models, accuracies, images, task)
-    routings = {v: routing_weights(models[v], [batch["image"] for batch in batches]) for v in VARIANTS if v != BASELINE}
+    routings = {
+        v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch=len(images))
+        for v in VARIANTS
+        if v != BASELINE
+    }
     return _write(folder, name, recipe, entries, routings, validation, batches)
 
 
@@ -169,7 +174,7 @@ def _write(
     name: str,
     recipe: Recipe,
     entries: Mapping[str, Entry],
-    routings: Mapping[str, Sequence[Routing]],
+    routings: Mapping[str, RoutingStatistics],
     validation: data.ImageSet,
     batches: Sequence[Mapping[str, Any]],
 ) -> Path:
@@ -180,17 +185,14 @@ def _write(
         "environment": environment,
         "recipe": dataclasses.asdict(recipe),
         "models": {v: dataclasses.asdict(entry) for v, entry in entries.items()},
-        "routing": {v: [routing.to_dict() for routing in found] for v, found in routings.items()},
+        "routing": {v: [block.to_dict() for block in found.blocks] for v, found in routings.items()},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
     rows = _rows(entries)
     figures = {}
     for variant, found in routings.items():
-        blocks, experts = [_block(r.name) for r in found], found[0].experts
-        shares = [r.frequencies().tolist() for r in found]
-        title = f"{variant}: share of " + ("choices" if found[0].hard else "images that gave it the largest weight")
-        figures[f"routing-{_slug(variant)}"] = report.pies(blocks, experts, shares, title)
+        figures[f"routing-{_slug(variant)}"] = found.plot(kind="pies")
         figures[f"examples-{_slug(variant)}"] = _examples(variant, found, validation, batches)
     for stem, figure in figures.items():
         (folder / f"{stem}.png").write_bytes(report.png(figure))
@@ -211,7 +213,7 @@ def _write(
     for variant, found in routings.items():
         caption = (
             "How often each expert was among the chosen ones, block by block, over the validation images."
-            if found[0].hard
+            if found.blocks[0].hard
             else "For how many validation images each expert had the largest routing weight, block by block."
         )
         sections.append((f"What {variant} chose", report.picture(figures[f"routing-{_slug(variant)}"], caption)))
@@ -234,7 +236,7 @@ def _block(name: str) -> str:
 
 
 def _examples(
-    variant: str, found: Sequence[Routing], validation: data.ImageSet, batches: Sequence[Mapping[str, Any]]
+    variant: str, found: RoutingStatistics, validation: data.ImageSet, batches: Sequence[Mapping[str, Any]]
 ) -> Any:
     labels = torch.cat([batch["label"] for batch in batches])
     if "size" in batches[0]:  # the smallest to the largest object
@@ -245,13 +247,13 @@ def _examples(
     images = torch.cat([batch["image"] for batch in batches])[chosen]
     mean, std = (torch.tensor(v)[:, None, None] for v in (validation.mean, validation.std))
     pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    weights = torch.stack([routing.weights[chosen] for routing in found], 1).numpy()
+    weights = np.stack([block.weights[chosen] for block in found.blocks], 1)
     return report.examples(
         list(pictures),
         [validation.classes[int(labels[i])] for i in chosen],
         list(weights),
-        [_block(routing.name) for routing in found],
-        found[0].experts,
+        [_block(block.name) for block in found.blocks],
+        found.blocks[0].experts,
         f"{variant}: routing weights",
     )
 

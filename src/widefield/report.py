@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,12 +79,56 @@ def picture(figure: Figure, caption: str) -> str:
 
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG at 144 dots per inch."""
+    return drawing(figure, "png", dpi=144)
+
+
+def drawing(figure: Figure, kind: str, dpi: int = 200) -> bytes:
+    """Return a figure as a file: "png", or "pdf" or "svg", whose texts stay texts and whose bytes hold no date."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight", facecolor="white")
+    dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "widefield"}):
+        figure.savefig(
+            buffer, format=kind, dpi=dpi, bbox_inches="tight", facecolor="white", metadata=dateless.get(kind)
+        )
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+COLUMN, PAGE = 3.4, 7.0
+"""Widths of a paper's column and of its page, in inches."""
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
+"""Okabe and Ito's colours, which people with any kind of colour vision tell apart; the yellow darkened for lines."""
+
+MARKERS = "osD^vP*X"
+
+_PAPER: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "figure.titlesize": 9,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def paper() -> Iterator[None]:
+    """Draw in sizes that can be read at a paper's column width; use it as a decorator or around the drawing."""
+    import matplotlib
+
+    with matplotlib.rc_context(_PAPER):
+        yield
+
+
+def blank(width: float, height: float) -> Figure:
+    """Return an empty figure of this size in inches, which lays itself out and needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -94,46 +139,6 @@ def expert_colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["YlGnBu"](0.25 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
-
-
-def pies(blocks: Sequence[str], experts: Sequence[str], shares: Sequence[Sequence[float]], title: str) -> Figure:
-    """Draw one pie a block of how often each expert was preferred (MoRF, figure 3).
-
-    Args:
-        blocks: names, in the order of depth.
-        experts: names, the same in all blocks.
-        shares: for each block, one share per expert.
-    """
-    columns = min(len(blocks), 6)
-    rows = -(-len(blocks) // columns)
-    figure = _figure(1.9 * columns + 1.2, 2.1 * rows + 0.4)
-    colours = expert_colours(len(experts))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, block, share in zip(axes, blocks, shares, strict=False):
-        _, _, labels = axis.pie(
-            share,
-            colors=colours,
-            startangle=90,
-            counterclock=False,
-            autopct=lambda percent: f"{percent:.0f}%" if percent >= 6 else "",
-            textprops={"fontsize": 7},
-            wedgeprops={"linewidth": 0.6, "edgecolor": "white"},
-        )
-        for label in labels[len(labels) // 2 :]:  # the darker half
-            label.set_color("white")
-        axis.set_title(block, fontsize=8)
-    for axis in axes[len(blocks) :]:
-        axis.axis("off")
-    handles = [_patch(colour) for colour in colours]
-    figure.legend(handles, experts, loc="outside right center", frameon=False, fontsize=9, title="expert")
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def _patch(colour: Any) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor=colour)
 
 
 def examples(
@@ -152,7 +157,7 @@ def examples(
         weights: for each image an array (blocks, experts).
         blocks, experts: names.
     """
-    figure = _figure(1.5 * len(images) + 1.4, 1.7 + 0.24 * len(blocks) + 0.7)
+    figure = blank(1.5 * len(images) + 1.4, 1.7 + 0.24 * len(blocks) + 0.7)
     ratios = [1.5, 0.24 * len(blocks) + 0.35]
     axes = figure.subplots(2, len(images), squeeze=False, height_ratios=ratios)
     limit = max(float(abs(weight).max()) for weight in weights)
@@ -179,7 +184,7 @@ def examples(
 
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> Figure:
     """Draw one line for each name: (x values, y values)."""
-    figure = _figure(7.0, 3.2)
+    figure = blank(7.0, 3.2)
     axis = figure.subplots()
     for name, (x, y) in lines.items():
         axis.plot(x, y, marker="o", markersize=3, linewidth=1.5, label=name)

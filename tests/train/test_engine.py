@@ -180,7 +180,7 @@ def test_an_unwritable_folder_is_found_before_anything_is_built(
     def build(*args: Any, **kwargs: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("widefield.data.create", build)
+    monkeypatch.setattr("widefield.data.create_both", build)
     with pytest.raises(OSError, match=r"file.txt/sub/run cannot be written: .*Choose another with --output"):
         run(output=str(tmp_path / "file.txt" / "sub"))
 
@@ -232,22 +232,25 @@ def test_load_trained_refuses(tmp_path: Path) -> None:
 # Odd data
 
 
-class Noise(Dataset[Any]):
+class Noise(data.ImageSet):
     """Noise with labels; ``poison`` and ``gone`` say at which (split, index) an image is NaN or unreadable."""
 
     classes = ("a", "b", "c")
+    mean = std = (1.0, 1.0, 1.0)
 
     def __init__(self, split: str, count: int = 24, poison: int = -1, gone: range = range(0)) -> None:
-        self.split, self.count, self.poison, self.gone = split, count, poison, gone
+        super().__init__(split, 32, 0)
+        self.count, self.poison, self.gone = count, poison, gone
         self.epochs: list[int] = []
 
     def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
         self.epochs.append(epoch)
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
+    def sample(self, index: int) -> dict[str, Any] | None:
         if index in self.gone:
             return None
         image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index))
@@ -283,7 +286,7 @@ def image_folder(root: Path) -> Path:
 
 def with_noise(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Noise]:
     sets = {split: Noise(split, **options) for split in ("train", "val")}
-    monkeypatch.setattr("widefield.data.create", lambda name, split, **_: sets[split])
+    monkeypatch.setattr("widefield.data.create_both", lambda name, **_: (sets["train"], sets["val"]))
     return sets
 
 

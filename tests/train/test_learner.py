@@ -159,7 +159,9 @@ class TestRepeats:
 
         digits = create("digits", "train", size=16, augment=True)
         loader = train_loader(digits, 60, 0, seed=0, repeats=3)
-        seen = [(int(i), image) for batch in batches(loader) for i, image in zip(batch["index"], batch["image"])]
+        taken = list(batches(loader))
+        images = torch.cat([batch["image"] for batch in taken])
+        seen = list(zip(torch.cat([batch["index"] for batch in taken]).tolist(), images, strict=True))
         assert len(loader) == len(digits) // 60
         for start in range(0, len(seen), 3):
             triple = seen[start : start + 3]
@@ -215,9 +217,9 @@ class TestNotFinite:
 
 class TestDisk:
     def test_too_little_room_is_found_before_training(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = namedtuple("usage", "total used free")  # noqa: PYI024 (as shutil's)
+        usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 9, 9))
-        with pytest.raises(OSError, match=r"checkpoints need about .* GB \(checkpoint.keep is 2\) and 0.00 GB are free"):
+        with pytest.raises(OSError, match=r"need about .* GB \(checkpoint.keep is 2\) and 0.00 GB are free"):
             run()
 
 

@@ -1,96 +1,312 @@
-"""Which expert each image got: MoRF (Lian, Yu, Wang 2024), section 4.3 and figure 3."""
+"""Which expert each image got, how evenly a mixture uses its experts, and whether its router looks at the image at all.
+
+MoRF (Lian, Yu, Wang 2024), section 4.3 and figure 3.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from widefield import _checks, report
+from widefield.analysis._model import chunks, pixels, track, visited, watched
+from widefield.analysis._result import Result, plain
+from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
+from widefield.analysis._routing_figures import CAPTIONS, DRAWN
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "CONSTANT",
+    "DEAD",
+    "Routing",
+    "RoutingStatistics",
+    "Variance",
+    "collapse",
+    "mixtures",
+    "recording",
+    "routing_statistics",
+    "routing_weights",
+]
+
+UNKNOWN = -1
+"""Label of an image whose class is not known."""
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Routing weights of one mixture over a set of images."""
+class RoutingStatistics(Result):
+    """Routing of a set of images through every mixture of a model.
+
+    Attributes:
+        blocks: one entry per mixture, in the order of the modules.
+        labels: class of each image, (N,) int64, an index into ``classes``; -1 where it is not known.
+        classes: their names.
+        images: what to call each image.
+    """
 
     name: str
-    """Module name in the model."""
-    experts: tuple[str, ...]
-    """What to call each expert: "7x7", or "3x3 d2" with a dilation."""
-    weights: Tensor
-    """(N, n), float32, on the CPU; exactly 0 where hard routing did not choose the expert."""
-    hard: bool
+    about: Mapping[str, Any]
+    blocks: tuple[Routing, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    images: tuple[str, ...]
 
-    def frequencies(self) -> Tensor:
-        """Return how often each expert is preferred: (n,), summing to 1.
+    title: ClassVar[str] = "Routing"
+    lead: ClassVar[str] = (
+        "Which experts the mixtures of a network choose, for which images, and whether their routers look at the "
+        "images at all."
+    )
 
-        Hard routing: the share of all choices that fell on it. Soft routing: the share of images for which its weight
-        is the largest in absolute value.
-        """
-        if self.hard:
-            chosen = (self.weights != 0).sum(0).float()
-        else:
-            chosen = torch.bincount(self.weights.abs().argmax(1), minlength=self.weights.shape[1]).float()
-        return chosen / chosen.sum().clamp(min=1)
+    def by_class(self) -> dict[str, RoutingStatistics]:
+        """Return the statistics of each class that has images, by its name."""
+        members = {name: np.flatnonzero(self.labels == i) for i, name in enumerate(self.classes)}
+        return {name: self.of(images) for name, images in members.items() if len(images)}
 
-    def mean(self) -> Tensor:
-        """Return the mean routing weight of each expert, (n,)."""
-        return self.weights.mean(0)
+    def of(self, images: np.ndarray) -> RoutingStatistics:
+        """Return the statistics of some of the images, by their indices."""
+        return replace(
+            self,
+            about={**self.about, "images": len(images), "labelled": int((self.labels[images] >= 0).sum())},
+            blocks=tuple(block.of(images) for block in self.blocks),
+            labels=self.labels[images],
+            images=tuple(self.images[k] for k in images),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary, without the weights of every image."""
+        """Return every number: of each block its summary, its weights by image, and what depends on the classes."""
+        parts = self.by_class()
+        blocks = []
+        for i, block in enumerate(self.blocks):
+            smallest, largest = block.extremes()
+            blocks.append(
+                {
+                    **block.to_dict(),
+                    "smallest_fields": [self.images[k] for k in smallest],
+                    "largest_fields": [self.images[k] for k in largest],
+                    "variance": block.variance(self.labels),
+                    "by_class": {
+                        name: {"frequencies": part.blocks[i].frequencies(), "shares": part.blocks[i].shares()}
+                        for name, part in parts.items()
+                    },
+                    "weights": block.weights,
+                }
+            )
+        fields = {key: getattr(self, key) for key in ("name", "about", "labels", "classes", "images")}
+        return {"kind": type(self).__name__, **plain({**fields, "blocks": blocks})}
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row a block; experts in the order that ``about`` gives.
+
+        The last columns: how much the weights vary over the images (:meth:`Routing.variation`), and how much of that
+        variance the class explains (:attr:`Variance.eta_squared`).
+        """
+        rows = []
+        for block in self.blocks:
+            explained = block.variance(self.labels).eta_squared
+            rows.append(
+                {
+                    "model": self.name,
+                    "block": block.name,
+                    "chosen, %": _percentages(block.frequencies()),
+                    "weight, %": _percentages(block.shares()),
+                    "entropy": f"{block.entropy():.3f}",
+                    "Gini": f"{block.gini():.3f}",
+                    "dead": ", ".join(block.dead()) or "-",
+                    "field, px": f"{block.fields().mean():.2f}",
+                    "varies, %": f"{100 * block.variation():.2g}" + ("" if block.depends_on_input else " (constant)"),
+                    "by class, %": "-" if np.isnan(explained) else f"{100 * explained:.0f}",
+                }
+            )
+        return rows
+
+    @classmethod
+    @report.paper()
+    def draw(cls, results: Mapping[str, RoutingStatistics], *, kind: str = "pies") -> Figure:
+        """Draw one figure.
+
+        Args:
+            results: by name.
+            kind: "pies": how often each expert is chosen in each block (the paper's figure 3); "heat": the experts'
+                mean shares of the routing weight, blocks x experts; "classes": by how much these differ for each
+                class from the mean over the classes (of many, the twenty that differ most); "fields": how large a
+                field the images want in each block, and which want the extremes.
+
+        Raises:
+            ValueError: another kind; or "classes", and no image of a result has a label.
+        """
+        return DRAWN[_checks.choice("kind", kind, tuple(DRAWN))](results)
+
+    @classmethod
+    def figures(cls, results: Mapping[str, RoutingStatistics], **options: Any) -> dict[str, Figure]:
+        """Return all kinds that apply, by caption, whichever kind ``options`` names."""
+        labelled = all((result.labels >= 0).any() for result in results.values())
         return {
-            "block": self.name,
-            "experts": list(self.experts),
-            "frequencies": self.frequencies().tolist(),
-            "mean_weights": self.mean().tolist(),
-            "std_weights": self.weights.std(0, correction=0).tolist(),
+            caption: cls.draw(results, **{**options, "kind": kind})
+            for kind, caption in CAPTIONS.items()
+            if kind != "classes" or labelled
         }
 
 
-def routing_weights(model: nn.Module, batches: Iterable[Tensor]) -> list[Routing]:
-    """Run ``model`` over batches of images (N, C, H, W) and collect the routing weights of every mixture in it.
+def routing_statistics(
+    model: nn.Module,
+    batches: Tensor | Iterable[Any],
+    *,
+    classes: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
+    name: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    batch: int = 8,
+    progress: bool = False,
+) -> RoutingStatistics:
+    """Route images through a model and say which experts of its mixtures they get.
 
-    Evaluation mode, no gradients; the model's mode is put back, and no hook is left behind. One entry per mixture, in
-    the order of the modules, re-parameterised ones included.
+    MoRF (Lian, Yu, Wang 2024), section 4.3. Evaluation mode, hence hard routing without its noise; the model is left
+    as it was found. Only the routing weights are kept, N x n numbers for each mixture.
+
+    Args:
+        model: with layers :class:`widefield.nn.MoRFConv2d`, or re-parameterised ones.
+        batches: images (N, C, H, W), normalised: one tensor, or batches such as a loader gives: tensors,
+            dictionaries with "image" and, if known, "label", or pairs (images, labels). Labels are integers (N,); -1
+            where the class is not known.
+        classes: their names; default: the numbers.
+        images: what to call each image; default: "image 0" and so on.
+        name: of the model, for tables and figures; default: its class.
+        about: how the images came about, to be kept with the result.
+        batch: images at a time; larger batches are split.
+        progress: show a bar.
 
     Raises:
-        ValueError: the model has no mixture, or there are no images.
+        ValueError: the model has no mixture, or calls one several times for an image; fewer than two images; a
+            label without a class; names of another number of images; weights that are not finite.
+        TypeError: images or labels of another kind.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (MoRFConv2d, FusedMoRFConv2d))}
+    batch = _checks.integer("batch", batch)
+    labels: list[Tensor] = []
+    given = batches.split(batch) if isinstance(batches, Tensor) else batches
+    found = routing_weights(model, _images(track(given, "routing", show=progress), labels, classes), batch=batch)
+    known = torch.cat(labels).numpy()
+    count = len(known)
+    if count < 2:
+        raise ValueError(f"routing statistics need at least two images; got {count}.")
+    for routing in found:
+        if len(routing.weights) != count:
+            raise ValueError(f"the model calls {routing.name!r} {len(routing.weights)} times for {count} images.")
+        if not np.isfinite(routing.weights).all():
+            raise ValueError(f"the routing weights of {routing.name!r} are not finite.")
+    if images is not None and len(images) != count:
+        raise ValueError(f"images must name each of the {count} images; got {len(images)} names.")
+    own = {
+        "images": count,
+        "labelled": int((known >= 0).sum()),
+        "routing": " and ".join(sorted({"hard" if routing.hard else "soft" for routing in found})),
+        "experts": " or ".join(dict.fromkeys(", ".join(routing.experts) for routing in found)),
+        "dead below": f"{DEAD:g} of an even share",
+        "constant below": f"{100 * CONSTANT:g} % of variation",
+    }
+    return RoutingStatistics(
+        name=type(model).__name__ if name is None else name,
+        about={**(about or {}), **own},
+        blocks=tuple(found),
+        labels=known,
+        classes=tuple(map(str, range(known.max() + 1) if classes is None else classes)),
+        images=tuple(images or (f"image {i}" for i in range(count))),
+    )
+
+
+def routing_weights(model: nn.Module, batches: Tensor | Iterable[Any], *, batch: int | None = None) -> list[Routing]:
+    """Return the routing weights of every mixture in a model, without labels: what statistics are made of.
+
+    Args:
+        model, batches: as in :func:`routing_statistics`.
+        batch: images at a time; None: as they come.
+
+    Raises:
+        ValueError: the model has no mixture, or does not call one; there are no images.
+    """
+    layers = mixtures(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no mixture of receptive fields: convert it with widefield.MoRF first."
         )
-    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
-    modes = {module: module.training for module in model.modules()}
-    handles = [
-        layer.router.register_forward_hook(
-            lambda module, args, output, into=collected[name]: into.append(output.detach().float().cpu())
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        model.eval()
-        with torch.no_grad():
-            for images in batches:
-                model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    if not all(collected.values()):
-        raise ValueError("there are no images to route: batches is empty, or the model does not call its mixtures.")
-    return [
-        Routing(name, _experts(layer), torch.cat(collected[name]), layer.router.routing == "hard")
-        for name, layer in layers.items()
-    ]
+    with visited(model), torch.no_grad(), recording(model) as recorded:
+        for part in chunks(batches, model, batch):
+            model(part)
+    found = recorded()
+    missing = set(layers) - {routing.name for routing in found}
+    if missing:
+        raise ValueError(f"{type(model).__name__} does not call its mixtures {sorted(missing)}.")
+    return found
 
 
-def _experts(layer: MoRFConv2d | FusedMoRFConv2d) -> tuple[str, ...]:
-    pairs = zip(layer.kernel_sizes, layer.dilations, strict=True)
-    return tuple(f"{size}x{size}" + (f" d{dilation}" if dilation > 1 else "") for size, dilation in pairs)
+def mixtures(model: nn.Module) -> dict[str, MoRFConv2d | FusedMoRFConv2d]:
+    """Return the mixtures of a model by name, re-parameterised ones included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (MoRFConv2d, FusedMoRFConv2d))}
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Callable[[], list[Routing]]]:
+    """Watch a model's mixtures while the block runs it.
+
+    Yields:
+        a function () -> one entry for each mixture that was called so far. The weights stay on their device until
+        then: to fetch those of every batch would make a GPU wait.
+    """
+    layers = mixtures(model)
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[name].append(output.detach().float())
+
+    def recorded() -> list[Routing]:
+        return [
+            Routing(
+                name,
+                tuple(zip(layer.kernel_sizes, layer.dilations, strict=True)),
+                torch.cat(seen[name]).cpu().numpy(),
+                layer.router.routing == "hard",
+            )
+            for name, layer in layers.items()
+            if seen[name]
+        ]
+
+    with watched({name: layer.router for name, layer in layers.items()}, see):
+        yield recorded
+
+
+def _images(batches: Iterable[Any], labels: list[Tensor], classes: Sequence[str] | None) -> Iterator[Tensor]:
+    """Yield the images of each batch, and append its labels to ``labels``."""
+    for batch in batches:
+        if isinstance(batch, Mapping) and not batch:  # every image of it was left out
+            continue
+        images = pixels(batch)
+        given = batch.get("label") if isinstance(batch, Mapping) else None
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+            given = batch[1]
+        labels.append(_labels(given, len(images), classes))
+        yield images
+
+
+def _labels(given: Any, count: int, classes: Sequence[str] | None) -> Tensor:
+    if given is None:
+        return torch.full((count,), UNKNOWN)
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
+        kind = f"{given.dtype} tensor" if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"labels must be tensors of integers, one an image; got a {kind}.")
+    if given.shape != (count,):
+        raise ValueError(f"labels must have the shape ({count},), one an image; got {tuple(given.shape)}.")
+    labels = given.detach().cpu().long()
+    if classes is not None and count and int(labels.max()) >= len(classes):
+        raise ValueError(f"the label {int(labels.max())} has no name: classes has {len(classes)}.")
+    return labels.clamp(min=UNKNOWN)
+
+
+def _percentages(shares: np.ndarray) -> str:
+    return "/".join(f"{100 * share:.0f}" for share in shares)

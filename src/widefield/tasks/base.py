@@ -48,11 +48,7 @@ class Task(ABC):
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return the keyword arguments of the metrics' ``update``, each (N, ...).
-
-        With several processes these are gathered from all of them and cut to the size of the data set, hence the
-        common first axis.
-        """
+        """Return the keyword arguments of the metrics' ``update``, each (N, ...) for N images."""
 
     @abstractmethod
     def metrics(self) -> MetricCollection:

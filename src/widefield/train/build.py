@@ -16,9 +16,13 @@ from torch import nn
 
 from widefield import _checks
 from widefield.train import checkpoint
-from widefield.train.pretrained import start_from
+from widefield.train.pretrained import load_whole, start_from
 from widefield.train.recipe import CONVERSIONS, ConversionSpec, ModelSpec, Recipe
 from widefield.train.recipe_io import load_recipe
+
+TORCHVISION = "torchvision:"
+_AUXILIARY = ("googlenet", "inception_v3")
+"""Networks of torchvision that in training give several outputs, unless told not to."""
 
 
 def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
@@ -39,13 +43,15 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
 
     if isinstance(spec.pretrained, str):
         fresh = dataclasses.replace(spec, pretrained=False)
-        classes = model_args.get("num_classes", 0)
-        return start_from(spec.pretrained, lambda given: create_model(fresh, given), converted, classes)
+        start = load_whole if spec.name.startswith(TORCHVISION) else start_from
+        return start(spec.pretrained, lambda given: create_model(fresh, given), converted, model_args["num_classes"])
     return converted(create_model(spec, model_args))
 
 
 def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
     """Build ``timm.create_model(spec.name, **spec.args, **decided)``, with timm's weights if ``spec.pretrained``.
+
+    Names that start with ``torchvision:`` stand for models of torchvision, and its default weights.
 
     Args:
         spec: name and arguments, as the user wrote them.
@@ -58,17 +64,41 @@ def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType(
     import widefield.models  # noqa: F401 (registers ours in timm)
 
     name = spec.name
-    known = timm.list_models()
-    if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
-        raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
     for key in decided:
         if key in spec.args:
             raise ValueError(f"model.args.{key} is decided by the task ({decided[key]!r}); leave it out.")
+    if name.startswith(TORCHVISION):
+        return _of_torchvision(spec, decided)
+    known = timm.list_models()
+    if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
+        raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
     try:
         start = {"pretrained": True} if spec.pretrained else {}
         model: nn.Module = timm.create_model(name, **spec.args, **start, **decided)
     except (TypeError, LookupError, AssertionError, RuntimeError) as error:
         raise _refusal(spec, error) from error
+    return model
+
+
+def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
+    import torchvision.models as tv
+
+    name = spec.name.removeprefix(TORCHVISION)
+    known = tv.list_models(module=tv)
+    if name not in known:
+        raise ValueError(f"model.name: torchvision knows no model {name!r}.{_checks.did_you_mean(name, known)}")
+    given = {"aux_logits": False} if name in _AUXILIARY and not spec.pretrained else {}
+    if spec.pretrained and decided:
+        raise ValueError(
+            f"model.pretrained: torchvision's {name} comes with a head for ImageNet; give a file of weights, or a "
+            f"model of timm, which makes a head for other classes."
+        )
+    try:
+        model: nn.Module = tv.get_model(
+            name, weights="DEFAULT" if spec.pretrained else None, **{**given, **spec.args, **decided}
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"torchvision cannot build {name!r} with model.args {spec.args}: {error}.") from error
     return model
 
 

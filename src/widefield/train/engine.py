@@ -11,7 +11,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from widefield import data, tasks
 from widefield.tasks import Batch
 from widefield.train import checkpoint
-from widefield.train.alarms import watch_routers
+from widefield.train.alarms import brief, watch_routers
 from widefield.train.checkpoint import Checkpoint
-from widefield.train.evaluation import evaluate
+from widefield.train.evaluation import Share, evaluate
 from widefield.train.interrupt import StopRequest
 from widefield.train.learner import Learner
 from widefield.train.loading import EpochSampler, batches, shut_down, train_loader, val_loader
@@ -92,6 +92,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         mixed_precision=recipe.mixed_precision,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         dynamo_backend="inductor" if recipe.compile else None,
+        cpu=not torch.accelerator.is_available(),  # by itself accelerate overlooks processes launched on CPUs
     )
     folder = RunFolder(recipe.folder if resume is None else Path(resume))
     last = None if resume is None else folder.last()
@@ -145,9 +146,7 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         set_seed(recipe.seed)
-        self.train_set, val_set = (
-            data.create(recipe.data.name, split, **recipe.data.args) for split in ("train", "val")
-        )
+        self.train_set, val_set = data.create_both(recipe.data.name, **recipe.data.args)
         self.task = tasks.create(recipe.task.name, self.train_set, **recipe.task.args)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
@@ -155,9 +154,10 @@ class _Run:
         self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         loader = train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed, recipe.repeats)
         self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
-        self.train_batches, self.val_batches = accelerator.prepare(
-            loader, val_loader(val_set, recipe.batch_size, recipe.workers)
-        )
+        self.train_batches = accelerator.prepare(loader)
+        share = Share(val_set, accelerator.process_index, accelerator.num_processes)
+        self.val_batches = val_loader(share, recipe.batch_size, recipe.workers)
+        self._shape = (len(val_set.mean), val_set.image_size, val_set.image_size)
         self.steps_per_epoch: int = len(self.train_batches) // recipe.accumulate
         if not self.steps_per_epoch:
             raise ValueError(
@@ -304,13 +304,8 @@ class _Run:
         """Return the metrics of the model, and of its moving average; raises _Stopped."""
 
         def measure(model: nn.Module) -> dict[str, float]:
-            return evaluate(
-                model,
-                self._until_stop(batches(self.val_batches)),
-                self.task,
-                self.accelerator.device,
-                gather=self.accelerator.gather_for_metrics,
-            )
+            found = self._until_stop(batches(self.val_batches))
+            return evaluate(model, found, self.task, self.accelerator.device, shares=True)
 
         with self.accelerator.autocast():
             metrics, self._warnings = watch_routers(self.learner.raw, lambda: measure(self.learner.model))
@@ -318,12 +313,20 @@ class _Run:
                 metrics |= {f"ema_{name}": value for name, value in measure(self.learner.ema.module).items()}
         return metrics
 
-    def _until_stop(self, all_batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in all_batches:
-            if self._stopping():
-                raise _Stopped
-            if not largest(self.accelerator, not batch):
+    def _until_stop(self, share: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches of this process's share until all processes are through theirs; raises _Stopped.
+
+        Shares may differ in length, and a sharded model is to be called by all processes or by none.
+        """
+        while not self._stopping():
+            batch = next(share, None)
+            if not largest(self.accelerator, batch is not None):
+                return
+            if batch:
                 yield batch
+            elif self.learner.is_sharded:
+                self.learner.model(torch.zeros(1, *self._shape, device=self.accelerator.device))
+        raise _Stopped
 
     def _finish_epoch(self, saved: Checkpoint, seconds: float) -> None:
         about = {"step": self.step, "epoch": self.epoch, "lr": self.learner.lr, "seconds": seconds}
@@ -336,7 +339,7 @@ class _Run:
         self._next_epoch()
         self.report.line(f"epoch {self.epoch}/{self.learner.epochs}  {numbers(self.metrics)}  ({seconds:.1f} s)")
         if self._warnings:
-            self.report.line(f"warning: {'; '.join(self._warnings)}")
+            self.report.line(f"warning: {brief(self._warnings)}")
 
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
@@ -386,9 +389,10 @@ class _Run:
             },
         }
         saved = Checkpoint(self.folder.checkpoints, {**meta, "metrics": None})
+        model = self.learner.whole()
         if self.accelerator.is_main_process:
             ema = None if self.learner.ema is None else self.learner.ema.module
-            saved = checkpoint.save(self.folder.checkpoints, self.learner.raw, ema, state, meta)
+            saved = checkpoint.save(self.folder.checkpoints, model, ema, state, meta)
         self.accelerator.wait_for_everyone()
         return saved
 
@@ -397,17 +401,15 @@ class _Run:
 
         Raises ValueError before anything is changed: another model, another recipe, another number of processes.
         """
-        checkpoint.load_weights(last.path / "model.safetensors", self.learner.raw)
+        self.learner.load_weights(last.path / "model.safetensors")
         self.folder.check_recipe(self.recipe)
         if last.meta["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"the run used {last.meta['processes']} processes and can only be resumed with as many; there are "
                 f"{self.accelerator.num_processes}."
             )
-        if self.learner.ema is not None:
-            checkpoint.load_weights(last.path / "ema.safetensors", self.learner.ema.module)
         state = last.state()
-        self.learner.load_state_dict(state)
+        self.learner.load_state_dict(state, last.path / "ema.safetensors")
         self.epoch, self.position = state["sampler"]["epoch"], state["sampler"]["position"]
         self._loss_sum, self._loss_count = state["loss"]
         if self.accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from widefield.nn import load_balancing
 from widefield.surgery import DynamicSparsity
 from widefield.tasks import Batch, Task
+from widefield.train import checkpoint
 from widefield.train.build import build_model
 from widefield.train.optimisation import create_optimizer, freeze
 from widefield.train.processes import largest
 from widefield.train.recipe import Recipe
+from widefield.train.sharding import Sharded
 
 
 class Step(NamedTuple):
@@ -57,11 +60,12 @@ class Learner:
         self.raw = model
         # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
         self.ema = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
+        spread = recipe.fsdp and accelerator.num_processes > 1
+        self._sharded = Sharded(model, recipe.mixed_precision) if spread else None
         rate = recipe.optimizer.lr_at(recipe.batch_size * recipe.accumulate * accelerator.num_processes)
         optimizer = create_optimizer(model, recipe.optimizer, rate)
-        self.model: nn.Module
-        self.optimizer: Any
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model: nn.Module = self._sharded.model if self._sharded else accelerator.prepare(model)
+        self.optimizer: Any = accelerator.prepare(optimizer)
         self.epochs = recipe.epochs
         self._scheduler: Any = None
         self._sparse: DynamicSparsity | None = None
@@ -106,6 +110,11 @@ class Learner:
         """Whether :meth:`start` needs a batch."""
         return self._sparse is not None
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model must be called by all processes or by none."""
+        return self._sharded is not None
+
     def train(self) -> None:
         """Put the model into training mode, all but the norms that are frozen."""
         self.model.train()
@@ -123,7 +132,9 @@ class Learner:
         losses: list[Tensor] = []
         for batch in batches:
             last = len(losses) == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            if self._sharded:
+                self._sharded.model.set_requires_gradient_sync(last)
+            with nullcontext() if last or self._sharded else accelerator.no_sync(self.model):
                 loss = self._loss(batch) / len(batches)
                 accelerator.backward(loss)
             losses.append(loss.detach())
@@ -163,26 +174,47 @@ class Learner:
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state but the weights, in types that ``torch.load(weights_only=True)`` admits."""
+        """Return all state but the weights, in types that ``torch.load(weights_only=True)`` admits.
+
+        To be called by all processes; the first one's is whole.
+        """
         parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
+        inner = self.optimizer.optimizer
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._sharded.optimizer_state(inner) if self._sharded else self.optimizer.state_dict(),
             **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any], average: Path) -> None:
+        """Take back what :meth:`state_dict` returned, and the moving average, if there is one, from its file."""
+        if self.ema is not None:
+            checkpoint.load_weights(average, self.ema.module)
+        if self._sharded:
+            self._sharded.load_optimizer_state(self.optimizer.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
+
+    def whole(self) -> nn.Module:
+        """Return the model with all its weights, to save; to be called by all processes, whole in the first."""
+        return self._sharded.whole() if self._sharded else self.raw
+
+    def load_weights(self, file: Path) -> None:
+        """Take the weights of a checkpoint; raises ValueError for those of another model, with nothing changed."""
+        checkpoint.load_weights(file, self._sharded.target() if self._sharded else self.raw)
+        if self._sharded:
+            self._sharded.spread()
 
     def result(self) -> nn.Module:
         """Return the trained model in evaluation mode, without wrappers; the moving average if there is one."""
         if self.ema is not None:
             average: nn.Module = self.ema.module
             return average.eval()
+        if self._sharded:
+            return self._sharded.whole().eval()
         trained: nn.Module = self._accelerator.unwrap_model(
             self.model, keep_fp32_wrapper=False, keep_torch_compile=False
         )

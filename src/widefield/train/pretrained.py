@@ -68,13 +68,30 @@ def start_from(
     try:  # with their own number of classes, as timm is lenient with every key where the numbers differ
         model = build({"num_classes": theirs, "pretrained": True, "pretrained_cfg_overlay": overlay})
     except ValueError as plain:
-        model = convert(build({"num_classes": theirs}))
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"model.pretrained: {source} does not fit {type(model).__name__}: {error}") from plain
+        model = _filled(convert(build({"num_classes": theirs})), weights, source, plain)
     else:
         model = convert(model)
     if theirs != classes:
         model.reset_classifier(classes)  # type: ignore[operator]
+    return model
+
+
+def load_whole(
+    source: str, build: Callable[[dict[str, Any]], nn.Module], convert: Callable[[nn.Module], nn.Module], classes: int
+) -> nn.Module:
+    """Do what :func:`start_from` does, for models that timm does not know: the head must be of as many classes."""
+    weights = read_weights(source)
+    given = {"num_classes": classes}
+    try:
+        model = _filled(build(given), weights, source, None)
+    except ValueError as plain:
+        return _filled(convert(build(given)), weights, source, plain)
+    return convert(model)
+
+
+def _filled(model: nn.Module, weights: Mapping[str, Tensor], source: str, cause: Exception | None) -> nn.Module:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"model.pretrained: {source} does not fit {type(model).__name__}: {error}") from cause
     return model

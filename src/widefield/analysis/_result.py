@@ -1,0 +1,133 @@
+"""What every analysis returns: numbers that know how they came about, and how to become a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from widefield import _checks, bench, report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".pdf", ".svg", ".json", ".html")
+
+
+class Result(ABC):
+    """A frozen dataclass of arrays (on the CPU) and plain values; its subclasses are one analysis each.
+
+    Attributes:
+        name: what was analysed, as figures and tables call it: a model's name.
+        about: how it was done: number and source of the images, their size, normalisation, seed.
+    """
+
+    title: ClassVar[str]
+    """Heading of a page."""
+    lead: ClassVar[str]
+    """What the figure shows and how to read it, in a sentence or two."""
+
+    name: str
+    about: Mapping[str, Any]
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, str]]:
+        """Return the figures to print, as rows of text; the same columns for every result of a kind."""
+
+    @classmethod
+    @abstractmethod
+    def draw(cls, results: Mapping[str, Self], *args: Any, **options: Any) -> Figure:
+        """Draw one result or several, side by side and on one scale, as a figure that fits a paper's page."""
+
+    @classmethod
+    def figures(cls, results: Mapping[str, Self], **options: Any) -> dict[str, Figure]:
+        """Return what a page shows, by caption: the one figure of :meth:`draw`, unless a subclass has more to show."""
+        return {cls.lead: cls.draw(results, **options)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, strings, lists and mappings, which JSON can hold."""
+        return {"kind": type(self).__name__, **plain(self)}
+
+    def plot(self, **options: Any) -> Figure:
+        """Return the figure of this result alone; ``options`` are those of :meth:`draw`."""
+        return type(self).draw({self.name: self}, **options)
+
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Write a figure (.png, .pdf, .svg), the numbers (.json), or a page with both (.html); return the path."""
+        return save({self.name: self}, path, **options)
+
+
+def save(results: Mapping[str, Result], path: str | Path, **options: Any) -> Path:
+    """Write results of one kind, by name, into one file: .png, .pdf, .svg, .json or .html; return its path.
+
+    A file appears whole or not at all. ``options`` are those of the results' ``draw``.
+
+    Raises:
+        ValueError: another suffix, no results, or results of several kinds.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    _checks.choice("the suffix of path", path.suffix, SUFFIXES)
+    kinds = {type(result) for result in results.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"save takes results of one kind; got {sorted(k.__name__ for k in kinds) or 'none'}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        found = {name: result.to_dict() for name, result in results.items()}
+        content = (json.dumps({"environment": bench.environment(), "results": found}, allow_nan=False) + "\n").encode()
+    elif path.suffix == ".html":
+        first = next(iter(results.values()))
+        content = report.page(first.title, first.lead, [section(results, **options)], bench.environment()).encode()
+    else:
+        content = report.drawing(kinds.pop().draw(results, **options), path.suffix[1:])
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def section(results: Mapping[str, Result], heading: str = "Result", **options: Any) -> tuple[str, str]:
+    """Return (heading, HTML): the figures of all results, their tables, and how each came about."""
+    shown = type(next(iter(results.values()))).figures(results, **options)
+    body = "".join(report.picture(figure, caption) for caption, figure in shown.items())
+    rows = [row for result in results.values() for row in result.rows()]
+    if rows:
+        body += report.table(rows)
+    for name, result in results.items():
+        facts = ", ".join(f"{key} {value}" for key, value in result.about.items())
+        body += report.paragraph(f"{name}: {facts}.")
+    return heading, body
+
+
+def plain(value: Any) -> Any:
+    """Return a value in JSON's types: arrays as nested lists, dataclasses as mappings, not-a-number as None.
+
+    Raises TypeError for what has no such form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a result must be made of arrays, numbers, strings, lists and mappings; got {value!r}.")

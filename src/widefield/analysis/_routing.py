@@ -1,0 +1,234 @@
+"""Routing weights of one mixture, and what they say: whom images choose, how evenly, and whether it is they who choose.
+
+Every number is a function of the weights (N, n) of N images and n experts, and of the images' classes. Weights say
+nothing of the size of the kernels that they multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from widefield import _checks
+from widefield.analysis._result import plain
+from widefield.ops.fold import effective_size
+
+DEAD = 0.01
+"""An expert is dead below this part of an even share (1/n) of the routing weight."""
+
+CONSTANT = 1e-3
+"""A router is constant if its weights vary over the images by less than this part of their own size: what the mixture
+computes would be the same to that part with weights that no image changes."""
+
+_ROUNDING = 1e-6
+"""Weights that vary by less are the same numbers, summed in another order."""
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Routing weights' variance over labelled images, summed over the experts and split by class.
+
+    Attributes:
+        within: mean squared distance of an image's weights from the mean of its class.
+        between: mean squared distance of that mean from the mean of all images; both add up to the variance.
+        eta_squared: between / (within + between): the part that the class explains. (C - 1) / (N - 1) by chance.
+        f: the ratio of both per degree of freedom, (between / (C - 1)) / (within / (N - C)). 1 by chance.
+
+    The last two are not a number where the weights vary by rounding alone, or with fewer than two classes or no more
+    images than classes; all are without labels.
+    """
+
+    within: float
+    between: float
+    eta_squared: float
+    f: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing weights of one mixture over a set of images."""
+
+    name: str
+    """Module name in the model."""
+    kernels: tuple[tuple[int, int], ...]
+    """(kernel size, dilation) of each expert."""
+    weights: np.ndarray
+    """(N, n), float32; exactly 0 where hard routing did not choose the expert."""
+    hard: bool
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """What to call each expert: "7x7", "3x3 d2" with a dilation, "7x7 #2" for the second of a kind."""
+        plain_names = [f"{size}x{size}" + (f" d{dilation}" if dilation > 1 else "") for size, dilation in self.kernels]
+        counts = [plain_names[: i + 1].count(name) for i, name in enumerate(plain_names)]
+        return tuple(name + (f" #{k}" if k > 1 else "") for name, k in zip(plain_names, counts, strict=True))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many pixels of the mixture's input each expert spans, along a side."""
+        return tuple(effective_size(size, dilation) for size, dilation in self.kernels)
+
+    def of(self, images: np.ndarray) -> Routing:
+        """Return the routing of some of the images, by their indices."""
+        return replace(self, weights=self.weights[images])
+
+    def chosen(self) -> np.ndarray:
+        """Return whom each image chose, (N, n).
+
+        Hard routing: 1 for every expert with a weight. Soft routing: 1 for the expert that it prefers, whose weight is
+        the largest in absolute value; equals share the 1.
+        """
+        size = np.abs(self.weights)
+        if self.hard:
+            return np.asarray(size > 0, dtype=np.float64)
+        best = size == size.max(1, keepdims=True)
+        return np.asarray(best / best.sum(1, keepdims=True))
+
+    def frequencies(self) -> np.ndarray:
+        """Return how often each expert is chosen, (n,): its share of all choices; see :meth:`chosen`."""
+        count = self.chosen().sum(0)
+        return np.asarray(count / max(count.sum(), 1))
+
+    def use(self) -> np.ndarray:
+        """Return each image's routing weights as shares, (N, n): |w_r| / sum_s |w_s|; rows sum to 1.
+
+        In absolute value, as unnormalised soft weights may be negative. An image whose weights are all 0 counts as
+        undecided: 1/n each.
+        """
+        size = np.abs(self.weights.astype(np.float64))
+        total = size.sum(1, keepdims=True)
+        even = np.full_like(size, 1 / size.shape[1])
+        return np.asarray(np.divide(size, total, out=even, where=total != 0))
+
+    def shares(self) -> np.ndarray:
+        """Return each expert's mean share of the routing weight, (n,), summing to 1.
+
+        Shazeer et al. 2017 call its multiple "importance". Entropy, Gini and dead experts are those of the shares.
+        """
+        return _mean(self.use())
+
+    def mean(self) -> np.ndarray:
+        """Return the mean routing weight of each expert, (n,)."""
+        return _mean(self.weights.astype(np.float64))
+
+    def std(self) -> np.ndarray:
+        """Return the standard deviation of each expert's weight over the images, (n,)."""
+        return np.asarray(np.sqrt(_mean(np.square(self.weights - self.mean()))))
+
+    def entropy(self) -> float:
+        """Return the entropy of the shares over that of even ones: 1 is even use, 0 is one expert for everything."""
+        shares = self.shares()
+        if len(shares) == 1:
+            return 1.0
+        return float(-(shares * np.log(np.where(shares > 0, shares, 1.0))).sum() / np.log(len(shares)))
+
+    def gini(self) -> float:
+        """Return the Gini coefficient of the shares: 0 is even use, 1 - 1/n is one expert for everything."""
+        shares = self.shares()
+        return float(np.abs(shares[:, None] - shares).sum() / (2 * len(shares)))
+
+    def dead(self) -> tuple[str, ...]:
+        """Return the experts whose share is below ``DEAD / n``.
+
+        Of hard routing those that are never chosen, or for so few images, or so faintly, that it makes no difference.
+        A soft expert that is never the preferred one may be alive.
+        """
+        limit = DEAD / len(self.kernels)
+        return tuple(name for name, share in zip(self.experts, self.shares(), strict=True) if share < limit)
+
+    def fields(self) -> np.ndarray:
+        """Return the field that each image wants, (N,), in pixels of the mixture's input, to a millionth.
+
+        The experts' sizes (:attr:`sizes`) averaged with the image's shares (:meth:`use`).
+        """
+        return np.asarray((self.use() @ np.asarray(self.sizes, dtype=np.float64)).round(6))
+
+    def extremes(self, count: int = 5) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images that want the smallest and those that want the largest field, the extreme one first.
+
+        Indices, at most ``count`` each; among equals the earlier image comes first.
+        """
+        fields = self.fields()
+        count = _checks.integer("count", count)
+        return fields.argsort(kind="stable")[:count], (-fields).argsort(kind="stable")[:count]
+
+    def variation(self) -> float:
+        """Return how much the weights vary over the images, from 0 to 1; not a number for fewer than two images.
+
+        The root mean squared distance of the weights from their mean over the root mean squared size of the weights.
+        """
+        if len(self.weights) < 2:
+            return float("nan")
+        size = np.square(self.weights.astype(np.float64)).sum(1).mean()
+        return float(np.sqrt(np.square(self.std()).sum() / size)) if size else 0.0
+
+    @property
+    def depends_on_input(self) -> bool:
+        """Whether the router tells these images apart: the weights vary by ``CONSTANT`` or more, and not by rounding.
+
+        True where a single image leaves it open.
+        """
+        return not self.variation() < CONSTANT
+
+    def variance(self, labels: np.ndarray) -> Variance:
+        """Split the variance of the weights by class.
+
+        Args:
+            labels: class of each image, (N,) integers; images with a label below 0 are left out.
+        """
+        known = self.of(np.flatnonzero(labels >= 0))
+        weights, labels = known.weights.astype(np.float64), labels[labels >= 0]
+        classes, members = np.unique(labels, return_inverse=True)
+        n, c = len(weights), len(classes)
+        if not n:
+            return Variance(*[float("nan")] * 4)
+        means = np.stack([weights[members == k].mean(0) for k in range(c)])[members]
+        within = float(np.square(weights - means).sum(1).mean())
+        between = float(np.square(means - weights.mean(0)).sum(1).mean())
+        if not 1 < c < n or known.variation() < _ROUNDING:
+            return Variance(within, between, float("nan"), float("nan"))
+        f = (between / (c - 1)) / (within / (n - c)) if within else float("inf")
+        return Variance(within, between, between / (within + between), f)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary, without the weights of every image."""
+        found: dict[str, Any] = plain(
+            {
+                "block": self.name,
+                "hard": self.hard,
+                "experts": self.experts,
+                "sizes": self.sizes,
+                "frequencies": self.frequencies(),
+                "shares": self.shares(),
+                "mean_weights": self.mean(),
+                "std_weights": self.std(),
+                "entropy": self.entropy(),
+                "gini": self.gini(),
+                "dead": self.dead(),
+                "field": self.fields().mean(),
+                "variation": self.variation(),
+                "depends_on_input": self.depends_on_input,
+            }
+        )
+        return found
+
+
+def collapse(blocks: Iterable[Routing]) -> list[str]:
+    """Return a sentence for each mixture with dead experts or a router that does not look at its input."""
+    sentences = []
+    for block in blocks:
+        dead = block.dead()
+        faults = [f"hardly uses {', '.join(dead)}"] if dead else []
+        if not block.depends_on_input:
+            faults.append("gives all images the same weights")
+        if faults:
+            sentences.append(f"{block.name} {' and '.join(faults)}")
+    return sentences
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each column; zeros where there are no rows."""
+    return np.asarray(values.sum(0) / max(len(values), 1))

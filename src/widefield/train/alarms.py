@@ -1,0 +1,55 @@
+"""What a run watches for while it evaluates: routers of mixtures that collapse, which no other metric shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from accelerate.utils import gather_object
+from torch import nn
+
+from widefield.analysis.routing import Routing, collapse, mixtures, recording
+
+
+def watch_routers(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> tuple[dict[str, float], list[str]]:
+    """Evaluate a model and say how it routed the images, as ``widefield.analysis.routing_statistics`` would.
+
+    Costs a copy of the routing weights; of a model without mixtures nothing is asked. All processes must call it.
+
+    Args:
+        model: whose mixtures to watch.
+        evaluate: runs it, and returns metrics.
+
+    Returns:
+        The metrics, with ``router_entropy`` (mean over the mixtures; 1 is even use of the experts, 0 one expert for
+        all), ``router_dead`` (dead experts of all mixtures) and ``router_constant`` (mixtures whose router gives all
+        images the same weights); and a sentence for each mixture with dead experts or a constant router.
+    """
+    if not mixtures(model):
+        return evaluate(), []
+    with recording(model) as recorded:
+        metrics = evaluate()
+    blocks = _joined(gather_object([recorded()]))
+    if not blocks:  # the model has them, and does not call them
+        return metrics, []
+    numbers = {
+        "router_entropy": float(np.mean([block.entropy() for block in blocks])),
+        "router_dead": float(sum(len(block.dead()) for block in blocks)),
+        "router_constant": float(sum(not block.depends_on_input for block in blocks)),
+    }
+    return {**metrics, **numbers}, collapse(blocks)
+
+
+def brief(warnings: Sequence[str], most: int = 3) -> str:
+    """Return the first few sentences as one, and how many more there are."""
+    rest = len(warnings) - most
+    return "; ".join(warnings[:most]) + (f"; and {rest} more like this" if rest > 0 else "")
+
+
+def _joined(parts: list[list[Routing]]) -> list[Routing]:
+    """Put together what each process saw of the same mixtures."""
+    found: dict[str, list[Routing]] = {}
+    for block in (block for part in parts for block in part):
+        found.setdefault(block.name, []).append(block)
+    return [replace(same[0], weights=np.concatenate([b.weights for b in same])) for same in found.values()]

@@ -1,0 +1,243 @@
+"""Judging a model on data whose classes are not its outputs, one for one: ImageNet-V2, -A, -R and -ReaL.
+
+A data set knows its classes by name, a model its outputs by their place. What joins the two is the place of each class
+among the outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from widefield import _checks
+from widefield.data.class_map import INTEGER, classes_of
+from widefield.tasks import Batch, Classification
+
+CLASS_MAPS = ("auto", "sorted", INTEGER)
+"""What a class map may be besides a file."""
+_REAL_LABELS = 50_000
+"""Images of ImageNet's validation part, all of which timm's copy of the labels names."""
+
+
+def imagenet_names(outputs: int) -> tuple[str, ...] | None:
+    """Return the WordNet identifiers of a model's outputs if so many mean a part of ImageNet to timm, else None."""
+    subset = infer_imagenet_subset({"num_classes": outputs})
+    return tuple(ImageNetInfo(subset).label_names()) if subset else None
+
+
+def output_places(
+    classes: Sequence[str], outputs: int, names: Sequence[str] | None = None, class_map: str | Path = "auto"
+) -> tuple[int, ...]:
+    """Return for each class of a data set its place among a model's outputs.
+
+    Args:
+        classes: of the data set, such as the names of its folders.
+        outputs: how many the model has.
+        names: of the model's outputs, where they are known: the classes that it was trained on, see also
+            :func:`imagenet_names`.
+        class_map: ``"integer"``: the classes are numbers, the places themselves, as in ImageNet-V2 (its folders are
+            called 0 to 999, and 10 does not come before 2). ``"sorted"``: the classes stand in the order of the
+            outputs. A text file: the name of each output's class, one a line, or ``name place`` on all lines.
+            ``"auto"``: by ``names`` if they hold all classes, as in ImageNet-A and -R, whose folders are called as 200
+            of ImageNet's 1000; else by number where the classes are as many numbers as there are outputs; else in
+            order where nothing is known of the names.
+
+    Raises:
+        ValueError: the classes do not fit the outputs, or could be meant in two ways; the message says what to give.
+        OSError: the file cannot be read.
+    """
+    if class_map == "sorted":
+        return _in_order(classes, outputs)
+    if class_map != "auto":
+        return _mapped(classes, outputs, class_map)
+    place = {name: index for index, name in enumerate(names or ())}
+    unknown = [name for name in classes if name not in place]
+    if not unknown:
+        return tuple(place[name] for name in classes)
+    if len(classes) == outputs and all(map(_is_number, classes)):
+        if names is None and list(map(int, classes)) != list(range(outputs)):
+            raise ValueError(
+                f"the data's classes are numbers, from {classes[0]!r} to {classes[-1]!r}, and the model's outputs have "
+                f"no names: say whether they are in the order of the numbers (class map 'integer') or of the sorted "
+                f"names ('sorted')."
+            )
+        return _mapped(classes, outputs, INTEGER)
+    if names is None:
+        return _in_order(classes, outputs)
+    raise ValueError(
+        f"{len(unknown)} of the data's {len(classes)} classes ({_some(unknown)}) are not among the model's "
+        f"{len(names)} ({_some(names)}). A class map, a file with the class of each output, one a line, can say what "
+        f"they are."
+    )
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
+
+
+def _mapped(classes: Sequence[str], outputs: int, class_map: str | Path) -> tuple[int, ...]:
+    try:
+        _, place = classes_of(classes, class_map)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the class map must be {', '.join(map(repr, CLASS_MAPS))} or a text file; there is no file "
+            f"{str(class_map)!r}.{_checks.did_you_mean(class_map, CLASS_MAPS)}"
+        ) from error
+    beyond = [name for name in classes if place[name] >= outputs]
+    if beyond:
+        raise ValueError(
+            f"the class map {str(class_map)!r} puts {_some(beyond)} beyond the last of the model's {outputs} outputs."
+        )
+    return tuple(place[name] for name in classes)
+
+
+def _in_order(classes: Sequence[str], outputs: int) -> tuple[int, ...]:
+    if len(classes) != outputs:
+        raise ValueError(
+            f"the model has {outputs} outputs and the data {len(classes)} classes ({_some(classes)}). A class map, a "
+            f"file with the class of each output, one a line, can say which are which."
+        )
+    return tuple(range(outputs))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def real_labels(path: str | Path | None = None) -> dict[str, list[int]]:
+    """Return the reassessed labels of ImageNet's validation images (Beyer et al. 2020, "Are we done with ImageNet?").
+
+    Args:
+        path: ``real.json`` as its authors publish it: a list for each image, in the order of the files' names; None:
+            the copy that comes with timm.
+
+    Returns:
+        For each file name the places of all labels that hold; of an image with none nothing can be said.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or holds something else.
+    """
+    count = _REAL_LABELS
+    if path is not None:
+        path = Path(path).expanduser()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(place, int) for labels in content for place in labels):
+                raise TypeError
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} must hold a list of lists of class numbers, one for each image.") from error
+        count = len(content)
+    labels: dict[str, list[int]] = RealLabelsImagenet(range(count), path).real_labels
+    return labels
+
+
+class Judged(Classification):
+    """Classification by a model whose outputs are not the data's classes, one for one.
+
+    Batches are as for `Classification`, and with ``real`` hold the images' file names as ``name``, too. Metrics are
+    those of `Classification`, among the data's classes; ``real`` adds ``real_top1`` and ``real_top5``: the share of
+    the images with any reassessed label for which one of them is the first, or among the first five.
+
+    Args:
+        places: of the data's classes among the model's outputs; see :func:`output_places`.
+        outputs: how many the model has.
+        restrict: leave the outputs out that are no class of the data, as ImageNet-A and -R are meant to be used.
+            Otherwise the model can be wrong in more ways.
+        real: the labels of each file; see :func:`real_labels`.
+
+    Raises ValueError for fewer than two classes to choose from, and for reassessed labels of other outputs.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[int],
+        outputs: int,
+        *,
+        restrict: bool = True,
+        real: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        self.places = tuple(places) if restrict else tuple(range(outputs))
+        super().__init__(len(self.places))
+        largest = max((place for labels in (real or {}).values() for place in labels), default=-1)
+        if largest >= outputs:
+            raise ValueError(f"the reassessed labels go up to {largest}, and the model has {outputs} outputs.")
+        self._outputs, self._real = outputs, real
+        # Where the model's outputs stay in place, a label becomes its class's place.
+        self._labels = None if restrict else torch.tensor(tuple(places))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return what `Classification` does, of the outputs that count, and with ``real`` ``allowed`` (N, classes)."""
+        label = batch["label"]
+        if self._labels is not None:
+            label = self._labels.to(label.device)[label]
+        found = super().outputs(_Chosen(model, self.places), {**batch, "label": label})
+        if self._real is not None:
+            found["allowed"] = self._allowed(batch, self._real)[:, list(self.places)].to(label.device)
+        return found
+
+    def _allowed(self, batch: Batch, real: Mapping[str, Sequence[int]]) -> Tensor:
+        if "name" not in batch:
+            raise ValueError("reassessed labels go by file names, and this data set does not give them.")
+        allowed = torch.zeros(len(batch["name"]), self._outputs, dtype=torch.bool)
+        for row, name in enumerate(batch["name"]):
+            file = PurePath(name).name
+            if file not in real:
+                raise ValueError(
+                    f"there are no reassessed labels of {file!r}; they are of ImageNet's validation images, such as "
+                    f"{next(iter(real), '')!r}."
+                )
+            allowed[row, list(real[file])] = True
+        return allowed
+
+    def metrics(self) -> MetricCollection:
+        """Return those of `Classification`, and with ``real`` ``real_top1`` and, of more than five, ``real_top5``."""
+        metrics = super().metrics()
+        if self._real is not None:
+            top = [k for k in (1, 5) if k == 1 or self.num_classes > k]
+            metrics.add_metrics({f"real_top{k}": AnyOf(k, sync_on_compute=False) for k in top})
+        return metrics
+
+
+class _Chosen(nn.Module):
+    """Some outputs of a model, in another order."""
+
+    def __init__(self, model: nn.Module, places: Sequence[int]) -> None:
+        super().__init__()
+        self.model, self.places = model, list(places)
+
+    def forward(self, image: Tensor) -> Tensor:
+        chosen: Tensor = self.model(image)[:, self.places]
+        return chosen
+
+
+class AnyOf(Metric):
+    """The share of samples with an allowed class among the first ``top_k``; those that allow none do not count."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    hits: Tensor
+    counted: Tensor
+
+    def __init__(self, top_k: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.top_k = top_k
+        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("counted", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, allowed: Tensor) -> None:
+        """Take logits (N, classes) and which classes are right, bool (N, classes)."""
+        first = preds.topk(self.top_k, dim=1).indices
+        self.hits += allowed.gather(1, first).any(1).sum()
+        self.counted += allowed.any(1).sum()
+
+    def compute(self) -> Tensor:
+        """Return the share; not a number if no sample counted."""
+        return self.hits / self.counted

@@ -1,0 +1,68 @@
+"""Two processes with half the batch each are one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tolerances import NETWORK, close
+from train.helpers import log, same_weights
+from widefield.train import CheckpointSpec, ModelSpec, Recipe, RunResult, load_trained, save_recipe
+
+
+def launch(recipe: Recipe, path: Path, processes: int, *more: str) -> None:
+    """Run ``widefield train`` in several processes on the CPU, as ``accelerate launch`` does."""
+    save_recipe(recipe, path)
+    words = ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv-backend=c10d"]
+    words += ["--rdzv-endpoint=localhost:0", "-m", "widefield", "train", str(path), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run([sys.executable, "-m", *words], env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def plain(recipe: Recipe) -> Recipe:
+    """Nothing that draws random numbers in a process, and batch norm nowhere."""
+    return replace(recipe, model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}))
+
+
+def same_log(ours: Path, theirs: Path) -> None:
+    mine, others = log(ours), log(theirs)
+    assert [entry["kind"] for entry in mine] == [entry["kind"] for entry in others]
+    for entry, other in zip(mine, others, strict=True):
+        assert entry.keys() == other.keys()
+        for name, value in entry.items():
+            assert other[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)), name
+
+
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_are_one_with_the_same_whole_batch(
+    run: Callable[..., RunResult], plain: Recipe, tmp_path: Path, fsdp: bool
+) -> None:
+    one = run(name="one", model=plain.model, batch_size=16, accumulate=2, clip_grad=1.0)
+    two = replace(plain, name="two", batch_size=8, accumulate=2, clip_grad=1.0, fsdp=fsdp)
+    launch(two, tmp_path / "two.yaml", 2)
+    same_log(one.folder, two.folder)
+    weights = load_trained(two.folder, "last").state_dict()
+    for name, expected in load_trained(one.folder, "last").state_dict().items():
+        close(weights[name], expected, NETWORK)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes(plain: Recipe, tmp_path: Path) -> None:
+    whole = replace(plain, name="whole", batch_size=8, fsdp=True, checkpoint=CheckpointSpec(keep=9, every=4))
+    launch(whole, tmp_path / "whole.yaml", 2)
+    part = replace(whole, name="part")
+    shutil.copytree(whole.folder, part.folder)
+    for step in (6, 8, 10, 12):
+        shutil.rmtree(part.folder / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    launch(part, tmp_path / "part.yaml", 2, "--resume", str(part.folder))
+    same_log(part.folder, whole.folder)
+    assert same_weights(load_trained(part.folder, "last"), load_trained(whole.folder, "last"))

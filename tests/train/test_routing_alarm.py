@@ -1,0 +1,102 @@
+"""A run with mixtures says how its routers route, and warns when they collapse."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from train.helpers import log, same_weights
+from widefield.nn import MoRFConv2d
+from widefield.train import ConversionSpec, EmaSpec, Recipe, RunResult, alarms, train
+from widefield.train.engine import _Run
+
+Run = Callable[..., RunResult]
+ROUTERS = {"router_entropy", "router_dead", "router_constant"}
+
+
+def mixtures(**options: Any) -> dict[str, Any]:
+    return {"conversion": ConversionSpec("morf", "stages.*.conv_dw", {"kernel_sizes": [5, 7], **options})}
+
+
+def test_dead_experts_and_constant_routers_raise_the_alarm(recipe: Recipe) -> None:
+    """With one place and no balance loss a converted mixture keeps to the expert that holds the old kernel."""
+    screen = io.StringIO()
+    collapsed = dataclasses.replace(recipe, **mixtures(routing="hard", top_k=1), epochs=1)
+    result = train(collapsed, console=Console(file=screen, width=80))
+    epoch, *warnings = (entry for entry in log(result.folder) if entry["kind"] != "step")
+    assert (epoch["router_entropy"], epoch["router_dead"], epoch["router_constant"]) == (0, 4, 4)
+    assert {name: result.metrics[name] for name in ROUTERS} == {name: epoch[name] for name in ROUTERS}
+    assert [warning["text"] for warning in warnings] == [
+        f"stages.{i}.blocks.0.conv_dw hardly uses 5x5 and gives all images the same weights" for i in range(4)
+    ]
+    assert {(w["kind"], w["step"], w["epoch"]) for w in warnings} == {("warning", 6, 0)}
+    assert "warning: stages.0.blocks.0.conv_dw hardly uses 5x5" in screen.getvalue()
+    assert screen.getvalue().endswith("; and 1 more like this\n")
+
+
+def test_routers_at_work_raise_none(run: Run) -> None:
+    result = run(**mixtures(routing="soft", init="random"), ema=EmaSpec(0.5), epochs=1)
+    assert set(result.metrics) > ROUTERS
+    assert not any(name.startswith("ema_router") for name in result.metrics)
+    assert result.metrics["router_entropy"] > 0.9
+    assert (result.metrics["router_dead"], result.metrics["router_constant"]) == (0, 0)
+    assert {entry["kind"] for entry in log(result.folder)} == {"step", "epoch"}
+    assert not any(module._forward_hooks for module in result.model.modules())
+
+
+def test_a_resumed_run_warns_as_one_that_was_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = mixtures(routing="hard", top_k=1)
+    whole = run(name="whole", **options)
+    original = _Run._train_epoch
+
+    def killed(self: Any) -> None:
+        if self.epoch == 1:
+            raise RuntimeError("killed")
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_train_epoch", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(**options)
+    rest = run(resume=whole.folder.with_name("run"), **options)
+    assert log(rest.folder) == log(whole.folder)
+    assert [entry["epoch"] for entry in log(rest.folder) if entry["kind"] == "warning"] == [0] * 4 + [1] * 4
+    assert same_weights(rest.model, whole.model)
+    assert rest.metrics == whole.metrics
+
+
+def test_models_without_mixtures_are_only_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarms, "recording", None)
+    assert alarms.watch_routers(nn.Conv2d(3, 3, 3), lambda: {"top1": 0.5}) == ({"top1": 0.5}, [])
+
+
+def test_what_several_processes_saw_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert is alive if any process's images use it."""
+    layer = MoRFConv2d(3, 3, (3, 5), routing="hard", top_k=1).eval()
+    with torch.no_grad():
+        layer.router.gate.weight.zero_()
+    seen: list[Any] = []
+
+    def other(part: list[Any]) -> list[Any]:
+        mine, twin = part[0][0], part[0][0].weights[:, ::-1]
+        seen.append(mine)
+        return [[mine], [dataclasses.replace(mine, weights=twin)], []]
+
+    def evaluate() -> dict[str, float]:
+        layer(torch.randn(4, 3, 8, 8))
+        return {"top1": 1.0}
+
+    alone, warnings = alarms.watch_routers(layer, evaluate)
+    assert (alone["router_entropy"], alone["router_dead"], alone["router_constant"], len(warnings)) == (0, 1, 1, 1)
+    monkeypatch.setattr(alarms, "gather_object", other)
+    both, warnings = alarms.watch_routers(layer, evaluate)
+    assert both == {"top1": 1.0, "router_entropy": 1.0, "router_dead": 0.0, "router_constant": 0.0}
+    assert warnings == []
+    assert seen[0].weights.shape == (4, 2)
