@@ -1,5 +1,43 @@
-"""What a model looks at. Every function leaves the model as it found it."""
+"""What a model looks at. Every function leaves the model as it found it, and returns numbers that draw themselves."""
 
-from widefield.analysis.routing import Routing, routing_weights
+from widefield.analysis._crops import CropTable, crops
+from widefield.analysis._result import Result, save, section
+from widefield.analysis.cam import ClassActivation, class_activation
+from widefield.analysis.erf import ReceptiveField, effective_receptive_field
+from widefield.analysis.interactions import Interactions, interactions
+from widefield.analysis.kernels import KernelMaps, LayerKernel, kernel_energy
+from widefield.analysis.masks import LayerMask, Masks, masks
+from widefield.analysis.routing import Routing, RoutingStatistics, routing_statistics, routing_weights
+from widefield.analysis.shape_bias import ShapeBias, shape_bias
+from widefield.analysis.stability import TranslationStability, translation_stability
+from widefield.analysis.theoretical import Field, theoretical_receptive_field
 
-__all__ = ["Routing", "routing_weights"]
+__all__ = [
+    "ClassActivation",
+    "CropTable",
+    "Field",
+    "Interactions",
+    "KernelMaps",
+    "LayerKernel",
+    "LayerMask",
+    "Masks",
+    "ReceptiveField",
+    "Result",
+    "Routing",
+    "RoutingStatistics",
+    "ShapeBias",
+    "TranslationStability",
+    "class_activation",
+    "crops",
+    "effective_receptive_field",
+    "interactions",
+    "kernel_energy",
+    "masks",
+    "routing_statistics",
+    "routing_weights",
+    "save",
+    "section",
+    "shape_bias",
+    "theoretical_receptive_field",
+    "translation_stability",
+]

@@ -12,7 +12,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
+from widefield.cli import cam, erf, interactions, kernels, masks, report, routing, runs, shape_bias, stability
+from widefield.cli import eval as evaluation
+
+MODULES = {
+    "eval": evaluation,
+    "runs": runs,
+    "report": report,
+    "erf": erf,
+    "routing": routing,
+    "masks": masks,
+    "cam": cam,
+    "interactions": interactions,
+    "shape-bias": shape_bias,
+    "stability": stability,
+    "kernels": kernels,
+}
+"""Commands that stand in a module each, which has SUMMARY, ``add(parser)`` and ``run(args)``: of runs, and of what
+models look at."""
+
+USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 """What the library raises for something that the user can mend: shown as one line, without a traceback."""
 
 
@@ -29,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        status: int = args.run(args, rest)
+        status: int = args.run(args, rest) if args.takes_overrides else args.run(args)
     except USER_ERRORS as error:
         print(f"widefield {args.command}: {error}", file=sys.stderr)
         return 1
@@ -62,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", action="store_true", help="the slides' table of networks on ImageNet, cited beside measured"
     )
     models.add_argument("pattern", nargs="?", help="glob over all of timm's names; default: those of widefield")
+
+    for name, module in MODULES.items():
+        sub = command(name, module.run, module.SUMMARY)
+        sub.description = module.SUMMARY
+        module.add(sub)
 
     _bench_parsers(command("bench", _bench, "measure against PyTorch's own convolutions; rows, ratios and bars"))
     return parser
@@ -161,7 +185,7 @@ def _demo(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _models(args: argparse.Namespace, _: Sequence[str]) -> int:
+def _models(args: argparse.Namespace) -> int:
     import timm
     from rich.console import Console
     from rich.table import Table
@@ -254,7 +278,7 @@ def _compare(pattern: str | None) -> int:
     return 0
 
 
-def _bench(args: argparse.Namespace, _: Sequence[str]) -> int:
+def _bench(args: argparse.Namespace) -> int:
     from widefield.benchmarks import Settings, deform, depthwise, mixers, mixture, model
 
     settings = Settings(

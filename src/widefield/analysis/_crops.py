@@ -1,0 +1,148 @@
+"""What a kernel loses when it is cropped: energy by radius, and a bound of what the outputs move by.
+
+**A crop** of side k keeps the taps inside a centred window of k x k pixels. As many taps are cut off at one end as at
+the other, so that a cropped kernel stays where it is with less padding, and a side keeps its parity: of four taps four
+or two are kept, whose centre lies between the middle ones, as that of the kernel does. Of a rectangle, the shorter side
+stays whole until the window is as small. With a dilation the window is one of pixels, and sizes are still in taps.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from widefield import _checks
+from widefield.ops import fold
+
+Pair = tuple[int, int]
+
+_CHUNK = 1 << 22
+"""Numbers of a kernel that are turned into float64 at a time."""
+
+
+@dataclass(frozen=True)
+class CropTable:
+    """What each centred crop of a kernel leaves outside; the last entry is the whole kernel, which leaves nothing.
+
+    Attributes:
+        sizes: (rows, columns) of each crop in taps, each inside the next; n of them.
+        spans: the longer side of each in pixels.
+        energy: (n,), float64, on the CPU: share of the kernel's energy, the sum of squares, that lies outside.
+        l1: (n,), likewise: share of the sum of absolute values outside, of the output channel that loses most.
+        bound: (n,), likewise: the largest sum of absolute values outside of an output channel. No output of the
+            convolution moves by more than this times the largest absolute value of its input.
+    """
+
+    sizes: tuple[Pair, ...]
+    spans: tuple[int, ...]
+    energy: Tensor
+    l1: Tensor
+    bound: Tensor
+
+    def keeping(self, share: float) -> int:
+        """Return the index of the smallest crop that keeps at least this share of the energy.
+
+        Raises ValueError for a share that is not from 0 to 1.
+        """
+        lost = 1 - _checks.number("share", share, maximum=1.0)
+        return int((self.energy <= lost * (1 + 1e-9)).int().argmax())  # as 1 - 0.9 is 0.0999...
+
+    def within(self, tolerance: float) -> int:
+        """Return the index of the smallest crop by which no output channel loses more than this share of its L1 mass.
+
+        Raises ValueError for a negative tolerance.
+        """
+        return int((self.l1 <= _checks.number("tolerance", tolerance)).int().argmax())
+
+    def fitting(self, side: int) -> int | None:
+        """Return the index of the largest crop within side x side pixels, or None where two taps are too many.
+
+        Raises ValueError for a side below 1.
+        """
+        index = bisect_right(self.spans, _checks.integer("side", side)) - 1
+        return index if index >= 0 else None
+
+
+def crops(weight: Tensor, dilation: int | Pair = 1) -> CropTable:
+    """Measure what every centred crop of a convolution's kernel leaves outside; see this module for what a crop is.
+
+    For a convolution y with this kernel and y' with a crop of it, of an input no larger than x in absolute value:
+    ``|y - y'| <= bound * x``, whatever stride, padding and groups are (Young's inequality), and an input with the signs
+    of the kernel attains it. ``energy`` says the same of the mean over inputs that are white noise: it is the share of
+    the output's variance that is lost.
+
+    Args:
+        weight: (C_out, C_in/groups, rows, columns), of any floating dtype and device; sums are in float64.
+        dilation: pixels from tap to tap, one number or (rows, columns).
+
+    Returns:
+        The table. A kernel of zeros loses nothing by any crop.
+
+    Raises:
+        TypeError: no tensor of floating-point numbers.
+        ValueError: another shape, numbers that are not finite, or none at all (the meta device).
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = f"dtype {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a tensor of floating-point numbers; got {got}.")
+    if weight.ndim != 4 or not weight.numel():
+        raise ValueError(f"weight must be (C_out, C_in/groups, rows, columns); got {tuple(weight.shape)}.")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device and holds no numbers: load the model's weights first.")
+    weight = weight.detach()
+    scale = weight.abs().amax().double().item()
+    if not math.isfinite(scale):
+        raise ValueError(f"weight must be finite; its largest absolute value is {scale}.")
+    size: Pair = (weight.shape[2], weight.shape[3])
+    sizes, spans = _chain(size, _checks.pair("dilation", dilation))
+    rings = _rings(size, sizes).flatten()
+    energy, masses = torch.zeros(len(sizes), dtype=torch.float64), []
+    for part in weight.split(max(1, _CHUNK // weight[0].numel())):
+        values = part.to("cpu", torch.float64).flatten(2) / (scale or 1.0)  # or squares of tiny numbers vanish
+        energy.index_add_(0, rings, values.square().sum((0, 1)))
+        mass = values.abs().sum(1)
+        masses.append(mass.new_zeros(len(mass), len(sizes)).index_add_(1, rings, mass))
+    mass = torch.cat(masses)
+    outside, whole = _later(mass), mass.sum(1, keepdim=True)
+    return CropTable(
+        sizes,
+        spans,
+        energy=_later(energy) / energy.sum() if scale else torch.zeros_like(energy),
+        l1=torch.where(whole > 0, outside / whole, 0.0).amax(0),
+        bound=outside.amax(0) * scale,
+    )
+
+
+def _chain(size: Pair, dilation: Pair) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
+    """Return the sizes of all crops in taps, smallest first, and their longer sides in pixels."""
+    axes = [
+        [(fold.effective_size(taps, step), taps) for taps in range(2 - whole % 2, whole + 1, 2)]
+        for whole, step in zip(size, dilation, strict=True)
+    ]
+    found: dict[Pair, int] = {}
+    for side in sorted({span for axis in axes for span, _ in axis}):
+        inside = [max((entry for entry in axis if entry[0] <= side), default=axis[0]) for axis in axes]
+        (high, rows), (wide, columns) = inside
+        found[rows, columns] = max(high, wide)
+    return tuple(found), tuple(found.values())
+
+
+def _rings(size: Pair, sizes: Sequence[Pair]) -> Tensor:
+    """Return for each tap the index of the first crop that it belongs to: (rows, columns), int64."""
+    first = []
+    for axis, whole in enumerate(size):
+        kept = [crop[axis] for crop in sizes]
+        first.append(torch.tensor([bisect_left(kept, whole - 2 * min(i, whole - 1 - i)) for i in range(whole)]))
+    return torch.maximum(first[0][:, None], first[1])
+
+
+def _later(rings: Tensor) -> Tensor:
+    """Return for each ring the sum over all later ones, (..., n): added from the outside, so that no digit is lost."""
+    total = torch.zeros_like(rings)
+    total[..., :-1] = rings[..., 1:].flip(-1).cumsum(-1).flip(-1)
+    return total

@@ -1,0 +1,473 @@
+"""Where a class is seen: gradient-weighted class activation maps, Grad-CAM (Selvaraju et al. 2017, section 3)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from widefield import _checks, report
+from widefield.analysis._model import as_map, chunks, last_maps, submodule, track, visited, watched
+from widefield.analysis._result import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_KEPT = 224  # pixels a side of the copies of images that a result keeps
+_SMALL = 6.5  # points, of what stands under a picture
+_BAR = 0.75  # inches, for the scale of colours
+
+
+@dataclass(frozen=True)
+class ClassActivation(Result):
+    """Grad-CAM of one model over images, one class an image."""
+
+    name: str
+    about: Mapping[str, Any]
+    layer: str
+    """Name of the layer whose map is weighted."""
+    size: tuple[int, int]
+    """(H, W) of the images in pixels."""
+    maps: np.ndarray
+    """(N, h, w), float32, at the layer's resolution: not negative, each with a maximum of 1, or 0 everywhere."""
+    targets: np.ndarray
+    """(N,), int64: the class that each map is of."""
+    predicted: np.ndarray
+    """(N,), int64: the class with the largest score."""
+    probability: np.ndarray
+    """(N,), float32: that of the target, by softmax (by the logistic function where there is one score only)."""
+    labels: tuple[str, ...]
+    """N words for the targets."""
+    area: np.ndarray
+    """(N,), float64: share of the image where the map, brought to the image's size, is above half of its maximum; nan
+    for a map of zeros."""
+    central: np.ndarray
+    """(N,), float64: share of the map's sum in the middle half of both sides, 0.25 for an even map; nan as above."""
+    pixels: np.ndarray | None
+    """(N, H, W, C), float32 in [0, 1]: the images, of at most 224 pixels a side, for the figure."""
+
+    title = "Class activation maps"
+    lead = (
+        "Grad-CAM: a layer's map, each channel weighted by the mean gradient of the class's score, positive parts, "
+        "rescaled to a maximum of 1 for each image and model, so that places compare and strengths do not. The line is "
+        "at half of the maximum; under each map the class and its probability. The table has the share of the image "
+        "above that half, and the map's share in the central quarter of the image (an even map has 25 %), ± their "
+        "standard deviations over images; an empty map is 0 everywhere."
+    )
+
+    @property
+    def empty(self) -> int:
+        """How many maps are 0 everywhere: no place of the layer speaks for the class."""
+        return int((self.maps.max((1, 2)) == 0).sum())
+
+    def upsampled(self) -> np.ndarray:
+        """Return the maps at the images' size, (N, H, W), float32, by bilinear interpolation."""
+        return _upsampled(torch.from_numpy(self.maps), self.size).numpy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the copies of the images."""
+        return {key: value for key, value in super().to_dict().items() if key != "pixels"}
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row: how wide the maps are, and how much they keep to the centre."""
+        return [
+            {
+                "model": self.name,
+                "layer": self.layer,
+                "map": "×".join(map(str, self.maps.shape[1:])),
+                "above half (%)": _percent(self.area),
+                "in the centre (%)": _percent(self.central),
+                "empty": f"{self.empty} of {len(self.maps)}",
+            }
+        ]
+
+    @classmethod
+    @report.paper()
+    def draw(cls, results: Mapping[str, ClassActivation], *, count: int = 8) -> Figure:
+        """Draw a row an image and a column a model, on one scale (MoRF, figure 6).
+
+        Args:
+            results: of the same images.
+            count: how many images, from the first.
+
+        Raises:
+            ValueError: results of different numbers of images.
+        """
+        numbers = {len(result.maps) for result in results.values()}
+        if len(numbers) != 1:
+            raise ValueError(f"a figure is of the same images for all models; got {sorted(numbers)} images.")
+        count = min(_checks.integer("count", count), *numbers)
+        first = next(iter(results.values()))
+        columns = len(results) + (first.pixels is not None)
+        height, width = first.size
+        # As wide as a page and no higher than one: pictures of 0.8 to 1.45 inches.
+        cell = max(0.8, min(1.45, (report.PAGE - _BAR) / columns, (9 / count - 0.2) * width / height))
+        letters = _letters(cell, _SMALL)
+        short = all(len(label) + 8 <= letters for result in results.values() for label in result.labels[:count])
+        titles = [_wrapped(name, _letters(cell, 8)) for name in results]
+        top = 0.13 * max(title.count("\n") + 1 for title in titles) + 0.1
+        figure = report.blank(columns * cell + _BAR, count * (cell * height / width + (0.16 if short else 0.26)) + top)
+        axes = figure.subplots(count, columns, squeeze=False)
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        if first.pixels is not None:
+            axes[0, 0].set_title("image")
+            for axis, image in zip(axes[:, 0], first.pixels, strict=False):
+                axis.imshow(_shown(image), extent=(0, 1, 1, 0), aspect=height / width)
+        shades: list[Any] = []
+        for column, (title, result) in enumerate(zip(titles, results.values(), strict=True), columns - len(results)):
+            axes[0, column].set_title(title)
+            maps = result.upsampled()
+            for row, axis in enumerate(axes[:, column]):
+                shades.append(_overlay(axis, maps[row], None if result.pixels is None else result.pixels[row]))
+                label = result.labels[row]
+                label = label if len(label) <= letters else f"{label[: letters - 1]}…"
+                text = f"{label}{', ' if short else chr(10)}{result.probability[row] * 100:.2g} %"
+                axis.set_xlabel(text, fontsize=_SMALL, labelpad=2)
+        bar = figure.colorbar(shades[0], ax=axes, shrink=min(1.0, 2.4 / (count * cell)), pad=0.02, aspect=25)
+        bar.set_label("share of the map's maximum")
+        return figure
+
+
+def class_activation(
+    model: nn.Module,
+    images: Tensor | Iterable[Any],
+    *,
+    targets: int | Sequence[int] | Tensor | None = None,
+    layer: str | None = None,
+    classes: Sequence[str] | None = None,
+    pixels: Tensor | np.ndarray | None = None,
+    batch: int = 8,
+    name: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> ClassActivation:
+    """Compute Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) of a classifier, through captum's LayerGradCam.
+
+    The map of a layer, (C, h, w), is summed over channels, each with the mean over places of the gradient of the
+    class's score (before softmax) with respect to it as its weight; the positive part is kept and rescaled to a maximum
+    of 1. Tokens and channels-last maps count as maps, as in ViT and Swin. The model is left as it was.
+
+    Args:
+        model: returns scores (N, classes); of timm, torchvision or one's own.
+        images: (N, C, H, W), or batches of such as loaders give; normalised, all of one size.
+        targets: a class for all images, or one for each; None: the class with the largest score.
+        layer: name of a layer that gives a map; None: that of :func:`target_layer`.
+        classes: names, one per score.
+        pixels: the images as figures show them, (N, H, W, C) in [0, 1]; None: figures show the maps alone.
+        batch: images at a time.
+        name: what to call the model; None: its type's name.
+        about: how the images came about, for the result to keep.
+        progress: show a bar on the terminal.
+
+    Raises:
+        ValueError: outputs that are no (N, classes) or not finite; a class out of range; numbers of targets, class
+            names or pixels that do not fit; pixels outside [0, 1]; a layer that is not there or gives no map; no layer
+            that would do; images of several sizes, or none.
+        TypeError: images, targets or a batch size of the wrong kind.
+    """
+    from captum.attr import LayerGradCam  # imports pyplot: only when it is needed
+
+    _checks.integer("batch", batch)
+    wanted = _targets(targets)
+    kept = None if pixels is None else _pixels(pixels)
+    if layer is not None:
+        submodule(model, layer)
+    each: dict[str, Sized] = {} if wanted is None or isinstance(wanted, int) else {"targets": wanted}
+    if kept is not None:
+        each["pixels"] = kept
+    total = None
+    if isinstance(images, Tensor) and images.ndim == 4:
+        total = -(-len(images) // batch)
+        _one_each(each, len(images))
+    parts: list[tuple[Tensor, ...]] = []
+    size: tuple[int, ...] = ()
+    done = 0
+    for part in track(chunks(images, model, batch), "class activation maps", total=total, show=progress):
+        size = size or tuple(part.shape[2:])
+        if tuple(part.shape[2:]) != size:
+            raise ValueError(f"images must all be of one size; got {size} and {tuple(part.shape[2:])}.")
+        _one_each(each, done + len(part), more=True)
+        if layer is None:
+            layer = target_layer(model, part[:1])
+        chosen = wanted[done : done + len(part)] if isinstance(wanted, list) else wanted
+        scorer = _Scorer(model, chosen, classes)
+        with visited(model), _tapped(model, layer, part.shape[2:]) as tap:
+            found = LayerGradCam(scorer, tap).attribute(part.detach(), relu_attributions=True)
+        parts.append((found.detach()[:, 0].float().cpu(), *scorer.seen))
+        done += len(part)
+    _one_each(each, done)
+    maps, targeted, predicted, probability = (torch.cat(column) for column in zip(*parts, strict=True))
+    peak = maps.amax((1, 2), keepdim=True)
+    maps = maps / torch.where(peak > 0, peak, 1)
+    area, central = _extent(_upsampled(maps, size))
+    return ClassActivation(
+        name=type(model).__name__ if name is None else name,
+        about={
+            **(about or {}),
+            "images": done,
+            "size": size[0] if size[0] == size[1] else list(size),
+            "layer": layer,
+            "class": "predicted" if wanted is None else "given",
+        },
+        layer=str(layer),
+        size=(size[0], size[1]),
+        maps=maps.numpy(),
+        targets=targeted.numpy(),
+        predicted=predicted.numpy(),
+        probability=probability.numpy(),
+        labels=tuple(classes[k] if classes else f"class {k}" for k in targeted.tolist()),
+        area=area,
+        central=central,
+        pixels=kept,
+    )
+
+
+def target_layer(model: nn.Module, images: Tensor) -> str:
+    """Return the name of the layer that Grad-CAM should look at: the last map that the class's score hears of.
+
+    In a ViT that reads off its class token, the other tokens of the last block have no gradient; the norm before its
+    attention is the last place where they do. Of all layers that give a map and have a gradient, the last is taken that
+    is a block (or anything with modules in it), a norm, or a layer in no block; not one inside attention, and none that
+    only passes a map on, such as dropout or pooling. If there is none of that kind, the last of any.
+
+    Args:
+        model: returns scores (N, classes). It is left as it was.
+        images: (N, C, H, W), on the model's device; one is enough.
+
+    Raises:
+        ValueError: outputs that are no (N, classes), or no layer that gives a map with a gradient.
+    """
+    known = dict(model.named_modules())
+    candidates = {name: known[name] for name in dict.fromkeys(reversed(last_maps(model, images))) if name}
+    with visited(model):
+        heard = _heard(model, candidates, images) or _heard(model, candidates, images, _started(model))
+    if not heard:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that gives a map of {tuple(images.shape[2:])} pixels and takes part "
+            "in its scores: give layer."
+        )
+    return next((name for name in heard if _presentable(name, known, candidates)), heard[0])
+
+
+def _heard(
+    model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, weights: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Return the names of those layers whose maps, at places at least, have a gradient from the largest score."""
+    outputs: dict[str, Tensor] = {}
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs[name] = output
+
+    with torch.enable_grad(), watched(layers, see):
+        best = class_scores(model, images.detach().requires_grad_(), weights).amax(1).sum()
+        known = {name: outputs[name] for name in layers if name in outputs and outputs[name].requires_grad}
+        if not known or not best.requires_grad:
+            return []
+        found = torch.autograd.grad(best, list(known.values()), allow_unused=True)
+    hint = _hint(model)
+    maps = [None if gradient is None else as_map(gradient, images.shape[2:], **hint) for gradient in found]
+    return [name for name, gradient in zip(known, maps, strict=True) if gradient is not None and gradient.any()]
+
+
+def _started(model: nn.Module) -> dict[str, Tensor]:
+    """Return numbers for the weights that are all 0, as heads of untrained networks are in timm's mixers."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(weight.shape, generator=generator).to(weight)
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and not weight.any()
+    }
+
+
+def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Run a classifier, with ``weights`` in place of its own of those names; return its scores, (N, classes).
+
+    Raises ValueError if what it returns is something else.
+    """
+    scores = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images) or not scores.shape[1]:
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"{type(model).__name__} must return scores (N, classes); got {got} for {len(images)} images.")
+    if not scores.isfinite().all():
+        raise ValueError(f"{type(model).__name__} returned scores that are not finite.")
+    return scores
+
+
+class _Scorer:
+    """The score of one class an image, which captum differentiates; what else the run shows is kept in ``seen``."""
+
+    def __init__(self, model: nn.Module, targets: int | list[int] | None, classes: Sequence[str] | None) -> None:
+        self.model, self.targets, self.classes = model, targets, classes
+        self.seen: tuple[Tensor, ...] = ()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scores = class_scores(self.model, images)
+        total = scores.shape[1]
+        if self.classes is not None and len(self.classes) != total:
+            raise ValueError(f"classes has {len(self.classes)} names, but the model returns {total} scores.")
+        predicted = scores.argmax(1)
+        if self.targets is None:
+            chosen = predicted
+        else:
+            given = [self.targets] * len(scores) if isinstance(self.targets, int) else self.targets
+            if max(given) >= total:
+                raise ValueError(f"targets must be classes from 0 to {total - 1}; got {max(given)}.")
+            chosen = torch.tensor(given, device=scores.device)
+        rated = scores.detach().float()
+        rated = rated.softmax(1) if total > 1 else rated.sigmoid()
+        self.seen = chosen.cpu(), predicted.cpu(), rated.gather(1, chosen[:, None])[:, 0].cpu()
+        return scores.gather(1, chosen[:, None])[:, 0]
+
+
+@contextmanager
+def _tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Module]:
+    """Lead a layer's output through a module that sees it as a map (N, C, h, w), and yield that module.
+
+    captum averages gradients over all dimensions after the second, which is right for (N, C, h, w) alone: with the
+    module as its layer, tokens and channels-last maps are served as well.
+    """
+    tap = nn.Identity()
+    hint = _hint(model)
+
+    def lead(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        found = as_map(output, size, **hint)
+        if found is None:
+            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"the layer {layer!r} gives no map of images of {tuple(size)} pixels: got {got}.")
+        # Detached: captum asks for gradients of this tensor, and the caller's images may share its memory.
+        # Cloned: the next layer may work in place.
+        led: Tensor = tap(found.detach()).clone()
+        if found is output:
+            return led
+        if output.ndim == 4:
+            return led.movedim(1, -1)
+        tokens = led.flatten(2).transpose(1, 2)
+        return torch.cat([output[:, : output.shape[1] - tokens.shape[1]], tokens], 1)
+
+    handle = submodule(model, layer).register_forward_hook(lead)
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
+def _hint(model: nn.Module) -> dict[str, Any]:
+    """Return what timm's models say about the form of their maps, as `as_map` takes it."""
+    return {"layout": getattr(model, "output_fmt", None), "prefix": getattr(model, "num_prefix_tokens", None)}
+
+
+def _presentable(name: str, known: Mapping[str, nn.Module], maps: Container[str]) -> bool:
+    """Whether a layer is a block, a norm, or in no block; not inside attention, and not one that passes maps on."""
+    words = name.split(".")
+    around = [".".join(words[:depth]) for depth in range(1, len(words))]
+    if any(o.endswith(("attn", "attention")) or type(known[o]).__name__.endswith("Attention") for o in around):
+        return False
+    kind = type(known[name]).__name__.lower()
+    if any(known[name].children()) or "norm" in kind:
+        return True
+    return not any(outer in maps for outer in around) and not any(word in kind for word in _PASSING)
+
+
+_PASSING = ("identity", "drop", "pool", "permute")
+
+
+def _targets(targets: int | Sequence[int] | Tensor | None) -> int | list[int] | None:
+    if targets is None:
+        return None
+    if isinstance(targets, (Tensor, np.ndarray)):
+        targets = targets.tolist()
+    if isinstance(targets, (list, tuple)):
+        return [_checks.integer("every entry of targets", k, minimum=0) for k in targets]
+    return _checks.integer("targets", targets, minimum=0)
+
+
+def _one_each(given: Mapping[str, Sized], images: int, *, more: bool = False) -> None:
+    """Raise ValueError unless each of these has an entry for each image; ``more``: there may be further images."""
+    for what, entries in given.items():
+        if len(entries) < images or (len(entries) > images and not more):
+            there = f"{images} images{' or more' if more else ''}"
+            raise ValueError(f"{what} has {len(entries)} entries for {there}: give one each.")
+
+
+def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
+    """Check images for figures; return copies of at most `_KEPT` pixels a side, float32."""
+    given = torch.as_tensor(pixels).detach().cpu()
+    if given.ndim != 4 or not given.is_floating_point():
+        raise ValueError(f"pixels must be floating-point numbers (N, H, W, C); got {given.dtype} {tuple(given.shape)}.")
+    low, high = (float(v) for v in given.aminmax()) if given.numel() else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"pixels must lie in [0, 1]; got {low:.3g} to {high:.3g}. Pictures.shown makes them of normalised images."
+        )
+    small = given.float().movedim(-1, 1)
+    if max(small.shape[2:]) > _KEPT:
+        share = _KEPT / max(small.shape[2:])
+        small = F.interpolate(small, [max(1, round(side * share)) for side in small.shape[2:]], mode="area")
+    return small.movedim(1, -1).numpy().copy()
+
+
+def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _extent(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for maps (N, H, W) with a maximum of 1, the shares above one half and in the central quarter."""
+    maps = maps.double()
+    H, W = maps.shape[1:]
+    total = maps.sum((1, 2))
+    area = (maps > 0.5).double().mean((1, 2))
+    middle = maps[:, H // 4 : H - H // 4, W // 4 : W - W // 4].sum((1, 2))
+    return torch.where(total > 0, area, torch.nan).numpy(), (middle / total).numpy()
+
+
+def _percent(shares: np.ndarray) -> str:
+    shares = shares[np.isfinite(shares)] * 100
+    return f"{shares.mean():.1f} ± {shares.std():.1f}" if len(shares) else "–"
+
+
+def _letters(inches: float, points: float) -> int:
+    """Return about how many letters of that size fit into a width."""
+    return max(8, int(inches * 72 / (0.6 * points)))
+
+
+def _wrapped(name: str, letters: int) -> str:
+    """Break a name into lines, where words of code end if that can be."""
+    lines = [""]
+    for word in re.findall(r".+?(?:[_ ,:/]+|(?={)|$)", name):
+        for part in (word[start : start + letters] for start in range(0, len(word), letters)):
+            if len(lines[-1]) + len(part.rstrip()) > letters:
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line for line in lines if line)
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, C) as figures take it: three channels, or the mean of any other number in each of them."""
+    return image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, -1)
+
+
+def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:
+    """Draw a map (H, W) over a grey image; return what a colour bar needs."""
+    H, W = scores.shape
+    place: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": H / W}
+    if image is not None:
+        axis.imshow(_shown(image.mean(-1, keepdims=True)), **place)
+    shades = axis.imshow(
+        scores, cmap="inferno", vmin=0, vmax=1, alpha=None if image is None else 0.6, interpolation="nearest", **place
+    )
+    if scores.max() == 0:
+        axis.text(0.5, 0.5, "empty", color="white", ha="center", va="center")
+    elif scores.min() < 0.5:
+        # Centres of pixels: a contour has no extent of its own that reaches to their edges.
+        across, down = ((np.arange(n) + 0.5) / n for n in (W, H))
+        axis.contour(across, down, scores, levels=[0.5], colors="white", linewidths=0.7)
+    return shades

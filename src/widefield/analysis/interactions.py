@@ -1,0 +1,410 @@
+"""Multi-order interactions: how much context two patches of an image need to work together.
+
+The measure is that of Deng, Ren, Zhang and Zhang, "Discovering and explaining the representation bottleneck of DNNs"
+(ICLR 2022), which MogaNet's figures and the slides on large kernels use: for n patches, a context S of m others, and
+the log-odds f of a class, I(m)(i, j) is the mean over S of f(S+i+j) - f(S+i) - f(S+j) + f(S), and J(m) the mean of
+|I(m)| over images and pairs, divided by its mean over the orders m.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks, report
+from widefield.analysis._classifier import logits
+from widefield.analysis._model import chunks, place, track, visited
+from widefield.analysis._result import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ORDERS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
+"""Sizes of the contexts that are looked at unless others are asked for, as shares of the other patches."""
+
+BASELINES = ("zero", "mean")
+_SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)  # of f with both patches, with i, with j, with none
+
+
+@dataclass(frozen=True)
+class Interactions(Result):
+    """Strength of the interaction between neighbouring patches, by the size of the context around them.
+
+    A mean over few contexts is noisy, and the absolute value of noise is not zero: the published estimate, the mean of
+    ``abs(mean over contexts)``, lies above the truth wherever contexts differ, most of all at middle orders. That is
+    ``upper``. ``lower`` multiplies each context's value by the sign of the mean over the other contexts, and lies
+    below: on average over draws of contexts, lower <= truth <= upper, whatever the noise is like. ``strength`` is made
+    of their geometric mean, which meets the truth where interactions and noise are normally distributed about zero.
+    All three agree where every context was seen.
+
+    All arrays are float64, (M,) for M orders, unless said otherwise. Errors are standard errors (jackknife) over
+    images, over pairs if there is one image; they contain the choice of pairs and contexts, and are not a number for a
+    single pair. J is not a number where the interactions are no larger than rounding.
+    """
+
+    title: ClassVar[str] = "Multi-order interactions"
+    lead: ClassVar[str] = (
+        "Strength of the interaction between two neighbouring patches, given m of the other patches as context, "
+        "relative to its mean over the orders shown. Solid: corrected for the noise of sampled contexts, with a band "
+        "of one standard error; dotted: the published estimate. Where the two part, more contexts are needed."
+    )
+
+    name: str
+    about: Mapping[str, Any]
+    variables: int
+    """Number of patches n."""
+    orders: np.ndarray
+    """Sizes m of the contexts, int64, from 0 to n - 2."""
+    contexts: np.ndarray
+    """How many contexts were averaged for a pair, int64; all that exist, if no more than asked for."""
+    lower: np.ndarray
+    """Mean of |I(m)| over images and pairs, in log-odds (natural logarithm): from below."""
+    upper: np.ndarray
+    """The same from above."""
+    strength: np.ndarray
+    """J(m) from the geometric mean of ``lower`` and ``upper``."""
+    strength_error: np.ndarray
+    """Standard error of ``strength``."""
+    published: np.ndarray
+    """J(m) from ``upper``: the estimate of the paper."""
+    published_error: np.ndarray
+    """Standard error of ``published``."""
+    samples: np.ndarray
+    """(k, 2, M): what ``lower`` and ``upper`` are the means of, an image each, or a pair if there is one image."""
+    resolution: float
+    """Smallest interaction that is more than rounding of the model's outputs, in log-odds."""
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row an order."""
+        others = self.variables - 2
+        return [
+            {
+                "model": self.name,
+                "context": f"{m} of {others}",
+                "J": _shown(self.strength[k], self.strength_error[k]),
+                "J, published": _shown(self.published[k], self.published_error[k]),
+                "mean |I|": f"{self.lower[k]:.2g} to {self.upper[k]:.2g}",
+            }
+            for k, m in enumerate(self.orders)
+        ]
+
+    @classmethod
+    @report.paper()
+    def draw(cls, results: Mapping[str, Interactions], **options: Any) -> Figure:
+        """Draw J against the share of the other patches that is context, a line a model; takes no options."""
+        if options:
+            raise TypeError(f"the figure of interactions takes no options; got {sorted(options)}.")
+        labels = [textwrap.fill(name, 50) for name in results]
+        figure = report.blank(report.COLUMN, 2.2 + 0.14 * sum(label.count("\n") + 1 for label in labels))
+        axis = figure.subplots()
+        axis.axhline(1, color="0.8", linewidth=0.6)
+        for k, (label, result) in enumerate(zip(labels, results.values(), strict=True)):
+            colour, marker = report.COLOURS[k % len(report.COLOURS)], report.MARKERS[k % len(report.MARKERS)]
+            share = result.orders / (result.variables - 2)
+            axis.plot(share, result.strength, color=colour, marker=marker, label=label)
+            axis.plot(share, result.published, color=colour, linewidth=0.9, linestyle=":")
+            low, high = result.strength - result.strength_error, result.strength + result.strength_error
+            axis.fill_between(share, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_xlim(-0.02, 1.02)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("order $m\\,/\\,(n-2)$")
+        axis.set_ylabel("interaction strength $J^{(m)}$")
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center")
+        return figure
+
+
+def _shown(value: float, error: float) -> str:
+    if not np.isfinite(value):
+        return "within rounding"
+    return f"{value:.2f} ± {error:.2f}" if np.isfinite(error) else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is looked at in every image."""
+
+    grid: int
+    pairs: np.ndarray
+    """Those to choose from, (Q, 2)."""
+    wanted: int
+    """How many of them an image gets."""
+    orders: tuple[int, ...]
+    contexts: int
+    counts: tuple[int, ...]
+    """Contexts of each order."""
+
+    @property
+    def others(self) -> int:
+        return self.grid**2 - 2
+
+    def complete(self, order: int) -> bool:
+        """Whether all contexts of this size are seen."""
+        return math.comb(self.others, order) <= self.contexts
+
+    def passes(self, images: int) -> int:
+        return images * (1 + 4 * self.wanted * sum(self.counts))
+
+    def masks(self, i: int, j: int, rng: np.random.Generator) -> Tensor:
+        """Return which patches are shown, bool (contexts of all orders, 4, n): with i and j, i alone, j alone, none."""
+        shown = [
+            _every(self.others, order) if self.complete(order) else _some(self.others, order, self.contexts, rng)
+            for order in self.orders
+        ]
+        masks = np.zeros((sum(self.counts), 4, self.grid**2), dtype=bool)
+        masks[:, :, np.delete(np.arange(self.grid**2), [i, j])] = np.concatenate(shown)[:, None]
+        masks[:, :2, i] = True
+        masks[:, ::2, j] = True
+        return torch.from_numpy(masks)
+
+
+def _plan(grid: int, orders: Sequence[float], pairs: int, contexts: int, reach: int | None) -> _Plan:
+    grid = _checks.integer("grid", grid, minimum=2, maximum=32)  # a table of all pairs of patches is made
+    pairs = _checks.integer("pairs", pairs)
+    contexts = _checks.integer("contexts", contexts, minimum=2)  # a sign needs another context
+    reach = grid if reach is None else _checks.integer("reach", reach)
+    if not len(orders):
+        raise ValueError(f"orders must be shares of the other patches, such as (0, 0.5, 1); got {orders!r}.")
+    shares = [_checks.number("every entry of orders", share, maximum=1) for share in orders]
+    sizes = tuple(sorted({round(share * (grid**2 - 2)) for share in shares}))
+    rows, columns = np.divmod(np.arange(grid**2), grid)
+    distance = np.maximum(abs(rows[:, None] - rows), abs(columns[:, None] - columns))
+    near = np.argwhere(np.triu(distance <= reach, 1))
+    counts = tuple(min(math.comb(grid**2 - 2, size), contexts) for size in sizes)
+    return _Plan(grid, near, min(pairs, len(near)), sizes, contexts, counts)
+
+
+def _some(others: int, order: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Return independent contexts of one size, bool (count, others)."""
+    shown: np.ndarray = rng.random((count, others)).argsort(1) < order
+    return shown
+
+
+def _every(others: int, order: int) -> np.ndarray:
+    """Return all contexts of one size, bool (count, others)."""
+    chosen = np.array(list(itertools.combinations(range(others), order)), dtype=np.int64)
+    shown = np.zeros((len(chosen), others), dtype=bool)
+    np.put_along_axis(shown, chosen, True, axis=1)
+    return shown
+
+
+def forward_passes(
+    images: int,
+    *,
+    grid: int = 16,
+    orders: Sequence[float] = ORDERS,
+    pairs: int = 8,
+    contexts: int = 16,
+    reach: int | None = 2,
+) -> int:
+    """Return how many images the model sees in :func:`interactions` with these arguments: its cost.
+
+    Raises ValueError or TypeError as that function does.
+    """
+    return _plan(grid, orders, pairs, contexts, reach).passes(_checks.integer("images", images))
+
+
+def interactions(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    *,
+    targets: Sequence[int] | Tensor | None = None,
+    grid: int = 16,
+    orders: Sequence[float] = ORDERS,
+    pairs: int = 8,
+    contexts: int = 16,
+    reach: int | None = 2,
+    baseline: str = "zero",
+    seed: int = 0,
+    name: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    batch: int = 64,
+    progress: bool = False,
+) -> Interactions:
+    """Measure the multi-order interaction strength J(m) of a classifier, with its sampling error.
+
+    The defaults are for a first look: raise ``pairs`` for a smaller error, and ``contexts`` until ``lower`` and
+    ``upper`` meet. The paper took 50 images, 200 pairs and 100 contexts, four million forward passes an order;
+    ``forward_passes`` tells yours. Contexts are drawn uniformly among those of their size; where no more exist than
+    asked for, each is seen once. Pairs are drawn uniformly among those in reach, anew for every image, and serve all
+    orders. J is relative to the mean over the orders asked for, as in the paper: compare models over the same orders.
+
+    Args:
+        model: images (N, C, H, W) to logits (N, classes), or (N, 1) of one class against none.
+        images: normalised images, one tensor or batches of them.
+        targets: whose log-odds log(p / (1 - p)) to explain, a class an image; None: the class that the model gives the
+            whole image.
+        grid: patches a side, from 2 to 32, n = grid * grid in all; unequal where it does not divide the image.
+        orders: sizes of contexts as shares of the n - 2 other patches; rounded, and each taken once.
+        pairs: pairs an image.
+        contexts: contexts a pair and order, at least 2.
+        reach: how far apart the patches of a pair are at most, in patches along each axis (the paper: 2); None: any.
+        baseline: what hidden patches become: ``"zero"``, with normalised images the data set's mean colour, as in the
+            paper, or ``"mean"``, each image's own mean colour.
+        seed: of pairs and contexts. An image's draws depend on the seed and the image's place alone.
+        name: what to call the model; its class by default.
+        about: facts to keep with the result.
+        batch: images a forward pass, at most.
+        progress: show a bar on the terminal.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, images smaller than the grid, a model that gives no logits, or
+            targets that do not fit.
+    """
+    plan = _plan(grid, orders, pairs, contexts, reach)
+    _checks.choice("baseline", baseline, BASELINES)
+    batch = _checks.integer("batch", batch)
+    seed = _checks.integer("seed", seed, minimum=0)
+    given = targets.tolist() if isinstance(targets, Tensor) else targets
+    classes = None if given is None else [_checks.integer("every target", target, minimum=0) for target in given]
+    count = len(images) if isinstance(images, Tensor) else None
+    if classes is not None and count is not None:
+        _fit(classes, count)
+    tasks = _tasks(model, images, plan, classes, seed, batch)
+    total = None if count is None else count * plan.wanted
+    found: list[list[np.ndarray]] = []
+    largest, eps = 0.0, torch.finfo(place(model)[1]).eps
+    with visited(model), torch.no_grad():
+        for index, image, target, masks in track(tasks, "interactions", total=total, show=progress):
+            shown = _Shown(image, plan.grid, baseline)
+            values = [_log_odds(logits(model, shown(part)), target) for part in masks.flatten(0, 1).split(batch)]
+            odds = torch.cat(values).view(-1, 4)
+            largest = max(largest, odds.abs().max().item())
+            if index == len(found):
+                found.append([])
+            found[-1].append(_bounds((odds @ _SIGNS).numpy(), plan))
+    if classes is not None:
+        _fit(classes, len(found))
+    bounds = np.array(found)  # (N, pairs, 2, M)
+    resolution = 2 * eps * largest  # of a sum of four values, each rounded by itself
+    samples = bounds.mean(1) if len(bounds) > 1 else bounds[0]
+    (strength, published), (strength_error, published_error) = _relative(samples, resolution)
+    lower, upper = samples.mean(0)
+    return Interactions(
+        name=type(model).__name__ if name is None else name,
+        about={
+            **(about or {}),
+            "images": len(found),
+            "class": "predicted" if classes is None else "given",
+            "grid": plan.grid,
+            "pairs": plan.wanted,
+            "contexts": plan.contexts,
+            "reach": "any" if reach is None else reach,
+            "baseline": baseline,
+            "seed": seed,
+            "forward passes": plan.passes(len(found)),
+        },
+        variables=plan.grid**2,
+        orders=np.array(plan.orders),
+        contexts=np.array(plan.counts),
+        lower=lower,
+        upper=upper,
+        strength=strength,
+        strength_error=strength_error,
+        published=published,
+        published_error=published_error,
+        samples=samples,
+        resolution=resolution,
+    )
+
+
+def _tasks(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    plan: _Plan,
+    classes: Sequence[int] | None,
+    seed: int,
+    batch: int,
+) -> Iterator[tuple[int, Tensor, int, Tensor]]:
+    """Yield (place of the image, image, class, masks) for every pair of every image."""
+    index = 0
+    for part in chunks(images, model, batch):
+        if min(part.shape[2:]) < plan.grid:
+            raise ValueError(
+                f"images of {part.shape[2]}x{part.shape[3]} pixels have no {plan.grid}x{plan.grid} patches: "
+                f"give a grid of at most {min(part.shape[2:])}."
+            )
+        for image in part:
+            if classes is not None and index >= len(classes):
+                raise ValueError(f"targets must hold a class an image: there are {len(classes)}, and more images.")
+            whole = logits(model, image[None])
+            target = int(whole.argmax()) if classes is None else classes[index]
+            if target >= whole.shape[1]:
+                raise ValueError(f"targets must be below {whole.shape[1]}, the model's outputs; got {target}.")
+            rng = np.random.default_rng((seed, index))
+            chosen = rng.choice(len(plan.pairs), plan.wanted, replace=False)
+            for i, j in plan.pairs[np.sort(chosen)].tolist():
+                yield index, image, target, plan.masks(i, j, rng)
+            index += 1
+
+
+def _fit(classes: Sequence[int], images: int) -> None:
+    if len(classes) != images:
+        raise ValueError(f"targets must hold a class an image; got {len(classes)} for {images} images.")
+
+
+class _Shown:
+    """One image with some of its patches, the others hidden behind the baseline."""
+
+    def __init__(self, image: Tensor, grid: int, baseline: str) -> None:
+        self.image = image
+        self.hidden = image.mean((1, 2), keepdim=True) if baseline == "mean" else image.new_zeros(())
+        self.grid = grid
+        self.rows, self.columns = (torch.arange(side, device=image.device) * grid // side for side in image.shape[1:])
+
+    def __call__(self, masks: Tensor) -> Tensor:
+        """Return images (N, C, H, W) for masks, bool (N, n)."""
+        patches = masks.to(self.image.device).view(-1, 1, self.grid, self.grid)
+        return torch.where(patches[:, :, self.rows][:, :, :, self.columns], self.image, self.hidden)
+
+
+def _log_odds(scores: Tensor, target: int) -> Tensor:
+    """Return log(p / (1 - p)) of a class, float64 (N,) on the CPU, from logits (N, classes)."""
+    scores = scores.double()
+    value = scores[:, target]
+    if scores.shape[1] > 1:
+        rest = torch.cat([scores[:, :target], scores[:, target + 1 :]], 1)
+        value = value - rest.logsumexp(1)
+    if not value.isfinite().all():
+        raise ValueError("the model's logits are not finite for some of the masked images.")
+    return value.cpu()
+
+
+def _bounds(deltas: np.ndarray, plan: _Plan) -> np.ndarray:
+    """Return |I| of one pair from below and from above, (2, M), from the values of all contexts."""
+    bounds = np.empty((2, len(plan.orders)))
+    for k, (order, values) in enumerate(zip(plan.orders, np.split(deltas, np.cumsum(plan.counts)[:-1]), strict=True)):
+        bounds[:, k] = abs(values.mean())
+        if not plan.complete(order):
+            # E[sign(others) * value] = E[sign(others)] * I: at most |I|, as no value takes part in its own sign.
+            bounds[0, k] = (np.sign(values.sum() - values) * values).mean()
+    return bounds
+
+
+def _relative(samples: np.ndarray, resolution: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return J by both estimates, and their standard errors, each (2, M), from samples (k, 2, M) of the bounds."""
+
+    def both(bounds: np.ndarray) -> np.ndarray:
+        lower, upper = np.maximum(bounds, 0)
+        return np.stack([np.sqrt(lower * upper), upper])
+
+    def ratios(bounds: np.ndarray) -> np.ndarray:
+        values = both(bounds)
+        ratios: np.ndarray = values / np.maximum(values.mean(1, keepdims=True), np.finfo(float).tiny)
+        return ratios
+
+    count, total = len(samples), samples.sum(0)
+    some = both(total / count).mean(1) > resolution
+    shares = np.where(some[:, None], ratios(total / count), np.nan)
+    if count == 1:
+        return shares, np.full_like(shares, np.nan)
+    without = np.array([ratios((total - sample) / (count - 1)) for sample in samples])
+    return shares, np.where(some[:, None], without.std(0) * math.sqrt(count - 1), np.nan)

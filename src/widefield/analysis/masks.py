@@ -1,0 +1,270 @@
+"""The Gaussian masks that GMConv layers have learned: Chen et al., "GMConv", section IV-E and figure 7.
+
+How far a mask reaches is given as its **extent** along each axis: the sum of its profile ``exp(-d^2 / (2 sigma^2))``
+over the taps of that axis, which is the side of a kernel without a mask that has as much of it. It lies between 1 (all
+but the nearest tap is gone; 2 for an even side) and the side itself (the mask does nothing). A width at half maximum
+would say nothing of most masks: at the start, sigma 5, that of a 3x3 kernel is 12 taps wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks, report
+from widefield.analysis import _stages
+from widefield.analysis._model import chunks, track, visited, watched
+from widefield.analysis._result import Result
+from widefield.analysis._stages import Pair
+from widefield.nn import DynamicGMConv2d, GMConv2d
+from widefield.nn.gmconv import gaussian_mask
+from widefield.surgery.conversions import stages_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The mask of one layer.
+
+    Attributes:
+        name: of the module.
+        stage: from 0; see :func:`widefield.surgery.conversions.stages_of`.
+        dynamic: whether the mask depends on the image.
+        size: (rows, columns) of the kernel in taps.
+        dilation: (rows, columns).
+        start: the sigma before training, in taps.
+        sigma: (sigma_x, sigma_y) in taps, along a row and along a column, as the layer reads them (a static layer has
+            one for both); of a dynamic layer the mean over the images.
+        spread: their standard deviations over the images; 0 for a static layer; None for a dynamic one without images.
+        mask: (rows, columns), float64, 1 at the centre; of a dynamic layer the mean over the images.
+        extent: (x, y) in taps, see this module; of a dynamic layer the mean over the images.
+    """
+
+    name: str
+    stage: int
+    dynamic: bool
+    size: Pair
+    dilation: Pair
+    start: float
+    sigma: tuple[float, float]
+    spread: tuple[float, float] | None
+    mask: np.ndarray
+    extent: tuple[float, float]
+
+    @property
+    def share(self) -> float:
+        """How much of the kernel the mask leaves: the mean of the mask over the taps, up to 1."""
+        return float(self.mask.mean())
+
+
+@dataclass(frozen=True)
+class Masks(Result):
+    """The masks of a model, in the order of the modules."""
+
+    title: ClassVar[str] = "Gaussian masks"
+    lead: ClassVar[str] = (
+        "Above: the masks that lie over the kernels, mean over the layers of a stage. Below: sigma "
+        "of every layer (filled: along x, open: along y where it differs; bars: standard deviation over images), its "
+        "start as a dotted line, and the share of the kernel that the mask leaves: 1 is a kernel without a mask."
+    )
+
+    name: str
+    about: Mapping[str, Any]
+    layers: tuple[LayerMask, ...]
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row for the masks of one kind and kernel size in a stage."""
+        groups: dict[tuple[Any, ...], list[LayerMask]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.stage, layer.dynamic, layer.size), []).append(layer)
+        return [
+            {
+                "model": self.name,
+                "stage": str(stage + 1),
+                "layers": f"{len(group)} {'dynamic' if dynamic else 'static'}",
+                "kernel": f"{size[0]}x{size[1]}",
+                "start": _range([layer.start for layer in group]),
+                "sigma x": _range([layer.sigma[0] for layer in group]),
+                "sigma y": _range([layer.sigma[1] for layer in group]),
+                "extent x": _range([layer.extent[0] for layer in group]),
+                "extent y": _range([layer.extent[1] for layer in group]),
+                "kept": _range([layer.share for layer in group]),
+            }
+            for (stage, dynamic, size), group in groups.items()
+        ]
+
+    @classmethod
+    @report.paper()
+    def draw(cls, results: Mapping[str, Self]) -> Figure:
+        """Draw the mean mask of each stage, and sigma and the share of the kernels that is left over depth."""
+        side = max(max(_span(layer)) for r in results.values() for layer in r.layers)
+        tiles = {name: _tiles(result.layers, side) for name, result in results.items()}
+        above = _stages.height(tiles)
+        figure: Any = report.blank(report.PAGE, above + 2.1)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[above, 2.1])
+        _stages.draw(top, tiles, side, "mask")
+        sigmas, shares = bottom.subplots(1, 2, width_ratios=[3, 2])
+        for index, (name, result) in enumerate(results.items()):
+            colour = report.COLOURS[index % len(report.COLOURS)]
+            style: dict[str, Any] = {"color": colour, "marker": report.MARKERS[index % len(report.MARKERS)]}
+            x = range(1, len(result.layers) + 1)
+            sigmas.plot(x, [layer.start for layer in result.layers], color=colour, linewidth=0.9, linestyle=":")
+            _over_depth(sigmas, x, result.layers, style)
+            shares.plot(x, [layer.share for layer in result.layers], label=_stages.short(name), **style)
+        _finish(sigmas, shares, len(results) > 1)
+        drawn: Figure = figure
+        return drawn
+
+
+def masks(
+    model: nn.Module,
+    images: Tensor | Iterable[Any] | None = None,
+    *,
+    batch: int = 8,
+    name: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Masks:
+    """Read the masks of a model's GMConv layers.
+
+    A static layer (:class:`widefield.nn.GMConv2d`) has one mask. That of a dynamic one
+    (:class:`widefield.nn.DynamicGMConv2d`) depends on the image: with ``images`` mean and spread over them are given,
+    without them the mask of an image that excites no hidden unit of the predictor, which all have before training.
+
+    Args:
+        model: with layers of GMConv, on any device, in any mode; it is left as it is found.
+        images: (N, C, H, W), or batches of them, normalised; only dynamic layers need them.
+        batch: images at a time.
+        name: what to call the model; its class's name by default.
+        about: facts to keep with the result.
+        progress: show a bar.
+
+    Returns:
+        The masks, in the order of the modules.
+
+    Raises:
+        ValueError: no layer has a mask; no image; or a dynamic layer is not called.
+        TypeError: images that are none.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (GMConv2d, DynamicGMConv2d))}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layer under a mask: convert it with widefield.GMConv, and train it. If it "
+            "was re-parameterised since, its masks are multiplied into the weights of plain convolutions: read them "
+            "before that."
+        )
+    _checks.integer("batch", batch)
+    dynamic = {n: layer for n, layer in layers.items() if isinstance(layer, DynamicGMConv2d)}
+    seen = _over_images(model, dynamic, images, batch, progress) if dynamic and images is not None else {}
+    stages = stages_of(model, list(layers))
+    found = []
+    for key, layer in layers.items():
+        sigmas = seen[key] if key in seen else _of_no_image(layer)
+        found.append(_layer(key, layer, stages[key], sigmas, key in seen))
+    facts = dict(about or {})
+    if dynamic:
+        facts["dynamic masks"] = f"mean over {len(next(iter(seen.values())))} images" if seen else "of no image"
+    return Masks(name or type(model).__name__, facts, tuple(found))
+
+
+@torch.no_grad()
+def _of_no_image(layer: GMConv2d | DynamicGMConv2d) -> Tensor:
+    """Return the sigmas (1, 2), along x and y, as the layer reads them without an image; float64, on the CPU."""
+    if isinstance(layer, DynamicGMConv2d):
+        sigmas = layer._sigmas(layer.predictor.out.bias)
+    else:
+        sigmas = layer._read(layer.sigma).expand(2)
+    return sigmas.to("cpu", torch.float64)[None]
+
+
+def _over_images(
+    model: nn.Module, layers: Mapping[str, DynamicGMConv2d], images: Any, batch: int, progress: bool
+) -> dict[str, Tensor]:
+    """Return the sigmas (N, 2) that each layer reads for each image."""
+    found: dict[str, list[Tensor]] = {key: [] for key in layers}
+
+    def see(key: str, predictor: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        found[key].append(layers[key]._sigmas(output).to("cpu", torch.float64))
+
+    with visited(model), torch.no_grad(), watched({key: layer.predictor for key, layer in layers.items()}, see):
+        for part in track(chunks(images, model, batch), "masks", show=progress):
+            model(part)
+    silent = [key for key, sigmas in found.items() if not sigmas]
+    if silent:
+        raise ValueError(f"{', '.join(silent)} had no image to look at: the model does not call it.")
+    return {key: torch.cat(sigmas) for key, sigmas in found.items()}
+
+
+def _layer(name: str, layer: GMConv2d | DynamicGMConv2d, stage: int, sigmas: Tensor, over_images: bool) -> LayerMask:
+    """Return the numbers of a layer, given its sigmas (N, 2)."""
+    rows, columns = layer.kernel_size
+    total, extent = torch.zeros(rows, columns, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for part in sigmas.split(256):
+        masks = gaussian_mask(layer.kernel_size, *part.unbind(-1))
+        total += masks.sum(0)
+        extent += torch.stack((masks.amax(1).sum(), masks.amax(2).sum()))  # the profile is that of the nearest row
+    across, down = (extent / len(sigmas)).tolist()
+    x, y = sigmas.mean(0).tolist()
+    spread = tuple(sigmas.std(0, correction=0).tolist()) if over_images else (0.0, 0.0)
+    dynamic = isinstance(layer, DynamicGMConv2d)
+    return LayerMask(
+        name,
+        stage,
+        dynamic,
+        layer.kernel_size,
+        layer.dilation,
+        layer.start,
+        (x, y),
+        None if dynamic and not over_images else (spread[0], spread[1]),
+        (total / len(sigmas)).numpy(),
+        (across, down),
+    )
+
+
+# Texts and lines
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.3g}", f"{max(values):.3g}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _span(layer: LayerMask) -> Pair:
+    return _stages.span(layer.size, layer.dilation)
+
+
+def _tiles(layers: Sequence[LayerMask], side: int) -> list[tuple[str, np.ndarray]]:
+    return _stages.tiles([(x.stage, x.mask, x.dilation) for x in layers], side)
+
+
+def _over_depth(axis: Any, x: Sequence[int], layers: Sequence[LayerMask], style: Any) -> None:
+    axis.plot(x, [layer.sigma[0] for layer in layers], **style)
+    for place, layer in zip(x, layers, strict=True):
+        if layer.spread and max(layer.spread):
+            for sigma, deviation in zip(layer.sigma, layer.spread, strict=True):
+                axis.errorbar(place, sigma, deviation, color=style["color"], linewidth=0.8, capsize=2, zorder=1.5)
+    unequal = [(i, layer.sigma[1]) for i, layer in zip(x, layers, strict=True) if layer.sigma[0] != layer.sigma[1]]
+    if unequal:
+        axis.plot(*zip(*unequal, strict=True), linestyle="none", markerfacecolor="white", **style)
+
+
+def _finish(sigmas: Any, shares: Any, several: bool) -> None:
+    sigmas.set_ylabel("sigma (taps)")
+    shares.set_ylabel("share of the kernel kept")
+    shares.set_ylim(0, 1.05)
+    sigmas.margins(y=0.15)
+    sigmas.set_ylim(bottom=0)
+    for axis in (sigmas, shares):
+        axis.set_xlabel("layer")
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    if several:
+        shares.legend(loc="best")

@@ -1,0 +1,76 @@
+"""What the commands that look into models share: their arguments, and results as files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from widefield.analysis import Result
+    from widefield.data import Pictures
+    from widefield.subjects import Subject
+
+MODEL_HELP = (
+    "a model of timm (resnet50), of torchvision (torchvision:resnet50), or the folder of a run of `widefield train`; "
+    "arguments follow in braces: 'replknet_31b{kernel_sizes: [3, 3, 3, 3]}'"
+)
+
+
+def arguments(
+    parser: argparse.ArgumentParser, *, models: str | None = "+", images: int | None = 32, sizes: bool = False
+) -> None:
+    """Add what these commands have in common.
+
+    Args:
+        parser: of the command.
+        models: as argparse's nargs; None: the command takes no models.
+        images: how many by default; None: the command looks at no images.
+        sizes: --size takes several, and ``args.size`` is a list.
+    """
+    if models:
+        parser.add_argument("models", nargs=models, metavar="MODEL", help=MODEL_HELP)
+        parser.add_argument("--pretrained", action="store_true", help="fetch pretrained weights (random ones)")
+    if images is not None:
+        parser.add_argument(
+            "--images", metavar="SOURCE", help="a folder, digits, scales, or photographs: crops of two (the run's data)"
+        )
+        parser.add_argument("--count", type=int, default=images, metavar="N", help=f"how many images ({images})")
+        size = "side of the images in pixels" + ("; several are compared" if sizes else "")
+        parser.add_argument(
+            "--size", type=int, nargs="+" if sizes else None, metavar="N", help=f"{size} (the model's own)"
+        )
+        parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
+    parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
+    parser.add_argument("--out", type=Path, default=Path("analysis"), metavar="DIR", help="folder (analysis)")
+    parser.add_argument("--vector", choices=("pdf", "svg"), help="write the figure as a vector drawing, too")
+
+
+def subject(word: str, args: argparse.Namespace) -> Subject:
+    """Build or load the model that a word of the command line names; see :func:`widefield.subjects.load`."""
+    from widefield.subjects import load
+
+    return load(word, pretrained=args.pretrained, seed=args.seed, device=args.device)
+
+
+def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) -> Pictures:
+    """Return the images that the command line asks for, as the model expects them; ``size`` goes before --size."""
+    return found.pictures(args.images, count=args.count, size=size or args.size, seed=args.seed)
+
+
+def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:
+    """Print the rows of results of one kind, and write OUT/COMMAND.png, .json, .html, and .pdf or .svg if asked.
+
+    ``options`` are those of the results' ``draw``.
+    """
+    from widefield.analysis import save
+    from widefield.cli._tables import print_table
+
+    suffixes = ["png", "json", "html", *([args.vector] if args.vector else [])]
+    paths = [save(results, args.out / f"{stem or args.command}.{suffix}", **options) for suffix in suffixes]
+    rows = [row for result in results.values() for row in result.rows()]
+    if rows:
+        print_table(rows)
+    print("wrote " + ", ".join(str(path) for path in paths))

@@ -1,0 +1,58 @@
+"""``widefield cam``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from widefield.cli import _subjects
+
+if TYPE_CHECKING:
+    from widefield.data import Pictures
+    from widefield.subjects import Subject
+
+SUMMARY = "where models look: class activation maps, side by side"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    _subjects.arguments(parser, images=4)
+    parser.add_argument("--layer", metavar="NAME", help="whose map, in all models (the last that the class hears of)")
+    parser.add_argument("--target", type=int, metavar="N", help="number of a class (each image's predicted one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from widefield.analysis.cam import class_activation
+
+    results = {}
+    for word in args.models:
+        found = _subjects.subject(word, args)
+        pictures = _subjects.pictures(args, found)
+        images = pictures.tensor()
+        results[found.name] = class_activation(
+            found.model,
+            images,
+            targets=args.target,
+            layer=args.layer,
+            classes=_classes(found, pictures, args),
+            pixels=pictures.shown(images),
+            batch=args.batch,
+            name=found.name,
+            about={**pictures.about, "weights": found.weights},
+            progress=True,
+        )
+    _subjects.write(results, args, count=args.count)
+    return 0
+
+
+def _classes(found: Subject, pictures: Pictures, args: argparse.Namespace) -> Sequence[str] | None:
+    """Return names for the model's scores: those of a run's data, ImageNet's for published weights, or None."""
+    if found.weights == "trained in this run" and args.images is None:
+        return pictures.classes or None
+    if found.weights == "pretrained" and getattr(found.model, "num_classes", 1000) == 1000:
+        from timm.data import ImageNetInfo
+
+        return [str(word).split(",")[0] for word in ImageNetInfo().label_descriptions()]
+    return None

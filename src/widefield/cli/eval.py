@@ -1,0 +1,326 @@
+"""``widefield eval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from widefield.cli._subjects import MODEL_HELP
+from widefield.cli._tables import print_table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import nn
+
+    from widefield.data import ImageSet
+    from widefield.train import Recipe
+    from widefield.train.evaluation import Evaluation
+    from widefield.train.labels import Judged
+
+SUMMARY = "accuracy and throughput of models: of runs, of timm's, of torchvision's"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--pretrained", action="store_true", help="fetch pretrained weights (random ones)")
+    parser.add_argument(
+        "--weights", choices=("ema", "model", "both"), help="of a run: the moving average if it has one"
+    )
+    parser.add_argument("--which", choices=("best", "last"), help="checkpoint of a run (best)")
+    parser.add_argument(
+        "--data", metavar="SOURCE", help="a folder of images in class folders, digits, scales, or NAME:ROOT (the run's)"
+    )
+    parser.add_argument("--size", nargs="+", default=[None], **number, help="sides of the images (the model's own)")
+    parser.add_argument(
+        "--crop-pct", type=float, metavar="X", help="of a resized image's side that is seen (the model's)"
+    )
+    parser.add_argument(
+        "--class-map",
+        default="auto",
+        metavar="MAP",
+        help="integer: folders are numbers of outputs; sorted: folders are in the order of the outputs; or a file: the "
+        "class of each output, one a line (by name, or whatever is unmistakable)",
+    )
+    parser.add_argument(
+        "--all-outputs", action="store_true", help="let outputs win that are no class of the data (the data's alone)"
+    )
+    parser.add_argument(
+        "--real", nargs="?", const=True, metavar="FILE", help="ImageNet-ReaL: real.json, or without FILE timm's copy"
+    )
+    parser.add_argument(
+        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded (the run's; an error)"
+    )
+    parser.add_argument("--throughput", action="store_true", help="also time the model alone, on random images")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help="autocast (the run's; no)")
+    parser.add_argument("--channels-last", action="store_true", help="images and weights in that order (the run's; no)")
+    parser.add_argument("--batch", **number, help="images at a time (the run's; 128)")
+    parser.add_argument("--workers", **number, help="loader processes (the run's; 4 at most)")
+    parser.add_argument("--device", help="where to compute (a GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.epilog = "Several processes share the images: accelerate launch -m widefield eval ..."
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model of the command line, on the CPU."""
+
+    name: str
+    model: nn.Module
+    weights: str
+    expects: Callable[[int | None], dict[str, Any]]
+    """Side of the images asked for, or None -> options of a set of image files."""
+    recipe: Recipe | None = None
+    """Of a run."""
+    classes: Sequence[str] | None = None
+    """Of a run: what its outputs are called."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model and what to judge it on."""
+
+    model: _Model
+    dataset: ImageSet
+    source: dict[str, Any]
+    """How the data set was made."""
+    task: Judged
+    outputs: int
+    how: dict[str, Any]
+    """Further arguments of ``evaluate_model``."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from widefield.train.evaluation import evaluate_model, processes
+
+    state = processes()
+    # All of them, and the place of the file, first: what cannot work is found before hours have gone.
+    jobs = _jobs(args)
+    if args.out and state.is_main_process:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out.parent).close()
+    done = []
+    with _bar(visible=state.is_main_process) as bar:
+        for job in jobs:
+            found = evaluate_model(
+                job.model.model,
+                job.dataset,
+                job.task,
+                device=args.device,
+                throughput=args.throughput,
+                progress=partial(bar.track, description=f"{job.model.name} {job.dataset.image_size}"),
+                **job.how,
+            )
+            job.model.model.cpu()  # the next one needs the room
+            done.append((job, found))
+    if state.is_main_process:
+        _show(done)
+        if args.out:
+            _write(done, args)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return 0
+
+
+def _jobs(args: argparse.Namespace) -> list[_Job]:
+    from widefield.train import labels
+
+    if (args.weights or args.which) and not any(map(_is_run, args.models)):
+        raise ValueError("--weights and --which choose among the checkpoints of runs, and none of the models is a run.")
+    real = labels.real_labels(None if args.real is True else args.real) if args.real else None
+    models = [model for word in args.models for model in _models(word, args)]
+    return [_job(model, size, real, args) for model in models for size in args.size]
+
+
+def _is_run(word: str) -> bool:
+    return Path(word).expanduser().is_dir()
+
+
+def _models(word: str, args: argparse.Namespace) -> list[_Model]:
+    if _is_run(word):
+        return _of_run(word, args)
+    from widefield.subjects import load
+
+    found = load(word, pretrained=args.pretrained, seed=args.seed)
+    make = _torchvision_expects if word.startswith("torchvision:") else _timm_expects
+    return [_Model(word, found.model, found.weights, partial(make, word, found.model))]
+
+
+def _timm_expects(word: str, model: nn.Module, size: int | None) -> dict[str, Any]:
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    if size not in (None, config["input_size"][-1]):
+        # What its authors, or timm's, found best for larger images than those of training.
+        config = {**resolve_model_data_config(model, use_test_size=True), "input_size": (size,)}
+    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {"size": config["input_size"][-1], **{name: config[name] for name in names}}
+
+
+def _torchvision_expects(word: str, model: nn.Module, size: int | None) -> dict[str, Any]:
+    import torchvision.models as tv
+
+    shown = tv.get_model_weights(word.removeprefix("torchvision:").partition("{")[0].strip()).DEFAULT.transforms()
+    return {
+        "size": size or shown.crop_size[0],
+        "mean": tuple(shown.mean),
+        "std": tuple(shown.std),
+        "interpolation": shown.interpolation.value,
+        "crop_pct": shown.crop_size[0] / shown.resize_size[0],
+    }
+
+
+def _of_run(word: str, args: argparse.Namespace) -> list[_Model]:
+    from widefield import data
+    from widefield.train import checkpoint, load_recipe, load_trained
+
+    folder, which = Path(word).expanduser(), args.which or "best"
+    found = checkpoint.chosen(folder, which)
+    files = {"ema": found.path / "ema.safetensors", "model": found.path / "model.safetensors"}
+    if args.weights == "ema" and not files["ema"].is_file():
+        raise ValueError(f"the run in {folder} keeps no moving average; --weights model takes its weights as they are.")
+    kinds = [kind for kind in files if files[kind].is_file() and args.weights in (None, "both", kind)]
+    if args.weights is None:
+        kinds = kinds[:1]
+    recipe = load_recipe(folder)
+    try:
+        own = data.create(recipe.data.name, "val", **recipe.data.args)
+    except OSError:
+        if args.data is None:
+            raise
+        own = None  # trained elsewhere, perhaps
+
+    def expects(size: int | None) -> dict[str, Any]:
+        known = {"size": own.image_size, "mean": own.mean, "std": own.std} if own else {}
+        kept = ("size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "corrupt", "max_corrupt")
+        given = {key: value for key, value in recipe.data.args.items() if key in kept}
+        return {**known, **given, **({"size": size} if size else {})}
+
+    models = []
+    for kind in kinds:
+        model = load_trained(folder, which)
+        checkpoint.load_weights(files[kind], model)
+        weights = f"{kind}, {which} (step {found.step})"
+        models.append(_Model(word, model, weights, expects, recipe, own.classes if own else None))
+    return models
+
+
+def _job(model: _Model, size: int | None, real: Mapping[str, Sequence[int]] | None, args: argparse.Namespace) -> _Job:
+    from widefield import data
+    from widefield.train import labels
+    from widefield.train.evaluation import count_outputs
+
+    source = _source(model, size, args)
+    name, options = source["name"], {key: value for key, value in source.items() if key != "name"}
+    dataset = data.create(name, "val", **options)
+    try:
+        outputs = count_outputs(model.model, len(dataset.mean), dataset.image_size)
+        names = model.classes if model.recipe else labels.imagenet_names(outputs)
+        places = labels.output_places(dataset.classes, outputs, names, args.class_map)
+    except ValueError as error:
+        raise ValueError(f"{model.name} on {_called(source)}: {error}") from error
+    task = labels.Judged(places, outputs, restrict=not args.all_outputs, real=real)
+    recipe = model.recipe
+    how = {
+        "batch_size": (recipe.batch_size if recipe else 128) if args.batch is None else args.batch,
+        "workers": (recipe.workers if recipe else _readers()) if args.workers is None else args.workers,
+        "mixed_precision": args.precision or (recipe.mixed_precision if recipe else "no"),
+        "channels_last": args.channels_last or (recipe is not None and recipe.channels_last),
+    }
+    return _Job(model, dataset, source, task, outputs, how)
+
+
+def _readers() -> int:
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(4, len(allowed))
+
+
+def _source(model: _Model, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the name and the options of the data set that a model is to be judged on."""
+    from widefield.data.catalog import SETS
+    from widefield.data.image_files import ImageFiles
+
+    asked = {key: value for key, value in (("size", size), ("crop_pct", args.crop_pct)) if value is not None}
+    own = {"name": model.recipe.data.name, **model.recipe.data.args} if model.recipe else None
+    if args.data is None:
+        if own is None:
+            raise ValueError(f"{model.name} is not a run, which would have data of its own: give --data.")
+        name, root = own["name"], ""
+    else:
+        name, colon, root = args.data.partition(":")
+        if not (colon and name in SETS):
+            name, root = ("folder", args.data) if Path(args.data).expanduser().is_dir() else (args.data, "")
+        if name not in SETS:
+            raise ValueError(
+                f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."
+            )
+    files = issubclass(SETS[name], ImageFiles)
+    if args.real:
+        if not files:
+            raise ValueError(f"--real goes by the names of files, and {name} has none.")
+        asked["names"] = True
+    if args.skip_corrupt and files:
+        asked["corrupt"] = "skip"
+    if own and name == own["name"] and not root:
+        return {**own, **asked}
+    return {"name": name, **(model.expects(size) if files else {}), **asked, **({"root": root} if root else {})}
+
+
+def _called(source: Mapping[str, Any]) -> str:
+    return str(source.get("root", source["name"]))
+
+
+@contextmanager
+def _bar(*, visible: bool) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
+        yield bar
+
+
+def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
+    from widefield.train.runs import shown
+
+    metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
+    rows = []
+    for job, found in done:
+        chosen = len(job.task.places)
+        row = {"model": job.model.name, "weights": job.model.weights, "data": _called(job.source)}
+        row |= {"size": str(found.size), "images": str(found.images)}
+        row["classes"] = str(chosen) if chosen == job.outputs else f"{chosen} of {job.outputs}"
+        row |= {name: shown(name, found.metrics.get(name)) for name in metrics}
+        if found.images_per_second is not None:
+            row["images/s"] = f"{found.images_per_second:.4g}"
+        rows.append(row)
+    print_table(rows, right=[name for name in rows[0] if name not in ("model", "weights", "data")])
+
+
+def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
+    from widefield import bench
+
+    results = []
+    for job, found in done:
+        about: dict[str, Any] = {"model": job.model.name, "weights": job.model.weights, "data": job.source}
+        about |= {"outputs": job.outputs, "classes": len(job.task.places)}
+        results.append({**about, **found.to_dict()})
+    content = {
+        "command": shlex.join(["widefield", *args.words]),
+        "environment": bench.environment(done[0][1].device),
+        "results": results,
+    }
+    args.out.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    print(f"wrote {args.out}")

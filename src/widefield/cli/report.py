@@ -1,0 +1,28 @@
+"""``widefield report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "one page about a training run, or several side by side, with all that applies"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of `widefield train`")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the run's folder)")
+    parser.add_argument("--count", type=int, default=32, metavar="N", help="images to look at (32)")
+    parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from rich.console import Console
+
+    from widefield.run_report import write
+
+    console = Console(stderr=True)
+    page = write(args.runs, args.out, count=args.count, device=args.device, say=console.print)
+    print(f"wrote {page}")
+    return 0

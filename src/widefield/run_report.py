@@ -1,0 +1,155 @@
+"""One page about training runs: how they went, and all that the analyses have to say about what they trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from widefield import analysis, bench, report
+from widefield.analysis.routing import mixtures
+from widefield.nn import DynamicGMConv2d, GMConv2d
+from widefield.subjects import Subject, load
+from widefield.train import runs as records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Section = tuple[str, str]
+"""Heading, HTML."""
+
+
+def write(
+    runs: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    count: int = 32,
+    device: str = "cpu",
+    title: str | None = None,
+    lead: str = "",
+    first: Sequence[Section] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Write one page about one run, or about several side by side, and its numbers beside it; return its path.
+
+    Args:
+        runs: folders of runs of ``widefield train``.
+        out: the page, ``.html``; a ``.json`` of the same name goes beside it. None: ``report.html`` in the run's
+            folder, which needs a single run.
+        count: images to look at, of the run's validation data; routing is looked at over four times as many.
+        device: where to compute.
+        title, lead: of the page.
+        first: sections to begin with.
+        say: told what is being done.
+
+    Raises:
+        FileNotFoundError: a folder holds no run, or no checkpoint.
+        ValueError: no runs, or several without ``out``; a device that is not at hand.
+        OSError: the page cannot be written.
+    """
+    folders = [Path(run).expanduser() for run in runs]
+    if not folders:
+        raise ValueError("a report needs the folder of a run.")
+    if out is None and len(folders) > 1:
+        raise ValueError("a report on several runs needs a place of its own: give out, such as report.html.")
+    page = folders[0] / "report.html" if out is None else Path(out)
+    subjects = [load(str(folder), device=device) for folder in folders]
+    found: dict[str, dict[str, analysis.Result]] = {}
+    sections = [*first, *training(folders)]
+    for heading, look in LOOKS.items():
+        say(heading.lower())
+        results, reasons = {}, {}
+        for subject in subjects:
+            try:
+                result = look(subject, count)
+            except ValueError as error:  # of this model, there is nothing of the kind to see
+                reasons[subject.name] = str(error)
+            else:
+                if result is not None:
+                    results[subject.name] = result
+        if results:
+            sections.append(analysis.section(results, heading))
+            found[heading] = dict(results)
+        if reasons:
+            why = "".join(report.paragraph(f"Not of {name}: {reason}") for name, reason in reasons.items())
+            sections.append((f"{heading}: left out", why))
+    environment = bench.environment(device)
+    names = ", ".join(subject.name for subject in subjects)
+    numbers = {heading: {n: r.to_dict() for n, r in results.items()} for heading, results in found.items()}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.with_suffix(".json").write_text(json.dumps({"environment": environment, "results": numbers}) + "\n")
+    page.write_text(report.page(title or f"What became of {names}", lead, sections, environment), encoding="utf-8")
+    return page
+
+
+def training(folders: Sequence[Path]) -> list[Section]:
+    """Return the sections on how runs went: their recipes' differences, their numbers, their curves."""
+    found = [records.read_run(folder) for folder in folders]
+    rows = records.comparison(found) if len(found) > 1 else [found[0].row()]
+    figure: Figure = records.draw_runs(found)
+    return [("Runs", report.table(rows)), ("Training", report.picture(figure, "Metrics after each epoch."))]
+
+
+def _field(subject: Subject, count: int) -> analysis.Result:
+    pictures = subject.pictures(count=count)
+    return analysis.effective_receptive_field(subject.model, pictures.batches(8), **_named(subject, pictures.about))
+
+
+def _routing(subject: Subject, count: int) -> analysis.Result | None:
+    if not mixtures(subject.model):
+        return None
+    pictures = subject.pictures(count=4 * count)
+    return analysis.routing_statistics(
+        subject.model,
+        pictures.batches(),
+        classes=pictures.classes or None,
+        images=[pictures.name(i) for i in range(len(pictures))],
+        **_named(subject, pictures.about),
+    )
+
+
+def _masks(subject: Subject, count: int) -> analysis.Result | None:
+    if not any(isinstance(module, (GMConv2d, DynamicGMConv2d)) for module in subject.model.modules()):
+        return None
+    pictures = subject.pictures(count=count)
+    return analysis.masks(subject.model, pictures.batches(), **_named(subject, pictures.about))
+
+
+def _activation(subject: Subject, count: int) -> analysis.Result:
+    pictures = subject.pictures(count=min(count, 6))
+    images = pictures.tensor()
+    return analysis.class_activation(
+        subject.model,
+        images,
+        classes=pictures.classes or None,
+        pixels=pictures.shown(images),
+        **_named(subject, pictures.about),
+    )
+
+
+def _kernels(subject: Subject, count: int) -> analysis.Result:
+    return analysis.kernel_energy(subject.model, **_named(subject, {}))
+
+
+def _stability(subject: Subject, count: int) -> analysis.Result:
+    shifts = (1, 2, 4)
+    pictures = subject.pictures(count=count, size=subject.size + shifts[-1])
+    return analysis.translation_stability(
+        subject.model, pictures.batches(), shifts=shifts, **_named(subject, pictures.about)
+    )
+
+
+def _named(subject: Subject, about: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": subject.name, "about": {**about, "weights": subject.weights}}
+
+
+LOOKS: Mapping[str, Callable[[Subject, int], analysis.Result | None]] = {
+    "What one unit sees": _field,
+    "Which experts are chosen": _routing,
+    "How far the masks reach": _masks,
+    "Where the model looks": _activation,
+    "How far kernels reach": _kernels,
+    "What a shift changes": _stability,
+}
+"""Heading -> what looks at a trained model and a number of images, or None where a model has nothing of the kind."""

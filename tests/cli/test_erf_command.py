@@ -1,0 +1,66 @@
+"""widefield erf."""
+
+import json
+
+import pytest
+
+from widefield import cli
+
+MODELS = [
+    "test_resnet",
+    "torchvision:shufflenet_v2_x0_5",
+    "unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}",
+]
+
+
+def test_models_of_all_kinds_at_several_sizes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["erf", *MODELS, "--size", "64", "96", "--count", "2", "--out", str(tmp_path), "--vector", "svg"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["erf.html", "erf.json", "erf.png", "erf.svg"]
+    found = json.loads((tmp_path / "erf.json").read_text())["results"]
+    assert list(found) == [f"{name}, {size} px" for name in MODELS for size in (64, 96)]
+    for name, result in found.items():
+        assert name.startswith(result["name"])
+        assert max(map(max, result["scores"])) == 1
+        about = result["about"]
+        assert (about["images"], about["source"], about["weights"]) == (2, "photographs", "random")
+        assert {"seed", "mean", "std", "size", "layer", "unit"} <= about.keys()
+    assert found["test_resnet, 96 px"]["theoretical"]["size"] == [167, 167]
+    ours = found[f"{MODELS[2]}, 64 px"]["theoretical"]
+    assert ours["size"] is None
+    assert "in stages.0.0.se may reach every place" in ours["reason"]
+    assert "167" in printed
+    assert "whole" in printed
+
+
+def test_seeds_repeat_and_a_layer_can_be_named(tmp_path):
+    def scores(folder, *more):
+        words = ["erf", "test_resnet", "--size", "64", "--count", "1", "--linear", *more]
+        assert cli.main([*words, "--out", str(tmp_path / folder)]) == 0
+        (result,) = json.loads((tmp_path / folder / "erf.json").read_text())["results"].values()
+        return result
+
+    first = scores("a", "--layer", "layer2")
+    assert first["layer"] == "layer2"
+    assert first["about"]["unit"] == "(4, 4) of 8"
+    assert scores("b", "--layer", "layer2")["scores"] == first["scores"]
+    assert scores("c", "--layer", "layer2", "--seed", "1")["scores"] != first["scores"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["test_resnet", "--layer", "layer9"], "ResNet has no layer 'layer9'. Did you mean 'layer"),
+        (["vit_tiny_patch16_224{depth: 1, embed_dim: 12}", "--size", "64"], r"cannot be run on images of (3, 64, 64)"),
+        (["test_resnet", "--size", "0"], "0"),
+        (["no_such_model"], "no_such_model"),
+    ],
+)
+def test_errors_are_one_line(words, message, tmp_path, capsys):
+    assert cli.main(["erf", *words, "--count", "1", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("widefield erf: ")
+    assert message in printed
+    assert printed.count("\n") == 1

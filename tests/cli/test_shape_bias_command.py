@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from widefield.cli import main
+from widefield.data import Scales
+
+OURS = "unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A few made images under the published names."""
+    rng = np.random.default_rng(0)
+    for name in ("cat7-elephant1", "cat1-dog2", "knife2-oven1", "truck3-truck1"):
+        path = tmp_path / "images" / name.rstrip("0123456789").split("-")[0].rstrip("0123456789") / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def test_models_of_imagenet_on_the_published_layout(published, tmp_path, capsys):
+    models = ["test_resnet", "torchvision:squeezenet1_1", OURS]
+    words = ["--images", str(published), "--size", "64", "--out", str(tmp_path / "o"), "--vector", "pdf"]
+    assert main(["shape-bias", *models, *words]) == 0
+    assert "knife" in capsys.readouterr().out
+    for suffix in ("png", "pdf", "html"):
+        assert (tmp_path / "o" / f"shape-bias.{suffix}").stat().st_size > 1000
+    results = json.loads((tmp_path / "o" / "shape-bias.json").read_text())["results"]
+    assert list(results) == models
+    for result in results.values():
+        assert sum(result["images"]) == 3
+        assert result["left_out"] == 1
+        assert len(result["classes"]) == 16
+        assert (result["about"]["weights"], result["about"]["size"]) == ("random", 64)
+
+
+def test_images_are_drawn_for_models_of_scales(tmp_path):
+    words = ["--generate", "--per-pair", "1", "--size", "32", "--seed", "3", "--out", str(tmp_path)]
+    assert main(["shape-bias", "test_convnext{num_classes: 8}", *words]) == 0
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert folder.name == "conflicts-32px-1-a-pair-seed-3"
+    assert len(list(folder.glob("*/*.png"))) == 56
+    (result,) = json.loads((tmp_path / "shape-bias.json").read_text())["results"].values()
+    assert sum(result["images"]) == 56
+    assert result["classes"] == sorted(Scales.classes)
+    assert result["about"]["choice"] == "of 8 classes"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["test_resnet", "--images", "nowhere"], "no folder of images 'nowhere'"),
+        (["test_resnet", "--generate", "--size", "32"], "has 1000 outputs, and 8 names were given as classes"),
+        (["test_resnet", "--generate", "--size", "16"], "size must be at least 32; got 16"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["shape-bias", *words, "--per-pair", "1"]) == 1
+    (*_, line) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("widefield shape-bias: ")
+    assert message in line
+
+
+def test_images_must_come_from_somewhere_and_from_one_place():
+    for words in ([], ["--images", "x", "--generate"]):
+        with pytest.raises(SystemExit):
+            main(["shape-bias", "test_resnet", *words])
