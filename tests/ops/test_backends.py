@@ -390,6 +390,7 @@ def test_an_explanation_names_every_pass_its_backend_and_the_reasons():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @settings(max_examples=25, deadline=None)
 @example(geometry((7, 7), (7, 7)), True)  # one pixel out, of which no strides tell the layout
+@example(geometry((1, 10), (1, 10)), True)
 @given(case=geometries().filter(lambda case: case[1] > 1 or case[3][0] <= case[2][0]), channels_last=st.booleans())
 def test_what_is_explained_is_what_runs(dtype, case, channels_last):
     x, weight, _, _ = tensors(case, False, dtype, "channels_last" if channels_last else "contiguous")

@@ -67,9 +67,12 @@ def problem_of(
     """
     batch, channels, height, width = input_size
     groups, _, kh, kw = weight_size
+    channels_last = is_channels_last(x)
+    if step == "input_grad" and output_size((height, width), (kh, kw), stride, padding, dilation) == (1, 1):
+        channels_last = False  # a pass is told by the gradient, and no strides tell the layout of one pixel
     return Problem(
         step, batch, channels, height, width, (kh, kw), stride, padding, dilation,
-        groups != 1, x.dtype, torch.device("cpu") if x.is_meta else x.device, is_channels_last(x),
+        groups != 1, x.dtype, torch.device("cpu") if x.is_meta else x.device, channels_last,
     )  # fmt: skip
 
 
