@@ -35,7 +35,8 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert {file.name for file in found.path.iterdir()} == {
         "model.safetensors",
         "ema.safetensors",
-        "state.pt",
+        "state.safetensors",
+        "state.json",
         "meta.json",
     }
     state = found.state()
@@ -64,7 +65,10 @@ def test_channels_last_and_shared_weights_survive(tmp_path: Path) -> None:
     assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("at", ["torch.save", "os.fsync", "pathlib.Path.replace", "widefield.train.checkpoint._json"])
+@pytest.mark.parametrize(
+    "at",
+    ["widefield.train.checkpoint.save_state", "os.fsync", "pathlib.Path.replace", "widefield.train.checkpoint._json"],
+)
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     before = save(tmp_path, 1, model=net())
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from train.helpers import log, same_weights
-from widefield.nn import MoRFConv2d
+from widefield.nn import GMConv2d, MoRFConv2d
 from widefield.train import ConversionSpec, EmaSpec, Recipe, RunResult, alarms, train
 from widefield.train.engine import _Run
 
@@ -100,3 +100,15 @@ def test_what_several_processes_saw_is_put_together(monkeypatch: pytest.MonkeyPa
     assert both == {"top1": 1.0, "router_entropy": 1.0, "router_dead": 0.0, "router_constant": 0.0}
     assert warnings == []
     assert seen[0].weights.shape == (4, 2)
+
+
+def test_sigma_of_every_mask_is_logged_after_each_epoch(run: Callable[..., RunResult]) -> None:
+    result = run(conversion=ConversionSpec("gmconv"))
+    entries = [entry for entry in log(result.folder) if entry["kind"] == "sigma"]
+    assert [entry["epoch"] for entry in entries] == [0, 1]
+    layers = {n: m for n, m in result.model.named_modules() if isinstance(m, GMConv2d)}
+    assert layers
+    assert set(layers) <= set(entries[0])
+    for name, layer in layers.items():
+        assert entries[1][name] == pytest.approx(layer.sigma.item())
+    assert entries[0] != entries[1]

@@ -88,7 +88,7 @@ def test_a_run_is_listed_as_it_ended(run: Run, recipe: Recipe) -> None:
 
 def test_weights_are_never_read(make: Make) -> None:
     folder = make("run", [0.5, 0.6, 0.7])
-    for name in ("model.safetensors", "state.pt"):
+    for name in ("model.safetensors", "state.safetensors"):
         (folder / "checkpoints" / "step-00000018" / name).write_bytes(b"no weights")
         (folder / "checkpoints" / "step-00000018" / name).chmod(0)
     assert read_run(folder).state == "finished"

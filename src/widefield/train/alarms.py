@@ -1,4 +1,4 @@
-"""What a run watches for while it evaluates: routers of mixtures that collapse, which no other metric shows."""
+"""What a run watches beside its metrics: routers of mixtures, which may collapse, and how far masks look."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 from accelerate.utils import gather_object
 from torch import nn
 
+from widefield.analysis.masks import masks
 from widefield.analysis.routing import Routing, collapse, mixtures, recording
+from widefield.nn import DynamicGMConv2d, GMConv2d
 
 
 def watch_routers(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> tuple[dict[str, float], list[str]]:
@@ -39,6 +41,16 @@ def watch_routers(model: nn.Module, evaluate: Callable[[], dict[str, float]]) ->
         "router_constant": float(sum(not block.depends_on_input for block in blocks)),
     }
     return {**metrics, **numbers}, collapse(blocks)
+
+
+def sigmas(model: nn.Module) -> dict[str, float]:
+    """Return sigma of every GMConv layer by the layer's name, in taps; empty for a model without masks.
+
+    Of a dynamic layer it is the geometric mean of the two, for an image that excites nothing.
+    """
+    if not any(isinstance(module, (GMConv2d, DynamicGMConv2d)) for module in model.modules()):
+        return {}
+    return {layer.name: float(np.sqrt(np.prod(layer.sigma))) for layer in masks(model).layers}
 
 
 def brief(warnings: Sequence[str], most: int = 3) -> str:

@@ -3,7 +3,7 @@
 A checkpoint is a folder ``checkpoints/step-00000123`` with
 
 * ``model.safetensors`` and, with a moving average, ``ema.safetensors``: the weights;
-* ``state.pt``: optimiser, scheduler, random states; tensors and plain values, for ``torch.load(weights_only=True)``;
+* ``state.safetensors`` and ``state.json``: optimiser, scheduler, random states;
 * ``meta.json``: step, epoch, position in the epoch, metrics once the epoch is evaluated, versions, recipe hash.
 
 It is written to a hidden folder beside it, flushed to the disk, and renamed.
@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from widefield import _checks
+from widefield.train.state_file import load_state, save_state
 
 _UNFINISHED = ".unfinished-"
 
@@ -55,8 +55,8 @@ class Checkpoint:
         return ema if ema.is_file() else self.path / "model.safetensors"
 
     def state(self) -> dict[str, Any]:
-        """Read ``state.pt``, onto the CPU."""
-        state: dict[str, Any] = torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
+        """Read the state, onto the CPU."""
+        state: dict[str, Any] = load_state(self.path)
         return state
 
 
@@ -79,7 +79,7 @@ def save(
         save_model(model, str(unfinished / "model.safetensors"))
         if ema is not None:
             save_model(ema, str(unfinished / "ema.safetensors"))
-        torch.save(dict(state), unfinished / "state.pt")
+        save_state(unfinished, dict(state))
         (unfinished / "meta.json").write_text(_json(checkpoint.meta), encoding="utf-8")
         for file in unfinished.iterdir():
             _flush(file)

@@ -1,6 +1,6 @@
 """The training loop: accelerate's devices and precisions, timm's optimisers, schedules and averages, any task.
 
-The state of a run is (epoch, position in the epoch) and what ``state.pt`` holds; everything else is a function of the
+The state of a run is (epoch, position in the epoch) and what a checkpoint holds; everything else is a function of the
 recipe. Hence a resumed run continues as if it had not stopped, on the CPU to the bit.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from widefield import data, tasks
 from widefield.tasks import Batch
 from widefield.train import checkpoint
-from widefield.train.alarms import brief, watch_routers
+from widefield.train.alarms import brief, sigmas, watch_routers
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import Share, evaluate
 from widefield.train.interrupt import StopRequest
@@ -331,6 +331,9 @@ class _Run:
     def _finish_epoch(self, saved: Checkpoint, seconds: float) -> None:
         about = {"step": self.step, "epoch": self.epoch, "lr": self.learner.lr, "seconds": seconds}
         self._write({"kind": "epoch", **about, **self.metrics})
+        looks = sigmas(self.learner.whole())
+        if looks:
+            self._write({"kind": "sigma", "step": self.step, "epoch": self.epoch, **looks})
         for text in self._warnings:
             self._write({"kind": "warning", "step": self.step, "epoch": self.epoch, "text": text})
         if self.accelerator.is_main_process:

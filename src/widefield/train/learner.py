@@ -174,7 +174,7 @@ class Learner:
         return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state but the weights, in types that ``torch.load(weights_only=True)`` admits.
+        """Return all state but the weights, in types that a checkpoint admits.
 
         To be called by all processes; the first one's is whole.
         """

@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the global generators in types that ``torch.load(weights_only=True)`` admits."""
+    """Return the states of the global generators in types that a checkpoint admits."""
     twister = np.random.get_state(legacy=False)
     words = torch.from_numpy(twister["state"]["key"].astype(np.int64))
     return {
