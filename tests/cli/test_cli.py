@@ -129,7 +129,7 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
         assert len(blocks) == 5
         assert all(sum(b["frequencies"]) == pytest.approx(1, abs=1e-5) for b in blocks)
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 11
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "MoRF hard" in page
     out = capsys.readouterr().out

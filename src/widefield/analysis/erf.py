@@ -135,6 +135,10 @@ class ReceptiveField(Result):
                 axis.axis("off")
             else:
                 shown = _draw_one(axis, heading, entry[1], log=log)
+        for places in axes:  # rows are counted once where all have the same
+            if len({axis.get_ylim() for axis in places if axis.images}) == 1:
+                for axis in places[1:]:
+                    axis.tick_params(labelleft=False)
         if shown is not None:
             bar = figure.colorbar(shown, ax=axes, aspect=25 * len(table), pad=0.01, extend="min" if log else "neither")
             bar.set_label("contribution, relative to the largest")
@@ -189,7 +193,7 @@ def effective_receptive_field(
     total = torch.zeros(size[1:], dtype=torch.float64)
     count = 0
     with visited(model):
-        names = candidates(model, first[:1])[::-1] if layer is None else [layer]
+        names = candidates(model, first[:1].clone())[::-1] if layer is None else [layer]
         found, chosen = _first(model, first, names, target)
         for part in track(chain([first], parts), "effective receptive field", show=progress):
             if tuple(part.shape[1:]) != size:

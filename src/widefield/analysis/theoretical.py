@@ -74,7 +74,7 @@ def theoretical_receptive_field(
     if not isinstance(images, Tensor):
         channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
         images = torch.zeros(1, channels, *_checks.pair("images", images))
-    one = next(chunks(images.detach(), model, 1))
+    one = next(chunks(images.detach(), model, 1)).clone()  # models may write on their input
     name = candidates(model, one)[-1] if layer is None else layer
     tracer = Tracer(one)
     with visited(model), torch.no_grad(), tracer.inside(model), tracer:

@@ -1,0 +1,62 @@
+"""``widefield report``: one page about runs, with all that applies to what they trained."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from widefield import cli
+from widefield.train import ConversionSpec, DataSpec, ModelSpec, Recipe, train
+
+TINY = {"patch_size": 4, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "ls_init_value": None}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A mixture, and a network with masks, an epoch of a few steps each."""
+    output = tmp_path_factory.mktemp("runs")
+
+    def trained(name, kind, args):
+        recipe = Recipe(
+            name=name,
+            model=ModelSpec("convnext_atto", TINY),
+            conversion=ConversionSpec(kind, "stages.*.conv_dw", args),
+            data=DataSpec("digits", {"size": 32}),
+            output=str(output),
+            epochs=1,
+            batch_size=360,
+            workers=0,
+        )
+        return train(recipe, console=Console(quiet=True)).folder
+
+    return [trained("mixture", "morf", {"kernel_sizes": [3, 5, 7]}), trained("masks", "gmconv", {})]
+
+
+def test_one_run_gets_a_page_in_its_folder(runs, capsys):
+    assert cli.main(["report", str(runs[0]), "--count", "4"]) == 0
+    assert capsys.readouterr().out.strip() == f"wrote {runs[0] / 'report.html'}"
+    page = (runs[0] / "report.html").read_text()
+    for heading in ("Training", "What one unit sees", "Which experts are chosen", "Where the model looks"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "How far the masks reach" not in page
+    assert "left out" not in page
+    found = json.loads((runs[0] / "report.json").read_text())["results"]
+    assert found["What one unit sees"]["mixture"]["kind"] == "ReceptiveField"
+    assert found["Which experts are chosen"]["mixture"]["about"]["images"] == 16
+
+
+def test_several_runs_stand_side_by_side(runs, tmp_path):
+    out = tmp_path / "both.html"
+    assert cli.main(["report", *map(str, runs), "--count", "2", "--out", str(out)]) == 0
+    found = json.loads(out.with_suffix(".json").read_text())["results"]
+    assert set(found["What one unit sees"]) == {"mixture", "masks"}
+    assert set(found["Which experts are chosen"]) == {"mixture"}
+    assert set(found["How far the masks reach"]) == {"masks"}
+    assert "conversion.kind" in out.read_text()  # in what their recipes differ
+
+
+def test_what_cannot_be_reported_is_said(runs, tmp_path, capsys):
+    assert cli.main(["report", *map(str, runs)]) == 1
+    assert "several runs needs a place of its own: give out" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "is not the folder of a run" in capsys.readouterr().err
