@@ -1,0 +1,162 @@
+"""Which kernels find objects of any size: one narrow ConvNeXt on `scales`, five designs, equal epochs, several seeds.
+
+python experiments/scales.py [--seeds 0 1 2] [--epochs 12] [--runs runs/scales] [--out experiments/results]
+
+Runs that are finished in --runs are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from widefield import bench, data, report
+from widefield.analysis import routing_weights
+from widefield.train import ConversionSpec, Recipe, load_recipe, load_trained, train
+
+DESIGNS = {
+    "3x3": {"kernel_sizes": 3},
+    "7x7": {"kernel_sizes": 7},
+    "11x11": {"kernel_sizes": 11},
+    "MoRF soft": {"routing": "soft"},
+    "MoRF hard": {"routing": "hard"},
+}
+
+
+def recipe(name: str, seed: int, epochs: int, output: Path) -> Recipe:
+    base = load_recipe("demo_scales", ["--epochs", str(epochs), "--seed", str(seed), "--output", str(output)])
+    base = dataclasses.replace(base, name=f"{name.lower().replace(' ', '-')}-{seed}")
+    design = DESIGNS[name]
+    if "kernel_sizes" in design:
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, args={**base.model.args, **design}))
+    return dataclasses.replace(base, conversion=ConversionSpec("morf", "*.conv_dw", design))
+
+
+def trained(plan: Recipe) -> nn.Module:
+    """Return the last model of a run, training it if it is not there."""
+    log = plan.folder / "metrics.jsonl"
+
+    lines = log.read_text().splitlines() if log.exists() else []
+    if sum(json.loads(line)["kind"] == "epoch" for line in lines) < plan.epochs:
+        resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
+        train(plan, resume=resume, console=Console(quiet=True))
+    return load_trained(plan.folder, "last")
+
+
+def hits(model: nn.Module, validation: data.ImageSet) -> Tensor:
+    with torch.no_grad():
+        batches = DataLoader(validation, batch_size=250, collate_fn=data.collate)
+        return torch.cat([model(batch["image"]).argmax(1) == batch["label"] for batch in batches]).float()
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks, ties sharing their mean."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
+
+
+def size_wanted(model: nn.Module, validation: data.ImageSet, sizes: Tensor) -> list[dict]:
+    """How the kernel that each block mixes goes with the size of the object: one entry a block."""
+    found = []
+    batches = [batch["image"] for batch in DataLoader(validation, batch_size=250, collate_fn=data.collate)]
+    for block in routing_weights(model, batches):
+        wanted = torch.from_numpy(block.fields()).float()
+        rank = float(torch.corrcoef(torch.stack([ranks(wanted), ranks(sizes)]))[0, 1]) if wanted.std() > 0 else 0.0
+        quarters = sizes <= sizes.quantile(0.25), sizes >= sizes.quantile(0.75)
+        low, high = (wanted[part].mean().item() for part in quarters)
+        found.append(
+            {"block": block.name, "mean": wanted.mean().item(), "std": wanted.std().item(), "rank": rank,
+             "smallest": low, "largest": high}
+        )  # fmt: skip
+    return found
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--runs", type=Path, default=Path("runs/scales"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    validation = data.create("scales", "val")
+    sizes = torch.cat([batch["size"] for batch in DataLoader(validation, batch_size=250, collate_fn=data.collate)])
+    low, high = validation.object_sizes
+    edges = [low * (high / low) ** (i / 4) for i in range(5)]
+    bins = {f"{a:.0f} to {b:.0f} px": (sizes >= a) & (sizes <= b + (math.inf if b == edges[-1] else 0))
+            for a, b in itertools.pairwise(edges)}  # fmt: skip
+
+    results: dict[str, list[dict]] = {name: [] for name in DESIGNS}
+    for seed in args.seeds:
+        for name in DESIGNS:
+            start = time.perf_counter()
+            model = trained(recipe(name, seed, args.epochs, args.runs))
+            hit = hits(model, validation)
+            entry = {
+                "seed": seed,
+                "top1": 100 * hit.mean().item(),
+                "by_size": {label: 100 * hit[inside].mean().item() for label, inside in bins.items()},
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }
+            if name.startswith("MoRF"):
+                entry["routing"] = size_wanted(model, validation, sizes)
+            results[name].append(entry)
+            print(f"{name} seed {seed}: {entry['top1']:.1f}% ({time.perf_counter() - start:.0f} s)", flush=True)
+
+    rows = [
+        {
+            "kernels": name,
+            "parameters": f"{entries[0]['parameters']:,}",
+            "top-1, %": spread([e["top1"] for e in entries]),
+            **{label: spread([e["by_size"][label] for e in entries], 0) for label in bins},
+        }
+        for name, entries in results.items()
+    ]
+    routed = [
+        {
+            "network": name,
+            "block": blocks[0]["block"],
+            "kernel wanted": spread([b["mean"] for b in blocks], 2),
+            "over images": spread([b["std"] for b in blocks], 2),
+            "smallest objects": spread([b["smallest"] for b in blocks], 2),
+            "largest objects": spread([b["largest"] for b in blocks], 2),
+            "rank correlation": spread([b["rank"] for b in blocks], 2),
+        }
+        for name, entries in results.items()
+        if "routing" in entries[0]
+        for blocks in zip(*(e["routing"] for e in entries), strict=True)
+    ]
+    command = f"python experiments/scales.py --seeds {' '.join(map(str, args.seeds))} --epochs {args.epochs}"
+    environment = bench.environment()
+    about = ", ".join(f"{key} {value}" for key, value in environment.items())
+    args.out.mkdir(parents=True, exist_ok=True)
+    document = {"command": command, "environment": environment, "results": results}
+    (args.out / "scales.json").write_text(json.dumps(document, indent=1) + "\n")
+    (args.out / "scales.md").write_text(
+        f"`{command}`: {about}\n\nMean ± standard deviation over {len(args.seeds)} seeds; the same epochs, batches "
+        f"and schedule for all. {len(validation)} validation images.\n\n{report.markdown(rows)}\n"
+        "What the routers do with the size of the object: the kernel that each block mixes, in pixels of its map, as "
+        "the mean of its experts' sizes weighted by |w| / sum |w|; its spread over the images; its mean for the "
+        "quarter with the smallest and with the largest objects; Spearman's rank correlation with the object's "
+        "size.\n\n"
+        f"{report.markdown(routed)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
