@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from widefield import bench, data, report, tasks
+from widefield import bench, data, report, run_report, tasks
 from widefield.analysis.routing import RoutingStatistics, routing_statistics
 from widefield.surgery import Difference, compare, reparameterize
 from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
@@ -207,16 +207,9 @@ def _write(
                 "before and after re-parameterisation over all validation images, in units of the largest output."
             )
             + report.table(rows),
-        ),
-        ("Training", report.picture(_curves(folder), "Validation accuracy after each epoch.")),
-    ]
-    for variant, found in routings.items():
-        caption = (
-            "How often each expert was among the chosen ones, block by block, over the validation images."
-            if found.blocks[0].hard
-            else "For how many validation images each expert had the largest routing weight, block by block."
         )
-        sections.append((f"What {variant} chose", report.picture(figures[f"routing-{_slug(variant)}"], caption)))
+    ]
+    for variant in routings:
         text = "Images and the routing weights that they got: a row a block, a column an expert."
         sections.append((f"Examples: {variant}", report.picture(figures[f"examples-{_slug(variant)}"], text)))
     page = folder / "report.html"
@@ -224,7 +217,13 @@ def _write(
         f"A narrow ConvNeXt on {name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a router "
         "weighs for each image."
     )
-    page.write_text(report.page("A mixture of receptive fields", lead, sections, environment), encoding="utf-8")
+    run_report.write(
+        [folder / _slug(variant) for variant in VARIANTS],
+        page,
+        title="A mixture of receptive fields",
+        lead=lead,
+        first=sections,
+    )
     _print(rows, page)
     return page
 
@@ -256,15 +255,6 @@ def _examples(
         found.blocks[0].experts,
         f"{variant}: routing weights",
     )
-
-
-def _curves(folder: Path) -> Any:
-    lines = {}
-    for variant in VARIANTS:
-        log = (folder / _slug(variant) / "metrics.jsonl").read_text().splitlines()
-        points = [(e["epoch"] + 1, 100 * e["top1"]) for e in map(json.loads, log) if "top1" in e]
-        lines[variant] = ([x for x, _ in points], [y for _, y in points])
-    return report.curves(lines, "epoch", "top-1, %")
 
 
 def _print(rows: Sequence[Mapping[str, str]], page: Path) -> None:
