@@ -65,7 +65,9 @@ class Learner:
         rate = recipe.optimizer.lr_at(recipe.batch_size * recipe.accumulate * accelerator.num_processes)
         optimizer = create_optimizer(model, recipe.optimizer, rate)
         self.model: nn.Module = self._sharded.model if self._sharded else accelerator.prepare(model)
-        self.optimizer: Any = accelerator.prepare(optimizer)
+        self._plain = optimizer
+        # accelerate's wrapper scales in fp16, which is all it is needed for; it looks for packages at every step.
+        self.optimizer: Any = accelerator.prepare(optimizer) if accelerator.scaler is not None else optimizer
         self.epochs = recipe.epochs
         self._scheduler: Any = None
         self._sparse: DynamicSparsity | None = None
@@ -75,7 +77,7 @@ class Learner:
         spec = self._recipe.schedule
         # Not prepared: accelerate would step it once per process, and timm's counts updates itself.
         self._scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer.optimizer,
+            self._plain,
             sched=spec.name,
             num_epochs=self._recipe.epochs,
             warmup_epochs=spec.warmup_epochs,
@@ -179,9 +181,8 @@ class Learner:
         To be called by all processes; the first one's is whole.
         """
         parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
-        inner = self.optimizer.optimizer
         return {
-            "optimizer": self._sharded.optimizer_state(inner) if self._sharded else self.optimizer.state_dict(),
+            "optimizer": self._sharded.optimizer_state(self._plain) if self._sharded else self.optimizer.state_dict(),
             **{name: None if part is None else part.state_dict() for name, part in parts.items()},
         }
 
@@ -190,7 +191,7 @@ class Learner:
         if self.ema is not None:
             checkpoint.load_weights(average, self.ema.module)
         if self._sharded:
-            self._sharded.load_optimizer_state(self.optimizer.optimizer, state["optimizer"])
+            self._sharded.load_optimizer_state(self._plain, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
         parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
