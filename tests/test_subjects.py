@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from rich.console import Console
 
 from tolerances import NETWORK, close
@@ -97,3 +99,27 @@ def test_a_recipe_may_train_torchvisions(tmp_path):
         build_model(recipe("other", pretrained=str(first.folder)), {"num_classes": 9})
     with pytest.raises(ValueError, match="comes with a head for ImageNet"):
         build_model(recipe("other", pretrained=True), {"num_classes": 9})
+
+
+def test_runs_of_one_name_are_told_apart_and_keep_the_order_of_their_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("1", "2", "10"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "set" / split / name / f"{i}.png")
+    model = ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]})
+    data = DataSpec("folder", {"root": str(tmp_path / "set"), "size": 32, "class_map": "integer"})
+    words = []
+    for output in ("a", "b"):
+        recipe = Recipe(
+            name="same", model=model, data=data, output=str(tmp_path / output), epochs=1, batch_size=3, workers=0
+        )
+        words.append(str(train(recipe, console=Console(quiet=True)).folder))
+    assert [load(word, beside=words).name for word in words] == words
+    found = load(words[0])
+    assert found.name == "same"
+    pictures = found.pictures(count=None)
+    assert pictures.classes == tuple(map(str, range(11)))
+    assert [pictures[i]["label"] for i in range(6)] == [1, 1, 10, 10, 2, 2]

@@ -54,7 +54,8 @@ def write(
     if out is None and len(folders) > 1:
         raise ValueError("a report on several runs needs a place of its own: give out, such as report.html.")
     page = folders[0] / "report.html" if out is None else Path(out)
-    subjects = [load(str(folder), device=device) for folder in folders]
+    words = [str(folder) for folder in folders]
+    subjects = [load(word, device=device, beside=words) for word in words]
     found: dict[str, dict[str, analysis.Result]] = {}
     sections = [*first, *training(folders)]
     for heading, look in LOOKS.items():

@@ -6,8 +6,8 @@ What the commands, the report of a run and evaluation all begin with.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,14 @@ class Subject:
         )
 
 
-def load(word: str, *, pretrained: bool = False, seed: int = 0, device: torch.device | str = "cpu") -> Subject:
+def load(
+    word: str,
+    *,
+    pretrained: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    beside: Sequence[str] = (),
+) -> Subject:
     """Build or load the model that a word names.
 
     Args:
@@ -61,6 +68,7 @@ def load(word: str, *, pretrained: bool = False, seed: int = 0, device: torch.de
         pretrained: fetch the weights that timm or torchvision publish.
         seed: of random weights. The global generator is seeded.
         device: where the model goes.
+        beside: words of models that stand beside it: a run whose name another one has is called by its folder.
 
     Raises:
         ValueError: unknown model or device, or arguments that the model refuses.
@@ -74,6 +82,8 @@ def load(word: str, *, pretrained: bool = False, seed: int = 0, device: torch.de
         raise ValueError(f"the device {str(device)!r} is not at hand: {str(error).splitlines()[0]}") from error
     if Path(word).expanduser().is_dir():
         found = _of_run(Path(word).expanduser())
+        if sum(Path(other).name == Path(word).name for other in set(beside)) > 1:
+            found = replace(found, name=word)
     elif word.startswith(TORCHVISION):
         found = _of_torchvision(word, pretrained)
     else:
@@ -120,8 +130,6 @@ def _of_run(folder: Path) -> Subject:
     recipe = load_recipe(folder)
     validation = data.create(recipe.data.name, "val", **recipe.data.args)
     shape = validation.image_size, validation.mean, validation.std
-    if recipe.data.name == "folder":
-        return Subject(recipe.name, model, *shape, "trained in this run", str(recipe.data.args["root"]))
-    decided = ("size", "augment", "mean", "std", "seed")
-    options = {key: value for key, value in recipe.data.args.items() if key not in decided}
+    # Of the data set's options all but those that a Pictures decides itself.
+    options = {key: value for key, value in recipe.data.args.items() if key not in ("size", "augment", "mean", "std")}
     return Subject(recipe.name, model, *shape, "trained in this run", recipe.data.name, options)

@@ -407,3 +407,11 @@ def test_the_figure_shows_the_widest_kernels_of_each_stage():
     both = type(result).draw({"a": result, "b": kernel_energy(nn.Conv2d(3, 4, 9))})
     assert [line.get_label() for line in both.axes[0].lines] == ["a", "b"]
     assert {axis.images[0].get_extent()[1] for axis in both.axes if axis.images} == {4.5}  # one scale of pixels
+
+
+def test_a_layer_that_learns_while_it_is_read_is_left_alone():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 5))).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kernel_energy(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())

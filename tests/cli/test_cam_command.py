@@ -70,3 +70,9 @@ def test_classes_have_names_where_they_are_known():
     published = names("pretrained")
     assert len(published) == 1000
     assert published[:2] == ["tench", "goldfish"]
+
+
+@pytest.mark.parametrize("command", ["cam", "stability", "interactions", "erf"])
+def test_a_size_that_a_model_refuses_is_one_line(command, tmp_path, capsys):
+    assert cli.main([command, "test_vit", "--size", "50", "--count", "1", "--out", str(tmp_path)]) == 1
+    assert "cannot be run on images of (3, 5" in capsys.readouterr().err

@@ -71,6 +71,10 @@ def test_of_a_data_set_the_validation_part_is_taken(folder):
     (folder / "val").mkdir()
     (folder / "cat").rename(folder / "val" / "cat")
     assert Pictures(folder, size=24).classes == ("cat",)
+    (folder / "val" / "cat" / "1.png").rename(folder / "val" / "1.png")
+    assert Pictures(folder, size=24).classes == ()
+    with pytest.raises(ValueError, match="size must be at least 1; got 0"):
+        next(Pictures(count=1).batches(0))
 
 
 @pytest.mark.parametrize(

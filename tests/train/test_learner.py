@@ -26,6 +26,7 @@ from widefield.train import (
     CheckpointSpec,
     ConversionSpec,
     DataSpec,
+    EmaSpec,
     GroupSpec,
     ModelSpec,
     OptimizerSpec,
@@ -35,6 +36,7 @@ from widefield.train import (
     load_trained,
 )
 from widefield.train.optimisation import create_optimizer, freeze
+from widefield.train.pretrained import classes_of
 
 Run = Callable[..., RunResult]
 MORF = ConversionSpec("morf", "stages.*.conv_dw", {"kernel_sizes": [3, 5, 7]})
@@ -214,6 +216,28 @@ class TestNotFinite:
         assert f"images {', '.join(map(str, images[:16]))} of" in str(caught.value)
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
 
+    def test_norms_and_the_average_do_not_keep_what_a_skipped_step_saw(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain, calls = Classification.loss, itertools.count(1)
+
+        def loss(self: Any, model: nn.Module, batch: Any) -> torch.Tensor:
+            image = batch["image"] * float("nan") if next(calls) == 3 else batch["image"]
+            return plain(self, model, {**batch, "image": image})
+
+        monkeypatch.setattr(Classification, "loss", loss)
+        result = run(model=ModelSpec("test_resnet"), nonfinite="skip", ema=EmaSpec(0.5), epochs=1)
+        assert all(torch.isfinite(value) for value in map(torch.tensor, result.metrics.values()))
+        assert all(torch.isfinite(tensor).all() for tensor in result.model.state_dict().values())
+
+    def test_weights_that_are_no_numbers_are_never_saved(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        spoil(monkeypatch, {4}, gradient=True)
+        with pytest.raises(FloatingPointError, match="the weights are no numbers after step 4 of 12") as caught:
+            run(checkpoint=CheckpointSpec(keep=1, every=1))
+        folder = Path(re.search(r"is in (\S+)/checkpoints", str(caught.value))[1])  # type: ignore[index]
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+        assert all(torch.isfinite(t).all() for t in load_trained(folder, "last").state_dict().values())
+
 
 class TestDisk:
     def test_too_little_room_is_found_before_training(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +284,13 @@ class TestPretrained:
         second = run(name="second", conversion=MORF, epochs=1, model=start.model)
         shutil.rmtree(first.folder)
         assert same_weights(load_trained(second.folder), second.model)  # without the file that it started from
+
+    def test_heads_are_found_where_timm_has_them(self) -> None:
+        for name in ("levit_128s", "repvit_m0_9", "caformer_s18", "inception_v4", "resnet18", "test_convnext"):
+            heads = timm.models.get_pretrained_cfg(name).classifier
+            with torch.device("meta"):
+                weights = timm.create_model(name, num_classes=7).state_dict()
+            assert classes_of(weights, [heads] if isinstance(heads, str) else heads) == 7, name
 
     @pytest.mark.parametrize(
         ("content", "error", "message"),

@@ -184,6 +184,7 @@ def test_overrides(path: Path) -> None:
         (["--trackers", "[wand]"], ValueError, "every entry of trackers must be one of 'tensorboard', 'wandb'"),
         (["--nonfinite", "ignore"], ValueError, "nonfinite must be one of 'stop', 'skip'; got 'ignore'"),
         (["--fsdp", "true"], ValueError, "fsdp shards the weights, and ema wants them whole"),
+        (["--fsdp", "true", "--compile", "true"], ValueError, "fsdp and compile do not go together"),
         (["--accumulate", "0"], ValueError, "accumulate must be at least 1; got 0"),
         (["--checkpoint.every", "0"], ValueError, "checkpoint.every must be at least 1; got 0"),
     ],

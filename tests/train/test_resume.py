@@ -191,7 +191,9 @@ def test_sigterm_from_outside(run: Run, recipe: Recipe, tmp_path: Path, stop_at:
     assert same_weights(rest.model, whole.model)
 
 
-def test_second_signal_acts_at_once() -> None:
+def test_second_signal_acts_at_once(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.received is signal.SIGINT

@@ -96,6 +96,18 @@ def pixels(batch: Any) -> Tensor:
     return batch
 
 
+@contextmanager
+def running(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turn what networks say to images that they are not made for into a ValueError that names the size."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module:
     """Return the module called ``name`` in a model.
 
@@ -168,7 +180,7 @@ def last_maps(model: nn.Module, images: Tensor) -> list[str]:
             names.append(name)
 
     run = getattr(model, "forward_features", model)
-    with visited(model), torch.no_grad(), watched(dict(model.named_modules()), see):
+    with running(model, images), visited(model), torch.no_grad(), watched(dict(model.named_modules()), see):
         run(images)
     return names
 

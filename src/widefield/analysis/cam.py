@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import as_map, chunks, last_maps, submodule, track, visited, watched
+from widefield.analysis._model import as_map, chunks, last_maps, running, submodule, track, visited, watched
 from widefield.analysis._result import Result
 
 if TYPE_CHECKING:
@@ -293,7 +293,8 @@ def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]
 
     Raises ValueError if what it returns is something else.
     """
-    scores = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
+    with running(model, images):
+        scores = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
     if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images) or not scores.shape[1]:
         got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{type(model).__name__} must return scores (N, classes); got {got} for {len(images)} images.")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widefield import report
+from widefield import _checks, report
 from widefield.analysis._model import chunks, track, visited
 from widefield.analysis._result import Result
 from widefield.analysis.theoretical import (
@@ -187,6 +187,7 @@ def effective_receptive_field(
             no map, or has no gradient, none that is finite, or none that is positive; a target outside of the map.
         TypeError: images or a target of another kind.
     """
+    _checks.integer("batch", batch)
     parts = chunks(images, model, batch)
     first = next(parts)
     size = tuple(first.shape[1:])

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from widefield import _checks, report
 from widefield.analysis import _stages
 from widefield.analysis._crops import CropTable, crops
-from widefield.analysis._model import place
+from widefield.analysis._model import place, visited
 from widefield.analysis._result import Result
 from widefield.analysis._stages import Pair
 from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
@@ -204,7 +204,8 @@ def kernel_energy(
         raise ValueError(f"shares must name shares of energy above 0, such as (0.5, 0.99); got {tuple(shares)}.")
     limit = None if limit is None else _checks.integer("limit", limit)
     device, _ = place(model)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):  # merging builds layers
+    cards = [device] if device.type == "cuda" else []
+    with visited(model), torch.no_grad(), torch.random.fork_rng(cards):  # merging builds layers
         found = [(anchor, _measured(kernel, wanted, limit)) for anchor, kernel in _kernels(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution with more than one tap.")

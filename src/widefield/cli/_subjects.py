@@ -52,7 +52,7 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
     """Build or load the model that a word of the command line names; see :func:`widefield.subjects.load`."""
     from widefield.subjects import load
 
-    return load(word, pretrained=args.pretrained, seed=args.seed, device=args.device)
+    return load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)
 
 
 def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) -> Pictures:

@@ -64,7 +64,7 @@ class Pictures(ImageSet):
         self._from: ImageSet | None = None
         self._files: list[Path] = []
         own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
-        if self.source in SETS and self.source != "folder":
+        if self.source in SETS and (self.source != "folder" or "root" in options):
             self._from = create(self.source, "val", size=size, **options)
             self.classes = self._from.classes
             own = self._from.mean, self._from.std
@@ -74,9 +74,9 @@ class Pictures(ImageSet):
         elif self.source == PHOTOGRAPHS:
             available = 64 if count is None else _checks.integer("count", count)
         else:
-            self._files = _files(Path(source).expanduser())
-            folders = sorted({path.parent.name for path in self._files if path.parent != Path(source).expanduser()})
-            self.classes = tuple(folders) if all(p.parent.name in folders for p in self._files) else ()
+            root, self._files = _files(Path(source).expanduser())
+            folders = sorted({path.parent.name for path in self._files if path.parent != root})
+            self.classes = tuple(folders) if all(path.parent != root for path in self._files) else ()
             available = len(self._files)
         self.mean = tuple(own[0] if mean is None else mean)
         self.std = tuple(own[1] if std is None else std)
@@ -145,6 +145,7 @@ class Pictures(ImageSet):
 
     def batches(self, size: int = 32) -> Iterator[Sample]:
         """Yield the samples in order, in batches of ``size``."""
+        _checks.integer("size", size)
         for start in range(0, len(self), size):
             yield collate([self[i] for i in range(start, min(start + size, len(self)))])
 
@@ -158,7 +159,8 @@ class Pictures(ImageSet):
         return (images * std + mean).clamp(0, 1).movedim(1, -1)
 
 
-def _files(root: Path) -> list[Path]:
+def _files(root: Path) -> tuple[Path, list[Path]]:
+    """Return the folder that was searched, and the images in it."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if not root.is_dir():
@@ -172,7 +174,7 @@ def _files(root: Path) -> list[Path]:
     found = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not found:
         raise FileNotFoundError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
-    return found
+    return root, found
 
 
 def _centre(picture: Image.Image, size: int) -> Tensor:

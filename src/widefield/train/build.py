@@ -43,8 +43,12 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any]) -> nn.Module:
 
     if isinstance(spec.pretrained, str):
         fresh = dataclasses.replace(spec, pretrained=False)
-        start = load_whole if spec.name.startswith(TORCHVISION) else start_from
-        return start(spec.pretrained, lambda given: create_model(fresh, given), converted, model_args["num_classes"])
+        parts = spec.pretrained, lambda given: create_model(fresh, given), converted, model_args["num_classes"]
+        if spec.name.startswith(TORCHVISION):
+            return load_whole(*parts)
+        config = timm.models.get_pretrained_cfg(spec.name)
+        heads = getattr(config, "classifier", None) or ()
+        return start_from(*parts, [heads] if isinstance(heads, str) else heads)
     return converted(create_model(spec, model_args))
 
 

@@ -33,7 +33,7 @@ from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import Share, evaluate
 from widefield.train.interrupt import StopRequest
 from widefield.train.learner import Learner
-from widefield.train.loading import EpochSampler, batches, shut_down, train_loader, val_loader
+from widefield.train.loading import EpochSampler, batches, collate, shut_down, train_loader, val_loader
 from widefield.train.logs import Logs, check_trackers
 from widefield.train.processes import largest
 from widefield.train.progress import Reporter, numbers, reporter
@@ -197,7 +197,9 @@ class _Run:
         if self.learner.is_sparse:
             first = self.accelerator.process_index * self.recipe.batch_size
             order = list(self.sampler)[first : first + self.recipe.batch_size]
-            batch = data.collate([self.train_batches.dataset[index] for index in order])
+            batch = next(batches([collate([self.train_batches.dataset[index] for index in order])]))
+            if not batch:
+                raise ValueError(f"sparsity: none of the first images of the train split ({order[:8]}...) can be read.")
             self.learner.start(send_to_device(batch, self.accelerator.device))
 
     # The loop
@@ -307,8 +309,9 @@ class _Run:
             found = self._until_stop(batches(self.val_batches))
             return evaluate(model, found, self.task, self.accelerator.device, shares=True)
 
+        model = self.learner.agree()
         with self.accelerator.autocast():
-            metrics, self._warnings = watch_routers(self.learner.raw, lambda: measure(self.learner.model))
+            metrics, self._warnings = watch_routers(self.learner.raw, lambda: measure(model))
             if self.learner.ema is not None:
                 metrics |= {f"ema_{name}": value for name, value in measure(self.learner.ema.module).items()}
         return metrics
@@ -343,6 +346,7 @@ class _Run:
         self.report.line(f"epoch {self.epoch}/{self.learner.epochs}  {numbers(self.metrics)}  ({seconds:.1f} s)")
         if self._warnings:
             self.report.line(f"warning: {brief(self._warnings)}")
+        self.accelerator.wait_for_everyone()  # nobody reads checkpoints while the first process deletes some
 
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
@@ -370,6 +374,12 @@ class _Run:
     # Checkpoints
 
     def _save(self) -> Checkpoint:
+        if not self.learner.finite():  # a finite loss may have had other gradients
+            raise FloatingPointError(
+                f"the weights are no numbers after step {self.step} of {self.total_steps}. The last good checkpoint, if"
+                f" there is one, is in {self.folder.checkpoints}. A lower optimizer.lr, clip_grad, or nonfinite: skip, "
+                f"which looks at every gradient, may mend it."
+            )
         state = {
             **self.learner.state_dict(),
             "random": gather_object([random_state()]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,11 +52,11 @@ class Learner:
         model = build_model(recipe, task.model_args).to(accelerator.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        self._resting = freeze(model, recipe.freeze) if recipe.freeze else []
         if recipe.gradient_checkpointing:
             _checkpoint_blocks(model)
         if recipe.sync_batchnorm:
             model = _synchronised(model, accelerator)
+        self._resting = freeze(model, recipe.freeze) if recipe.freeze else []
         self.raw = model
         # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
         self.ema = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
@@ -131,6 +131,8 @@ class Learner:
     def step(self, batches: Sequence[Batch], number: int) -> Step:
         """Take step ``number``, from 1, on the gradients of these batches."""
         recipe, accelerator = self._recipe, self._accelerator
+        skips = recipe.nonfinite == "skip"
+        before = [buffer.clone() for buffer in self.raw.buffers()] if skips else []  # norms learn in the forward pass
         losses: list[Tensor] = []
         for batch in batches:
             last = len(losses) == len(batches) - 1
@@ -143,8 +145,12 @@ class Learner:
         if recipe.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
         loss = torch.stack(losses).sum()
-        if recipe.nonfinite == "skip" and largest(accelerator, not self._finite(loss)):
+        if skips and not self._finite(loss):
+            if accelerator.scaler is not None and recipe.clip_grad is not None:
+                accelerator.scaler.update()  # clipping has unscaled, which it does once an update
             self.optimizer.zero_grad()
+            for buffer, old in zip(self.raw.buffers(), before, strict=True):
+                buffer.copy_(old)
             return Step(loss, skipped=True)
         self.optimizer.step()
         if self._sparse is not None:
@@ -167,13 +173,32 @@ class Learner:
             return self._task.loss(self.model, batch) + self._recipe.balance * balance()
 
     def _finite(self, loss: Tensor) -> bool:
-        """Whether the loss and all gradients are finite; those of fp16 are the scaler's business."""
-        if not torch.isfinite(loss):
+        """Whether the losses and gradients of all processes are finite; gradients of fp16 are the scaler's business.
+
+        The processes agree on the loss first: a norm of sharded gradients is for all of them or for none.
+        """
+        if largest(self._accelerator, not torch.isfinite(loss)):
             return False
         if self._accelerator.scaler is not None:
             return True
-        gradients = [p.grad for p in self.raw.parameters() if p.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        return not largest(self._accelerator, not _finite(p.grad for p in self.raw.parameters() if p.grad is not None))
+
+    def finite(self) -> bool:
+        """Whether all weights are finite, in all processes; to be called by all of them."""
+        return not largest(self._accelerator, not _finite(self.raw.parameters()))
+
+    def agree(self) -> nn.Module:
+        """Return the model to evaluate, with what the first process's norms have seen in all of them.
+
+        It is not the wrapper that trains: that one would talk to the other processes in a forward pass, and their
+        shares of the images may be shorter. To be called by all processes.
+        """
+        if self._accelerator.num_processes == 1 or self._sharded:
+            return self.model
+        for model in (self.raw, *([self.ema.module] if self.ema else [])):
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        return self.raw
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state but the weights, in types that a checkpoint admits.
@@ -220,6 +245,11 @@ class Learner:
             self.model, keep_fp32_wrapper=False, keep_torch_compile=False
         )
         return trained.eval()
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    norm: Any = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
+    return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:

@@ -93,7 +93,8 @@ class _Reading(Dataset[Any]):
         return None if sample is None else {**sample, "index": index}
 
 
-def _collate(samples: Sequence[Any]) -> Any:
+def collate(samples: Sequence[Any]) -> Any:
+    """Stack samples, or return the OSError of the first that could not be read."""
     from widefield.data import collate
 
     return next((sample for sample in samples if isinstance(sample, OSError)), None) or collate(samples)
@@ -104,7 +105,7 @@ def _loader(dataset: _Reading, batch_size: int, workers: int, **options: Any) ->
         dataset,
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=ignore_signals,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,21 @@ def read_weights(source: str) -> dict[str, Tensor]:
     return weights
 
 
-def classes_of(weights: Mapping[str, Tensor]) -> int:
-    """Return how many classes weights tell apart, or 0 if they have no head."""
-    return next((len(weights[name]) for name in _HEADS if name in weights), 0)
+def classes_of(weights: Mapping[str, Tensor], heads: Sequence[str] = ()) -> int:
+    """Return how many classes weights tell apart, or 0 if they have no head.
+
+    ``heads`` are names of the last layer, such as timm's configurations give; usual ones are tried after them.
+    """
+    known = [f"{head}{inner}.weight" for head in heads for inner in ("", ".l", ".linear")]
+    return next((len(weights[name]) for name in (*known, *_HEADS) if name in weights), 0)
 
 
 def start_from(
-    source: str, build: Callable[[dict[str, Any]], nn.Module], convert: Callable[[nn.Module], nn.Module], classes: int
+    source: str,
+    build: Callable[[dict[str, Any]], nn.Module],
+    convert: Callable[[nn.Module], nn.Module],
+    classes: int,
+    heads: Sequence[str] = (),
 ) -> nn.Module:
     """Return a network with the weights of ``source``, and a fresh head if its classes are others.
 
@@ -58,13 +66,15 @@ def start_from(
         build: makes the plain network from arguments of ``timm.create_model``.
         convert: makes the converted network of the plain one.
         classes: of the network that is returned.
+        heads: see :func:`classes_of`.
 
     Raises:
         ValueError: the weights are neither's; the message names keys that differ.
     """
     weights = read_weights(source)
-    theirs = classes_of(weights)
-    overlay = {"state_dict": dict(weights), "num_classes": theirs, "label_offset": 0}
+    theirs = classes_of(weights, heads)
+    # timm looks at a source before it looks at weights that it was handed.
+    overlay = {"state_dict": dict(weights), "num_classes": theirs, "label_offset": 0, "source": ""}
     try:  # with their own number of classes, as timm is lenient with every key where the numbers differ
         model = build({"num_classes": theirs, "pretrained": True, "pretrained_cfg_overlay": overlay})
     except ValueError as plain:

@@ -266,6 +266,8 @@ class Recipe:
         _checks.choice("nonfinite", self.nonfinite, NONFINITE)
         for tracker in self.trackers:
             _checks.choice("every entry of trackers", tracker, TRACKERS)
+        if self.fsdp and self.compile:
+            raise ValueError("fsdp and compile do not go together here: drop one of the two.")
         for key in ("ema", "sparsity"):
             if self.fsdp and getattr(self, key) is not None:
                 raise ValueError(f"fsdp shards the weights, and {key} wants them whole: drop one of the two.")
