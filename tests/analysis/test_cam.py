@@ -338,3 +338,13 @@ def test_two_runs_agree_to_the_bit():
     model, images = make("test_vit"), torch.randn(2, 3, 80, 80)
     first, second = (class_activation(model, images) for _ in range(2))
     assert np.array_equal(first.maps, second.maps)
+
+
+def test_it_works_where_gradients_are_off():
+    model, images = timm.create_model("test_resnet", num_classes=5), torch.randn(2, 3, 64, 64)
+    expected = class_activation(model, images)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = class_activation(model, images.clone())
+        assert found.layer == expected.layer
+        assert (found.maps == expected.maps).all()

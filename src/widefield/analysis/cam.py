@@ -200,8 +200,8 @@ def class_activation(
             layer = target_layer(model, part[:1])
         chosen = wanted[done : done + len(part)] if isinstance(wanted, list) else wanted
         scorer = _Scorer(model, chosen, classes)
-        with visited(model), _tapped(model, layer, part.shape[2:]) as tap:
-            found = LayerGradCam(scorer, tap).attribute(part.detach(), relu_attributions=True)
+        with visited(model), torch.inference_mode(False), _tapped(model, layer, part.shape[2:]) as tap:
+            found = LayerGradCam(scorer, tap).attribute(part.clone().detach(), relu_attributions=True)
         parts.append((found.detach()[:, 0].float().cpu(), *scorer.seen))
         done += len(part)
     _one_each(each, done)
@@ -267,8 +267,8 @@ def _heard(
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         outputs[name] = output
 
-    with torch.enable_grad(), watched(layers, see):
-        best = class_scores(model, images.detach().requires_grad_(), weights).amax(1).sum()
+    with torch.inference_mode(False), torch.enable_grad(), watched(layers, see):
+        best = class_scores(model, images.clone().detach().requires_grad_(), weights).amax(1).sum()
         known = {name: outputs[name] for name in layers if name in outputs and outputs[name].requires_grad}
         if not known or not best.requires_grad:
             return []
