@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widefield import analysis, bench, report
+from widefield.analysis._result import write_whole
 from widefield.analysis.routing import mixtures
 from widefield.nn import DynamicGMConv2d, GMConv2d
 from widefield.subjects import Subject, load
@@ -79,8 +80,9 @@ def write(
     names = ", ".join(subject.name for subject in subjects)
     numbers = {heading: {n: r.to_dict() for n, r in results.items()} for heading, results in found.items()}
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.with_suffix(".json").write_text(json.dumps({"environment": environment, "results": numbers}) + "\n")
-    page.write_text(report.page(title or f"What became of {names}", lead, sections, environment), encoding="utf-8")
+    document = json.dumps({"environment": environment, "results": numbers}, allow_nan=False) + "\n"
+    write_whole(page.with_suffix(".json"), document.encode())
+    write_whole(page, report.page(title or f"What became of {names}", lead, sections, environment).encode())
     return page
 
 
