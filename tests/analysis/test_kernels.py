@@ -16,7 +16,7 @@ from torch import nn
 
 from tolerances import FLOAT32, FLOAT64, close
 from widefield import surgery
-from widefield.analysis import _crops, _stages
+from widefield.analysis import _stages
 from widefield.analysis.kernels import crops, kernel_energy
 from widefield.nn import (
     LKA,
@@ -177,7 +177,7 @@ def test_zeros_tiny_numbers_half_precision_and_chunks(monkeypatch):
     close(crops(weight * 1e-200).energy, whole.energy, FLOAT64)  # whose squares are 0
     close(crops(weight * 1e200).bound / 1e200, whole.bound, FLOAT64)
     same(crops(weight.half()), crops(weight.half().double()))
-    monkeypatch.setattr(_crops, "_CHUNK", 1)
+    monkeypatch.setattr("widefield.ops.crops._CHUNK", 1)
     same(crops(weight), whole)
 
 

@@ -1,6 +1,5 @@
 """What a model looks at. Every function leaves the model as it found it, and returns numbers that draw themselves."""
 
-from widefield.analysis._crops import CropTable, crops
 from widefield.analysis._result import Result, save, section
 from widefield.analysis.cam import ClassActivation, class_activation
 from widefield.analysis.erf import ReceptiveField, effective_receptive_field
@@ -11,6 +10,7 @@ from widefield.analysis.routing import Routing, RoutingStatistics, routing_stati
 from widefield.analysis.shape_bias import ShapeBias, shape_bias
 from widefield.analysis.stability import TranslationStability, translation_stability
 from widefield.analysis.theoretical import Field, theoretical_receptive_field
+from widefield.ops.crops import CropTable, crops
 
 __all__ = [
     "ClassActivation",

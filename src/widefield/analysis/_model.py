@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.surgery.outputs import pixels, place
 
 T = TypeVar("T")
 
@@ -49,14 +50,6 @@ def watched(
             handle.remove()
 
 
-def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and floating-point type that a model computes in: those of its first parameter or buffer."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.float32
-
-
 def chunks(images: Tensor | Iterable[Any], model: nn.Module, size: int | None = None) -> Iterator[Tensor]:
     """Yield images (N, C, H, W) in batches of at most ``size``, on the model's device and in its type.
 
@@ -80,20 +73,6 @@ def chunks(images: Tensor | Iterable[Any], model: nn.Module, size: int | None = 
                 yield part.to(device, dtype)
     if empty:
         raise ValueError("there are no images: images is empty.")
-
-
-def pixels(batch: Any) -> Tensor:
-    """Return the images of a batch as loaders give it: a tensor, {"image": tensor}, or (tensor, ...)."""
-    if isinstance(batch, Mapping):
-        batch = batch.get("image")
-    elif isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if not isinstance(batch, Tensor) or not batch.is_floating_point():
-        kind = f"{batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
-        raise TypeError(f"images must be tensors of floating-point numbers, normalised; got a {kind}.")
-    if batch.ndim != 4:
-        raise ValueError(f"images must have the shape (N, C, H, W); got {tuple(batch.shape)}.")
-    return batch
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from widefield import _checks, report
 from widefield.analysis._classifier import logits
-from widefield.analysis._model import chunks, place, track, visited
+from widefield.analysis._model import chunks, track, visited
 from widefield.analysis._result import Result
+from widefield.surgery.outputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,14 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from widefield import _checks, report
 from widefield.analysis import _stages
-from widefield.analysis._crops import CropTable, crops
-from widefield.analysis._model import place, visited
+from widefield.analysis._model import visited
 from widefield.analysis._result import Result
 from widefield.analysis._stages import Pair
 from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
+from widefield.ops.crops import CropTable, crops
 from widefield.surgery import fuse_layers
 from widefield.surgery.conversions import stages_of
+from widefield.surgery.outputs import place
 from widefield.surgery.walk import merge_method
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import chunks, pixels, track, visited, watched
+from widefield.analysis._model import chunks, track, visited, watched
 from widefield.analysis._result import Result, plain
 from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
 from widefield.analysis._routing_figures import CAPTIONS, DRAWN
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
+from widefield.surgery.outputs import pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from widefield import report
 from widefield.analysis._classifier import logits
-from widefield.analysis._model import place, track, visited
+from widefield.analysis._model import track, visited
 from widefield.analysis._result import Result
 from widefield.data.conflict import SIXTEEN, ConflictImages
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from widefield.surgery.outputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

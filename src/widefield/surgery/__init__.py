@@ -12,11 +12,13 @@ from widefield.surgery.conversions import (
     TokenMixer,
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
-from widefield.surgery.reparameterize import Difference, compare, reparameterize
+from widefield.surgery.outputs import Change, Difference, compare, measure_change
+from widefield.surgery.reparameterize import reparameterize
 from widefield.surgery.sparsity import DynamicSparsity
 from widefield.surgery.walk import fuse_layers
 
 __all__ = [
+    "Change",
     "Conversion",
     "Deformable",
     "Difference",
@@ -33,6 +35,7 @@ __all__ = [
     "compare",
     "convert",
     "fuse_layers",
+    "measure_change",
     "plan",
     "reparameterize",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -17,24 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from widefield import _checks
+from widefield.surgery.outputs import Difference, difference
 from widefield.surgery.walk import MERGE_METHODS, fuse_layers, takes_norm
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far two models are apart on the same input, in the output tensor in which they differ most for its size."""
-
-    max_abs: float
-    """Largest absolute difference; infinite where one of the two is not finite."""
-    scale: float
-    """Largest absolute value of the first model's output."""
-
-    @property
-    def relative(self) -> float:
-        """``max_abs`` in units of ``scale``."""
-        return self.max_abs / self.scale if self.scale else self.max_abs
 
 
 def reparameterize(
@@ -86,47 +71,23 @@ def reparameterize(
             f"{type(model).__name__} has nothing to fuse: no module in it has a method {' or '.join(MERGE_METHODS)}."
         )
     with torch.no_grad():
-        difference = _difference(before, fused(x))
+        apart = difference(before, fused(x))
     worst = max(seen.layers.values(), key=lambda d: d.relative, default=Difference(0.0, 0.0))
     log.info(
         "fused %d layers (%s); outputs differ by %.1e of their scale, those of single layers by at most %.1e",
         len(names),
         ", ".join(names),
-        difference.relative,
+        apart.relative,
         worst.relative,
     )
-    if not max(difference.relative, worst.relative) <= tolerance:
+    if not max(apart.relative, worst.relative) <= tolerance:
         guilty = [name for name, d in seen.layers.items() if not d.relative <= tolerance] or names
         raise RuntimeError(
-            f"re-parameterisation changed the outputs by {difference.relative:.2e} of their scale "
-            f"({difference.max_abs:.2e} absolute) and those of single layers by up to {worst.relative:.2e}, "
+            f"re-parameterisation changed the outputs by {apart.relative:.2e} of their scale "
+            f"({apart.max_abs:.2e} absolute) and those of single layers by up to {worst.relative:.2e}, "
             f"more than tolerance={tolerance:.0e}. Look at: {', '.join(guilty)}."
         )
     return fused
-
-
-def compare(first: nn.Module, second: nn.Module, x: Tensor) -> Difference:
-    """Run both models on ``x``, without gradients and in the mode they are in, and return how far they are apart."""
-    with torch.no_grad():
-        return _difference(first(x), second(x))
-
-
-def _difference(first: Any, second: Any) -> Difference:
-    ours, theirs = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (first, second))
-    if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
-        raise ValueError(
-            "the outputs cannot be compared: expected the same tensors, alone or in tuples, lists and dicts; got "
-            f"{[tuple(t.shape) for t in ours] or type(first).__name__} and "
-            f"{[tuple(t.shape) for t in theirs] or type(second).__name__}."
-        )
-    if not all(tensor.isfinite().all() for tensor in ours):
-        raise ValueError("the first model's outputs are not finite, so nothing can be compared: choose another input.")
-    differences = []
-    for a, b in zip(ours, theirs, strict=True):
-        if a.numel():
-            gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf).amax().item()
-            differences.append(Difference(gap, a.double().abs().amax().item()))
-    return max(differences, key=lambda d: d.relative, default=Difference(0.0, 0.0))
 
 
 def _example(model: nn.Module) -> Tensor:
@@ -199,7 +160,7 @@ class _Watch(TorchFunctionMode):
 
     def _mixed(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         self._inside.append(module)  # what follows is no reader
-        self.layers[name] = _difference(output, cast(Any, module).fuse()(args[0]))
+        self.layers[name] = difference(output, cast(Any, module).fuse()(args[0]))
         self._inside.pop()
         self._calls[module] += 1
         self._outputs[id(output)] = (module, output)

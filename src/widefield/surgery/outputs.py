@@ -1,0 +1,198 @@
+"""What models answer, and how far two of them are apart: on one input, or over a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are apart on the same input, in the output tensor in which they differ most for its size."""
+
+    max_abs: float
+    """Largest absolute difference; infinite where one of the two is not finite."""
+    scale: float
+    """Largest absolute value of the first model's output."""
+
+    @property
+    def relative(self) -> float:
+        """``max_abs`` in units of ``scale``."""
+        return self.max_abs / self.scale if self.scale else self.max_abs
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far two models are apart over a data set, the first being the one to keep to."""
+
+    images: int
+    max_abs: float
+    """Largest absolute difference of any output; infinite where one of the two is not finite."""
+    scale: float
+    """Largest absolute value of the first model's outputs."""
+    rms: float
+    """Root of the summed squares of the differences, over that of the first model's outputs."""
+    agreement: float | None
+    """Share of images of which both have the same largest output; None where an output is not (N, classes)."""
+    accuracy_before: float | None
+    """Share of labelled images that the first model gets right; None without labels, one class number an image."""
+    accuracy_after: float | None
+    """The same of the second."""
+
+    @property
+    def relative(self) -> float:
+        """``max_abs`` in units of ``scale``."""
+        return self.max_abs / self.scale if self.scale else self.max_abs
+
+
+class Tally:
+    """Adds up, batch by batch, how far two models' outputs are apart."""
+
+    def __init__(self) -> None:
+        self._images = self._same = self._labelled = self._right = self._right_after = 0
+        self._max_abs = self._scale = self._squares = self._moved = 0.0
+        self._ranks = True
+
+    def add(self, first: Any, second: Any, labels: Tensor | None = None) -> None:
+        """Take in the outputs of both for one batch: the same tensors, alone or in tuples, lists and dicts.
+
+        Raises ValueError where they are not of the same shapes, or the first's are not finite.
+        """
+        ours, theirs = comparable(first, second)
+        self._images += len(ours[0])
+        for a, b in zip(ours, theirs, strict=True):
+            if a.numel():
+                gap = (b.double() - a.double()).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+                self._max_abs = max(self._max_abs, gap.abs().amax().item())
+                self._scale = max(self._scale, a.double().abs().amax().item())
+                self._moved += gap.square().sum().item()
+                self._squares += a.double().square().sum().item()
+        self._ranks &= len(ours) == 1 and ours[0].ndim == 2 and ours[0].shape[1] > 1
+        if not self._ranks:
+            return
+        before, after = ours[0].argmax(1), theirs[0].argmax(1)
+        self._same += int((before == after).sum())
+        if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
+            labels = labels.to(before.device)
+            self._labelled += len(labels)
+            self._right += int((before == labels).sum())
+            self._right_after += int((after.to(labels.device) == labels).sum())
+
+    def change(self) -> Change:
+        """Return what came of all batches; raises ValueError if there was no image."""
+        if not self._images:
+            raise ValueError("there are no images: the loader gave none.")
+        ranks, labelled = self._ranks, self._ranks and self._labelled == self._images
+        return Change(
+            self._images,
+            self._max_abs,
+            self._scale,
+            math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0),
+            self._same / self._images if ranks else None,
+            self._right / self._images if labelled else None,
+            self._right_after / self._images if labelled else None,
+        )
+
+
+def measure_change(first: nn.Module, second: nn.Module, loader: Iterable[Any]) -> Change:
+    """Run both models, in the mode they are in and without gradients, over a loader; see :func:`batches`."""
+    tally = Tally()
+    with torch.no_grad():
+        for images, labels in batches(loader, first):
+            tally.add(first(images), second(images), labels)
+    return tally.change()
+
+
+def compare(first: nn.Module, second: nn.Module, x: Tensor) -> Difference:
+    """Run both models on ``x``, without gradients and in the mode they are in, and return how far they are apart."""
+    with torch.no_grad():
+        return difference(first(x), second(x))
+
+
+def difference(first: Any, second: Any) -> Difference:
+    """Return how far two models' outputs are apart.
+
+    Raises ValueError where they are not of the same shapes, or the first's are not finite.
+    """
+    differences = []
+    for a, b in zip(*comparable(first, second), strict=True):
+        if a.numel():
+            gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf).amax().item()
+            differences.append(Difference(gap, a.double().abs().amax().item()))
+    return max(differences, key=lambda d: d.relative, default=Difference(0.0, 0.0))
+
+
+def comparable(first: Any, second: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of both outputs, side by side; raises ValueError as :func:`difference` says."""
+    ours, theirs = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (first, second))
+    if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise ValueError(
+            "the outputs cannot be compared: expected the same tensors, alone or in tuples, lists and dicts; got "
+            f"{[tuple(t.shape) for t in ours] or type(first).__name__} and "
+            f"{[tuple(t.shape) for t in theirs] or type(second).__name__}."
+        )
+    if not all(tensor.isfinite().all() for tensor in ours):
+        raise ValueError("the first model's outputs are not finite, so nothing can be compared: choose another input.")
+    return ours, theirs
+
+
+# Images
+
+
+def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and floating-point type that a model computes in: those of its first parameter or buffer."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (images, labels or None) of a loader, images on the model's device and in its type.
+
+    Args:
+        loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": tensor}, or (images, labels, ...).
+            It is iterated anew by every function that takes one: no generator.
+        model: see above.
+
+    Raises:
+        TypeError: a tensor instead of batches, an iterator, which runs out, or batches that hold no floating-point
+            images.
+        ValueError: no image at all, or images of another shape.
+    """
+    if isinstance(loader, Tensor):
+        raise TypeError(f"loader must give batches of images; got one tensor of {tuple(loader.shape)}: pass [tensor].")
+    if isinstance(loader, Iterator):
+        raise TypeError(f"loader is iterated more than once, and a {type(loader).__name__} runs out: pass a list.")
+    device, dtype = place(model)
+    empty = True
+    for batch in loader:
+        images = pixels(batch)
+        labels = batch.get("label") if isinstance(batch, Mapping) else None
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+            labels = batch[1]
+        if len(images):
+            empty = False
+            yield images.to(device, dtype), labels if isinstance(labels, Tensor) else None
+    if empty:
+        raise ValueError("there are no images: the loader gave none.")
+
+
+def pixels(batch: Any) -> Tensor:
+    """Return the images of a batch as loaders give it: a tensor, {"image": tensor}, or (tensor, ...)."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("image")
+    elif isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor) or not batch.is_floating_point():
+        kind = f"{batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(f"images must be tensors of floating-point numbers, normalised; got a {kind}.")
+    if batch.ndim != 4:
+        raise ValueError(f"images must have the shape (N, C, H, W); got {tuple(batch.shape)}.")
+    return batch
