@@ -12,20 +12,21 @@ import widefield
 ROOT = Path(widefield.__file__).parent
 
 LEVELS = {
-    "_checks": 0, "bench": 0, "report": 0,
+    "_checks": 0, "_files": 0, "bench": 0, "report": 0,
     "ops": 1,
     "nn": 2,
     "surgery": 3, "data": 3,
-    "models": 4, "analysis": 4, "tasks": 4,
+    "models": 4, "analysis": 4, "tasks": 4, "deploy": 4,
     "train": 5,
     "subjects": 6,
     "run_report": 7,
     "demo": 8, "benchmarks": 8,
     "cli": 9, "__main__": 10,
 }  # fmt: skip
-OPEN = {"_checks", "bench", "report"}  # level 0 is open to all
+OPEN = {"_checks", "_files", "bench", "report"}  # level 0 is open to all
 THIRD_PARTY = {
     "_checks": set(),
+    "_files": set(),
     "bench": {"torch"},
     "report": {"numpy", "matplotlib"},
     "ops": {"torch", "triton"},  # triton in ops/_triton alone: see below
@@ -33,6 +34,7 @@ THIRD_PARTY = {
     "surgery": {"torch", "timm", "rich"},
     "models": {"torch", "timm"},
     "analysis": {"torch", "numpy", "captum", "rich", "matplotlib"},
+    "deploy": {"torch", "timm", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino"},
     "data": {"torch", "torchvision", "timm", "sklearn", "numpy", "PIL"},
     "benchmarks": {"torch", "timm", "torchvision"},
     "tasks": {"torch", "torchvision", "timm", "torchmetrics"},

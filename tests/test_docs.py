@@ -24,6 +24,7 @@ PAGES = (
     "focalnet",
     "moganet",
     "metaformer",
+    "deployment",
 )
 
 

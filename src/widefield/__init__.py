@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import widefield.models  # noqa: F401  registers the models in timm
 
 if TYPE_CHECKING:
+    from widefield.deploy import export, quantize
     from widefield.nn import (
         GRN,
         LKA,
@@ -45,8 +46,11 @@ if TYPE_CHECKING:
         TokenMixer,
         compare,
         convert,
+        measure_change,
         plan,
         reparameterize,
+        specialize,
+        trim,
     )
 
 __version__ = "0.1.0"
@@ -84,13 +88,18 @@ _HOMES = {
     "dcnv3": "widefield.ops",
     "depthwise_conv2d": "widefield.ops",
     "explain": "widefield.ops",
+    "export": "widefield.deploy",
     "load_balancing": "widefield.nn",
+    "measure_change": "widefield.surgery",
     "mixture_conv2d": "widefield.ops",
     "per_sample_conv2d": "widefield.ops",
     "plan": "widefield.surgery",
+    "quantize": "widefield.deploy",
     "reparameterize": "widefield.surgery",
+    "specialize": "widefield.surgery",
+    "trim": "widefield.surgery",
 }
-_ROOMS = ("analysis", "bench", "data", "models", "nn", "ops", "report", "surgery", "tasks", "train")
+_ROOMS = ("analysis", "bench", "data", "deploy", "models", "nn", "ops", "report", "surgery", "tasks", "train")
 
 __all__ = [
     "GRN",
@@ -125,11 +134,16 @@ __all__ = [
     "dcnv3",
     "depthwise_conv2d",
     "explain",
+    "export",
     "load_balancing",
+    "measure_change",
     "mixture_conv2d",
     "per_sample_conv2d",
     "plan",
+    "quantize",
     "reparameterize",
+    "specialize",
+    "trim",
 ]
 
 

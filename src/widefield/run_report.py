@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widefield import analysis, bench, report
-from widefield.analysis._result import write_whole
+from widefield._files import write_whole
 from widefield.analysis.routing import mixtures
 from widefield.nn import DynamicGMConv2d, GMConv2d
 from widefield.subjects import Subject, load

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from widefield.cli import main
 
 OURS = "slak_tiny{depths: [1, 1, 1, 1], widths: [4, 4, 8, 8], kernel_sizes: [13, 11, 9, 7]}"
@@ -40,6 +38,42 @@ def test_shares_are_asked_for_and_errors_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == "widefield kernels: limit must be at least 1; got 0.\n"
 
 
-def test_it_takes_no_images(tmp_path):
-    with pytest.raises(SystemExit):
-        main(["kernels", "test_resnet", "--size", "64", "--out", str(tmp_path)])
+def test_what_cropping_to_the_limit_costs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    slak = OURS.replace("{", "{layer_scale_init: 0, ")
+    options = ["--limit", "9", "--cost", "--size", "32", "--count", "6", "--batch", "4", "--out", str(tmp_path)]
+    assert main(["kernels", slak, MORF, *options]) == 0
+    text = capsys.readouterr().out
+    assert "cropped to 9" in text
+    results = json.loads((tmp_path / "kernels.json").read_text())["results"]
+    for word in (slak, MORF):
+        cost = results[word]["cost"]
+        assert cost["change"]["images"] == 6
+        assert cost["change"]["accuracy_before"] is None  # whose classes are not those of the photographs
+        assert cost["parameters_after"] < cost["parameters_before"]
+        assert max(side for kernel in cost["kernels"] for side in kernel["after"]) <= 9
+    assert results[slak]["cost"]["change"]["rms"] > 0
+    assert len(results[MORF]["cost"]["kernels"]) == 24  # 20 experts
+    assert "kernels cropped, parameters" in (tmp_path / "kernels.html").read_text()
+
+
+def test_a_runs_own_images_have_labels_that_count(tmp_path, capsys):
+    from widefield.train import DataSpec, ModelSpec, Recipe, train
+
+    model = ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "patch_size": 2})
+    data = DataSpec("digits", {"size": 32})
+    run = train(
+        Recipe(name="run", model=model, data=data, output=str(tmp_path), epochs=1, batch_size=512, workers=0)
+    ).folder
+    capsys.readouterr()
+    assert main(["kernels", str(run), "--limit", "5", "--cost", "--count", "5", "--out", str(tmp_path)]) == 0
+    change = next(iter(json.loads((tmp_path / "kernels.json").read_text())["results"].values()))["cost"]["change"]
+    assert change["images"] == 5
+    assert 0 <= change["accuracy_after"] <= 1
+
+
+def test_images_are_for_the_cost_alone(tmp_path, capsys):
+    assert main(["kernels", "test_resnet", "--size", "64", "--out", str(tmp_path)]) == 1
+    assert "images are looked at for --cost alone" in capsys.readouterr().err
+    assert main(["kernels", "test_resnet", "--cost", "--out", str(tmp_path)]) == 1
+    assert "pass --limit K" in capsys.readouterr().err

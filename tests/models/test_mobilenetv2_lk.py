@@ -122,10 +122,8 @@ def test_re_parameterisation_keeps_the_function(arguments):
     fused = widefield.reparameterize(model, x)
     assert not any(isinstance(m, LargeKernelConv2d) for m in fused.modules())
     close(fused(x), model(x), FLOAT64)
-    removed = 2 * sum(isinstance(m, LargeKernelConv2d) for m in model.modules())
-    assert removed > 0
-    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) for network in (model, fused)]
-    assert norms[0] - norms[1] == removed
+    assert any(isinstance(m, LargeKernelConv2d) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
 
 
 def test_timms_network_with_its_weights_grows_by_conversion():
@@ -136,8 +134,8 @@ def test_timms_network_with_its_weights_grows_by_conversion():
     close(larger(x), model(x), FLOAT64)
     fused = widefield.reparameterize(larger, x)
     close(fused(x), model(x), FLOAT64)
-    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in network.modules()) for network in (larger, fused)]
-    assert norms[0] - norms[1] == 17
+    assert any(isinstance(m, nn.BatchNorm2d) for m in larger.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     close(larger.train()(x), model.train()(x), FLOAT64)
 
 

@@ -370,6 +370,39 @@ def test_fused_dynamic_layers_stay_dynamic(folds, **arguments):
     close(layer(x), y, 0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(**layers)
+def test_a_collapsed_dynamic_layer_is_the_convolution_under_the_mask(**arguments):
+    conv = convolution(**arguments)
+    assume(why_not(conv) is None)
+    layer = unsettled(DynamicGMConv2d.from_conv2d(conv, init="random"))
+    conv.bias = layer.bias
+    mask = torch.rand(layer.kernel_size, dtype=torch.double)
+    collapsed = layer.collapse(mask)
+    x = torch.randn(2, layer.in_channels, 11, 12).double()
+    close(plain(collapsed, collapsed.weight, x), plain(conv, layer.weight * mask, x), FLOAT64)
+    depthwise = layer.groups == layer.in_channels == layer.out_channels
+    assert type(collapsed) is (DepthwiseConv2d if depthwise else nn.Conv2d)
+    assert not collapsed.training
+    # Images that agree on a mask: this is what the layer computes.
+    nn.init.zeros_(layer.predictor.out.weight)
+    collapsed = layer.collapse(layer.mask())
+    close(plain(collapsed, collapsed.weight, x), layer(x), FLOAT64)
+
+
+def test_collapse_keeps_dtype_and_what_is_frozen_and_refuses_masks_that_are_none():
+    layer = DynamicGMConv2d(4, 4, (3, 5)).bfloat16()
+    layer.weight.requires_grad_(False)
+    conv = layer.collapse(torch.full((3, 5), 0.7, dtype=torch.double))
+    assert torch.equal(conv.weight, (layer.weight.double() * 0.7).bfloat16())  # rounded once
+    assert [p.requires_grad for p in conv.parameters()] == [False, True]
+    assert conv.bias.data_ptr() != layer.bias.data_ptr()
+    with pytest.raises(ValueError, match=r"mask must be \(KH, KW\) = \(3, 5\); got shape \(2, 3, 5\)"):
+        layer.collapse(torch.ones(2, 3, 5))
+    with pytest.raises(ValueError, match="mask must be finite"):
+        layer.collapse(torch.full((3, 5), float("inf")))
+
+
 @BOTH
 def test_fuse_refuses_what_it_cannot_fold(layer_type):
     layer = layer_type(4, 4, 3)

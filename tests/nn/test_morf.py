@@ -9,7 +9,7 @@ from torch import nn
 
 import widefield
 from tolerances import FLOAT32, FLOAT64, close
-from widefield.nn import MoRFConv2d
+from widefield.nn import DepthwiseConv2d, MoRFConv2d
 
 
 def branches(layer, x):
@@ -78,6 +78,59 @@ def test_fused_equals_unfused_with_and_without_batch_norm(
     x = torch.randn(n, layer.in_channels, height, width).double()
     close(layer.fuse()(x), layer(x), FLOAT64)
     close(layer.fuse(norm)(x), norm(layer(x)), FLOAT64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**layers)
+def test_a_collapsed_mixture_is_the_mixture_of_fixed_weights(
+    groups, per_in, per_out, experts, stride, bias, attention, routing, n, height, width
+):
+    layer = MoRFConv2d(
+        groups * per_in, groups * per_out, experts, stride, groups, bias, routing=routing, top_k=1
+    ).double().eval()  # fmt: skip
+    norm = nn.BatchNorm2d(layer.out_channels).double().eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)
+    weights = torch.randn(len(experts)).double()
+    fused, folded = layer.fuse(), layer.fuse(norm)
+    layer.route = lambda x: weights.expand(len(x), -1)  # which branches() asks
+    x = torch.randn(n, layer.in_channels, height, width).double()
+    y = branches(layer, x)
+    for conv, expected in (
+        (layer.collapse(weights), y),
+        (fused.collapse(weights), y),
+        (folded.collapse(weights), norm(y)),
+    ):
+        close(conv(x), expected, FLOAT64)
+        assert type(conv) is (DepthwiseConv2d if per_in == per_out == 1 else nn.Conv2d)
+
+
+def test_a_collapsed_mixture_is_finished_and_keeps_dtype_and_what_is_frozen():
+    layer = MoRFConv2d(4, 6, (3, 5)).bfloat16()
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    conv = layer.collapse(weights)
+    assert not conv.training
+    assert {p.dtype for p in conv.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad and p.is_leaf for p in conv.parameters())
+    exact = 0.3 * F.pad(layer.kernels()[0].double(), (1,) * 4) + 0.7 * layer.kernels()[1].double()
+    assert torch.equal(conv.weight, exact.bfloat16())  # rounded once
+    layer.expert_biases.requires_grad_(False)
+    assert [p.requires_grad for p in layer.collapse(weights).parameters()] == [True, False]
+    fused = layer.eval().fuse()
+    assert not any(p.requires_grad for p in fused.collapse(weights).parameters())
+    with torch.no_grad():
+        conv.weight.zero_()  # it shares nothing with the mixture
+    assert all(kernel.abs().min() > 0 for kernel in layer.kernels())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_collapse_refuses_weights_that_are_none(fused):
+    layer = MoRFConv2d(4, 4, (3, 5, 7)).eval()
+    layer = layer.fuse() if fused else layer
+    with pytest.raises(ValueError, match=r"weights must be \(3,\), one for each expert; got shape \(2, 3\)"):
+        layer.collapse(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="weights must be finite; got"):
+        layer.collapse(torch.tensor([1.0, float("nan"), 1.0]))
 
 
 def test_defaults_are_the_papers():

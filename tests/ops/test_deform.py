@@ -15,8 +15,8 @@ from widefield.ops import deform
 from widefield.ops.deform import Sampling, dcnv3, sampling_points
 
 CASES = [name for name, case in operators().items() if name.startswith("dcnv3_") and "mask" in case]
-BOTH = ("bags", "gather")
-both = pytest.mark.parametrize("backend", BOTH)
+EVERY = ("bags", "gather", "grid")
+every = pytest.mark.parametrize("backend", EVERY)
 
 
 def inputs(sampling, batch=2, height=5, width=6, channels=None, dtype=torch.float64, spread=1.5):
@@ -73,7 +73,7 @@ def oracle(x, offset, mask, sampling):
     return torch.stack(outputs).view(batch, rows, columns, -1) if outputs else x.new_zeros(0, rows, columns, x.shape[3])
 
 
-@both
+@every
 @pytest.mark.parametrize("name", CASES)
 def test_fixtures(name, backend):
     case = operators()[name]
@@ -91,7 +91,7 @@ def test_fixtures(name, backend):
             assert ((actual - expected).abs() / expected.abs().clamp(min=1)).max() <= OPERATORS_WITHIN
 
 
-@both
+@every
 @given(
     sampling=st.builds(
         Sampling,
@@ -123,7 +123,7 @@ def test_output_and_gradients_are_the_oracles(backend, sampling, size, spread, s
         close(actual, one, FLOAT64)
 
 
-@both
+@every
 def test_derivatives_of_first_and_second_order(backend):
     sampling = Sampling(groups=2)
     tensors = inputs(sampling, height=4, width=3)
@@ -131,7 +131,7 @@ def test_derivatives_of_first_and_second_order(backend):
     assert torch.autograd.gradgradcheck(lambda *t: run(t, sampling, backend), tensors, fast_mode=True)
 
 
-@both
+@every
 def test_only_the_gradients_that_are_wanted(backend):
     sampling = Sampling()
     whole = inputs(sampling)
@@ -146,7 +146,7 @@ def test_only_the_gradients_that_are_wanted(backend):
         close(again, expected[index], FLOAT64)
 
 
-@both
+@every
 def test_without_offsets_it_is_a_convolution(backend):
     sampling = Sampling(stride=2, padding=2, dilation=2, groups=3)
     x, offset, _ = inputs(sampling, height=7, width=8)
@@ -157,7 +157,7 @@ def test_without_offsets_it_is_a_convolution(backend):
     close(run((x, torch.zeros_like(offset), mask), sampling, backend), expected, FLOAT64)
 
 
-@both
+@every
 def test_groups_are_calls_of_their_own(backend):
     sampling = Sampling(kernel_size=3, groups=4)
     x, offset, mask = inputs(sampling, batch=3)
@@ -166,7 +166,7 @@ def test_groups_are_calls_of_their_own(backend):
     close(run((x, offset, mask), sampling, backend), expected, FLOAT64)
 
 
-@both
+@every
 @pytest.mark.parametrize("far", [1e6, -1e6, 1e30, math.inf, -math.inf])
 def test_points_far_outside_are_zero_and_have_no_gradient(backend, far):
     tensors = inputs(Sampling(), dtype=torch.float32)
@@ -176,7 +176,7 @@ def test_points_far_outside_are_zero_and_have_no_gradient(backend, far):
         assert not value.any()  # NaN would count as true
 
 
-@both
+@every
 def test_a_point_that_is_no_number_spoils_its_pixel_alone(backend):
     tensors = inputs(Sampling())
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_point_that_is_no_number_spoils_its_pixel_alone(backend):
     assert bad == [[0, 2, 3]]
 
 
-@both
+@every
 def test_no_images(backend):
     sampling = Sampling(groups=2)
     tensors = inputs(sampling, batch=0)
@@ -194,7 +194,7 @@ def test_no_images(backend):
     assert [g.shape for g in gradients(y, tensors)] == [t.shape for t in tensors]
 
 
-@both
+@every
 def test_any_strides_in_memory(backend):
     sampling = Sampling(groups=2)
     tensors = inputs(sampling)
@@ -214,7 +214,7 @@ def test_any_strides_in_memory(backend):
         close(actual, wanted, FLOAT64)
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sixteen_bits_are_computed_in_32(backend, dtype, autocast):
@@ -265,7 +265,7 @@ class Module(torch.nn.Module):
         return dcnv3(x, offset, mask, groups=2, backend=self.backend)
 
 
-@both
+@every
 def test_export_with_any_batch_and_no_operators_of_ours(backend):
     sampling = Sampling(groups=2)
     tensors = inputs(sampling, batch=3, dtype=torch.float32)
@@ -281,7 +281,7 @@ def test_export_with_any_batch_and_no_operators_of_ours(backend):
     assert not any("widefield" in name for name in names)
 
 
-@both
+@every
 def test_compile_traces_training_without_breaks(backend):
     sampling = Sampling(groups=2)
     tensors = inputs(sampling, dtype=torch.float32)
@@ -373,7 +373,7 @@ def test_bad_tensors_are_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@both
+@every
 def test_on_gpu(backend):
     sampling = Sampling(groups=4)
     tensors = inputs(sampling, 2, 14, 15, 64)

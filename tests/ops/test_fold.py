@@ -63,3 +63,14 @@ def test_batch_norm_affine_is_batch_norm(affine):
     y = torch.randn(3, 5, 4, 4).double()
     scale, shift = fold.batch_norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
     close(y * scale[:, None, None] + shift[:, None, None], norm(y), FLOAT64)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_outputs_of_transposed_convolutions_are_scaled_group_by_group(groups):
+    kernel, bias = torch.randn(6, 12 // groups, 3, 2).double(), torch.randn(12).double()
+    scale, shift = torch.randn(12).double(), torch.randn(12).double()
+    x = torch.randn(2, 6, 5, 4).double()
+    y = torch.conv_transpose2d(x, kernel, bias, stride=2, groups=groups)
+    merged = fold.scale_outputs(kernel, bias, scale, shift, transposed=groups)
+    expected = y * scale[:, None, None] + shift[:, None, None]
+    close(torch.conv_transpose2d(x, *merged, stride=2, groups=groups), expected, FLOAT64)

@@ -1,16 +1,20 @@
+import json
 import logging
 
 import pytest
 import timm
 import torch
 from test_convert import unsettled
+from test_folded_networks import shaken_a_little
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
 
 import widefield
 from tolerances import FLOAT32, NETWORK, close
-from widefield.nn import FusedMoRFConv2d, MoRFConv2d
+from widefield.nn import FusedMoRFConv2d, LargeKernelConv2d, MoRFConv2d
+from widefield.surgery.folding import is_norm
+from widefield.surgery.reparameterize import FusedLayer
 
 
 def count(model, kind):
@@ -19,7 +23,7 @@ def count(model, kind):
 
 SMALL = {
     "morf_convnext_tiny": {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)},
-    "morf_resnet18": {},
+    "morf_resnet18": {"layers": (1, 1, 1, 1)},
 }
 
 
@@ -28,7 +32,7 @@ SMALL = {
 def test_timms_own_function_and_ours_agree_with_the_unfused_model(name, routing):
     model = unsettled(timm.create_model(name, routing=routing, num_classes=10, **SMALL[name]))
     x = torch.randn(2, 3, 64, 64)
-    for fused in (reparameterize_model(model), widefield.reparameterize(model)):
+    for fused in (reparameterize_model(model), widefield.reparameterize(model, x)):
         assert count(fused, MoRFConv2d) == 0
         assert count(fused, FusedMoRFConv2d) == count(model, MoRFConv2d)
         assert widefield.compare(model, fused, x).relative < NETWORK
@@ -36,11 +40,12 @@ def test_timms_own_function_and_ours_agree_with_the_unfused_model(name, routing)
 
 
 def test_batch_norms_behind_mixtures_are_folded():
-    model = unsettled(timm.create_model("morf_resnet18", num_classes=10))
-    fused = widefield.reparameterize(model)
-    # Every block has two mixtures, each followed by its norm; the stem's and the three shortcuts' norms stay.
-    assert count(model, nn.BatchNorm2d) == 20
-    assert count(fused, nn.BatchNorm2d) == 4
+    model = unsettled(timm.create_model("morf_resnet18", num_classes=10, **SMALL["morf_resnet18"]))
+    fused = widefield.reparameterize(model, torch.randn(1, 3, 64, 64))
+    # Every block has two mixtures, each followed by its norm; the stem's and the three shortcuts' follow convolutions.
+    assert count(model, nn.BatchNorm2d) == 12
+    assert count(fused, nn.BatchNorm2d) == 0
+    assert sum(m.shift is not None for m in fused.modules() if isinstance(m, FusedMoRFConv2d)) == 8
     assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
 
 
@@ -92,8 +97,13 @@ def test_a_norm_that_is_not_alone_is_not_folded(kind):
 def test_timms_norms_with_activation_are_folded_and_keep_it():
     model = unsettled(timm.create_model("regnetx_002", num_classes=5))
     mixture = widefield.convert(model, widefield.MoRF((3, 5)))
-    fused = widefield.reparameterize(mixture)
-    assert count(fused, BatchNormAct2d) == count(mixture, BatchNormAct2d) - count(mixture, MoRFConv2d)
+    reports = []
+    fused = widefield.reparameterize(mixture, torch.randn(1, 3, 64, 64), report=reports.append)
+    assert count(fused, BatchNormAct2d) == 0
+    assert reports[0].counts() == {
+        "convolution + BatchNormAct2d": count(mixture, BatchNormAct2d) - count(mixture, MoRFConv2d),
+        "mixture + BatchNormAct2d": count(mixture, MoRFConv2d),
+    }
     assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
 
 
@@ -107,7 +117,7 @@ def test_the_root_is_fused():
 
 def test_timms_own_mergeable_blocks_are_fused_too():
     model = unsettled(timm.create_model("mobileone_s0", num_classes=10))
-    fused = widefield.reparameterize(model)
+    fused = widefield.reparameterize(model, torch.randn(1, 3, 64, 64))
     assert sum(p.numel() for p in fused.parameters()) < sum(p.numel() for p in model.parameters())
     assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
 
@@ -177,6 +187,10 @@ def test_hooks_are_not_lost_in_silence():
     model[0].register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="0 has hooks"):
         widefield.reparameterize(model)
+    model = nn.Sequential(LargeKernelConv2d(4, 5, small=3)).eval()
+    model[0].lkb_origin.conv.register_forward_pre_hook(lambda *a: None)
+    with pytest.raises(ValueError, match=r"0\.lkb_origin\.conv has hooks"):
+        widefield.reparameterize(model)
 
 
 def test_a_fuse_of_another_kind_is_nobodys_business():
@@ -192,7 +206,7 @@ def test_a_fuse_of_another_kind_is_nobodys_business():
 
 
 def test_the_example_has_the_channels_of_the_model():
-    model = timm.create_model("morf_resnet18", in_chans=1, num_classes=3).eval()
+    model = timm.create_model("morf_convnext_tiny", in_chans=1, num_classes=3, **SMALL["morf_convnext_tiny"]).eval()
     assert count(widefield.reparameterize(model), MoRFConv2d) == 0
 
 
@@ -205,6 +219,8 @@ def test_what_cannot_be_done_is_refused_with_the_mend():
         widefield.reparameterize(model)
     with pytest.raises(ValueError, match="nothing to fuse"):
         widefield.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval())
+    with pytest.raises(ValueError, match="nothing to fuse"):
+        widefield.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.InstanceNorm2d(3)).eval())
     with pytest.raises(ValueError, match="pass example_input="):
         widefield.reparameterize(nn.Sequential(MoRFConv2d(3, 4, (3,)), nn.Flatten(), nn.Linear(7, 2)).eval())
     with pytest.raises(ValueError, match="pass example_input="):
@@ -221,5 +237,69 @@ def test_example_input_inplace_and_report(caplog):
         fused = widefield.reparameterize(model, torch.randn(1, 3, 5, 5), inplace=True)
     assert fused is model
     assert isinstance(model[0], FusedMoRFConv2d)
-    assert "fused 1 layers (0)" in caplog.text
+    assert "Sequential: fused 1 layer (1 mixture)" in caplog.text
     assert not model[0]._forward_hooks
+
+
+# The report
+
+
+def test_the_report_says_it_all(caplog):
+    model, reports = shaken_a_little(timm.create_model("resnet18", num_classes=5)), []
+    with caplog.at_level(logging.INFO, "widefield"):
+        widefield.reparameterize(model, torch.randn(1, 3, 32, 32), report=reports.append)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("widefield")]
+    assert line.startswith("ResNet: fused 20 layers (20 convolution + BatchNorm2d); outputs differ by ")
+    assert "layer1" not in line
+    (report,) = reports
+    norms = sum(m.num_features for m in model.modules() if is_norm(m))
+    assert report.before.parameters - report.after.parameters == norms  # two numbers a channel became one
+    assert report.before.macs == report.after.macs > 0
+    assert (
+        report.difference
+        == widefield.compare(
+            model, widefield.reparameterize(model, torch.randn(1, 3, 32, 32)), torch.randn(1, 3, 32, 32)
+        )
+        or report.difference.relative < report.tolerance
+    )
+    assert report.fused[0] == FusedLayer(
+        "conv1", "bn1", "convolution + BatchNorm2d", "Conv2d", "Conv2d", report.fused[0].difference
+    )
+    assert report.worst.difference.relative == max(layer.difference.relative for layer in report.fused)
+    rows = report.rows()
+    assert len(rows) == 20
+    assert {frozenset(row) for row in rows} == {frozenset(rows[0])}
+    assert all(isinstance(value, str) for row in rows for value in row.values())
+    assert json.loads(json.dumps(report.to_dict()))["before"] == {
+        "parameters": report.before.parameters, "macs": report.before.macs
+    }  # fmt: skip
+    assert "20 layers" in str(report)
+    assert "| layer4.1.conv2 |" in str(report)
+
+
+def test_a_report_of_what_was_not_reached():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = MoRFConv2d(3, 4, (3,)), MoRFConv2d(3, 4, (3,))
+
+        def forward(self, x):
+            return self.used(x)
+
+    reports = []
+    fused = widefield.reparameterize(Skipping().eval(), report=reports.append)
+    assert [layer.difference is None for layer in reports[0].fused] == [False, True]
+    assert count(fused, FusedMoRFConv2d) == 2
+
+
+def test_a_model_that_reads_a_norm_as_it_runs_fails_with_the_reason():
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)) * self.norm.num_features
+
+    with pytest.raises(RuntimeError, match=r"no longer runs with its layers fused \(AttributeError: .*num_features"):
+        widefield.reparameterize(Peeking().eval())

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from widefield import _checks, bench, report
+from widefield._files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,16 +90,6 @@ def save(results: Mapping[str, Result], path: str | Path, **options: Any) -> Pat
         content = report.drawing(kinds.pop().draw(results, **options), path.suffix[1:])
     write_whole(path, content)
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all; raises OSError where it cannot."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def section(results: Mapping[str, Result], heading: str = "Result", **options: Any) -> tuple[str, str]:

@@ -1,5 +1,5 @@
 """The tables of the papers as commands: ``widefield bench depthwise``, ``mixture``, ``deform``,
-``mixers`` and ``model``.
+``mixers``, ``model`` and ``deploy``.
 
 Every table is made the same way. A frozen case says what a row is about; one function, ``calls``, sets its peers up by
 name; :meth:`Settings.measure` measures those against each other, time and memory, in interleaved rounds; ``rows_of``

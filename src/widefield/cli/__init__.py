@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from widefield.cli import cam, erf, interactions, kernels, masks, report, routing, runs, shape_bias, stability
+from widefield.cli import cam, erf, export, interactions, kernels, masks, report, routing, runs, shape_bias, stability
 from widefield.cli import eval as evaluation
 
 MODULES = {
@@ -27,9 +27,10 @@ MODULES = {
     "shape-bias": shape_bias,
     "stability": stability,
     "kernels": kernels,
+    "export": export,
 }
-"""Commands that stand in a module each, which has SUMMARY, ``add(parser)`` and ``run(args)``: of runs, and of what
-models look at."""
+"""Commands that stand in a module each, which has SUMMARY, ``add(parser)`` and ``run(args)``: of runs, of what models
+look at, and of what serves them."""
 
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 """What the library raises for something that the user can mend: shown as one line, without a traceback."""
@@ -114,7 +115,7 @@ def _bench_parsers(bench: argparse.ArgumentParser) -> None:
             "--budget",
             type=float,
             metavar="S",
-            help="seconds for all timings of a call, two at least (0.6; model and mixers: 5)",
+            help="seconds for all timings of a call, two at least (0.6; model, mixers and deploy: 5)",
         )
         sub.add_argument("--batch", **count, help="images a call; default: by device and shape, said in the output")
         sub.add_argument("--out", type=Path, metavar="DIR", help="write SUBJECT_DEVICE.json and .md there (no files)")
@@ -151,6 +152,12 @@ def _bench_parsers(bench: argparse.ArgumentParser) -> None:
     model = subject("model", "throughput and memory of timm's models, as they are and with FastDepthwise")
     model.add_argument("names", nargs="+", metavar="NAME", help="as timm calls them")
     model.add_argument("--size", **count, help="side of the images; default: the model's own")
+
+    deploy = subject("deploy", "MoRF networks in onnxruntime beside the plain ones: as graphs, and specialised")
+    deploy.add_argument(
+        "--names", nargs="+", metavar="NAME", help="MoRF networks of timm's registry (morf_convnext_tiny)"
+    )
+    deploy.add_argument("--size", **count, help="side of the images (224)")
 
 
 class _OnDemandHelp(argparse.RawDescriptionHelpFormatter):
@@ -279,14 +286,15 @@ def _compare(pattern: str | None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from widefield.benchmarks import Settings, deform, depthwise, mixers, mixture, model
+    from widefield.benchmarks import Settings, deform, deploy, depthwise, mixers, mixture, model
 
+    budget = 5.0 if args.subject in ("model", "mixers", "deploy") else 0.6  # whole networks take longer
     settings = Settings(
         shlex.join(["widefield", *args.words]),
         device=args.device,
         dtype=args.dtype,
         repeats=args.repeats,
-        budget_s=args.budget if args.budget is not None else 5.0 if args.subject in ("model", "mixers") else 0.6,
+        budget_s=budget if args.budget is None else args.budget,
         out=args.out,
     )
     if args.subject == "depthwise":
@@ -311,6 +319,8 @@ def _bench(args: argparse.Namespace) -> int:
         deform.run(settings, **_given(args, "batch", "side", "width", "stages"))
     elif args.subject == "mixers":
         mixers.run(settings, **_given(args, "name", "mixers", "batch", "size"))
+    elif args.subject == "deploy":
+        deploy.run(settings, batches=(1, 8) if args.batch is None else (args.batch,), **_given(args, "names", "size"))
     else:
         model.run(settings, args.names, batch=args.batch, size=args.size)
     return 0

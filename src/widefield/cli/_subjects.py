@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from widefield.analysis import Result
     from widefield.data import Pictures
     from widefield.subjects import Subject
@@ -19,7 +21,13 @@ MODEL_HELP = (
 
 
 def arguments(
-    parser: argparse.ArgumentParser, *, models: str | None = "+", images: int | None = 32, sizes: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    models: str | int | None = "+",
+    images: int | None = 32,
+    sizes: bool = False,
+    out: str = "analysis",
+    figures: bool = True,
 ) -> None:
     """Add what these commands have in common.
 
@@ -28,6 +36,8 @@ def arguments(
         models: as argparse's nargs; None: the command takes no models.
         images: how many by default; None: the command looks at no images.
         sizes: --size takes several, and ``args.size`` is a list.
+        out: folder to write to by default.
+        figures: the command draws some.
     """
     if models:
         parser.add_argument("models", nargs=models, metavar="MODEL", help=MODEL_HELP)
@@ -44,8 +54,9 @@ def arguments(
         parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
-    parser.add_argument("--out", type=Path, default=Path("analysis"), metavar="DIR", help="folder (analysis)")
-    parser.add_argument("--vector", choices=("pdf", "svg"), help="write the figure as a vector drawing, too")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder ({out})")
+    if figures:
+        parser.add_argument("--vector", choices=("pdf", "svg"), help="write the figure as a vector drawing, too")
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:
@@ -58,6 +69,16 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
 def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) -> Pictures:
     """Return the images that the command line asks for, as the model expects them; ``size`` goes before --size."""
     return found.pictures(args.images, count=args.count, size=size or args.size, seed=args.seed)
+
+
+def batches(args: argparse.Namespace, found: Subject) -> list[tuple[Tensor, ...]]:
+    """Return the images that the command line asks for, with labels where they are the classes of the model: a run's
+    own data.
+    """
+    shown = list(pictures(args, found).batches(args.batch))
+    if found.weights == "trained in this run" and args.images is None:
+        return [(batch["image"], batch["label"]) for batch in shown]
+    return [(batch["image"],) for batch in shown]
 
 
 def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:

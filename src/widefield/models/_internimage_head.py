@@ -34,7 +34,7 @@ class ConvHead(nn.Sequential):
         """
         refuse_training(self)
         conv, norm, activation = self
-        return nn.Sequential(fold_norm(conv, norm[0]), activation).eval()  # type: ignore[arg-type, index]
+        return nn.Sequential(fold_norm(conv, norm[0]), activation).eval()  # type: ignore[index]
 
 
 class AttentionPool(nn.Module):

@@ -20,6 +20,8 @@ from widefield import _checks
 from widefield.models._backbone import Backbone
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn import ConvNorm, DepthwiseConv2d, LargeKernelConv2d
+from widefield.nn.reparam import ReparamConv2d
+from widefield.surgery.walk import fuse_layers
 
 __all__ = ["RepLKNet"]
 
@@ -166,6 +168,17 @@ class RepLKNet(Backbone):
     def unfinish(self) -> None:
         """Remove the last norm."""
         self.norm = nn.Identity()
+
+    def structural_reparam(self) -> None:
+        """Merge the large kernels in place, and nothing else, by the name that the authors' code has for it.
+
+        The keys become those of the authors' merged weights. :func:`widefield.reparameterize` merges and folds whatever
+        it can, and verifies that.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        fuse_layers(self, select=lambda module: isinstance(module, ReparamConv2d))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's groups of parameters, from the image to the head: blocks, or with ``coarse`` stages."""

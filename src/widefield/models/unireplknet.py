@@ -26,6 +26,7 @@ from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.grn import GRN
 from widefield.nn.large_kernel import DILATED_BRANCHES, DilatedReparamConv2d
 from widefield.nn.reparam import fold_norm, merged, refuse_training
+from widefield.surgery.walk import fuse_layers
 
 __all__ = ["UniRepLKNet"]
 
@@ -247,6 +248,17 @@ class UniRepLKNet(NormedBackbone):
     def parts(self, index: int) -> tuple[str, ...]:
         """Return the names of a stage and of what enters it."""
         return f"stages.{index}", f"downsample_layers.{index}"
+
+    def reparameterize_unireplknet(self) -> None:
+        """Merge all blocks in place, by the name that the authors' code has for it.
+
+        The keys become those of the authors' merged weights. :func:`widefield.reparameterize` merges and folds whatever
+        it can, and verifies that.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        fuse_layers(self, select=lambda module: isinstance(module, UniRepLKNetBlock))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers in order; what halves the map goes with the block that follows."""

@@ -368,6 +368,19 @@ class DynamicGMConv2d(_MaskedConv2d):
         twin.predictor = copy.deepcopy(self.predictor)
         return twin.eval()
 
+    def collapse(self, mask: Tensor) -> nn.Conv2d:
+        """Return the convolution that this layer is under one mask (KH, KW) for all images, as GMConv2d fuses to.
+
+        Kernels are linear in the mask, so that the mean of masks, not of sigmas, gives the mean kernel.
+
+        Raises ValueError for a mask of another shape, or one that is not finite.
+        """
+        if tuple(mask.shape) != self.kernel_size:
+            raise ValueError(f"mask must be (KH, KW) = {self.kernel_size}; got shape {tuple(mask.shape)}.")
+        if not mask.isfinite().all():
+            raise ValueError("mask must be finite, and holds NaN or infinity.")
+        return _folded(self, self._under(mask.to(self.weight.device)).detach(), None)
+
     def _sigmas(self, predicted: Tensor) -> Tensor:
         """(..., n) as predicted -> (..., 2) as read."""
         first, second = predicted[..., 0], predicted[..., -1]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
+from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.router import Router
 from widefield.ops import bank_conv2d, fold, mixture_conv2d
@@ -236,6 +237,28 @@ class MoRFConv2d(nn.Module):
             raise RuntimeError("fuse() computes the evaluation-mode function: call model.eval() first.")
         return FusedMoRFConv2d(self, norm)
 
+    def collapse(self, weights: Tensor) -> nn.Conv2d:
+        """Return the one convolution that this mixture is where every image has the same routing weights.
+
+        Its kernel is ``sum_r weights[r] * W_r`` (eq. 7), summed in float64, with the experts padded to the largest on
+        the grid that they share. It is in evaluation mode, has parameters of its own that train on where the experts
+        do, and is a :class:`widefield.nn.DepthwiseConv2d` where the mixture is depthwise.
+
+        Args:
+            weights: (n,), of any dtype.
+
+        Raises:
+            ValueError: another shape, or weights that are not finite.
+        """
+        with torch.no_grad():
+            bank = fold.kernel_bank(self.kernels(), self.dilations)
+            biases = self.biases()
+            conv = _collapsed(self, weights, bank, None if biases is None else torch.stack(biases), None)
+        conv.weight.requires_grad_(any(kernel.requires_grad for kernel in self.kernels()))
+        if conv.bias is not None and biases is not None:
+            conv.bias.requires_grad_(any(bias.requires_grad for bias in biases))
+        return conv
+
     def extra_repr(self) -> str:
         """Show the arguments that differ from layer to layer."""
         sizes = tuple(
@@ -303,9 +326,42 @@ class FusedMoRFConv2d(nn.Module):
         )
         return y if self.shift is None else y + self.shift[:, None, None].to(y.dtype)
 
+    def collapse(self, weights: Tensor) -> nn.Conv2d:
+        """Return the one convolution of fixed routing weights, with a folded norm in it; see :class:`MoRFConv2d`.
+
+        Its parameters ask for gradients no more than those of this layer do.
+        """
+        with torch.no_grad():
+            return _collapsed(self, weights, self.bank, self.bias_bank, self.shift)
+
     def extra_repr(self) -> str:
         """Show the bank's shape."""
         return f"bank={tuple(self.bank.shape)}, stride={self.stride}, groups={self.groups}"
+
+
+def _collapsed(
+    layer: MoRFConv2d | FusedMoRFConv2d, weights: Tensor, bank: Tensor, bias_bank: Tensor | None, shift: Tensor | None
+) -> nn.Conv2d:
+    """Return the convolution with the sum of a bank, weighted by ``weights`` (n,), and of its biases, and ``shift``."""
+    if tuple(weights.shape) != (len(bank),):
+        raise ValueError(f"weights must be ({len(bank)},), one for each expert; got shape {tuple(weights.shape)}.")
+    if not weights.isfinite().all():
+        raise ValueError(f"weights must be finite; got {weights.tolist()}.")
+    shares = weights.to(bank.device, torch.float64)
+    kernel = torch.zeros_like(bank[0], dtype=torch.float64)
+    for share, expert in zip(shares, bank, strict=True):  # one at a time: a whole bank in float64 can be large
+        kernel += share * expert.double()
+    bias = None if bias_bank is None else shares @ bias_bank.double()
+    if shift is not None:
+        bias = shift.double() if bias is None else bias + shift.double()
+    step, size = fold.common_dilation(layer.dilations), kernel.shape[-1]
+    channels, padding = (layer.in_channels, len(kernel)), step * (size // 2)
+    conv = nn.Conv2d(*channels, size, layer.stride, padding, step, layer.groups, bias is not None, device="meta")
+    conv.weight = nn.Parameter(kernel.to(bank.dtype), requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.to(bank.dtype), requires_grad=False)
+    conv.eval()
+    return conv if depthwise.why_not(conv) else DepthwiseConv2d.from_conv2d(conv)
 
 
 def check_init(init: str) -> str:

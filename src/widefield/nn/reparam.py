@@ -9,22 +9,26 @@ branches' kernels did.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from widefield import _checks
 from widefield.nn import depthwise
-from widefield.nn.depthwise import DepthwiseConv2d, bare
+from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops import fold
 
 INIT = ("preserve", "random")
 
 Pair = tuple[int, int]
+
+_Conv = TypeVar("_Conv", bound=nn.Module)
 
 Branch = tuple[nn.Conv2d, _BatchNorm | None]
 """A convolution and the norm after it, if there is one."""
@@ -173,45 +177,63 @@ def merged(layer: ReparamConv2d) -> nn.Conv2d:
     return largest
 
 
-def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift), each (C,), such that ``norm`` in evaluation mode is ``scale * x + shift``.
+def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift), each (C,) and of the norm's dtype, such that ``norm`` evaluates to ``scale * x + shift``.
 
     Raises:
         RuntimeError: in training mode.
         ValueError: no running statistics.
     """
-    refuse_training(norm)
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
-    return fold.batch_norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    scale, shift = _exact_affine(norm)
+    dtype = cast(Tensor, norm.running_mean).dtype
+    return scale.to(dtype), shift.to(dtype)
 
 
 @torch.no_grad()
-def fold_norm(conv: nn.Conv2d, norm: _BatchNorm | None) -> nn.Conv2d:
-    """Return the convolution, of the same kind and with a bias, that ``conv`` and ``norm`` are in evaluation mode.
+def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
+    """Return the layer, of the same kind and with a bias, that ``conv`` and ``norm`` are in evaluation mode.
 
-    Its parameters are new ones, and ask for gradients where the kernel of ``conv`` does. Without a norm: copies.
+    Its parameters are new ones, and ask for gradients where the kernel of ``conv`` does. They are computed in float64
+    and rounded once. Without a norm: copies.
+
+    Args:
+        conv: a convolution, transposed or not, of any number of dimensions and groups, or a linear layer, which
+            computes with its ``weight`` as it is.
+        norm: a batch norm, frozen or not.
 
     Raises:
         RuntimeError: one of the two is in training mode.
         ValueError: ``norm`` has no running statistics, or another number of channels.
     """
     refuse_training(conv)
+    old: Any = conv
     if norm is None:
-        weight = conv.weight.clone()
-        bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.clone()
+        weight, bias = old.weight.clone(), None if old.bias is None else old.bias.clone()
     else:
-        scale, shift = norm_affine(norm)
-        if norm.num_features != conv.out_channels:
-            raise ValueError(
-                f"cannot fold a batch norm of {norm.num_features} channels into {conv.out_channels} outputs."
-            )
-        weight, bias = fold.scale_outputs(conv.weight, conv.bias, scale, shift)
-    plain = bare(conv, bias=True)
-    learns = conv.weight.requires_grad
-    plain.weight, plain.bias = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
-    plain.eval()
-    return DepthwiseConv2d.from_conv2d(plain, backend=conv.backend) if isinstance(conv, DepthwiseConv2d) else plain
+        scale, shift = _exact_affine(norm)
+        outputs = conv.out_features if isinstance(conv, nn.Linear) else old.out_channels
+        if len(scale) != outputs:
+            raise ValueError(f"cannot fold a batch norm of {len(scale)} channels into {outputs} outputs.")
+        transposed = old.groups if isinstance(conv, _ConvTransposeNd) else None
+        weight, bias = fold.scale_outputs(old.weight, old.bias, scale, shift, transposed=transposed)
+    if bias is None:
+        bias = weight.new_zeros(old.out_channels)
+    learns = old.weight.requires_grad
+    parameters = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
+    known = {id(old.weight): parameters[0]}  # a copy of whatever a kind of convolution holds, but for the old kernel
+    if old.bias is not None:
+        known[id(old.bias)] = parameters[1]
+    twin: Any = copy.deepcopy(conv, known)
+    twin.weight, twin.bias = parameters
+    return twin  # type: ignore[no-any-return]
+
+
+def _exact_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    refuse_training(norm)
+    bn: Any = norm
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
+    return fold.batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
 
 
 def refuse_training(module: nn.Module) -> None:

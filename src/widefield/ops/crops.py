@@ -60,7 +60,7 @@ class CropTable:
         return int((self.l1 <= _checks.number("tolerance", tolerance)).int().argmax())
 
     def fitting(self, side: int) -> int | None:
-        """Return the index of the largest crop within side x side pixels, or None where two taps are too many.
+        """Return the index of the largest crop within side x side pixels, or None where the smallest is too large.
 
         Raises ValueError for a side below 1.
         """
@@ -68,7 +68,7 @@ class CropTable:
         return index if index >= 0 else None
 
 
-def crops(weight: Tensor, dilation: int | Pair = 1) -> CropTable:
+def crops(weight: Tensor, dilation: int | Pair = 1, *, least: int | Pair = 1) -> CropTable:
     """Measure what every centred crop of a convolution's kernel leaves outside; see this module for what a crop is.
 
     For a convolution y with this kernel and y' with a crop of it, of an input no larger than x in absolute value:
@@ -79,13 +79,15 @@ def crops(weight: Tensor, dilation: int | Pair = 1) -> CropTable:
     Args:
         weight: (C_out, C_in/groups, rows, columns), of any floating dtype and device; sums are in float64.
         dilation: pixels from tap to tap, one number or (rows, columns).
+        least: taps that every crop keeps, one number or (rows, columns); no more than the kernel has.
 
     Returns:
         The table. A kernel of zeros loses nothing by any crop.
 
     Raises:
         TypeError: no tensor of floating-point numbers.
-        ValueError: another shape, numbers that are not finite, or none at all (the meta device).
+        ValueError: another shape, numbers that are not finite, or none at all (the meta device); ``least`` beyond the
+            kernel's size.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = f"dtype {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
@@ -99,7 +101,10 @@ def crops(weight: Tensor, dilation: int | Pair = 1) -> CropTable:
     if not math.isfinite(scale):
         raise ValueError(f"weight must be finite; its largest absolute value is {scale}.")
     size: Pair = (weight.shape[2], weight.shape[3])
-    sizes, spans = _chain(size, _checks.pair("dilation", dilation))
+    smallest = _checks.pair("least", least)
+    if smallest[0] > size[0] or smallest[1] > size[1]:
+        raise ValueError(f"least must be at most the kernel's size {size}; got {smallest}.")
+    sizes, spans = _chain(size, smallest, _checks.pair("dilation", dilation))
     rings = _rings(size, sizes).flatten()
     energy, masses = torch.zeros(len(sizes), dtype=torch.float64), []
     for part in weight.split(max(1, _CHUNK // weight[0].numel())):
@@ -118,11 +123,23 @@ def crops(weight: Tensor, dilation: int | Pair = 1) -> CropTable:
     )
 
 
-def _chain(size: Pair, dilation: Pair) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
+def cropped(weight: Tensor, size: Pair) -> Tensor:
+    """Return the centred crop (..., rows, columns) of a kernel; a view. ``size``: no more taps, and the same parities.
+
+    Raises ValueError for another size.
+    """
+    margins = [whole - side for whole, side in zip(weight.shape[-2:], size, strict=True)]
+    if any(margin < 0 or margin % 2 or side < 1 for margin, side in zip(margins, size, strict=True)):
+        raise ValueError(f"a kernel of {tuple(weight.shape[-2:])} taps has no centred crop of {tuple(size)}.")
+    down, right = (margin // 2 for margin in margins)
+    return weight[..., down : down + size[0], right : right + size[1]]
+
+
+def _chain(size: Pair, least: Pair, dilation: Pair) -> tuple[tuple[Pair, ...], tuple[int, ...]]:
     """Return the sizes of all crops in taps, smallest first, and their longer sides in pixels."""
     axes = [
-        [(fold.effective_size(taps, step), taps) for taps in range(2 - whole % 2, whole + 1, 2)]
-        for whole, step in zip(size, dilation, strict=True)
+        [(fold.effective_size(taps, step), taps) for taps in range(low + (whole - low) % 2, whole + 1, 2)]
+        for whole, low, step in zip(size, least, dilation, strict=True)
     ]
     found: dict[Pair, int] = {}
     for side in sorted({span for axis in axes for span, _ in axis}):

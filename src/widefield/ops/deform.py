@@ -5,12 +5,14 @@ For every pixel p0 and group g, with K points on a fixed grid p_k, moved by offs
 
     y_g(p0) = sum_k m_gk(p0) x_g(p0 + s (p_k + d_gk(p0)))
 
-Pixels between four are read bilinearly, pixels outside are zero. Two backends compute the same function:
+Pixels between four are read bilinearly, pixels outside are zero. Three backends compute the same function:
 
 - ``"bags"``: the map is a table with a row for each pixel and group, and an output is a weighted sum of rows, what
   PyTorch calls an embedding bag; one for each of the four neighbours. Nothing as large as K maps is ever written, and
   only the inputs are kept for the backward pass.
 - ``"gather"``: indexing and arithmetic. The oracle; it can be differentiated in every way that PyTorch knows.
+- ``"grid"``: torch.nn.functional.grid_sample, an operator that other runtimes have, too: what is exported to ONNX. It
+  writes K maps.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from widefield import _checks
 
-BACKENDS = ("auto", "bags", "gather")
+BACKENDS = ("auto", "bags", "gather", "grid")
 
 
 class Sampling(NamedTuple):
@@ -98,7 +100,7 @@ def dcnv3(
         groups: each has points of its own for its ``C / groups`` channels.
         offset_scale: multiplies the offsets, and the grid too.
         remove_center: leave out the point at the centre; the kernel must be odd then.
-        backend: "auto", "bags" or "gather".
+        backend: "auto", "bags", "gather" or "grid".
 
     Returns:
         (N, Ho, Wo, C) in x's dtype. Computed in float32 at least, also under autocast: bfloat16 has eight binary
@@ -111,8 +113,11 @@ def dcnv3(
     """
     sampling = Sampling(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center).checked()
     _check(x, offset, mask, sampling)
-    if _resolve(backend, x) == "gather":
+    way = _resolve(backend, x)
+    if way == "gather":
         return _gather(x, offset, mask, sampling)
+    if way == "grid":
+        return _grid(x, offset, mask, sampling)
     if torch.compiler.is_exporting():  # a graph of PyTorch's own operators, which knows its derivative
         return _bags(x, offset, mask, sampling)
     y: Tensor = _Bags.apply(x, offset, mask, sampling)
@@ -253,6 +258,22 @@ def _gather(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tens
     terms = zip(read.shifts, read.weights(), strict=True)
     y = sum((read.table[read.first + shift] * weight[..., None]).sum(-2) for shift, weight in terms)
     return y.flatten(-2).to(x.dtype)  # type: ignore[union-attr]
+
+
+def _grid(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+    """Sample groups as images of a batch, at (pixels, points) instead of rows and columns."""
+    (batch, height, width, channels), groups = x.shape, sampling.groups
+    dtype = _wide(x, offset, mask)
+    sides = (width, height)
+    # From pixels to what grid_sample counts in: the outer edges of the map are -1 and 1.
+    points = zip(_points(offset.to(dtype), sampling), sides, strict=True)
+    at = torch.stack([(2 * p.clamp(-1, side) + 1) / side - 1 for p, side in points], -1)
+    maps = x.to(dtype).view(batch, height, width, groups, channels // groups).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    at = at.permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(1, 2)
+    weights = mask.to(dtype).unflatten(-1, (groups, sampling.points)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+    y: Tensor = F.grid_sample(maps, at, align_corners=False).mul(weights[:, None]).sum(-1)  # (N groups, C_g, Ho Wo)
+    y = y.unflatten(0, (batch, groups)).permute(0, 3, 1, 2).reshape(*offset.shape[:3], channels)
+    return y.to(x.dtype)
 
 
 def _bags(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:

@@ -78,23 +78,34 @@ def expert(bank: Tensor, index: int, size: int, dilation: int, step: int) -> Ten
 def batch_norm_affine(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift), each (C,), such that batch norm in evaluation is ``y * scale + shift`` per channel.
+    """Return (scale, shift), each (C,) and float64, such that batch norm in evaluation is ``y * scale + shift``.
 
-    A convolution followed by it is one convolution with ``kernel * scale`` and ``bias * scale + shift`` per channel.
+    A convolution followed by it is one convolution with ``kernel * scale`` and ``bias * scale + shift`` per channel. In
+    float64, so that what is folded is rounded once, when it becomes a parameter.
     """
-    scale = torch.rsqrt(running_var + eps)
+    scale = torch.rsqrt(running_var.double() + eps)
     if weight is not None:
         scale = scale * weight
     shift = -running_mean * scale
     return scale, shift if bias is None else shift + bias
 
 
-def scale_outputs(kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def scale_outputs(
+    kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, transposed: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (kernel, bias) of the convolution that is ``scale * y + shift`` where the one given is y.
 
-    ``kernel``: (C_out, ...), also a linear layer's; the others (C_out,). Computed in the widest dtype given, and
-    returned in the kernel's. With what :func:`batch_norm_affine` returns, a batch norm is folded in.
+    Computed in the widest dtype given, and returned in the kernel's. With what :func:`batch_norm_affine` returns, a
+    batch norm is folded in.
+
+    Args:
+        kernel: (C_out, ...), also a linear layer's.
+        bias, scale, shift: (C_out,).
+        transposed: groups of a transposed convolution, whose kernel is (C_in, C_out/groups, ...).
     """
-    merged = kernel * scale.view(-1, *(1,) * (kernel.ndim - 1))
+    along = scale.view(-1, 1)
+    if transposed is not None:  # each row of the kernel, a channel of the input, writes the outputs of its group
+        along = scale.view(transposed, 1, -1).expand(-1, kernel.shape[0] // transposed, -1).flatten(0, 1)
+    merged = kernel * along.reshape(*along.shape, *(1,) * (kernel.ndim - 2))
     offset = shift if bias is None else shift + bias * scale
     return merged.to(kernel.dtype), offset.to(kernel.dtype)

@@ -1,4 +1,4 @@
-"""Change the layers of any model: convert, re-parameterise."""
+"""Change the layers of any model: convert, re-parameterise, specialise, trim."""
 
 from widefield.surgery.conversions import (
     Conversion,
@@ -13,8 +13,17 @@ from widefield.surgery.conversions import (
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
 from widefield.surgery.outputs import Change, Difference, compare, measure_change
-from widefield.surgery.reparameterize import reparameterize
+from widefield.surgery.reparameterize import (
+    FusedLayer,
+    LeftLayer,
+    NothingToFuseError,
+    Reparameterization,
+    reparameterize,
+)
 from widefield.surgery.sparsity import DynamicSparsity
+from widefield.surgery.specialize import RoutedLayer, Specialization, specialize
+from widefield.surgery.trim import trim
+from widefield.surgery.trimming import TrimmedKernel, Trimming
 from widefield.surgery.walk import fuse_layers
 
 __all__ = [
@@ -24,18 +33,28 @@ __all__ = [
     "Difference",
     "DynamicSparsity",
     "FastDepthwise",
+    "FusedLayer",
     "GMConv",
     "InceptionSplit",
     "LargeKernel",
+    "LeftLayer",
     "MoRF",
+    "NothingToFuseError",
     "Place",
     "Plan",
+    "Reparameterization",
+    "RoutedLayer",
+    "Specialization",
     "Step",
     "TokenMixer",
+    "TrimmedKernel",
+    "Trimming",
     "compare",
     "convert",
     "fuse_layers",
     "measure_change",
     "plan",
     "reparameterize",
+    "specialize",
+    "trim",
 ]

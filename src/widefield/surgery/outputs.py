@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Change:
     agreement: float | None
     """Share of images of which both have the same largest output; None where an output is not (N, classes)."""
     accuracy_before: float | None
-    """Share of labelled images that the first model gets right; None without labels, one class number an image."""
+    """Share of labelled images that the first model gets right; None without labels, class numbers from 0."""
     accuracy_after: float | None
     """The same of the second."""
 
@@ -49,6 +49,15 @@ class Change:
     def relative(self) -> float:
         """``max_abs`` in units of ``scale``."""
         return self.max_abs / self.scale if self.scale else self.max_abs
+
+    def __str__(self) -> str:
+        """Say it in a clause."""
+        text = f"outputs on {self.images} images change by {self.rms:.2g} (relative RMS)"
+        if self.agreement is not None:
+            text += f", top-1 the same for {self.agreement:.2%}"
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            text += f", accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"
+        return text
 
 
 class Tally:
@@ -80,7 +89,7 @@ class Tally:
         self._same += int((before == after).sum())
         if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
             labels = labels.to(before.device)
-            self._labelled += len(labels)
+            self._labelled += int((labels >= 0).sum())  # data sets say -1 where there is no class
             self._right += int((before == labels).sum())
             self._right_after += int((after.to(labels.device) == labels).sum())
 
@@ -88,20 +97,29 @@ class Tally:
         """Return what came of all batches; raises ValueError if there was no image."""
         if not self._images:
             raise ValueError("there are no images: the loader gave none.")
-        ranks, labelled = self._ranks, self._ranks and self._labelled == self._images
+        labelled = self._labelled if self._ranks else 0
         return Change(
             self._images,
             self._max_abs,
             self._scale,
             math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0),
-            self._same / self._images if ranks else None,
-            self._right / self._images if labelled else None,
-            self._right_after / self._images if labelled else None,
+            self._same / self._images if self._ranks else None,
+            self._right / labelled if labelled else None,
+            self._right_after / labelled if labelled else None,
         )
 
 
-def measure_change(first: nn.Module, second: nn.Module, loader: Iterable[Any]) -> Change:
-    """Run both models, in the mode they are in and without gradients, over a loader; see :func:`batches`."""
+def measure_change(first: nn.Module, second: Callable[[Tensor], Any], loader: Iterable[Any]) -> Change:
+    """Run two models, in the mode they are in and without gradients, over a loader, and say how far they are apart.
+
+    Args:
+        first: the one to keep to.
+        second: a model, or what :func:`widefield.deploy.load` returns.
+        loader: see :func:`batches`.
+
+    Raises:
+        TypeError, ValueError: a loader that gives no images; outputs that cannot be compared.
+    """
     tally = Tally()
     with torch.no_grad():
         for images, labels in batches(loader, first):
@@ -196,3 +214,19 @@ def pixels(batch: Any) -> Tensor:
     if batch.ndim != 4:
         raise ValueError(f"images must have the shape (N, C, H, W); got {tuple(batch.shape)}.")
     return batch
+
+
+def example_input(model: nn.Module) -> Tensor:
+    """Return noise that a model should run on, (2, C, H, W), on its device and in its type.
+
+    C is that of its first convolution, and H and W are those of timm's configuration, or else 64. Raises ValueError
+    for a model without layers that tell their input channels.
+    """
+    channels = [getattr(m, "in_channels", None) for m in model.modules()]
+    first = next((count for count in channels if isinstance(count, int)), None)
+    if first is None:
+        raise ValueError("no example input could be made up for this model: pass one.")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    _, height, width = config.get("input_size") or (None, 64, 64)
+    device, dtype = place(model)
+    return torch.randn(2, first, height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)

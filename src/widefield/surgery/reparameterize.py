@@ -5,21 +5,135 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from widefield import _checks
+from widefield import _checks, bench
+from widefield.nn import DepthwiseConv2d, MoRFConv2d
+from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
+from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm
+from widefield.report import markdown
+from widefield.surgery import outputs
+from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
 from widefield.surgery.outputs import Difference, difference
-from widefield.surgery.walk import MERGE_METHODS, fuse_layers, takes_norm
+from widefield.surgery.walk import COLLECTIVE, MERGE_METHODS, merge_method, outermost, replace, takes_norm
 
 log = logging.getLogger(__name__)
+
+
+class NothingToFuseError(ValueError):
+    """A model in which there is nothing to re-parameterise: it is as it computes."""
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A layer that became a simpler one."""
+
+    name: str
+    norm: str | None
+    """Name of the batch norm that was folded in; it is now its activation, or an identity."""
+    kind: str
+    """"mixture", "mask", "branches", "convolution", or "block" for what merges itself otherwise; and the norm."""
+    before: str
+    """Its class."""
+    after: str
+    """The class that it became."""
+    difference: Difference | None
+    """Of its own output, and the norm's, on its own input; None where the example does not reach it, or where the
+    input was changed in place before it could be tried."""
+
+
+@dataclass(frozen=True)
+class LeftLayer:
+    """A batch norm, or a block that could merge, that is still there."""
+
+    name: str
+    kind: str
+    """Its class."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reparameterization:
+    """What :func:`reparameterize` did, and how far the outputs moved."""
+
+    model: str
+    """Its class."""
+    fused: tuple[FusedLayer, ...]
+    left: tuple[LeftLayer, ...]
+    before: bench.Cost
+    """Parameters, and multiply-accumulates for one image of the example."""
+    after: bench.Cost
+    difference: Difference
+    """Of the model's outputs on the example input."""
+    tolerance: float
+
+    @property
+    def worst(self) -> FusedLayer | None:
+        """The layer whose own output moved most; None where none was measured."""
+        return _worst(self.fused)
+
+    def counts(self) -> dict[str, int]:
+        """Return kind -> how many layers of it were fused, the most frequent first."""
+        return dict(Counter(layer.kind for layer in self.fused).most_common())
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return a table with one row for each layer that was fused, and then for each that was left."""
+        fused = [
+            {
+                "layer": layer.name,
+                "what": layer.kind,
+                "before": layer.before,
+                "after": layer.after,
+                "difference": "not measured" if layer.difference is None else f"{layer.difference.relative:.1e}",
+                "left because": "",
+            }
+            for layer in self.fused
+        ]
+        left = [
+            {
+                "layer": layer.name,
+                "what": "left",
+                "before": layer.kind,
+                "after": layer.kind,
+                "difference": "",
+                "left because": layer.reason,
+            }
+            for layer in self.left
+        ]
+        return fused + left
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON takes them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Say it in four lines, and then layer by layer."""
+        worst = self.worst
+        at = "" if worst is None or worst.difference is None else (
+            f", those of single layers by at most {worst.difference.relative:.1e} ({worst.name})"
+        )  # fmt: skip
+        return (
+            f"{self.model}: {_counted(self.fused)}; {len(self.left)} left\n"
+            f"parameters {self.before.parameters:,} -> {self.after.parameters:,}\n"
+            f"MACs an image {self.before.macs:,} -> {self.after.macs:,}\n"
+            f"outputs differ by {self.difference.relative:.1e} of their scale{at}; "
+            f"tolerance {self.tolerance:.0e}\n\n{markdown(self.rows())}"
+        )
+
+
+@dataclass(frozen=True)
+class _Merge:
+    name: str
+    module: nn.Module
+    method: str
+    twin: nn.Module
+    """What a copy of the module became."""
 
 
 def reparameterize(
@@ -28,26 +142,36 @@ def reparameterize(
     *,
     tolerance: float = 1e-4,
     inplace: bool = False,
+    report: Callable[[Reparameterization], object] | None = None,
 ) -> nn.Module:
     """Return the model with every mergeable layer fused, the root included, and its outputs verified.
 
-    A batch norm that is the only reader of a mixture's or masked convolution's output, as seen on the example input, is
-    folded into its kernels: of the model's ways, keep to those that the example takes. Verified are the outputs of the
-    model, and those of every such layer on its own input, as a network can hide its layers (timm starts the last norm
-    of each residual branch at zero). What was fused and the differences are logged at INFO.
+    First, whatever merges itself is merged: layers with ``fuse()``, and in place what timm and official code merge by
+    ``reparameterize()``, ``switch_to_deploy()``, ``merge_kernel()`` or ``merge_dilated_branches()``, the outermost
+    first. Then every batch norm that alone reads the output of a convolution, transposed convolution or linear layer is
+    folded into it; so is one that alone reads a mixture's or masked convolution's. Who reads what is seen on the
+    example input: of the model's ways, keep to those that the example takes. What is called more than once, shared,
+    hooked, or computes its kernel from others, is left, as is a norm without running statistics.
+
+    Verified are the outputs of the model, and those of every such layer on its own input, as a network can hide its
+    layers (timm starts the last norm of each residual branch at zero). What was fused is logged at INFO, by kinds.
 
     Args:
         model: in evaluation mode.
         example_input: what to verify on, (N, C, H, W). Default: noise of the input size in timm's configuration, or of
             64x64 with the channels of the first convolution.
-        tolerance: largest difference allowed, in units of the output's largest absolute value.
+        tolerance: largest difference allowed, in units of the output's largest absolute value. What float32 needs; in
+            half precision every folded kernel is rounded anew, so re-parameterise before casting to it.
         inplace: fuse ``model`` itself instead of a copy.
+        report: called once, at the end, with what was done: ``print``, or the ``append`` of a list. Costs are then
+            counted, which takes two more forward passes.
 
     Raises:
-        RuntimeError: the model is in training mode; or outputs differ by more than the tolerance (the model passed is
-            then unchanged, unless ``inplace``).
-        ValueError: there is nothing to fuse; a layer has hooks, which would be lost; no example input could be made
-            up; or the outputs hold nothing that can be compared.
+        RuntimeError: the model is in training mode; or outputs differ by more than the tolerance, or it no longer runs
+            (the model passed is then unchanged, unless ``inplace``).
+        NothingToFuseError: a ValueError, there is nothing to fuse.
+        ValueError: a layer that merges has hooks, which would be lost; no example input could
+            be made up; or the outputs hold nothing that can be compared.
     """
     tolerance = _checks.number("tolerance", tolerance)
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
@@ -56,49 +180,226 @@ def reparameterize(
             f"re-parameterisation computes the evaluation-mode function, but {training[0]} is in training mode: "
             "call model.eval() first."
         )
-    hooked = [n for n, m in model.named_modules() if takes_norm(m) and (m._forward_hooks or m._forward_pre_hooks)]
-    if hooked:
-        raise ValueError(f"{', '.join(hooked)} has hooks, which fusing would lose: remove them first.")
     if not inplace:
         model = copy.deepcopy(model)
     x = _example(model) if example_input is None else example_input
-    with torch.no_grad(), _Watch(model) as seen:
+    merges, left = _merges(model)
+    mixtures = {merge.module: merge.name for merge in merges if takes_norm(merge.module)}
+    norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    merged = {merge.module: merge.twin for merge in merges}
+    with torch.no_grad(), Watch(model, mixtures, norms, _fuse_with, merged) as seen:
         before = _run(model, x, made_up=example_input is None)
-        norms = seen.norms(before)
-    fused, names = fuse_layers(model, norms=norms)
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has nothing to fuse: no module in it has a method {' or '.join(MERGE_METHODS)}."
-        )
+        pairs = seen.pairs(before)
+    cost = None if report is None else _cost(model, x)
+    kept = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
+    own, name = seen.own, type(model).__name__
+    del merged
+    model, fused = _merge(model, merges, pairs, own)
+    del merges, pairs, seen
+
+    layers = {module: title for title, module in model.named_modules() if is_linear(module)}
+    norms = [module for module in model.modules() if is_norm(module)]
+    with torch.no_grad(), Watch(model, layers, norms, fold_norm) as watch:
+        pairs = watch.pairs(_still_runs(model, x))
+    for title, module in model.named_modules():
+        if is_norm(module) and (reason := kept.get(module) or watch.why_not(module)):
+            left.append(LeftLayer(title or name, type(module).__name__, reason))
+    fused = _joined(fused, _fold(model, pairs))
+    del pairs, watch
+    if not fused:
+        raise NothingToFuseError(f"{name} has nothing to fuse: {_nothing(left)}")
+
     with torch.no_grad():
-        apart = difference(before, fused(x))
-    worst = max(seen.layers.values(), key=lambda d: d.relative, default=Difference(0.0, 0.0))
+        apart = difference(before, _still_runs(model, x))
+    worst = _worst(fused)
+    layerwise = Difference(0.0, 0.0) if worst is None or worst.difference is None else worst.difference
     log.info(
-        "fused %d layers (%s); outputs differ by %.1e of their scale, those of single layers by at most %.1e",
-        len(names),
-        ", ".join(names),
-        apart.relative,
-        worst.relative,
-    )
-    if not max(apart.relative, worst.relative) <= tolerance:
-        guilty = [name for name, d in seen.layers.items() if not d.relative <= tolerance] or names
-        raise RuntimeError(
-            f"re-parameterisation changed the outputs by {apart.relative:.2e} of their scale "
-            f"({apart.max_abs:.2e} absolute) and those of single layers by up to {worst.relative:.2e}, "
-            f"more than tolerance={tolerance:.0e}. Look at: {', '.join(guilty)}."
+        "%s: %s; outputs differ by %.1e of their scale, those of single layers by at most %.1e; left %d",
+        name, _counted(fused), apart.relative, layerwise.relative, len(left),
+    )  # fmt: skip
+    if not max(apart.relative, layerwise.relative) <= tolerance:
+        raise RuntimeError(_too_far(model, fused, apart, layerwise, tolerance))
+    if report is not None and cost is not None:
+        done = tuple(fused), tuple(left)
+        report(Reparameterization(name, *done, cost, _cost(model, x), apart, tolerance))
+    return model
+
+
+def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
+    """Return what merges itself, tried on copies, and what should and does not.
+
+    A ``fuse()`` that acts in place and holds others is that of a whole network (timm's RepViT), and calls theirs: they
+    are fused one by one.
+    """
+    twins: dict[nn.Module, nn.Module] = {}
+    failed: dict[nn.Module, str] = {}
+    names = {module: name for name, module in root.named_modules()}
+
+    def works(module: nn.Module, method: str) -> bool:
+        lost = next((inner for inner, part in module.named_modules() if hooked(part)), None)
+        if lost is not None:
+            where = ".".join(filter(None, (names[module], lost))) or type(module).__name__
+            raise ValueError(f"{where} has hooks, which fusing would lose: remove them first.")
+        twin = module if takes_norm(module) else copy.deepcopy(module)
+        try:
+            result = getattr(twin, method)()
+        except Exception as error:
+            if method == "fuse":
+                raise
+            failed[module] = f"its {method}() fails with {type(error).__name__}: {error}"
+            return False
+        twins[module] = result if isinstance(result, nn.Module) else twin
+        if twins[module] is not twin:
+            return True
+        of_others = method == "fuse" and any(merge_method(inner) for inner in list(module.modules())[1:])
+        return not of_others and _structure(twin) != _structure(module)
+
+    merges = [
+        _Merge(name, module, method, twins[module])
+        for name, module, method in outermost(root, lambda module: works(module, merge_method(module) or ""))
+    ]
+    inside = {inner for merge in merges for inner in merge.module.modules()}
+    for module in names:
+        mixture = next((inner for inner in module.modules() if takes_norm(inner)), None)
+        if mixture is not None and module not in inside and merge_method(module) is not None:
+            failed[module] = f"its own method would look for a convolution where a {type(mixture).__name__} is"
+    left = [LeftLayer(names[m] or type(m).__name__, type(m).__name__, reason) for m, reason in failed.items()]
+    for module, name in names.items():
+        method = next((method for method in COLLECTIVE if callable(getattr(module, method, None))), None)
+        if method is not None and inside.isdisjoint(module.modules()) and works(module, method):
+            merges.append(_Merge(name, module, method, twins[module]))
+            inside.update(module.modules())
+    return merges, left
+
+
+def _structure(module: nn.Module) -> list[tuple[str, object]]:
+    """Return the parts of a module by which one that acted in place differs from one that had nothing to do."""
+    parts: list[tuple[str, object]] = [(name, type(part)) for name, part in module.named_modules()]
+    return parts + [(name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()]
+
+
+def _merge(
+    root: nn.Module, merges: list[_Merge], pairs: list[Pair], own: dict[nn.Module, Difference]
+) -> tuple[nn.Module, list[FusedLayer]]:
+    """Merge for good, in place, what :func:`_merges` tried; return the root and what became of its layers."""
+    followed = {pair.layer: pair for pair in pairs}
+    names = {module: name for name, module in root.named_modules()}
+    replacements: dict[nn.Module, nn.Module] = {}
+    fused = []
+    for merge in merges:
+        module, pair, before = merge.module, followed.get(merge.module), type(merge.module).__name__
+        kind = _kind(module)
+        merged = getattr(module, merge.method)() if pair is None else pair.folded
+        if isinstance(merged, nn.Module):
+            replacements[module] = merged
+        if pair is not None:
+            replacements[pair.norm] = without_norm(pair.norm)
+        fused.append(
+            FusedLayer(
+                merge.name or before,
+                None if pair is None else names[pair.norm],
+                kind if pair is None else f"{kind} + {type(pair.norm).__name__}",
+                before,
+                type(replacements.get(module, module)).__name__,
+                own.get(module) if pair is None else _larger(own.get(module), pair.difference),
+            )
         )
+    return replace(root, replacements).eval(), fused  # others' methods make layers in training mode
+
+
+def _fold(root: nn.Module, pairs: list[Pair]) -> list[FusedLayer]:
+    """Put folded layers in their places, and return what became of them."""
+    names = {module: name for name, module in root.named_modules()}
+    replacements: dict[nn.Module, nn.Module] = {}
+    fused = []
+    for pair in pairs:
+        replacements[pair.layer], replacements[pair.norm] = pair.folded, without_norm(pair.norm)
+        what = "linear layer" if isinstance(pair.layer, nn.Linear) else "convolution"
+        before, after = type(pair.layer).__name__, type(pair.folded).__name__
+        kind = f"{what} + {type(pair.norm).__name__}"
+        fused.append(FusedLayer(names[pair.layer], names[pair.norm], kind, before, after, pair.difference))
+    replace(root, replacements)
     return fused
 
 
+def _joined(merged: list[FusedLayer], folded: list[FusedLayer]) -> list[FusedLayer]:
+    """Return both in one list, where a layer of which both speak stands once."""
+    first = {layer.name: layer for layer in merged}
+    for layer in folded:
+        if layer.name in first:
+            was = first[layer.name]
+            larger, kind = _larger(was.difference, layer.difference), layer.kind.partition(" + ")[2]
+            layer = FusedLayer(layer.name, layer.norm, f"{was.kind} + {kind}", was.before, layer.after, larger)
+        first[layer.name] = layer
+    return list(first.values())
+
+
+def _fuse_with(layer: Any, norm: nn.Module) -> nn.Module:
+    merged: nn.Module = layer.fuse(norm)
+    return merged
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, MoRFConv2d):
+        return "mixture"
+    if isinstance(module, (GMConv2d, DynamicGMConv2d)):
+        return "mask"
+    if isinstance(module, ReparamConv2d):
+        return "branches"
+    if isinstance(module, ConvNorm):
+        return f"convolution + {type(module.bn).__name__}"
+    return "convolution" if isinstance(module, DepthwiseConv2d) else "block"
+
+
+def _larger(first: Difference | None, second: Difference | None) -> Difference | None:
+    return max((d for d in (first, second) if d is not None), key=lambda d: d.relative, default=None)
+
+
+def _worst(fused: tuple[FusedLayer, ...] | list[FusedLayer]) -> FusedLayer | None:
+    measured = [layer for layer in fused if layer.difference is not None]
+    return max(measured, key=lambda layer: 0.0 if layer.difference is None else layer.difference.relative, default=None)
+
+
+def _counted(fused: tuple[FusedLayer, ...] | list[FusedLayer]) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer.kind for layer in fused).most_common())
+    return f"fused {len(fused)} layer{'' if len(fused) == 1 else 's'} ({kinds})"
+
+
+def _nothing(left: list[LeftLayer]) -> str:
+    text = f"no module in it has a method {', '.join(MERGE_METHODS[:-1])} or {MERGE_METHODS[-1]}, "
+    text += "and no batch norm alone reads the output of a convolution."
+    if left:
+        text += f" {len(left)} left, the first of them {left[0].name} ({left[0].reason})."
+    return text
+
+
+def _too_far(
+    model: nn.Module, fused: list[FusedLayer], apart: Difference, layerwise: Difference, tolerance: float
+) -> str:
+    guilty = [layer.name for layer in fused if layer.difference and not layer.difference.relative <= tolerance]
+    named = guilty or [layer.name for layer in fused]
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    grown = "" if guilty or not any(layer.difference for layer in fused) else (
+        " Each alone is within it: either this network makes roundings grow (then it passes in float64), or something "
+        "else reads what changed."
+    )  # fmt: skip
+    dtype = outputs.place(model)[1]
+    half = "" if dtype.itemsize > 2 else (
+        f" Its parameters are {dtype}, which rounds every folded kernel anew: re-parameterise in float32 and cast "
+        "after that, or allow more."
+    )  # fmt: skip
+    return (
+        f"re-parameterisation changed the outputs by {apart.relative:.2e} of their scale "
+        f"({apart.max_abs:.2e} absolute) and those of single layers by up to {layerwise.relative:.2e}, "
+        f"more than tolerance={tolerance:.0e}. Look at: {', '.join(named[:5])}{more}.{grown}{half}"
+    )
+
+
 def _example(model: nn.Module) -> Tensor:
-    channels = [getattr(m, "in_channels", None) for m in model.modules()]
-    first = next((count for count in channels if isinstance(count, int)), None)
-    if first is None:
-        raise ValueError("no example input could be made up for this model: pass example_input=.")
-    config = getattr(model, "pretrained_cfg", None) or {}
-    _, height, width = config.get("input_size") or (None, 64, 64)
-    x = torch.randn(2, first, height, width, generator=torch.Generator().manual_seed(0))
-    return x.to(next(model.parameters()))
+    try:
+        return outputs.example_input(model)
+    except ValueError as error:
+        raise ValueError("no example input could be made up for this model: pass example_input=.") from error
 
 
 def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
@@ -112,64 +413,17 @@ def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
         ) from error
 
 
-class _Watch(TorchFunctionMode):
-    """Watches a forward pass: which batch norm alone reads a mixture's output, and is every mixture what it fuses to?
+def _cost(model: nn.Module, x: Tensor) -> bench.Cost:
+    """Count for the whole example, of which not every model takes a part, and share the work out to its images."""
+    counted = bench.cost(model, x)
+    return bench.Cost(counted.parameters, counted.macs // max(1, len(x)))
 
-    Every torch function called outside a batch norm with a mixture's output among its arguments is another reader, and
-    so is the caller of the model. Mixtures are compared at once, before an in-place activation can change anything.
-    """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.layers: dict[str, Difference] = {}
-        self._outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # holds the tensors, so that ids stay theirs
-        self._calls: Counter[nn.Module] = Counter()
-        self._readers: dict[nn.Module, list[_BatchNorm]] = {}
-        self._others: set[nn.Module] = set()
-        self._inside: list[nn.Module] = []
-        self._handles: list[Any] = []
-        for name, module in model.named_modules():
-            if takes_norm(module):
-                self._handles.append(module.register_forward_hook(partial(self._mixed, name)))
-            elif type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d) and module.track_running_stats:
-                self._handles.append(module.register_forward_pre_hook(self._enter))
-                self._handles.append(module.register_forward_hook(self._leave))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._inside:
-            self._read(tree_leaves((args, kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
-        self._outputs.clear()
-
-    def norms(self, result: Any) -> dict[nn.Module, _BatchNorm]:
-        """Return mixture -> batch norm that can be folded into it, given what the model returned."""
-        self._read(tree_leaves(result))
-        return {
-            mixture: norms[0]
-            for mixture, norms in self._readers.items()
-            if len(norms) == 1 and mixture not in self._others and self._calls[mixture] == self._calls[norms[0]] == 1
-        }
-
-    def _read(self, leaves: list[Any]) -> None:
-        self._others |= {self._outputs[id(leaf)][0] for leaf in leaves if id(leaf) in self._outputs}
-
-    def _mixed(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._inside.append(module)  # what follows is no reader
-        self.layers[name] = difference(output, cast(Any, module).fuse()(args[0]))
-        self._inside.pop()
-        self._calls[module] += 1
-        self._outputs[id(output)] = (module, output)
-
-    def _enter(self, module: _BatchNorm, args: Any) -> None:
-        self._calls[module] += 1
-        self._inside.append(module)
-        if id(args[0]) in self._outputs:
-            self._readers.setdefault(self._outputs[id(args[0])][0], []).append(module)
-
-    def _leave(self, module: _BatchNorm, args: Any, output: Tensor) -> None:
-        self._inside.pop()
+def _still_runs(model: nn.Module, x: Tensor) -> Any:
+    try:
+        return model(x)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RuntimeError(
+            f"the model no longer runs with its layers fused ({type(error).__name__}: {error}): its code reads "
+            "something of a layer that is another now."
+        ) from error

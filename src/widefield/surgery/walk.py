@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from timm.layers import BatchNormAct2d
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy")
-"""``fuse()`` returns the merged module; the others (timm's MobileOne and RepVGG blocks, official code) act in place."""
+MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "merge_dilated_branches")
+"""``fuse()`` returns the merged module. The others act in place: those of timm's blocks, and of the code of MobileOne,
+RepVGG, RepLKNet and SLaK, and UniRepLKNet.
+"""
+
+COLLECTIVE = ("structural_reparam", "reparameterize_unireplknet")
+"""What official code calls on whole networks (RepLKNet's, UniRepLKNet's): it calls the methods above on what is inside.
+Walking reaches the same, and then each layer has its name and its own figures: these are called, by ``reparameterize``
+alone, where nothing inside has one of the methods above. Our networks have them as users of that code know them.
+"""
+
+_MADE = ("reparam_conv", "rbr_reparam", "lkb_reparam")
+"""Attributes in which methods that act in place leave what they made."""
 
 
 def merge_method(module: nn.Module) -> str | None:
-    """Return the name of the method by which ``module`` merges itself, or None. It takes no arguments: a
-    ``fuse(a, b)`` of somebody else's is another thing.
+    """Return the name of the method by which ``module`` merges itself, or None.
+
+    It takes no arguments: a ``fuse(a, b)`` of somebody else's is another thing. Where a method that acts in place was
+    called before, there is nothing to merge, though it is still there.
     """
     for name in MERGE_METHODS:
         method = getattr(module, name, None)
         if callable(method):
             parameters = inspect.signature(method).parameters.values()
             if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-                return name
+                return None if name != "fuse" and _is_merged(module) else name
     return None
+
+
+def _is_merged(module: nn.Module) -> bool:
+    layers = [inner for inner in module.modules() if any(p is not None for p in inner._parameters.values())]
+    return len(layers) < 2 or any(isinstance(getattr(module, made, None), nn.Module) for made in _MADE)
 
 
 def replace(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -46,45 +62,39 @@ def takes_norm(module: nn.Module) -> bool:
     return merge_method(module) == "fuse" and "norm" in inspect.signature(module.fuse).parameters  # type: ignore[arg-type]
 
 
-def fuse_layers(
-    root: nn.Module,
-    *,
-    norms: Mapping[nn.Module, _BatchNorm] | None = None,
-    select: Callable[[nn.Module], bool] = lambda module: True,
-) -> tuple[nn.Module, list[str]]:
-    """Fuse the outermost mergeable modules of ``root``, in place; return the root and the names of what was fused.
+def outermost(
+    root: nn.Module, select: Callable[[nn.Module], bool] = lambda module: True
+) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield (name, module, merge method) of the outermost modules that merge themselves and are selected.
 
-    Somebody else's block that merges itself and holds a layer with ``fuse(norm)`` is left unmerged, as it would look
-    for a convolution there; the layer is fused.
-
-    Args:
-        root: in evaluation mode.
-        norms: layer -> the batch norm to fold into it.
-        select: which modules may be fused.
+    Somebody else's block that merges itself and holds a layer with ``fuse(norm)`` is passed over, as it would look for
+    a convolution there; the layer is not.
     """
-    norms = norms or {}
-    replacements: dict[nn.Module, nn.Module] = {}
-    names: list[str] = []
     done: list[str] = []
     for name, module in root.named_modules():
         method = merge_method(module)
-        if method is None or not select(module) or any(name.startswith(prefix) for prefix in done):
+        if method is None or any(name.startswith(prefix) for prefix in done) or not select(module):
             continue
         if method != "fuse" and any(takes_norm(inner) for inner in module.modules()):
             continue
-        norm = norms.get(module)
-        merged = getattr(module, method)(*(() if norm is None else (norm,)))
+        done.append(f"{name}." if name else "")
+        yield name, module, method
+
+
+def fuse_layers(
+    root: nn.Module, *, select: Callable[[nn.Module], bool] = lambda module: True
+) -> tuple[nn.Module, list[str]]:
+    """Fuse the :func:`outermost` mergeable modules of ``root``, in place; return the root and their names.
+
+    Args:
+        root: in evaluation mode.
+        select: which modules may be fused.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    names: list[str] = []
+    for name, module, method in list(outermost(root, select)):
+        merged = getattr(module, method)()
         if isinstance(merged, nn.Module):
             replacements[module] = merged
-        if norm is not None:
-            replacements[norm] = _without_norm(norm)
         names.append(name or type(module).__name__)
-        done.append(f"{name}." if name else "")
     return replace(root, replacements), names
-
-
-def _without_norm(norm: _BatchNorm) -> nn.Module:
-    """Return what a batch norm does besides normalising: nothing, or timm's drop and activation."""
-    if isinstance(norm, BatchNormAct2d):
-        return nn.Sequential(norm.drop, norm.act).eval()
-    return nn.Identity().eval()

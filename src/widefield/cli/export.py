@@ -1,0 +1,116 @@
+"""``widefield export``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from widefield.cli import _subjects
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Batches = list[tuple[Tensor, ...]]
+
+SUMMARY = "from a trained model to a file that serves it: specialised, re-parameterised, trimmed, verified"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    _subjects.arguments(parser, models=1, images=128, out="exports", figures=False)
+    parser.add_argument("--format", choices=("onnx", "pt2", "openvino"), default="onnx", help="file to write (onnx)")
+    parser.add_argument(
+        "--routing", choices=("branches", "per-sample", "mean", "auto"), default="branches",
+        help="layers whose kernel depends on the image: all experts and a weighted sum (branches), a loop over the "
+        "images (per-sample), or made static on every other image: all (mean), or where it changes little (auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trim", action="store_true", help="crop kernels as far as every other image allows, and what no map meets"
+    )
+    parser.add_argument("--limit", type=int, metavar="K", help="crop kernels beyond K x K pixels, whatever it costs")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, metavar="T",
+        help="of --routing auto and of --trim: by how much outputs may change, relative RMS (0.01)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dynamic", nargs="*", choices=("batch", "size"), default=["batch"], help="sizes that may change (batch)"
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (that of torch's exporter)")
+    parser.add_argument(
+        "--throughput", type=int, nargs="*", default=[], metavar="N",
+        help="batch sizes at which to time the file beside the model, eager and compiled",
+    )  # fmt: skip
+    parser.add_argument(
+        "--int8", action="store_true", help="write a second file in 8 bits, calibrated on every other image"
+    )
+    parser.add_argument(
+        "--calibration", choices=("minmax", "entropy", "percentile"), default="minmax",
+        help="how ranges of activations are read off (minmax)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--outliers", choices=("warn", "refuse", "float"), default="warn",
+        help="what to do about kernels that 8 bits spoil (warn)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from widefield import deploy
+    from widefield.cli._tables import print_table
+    from widefield.surgery import measure_change
+
+    if args.int8 and args.format != "onnx":
+        raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
+    if args.trim and "size" in args.dynamic:
+        raise ValueError("--trim drops taps that meet no map of one size: leave 'size' out of --dynamic.")
+    found = _subjects.subject(args.models[0], args)
+    images = _subjects.batches(args, found)
+    shown, held_out = images[::2], images[1::2] or images
+    model = _prepared(found.model, shown, args)
+    stem = found.name.partition("{")[0].replace(":", "_").replace("/", "_")
+    path = args.out / f"{stem}{deploy.FORMATS[args.format]}"
+    done = deploy.export(
+        model,
+        path,
+        images[0][0][:2],
+        routing=args.routing if args.routing in deploy.ROUTING else "branches",
+        dynamic=args.dynamic,
+        loader=held_out,
+        opset=args.opset,
+        throughput=args.throughput,
+        normalisation=(found.mean, found.std),
+    )
+    written = [path, path.with_name(f"{path.name}.json")]
+    print_table(done.rows())
+    if done.throughput:
+        print_table([speed.row() for speed in done.throughput])
+    print(f"The file against {found.name} as it came: {measure_change(found.model, deploy.load(path), held_out)}.")
+    if args.int8:
+        small = args.out / f"{stem}-int8.onnx"
+        options = {"calibration": args.calibration, "outliers": args.outliers}
+        print(deploy.quantize(model, small, shown, images=held_out, **options))
+        written += [small, small.with_name(f"{small.name}.json")]
+    print("wrote " + ", ".join(str(part) for part in written))
+    return 0
+
+
+def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.Module:
+    """Return what is to be exported, and say what was done to it."""
+    from widefield.surgery import NothingToFuseError, reparameterize, specialize, trim
+
+    if args.routing in ("mean", "auto"):
+        model = specialize(model, shown, policy=args.routing, tolerance=args.tolerance, report=_say)
+    try:
+        model = reparameterize(model, shown[0][0][:2], report=_say)
+    except NothingToFuseError:
+        print(f"{type(model).__name__} has nothing to re-parameterise.")
+    if args.trim:
+        size = tuple(shown[0][0].shape[-2:])
+        model = trim(model, args.tolerance, loader=shown, limit=args.limit, input_size=size, report=_say)
+    elif args.limit is not None:
+        model = trim(model, 0.0, loader=shown, limit=args.limit, report=_say)
+    return model
+
+
+def _say(report: object) -> None:
+    print(str(report).partition("\n\n")[0])  # in Python, report= has the tables, too

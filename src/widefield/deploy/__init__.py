@@ -1,0 +1,24 @@
+"""From a trained model to what serves it: files that run without widefield, verified."""
+
+from widefield.deploy._trace import ROUTING
+from widefield.deploy.export import Check, Export, export, versions
+from widefield.deploy.quantize import Flips, QuantisedKernel, Quantization, quantize
+from widefield.deploy.runtime import FORMATS, Runtime, load
+from widefield.deploy.throughput import Speed, measure_throughput
+
+__all__ = [
+    "FORMATS",
+    "ROUTING",
+    "Check",
+    "Export",
+    "Flips",
+    "QuantisedKernel",
+    "Quantization",
+    "Runtime",
+    "Speed",
+    "export",
+    "load",
+    "measure_throughput",
+    "quantize",
+    "versions",
+]

@@ -1,0 +1,130 @@
+"""ONNX graphs in 8 bits: which weights there are, onnxruntime's static quantisation, and outputs put in to measure."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from widefield.deploy._trace import first_line, quiet
+
+OPERATORS = ("Conv", "Gemm", "MatMul")
+"""What computes in int8."""
+
+
+class Weight(NamedTuple):
+    """A constant that is convolved or multiplied with."""
+
+    name: str
+    """Of the layer that it belongs to, as far as the graph tells, and of the node after a colon where one has many."""
+    shape: tuple[int, ...]
+    values: Tensor
+    """(output channels, numbers of each)."""
+
+
+def weights(path: Path) -> list[Weight]:
+    """Return the weights of a graph that :func:`quantise` would round."""
+    return [weight for _, weight in _weights(_read(path))]
+
+
+def quantise(path: Path, out: Path, images: Iterable[Tensor], method: str, floating: Collection[str]) -> None:
+    """Write a graph in int8, ranges of activations read off images.
+
+    Args:
+        path, out: ONNX.
+        images: (N, C, H, W) each.
+        method: of onnxruntime's CalibrationMethod.
+        floating: names of weights whose nodes stay in float32.
+
+    Raises:
+        ValueError: onnxruntime cannot quantise it.
+    """
+    from onnxruntime import quantization
+
+    model = _read(path)
+    kept = [node.name for node, weight in _weights(model) if weight.name in floating]
+    routers = [node.name for node in model.graph.node if _in_router(node)]
+    try:
+        with quiet():
+            quantization.quantize_static(
+                model,
+                out,
+                _reader(images, model.graph.input[0].name),
+                op_types_to_quantize=list(OPERATORS),
+                per_channel=True,
+                nodes_to_exclude=kept + routers,
+                calibrate_method=quantization.CalibrationMethod[method],
+            )
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"onnxruntime cannot quantise this model: {first_line(error)}") from error
+
+
+def drop_outputs(path: Path, keep: int) -> None:
+    """Leave a graph its first outputs alone, and nothing that was computed for the others only."""
+    import onnx
+
+    model = onnx.load(path)
+    del model.graph.output[keep:]
+    if keep == 1:
+        old = model.graph.output[0].name
+        model.graph.output[0].name = "output"
+        for node in model.graph.node:
+            node.output[:] = ["output" if name == old else name for name in node.output]
+            node.input[:] = ["output" if name == old else name for name in node.input]
+    onnx.save(model, path)
+
+
+def _read(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path)
+
+
+def _reader(images: Iterable[Tensor], name: str) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self._left, None)
+            return None if batch is None else {name: batch.numpy()}
+
+    return Reader()
+
+
+def _weights(model: Any) -> Iterator[tuple[Any, Weight]]:
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in OPERATORS or node.input[1] not in constants or _in_router(node):
+            continue
+        values = torch.from_numpy(numpy_helper.to_array(constants[node.input[1]]).copy())
+        by_row = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+        flat = values.flatten(1) if by_row else values.flatten(0, -2).T
+        yield node, Weight(_name(node), tuple(values.shape), flat)
+
+
+def _scopes(node: Any) -> list[str]:
+    """Return the modules that a node was called in, outermost first, as torch's exporter notes them."""
+    noted = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+    return [str(scope) for scope in ast.literal_eval(noted)]
+
+
+def _in_router(node: Any) -> bool:
+    return any(scope.endswith((".router", ".predictor")) for scope in _scopes(node))
+
+
+def _name(node: Any) -> str:
+    """Return the name of the layer of a node."""
+    modules = [scope for scope in _scopes(node)[:-1] if scope]  # the last is the node itself
+    layer = modules[-1].removeprefix("model").lstrip(".") if modules else ""
+    return layer or re.sub(r"^node_", "", node.name)

@@ -1,0 +1,141 @@
+"""From a graph of PyTorch's operators to ONNX, a convolution with a kernel of its own for every sample included."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.export import ExportedProgram
+
+from widefield import _checks
+from widefield.deploy._trace import first_line, quiet
+
+LEAST_OPSET, MOST_OPSET = 18, 23
+"""Opsets that torch's exporter writes and onnxruntime reads."""
+
+
+def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[str]:
+    """Write a graph as ONNX, its weights beside it where it would be larger than a protobuf may be.
+
+    Returns:
+        operator -> how often it occurs.
+
+    Raises:
+        ValueError: an operator that has no form in ONNX, named.
+    """
+    table: dict[Any, Any] = {torch.ops.aten.conv2d.default: _convolution}
+    if opset is not None:
+        opset = _checks.integer("opset", opset, minimum=LEAST_OPSET, maximum=MOST_OPSET)
+    shapes = [
+        [dim if isinstance(dim, int) else None for dim in node.meta["val"].shape]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    try:
+        with quiet():
+            written = torch.onnx.export(
+                program, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=table
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ValueError(f"the model has no form in ONNX: {_missing(error)}") from error
+    model = cast(Any, written).model
+    model.graph.inputs[0].name = "images"
+    if len(model.graph.outputs) == 1:
+        model.graph.outputs[0].name = "output"
+    _name_sizes(model, shapes[0])
+    cast(Any, written).save(str(path))
+    return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def _missing(error: BaseException | None) -> str:
+    """Return which operators the exporter does not know, or else its innermost words."""
+    texts, cause = [], error
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__
+    found = re.findall(r"(?:decompositions|ONNX function)[^\n]*?OpOverload\(op='([^']+)'", "\n".join(texts))
+    if found:
+        return f"there is none of the operator {found[0]}."
+    return first_line(Exception(texts[-1]))
+
+
+def _name_sizes(model: Any, shape: Sequence[int | None]) -> None:
+    """Call the dynamic sizes of the graph "batch", "height" and "width" instead of s77 and the like."""
+    images = model.graph.inputs[0]
+    names = {}
+    for dim, fixed, name in zip(images.shape, shape, ("batch", "channels", "height", "width"), strict=True):
+        if fixed is None:
+            names[str(dim.value)] = name
+    if not names:
+        return
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    import onnx_ir as ir
+
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                dim if isinstance(dim, int) else pattern.sub(lambda found: names[found[0]], str(dim.value))
+                for dim in value.shape
+            )
+
+
+def _convolution(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: Any = 1,
+) -> Any:
+    """Translate aten.conv2d. ONNX's Conv has its number of groups for an attribute: a number that grows with the batch,
+    as convolutions with a kernel for every sample are written, makes a Scan over the samples.
+    """
+    op: Any = importlib.import_module("onnxscript").opset18
+    down, right = padding if len(padding) == 2 else (*padding, *padding)
+    attributes: dict[str, Any] = {
+        "strides": list(stride) * (3 - len(stride)),
+        "dilations": list(dilation) * (3 - len(dilation)),
+        "pads": [down, right, down, right],
+    }
+    if isinstance(groups, int):
+        inputs = (x, weight) if bias is None else (x, weight, bias)
+        return op.Conv(*inputs, group=groups, **attributes)
+    c_in, c_out = _each(x.shape[1]), _each(weight.shape[0])
+    c_group, *kernel = weight.shape[1:]
+    if c_in is None or c_out is None or x.shape[0] != 1 or not all(isinstance(n, int) for n in (c_group, *kernel)):
+        raise ValueError(f"a convolution with {groups} groups of {x.shape} is none with a kernel for every sample")
+    space = op.Shape(x, start=2)
+    inputs = (
+        op.Reshape(x, op.Concat(op.Constant(value_ints=[-1, 1, c_in]), space, axis=0)),
+        op.Reshape(weight, op.Constant(value_ints=[-1, c_out, c_group, *kernel])),
+    )
+    if bias is not None:
+        inputs = (*inputs, op.Reshape(bias, op.Constant(value_ints=[-1, c_out])))
+    body = _one_convolution(len(inputs), c_in // c_group, attributes)
+    y = op.Scan(*inputs, body=body, num_scan_inputs=len(inputs))
+    return op.Reshape(y, op.Concat(op.Constant(value_ints=[1, -1]), op.Shape(y, start=3), axis=0))
+
+
+def _one_convolution(inputs: int, groups: int, attributes: dict[str, Any]) -> Any:
+    """Return the graph of one Conv of (1, C, H, W) with a kernel and perhaps a bias, all float32."""
+    import onnx_ir as ir
+    from onnx import TensorProto, helper
+
+    names = ["x", "weight", "bias"][:inputs]
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*names, "y")}
+    node = helper.make_node("Conv", names, ["y"], group=groups, **attributes)
+    graph = helper.make_graph([node], "one_sample", [values[name] for name in names], [values["y"]])
+    return ir.serde.deserialize_graph(graph)
+
+
+def _each(size: Any) -> int | None:
+    """Return k for a size of k times the batch, as torch writes it (16*s77), or None."""
+    found = re.fullmatch(r"(?:(\d+)\*)?[a-z]\w*", "" if isinstance(size, int) else str(size.value))
+    return None if found is None else int(found[1] or 1)

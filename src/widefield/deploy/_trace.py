@@ -1,0 +1,173 @@
+"""From a model to a graph of PyTorch's operators: what is to be dynamic, and in which form routed layers go in."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from widefield import _checks
+from widefield.nn import DCNv3, DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
+from widefield.ops import fold, mixture_conv2d
+from widefield.surgery.walk import merge_method, replace
+
+ROUTING = ("branches", "per-sample")
+"""What becomes of a layer whose kernel depends on the image.
+
+- "branches": every expert convolves, and the routing weights add the results up. Convolutions have constant kernels,
+  which runtimes prepare once; this was the faster form in onnxruntime on a CPU (docs/deployment.md).
+- "per-sample": the experts' kernels are mixed for each image, and a loop over the batch convolves.
+
+Layers without experts (a Gaussian mask that depends on the image, timm's CondConv) have the second form only.
+"""
+
+DYNAMIC = ("batch", "size")
+
+
+def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
+    """Return a copy on the CPU whose mixtures compute in the form asked for, and the rest in one that runtimes know.
+
+    Raises:
+        RuntimeError: training mode.
+        TypeError: parameters that are not float32, in which runtimes compute on CPUs and exports are verified.
+        ValueError: an unknown form.
+    """
+    _checks.choice("routing", routing, ROUTING)
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"an export holds the evaluation-mode function, but {training[0]} is in training mode: "
+            "call model.eval() first."
+        )
+    others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if others:
+        raise TypeError(f"exports are of float32 models; this one has {', '.join(sorted(others))}: call model.float().")
+    twin = copy.deepcopy(model).cpu()
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module in twin.modules():
+        if isinstance(module, DCNv3) and format != "pt2":
+            module.backend = "grid"
+        elif isinstance(module, (MoRFConv2d, FusedMoRFConv2d)) and routing == "per-sample":
+            module.backend = "merged"
+        elif isinstance(module, MoRFConv2d):
+            module.backend = "branches"
+        elif isinstance(module, FusedMoRFConv2d):
+            replacements[module] = _Branches(module)
+    return replace(twin, replacements).eval()
+
+
+class _Branches(nn.Module):
+    """A fused mixture whose experts are constants of their own again, for runtimes to prepare."""
+
+    def __init__(self, layer: FusedMoRFConv2d) -> None:
+        super().__init__()
+        self.router, self.shift = layer.router, layer.shift
+        self.dilations, self.stride, self.groups = layer.dilations, layer.stride, layer.groups
+        step = fold.common_dilation(layer.dilations)
+        experts = enumerate(zip(layer.kernel_sizes, layer.dilations, strict=True))
+        kernels = [fold.expert(layer.bank, r, size, dilation, step).clone() for r, (size, dilation) in experts]
+        self.kernels = nn.ParameterList(nn.Parameter(kernel, False) for kernel in kernels)
+        biases = None if layer.bias_bank is None else [nn.Parameter(bias.clone(), False) for bias in layer.bias_bank]
+        self.biases = None if biases is None else nn.ParameterList(biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = mixture_conv2d(
+            x,
+            list(self.kernels),
+            None if self.biases is None else list(self.biases),
+            self.router(x),
+            stride=self.stride,
+            groups=self.groups,
+            dilations=self.dilations,
+            backend="branches",
+        )
+        return y if self.shift is None else y + self.shift[:, None, None]
+
+
+def unmerged(model: nn.Module) -> list[str]:
+    """Return the names of the layers that :func:`widefield.reparameterize` would make something cheaper of."""
+    final = (DepthwiseConv2d, DynamicGMConv2d)
+    return [n or "the model" for n, m in model.named_modules() if merge_method(m) and not isinstance(m, final)]
+
+
+def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
+    """Return the graph of a model in evaluation mode, as :func:`torch.export.export` sees it.
+
+    Args:
+        model: on the CPU.
+        x: (N, C, H, W), an example; any N.
+        dynamic: which sizes may change: "batch" (N), "size" (H and W).
+
+    Raises:
+        ValueError: it has no such graph, or none in which these sizes may change; says why, and what would do.
+    """
+    x = (
+        x[:1].expand(2, *x.shape[1:]).contiguous() if "batch" in dynamic and len(x) < 2 else x
+    )  # a 1 would be a constant
+    try:
+        return _export(model, x, dynamic)
+    except Exception as error:  # torch.export raises whatever the model's code runs into
+        reason = _reason(error)
+        for fewer in ([name for name in dynamic if name != "size"], []):
+            if len(fewer) < len(dynamic) and _exports(model, x, fewer):
+                fixed = " and ".join(name for name in dynamic if name not in fewer)
+                raise ValueError(
+                    f"{type(model).__name__} has no graph with a dynamic {fixed}: {reason} With a fixed one it has: "
+                    f"pass dynamic={tuple(fewer)!r} and an example input of that {fixed}."
+                ) from error
+        raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {reason}") from error
+
+
+def _export(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
+    sizes: dict[int, Any] = {}
+    if "batch" in dynamic:
+        sizes[0] = Dim("batch")
+    if "size" in dynamic:
+        sizes[2], sizes[3] = Dim("height"), Dim("width")
+    with quiet(), torch.no_grad():
+        return torch.export.export(model, (x,), dynamic_shapes=(sizes,) if sizes else None)
+
+
+def _exports(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> bool:
+    try:
+        _export(model, x, dynamic)
+    except Exception:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    fixed = re.findall(r"marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text)
+    if fixed:
+        return f"its code works for {' and '.join(f'{name} {value}' for name, value in dict(fixed).items())} only."
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, as a sentence."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.rstrip(".:") + "."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what exporters warn, log and print about themselves: there is nothing in it that a caller could mend."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

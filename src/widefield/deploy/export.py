@@ -1,0 +1,262 @@
+"""Models as files that run without widefield, each proven to be the model that it was made from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks, bench
+from widefield._files import checksum, staged
+from widefield.deploy._onnx import to_onnx
+from widefield.deploy._trace import DYNAMIC, first_line, prepared, traced, unmerged
+from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
+from widefield.deploy.throughput import Speed, measure_throughput
+from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
+from widefield.surgery.outputs import Tally, batches, example_input
+
+log = logging.getLogger(__name__)
+
+ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
+
+BATCHES = (1, 3, 8)
+"""Batch sizes at which a graph with a dynamic batch is verified."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An exported model beside the one that it was made from, on batches of one shape."""
+
+    shape: tuple[int, ...]
+    """(N, C, H, W)."""
+    images: int
+    """In all batches of this shape."""
+    max_abs: float
+    """Largest absolute difference of any output."""
+    relative: float
+    """``max_abs`` in units of the largest absolute value of the model's outputs."""
+    agreement: float | None
+    """Share of the images with the same largest output; None where the output is not (N, classes)."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported, and the proof: the JSON file that stands beside an export."""
+
+    model: str
+    format: str
+    path: str
+    """Of the file to load, relative to the folder of this report."""
+    files: Mapping[str, str]
+    """Every file of the export -> its SHA-256."""
+    bytes: int
+    input: Mapping[str, Any]
+    """name, dtype, the example's shape, what of it may change, and, where the model says so, mean and std with which
+    images in [0, 1] are to be normalised, for each channel."""
+    routing: str | None
+    """The form of layers whose kernel depends on the image; None where there are none."""
+    operators: Mapping[str, int]
+    """Operator -> how often it occurs in the graph."""
+    checks: tuple[Check, ...]
+    tolerance: float
+    """Largest relative difference allowed; one above it, and there would be no export."""
+    images: str
+    """What it was verified on."""
+    throughput: Sequence[Speed]
+    """The file beside the model, where that was asked for."""
+    environment: Mapping[str, str]
+    """Machine, versions, date."""
+
+    @property
+    def relative(self) -> float:
+        """The largest relative difference of all checks."""
+        return max(check.relative for check in self.checks)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row for each check."""
+        return [
+            {
+                "file": self.path,
+                "images": "x".join(map(str, check.shape)),
+                "of them": str(check.images),
+                "largest difference": f"{check.max_abs:.1e}",
+                "of scale": f"{check.relative:.1e}",
+                "top-1 agreement": "-" if check.agreement is None else f"{100 * check.agreement:.4g} %",
+            }
+            for check in self.checks
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON can hold it."""
+        return {**asdict(self), "checks": [{**asdict(check), "shape": list(check.shape)} for check in self.checks]}
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example: Tensor | None = None,
+    *,
+    routing: str = "branches",
+    dynamic: Sequence[str] = ("batch",),
+    loader: Iterable[Any] | None = None,
+    tolerance: float = 1e-4,
+    opset: int | None = None,
+    throughput: Sequence[int] = (),
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Export:
+    """Write a model to a file that runs without widefield, verify it, and write the proof beside it (PATH.json).
+
+    What is written is the model as it is: call :func:`widefield.reparameterize` first, and perhaps
+    :func:`widefield.specialize` and :func:`widefield.trim`. Convolutions are plain Conv nodes, whatever operator
+    computes them here. The file is loaded and run on fresh images beside the model, at batches of 1, 3 and 8 where the
+    batch is dynamic, and at a second size where that is; it appears if it passes, and not at all otherwise.
+
+    Args:
+        model: in evaluation mode, float32; untouched.
+        path: ``.onnx``, ``.pt2`` (torch.export's archive) or ``.xml`` (OpenVINO, with a ``.bin`` beside it).
+        example: (N, C, H, W). Default: as :func:`widefield.reparameterize` makes one up.
+        routing: form of layers whose kernel depends on the image, "branches" or "per-sample"; see
+            :data:`widefield.deploy.ROUTING`. For a graph without routing, specialise the model.
+        dynamic: which sizes may change: "batch", "size" (height and width), both or neither.
+        loader: images to verify on besides noise, of any size that the graph takes; see
+            :func:`widefield.surgery.outputs.batches`.
+        tolerance: largest difference allowed, in units of the largest absolute output.
+        opset: ONNX operator set; default: that of torch's exporter.
+        throughput: batch sizes at which the file is timed beside the model, eager and compiled by torch.compile, in
+            turns: some seconds each.
+        normalisation: mean and standard deviation of each channel, with which images in [0, 1] are to be normalised,
+            for the report. Default: those of timm's configuration, if the model has one.
+
+    Raises:
+        RuntimeError: the model is in training mode; or the file does not compute what the model does.
+        TypeError: parameters that are not float32.
+        ValueError: another suffix, an unknown word; a model that cannot be traced, or not with these dynamic sizes; an
+            operator without a form in this format. The message names it.
+        OSError: the path cannot be written to.
+        ModuleNotFoundError: OpenVINO is not installed.
+    """
+    path = Path(path)
+    format = format_of(path)
+    dynamic = tuple(sorted({_checks.choice("every entry of dynamic", size, DYNAMIC) for size in _words(dynamic)}))
+    tolerance = _checks.number("tolerance", tolerance)
+    if format == "openvino":
+        import_openvino()
+    twin = prepared(model, routing, format)
+    left = unmerged(twin)
+    if left:
+        log.warning("%d layers are exported as they train (%s, ...): call reparameterize first.", len(left), left[0])
+    x = example_input(twin) if example is None else example.detach().cpu()
+    times = [_checks.integer("every entry of throughput", count) for count in throughput]
+    if times and "batch" not in dynamic and set(times) != {len(x)}:
+        raise ValueError(f"the batch is fixed to {len(x)}, and cannot be timed at throughput={tuple(throughput)}.")
+    given = () if loader is None else (found for found, _ in batches(loader, twin))
+    with staged(path.parent) as stage:
+        with torch.no_grad():
+            operators = _write(twin, x, stage / path.name, format, dynamic, opset)
+        exported = load(stage / path.name)
+        checks = _checked(twin, exported, chain(_fresh(x, dynamic), given))
+        worst = max(checks, key=lambda check: check.relative)
+        if not worst.relative <= tolerance:
+            raise RuntimeError(
+                f"the {format} file does not compute what the model does: on images of {worst.shape} outputs differ by "
+                f"{worst.relative:.2e} of their scale, more than tolerance={tolerance:.0e}. Nothing was written."
+            )
+        files = {part.name: checksum(part) for part in sorted(stage.iterdir())}
+        done = Export(
+            model=_name(model),
+            format=format,
+            path=path.name,
+            files=files,
+            bytes=sum(part.stat().st_size for part in stage.iterdir()),
+            input=_input(model, x, dynamic, normalisation),
+            routing=routing if any(isinstance(module, ROUTED) for module in model.modules()) else None,
+            operators=dict(sorted(operators.items())),
+            checks=checks,
+            tolerance=tolerance,
+            images="noise" if loader is None else "noise, and images given",
+            throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
+            environment={**bench.environment(), **versions(format)},
+        )
+        (stage / f"{path.name}.json").write_text(json.dumps(done.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return done
+
+
+def _words(dynamic: Sequence[str]) -> Sequence[str]:
+    return (dynamic,) if isinstance(dynamic, str) else dynamic
+
+
+def _write(
+    model: nn.Module, x: Tensor, path: Path, format: str, dynamic: Sequence[str], opset: int | None
+) -> Counter[str]:
+    program = traced(model, x, dynamic)
+    if format == "pt2":
+        torch.export.save(program, path)
+        return Counter(str(n.target).removesuffix(".default") for n in program.graph.nodes if n.op == "call_function")
+    written = path.with_suffix(FORMATS["onnx"])
+    operators = to_onnx(program, written, opset)
+    if format == "openvino":
+        openvino = import_openvino()
+        try:
+            converted = openvino.convert_model(written)
+        except Exception as error:
+            raise ValueError(f"OpenVINO does not take this model: {first_line(error)}") from error
+        openvino.save_model(converted, path, compress_to_fp16=False)
+        for part in path.parent.glob(f"{written.name}*"):
+            part.unlink()
+        return Counter(operation.get_type_name() for operation in converted.get_ops())
+    return operators
+
+
+def _fresh(x: Tensor, dynamic: Sequence[str]) -> Iterator[Tensor]:
+    """Yield noise of every shape that is to be tried."""
+    generator = torch.Generator().manual_seed(1)  # the example is drawn from 0
+    count, channels, height, width = x.shape
+    sizes = [(height, width)]
+    if "size" in dynamic:
+        sizes.append((height + height // 4, width + width // 2))
+    for rows, columns in sizes:
+        for batch in BATCHES if "batch" in dynamic else (count,):
+            yield torch.randn(batch, channels, rows, columns, generator=generator)
+
+
+def _checked(model: nn.Module, exported: Runtime, images: Iterable[Tensor]) -> tuple[Check, ...]:
+    tallies: dict[tuple[int, ...], Tally] = {}
+    with torch.no_grad():
+        for x in images:
+            tallies.setdefault(tuple(x.shape), Tally()).add(model(x), exported(x))
+    changes = {shape: tally.change() for shape, tally in tallies.items()}
+    return tuple(Check(shape, c.images, c.max_abs, c.relative, c.agreement) for shape, c in changes.items())
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
+def _input(
+    model: nn.Module, x: Tensor, dynamic: Sequence[str], normalisation: tuple[Sequence[float], Sequence[float]] | None
+) -> dict[str, Any]:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = normalisation or (config.get("mean"), config.get("std"))
+    known = {key: [float(v) for v in values] for key, values in (("mean", mean), ("std", std)) if values}
+    return {"name": "images", "dtype": "float32", "shape": list(x.shape), "dynamic": list(dynamic), **known}
+
+
+def versions(format: str) -> dict[str, str]:
+    """Return the versions of what writes and runs a format, beside PyTorch."""
+    found = {}
+    for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "openvino")}.get(format, ()):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

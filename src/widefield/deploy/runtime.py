@@ -1,0 +1,123 @@
+"""Exported models as callables: tensors in, tensors out, whatever runs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from widefield import _checks
+from widefield.deploy._trace import first_line, quiet
+
+FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+"""Format -> suffix of its file."""
+
+Answer = Tensor | tuple[Tensor, ...]
+
+
+class Runtime:
+    """An exported model: (N, C, H, W), float32, on the CPU -> its output, or a tuple of them. Made by :func:`load`."""
+
+    def __init__(self, format: str, run: Callable[[Tensor], list[Tensor]], inner: Any) -> None:
+        self.format = format
+        self.inner = inner
+        """What runs: an ``onnxruntime.InferenceSession``, a module, or OpenVINO's compiled model."""
+        self._run = run
+
+    def __call__(self, images: Tensor) -> Answer:
+        """Run the model; raises ValueError for images of a shape that it does not take."""
+        if images.dtype != torch.float32:
+            raise TypeError(f"images must be float32, as exports are; got {images.dtype}.")
+        try:
+            outputs = self._run(images.detach().cpu())
+        except Exception as error:  # each runtime has errors of its own
+            raise ValueError(
+                f"the {self.format} model does not run on images of {tuple(images.shape)}: {first_line(error)}"
+            ) from error
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def format_of(path: Path) -> str:
+    """Return the format that a file's suffix stands for; raises ValueError for another suffix."""
+    suffixes = tuple(FORMATS.values())
+    _checks.choice("the suffix of path", path.suffix, suffixes)
+    return next(name for name, suffix in FORMATS.items() if suffix == path.suffix)
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Runtime:
+    """Load what :func:`widefield.deploy.export` wrote, or another file of these formats with one image input.
+
+    Args:
+        path: ``.onnx`` (run by onnxruntime), ``.pt2`` (by PyTorch) or ``.xml`` (by OpenVINO).
+        threads: to compute with, in onnxruntime and OpenVINO. Default: as many as PyTorch uses.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not whole, or of another kind.
+        ModuleNotFoundError: OpenVINO is not installed.
+    """
+    path = Path(path)
+    format = format_of(path)
+    threads = torch.get_num_threads() if threads is None else _checks.integer("threads", threads)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    loader = {"onnx": _onnx, "pt2": _pt2, "openvino": _openvino}[format]
+    try:
+        run, inner = loader(path, threads)
+    except (ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole {format} model ({path.stat().st_size} bytes): {first_line(error)} Export it anew."
+        ) from error
+    return Runtime(format, run, inner)
+
+
+def _onnx(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # warnings of the optimiser say nothing to a user
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})], session
+
+
+def _pt2(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], Any]:
+    from torch.utils._pytree import tree_leaves
+
+    with quiet():
+        module = torch.export.load(path).module()
+
+    def run(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return cast(list[Tensor], tree_leaves(module(x)))
+
+    return run, module
+
+
+def _openvino(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], Any]:
+    openvino = import_openvino()
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(os.fspath(path), "CPU", options)
+    outputs = compiled.outputs
+
+    def run(x: Tensor) -> list[Tensor]:
+        found = compiled(x.numpy())
+        return [torch.from_numpy(found[output].copy()) for output in outputs]
+
+    return run, compiled
+
+
+def import_openvino() -> Any:
+    """Return the module ``openvino``; raises ModuleNotFoundError that says how to get it."""
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("OpenVINO is not installed: pip install 'widefield[openvino]'.") from error
+    return openvino

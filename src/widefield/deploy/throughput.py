@@ -1,0 +1,79 @@
+"""How fast an exported model runs beside the one that it was made from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from widefield import bench
+from widefield.deploy._trace import first_line, quiet
+from widefield.deploy.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images a second of one way to run a model, on the CPU."""
+
+    way: str
+    """"eager", "compiled" (torch.compile), or a format."""
+    batch: int
+    images_per_second: float | None
+    milliseconds: tuple[float, float, float] | None
+    """Of one batch: 20th, 50th and 80th percentile."""
+    note: str = ""
+    """Why there is no number."""
+
+    def row(self) -> dict[str, str]:
+        """Return this as a row of text."""
+        times = "-" if self.milliseconds is None else "{1:.2f} ({0:.2f}-{2:.2f})".format(*self.milliseconds)
+        return {
+            "way": self.way,
+            "batch": str(self.batch),
+            "images/s": self.note if self.images_per_second is None else f"{self.images_per_second:.1f}",
+            "ms a batch (p20-p80)": times,
+        }
+
+
+def measure_throughput(
+    model: nn.Module, exported: Runtime, example: Tensor, batch: int, *, compiled: bool = True, repeats: int = 9
+) -> list[Speed]:
+    """Time a model, the same under torch.compile, and an exported one, in turns, all with PyTorch's number of threads.
+
+    Args:
+        model: in evaluation mode; a copy of it runs on the CPU.
+        exported: see :func:`widefield.deploy.load`.
+        example: (N, C, H, W); its size is that of the images.
+        batch: images at a time.
+        compiled: time ``torch.compile`` too, which takes its time to compile first.
+        repeats: timings of each.
+    """
+    x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(model).cpu().eval()
+    calls: dict[str, Callable[[], object]] = {"eager": _without_gradients(model, x)}
+    missing: dict[str, str] = {}
+    if compiled:
+        call = _without_gradients(torch.compile(model), x)
+        try:
+            with quiet():
+                call()
+            calls["compiled"] = call
+        except Exception as error:  # no compiler on this machine, or code that it does not take
+            missing["compiled"] = first_line(error)
+    calls[exported.format] = lambda: exported(x)
+    rows = bench.measure(calls, repeats=repeats, shortest_s=0.1)
+    found = [
+        Speed(way, batch, batch / row.p50, (1e3 * row.p20, 1e3 * row.p50, 1e3 * row.p80)) for way, row in rows.items()
+    ]
+    return found + [Speed(way, batch, None, None, note) for way, note in missing.items()]
+
+
+def _without_gradients(model: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        with torch.inference_mode():
+            return model(x)
+
+    return call

@@ -1,0 +1,355 @@
+"""Which kernels of a model can be cropped, how far, and the layer that is left: what :mod:`widefield.surgery.trim`
+chooses from.
+
+A crop takes as many taps from one end of an axis as from the other, and as many pixels of padding with them: outputs
+keep their size and their place. So a convolution can give up what its padding holds, and no more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from widefield import _checks
+from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
+from widefield.ops import fold
+from widefield.ops.crops import CropTable, cropped, crops
+from widefield.surgery.walk import fuse_layers, replace
+
+Pair = tuple[int, int]
+Sizes = tuple[Pair, ...]
+"""(rows, columns) in taps of every kernel of a layer: one, or as many as a mixture has experts."""
+
+_KINDS = (nn.Conv2d, DepthwiseConv2d, nn.ConvTranspose2d, FusedMoRFConv2d)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer: (H, W) of its input and of its output."""
+
+    seen: Pair
+    made: Pair
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that can be cropped."""
+
+    name: str
+    """Of the layer; an expert of a mixture has its index in brackets."""
+    size: Pair
+    """(rows, columns) in taps, as it is."""
+    dilation: Pair
+    table: CropTable
+    """What crops lose. Its last entry is the smallest crop that loses nothing: taps beyond it are zero, or never meet
+    the map. Its first is the smallest that the padding allows."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose kernels can be cropped."""
+
+    name: str
+    module: nn.Module
+    kernels: tuple[Kernel, ...]
+    windows: CropTable
+    """What crops of all its kernels to a common window lose together."""
+    macs: int
+    """Multiply-accumulates for each tap of the window and image, of all calls seen; at least 1."""
+
+    def whole(self) -> Sizes:
+        """Return the sizes that the kernels have."""
+        return tuple(kernel.size for kernel in self.kernels)
+
+    def inside(self, index: int) -> Sizes:
+        """Return the sizes of all kernels within window ``index``."""
+        if len(self.kernels) == 1 and self.windows is self.kernels[0].table:
+            return (self.windows.sizes[index],)
+        side = self.windows.spans[index]
+        places = (kernel.table.fitting(side) for kernel in self.kernels)
+        return tuple(k.table.sizes[place or 0] for k, place in zip(self.kernels, places, strict=True))
+
+
+@dataclass(frozen=True)
+class Left:
+    """A layer with spatial kernels that stays as it is."""
+
+    name: str
+    size: Pair
+    dilation: Pair
+    why: str
+
+
+def by_outputs(module: nn.Module) -> Tensor:
+    """Return the kernel of a convolution, transposed or not, as (C_out, C_in/groups, rows, columns)."""
+    weight: Any = module.weight
+    if isinstance(module, nn.ConvTranspose2d):
+        return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
+    return weight  # type: ignore[no-any-return]
+
+
+def unmerged(model: nn.Module) -> list[str]:
+    """Return the names of the modules that have yet to be re-parameterised: merging changes what they store.
+
+    Raises ValueError where one of them cannot be merged.
+    """
+    try:
+        with torch.random.fork_rng([]):  # merging builds layers
+            merged, names = fuse_layers(copy.deepcopy(model))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"
+        ) from error
+    before, after = dict(model.named_modules()), dict(merged.named_modules())
+    places = [name if name in before else "" for name in names]  # the root goes by its class
+    return [name for name, place in zip(names, places, strict=True) if _stored(before[place]) != _stored(after[place])]
+
+
+def _stored(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def watch(model: nn.Module, x: Tensor) -> dict[nn.Module, list[Call]]:
+    """Run the model on ``x`` (N, C, H, W), without gradients, and return the calls of all layers with kernels."""
+    calls: dict[nn.Module, list[Call]] = {module: [] for _, module in _spatial(model)}
+    handles = [module.register_forward_hook(partial(_note, calls[module]), with_kwargs=True) for module in calls]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _note(
+    calls: list[Call], module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], output: Tensor
+) -> None:
+    seen, made = (args or tuple(kwargs.values()))[0].shape[-2:], output.shape[-2:]
+    calls.append(Call((seen[0], seen[1]), (made[0], made[1])))
+
+
+def _spatial(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers whose kernel has more than one tap."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, DynamicGMConv2d, FusedMoRFConv2d)):
+            rows, columns = _size(module)
+            if rows * columns > 1:
+                yield name, module
+
+
+def _size(module: Any) -> Pair:
+    if isinstance(module, FusedMoRFConv2d):
+        return module.bank.shape[-2], module.bank.shape[-1]
+    return _checks.pair("kernel_size", module.kernel_size)
+
+
+def _dilation(module: Any) -> Pair:
+    steps = fold.common_dilation(module.dilations) if isinstance(module, FusedMoRFConv2d) else module.dilation
+    return _checks.pair("dilation", steps)
+
+
+def layers(model: nn.Module, calls: Mapping[nn.Module, Sequence[Call]] | None, *, fixed: bool) -> list[Layer | Left]:
+    """Return the layers with spatial kernels, in the order of the model, those that can be cropped measured.
+
+    Args:
+        model: re-parameterised; only read.
+        calls: see :func:`watch`; None: unknown.
+        fixed: the calls are all that there will be, so that taps which never met the map count as zeros.
+
+    Raises:
+        ValueError: no such layer, or a kernel that holds no finite numbers.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found: list[Layer | Left] = []
+    for name, module in _spatial(model):
+        seen = None if calls is None else calls[module]
+        why = _why_not(module, owners) or (_UNSEEN if seen is not None and not seen else None)
+        layer = Left(name, _size(module), _dilation(module), why) if why else _layer(name, module, seen or [], fixed)
+        found.append(layer)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no convolution with more than one tap: nothing to trim.")
+    return found
+
+
+_UNSEEN = "the model was run and did not call it: it is not used, or another module reads its kernel"
+
+
+def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
+    if isinstance(module, DynamicGMConv2d):
+        return "its mask depends on the image, so that its kernel is not known"
+    if parametrize.is_parametrized(module):
+        return "its kernel is computed by a parametrisation: remove that first (remove_parametrizations)"
+    if type(module) not in _KINDS:
+        return f"it is a {type(module).__name__}, which may pad or compute its kernel in a way of its own"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
+        return "it has hooks, which would be lost, or which compute its kernel"
+    if isinstance(module, FusedMoRFConv2d):
+        return None
+    if owners[id(module.weight)] > 1:
+        return "its kernel is shared with another layer"
+    if _least(module) == _size(module):
+        return f"its padding of {module.padding} has nothing to give up: a smaller kernel would move its outputs"
+    return None
+
+
+def _least(conv: Any) -> Pair:
+    """Return the smallest size, in taps, that a convolution can be cropped to without moving its outputs."""
+    padding = conv.padding
+    if isinstance(padding, str):
+        padding = _size(conv) if padding == "same" else (0, 0)  # "same" shrinks with the kernel
+    spare = [min(p // d, (k - 1) // 2) for k, p, d in zip(_size(conv), padding, _dilation(conv), strict=True)]
+    return _size(conv)[0] - 2 * spare[0], _size(conv)[1] - 2 * spare[1]
+
+
+def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
+    known = calls if fixed else []
+    try:
+        if isinstance(module, FusedMoRFConv2d):
+            kernels, windows = _experts(name, module, known)
+        else:
+            weight = by_outputs(module).detach()
+            if getattr(module, "padding_mode", "zeros") == "zeros":
+                weight = _meeting(weight, known, module, _padding(module), _dilation(module))
+            kernels = (_kernel(name, weight, _least(module), _dilation(module)),)
+            windows = kernels[0].table
+    except ValueError as error:
+        raise ValueError(f"{name or type(module).__name__}: {error}") from error
+    channels = module.bank[0] if isinstance(module, FusedMoRFConv2d) else module.weight
+    places = [call.seen if isinstance(module, nn.ConvTranspose2d) else call.made for call in calls]
+    macs = channels.shape[:2].numel() * sum(rows * columns for rows, columns in places)
+    return Layer(name, module, kernels, windows, max(macs, 1))
+
+
+def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: bool = False) -> Kernel:
+    size = weight.shape[-2], weight.shape[-1]
+    crops(weight, dilation)  # which says what is no kernel
+    used = (weight != 0).any(1).any(0)
+    box = _around(used.any(1), least[0]), _around(used.any(0), least[1])
+    if square:
+        box = max(box), max(box)
+    return Kernel(name, size, dilation, crops(cropped(weight, box), dilation, least=least))
+
+
+def _around(used: Tensor, least: int) -> int:
+    """Return how many taps of an axis, centred, hold all that are used."""
+    taps = used.nonzero().flatten().tolist()
+    spare = min(taps[0], len(used) - 1 - taps[-1]) if taps else len(used)
+    return max(len(used) - 2 * spare, least)
+
+
+def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tuple[tuple[Kernel, ...], CropTable]:
+    step = fold.common_dilation(mixture.dilations)
+    kernels, weights = [], []
+    for index, (size, dilation) in enumerate(zip(mixture.kernel_sizes, mixture.dilations, strict=True)):
+        weight = fold.expert(mixture.bank.detach(), index, size, dilation, step)
+        centred = dilation * (size // 2)
+        weight = _meeting(weight, calls, mixture, (centred, centred), (dilation, dilation))
+        kernels.append(_kernel(f"{name}[{index}]", weight, (1, 1), (dilation, dilation), square=True))
+        weights.append(weight)
+    bank = fold.kernel_bank(weights, mixture.dilations)
+    return tuple(kernels), crops(bank.flatten(0, 1), step)
+
+
+# Taps that meet the map
+
+
+def _padding(conv: Any) -> Pair:
+    """Return the padding before the first row and column."""
+    if not isinstance(conv.padding, str):
+        return _checks.pair("padding", conv.padding, minimum=0)
+    (rows, columns), (down, right) = _size(conv), _dilation(conv)
+    return (down * (rows - 1) // 2, right * (columns - 1) // 2) if conv.padding == "same" else (0, 0)
+
+
+def _meeting(weight: Tensor, calls: Sequence[Call], module: Any, padding: Pair, dilation: Pair) -> Tensor:
+    """Return the kernel with zeros for taps that meet nothing but padding in all of these calls; no calls: as it is."""
+    if not calls:
+        return weight
+    transposed = isinstance(module, nn.ConvTranspose2d)
+    stride = _checks.pair("stride", module.stride)
+    met = torch.zeros(weight.shape[-2:], dtype=torch.bool)
+    for call in calls:
+        # Tap k stands at p = i * stride + k * dilation - padding, i over outputs, and p over inputs; if transposed,
+        # the other way round.
+        walks, lands = (call.seen, call.made) if transposed else (call.made, call.seen)
+        axes = []
+        for axis in (0, 1):
+            at = torch.arange(weight.shape[axis - 2]) * dilation[axis] - padding[axis]
+            first = -(at.clamp(max=0) // stride[axis])  # the first i at or behind the map's edge
+            axes.append((first < walks[axis]) & (first * stride[axis] + at < lands[axis]))
+        met |= axes[0][:, None] & axes[1]
+    return weight * met.to(weight)
+
+
+# Layers with crops
+
+
+def build(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
+    """Return a copy of the model whose layers, by name, have kernels of these sizes."""
+    twin = copy.deepcopy(model)
+    modules = dict(twin.named_modules())
+    return replace(twin, {modules[name]: _smaller(modules[name], given) for name, given in sizes.items()})
+
+
+def mask(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
+    """Return a copy of the model with zeros for the taps that :func:`build` takes away: the same function."""
+    twin = copy.deepcopy(model)
+    modules: dict[str, Any] = dict(twin.named_modules())
+    with torch.no_grad():
+        for name, given in sizes.items():
+            module = modules[name]
+            if isinstance(module, FusedMoRFConv2d):
+                kept = [fold.pad(w, k) for w, k in zip(_kept(module, given), module.kernel_sizes, strict=True)]
+                module.bank.copy_(fold.kernel_bank(kept, module.dilations))
+            else:
+                module.weight.copy_(fold.pad(cropped(module.weight, given[0]), _size(module)))
+    return twin
+
+
+def _smaller(module: Any, sizes: Sizes) -> nn.Module:
+    """Return the layer with cropped kernels; all other parameters are the very ones of ``module``."""
+    if isinstance(module, FusedMoRFConv2d):
+        bank = fold.kernel_bank(_kept(module, sizes), module.dilations)
+        module.bank = nn.Parameter(bank.detach(), module.bank.requires_grad)
+        module.kernel_sizes = tuple(rows for rows, _ in sizes)
+        return module
+    (size,) = sizes
+    padding = module.padding
+    if not isinstance(padding, str):
+        gone = [d * (k - s) // 2 for k, s, d in zip(_size(module), size, _dilation(module), strict=True)]
+        padding = (padding[0] - gone[0], padding[1] - gone[1])
+    layer: Any
+    given = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "bias": module.bias is not None}
+    if isinstance(module, DepthwiseConv2d):
+        mode, backend = module.padding_mode, module.backend
+        layer = DepthwiseConv2d(module.in_channels, size, **given, padding_mode=mode, backend=backend, device="meta")
+    else:
+        if isinstance(module, nn.ConvTranspose2d):
+            given["output_padding"] = module.output_padding
+        else:
+            given["padding_mode"] = module.padding_mode
+        kind = type(module)
+        layer = kind(module.in_channels, module.out_channels, size, groups=module.groups, **given, device="meta")
+    old = module.weight
+    wide = old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
+    weight = cropped(old.detach(), size).clone(memory_format=torch.channels_last if wide else torch.contiguous_format)
+    layer.weight, layer.bias = nn.Parameter(weight, old.requires_grad), module.bias
+    return layer.train(module.training)  # type: ignore[no-any-return]
+
+
+def _kept(mixture: FusedMoRFConv2d, sizes: Sizes) -> list[Tensor]:
+    """Return the experts' kernels of these sizes."""
+    step = fold.common_dilation(mixture.dilations)
+    whole = zip(mixture.kernel_sizes, mixture.dilations, strict=True)
+    experts = [fold.expert(mixture.bank, index, size, dilation, step) for index, (size, dilation) in enumerate(whole)]
+    return [cropped(weight, size) for weight, size in zip(experts, sizes, strict=True)]

@@ -1,0 +1,421 @@
+"""Routing made static where the data allow it: a mixture becomes one plain convolution.
+
+A mixture's kernel is linear in its routing weights, and a dynamic mask's kernel in the mask. The mean of either over
+images therefore gives, exactly, the mean of the kernels that these images get. A layer with that kernel is right where
+the routing is constant, and where it varies as good as one kernel for all images can be guessed without training.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks, bench
+from widefield.nn.gmconv import DynamicGMConv2d
+from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
+from widefield.report import markdown
+from widefield.surgery import walk
+from widefield.surgery.outputs import Change, Tally, batches, comparable, measure_change
+
+log = logging.getLogger(__name__)
+
+POLICIES = ("mean", "auto")
+UNSEEN = "the data never reach it"
+
+Routed = MoRFConv2d | FusedMoRFConv2d | DynamicGMConv2d
+Layers = Mapping[str, Routed]
+Statics = Mapping[str, nn.Conv2d]
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """One routed layer, and what its routing is worth on the data. None where the data never reach it."""
+
+    name: str
+    kind: str
+    """Its class."""
+    reason: str | None
+    """Why it stays as it is; None if it was made static."""
+    variation: float | None = None
+    """How far its routing varies: the root mean square distance of routing weights (or masks) from their mean, over
+    the norm of that mean."""
+    own: float | None = None
+    """What making it static changes in its own output, on its inputs in the original model: as ``Change.rms``."""
+    change: Change | None = None
+    """What making it alone static changes in the model's outputs."""
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """What :func:`specialize` did and what was lost. Every change is one of the model's outputs, on the loader."""
+
+    policy: str
+    tolerance: float
+    layers: tuple[RoutedLayer, ...]
+    """In the order of the model's modules."""
+    predicted: Change
+    """What making all layers static would change if each moved the outputs by as much as it does alone, accuracy and
+    agreement included. This leaves out that a layer reads what those before it have changed."""
+    independent: float
+    """The ``rms`` of the same by a coarser guess, the root of the sum of the layers' squared changes: of changes in
+    directions that have nothing to do with each other."""
+    together: Change
+    """What making all layers static changes, measured."""
+    measured: Change
+    """What changed in the model that was returned, measured; with policy "mean" this is ``together``."""
+    before: bench.Cost
+    """Of one image of the loader's first batch."""
+    after: bench.Cost
+
+    @property
+    def images(self) -> int:
+        """How many images the loader has."""
+        return self.measured.images
+
+    @property
+    def static(self) -> tuple[str, ...]:
+        """Names of the layers that were made static."""
+        return tuple(layer.name for layer in self.layers if layer.reason is None)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row a routed layer."""
+        return [
+            {
+                "layer": layer.name,
+                "kind": layer.kind,
+                "routing varies by": _text(layer.variation),
+                "own output changes by": _text(layer.own),
+                "outputs change by": _text(layer.change.rms if layer.change else None),
+                "same top-1": _share(layer.change.agreement if layer.change else None),
+                "accuracy": _share(layer.change.accuracy_after if layer.change else None),
+                "static": "yes" if layer.reason is None else f"no: {layer.reason}",
+            }
+            for layer in self.layers
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, strings, sequences and mappings."""
+        return {**asdict(self), "images": self.images}
+
+    def __str__(self) -> str:
+        policy = f"{self.policy!r}{f' within {self.tolerance:g}' if self.policy == 'auto' else ''}"
+        count = sum(layer.change is not None for layer in self.layers)
+        lines = [
+            f"specialised {len(self.static)} of {len(self.layers)} routed layers, policy {policy}: {self.measured}"
+        ]
+        if self.measured != self.together:
+            lines.append(f"all {count} static: {self.together}")
+        lines += [
+            f"predicted for all {count} from each alone: {self.predicted}",
+            f"parameters {self.before.parameters:,} -> {self.after.parameters:,}, "
+            f"MACs an image {self.before.macs:,} -> {self.after.macs:,}",
+        ]
+        return "\n".join(lines) + "\n\n" + markdown(self.rows()).rstrip()
+
+
+def specialize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    policy: str = "mean",
+    tolerance: float = 0.01,
+    report: Callable[[Specialization], object] | None = None,
+) -> nn.Module:
+    """Return the model with routing made static: each routed layer as the one convolution of its mean kernel.
+
+    Routed layers are :class:`MoRFConv2d`, re-parameterised or not, and :class:`DynamicGMConv2d`. Means are taken in
+    float64 over the images, whatever batches they come in, and of the routing in the original model: a router behind
+    other routed layers would see somewhat else once these are static, and specialising layer after layer would
+    give other means. Norms stay where they are; ``reparameterize`` folds them.
+
+    The cost is two rounds over the loader, of L + 3 passes of the model for L routed layers in all. "auto" adds
+    rounds of two passes each, to measure what it chose: about three, and never more than L.
+
+    Args:
+        model: in evaluation mode; it stays as it is.
+        loader: batches, as :func:`widefield.surgery.outputs.batches` takes them, with or without labels; the same
+            images whenever it is iterated.
+        policy: "mean": every layer that the data reach. "auto": the longest run of layers, those that matter least
+            first, whose change of the model's outputs, measured with all of the run static, is within the tolerance.
+            This may be none: a copy is then returned, the report says so, and a warning is logged.
+        tolerance: for "auto": the largest ``Change.rms``, root of the summed squares of the outputs' differences over
+            that of the outputs, on the loader.
+        report: called once with the :class:`Specialization`.
+
+    Raises:
+        RuntimeError: a module of the model is in training mode.
+        ValueError: an unknown policy; no routed layer, or none that the data reach; a routed layer with hooks, which
+            would be lost; no images; or outputs that are not finite.
+        TypeError: a loader that gives no images; a tolerance that is no number, a report that is no function.
+    """
+    policy = _checks.choice("policy", policy, POLICIES)
+    tolerance = _checks.number("tolerance", tolerance)
+    if report is not None and not callable(report):
+        raise TypeError(f"report must be a function of the report, such as print; got {type(report).__name__}.")
+    _routed_layers(model)  # refused before a large model is copied
+    result = copy.deepcopy(model)
+    layers = _routed_layers(result)
+    with torch.no_grad():
+        routing, example = _record(result, layers, loader)
+        reached = {name: layer for name, layer in layers.items() if routing[name].count}
+        if not reached:
+            raise ValueError(f"the data never reach a routed layer of {type(model).__name__}: {', '.join(layers)}.")
+        statics = {name: _static(name, layer, routing[name].mean()) for name, layer in reached.items()}
+        effects = _Effects(statics)
+        effects.measure(result, reached, statics, loader)
+        alone = {name: tally.change() for name, tally in effects.alone.items()}
+        together, measured, chosen = effects.together.change(), effects.together.change(), list(reached)
+        if policy == "auto":
+            chosen, found = _within(model, result, reached, statics, loader, tolerance, alone, together)
+            measured = found or effects.unchanged.change()
+        before = bench.cost(result, example)
+        result = walk.replace(result, {reached[name]: statics[name] for name in chosen})
+        after = bench.cost(result, example)
+    found_layers = []
+    for name, layer in layers.items():
+        entry = RoutedLayer(name, type(layer).__name__, reason=UNSEEN)
+        if name in reached:
+            too_much = "outputs would change by more than the tolerance"
+            entry = replace(
+                entry,
+                reason=None if name in chosen else too_much,
+                variation=routing[name].variation(),
+                own=effects.own[name].change().rms,
+                change=alone[name],
+            )
+        found_layers.append(entry)
+    done = Specialization(
+        policy,
+        tolerance,
+        tuple(found_layers),
+        effects.predicted.change(),
+        _independent(alone.values()),
+        together,
+        measured,
+        before,
+        after,
+    )
+    _tell(done)
+    if report is not None:
+        report(done)
+    return result
+
+
+def _tell(done: Specialization) -> None:
+    log.info("%s", str(done).split("\n", 1)[0])
+    unseen = [layer.name for layer in done.layers if layer.reason == UNSEEN]
+    if unseen:
+        log.warning("left routed, as the data never reach them: %s", ", ".join(unseen))
+    if not done.static:
+        least = min((layer.change.rms, layer.name) for layer in done.layers if layer.change is not None)
+        log.warning(
+            "nothing was specialised: %s, which matters least, alone changes the outputs by %.1e, tolerance=%g",
+            least[1],
+            least[0],
+            done.tolerance,
+        )
+
+
+# Layers
+
+
+def _routed_layers(model: nn.Module) -> dict[str, Routed]:
+    """Return the routed layers by name; raises what :func:`specialize` says."""
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"specialisation is of the evaluation-mode function, but {training[0]} is in training mode: "
+            "call model.eval() first."
+        )
+    layers = {name or type(m).__name__: m for name, m in model.named_modules() if isinstance(m, Routed)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no routed layer: no MoRFConv2d, FusedMoRFConv2d or DynamicGMConv2d in it, "
+            "such as convert() with MoRF() or GMConv() makes."
+        )
+    hooked = [name for name, layer in layers.items() if any(_has_hooks(part) for part in layer.modules())]
+    if hooked:
+        raise ValueError(f"{', '.join(hooked)} has hooks, which specialising would lose: remove them first.")
+    return layers
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _routing(layer: Routed, x: Tensor) -> Tensor:
+    """Return what a layer decides for each image, and its kernel is linear in: (N, n), or masks (N, KH, KW)."""
+    if isinstance(layer, DynamicGMConv2d):
+        return layer.masks(x if x.ndim == 4 else x[None])
+    weights: Tensor = layer.router(x)
+    return weights
+
+
+def _static(name: str, layer: Routed, mean: Tensor) -> nn.Conv2d:
+    if not mean.isfinite().all():
+        raise ValueError(f"the routing of {name} is not finite on these images: choose others, or mend the model.")
+    return layer.collapse(mean)
+
+
+class _Moments:
+    """Mean and spread of tensors, in float64, around the first: equal ones have exactly their mean and no spread."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: Tensor = torch.zeros(())
+        self._total: Tensor = torch.zeros(())
+        self._squares: Tensor = torch.zeros(())
+
+    def add(self, values: Tensor) -> None:
+        """Take in (N, ...)."""
+        if not len(values):
+            return
+        values = values.double()
+        if not self.count:
+            self._first = values[0]
+            self._total, self._squares = torch.zeros_like(self._first), torch.zeros_like(self._first)
+        offsets = values - self._first
+        self._total = self._total + offsets.sum(0)
+        self._squares = self._squares + offsets.square().sum(0)
+        self.count += len(values)
+
+    def mean(self) -> Tensor:
+        return self._first + self._total / self.count
+
+    def variation(self) -> float:
+        spread = (self._squares / self.count - (self._total / self.count).square()).clamp(min=0).sum().sqrt().item()
+        size = self.mean().norm().item()
+        return spread / size if size else (math.inf if spread else 0.0)
+
+
+# Passes
+
+
+@contextmanager
+def _watched(layers: Layers, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``see`` with the name, input and output of every call of a layer, before anything can change either."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        see(name, args[0], output)
+
+    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _swapped(root: nn.Module, layers: Layers, statics: Statics, names: Iterable[str]) -> Iterator[nn.Module]:
+    """Give the model with these layers static, for as long as the block lasts."""
+    names = list(names)
+    try:
+        yield walk.replace(root, {layers[name]: statics[name] for name in names})
+    finally:
+        walk.replace(root, {statics[name]: layers[name] for name in names})
+
+
+def _record(model: nn.Module, layers: Layers, loader: Iterable[Any]) -> tuple[dict[str, _Moments], Tensor]:
+    """Return what every layer decides over a loader, and the first image (1, C, H, W)."""
+    routing = {name: _Moments() for name in layers}
+    example = torch.empty(0)
+    with _watched(layers, lambda name, x, y: routing[name].add(_routing(layers[name], x))):
+        for images, _ in batches(loader, model):
+            example = example if len(example) else images[:1].clone()
+            model(images)
+    return routing, example
+
+
+class _Effects:
+    """What static layers change: of their own outputs, and of the model's, alone and together."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.own = {name: Tally() for name in names}
+        self.alone = {name: Tally() for name in names}
+        self.unchanged, self.predicted, self.together = Tally(), Tally(), Tally()
+
+    def measure(self, model: nn.Module, layers: Layers, statics: Statics, loader: Iterable[Any]) -> None:
+        """Run the model over a loader, and every variant of it while a batch is at hand."""
+        for images, labels in batches(loader, model):
+            with _watched(layers, lambda name, x, y: self.own[name].add(y, statics[name](x))):
+                outputs = model(images)
+            plain = comparable(outputs, outputs)[0]
+            shifted = [leaf.double() for leaf in plain]
+            for name, tally in self.alone.items():
+                with _swapped(model, layers, statics, [name]) as variant:
+                    moved = variant(images)
+                tally.add(outputs, moved, labels)
+                pairs = zip(shifted, plain, comparable(outputs, moved)[1], strict=True)
+                shifted = [sum_ + (new.double() - old.double()) for sum_, old, new in pairs]
+            with _swapped(model, layers, statics, layers) as variant:
+                self.together.add(outputs, variant(images), labels)
+            self.predicted.add(outputs, shifted, labels)
+            self.unchanged.add(outputs, outputs, labels)
+
+
+def _independent(changes: Iterable[Change]) -> float:
+    return math.sqrt(sum(change.rms**2 for change in changes))
+
+
+def _within(
+    model: nn.Module,
+    work: nn.Module,
+    layers: Layers,
+    statics: Statics,
+    loader: Iterable[Any],
+    tolerance: float,
+    alone: Mapping[str, Change],
+    together: Change,
+) -> tuple[list[str], Change | None]:
+    """Return the layers that can be static within the tolerance, and the measured change of these (None for none).
+
+    Of all layers in the order of their changes, the longest run is looked for whose measured change is within the
+    tolerance: ``good`` layers are, ``bad`` are not. What to measure next is guessed from independent changes, times
+    what such a guess was off by in the measurement before.
+    """
+    order = sorted((name for name in alone if alone[name].rms <= tolerance), key=lambda name: alone[name].rms)
+    if not order:
+        return [], None
+    guesses = [_independent(alone[name] for name in order[:length]) for length in range(len(order) + 1)]
+    guess = _independent(alone.values())
+    factor = together.rms / guess if guess else 1.0
+    good, best, bad = 1, alone[order[0]], len(order) + 1
+    if len(order) == len(layers) > 1:
+        if together.rms <= tolerance:
+            return order, together
+        bad = len(order)
+    while bad - good > 1:
+        fitting = sum(factor * guess <= tolerance for guess in guesses[1:])
+        length = min(max(fitting, good + 1), bad - 1)
+        with _swapped(work, layers, statics, order[:length]) as variant:
+            change = measure_change(model, variant, loader)
+        if change.rms <= tolerance:
+            good, best = length, change
+        else:
+            bad = length
+        factor = change.rms / guesses[length] if guesses[length] else 1.0
+    return order[:good], best
+
+
+# Texts
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

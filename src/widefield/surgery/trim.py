@@ -1,0 +1,320 @@
+"""From kernels as they were trained to the smallest that do the same, within a tolerance."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks, bench
+from widefield.ops.crops import CropTable
+from widefield.surgery import cropping
+from widefield.surgery.conversions import stages_of
+from widefield.surgery.cropping import Layer, Left, Sizes
+from widefield.surgery.outputs import Change, batches, difference, example_input, measure_change, place
+from widefield.surgery.trimming import TrimmedKernel, Trimming
+
+log = logging.getLogger(__name__)
+
+_ROUNDING = 1e-4
+"""What float32 networks may differ by, in units of their outputs' scale, when the same sums are added up otherwise."""
+
+_PROBED = 32
+"""Images, at most, on which each layer is tried alone: enough for an order, and the budget is measured on all."""
+
+_ROUNDS = 4
+"""Times that the search for the largest cropping within a budget goes on without the layer at which it stopped."""
+
+
+def trim(
+    model: nn.Module,
+    tolerance: float = 0.01,
+    *,
+    loader: Iterable[Any] | None = None,
+    limit: int | None = None,
+    input_size: int | Sequence[int] | None = None,
+    report: Callable[[Trimming], object] | None = None,
+) -> nn.Module:
+    """Return the model with every spatial kernel cropped as far as a tolerance allows, in real taps: it gets faster.
+
+    - **Without a loader**, a guarantee for each layer: its kernel becomes the smallest by which no output channel loses
+      more than ``tolerance`` of its L1 mass. So no output of the layer, given the same input, moves by more than
+      ``tolerance`` times the largest that inputs of that size could give (Young's inequality), whatever the data. Of a
+      mixture this holds for every expert, and with |routing weights| for their sum. What layers after it make of that
+      is not bounded. 0: only what is exactly zero goes.
+    - **With a loader**, a budget for the whole model: its outputs change by at most ``tolerance``, as relative RMS
+      (:class:`widefield.surgery.outputs.Change`), on these images. On others the change is likely to be alike, which is
+      no guarantee: keep some to check. Crops are taken in the order of what they save for what they cost, in
+      multiply-accumulates for squared change, the latter measured for each layer alone on up to 32 images; how many, is
+      found by bisection on all of the data, with a measurement at each step.
+
+    Kernels stay centred, and padding shrinks with them: outputs keep their size and place. Left as they are: kernels
+    whose padding has nothing to give up, that depend on the image or are shared, and convolutions that are no plain
+    ones or have hooks; the report says why. Where there is a loader or an input size, the trimmed model is compared
+    with the model that has zeros for the same taps.
+
+    Args:
+        model: in evaluation mode and re-parameterised: a kernel is final once its branches and masks are merged.
+        tolerance: from 0 to 1; see above.
+        loader: batches of images, perhaps with labels, as :func:`widefield.surgery.outputs.batches` takes them. It is
+            gone through some ten to thirty times, so take a few hundred images.
+        limit: side in pixels of the largest kernel that a device takes. Kernels that span more are cropped to it at any
+            cost, before all else; what this costs stands in the report.
+        input_size: the only size of images that the model will see: one side, (H, W), (C, H, W) or (N, C, H, W). Taps
+            that never meet the map are then cut off as zeros are: of a 31x31 kernel on a 7x7 map 13x13 are left.
+        report: called once with what was done.
+
+    Returns:
+        A new model, whose layers are of the same types. ``model`` is untouched. Nothing to crop is no error.
+
+    Raises:
+        RuntimeError: the model is in training mode; or the trimmed model does not compute what it should, as some
+            module reads a convolution's kernel size or padding by itself.
+        ValueError, TypeError: numbers out of range; layers that are not re-parameterised yet; no convolution of more
+            than one tap; kernels that are not finite; an input size on which the model does not run, or other than the
+            loader's; no images.
+    """
+    tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
+    limit = None if limit is None else _checks.integer("limit", limit)
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"trim needs the kernels of evaluation, but {training[0]} is in training mode: call model.eval()."
+        )
+    waiting = cropping.unmerged(model)
+    if waiting:
+        more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
+        raise ValueError(
+            f"re-parameterise first (widefield.reparameterize): the kernels of {', '.join(waiting[:3])}{more} are not "
+            "final before their branches or masks are merged."
+        )
+    x = None if input_size is None else _noise(model, input_size)
+    if loader is not None:
+        x = _first(model, loader, x)
+    calls = None if x is None else _watch(model, x, made_up=loader is None)
+    found = cropping.layers(model, calls, fixed=input_size is not None)
+    layers = [layer for layer in found if isinstance(layer, Layer)]
+    change = verified = None
+    if loader is None or x is None:
+        sizes = {layer.name: _within(layer, tolerance, limit) for layer in layers}
+    else:
+        _verify(model, {layer.name: layer.inside(0) for layer in layers}, x)  # before much is measured
+        search = _Search(model, layers, loader, tolerance)
+        sizes = search.run([_limited(layer.windows, limit) for layer in layers])
+        change = search.change(sizes)
+    if x is not None:
+        verified = _verify(model, sizes, x)
+    trimmed = cropping.build(model, sizes)
+    before, after = (None if x is None else bench.cost(each, x[:1]).macs for each in (model, trimmed))
+    whole, left = (sum(p.numel() for p in each.parameters()) for each in (model, trimmed))
+    stages = stages_of(model, [layer.name for layer in found])
+    done = Trimming(
+        tuple(k for layer in found for k in _entries(layer, stages[layer.name], sizes.get(layer.name, ()), limit)),
+        tolerance,
+        limit,
+        None if input_size is None or x is None else (x.shape[2], x.shape[3]),
+        whole,
+        left,
+        before,
+        after,
+        change,
+        verified,
+    )
+    log.log(logging.WARNING if done.beyond() else logging.INFO, "%s", done.summary())
+    if report is not None:
+        report(done)
+    return trimmed
+
+
+# Inputs
+
+
+def _noise(model: nn.Module, size: int | Sequence[int]) -> Tensor:
+    """Return two images of noise of the size asked for."""
+    given = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(given) <= 4 or isinstance(size, bool):
+        raise ValueError(f"input_size must be one side, (H, W), (C, H, W) or (N, C, H, W); got {size!r}.")
+    height, width = _checks.pair("input_size", given[-2:])
+    device, dtype = place(model)
+    if len(given) > 2:
+        channels = _checks.integer("the channels of input_size", given[-3])
+    else:
+        try:
+            channels = example_input(model).shape[1]
+        except ValueError as error:
+            raise ValueError("how many channels the images have is not known: pass input_size=(C, H, W).") from error
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _first(model: nn.Module, loader: Iterable[Any], x: Tensor | None) -> Tensor:
+    """Return up to two images of the loader; those of ``x``, if there is one, must be of their size."""
+    images, _ = next(iter(batches(loader, model)))
+    if x is not None and x.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            f"the loader's images are of {tuple(images.shape[1:])}, not of input_size={tuple(x.shape[1:])}: taps that "
+            "never meet the map are those of one size only."
+        )
+    return images[:2]
+
+
+def _watch(model: nn.Module, x: Tensor, *, made_up: bool) -> dict[nn.Module, list[cropping.Call]]:
+    try:
+        return cropping.watch(model, x)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        if not made_up:
+            raise
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the model does not run on images of input_size, {tuple(x.shape[1:])}: {first}") from error
+
+
+# One layer
+
+
+def _limited(table: CropTable, limit: int | None) -> int:
+    """Return the index of the largest crop within the limit, or of the whole where there is none so small."""
+    index = None if limit is None else table.fitting(limit)
+    return len(table.sizes) - 1 if index is None else index
+
+
+def _within(layer: Layer, tolerance: float, limit: int | None) -> Sizes:
+    """Return the smallest sizes of a layer by which no output channel loses more than ``tolerance`` of its L1 mass."""
+    tables = [kernel.table for kernel in layer.kernels]
+    return tuple(table.sizes[min(table.within(tolerance), _limited(table, limit))] for table in tables)
+
+
+def _entries(layer: Layer | Left, stage: int, sizes: Sizes, limit: int | None) -> list[TrimmedKernel]:
+    if isinstance(layer, Left):
+        return [TrimmedKernel(layer.name, stage, layer.size, layer.size, layer.dilation, left=layer.why)]
+    entries = []
+    for kernel, size in zip(layer.kernels, sizes, strict=True):
+        index = kernel.table.sizes.index(size)
+        stuck = limit is not None and kernel.table.fitting(limit) is None
+        why = "no smaller kernel keeps its outputs where they are: its padding is used up, or its sides are even"
+        entries.append(
+            TrimmedKernel(
+                kernel.name,
+                stage,
+                kernel.size,
+                size,
+                kernel.dilation,
+                float(kernel.table.energy[index]),
+                float(kernel.table.l1[index]),
+                why if stuck else None,
+            )
+        )
+    return entries
+
+
+# A budget for the whole model
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One crop more of one layer."""
+
+    layer: int
+    index: int
+    """Of the layer's windows."""
+    gain: float
+    """Multiply-accumulates saved for each unit of squared change."""
+
+
+class _Search:
+    """Finds a large cropping by which outputs change by no more than the budget, each candidate being measured."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], loader: Iterable[Any], budget: float) -> None:
+        self._model, self._layers, self._loader, self._budget = model, layers, loader, budget
+        self._measured: dict[tuple[Sizes, ...], Change] = {}
+
+    def change(self, sizes: Mapping[str, Sizes]) -> Change:
+        """Return how the outputs change by these crops, on all of the data."""
+        key = tuple(sizes.values())
+        if key not in self._measured:
+            self._measured[key] = measure_change(self._model, cropping.build(self._model, sizes), self._loader)
+        return self._measured[key]
+
+    def run(self, chosen: list[int]) -> dict[str, Sizes]:
+        """Return the sizes found, from windows that are given on."""
+        if not self._budget or not self._fits(chosen):
+            return self._sizes(chosen)
+        pending = self._steps(chosen)
+        for _ in range(_ROUNDS):
+            low, high = 0, len(pending) + 1  # of the steps the first `low` fit
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self._fits(_taken(chosen, pending[:middle])) else (low, middle)
+            chosen = _taken(chosen, pending[:low])
+            if low == len(pending):
+                break
+            pending = [step for step in pending[low + 1 :] if step.layer != pending[low].layer]
+        return self._sizes(chosen)
+
+    def _sizes(self, chosen: Sequence[int]) -> dict[str, Sizes]:
+        return {layer.name: layer.inside(index) for layer, index in zip(self._layers, chosen, strict=True)}
+
+    def _fits(self, chosen: Sequence[int]) -> bool:
+        return self.change(self._sizes(chosen)).rms <= self._budget
+
+    def _steps(self, start: Sequence[int]) -> list[_Step]:
+        """Return the crops worth taking, the one that saves most for what it costs first.
+
+        What a crop costs is measured for each layer alone, on a few images, down to the crop that breaks the budget by
+        itself. Squared changes of several layers are taken to add up, as they do where the layers' errors are
+        uncorrelated.
+        """
+        images, _ = next(iter(batches(self._loader, self._model)))
+        whole = cropping.build(self._model, self._sizes(start))
+        steps: list[_Step] = []
+        for which, (layer, first) in enumerate(zip(self._layers, start, strict=True)):
+            work = [layer.macs * rows * columns for rows, columns in layer.windows.sizes]
+            moved = {first: 0.0}
+            for index in range(first - 1, -1, -1):
+                sizes = self._sizes(_taken(start, [_Step(which, index, 0.0)]))
+                change = measure_change(whole, cropping.build(self._model, sizes), [images[:_PROBED]])
+                if change.rms > self._budget:
+                    break
+                moved[index] = change.rms**2
+            index = first
+            while index > min(moved):  # along the lower convex hull of work over squared change
+                gains = {
+                    k: (work[index] - work[k]) / max(moved[k] - moved[index], 1e-300) for k in range(min(moved), index)
+                }
+                index = max(gains, key=lambda k: (gains[k], -k))
+                steps.append(_Step(which, index, gains[index]))
+        return sorted(steps, key=lambda step: -step.gain)
+
+
+def _taken(chosen: Sequence[int], steps: Sequence[_Step]) -> list[int]:
+    taken = list(chosen)
+    for step in steps:
+        taken[step.layer] = step.index
+    return taken
+
+
+# Proof
+
+
+def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
+    """Return how far the trimmed model is from the one with zeros for the same taps; RuntimeError where it is far."""
+    masked, trimmed = cropping.mask(model, sizes), cropping.build(model, sizes)
+    if x.dtype in (torch.float16, torch.bfloat16):  # whose rounding would hide what is sought
+        x, masked, trimmed = x.float(), masked.float(), trimmed.float()
+    with torch.no_grad():
+        expected = masked(x)
+        try:
+            apart = difference(expected, trimmed(x)).relative
+            why = f"its outputs are off by {apart:.1e} of their scale"
+        except (RuntimeError, ValueError) as error:
+            apart, why = math.inf, str(error).splitlines()[0]
+    if not apart <= _ROUNDING:
+        raise RuntimeError(
+            "the trimmed model is not the model with zeros for the same taps: some module reads a convolution's "
+            f"kernel size or padding by itself. What was seen: {why}. Cropped were: "
+            f"{', '.join(name or type(model).__name__ for name in sizes)}."
+        )
+    return apart

@@ -1,0 +1,60 @@
+"""widefield export: from a model's name, or a run, to files that onnxruntime runs."""
+
+import json
+
+import pytest
+import torch
+
+from widefield import cli, deploy
+
+SMALL = "{depths: [1, 1, 1, 1], dims: [8, 16, 24, 32], num_classes: 5}"
+
+
+def export(*words):
+    return cli.main(["export", *words])
+
+
+def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
+    words = ["--size", "32", "--count", "16", "--batch", "4", "--routing", "mean", "--trim", "--int8", "--out"]
+    assert export(f"morf_convnext_tiny{SMALL}", *words, str(tmp_path)) == 0
+    names = ["morf_convnext_tiny-int8.onnx", "morf_convnext_tiny-int8.onnx.json"]
+    names += ["morf_convnext_tiny.onnx", "morf_convnext_tiny.onnx.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    told = json.loads((tmp_path / "morf_convnext_tiny.onnx.json").read_text())
+    assert told["routing"] is None  # static
+    assert told["operators"]["Conv"] == 8  # stem, three between stages, one a block
+    assert [check["shape"][0] for check in told["checks"]] == [1, 3, 8, 4]
+    assert deploy.load(tmp_path / "morf_convnext_tiny.onnx")(torch.zeros(7, 3, 32, 32)).shape == (7, 5)
+    assert deploy.load(tmp_path / "morf_convnext_tiny-int8.onnx")(torch.zeros(7, 3, 32, 32)).shape == (7, 5)
+    out = capsys.readouterr().out
+    for words in (
+        "specialised 4 of 4",
+        "kernels cropped",
+        "For images of 32x32 pixels only",
+        "as it came: outputs on 8",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize("format", ["pt2", "openvino"])
+def test_other_formats(tmp_path, capsys, format):
+    words = ["--size", "32", "--count", "4", "--format", format, "--out", str(tmp_path)]
+    assert export("resnet10t{num_classes: 5}", *words) == 0
+    path = tmp_path / f"resnet10t{deploy.FORMATS[format]}"
+    assert deploy.load(path)(torch.zeros(3, 3, 32, 32)).shape == (3, 5)
+    assert "100 %" in capsys.readouterr().out
+
+
+def test_what_is_refused(tmp_path, capsys):
+    words = ["--size", "32", "--count", "4", "--out", str(tmp_path / "new")]
+    for more, told in (
+        (["--int8", "--format", "pt2"], "8 bits are written as ONNX; got --format pt2"),
+        (["--trim", "--dynamic", "size"], "leave 'size' out of --dynamic"),
+        (["--routing", "mean"], "has no routed layer"),
+    ):
+        assert export("resnet10t", *words, *more) == 1
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    assert export("resnet10t", *words[:4], "--out", str(tmp_path / "file" / "folder")) == 1
+    assert "file" in capsys.readouterr().err

@@ -1,0 +1,299 @@
+"""What is exported is the model: onnxruntime, PyTorch's archive and OpenVINO against eager, and what is refused."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import timm
+import torch
+from timm.layers import CondConv2d
+from torch import nn
+
+from tolerances import FLOAT32, NETWORK, close
+from widefield import deploy
+from widefield.nn import DCNv3, DepthwiseConv2d, DynamicGMConv2d, MoRFConv2d
+from widefield.surgery import fuse_layers
+
+FORMATS = ("onnx", "pt2", "xml")
+
+
+def mixture(**options):
+    layer = MoRFConv2d(6, 6, (3, 5, (3, 2)), **{"groups": 6, **options}).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))  # or the router starts even
+    return layer
+
+
+def named(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_network_with_mixtures_in_every_format(tmp_path, suffix):
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2), mixture(), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    fused, _ = fuse_layers(model.eval())
+    path = tmp_path / f"model.{suffix}"
+    done = deploy.export(fused, path, torch.randn(2, 3, 20, 24))
+    exported = deploy.load(path)
+    for batch in (1, 3, 8):
+        x = torch.randn(batch, 3, 20, 24)
+        with torch.no_grad():
+            close(exported(x), fused(x), FLOAT32)
+    assert [check.shape[0] for check in done.checks] == [1, 3, 8]
+    assert done.relative <= FLOAT32
+    assert all(check.agreement == 1 for check in done.checks)
+    assert done.routing == "branches"
+
+
+class SideBySide(nn.ModuleList):
+    def forward(self, x):
+        return [layer(x) for layer in self]
+
+
+@pytest.mark.parametrize("routing", deploy.ROUTING)
+@pytest.mark.parametrize("fused", [True, False])
+def test_both_forms_of_a_mixture(tmp_path, routing, fused):
+    layers = SideBySide(
+        mixture(**options)
+        for options in (
+            {},
+            {"routing": "hard", "top_k": 2},
+            {"attention": "softmax", "stride": 2, "bias": False},
+            {"groups": 1},
+            {"groups": 2, "attention": "sigmoid"},
+        )
+    )
+    if fused:
+        layers = SideBySide(layer.fuse() for layer in layers)
+    deploy.export(layers.eval(), tmp_path / "layers.onnx", torch.randn(2, 6, 9, 7), routing=routing)
+    exported = deploy.load(tmp_path / "layers.onnx")
+    for batch in (1, 3, 8):
+        x = torch.randn(batch, 6, 9, 7)
+        with torch.no_grad():
+            for actual, expected in zip(exported(x), layers(x), strict=True):
+                close(actual, expected, FLOAT32)
+    assert ("Scan" in named(tmp_path / "layers.onnx")) == (routing == "per-sample")
+
+
+def test_norms_folded_into_a_mixture_stay(tmp_path):
+    norm = nn.BatchNorm2d(6).eval()
+    with torch.no_grad():
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            tensor.uniform_(0.5, 1.5)
+    layer = mixture().fuse(norm)
+    for routing in deploy.ROUTING:
+        done = deploy.export(layer, tmp_path / "layer.onnx", torch.randn(2, 6, 9, 7), routing=routing)
+        assert done.relative <= FLOAT32
+
+
+def test_masks_that_depend_on_the_image_and_other_peoples_routing(tmp_path):
+    masked = DynamicGMConv2d(4, 4, 5, padding=2, groups=4, sigma=2.0).eval()
+    nn.init.normal_(masked.predictor.out.weight)
+    assert deploy.export(masked, tmp_path / "masked.onnx", torch.randn(2, 4, 9, 8)).relative <= FLOAT32
+    assert "Scan" in named(tmp_path / "masked.onnx")
+
+    class Conditional(nn.Module):  # timm's EfficientNet-CC, in little
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(4, 3)
+            self.conv = CondConv2d(4, 6, 3, padding=1, bias=True, num_experts=3)
+
+        def forward(self, x):
+            return self.conv(x, self.router(x.mean((2, 3))).sigmoid())
+
+    assert deploy.export(Conditional().eval(), tmp_path / "cond.onnx", torch.randn(2, 4, 9, 8)).relative <= FLOAT32
+
+
+def test_operators_of_ours_become_plain_nodes(tmp_path):
+    model = nn.Sequential(DepthwiseConv2d(4, 13, backend="direct"), DepthwiseConv2d(4, 31, backend="fft")).eval()
+    twin = nn.Sequential(DepthwiseConv2d(4, 13), DepthwiseConv2d(4, 31)).eval()
+    twin.load_state_dict(model.state_dict())
+    assert deploy.export(twin, tmp_path / "a.onnx", torch.randn(2, 4, 9, 9)).operators == {"Conv": 2}
+    archive = deploy.export(twin, tmp_path / "a.pt2", torch.randn(2, 4, 9, 9))
+    assert not any("widefield" in name for name in archive.operators)
+
+
+def test_deformable_sampling_is_the_runtimes_own(tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sampling = DCNv3(8, groups=2)
+
+        def forward(self, x):
+            return self.sampling(x.permute(0, 2, 3, 1))
+
+    model = Network().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    done = deploy.export(model, tmp_path / "deformable.onnx", torch.randn(2, 8, 9, 7))
+    assert done.relative <= FLOAT32
+    assert "GridSample" in done.operators
+    assert model.sampling.backend == "auto"
+
+
+def test_a_dynamic_size_is_verified_at_two(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    done = deploy.export(model, tmp_path / "any.onnx", torch.randn(2, 3, 16, 20), dynamic=("batch", "size"))
+    assert {check.shape[2:] for check in done.checks} == {(16, 20), (20, 30)}
+    images = onnx.load(tmp_path / "any.onnx").graph.input[0]
+    sizes = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
+    assert sizes == ["batch", 3, "height", "width"]
+
+
+def test_a_fixed_batch(tmp_path):
+    model = nn.Conv2d(3, 4, 3).eval()
+    done = deploy.export(model, tmp_path / "fixed.onnx", torch.randn(5, 3, 8, 8), dynamic=())
+    assert [check.shape for check in done.checks] == [(5, 3, 8, 8)]
+    with pytest.raises(ValueError, match=r"does not run on images of \(2, 3, 8, 8\)"):
+        deploy.load(tmp_path / "fixed.onnx")(torch.randn(2, 3, 8, 8))
+
+
+def test_several_outputs(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"map": y, "mean": y.mean((2, 3))}
+
+    model, x = Two().eval(), torch.randn(3, 3, 8, 8)
+    for suffix in FORMATS:
+        done = deploy.export(model, tmp_path / f"two.{suffix}", x)
+        first, second = deploy.load(tmp_path / f"two.{suffix}")(x)
+        close(first, model(x)["map"], FLOAT32)
+        close(second, model(x)["mean"], FLOAT32)
+        assert done.checks[0].agreement is None
+
+
+def test_the_proof_beside_the_file(tmp_path):
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    images = [(torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))] * 2
+    done = deploy.export(model, tmp_path / "net.onnx", torch.randn(2, 3, 64, 64), loader=images, throughput=(2,))
+    told = json.loads((tmp_path / "net.onnx.json").read_text())
+    assert told["model"] == "resnet10t"
+    assert told["files"] == {"net.onnx": hashlib.sha256((tmp_path / "net.onnx").read_bytes()).hexdigest()}
+    assert told["bytes"] == (tmp_path / "net.onnx").stat().st_size
+    assert told["input"]["dynamic"] == ["batch"]
+    assert told["input"]["mean"] == list(model.pretrained_cfg["mean"])
+    assert [(check["shape"][0], check["images"]) for check in told["checks"]] == [(1, 1), (3, 3), (8, 8), (4, 8)]
+    assert max(check["relative"] for check in told["checks"]) == done.relative <= NETWORK
+    assert {"torch", "onnx", "onnxruntime", "date"} <= set(told["environment"])
+    assert {row["way"] for row in told["throughput"]} == {"eager", "compiled", "onnx"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.json"]
+
+
+def test_the_model_is_left_alone(tmp_path):
+    layer = mixture().fuse()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    deploy.export(layer, tmp_path / "layer.onnx", torch.randn(2, 6, 9, 7))
+    assert layer.backend == "auto"
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+class FixedBatch(Branching):
+    def forward(self, x):
+        return self.conv(x).view(2, -1)
+
+
+class FixedSize(Branching):
+    def forward(self, x):
+        return self.conv(x) + torch.ones(6, 6)
+
+
+class Eigenvalues(Branching):
+    def forward(self, x):
+        return torch.linalg.eigvalsh(self.conv(x)[..., :4, :4])
+
+
+REFUSED = [
+    (Branching(), {}, ValueError, "Branching cannot be traced by torch.export: Could not guard"),
+    (FixedBatch(), {}, ValueError, r"no graph with a dynamic batch: .*pass dynamic=\(\) and an example"),
+    (FixedSize(), {"dynamic": ("batch", "size")}, ValueError, r"height 8 and width 8 only.*dynamic=\('batch',\)"),
+    (Eigenvalues(), {}, ValueError, "no form in ONNX: there is none of the operator aten._linalg_eigh"),
+    (nn.Conv2d(3, 4, 3).train(), {}, RuntimeError, "Conv2d is in training mode: call model.eval"),
+    (nn.Conv2d(3, 4, 3).double(), {}, TypeError, r"this one has torch.float64: call model.float"),
+    (nn.Conv2d(3, 4, 3), {"dynamic": "bath"}, ValueError, "Did you mean 'batch'"),
+    (nn.Conv2d(3, 4, 3), {"routing": "branch"}, ValueError, "Did you mean 'branches'"),
+    (nn.Conv2d(3, 4, 3), {"opset": 3}, ValueError, "opset must be from 18"),
+    (nn.Conv2d(3, 4, 3), {"dynamic": (), "throughput": (9,)}, ValueError, "batch is fixed to 2"),
+    (nn.Conv2d(3, 4, 3), {"tolerance": -1}, ValueError, "tolerance must be from 0"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "kind", "match"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
+def test_what_cannot_be_exported_is_refused_and_leaves_no_file(tmp_path, model, options, kind, match):
+    if kind is not RuntimeError:
+        model.eval()
+    with pytest.raises(kind, match=match):
+        deploy.export(model, tmp_path / "x.onnx", torch.randn(2, 3, 8, 8), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_differs_is_no_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy.Runtime, "__call__", lambda self, x: torch.zeros(len(x), 4, 6, 6))
+    kept = tmp_path / "x.onnx"
+    kept.write_bytes(b"what was there before")
+    with pytest.raises(RuntimeError, match=r"differ by 1.00e\+00 of their scale.*Nothing was written"):
+        deploy.export(nn.Conv2d(3, 4, 3).eval(), kept, torch.randn(2, 3, 8, 8))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"what was there before"]
+
+
+def test_paths(tmp_path):
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"suffix of path must be one of '.onnx', '.pt2', '.xml'; got '.onx'"):
+        deploy.export(model, tmp_path / "x.onx", x)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        deploy.export(model, tmp_path / "file" / "x.onnx", x)
+    assert deploy.export(model, tmp_path / "new" / "folder" / "x.onnx", x).path == "x.onnx"
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "x.onnx").mkdir()  # a folder stands where the file is to be
+    with pytest.raises(OSError, match=r"x\.onnx"):
+        deploy.export(model, locked / "x.onnx", x)
+    assert [path.name for path in locked.iterdir()] == ["x.onnx"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_files_that_are_not_whole(tmp_path, suffix):
+    whole = tmp_path / f"x.{suffix}"
+    deploy.export(nn.Conv2d(3, 4, 3).eval(), whole, torch.randn(2, 3, 8, 8))
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"is not a whole \w+ model \(\d+ bytes\).*Export it anew"):
+        deploy.load(whole)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        deploy.load(Path(f"nowhere.{suffix}"))
+    with pytest.raises(ValueError, match="suffix of path"):
+        deploy.load("x.txt")
+
+
+def test_loaded_models_say_what_they_cannot_take(tmp_path):
+    deploy.export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "x.onnx", torch.randn(2, 3, 8, 8))
+    exported = deploy.load(tmp_path / "x.onnx", threads=1)
+    with pytest.raises(TypeError, match="images must be float32"):
+        exported(torch.zeros(1, 3, 8, 8, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"does not run on images of \(1, 4, 8, 8\)"):
+        exported(torch.zeros(1, 4, 8, 8))
+
+
+def test_layers_that_would_merge_are_named(tmp_path, caplog):
+    layer = mixture()
+    deploy.export(layer, tmp_path / "layer.onnx", torch.randn(2, 6, 9, 7))
+    assert "1 layers are exported as they train (the model, ...): call reparameterize first" in caplog.text

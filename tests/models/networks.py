@@ -1,0 +1,49 @@
+"""Every registered network, made small, with numbers as after training."""
+
+import timm
+import torch
+from timm.models import is_model_in_modules
+from torch import nn
+
+from widefield import models
+
+NAMES = [name for name in timm.list_models() if is_model_in_modules(name, models.MODULES)]
+WIDTHS = (16, 24, 32, 40)
+SMALL = {
+    "internimage": {"depths": (1, 1, 2, 1), "widths": (16, 32, 48, 64), "groups": (1, 2, 3, 4)},
+    "hornet": {"depths": (1, 1, 2, 1), "widths": (16, 32, 64, 128)},
+    "metaformer": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
+    "moganet": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
+    "van": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
+    "morf_convnext": {"depths": (1, 1, 2, 1), "dims": WIDTHS},
+    "morf_resnet": {"layers": (1, 1, 1, 1)},
+    "replknet": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
+    "slak": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
+    "unireplknet": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
+}
+ONE_A_FAMILY = [
+    "hornet_tiny_gf", "metaformer_tiny", "moganet_xtiny", "van_b0",
+    "internimage_t", "mobilenetv2_lk", "morf_convnext_tiny", "replknet_31b", "resnet20_cifar", "slak_tiny",
+    "unireplknet_a",
+]  # fmt: skip
+
+
+def small(name, **arguments):
+    given = next((given for prefix, given in SMALL.items() if name.startswith(prefix)), {})
+    return timm.create_model(name, **{"num_classes": 7, **given, **arguments})
+
+
+def settled(model):
+    """Give norms statistics as after training, and let every layer show: some start with scales of 0 or 1e-6."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer_scale" in name:  # around products of branches, which grow with their square
+                nn.init.uniform_(parameter, 0.05, 0.15)
+            elif "gamma" in name or "beta" in name or "scale" in name:
+                nn.init.uniform_(parameter, 0.3, 0.6)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.8, 1.2)
+                nn.init.uniform_(module.weight, 0.8, 1.2)
+    return model.eval()
