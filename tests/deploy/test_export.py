@@ -296,4 +296,4 @@ def test_loaded_models_say_what_they_cannot_take(tmp_path):
 def test_layers_that_would_merge_are_named(tmp_path, caplog):
     layer = mixture()
     deploy.export(layer, tmp_path / "layer.onnx", torch.randn(2, 6, 9, 7))
-    assert "1 layers are exported as they train (the model, ...): call reparameterize first" in caplog.text
+    assert "exported as they train are 1 layers (MoRFConv2d, ...): reparameterize first" in caplog.text

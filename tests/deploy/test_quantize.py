@@ -109,7 +109,7 @@ def test_outliers_are_warned_of_refused_or_kept_in_float(tmp_path, caplog):
 
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     x = [torch.randn(4, 8, 12, 12)]
-    with pytest.raises(ValueError, match=r"the model is not merged.*call reparameterize first"):
+    with pytest.raises(ValueError, match=r"MoRFConv2d is not merged.*call reparameterize first"):
         deploy.quantize(MoRFConv2d(8, 8, (3, 5), groups=8).eval(), tmp_path / "a.onnx", x)
     with pytest.raises(RuntimeError, match="training mode"):
         deploy.quantize(nn.Conv2d(8, 8, 3), tmp_path / "a.onnx", x)

@@ -28,12 +28,12 @@ from widefield.ops import fold
 from widefield.ops.crops import CropTable, crops
 from widefield.surgery import fuse_layers
 from widefield.surgery.conversions import stages_of
-from widefield.surgery.cropping import by_outputs, unmerged
+from widefield.surgery.cropping import by_outputs
 from widefield.surgery.outputs import batches, place
 from widefield.surgery.reparameterize import reparameterize
 from widefield.surgery.trim import trim
 from widefield.surgery.trimming import Trimming
-from widefield.surgery.walk import merge_method
+from widefield.surgery.walk import merge_method, unmerged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ class Weight(NamedTuple):
     """A constant that is convolved or multiplied with."""
 
     name: str
-    """Of the layer that it belongs to, as far as the graph tells, and of the node after a colon where one has many."""
+    """As the model's state has it, less ".weight"; or that of the layer that it was called in; or of the node."""
     shape: tuple[int, ...]
     values: Tensor
     """(output channels, numbers of each)."""
@@ -33,7 +33,9 @@ def weights(path: Path) -> list[Weight]:
     return [weight for _, weight in _weights(_read(path))]
 
 
-def quantise(path: Path, out: Path, images: Iterable[Tensor], method: str, floating: Collection[str]) -> None:
+def quantise(
+    path: Path, out: Path, images: Iterable[Tensor], method: str, floating: Collection[str], *, seven_bits: bool
+) -> None:
     """Write a graph in int8, ranges of activations read off images.
 
     Args:
@@ -41,6 +43,7 @@ def quantise(path: Path, out: Path, images: Iterable[Tensor], method: str, float
         images: (N, C, H, W) each.
         method: of onnxruntime's CalibrationMethod.
         floating: names of weights whose nodes stay in float32.
+        seven_bits: of weights, for processors whose products of bytes saturate.
 
     Raises:
         ValueError: onnxruntime cannot quantise it.
@@ -59,6 +62,9 @@ def quantise(path: Path, out: Path, images: Iterable[Tensor], method: str, float
                 op_types_to_quantize=list(OPERATORS),
                 per_channel=True,
                 nodes_to_exclude=kept + routers,
+                activation_type=quantization.QuantType.QUInt8,  # on x86 three times as fast as signed ones
+                weight_type=quantization.QuantType.QInt8,
+                reduce_range=seven_bits,
                 calibrate_method=quantization.CalibrationMethod[method],
             )
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -110,7 +116,7 @@ def _weights(model: Any) -> Iterator[tuple[Any, Weight]]:
         values = torch.from_numpy(numpy_helper.to_array(constants[node.input[1]]).copy())
         by_row = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
         flat = values.flatten(1) if by_row else values.flatten(0, -2).T
-        yield node, Weight(_name(node), tuple(values.shape), flat)
+        yield node, Weight(_name(node, node.input[1]), tuple(values.shape), flat)
 
 
 def _scopes(node: Any) -> list[str]:
@@ -123,8 +129,9 @@ def _in_router(node: Any) -> bool:
     return any(scope.endswith((".router", ".predictor")) for scope in _scopes(node))
 
 
-def _name(node: Any) -> str:
-    """Return the name of the layer of a node."""
+def _name(node: Any, constant: str) -> str:
+    if constant.startswith("model."):
+        return constant.removeprefix("model.").removesuffix(".weight")
     modules = [scope for scope in _scopes(node)[:-1] if scope]  # the last is the node itself
     layer = modules[-1].removeprefix("model").lstrip(".") if modules else ""
     return layer or re.sub(r"^node_", "", node.name)

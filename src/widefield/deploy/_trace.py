@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from widefield import _checks
-from widefield.nn import DCNv3, DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
+from widefield.nn import DCNv3, FusedMoRFConv2d, MoRFConv2d
 from widefield.ops import fold, mixture_conv2d
-from widefield.surgery.walk import merge_method, replace
+from widefield.surgery.walk import refuse_training, replace
 
 ROUTING = ("branches", "per-sample")
 """What becomes of a layer whose kernel depends on the image.
@@ -43,12 +43,7 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
         ValueError: an unknown form.
     """
     _checks.choice("routing", routing, ROUTING)
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"an export holds the evaluation-mode function, but {training[0]} is in training mode: "
-            "call model.eval() first."
-        )
+    refuse_training(model, "an export holds the evaluation-mode function")
     others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if others:
         raise TypeError(f"exports are of float32 models; this one has {', '.join(sorted(others))}: call model.float().")
@@ -92,12 +87,6 @@ class _Branches(nn.Module):
             backend="branches",
         )
         return y if self.shift is None else y + self.shift[:, None, None]
-
-
-def unmerged(model: nn.Module) -> list[str]:
-    """Return the names of the layers that :func:`widefield.reparameterize` would make something cheaper of."""
-    final = (DepthwiseConv2d, DynamicGMConv2d)
-    return [n or "the model" for n, m in model.named_modules() if merge_method(m) and not isinstance(m, final)]
 
 
 def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from widefield import _checks, bench
 from widefield._files import checksum, staged
 from widefield.deploy._onnx import to_onnx
-from widefield.deploy._trace import DYNAMIC, first_line, prepared, traced, unmerged
+from widefield.deploy._trace import DYNAMIC, first_line, prepared, traced
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.outputs import Tally, batches, example_input
+from widefield.surgery.walk import unmerged
 
 log = logging.getLogger(__name__)
 
@@ -151,9 +153,10 @@ def export(
     if format == "openvino":
         import_openvino()
     twin = prepared(model, routing, format)
-    left = unmerged(twin)
-    if left:
-        log.warning("%d layers are exported as they train (%s, ...): call reparameterize first.", len(left), left[0])
+    with contextlib.suppress(ValueError):  # what cannot be merged is exported as it is
+        left = unmerged(model)
+        if left:
+            log.warning("exported as they train are %d layers (%s, ...): reparameterize first.", len(left), left[0])
     x = example_input(twin) if example is None else example.detach().cpu()
     times = [_checks.integer("every entry of throughput", count) for count in throughput]
     if times and "batch" not in dynamic and set(times) != {len(x)}:

@@ -22,7 +22,7 @@ from widefield import _checks
 from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
 from widefield.ops.crops import CropTable, cropped, crops
-from widefield.surgery.walk import fuse_layers, replace
+from widefield.surgery.walk import replace
 
 Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
@@ -94,27 +94,6 @@ def by_outputs(module: nn.Module) -> Tensor:
     if isinstance(module, nn.ConvTranspose2d):
         return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
     return weight  # type: ignore[no-any-return]
-
-
-def unmerged(model: nn.Module) -> list[str]:
-    """Return the names of the modules that have yet to be re-parameterised: merging changes what they store.
-
-    Raises ValueError where one of them cannot be merged.
-    """
-    try:
-        with torch.random.fork_rng([]):  # merging builds layers
-            merged, names = fuse_layers(copy.deepcopy(model))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"
-        ) from error
-    before, after = dict(model.named_modules()), dict(merged.named_modules())
-    places = [name if name in before else "" for name in names]  # the root goes by its class
-    return [name for name, place in zip(names, places, strict=True) if _stored(before[place]) != _stored(after[place])]
-
-
-def _stored(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def watch(model: nn.Module, x: Tensor) -> dict[nn.Module, list[Call]]:

@@ -21,7 +21,15 @@ from widefield.report import markdown
 from widefield.surgery import outputs
 from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
 from widefield.surgery.outputs import Difference, difference
-from widefield.surgery.walk import COLLECTIVE, MERGE_METHODS, merge_method, outermost, replace, takes_norm
+from widefield.surgery.walk import (
+    COLLECTIVE,
+    MERGE_METHODS,
+    merge_method,
+    outermost,
+    refuse_training,
+    replace,
+    takes_norm,
+)
 
 log = logging.getLogger(__name__)
 
@@ -174,12 +182,7 @@ def reparameterize(
             be made up; or the outputs hold nothing that can be compared.
     """
     tolerance = _checks.number("tolerance", tolerance)
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"re-parameterisation computes the evaluation-mode function, but {training[0]} is in training mode: "
-            "call model.eval() first."
-        )
+    refuse_training(model, "re-parameterisation computes the evaluation-mode function")
     if not inplace:
         model = copy.deepcopy(model)
     x = _example(model) if example_input is None else example_input
@@ -195,6 +198,7 @@ def reparameterize(
     own, name = seen.own, type(model).__name__
     del merged
     model, fused = _merge(model, merges, pairs, own)
+    model.eval()  # what timm's blocks merge into begins in training mode
     del merges, pairs, seen
 
     layers = {module: title for title, module in model.named_modules() if is_linear(module)}

@@ -25,6 +25,7 @@ from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import markdown
 from widefield.surgery import walk
 from widefield.surgery.outputs import Change, Tally, batches, comparable, measure_change
+from widefield.surgery.walk import refuse_training
 
 log = logging.getLogger(__name__)
 
@@ -230,12 +231,7 @@ def _tell(done: Specialization) -> None:
 
 def _routed_layers(model: nn.Module) -> dict[str, Routed]:
     """Return the routed layers by name; raises what :func:`specialize` says."""
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"specialisation is of the evaluation-mode function, but {training[0]} is in training mode: "
-            "call model.eval() first."
-        )
+    refuse_training(model, "specialisation is of the evaluation-mode function")
     layers = {name or type(m).__name__: m for name, m in model.named_modules() if isinstance(m, Routed)}
     if not layers:
         raise ValueError(

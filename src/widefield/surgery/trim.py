@@ -18,6 +18,7 @@ from widefield.surgery.conversions import stages_of
 from widefield.surgery.cropping import Layer, Left, Sizes
 from widefield.surgery.outputs import Change, batches, difference, example_input, measure_change, place
 from widefield.surgery.trimming import TrimmedKernel, Trimming
+from widefield.surgery.walk import refuse_training, unmerged
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +82,8 @@ def trim(
     """
     tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
     limit = None if limit is None else _checks.integer("limit", limit)
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"trim needs the kernels of evaluation, but {training[0]} is in training mode: call model.eval()."
-        )
-    waiting = cropping.unmerged(model)
+    refuse_training(model, "trim needs the kernels of evaluation")
+    waiting = unmerged(model)
     if waiting:
         more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
         raise ValueError(

@@ -104,14 +104,7 @@ class Trimming:
             most = max((kernel.l1 for kernel in self.kernels), default=0.0)
             text += f" No output channel of a layer lost more than {most:.2g} of its kernel's L1 mass."
         else:
-            text += f" Outputs on {self.change.images} images changed by {self.change.rms:.2g} (relative RMS)"
-            if self.change.agreement is not None:
-                text += f", the same class for {100 * self.change.agreement:.4g} %"
-            if self.change.accuracy_before is not None and self.change.accuracy_after is not None:
-                text += (
-                    f", accuracy {100 * self.change.accuracy_before:.4g} -> {100 * self.change.accuracy_after:.4g} %"
-                )
-            text += ". Other images may change more."
+            text += f" Measured: {self.change}. Other images may change more."
         if self.input_size is not None:
             text += " For images of {}x{} pixels only.".format(*self.input_size)
         if self.beyond():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import nn
 
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "merge_dilated_branches")
@@ -40,6 +42,13 @@ def merge_method(module: nn.Module) -> str | None:
 def _is_merged(module: nn.Module) -> bool:
     layers = [inner for inner in module.modules() if any(p is not None for p in inner._parameters.values())]
     return len(layers) < 2 or any(isinstance(getattr(module, made, None), nn.Module) for made in _MADE)
+
+
+def refuse_training(model: nn.Module, what: str) -> None:
+    """Raise RuntimeError for a model of which a part is in training mode; ``what`` begins the sentence."""
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(f"{what}, but {training[0]} is in training mode: call model.eval() first.")
 
 
 def replace(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -98,3 +107,24 @@ def fuse_layers(
             replacements[module] = merged
         names.append(name or type(module).__name__)
     return replace(root, replacements), names
+
+
+def unmerged(model: nn.Module) -> list[str]:
+    """Return the names of the modules that have yet to be re-parameterised: merging changes what they store.
+
+    Raises ValueError where one of them cannot be merged.
+    """
+    try:
+        with torch.random.fork_rng([]):  # merging builds layers
+            merged, names = fuse_layers(copy.deepcopy(model))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"
+        ) from error
+    before, after = dict(model.named_modules()), dict(merged.named_modules())
+    places = [name if name in before else "" for name in names]  # the root goes by its class
+    return [name for name, place in zip(names, places, strict=True) if _stored(before[place]) != _stored(after[place])]
+
+
+def _stored(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict(keep_vars=True).items()}
