@@ -172,6 +172,26 @@ def test_fused_layers_are_finished_and_may_train_on(layer):
     assert not any(p.requires_grad for p in layer.requires_grad_(False).fuse().parameters())
 
 
+@pytest.mark.parametrize("name", ["merge_kernel", "merge_dilated_branches", "switch_to_deploy"])
+@pytest.mark.parametrize("layer", layers(), ids=named)
+def test_the_authors_scripts_merge_in_place(layer, name):
+    net = settled(nn.Sequential(nn.Conv2d(4, 4, 1), copy.deepcopy(layer)))
+    x, alone = torch.randn(2, 4, 13, 12).double(), net[1]
+    y, fused = net(x), alone.fuse()
+    assert getattr(alone, name)() is None
+    assert net[1] is alone
+    assert type(alone) is type(fused)
+    assert net[1].state_dict().keys() == fused.state_dict().keys()
+    close(net(x), y, FLOAT64)
+    close(copy.deepcopy(net)(x), y, FLOAT64)
+    with pytest.raises(RuntimeError, match="call model.eval"):
+        copy.deepcopy(layer).train().merge_kernel()
+    hooked = copy.deepcopy(layer).eval()
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="has hooks, which merging would lose"):
+        hooked.merge_kernel()
+
+
 def test_one_part_in_training_mode_is_enough_to_refuse():
     layer = LargeKernelConv2d(4, 7).eval()
     layer.small_conv.bn.train()

@@ -86,6 +86,22 @@ class ReparamConv2d(nn.Module):
         """Return the merged layer. Exact in evaluation mode; raises RuntimeError in training mode."""
         raise NotImplementedError
 
+    def merge_kernel(self) -> None:
+        """Become, in place, what :meth:`fuse` returns; its class, too. For scripts written for the authors' code, which
+        call blocks by this name (RepLKNet, SLaK), ``merge_dilated_branches`` (UniRepLKNet) or ``switch_to_deploy``.
+
+        Raises:
+            RuntimeError: in training mode.
+            ValueError: the layer has hooks, which would be lost.
+        """
+        if self._forward_hooks or self._forward_pre_hooks:
+            raise ValueError(f"{type(self).__name__} has hooks, which merging would lose: remove them first.")
+        fused = self.fuse()
+        self.__class__ = type(fused)  # type: ignore[assignment]
+        self.__dict__ = fused.__dict__
+
+    merge_dilated_branches = switch_to_deploy = merge_kernel
+
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, kernel_size: int | Pair, *, init: str = "preserve", **options: Any) -> Self:
         """Make this layer in place of a depthwise convolution: its stride, backend, device, dtype and mode.
