@@ -19,6 +19,7 @@ from conformance import (
     loaded,
     operators,
 )
+from networks import settled, small
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import param_groups_layer_decay
@@ -417,3 +418,14 @@ def test_the_python_of_the_docs_runs():
     for block in re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.MULTILINE | re.DOTALL):
         exec(compile(block, str(DOCS), "exec"), scope)
     assert "served" in scope
+
+
+def test_a_network_whose_branches_were_merged_in_place_re_parameterises_further():
+    model = settled(small("unireplknet_a"))
+    x = torch.randn(1, 3, 64, 64)
+    merged = copy.deepcopy(model)
+    for layer in list(merged.modules()):
+        if hasattr(layer, "merge_dilated_branches"):  # as the authors' scripts do
+            layer.merge_dilated_branches()
+    with torch.no_grad():
+        close(widefield.reparameterize(merged, x)(x), model(x), NETWORK)

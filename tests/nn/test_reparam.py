@@ -184,7 +184,7 @@ def test_the_authors_scripts_merge_in_place(layer, name):
     assert net[1].state_dict().keys() == fused.state_dict().keys()
     close(net(x), y, FLOAT64)
     close(copy.deepcopy(net)(x), y, FLOAT64)
-    with pytest.raises(RuntimeError, match="call model.eval"):
+    with pytest.raises(RuntimeError, match=r"call model\.eval"):
         copy.deepcopy(layer).train().merge_kernel()
     hooked = copy.deepcopy(layer).eval()
     hooked.register_forward_hook(lambda *_: None)

@@ -141,10 +141,12 @@ class UniRepLKNetBlock(nn.Module):
             RuntimeError: in training mode.
         """
         refuse_training(self)
-        if isinstance(self.dwconv, DilatedReparamConv2d):
-            dwconv: nn.Module = nn.Sequential(OrderedDict(lk_origin=fold_norm(merged(self.dwconv), self.norm)))
+        large: Any = self.dwconv
+        if isinstance(large, (DilatedReparamConv2d, nn.Sequential)):  # the latter: merged in place before
+            conv = merged(large) if isinstance(large, DilatedReparamConv2d) else cast(nn.Conv2d, large.lk_origin)
+            dwconv: nn.Module = nn.Sequential(OrderedDict(lk_origin=fold_norm(conv, self.norm)))
         else:
-            dwconv = fold_norm(self.dwconv, self.norm)
+            dwconv = fold_norm(large, self.norm)
         act = copy.deepcopy(self.act)
         cast(GRN, act[1]).beta = None
         parts = OrderedDict(
