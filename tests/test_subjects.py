@@ -123,3 +123,10 @@ def test_runs_of_one_name_are_told_apart_and_keep_the_order_of_their_classes(tmp
     pictures = found.pictures(count=None)
     assert pictures.classes == tuple(map(str, range(11)))
     assert [pictures[i]["label"] for i in range(6)] == [1, 1, 10, 10, 2, 2]
+
+
+def test_a_network_for_grey_images_gets_grey_images():
+    found = load("resnet10t{in_chans: 1, num_classes: 3}")
+    assert len(found.mean) == len(found.std) == 1
+    (batch,) = found.pictures(count=2, size=32).batches()
+    assert found.model(batch["image"]).shape == (2, 3)

@@ -112,7 +112,10 @@ def _of_timm(word: str, pretrained: bool) -> Subject:
     model = create_model(ModelSpec(name, given, pretrained))
     config = resolve_model_data_config(model)
     weights = "pretrained" if pretrained else "random"
-    return Subject(word, model, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]), weights)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if given.get("in_chans") == 1:  # grey images, of which timm's configuration knows nothing
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return Subject(word, model, config["input_size"][-1], mean, std, weights)
 
 
 def _of_torchvision(word: str, pretrained: bool) -> Subject:

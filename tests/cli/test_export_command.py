@@ -45,6 +45,14 @@ def test_other_formats(tmp_path, capsys, format):
     assert "100 %" in capsys.readouterr().out
 
 
+def test_a_fixed_batch_of_grey_images(tmp_path):
+    words = ["--size", "32", "--count", "7", "--batch", "2", "--dynamic", "--out", str(tmp_path)]
+    assert export("resnet10t{in_chans: 1, num_classes: 5}", *words) == 0
+    told = json.loads((tmp_path / "resnet10t.onnx.json").read_text())
+    assert told["input"]["shape"] == [2, 1, 32, 32]
+    assert len(told["input"]["mean"]) == 1
+
+
 def test_what_is_refused(tmp_path, capsys):
     words = ["--size", "32", "--count", "4", "--out", str(tmp_path / "new")]
     for more, told in (

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -13,6 +15,7 @@ from torch import nn
 
 from tolerances import FLOAT32, NETWORK, close
 from widefield import deploy
+from widefield.deploy import _trace
 from widefield.nn import DCNv3, DepthwiseConv2d, DynamicGMConv2d, MoRFConv2d
 from widefield.surgery import fuse_layers
 
@@ -146,6 +149,20 @@ def test_a_dynamic_size_is_verified_at_two(tmp_path):
     assert sizes == ["batch", 3, "height", "width"]
 
 
+@pytest.mark.parametrize("routing", deploy.ROUTING)
+def test_a_dynamic_size_of_networks_with_strides_and_mixtures(tmp_path, routing):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), mixture(), nn.BatchNorm2d(6), nn.MaxPool2d(3, 2, 1)).eval()
+    fused, _ = fuse_layers(model)
+    example = torch.randn(1, 3, 32, 24)
+    done = deploy.export(fused, tmp_path / "any.onnx", example, dynamic=("size", "batch"), routing=routing)
+    assert done.relative <= FLOAT32
+    assert {check.shape[2:] for check in done.checks} == {(32, 24), (40, 36)}
+    assert vars(example) == {}  # torch.export writes on its example
+    small = torch.randn(2, 3, 9, 12)  # on which much of the kernel meets no pixel
+    with torch.no_grad():
+        close(deploy.load(tmp_path / "any.onnx")(small), fused(small), FLOAT32)
+
+
 def test_a_fixed_batch(tmp_path):
     model = nn.Conv2d(3, 4, 3).eval()
     done = deploy.export(model, tmp_path / "fixed.onnx", torch.randn(5, 3, 8, 8), dynamic=())
@@ -171,6 +188,7 @@ def test_several_outputs(tmp_path):
         close(first, model(x)["map"], FLOAT32)
         close(second, model(x)["mean"], FLOAT32)
         assert done.checks[0].agreement is None
+        assert done.outputs == (() if suffix == "pt2" else ("map", "mean"))
 
 
 def test_the_proof_beside_the_file(tmp_path):
@@ -233,7 +251,9 @@ REFUSED = [
     (nn.Conv2d(3, 4, 3), {"routing": "branch"}, ValueError, "Did you mean 'branches'"),
     (nn.Conv2d(3, 4, 3), {"opset": 3}, ValueError, "opset must be from 18"),
     (nn.Conv2d(3, 4, 3), {"dynamic": (), "throughput": (9,)}, ValueError, "batch is fixed to 2"),
-    (nn.Conv2d(3, 4, 3), {"tolerance": -1}, ValueError, "tolerance must be from 0"),
+    (nn.Conv2d(3, 4, 3), {"tolerance": float("inf")}, ValueError, "tolerance must be from 0"),
+    (nn.Conv2d(3, 4, 3), {"normalisation": ((0.5,), (0.5,))}, ValueError, "a mean and a std for each of 3 channels"),
+    (nn.Conv2d(3, 4, 3), {"normalisation": ((0.5,) * 3, (0.0, 1, 1))}, ValueError, "std above 0"),
 ]
 
 
@@ -253,6 +273,66 @@ def test_an_export_that_differs_is_no_export(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"differ by 1.00e\+00 of their scale.*Nothing was written"):
         deploy.export(nn.Conv2d(3, 4, 3).eval(), kept, torch.randn(2, 3, 8, 8))
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"what was there before"]
+
+
+def test_the_proof_is_against_the_model_not_against_what_was_made_of_it(tmp_path, monkeypatch):
+    right = _trace._Branches.forward
+    monkeypatch.setattr(_trace._Branches, "forward", lambda self, x: 2 * right(self, x) + 1)
+    with pytest.raises(RuntimeError, match="does not compute what the model does"):
+        deploy.export(mixture().fuse(), tmp_path / "x.onnx", torch.randn(2, 6, 9, 7))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_output_beside_a_larger_one_is_seen(tmp_path, monkeypatch):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x).mean((2, 3))
+            return {"boxes": 1e4 * y, "score": y.sigmoid()}
+
+    real = deploy.Runtime.__call__
+    monkeypatch.setattr(deploy.Runtime, "__call__", lambda self, x: (real(self, x)[0], real(self, x)[1] + 0.05))
+    with pytest.raises(RuntimeError, match="does not compute what the model does"):
+        deploy.export(Two().eval(), tmp_path / "x.onnx", torch.randn(2, 3, 8, 8))
+
+
+def test_names_of_inputs_and_outputs(tmp_path):
+    class Clash(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.images, self.output = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(3, 8, 8))
+
+        def forward(self, x):
+            return x * self.images + self.output
+
+    done = deploy.export(Clash().eval(), tmp_path / "clash.onnx", torch.randn(2, 3, 8, 8))
+    assert done.outputs == ("output",)
+    assert onnx.load(tmp_path / "clash.onnx").graph.input[0].name == "images"
+
+
+def test_what_wraps_a_network_is_taken_off(tmp_path):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    for wrapped in (torch.compile(model), nn.DataParallel(model).eval()):
+        done = deploy.export(wrapped, tmp_path / "x.onnx", x)
+        assert (done.model, done.relative <= FLOAT32) == ("Sequential", True)
+
+
+def test_threads_export_one_after_the_other(tmp_path):
+    def one(index):
+        return deploy.export(nn.Conv2d(3, 4, 3).eval(), tmp_path / f"{index}.pt2", torch.randn(2, 3, 8, 8)).relative
+
+    with ThreadPoolExecutor(3) as pool:
+        assert max(pool.map(one, range(3))) <= FLOAT32
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_weights_of_a_larger_model_do_not_stay_behind(tmp_path):
+    (tmp_path / "x.onnx.data").touch()
+    deploy.export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "x.onnx", torch.randn(2, 3, 8, 8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.onnx.json"]
 
 
 def test_paths(tmp_path):

@@ -107,6 +107,35 @@ def test_outliers_are_warned_of_refused_or_kept_in_float(tmp_path, caplog):
     assert {row["computes in"] for row in kept.rows()} == {"float32", "int8"}
 
 
+def test_a_kernel_that_rounding_leaves_alone_and_a_smaller_last_batch(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Conv2d(2, 3, 3)).eval()  # one tap a channel is exact
+    ragged = [torch.randn(4, 2, 12, 12), torch.randn(1, 2, 12, 12)]
+    for calibration in ("minmax", "entropy", "percentile"):
+        done = deploy.quantize(model, tmp_path / "a.onnx", ragged, calibration=calibration)
+        assert done.change.images == 5
+        assert done.change.rms < 0.1
+        assert done.kernels[0].noise_ratio is None
+        assert done.by_noise[0] is done.kernels[1]
+    told = json.loads((tmp_path / "a.onnx.json").read_text(), parse_constant=pytest.fail)
+    assert told["kernels"][0]["noise_ratio"] is None
+
+
+def test_several_outputs_keep_their_names(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"map": y, "mean": y.mean((2, 3))}
+
+    deploy.quantize(Two().eval(), tmp_path / "a.onnx", [torch.randn(4, 3, 8, 8)])
+    exported = deploy.load(tmp_path / "a.onnx")
+    assert exported.outputs == ("map", "mean")
+    assert [y.shape for y in exported(torch.randn(2, 3, 8, 8))] == [(2, 4, 6, 6), (2, 4)]
+
+
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     x = [torch.randn(4, 8, 12, 12)]
     with pytest.raises(ValueError, match=r"MoRFConv2d is not merged.*call reparameterize first"):
@@ -122,4 +151,6 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
         deploy.quantize(conv, tmp_path / "a.onnx", (batch for batch in x))
     with pytest.raises(ValueError, match="there are no images"):
         deploy.quantize(conv, tmp_path / "a.onnx", [])
+    with pytest.raises(ValueError, match="onnxruntime cannot quantise this model"):
+        deploy.quantize(conv, tmp_path / "a.onnx", [x[0] * torch.nan])
     assert not list(tmp_path.iterdir())

@@ -390,3 +390,11 @@ def test_a_kernel_that_does_not_fit_is_refused_unless_nothing_is_kept():
     assert LargeKernelConv2d.from_conv2d(conv, 5, small=3, init="random").lkb_origin.conv.kernel_size == (5, 5)
     with pytest.raises(ValueError, match=r"init must be one of .* Did you mean 'random'"):
         LargeKernelConv2d.from_conv2d(conv, 13, init="randon")
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 5, bias=False), nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False)])
+def test_folding_nothing_gives_a_bias_of_zeros(layer):
+    twin = fold_norm(layer.eval(), None)
+    assert type(twin) is type(layer)
+    assert torch.equal(twin.weight, layer.weight)
+    assert torch.equal(twin.bias, torch.zeros(5 if isinstance(layer, nn.Linear) else 6))

@@ -303,3 +303,40 @@ def test_a_model_that_reads_a_norm_as_it_runs_fails_with_the_reason():
 
     with pytest.raises(RuntimeError, match=r"no longer runs with its layers fused \(AttributeError: .*num_features"):
         widefield.reparameterize(Peeking().eval())
+
+
+class Ranks(nn.Module):
+    """Returns a whole number, as a ranking does, that is another as soon as the norm is folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).flatten(1)
+        turned = (self.norm.__class__ is not nn.BatchNorm2d) * torch.ones(len(x), dtype=torch.long)
+        return y, turned
+
+
+def test_a_ranking_that_turns_is_told_from_roundings_that_grow():
+    with pytest.raises(RuntimeError, match="Each alone is within it, and an output of whole numbers differs") as told:
+        widefield.reparameterize(Ranks().eval(), torch.randn(2, 1, 3, 3))
+    assert "float64" not in str(told.value)
+
+
+class Detector(nn.Module):
+    """Detects as many things as it is told to."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.conv, self.norm, self.found = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), found
+
+    def forward(self, x):
+        return {"boxes": self.norm(self.conv(x)).mean((2, 3))[: self.found]}
+
+
+def test_a_detector_that_detects_nothing_proves_nothing():
+    x = torch.randn(2, 3, 8, 8)
+    widefield.reparameterize(unsettled(Detector(1)), x)
+    with pytest.raises(ValueError, match="nothing to compare: no output holds a single number"):
+        widefield.reparameterize(unsettled(Detector(0)), x)

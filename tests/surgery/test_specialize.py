@@ -384,3 +384,31 @@ def test_what_cannot_be_done_is_refused_with_the_mend():
         model[2].mix.router.gate.bias.fill_(math.nan)
     with pytest.raises(ValueError, match=r"the routing of 2\.mix is not finite"):
         specialize(model, batches)
+
+
+class ByName(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = MoRFConv2d(3, 4, (3, 5))
+
+    def forward(self, x):
+        return self.mix(x=x)
+
+
+def test_a_layer_called_by_keyword_is_refused_as_convolutions_have_other_names():
+    with pytest.raises(ValueError, match=r"mix is called by keyword \(x=\), .* call it with its input alone"):
+        specialize(ByName().double().eval(), loader(labels=False))
+
+
+def test_kernels_keep_their_memory_format():
+    model = settled(nn.Sequential(MoRFConv2d(3, 4, (3, (3, 2)))).eval()).to(memory_format=torch.channels_last)
+    static = specialize(model, loader(dtype=torch.float, labels=False))[0]
+    assert static.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not static.weight.is_contiguous()
+
+
+def test_a_loader_there_must_be():
+    with pytest.raises(TypeError, match=r"loader must give batches of images .* got None"):
+        specialize(classifier(1), None)

@@ -1,6 +1,7 @@
 """Cropped kernels against float64 oracles: bounds that hold, crops that are exact, budgets that are kept."""
 
 import json
+from types import MethodType
 
 import pytest
 import timm
@@ -160,7 +161,7 @@ def test_a_mixture_is_bounded_by_its_routing_weights(weights, tolerance, sigma, 
             kernel.mul_(gaussian_mask(kernel.shape[2:], torch.tensor(sigma).double()))
     fused = mixture.fuse()
     routed = torch.tensor(weights).double()
-    fused.router.forward = lambda x: routed.expand(len(x), -1)
+    fused.router.forward = MethodType(lambda self, x: routed.expand(len(x), -1), fused.router)
     trimmed, report = reported(fused, tolerance)
     assert isinstance(trimmed, FusedMoRFConv2d)
     assert [k.after[0] for k in report.kernels] == list(trimmed.kernel_sizes)

@@ -8,6 +8,7 @@ of the size of the largest expert. Weights are random: they change no time.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from widefield.benchmarks import record
 from widefield.benchmarks.record import Record, Row, bar
 from widefield.benchmarks.settings import Settings
 from widefield.deploy import export, load
-from widefield.surgery import reparameterize, specialize
+from widefield.surgery import NothingToFuseError, reparameterize, specialize
 
 RUNTIMES = ("onnxruntime", "eager")
 PLAIN = "plain"
@@ -34,6 +35,8 @@ LEAST = 0.9
 def forms(name: str, x: Tensor) -> dict[str, tuple[nn.Module, str]]:
     """Return form -> (network in evaluation mode, the routing to export it with), the plain one first."""
     plain = timm.create_model(name.removeprefix("morf_")).eval()
+    with contextlib.suppress(NothingToFuseError):  # ConvNeXt has no batch norms
+        plain = reparameterize(plain, x)
     routed = reparameterize(timm.create_model(name).eval(), x)
     return {
         PLAIN: (plain, "branches"),

@@ -66,13 +66,16 @@ def run(args: argparse.Namespace) -> int:
     found = _subjects.subject(args.models[0], args)
     images = _subjects.batches(args, found)
     shown, held_out = images[::2], images[1::2] or images
+    example = images[0][0]
+    if "batch" not in args.dynamic:
+        held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
     model = _prepared(found.model, shown, args)
     stem = found.name.partition("{")[0].replace(":", "_").replace("/", "_")
     path = args.out / f"{stem}{deploy.FORMATS[args.format]}"
     done = deploy.export(
         model,
         path,
-        images[0][0][:2],
+        example,
         routing=args.routing if args.routing in deploy.ROUTING else "branches",
         dynamic=args.dynamic,
         loader=held_out,

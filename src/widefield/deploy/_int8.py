@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,10 @@ from widefield.deploy._trace import first_line, quiet
 
 OPERATORS = ("Conv", "Gemm", "MatMul")
 """What computes in int8."""
+
+
+_LARGE = 1 << 30
+"""Bytes of a graph from which its weights go into a file of their own: a protobuf holds twice that at most."""
 
 
 class Weight(NamedTuple):
@@ -66,24 +70,30 @@ def quantise(
                 weight_type=quantization.QuantType.QInt8,
                 reduce_range=seven_bits,
                 calibrate_method=quantization.CalibrationMethod[method],
+                use_external_data_format=path.stat().st_size > _LARGE or bool(list(path.parent.glob("*.data"))),
             )
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # onnxruntime's own, and assertions
         raise ValueError(f"onnxruntime cannot quantise this model: {first_line(error)}") from error
 
 
-def drop_outputs(path: Path, keep: int) -> None:
-    """Leave a graph its first outputs alone, and nothing that was computed for the others only."""
+def drop_outputs(path: Path, names: Sequence[str]) -> None:
+    """Leave a graph its first outputs alone, under these names."""
     import onnx
 
     model = onnx.load(path)
-    del model.graph.output[keep:]
-    if keep == 1:
-        old = model.graph.output[0].name
-        model.graph.output[0].name = "output"
-        for node in model.graph.node:
-            node.output[:] = ["output" if name == old else name for name in node.output]
-            node.input[:] = ["output" if name == old else name for name in node.input]
-    onnx.save(model, path)
+    large = bool(list(path.parent.glob("*.data")))
+    graph = model.graph
+    del graph.output[len(names) :]
+    taken = {tensor.name for tensor in graph.initializer} | {name for node in graph.node for name in node.output}
+    for output, name in zip(graph.output, names, strict=True):
+        old = output.name
+        if name in taken:
+            continue  # the name of something inside
+        output.name = name
+        for node in graph.node:
+            node.output[:] = [name if word == old else word for word in node.output]
+            node.input[:] = [name if word == old else word for word in node.input]
+    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data")
 
 
 def _read(path: Path) -> Any:
@@ -97,11 +107,12 @@ def _reader(images: Iterable[Tensor], name: str) -> Any:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._left = iter(images)
+            # One by one: a last batch that is smaller would make results that onnxruntime cannot stack.
+            self._left = (image for batch in images for image in batch.split(1))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self._left, None)
-            return None if batch is None else {name: batch.numpy()}
+            image = next(self._left, None)
+            return None if image is None else {name: image.numpy()}
 
     return Reader()
 

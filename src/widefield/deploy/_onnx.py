@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_flatten_with_path
 
 from widefield import _checks
 from widefield.deploy._trace import first_line, quiet
@@ -44,12 +45,30 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"the model has no form in ONNX: {_missing(error)}") from error
     model = cast(Any, written).model
-    model.graph.inputs[0].name = "images"
-    if len(model.graph.outputs) == 1:
-        model.graph.outputs[0].name = "output"
+    _rename(model, model.graph.inputs[0], "images")
+    spec = program.call_spec.out_spec
+    names = [] if spec is None else output_names(spec.unflatten(list(range(spec.num_leaves))))
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        _rename(model, value, name)
     _name_sizes(model, shapes[0])
     cast(Any, written).save(str(path))
     return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def output_names(outputs: Any) -> list[str]:
+    """Return a name for each tensor that a model returns: its keys in dicts, "output" and its places in tuples."""
+    paths = [path for path, _ in tree_flatten_with_path(outputs)[0]]
+    keys = ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path in paths]
+    return ["_".join(filter(None, ("output" if key[:1].isdigit() or not key else "", key))) for key in keys]
+
+
+def _rename(model: Any, value: Any, name: str) -> None:
+    """Name an input or output; a weight, or something inside, that has the name already gets another."""
+    others = [*model.graph.initializers.values(), *(v for node in model.graph.all_nodes() for v in node.outputs)]
+    for other in others:
+        if other is not value and other.name == name:
+            other.name = f"{name}_inside"
+    value.name = name
 
 
 def _missing(error: BaseException | None) -> str:

@@ -7,10 +7,10 @@ import copy
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,19 @@ Layers without experts (a Gaussian mask that depends on the image, timm's CondCo
 
 DYNAMIC = ("batch", "size")
 
+_ALONE = threading.RLock()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network inside what wraps whole networks: torch.compile, DataParallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
 
 def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
     """Return a copy on the CPU whose mixtures compute in the form asked for, and the rest in one that runtimes know.
@@ -43,6 +56,7 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
         ValueError: an unknown form.
     """
     _checks.choice("routing", routing, ROUTING)
+    model = bare(model)
     refuse_training(model, "an export holds the evaluation-mode function")
     others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if others:
@@ -100,9 +114,8 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
     Raises:
         ValueError: it has no such graph, or none in which these sizes may change; says why, and what would do.
     """
-    x = (
-        x[:1].expand(2, *x.shape[1:]).contiguous() if "batch" in dynamic and len(x) < 2 else x
-    )  # a 1 would be a constant
+    if "batch" in dynamic and len(x) == 1:
+        x = torch.cat((x, x))  # a size of 1 would become a constant
     try:
         return _export(model, x, dynamic)
     except Exception as error:  # torch.export raises whatever the model's code runs into
@@ -118,12 +131,12 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
 
 
 def _export(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
-    sizes: dict[int, Any] = {}
-    if "batch" in dynamic:
-        sizes[0] = Dim("batch")
-    if "size" in dynamic:
-        sizes[2], sizes[3] = Dim("height"), Dim("width")
-    with quiet(), torch.no_grad():
+    # DYNAMIC, not a named Dim: those refuse models that ask for a size of at least so much, as a kernel does. Unlike
+    # AUTO it never makes a constant of a size in silence.
+    axes = (0,) * ("batch" in dynamic) + (2, 3) * ("size" in dynamic)
+    sizes = dict.fromkeys(axes, Dim.DYNAMIC)
+    with quiet(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x = x.clone()  # torch.export writes on it what is dynamic
         return torch.export.export(model, (x,), dynamic_shapes=(sizes,) if sizes else None)
 
 
@@ -137,21 +150,31 @@ def _exports(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> bool:
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    fixed = re.findall(r"marked (\w+) as dynamic but your code specialized it to be a constant \((\d+)\)", text)
-    if fixed:
-        return f"its code works for {' and '.join(f'{name} {value}' for name, value in dict(fixed).items())} only."
-    return first_line(error)
+    found = re.findall(r"\.(?:size\(\)|shape)\[(\d)\][^\n]*?constant \((\d+)\)", text)
+    names = {"0": "batch", "2": "height", "3": "width"}
+    fixed = [f"{names.get(axis, axis)} {value}" for axis, value in dict(found).items()]
+    return f"its code works for {' and '.join(fixed)} only." if fixed else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, as a sentence."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from")] or lines  # OpenVINO begins with its files
+    line = told[0] if told else type(error).__name__
     return line.rstrip(".:") + "."
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what exporters warn, log and print about themselves: there is nothing in it that a caller could mend."""
+    """Silence what exporters warn, log and print about themselves: there is nothing in it that a caller could mend.
+
+    One thread at a time: this is the process's own state, and so is that of torch.export.
+    """
+    with _ALONE:
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[None]:
     before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.CRITICAL)
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 from widefield import _checks, bench
 from widefield._files import checksum, staged
 from widefield.deploy._onnx import to_onnx
-from widefield.deploy._trace import DYNAMIC, first_line, prepared, traced
+from widefield.deploy._trace import DYNAMIC, bare, first_line, prepared, traced
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
-from widefield.surgery.outputs import Tally, batches, example_input
+from widefield.surgery.outputs import Tally, batches, example_input, pixels
 from widefield.surgery.walk import unmerged
 
 log = logging.getLogger(__name__)
-
-ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
 
 BATCHES = (1, 3, 8)
 """Batch sizes at which a graph with a dynamic batch is verified."""
@@ -64,8 +65,10 @@ class Export:
     input: Mapping[str, Any]
     """name, dtype, the example's shape, what of it may change, and, where the model says so, mean and std with which
     images in [0, 1] are to be normalised, for each channel."""
+    outputs: tuple[str, ...]
+    """Names, in order: keys of the model's dicts, "output" where there are none; of an archive none is known."""
     routing: str | None
-    """The form of layers whose kernel depends on the image; None where there are none."""
+    """The form, or forms, of layers whose kernel depends on the image; None where there are none."""
     operators: Mapping[str, int]
     """Operator -> how often it occurs in the graph."""
     checks: tuple[Check, ...]
@@ -148,8 +151,9 @@ def export(
     """
     path = Path(path)
     format = format_of(path)
+    model = bare(model)
     dynamic = tuple(sorted({_checks.choice("every entry of dynamic", size, DYNAMIC) for size in _words(dynamic)}))
-    tolerance = _checks.number("tolerance", tolerance)
+    tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
     if format == "openvino":
         import_openvino()
     twin = prepared(model, routing, format)
@@ -157,16 +161,18 @@ def export(
         left = unmerged(model)
         if left:
             log.warning("exported as they train are %d layers (%s, ...): reparameterize first.", len(left), left[0])
-    x = example_input(twin) if example is None else example.detach().cpu()
+    reference = copy.deepcopy(model).cpu()
+    x = _example(reference, example)
+    mean_std = _normalisation(model, x, normalisation)
     times = [_checks.integer("every entry of throughput", count) for count in throughput]
     if times and "batch" not in dynamic and set(times) != {len(x)}:
         raise ValueError(f"the batch is fixed to {len(x)}, and cannot be timed at throughput={tuple(throughput)}.")
-    given = () if loader is None else (found for found, _ in batches(loader, twin))
+    given = () if loader is None else (found for found, _ in batches(loader, reference))
     with staged(path.parent) as stage:
         with torch.no_grad():
             operators = _write(twin, x, stage / path.name, format, dynamic, opset)
         exported = load(stage / path.name)
-        checks = _checked(twin, exported, chain(_fresh(x, dynamic), given))
+        checks = _checked(reference, exported, chain(_fresh(x, dynamic), given))
         worst = max(checks, key=lambda check: check.relative)
         if not worst.relative <= tolerance:
             raise RuntimeError(
@@ -180,8 +186,9 @@ def export(
             path=path.name,
             files=files,
             bytes=sum(part.stat().st_size for part in stage.iterdir()),
-            input=_input(model, x, dynamic, normalisation),
-            routing=routing if any(isinstance(module, ROUTED) for module in model.modules()) else None,
+            input={"name": "images", "dtype": "float32", "shape": list(x.shape), "dynamic": list(dynamic), **mean_std},
+            outputs=exported.outputs,
+            routing=_routing(model, routing),
             operators=dict(sorted(operators.items())),
             checks=checks,
             tolerance=tolerance,
@@ -189,8 +196,54 @@ def export(
             throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
             environment={**bench.environment(), **versions(format)},
         )
-        (stage / f"{path.name}.json").write_text(json.dumps(done.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_report(stage / f"{path.name}.json", done.to_dict())
+    for stale in {f"{path.name}.data", path.with_suffix(".bin").name if format == "openvino" else ""} - {"", *files}:
+        path.with_name(stale).unlink(missing_ok=True)  # weights of a larger model that stood here
     return done
+
+
+def write_report(path: Path, told: Mapping[str, Any]) -> None:
+    """Write JSON; raises ValueError for numbers that it does not know."""
+    path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _example(model: nn.Module, given: Tensor | None) -> Tensor:
+    """Return an example that the model runs on, on the CPU."""
+    x = example_input(model) if given is None else pixels(given).detach().cpu()
+    if x.dtype != torch.float32 or not len(x):
+        raise ValueError(f"the example must hold float32 images; got {tuple(x.shape)} of {x.dtype}.")
+    if given is None:
+        try:
+            with torch.no_grad():
+                model(x)
+        except Exception as error:
+            raise ValueError(
+                f"the model does not run on the example made up for it, {tuple(x.shape)}: pass example=."
+            ) from error
+    return x
+
+
+def _normalisation(
+    model: nn.Module, x: Tensor, given: tuple[Sequence[float], Sequence[float]] | None
+) -> dict[str, list[float]]:
+    """Return {"mean": ..., "std": ...}, a number for each channel, or nothing where the model says nothing."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    values = (config.get("mean") or (), config.get("std") or ()) if given is None else given
+    mean, std = ([float(value) for value in numbers] for numbers in values)
+    if {len(mean), len(std)} != {x.shape[1]}:
+        if given is None:
+            return {}
+        raise ValueError(f"normalisation must have a mean and a std for each of {x.shape[1]} channels; got {given!r}.")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"normalisation must be finite, and std above 0; got {given!r}.")
+    return {"mean": mean, "std": std}
+
+
+def _routing(model: nn.Module, asked: str) -> str | None:
+    """Return the forms in which layers with routing went in."""
+    forms = {asked for module in model.modules() if isinstance(module, (MoRFConv2d, FusedMoRFConv2d))}
+    forms |= {"per-sample" for module in model.modules() if isinstance(module, (DynamicGMConv2d, CondConv2d))}
+    return " and ".join(sorted(forms)) or None
 
 
 def _words(dynamic: Sequence[str]) -> Sequence[str]:
@@ -213,8 +266,9 @@ def _write(
         except Exception as error:
             raise ValueError(f"OpenVINO does not take this model: {first_line(error)}") from error
         openvino.save_model(converted, path, compress_to_fp16=False)
-        for part in path.parent.glob(f"{written.name}*"):
-            part.unlink()
+        for part in path.parent.iterdir():
+            if part.name.startswith(written.name):
+                part.unlink()
         return Counter(operation.get_type_name() for operation in converted.get_ops())
     return operators
 
@@ -243,15 +297,6 @@ def _checked(model: nn.Module, exported: Runtime, images: Iterable[Tensor]) -> t
 def _name(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
-
-
-def _input(
-    model: nn.Module, x: Tensor, dynamic: Sequence[str], normalisation: tuple[Sequence[float], Sequence[float]] | None
-) -> dict[str, Any]:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = normalisation or (config.get("mean"), config.get("std"))
-    known = {key: [float(v) for v in values] for key, values in (("mean", mean), ("std", std)) if values}
-    return {"name": "images", "dtype": "float32", "shape": list(x.shape), "dynamic": list(dynamic), **known}
 
 
 def versions(format: str) -> dict[str, str]:

@@ -7,8 +7,10 @@ nothing and decide over everything behind them.
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
+import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,9 +25,9 @@ from torch.utils._pytree import tree_leaves
 from widefield import _checks, bench
 from widefield._files import checksum, staged
 from widefield.deploy import _int8
-from widefield.deploy._onnx import to_onnx
-from widefield.deploy._trace import prepared, traced
-from widefield.deploy.export import versions
+from widefield.deploy._onnx import output_names, to_onnx
+from widefield.deploy._trace import bare, prepared, traced
+from widefield.deploy.export import versions, write_report
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
 from widefield.surgery.outputs import Change, Tally, batches
@@ -46,8 +48,9 @@ class QuantisedKernel:
 
     name: str
     shape: tuple[int, ...]
-    noise_ratio: float
-    """Signal-to-noise ratio of the channel that has the lowest, dB: energy of the weights over that of the rounding."""
+    noise_ratio: float | None
+    """Signal-to-noise ratio of the channel that has the lowest, dB: energy of the weights over that of the rounding.
+    None: no weight is rounded."""
     peak: float
     """Largest absolute value over the root mean square, in the same channel."""
     vanished: float
@@ -80,9 +83,14 @@ class Quantization:
     environment: dict[str, str]
 
     @property
+    def by_noise(self) -> tuple[QuantisedKernel, ...]:
+        """The kernels, those that rounding spoils most first."""
+        return tuple(sorted(self.kernels, key=_ratio))
+
+    @property
     def outliers(self) -> tuple[QuantisedKernel, ...]:
         """The kernels with outliers, worst first."""
-        return tuple(sorted((k for k in self.kernels if k.noise_ratio < NOISY), key=lambda k: k.noise_ratio))
+        return tuple(kernel for kernel in self.by_noise if _ratio(kernel) < NOISY)
 
     @property
     def flip_rate(self) -> float | None:
@@ -95,12 +103,12 @@ class Quantization:
             {
                 "layer": k.name,
                 "shape": "x".join(map(str, k.shape)),
-                "signal to noise": f"{k.noise_ratio:.1f} dB",
+                "signal to noise": "exact" if k.noise_ratio is None else f"{k.noise_ratio:.1f} dB",
                 "peak / rms": f"{k.peak:.1f}",
                 "taps rounded to 0": f"{100 * k.vanished:.1f} %",
                 "computes in": "float32" if k.kept_float else "int8",
             }
-            for k in sorted(self.kernels, key=lambda k: k.noise_ratio)
+            for k in self.by_noise
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,37 +159,42 @@ def quantize(
     _checks.choice("the suffix of path", path.suffix, (".onnx",))
     _checks.choice("calibration", calibration, tuple(CALIBRATION))
     _checks.choice("outliers", outliers, OUTLIERS)
+    model = bare(model)
     twin = prepared(model, "branches", "onnx")
     left = unmerged(model)
     if left:
         raise ValueError(f"{left[0]} is not merged, and is to be rounded as it computes: call reparameterize first.")
     x = next(batches(loader, twin))[0]
     probe = _Probe(twin)
-    with staged(path.parent) as stage:
-        plain, written = stage / "float32.onnx", stage / path.name
+    reference = copy.deepcopy(model).cpu()
+    with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
+        plain, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():
             to_onnx(traced(probe, x, ("batch",)), plain, None)
+            names = output_names(reference(x))
         kernels = _judged(_int8.weights(plain), outliers, 64 if reduce_range else 127)
         floating = {kernel.name for kernel in kernels if kernel.kept_float}
         shown = (found for found, _ in batches(loader, twin))
         _int8.quantise(plain, written, shown, CALIBRATION[calibration], floating, seven_bits=reduce_range)
-        change, flips = _measured(probe, load(written), loader if images is None else images)
-        before = plain.stat().st_size
-        plain.unlink()
-        _int8.drop_outputs(written, probe.outputs)
+        change, flips = _measured(reference, probe, load(written), loader if images is None else images)
+        _int8.drop_outputs(written, names)
         done = Quantization(
             path.name,
             {part.name: checksum(part) for part in sorted(stage.iterdir())},
-            before,
-            written.stat().st_size,
+            _bytes(Path(elsewhere)),
+            _bytes(stage),
             calibration,
             change,
             flips,
             kernels,
             {**bench.environment(), **versions("onnx")},
         )
-        (stage / f"{path.name}.json").write_text(json.dumps(done.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_report(stage / f"{path.name}.json", done.to_dict())
     return done
+
+
+def _bytes(folder: Path) -> int:
+    return sum(part.stat().st_size for part in folder.iterdir())
 
 
 class _Probe(nn.Module):
@@ -216,10 +229,10 @@ class _Probe(nn.Module):
 def _judged(weights: Iterable[_int8.Weight], outliers: str, steps: int) -> tuple[QuantisedKernel, ...]:
     """Measure what rounding does to every weight; warn, refuse or leave in float as asked."""
     kernels = tuple(_rounded(weight, steps, keep=outliers == "float") for weight in weights)
-    noisy = sorted((kernel for kernel in kernels if kernel.noise_ratio < NOISY), key=lambda k: k.noise_ratio)
+    noisy = sorted((kernel for kernel in kernels if _ratio(kernel) < NOISY), key=_ratio)
     if noisy and outliers != "float":
         told = "; ".join(
-            f"{k.name} ({k.noise_ratio:.0f} dB, peak {k.peak:.0f} times the rms, {100 * k.vanished:.0f} % of its taps "
+            f"{k.name} ({_ratio(k):.0f} dB, peak {k.peak:.0f} times the rms, {100 * k.vanished:.0f} % of its taps "
             "round to 0)"
             for k in noisy[:5]
         )
@@ -229,6 +242,10 @@ def _judged(weights: Iterable[_int8.Weight], outliers: str, steps: int) -> tuple
             raise ValueError(text)
         log.warning(text)
     return kernels
+
+
+def _ratio(kernel: QuantisedKernel) -> float:
+    return math.inf if kernel.noise_ratio is None else kernel.noise_ratio
 
 
 def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantisedKernel:
@@ -245,24 +262,28 @@ def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantisedKernel:
     return QuantisedKernel(
         weight.name,
         weight.shape,
-        decibels,
+        decibels if math.isfinite(decibels) else None,
         peak[worst].item() / rms if rms else 0.0,
         float(((rounded == 0) & alive).sum() / alive.sum()) if alive.any() else 0.0,
         keep and decibels < NOISY,
     )
 
 
-def _measured(probe: _Probe, rounded: Runtime, images: Iterable[Any]) -> tuple[Change, tuple[Flips, ...]]:
+def _measured(
+    model: nn.Module, probe: _Probe, rounded: Runtime, images: Iterable[Any]
+) -> tuple[Change, tuple[Flips, ...]]:
+    """Compare outputs with the model's, and routing weights with the probe's."""
     tally, flipped, count = Tally(), Counter[str](), 0
     calls: Counter[str] = Counter()
     with torch.no_grad():
-        for x, labels in batches(images, probe):
-            ours, theirs = probe(x), rounded(x)
+        for x, labels in batches(images, model):
+            weights, theirs = probe(x)[probe.outputs :], rounded(x)
             theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-            tally.add(ours[: probe.outputs], theirs[: probe.outputs], labels)
+            ours = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+            tally.add(ours, list(theirs[: probe.outputs]), labels)
             count += len(x)
             calls = Counter(probe.names)
-            routing = zip(probe.names, probe.chosen, ours[probe.outputs :], theirs[probe.outputs :], strict=True)
+            routing = zip(probe.names, probe.chosen, weights, theirs[probe.outputs :], strict=True)
             for name, top_k, before, after in routing:
                 a, b = (w.topk(top_k or 1, dim=1).indices.sort(1).values for w in (before, after))
                 flipped[name] += int((a != b).any(1).sum())

@@ -17,15 +17,20 @@ FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 """Format -> suffix of its file."""
 
 Answer = Tensor | tuple[Tensor, ...]
+_Loaded = tuple[Callable[[Tensor], list[Tensor]], Any, tuple[str, ...]]
 
 
 class Runtime:
     """An exported model: (N, C, H, W), float32, on the CPU -> its output, or a tuple of them. Made by :func:`load`."""
 
-    def __init__(self, format: str, run: Callable[[Tensor], list[Tensor]], inner: Any) -> None:
+    def __init__(
+        self, format: str, run: Callable[[Tensor], list[Tensor]], inner: Any, outputs: tuple[str, ...] = ()
+    ) -> None:
         self.format = format
         self.inner = inner
         """What runs: an ``onnxruntime.InferenceSession``, a module, or OpenVINO's compiled model."""
+        self.outputs = outputs
+        """Names of the outputs, in order; PyTorch's archives have none."""
         self._run = run
 
     def __call__(self, images: Tensor) -> Answer:
@@ -67,17 +72,17 @@ def load(path: str | Path, *, threads: int | None = None) -> Runtime:
         raise FileNotFoundError(f"there is no file {path}.")
     loader = {"onnx": _onnx, "pt2": _pt2, "openvino": _openvino}[format]
     try:
-        run, inner = loader(path, threads)
+        loaded = loader(path, threads)
     except (ModuleNotFoundError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(
             f"{path} is not a whole {format} model ({path.stat().st_size} bytes): {first_line(error)} Export it anew."
         ) from error
-    return Runtime(format, run, inner)
+    return Runtime(format, *loaded)
 
 
-def _onnx(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], Any]:
+def _onnx(path: Path, threads: int) -> _Loaded:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -85,10 +90,11 @@ def _onnx(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], A
     options.log_severity_level = 3  # warnings of the optimiser say nothing to a user
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})], session
+    outputs = tuple(output.name for output in session.get_outputs())
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})], session, outputs
 
 
-def _pt2(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], Any]:
+def _pt2(path: Path, threads: int) -> _Loaded:
     from torch.utils._pytree import tree_leaves
 
     with quiet():
@@ -98,10 +104,10 @@ def _pt2(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], An
         with torch.no_grad():
             return cast(list[Tensor], tree_leaves(module(x)))
 
-    return run, module
+    return run, module, ()
 
 
-def _openvino(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]], Any]:
+def _openvino(path: Path, threads: int) -> _Loaded:
     openvino = import_openvino()
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(os.fspath(path), "CPU", options)
@@ -111,7 +117,7 @@ def _openvino(path: Path, threads: int) -> tuple[Callable[[Tensor], list[Tensor]
         found = compiled(x.numpy())
         return [torch.from_numpy(found[output].copy()) for output in outputs]
 
-    return run, compiled
+    return run, compiled, tuple(output.any_name for output in outputs)
 
 
 def import_openvino() -> Any:

@@ -241,8 +241,9 @@ class MoRFConv2d(nn.Module):
         """Return the one convolution that this mixture is where every image has the same routing weights.
 
         Its kernel is ``sum_r weights[r] * W_r`` (eq. 7), summed in float64, with the experts padded to the largest on
-        the grid that they share. It is in evaluation mode, has parameters of its own that train on where the experts
-        do, and is a :class:`widefield.nn.DepthwiseConv2d` where the mixture is depthwise.
+        the grid that they share. It is in evaluation mode, has parameters of its own, in the experts' memory format,
+        that train on where the experts do, and is a :class:`widefield.nn.DepthwiseConv2d` where the mixture is
+        depthwise.
 
         Args:
             weights: (n,), of any dtype.
@@ -254,6 +255,8 @@ class MoRFConv2d(nn.Module):
             bank = fold.kernel_bank(self.kernels(), self.dilations)
             biases = self.biases()
             conv = _collapsed(self, weights, bank, None if biases is None else torch.stack(biases), None)
+            if any(_channels_last(kernel) for kernel in self.kernels()):
+                conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
         conv.weight.requires_grad_(any(kernel.requires_grad for kernel in self.kernels()))
         if conv.bias is not None and biases is not None:
             conv.bias.requires_grad_(any(bias.requires_grad for bias in biases))
@@ -362,6 +365,10 @@ def _collapsed(
         conv.bias = nn.Parameter(bias.to(bank.dtype), requires_grad=False)
     conv.eval()
     return conv if depthwise.why_not(conv) else DepthwiseConv2d.from_conv2d(conv)
+
+
+def _channels_last(kernel: Tensor) -> bool:
+    return kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
 
 
 def check_init(init: str) -> str:

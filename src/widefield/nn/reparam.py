@@ -223,17 +223,17 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
     """
     refuse_training(conv)
     old: Any = conv
+    outputs = conv.out_features if isinstance(conv, nn.Linear) else old.out_channels
     if norm is None:
         weight, bias = old.weight.clone(), None if old.bias is None else old.bias.clone()
     else:
         scale, shift = _exact_affine(norm)
-        outputs = conv.out_features if isinstance(conv, nn.Linear) else old.out_channels
         if len(scale) != outputs:
             raise ValueError(f"cannot fold a batch norm of {len(scale)} channels into {outputs} outputs.")
         transposed = old.groups if isinstance(conv, _ConvTransposeNd) else None
         weight, bias = fold.scale_outputs(old.weight, old.bias, scale, shift, transposed=transposed)
     if bias is None:
-        bias = weight.new_zeros(old.out_channels)
+        bias = weight.new_zeros(outputs)
     learns = old.weight.requires_grad
     parameters = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
     known = {id(old.weight): parameters[0]}  # a copy of whatever a kind of convolution holds, but for the old kernel

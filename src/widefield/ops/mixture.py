@@ -15,6 +15,7 @@ with respect to x, every W_r, every b_r and the routing weights a. Three backend
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -92,7 +93,7 @@ def mixture_conv2d(
     on_gpu = x.device.type == "cuda"  # where the bank may be mixed inside the convolution
     if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not buckets and not on_gpu:
         with without_autocast(x):
-            mixed = _mixed_by_kind(kernels, experts, weights.to(kernels[0].dtype), max(x.shape[2:]), step)
+            mixed = _mixed_by_kind(kernels, experts, weights.to(kernels[0].dtype), _reach(x, step), step)
             bias = None if bias_bank is None else weights.to(bias_bank.dtype) @ bias_bank
         return _convolved(x, mixed, bias, stride, groups, step)
     bank = fold.kernel_bank(kernels, [d for _, d in experts])
@@ -254,6 +255,15 @@ def _choose(
     return "branches", f"a sample's kernels would have {numbers} numbers per input channel for {pixels} pixels"
 
 
+def _reach(x: Tensor, step: int) -> int:
+    """Return the taps, ``step`` pixels apart, of the largest kernel of which all meet the map somewhere.
+
+    Without a bound where the map's size is a symbol: a graph for many sizes keeps the kernel as it is.
+    """
+    side = max(x.shape[2], x.shape[3]) if all(isinstance(n, int) for n in x.shape[2:]) else sys.maxsize // 4
+    return 2 * ((side - 1) // step) + 1
+
+
 def _has_numbers(weights: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or weights.is_meta or isinstance(weights, FakeTensor))
 
@@ -302,7 +312,7 @@ def _merged(
 ) -> Tensor:
     """``sparse``: each sample pays for the largest expert that it has a weight for, and no more."""
     step = fold.common_dilation([d for _, d in experts])
-    bank = fold.crop(bank, 2 * ((max(x.shape[2], x.shape[3]) - 1) // step) + 1)  # further out no tap meets the map
+    bank = fold.crop(bank, _reach(x, step))
     if x.shape[0] == 0:  # grouped convolution refuses zero groups
         every = None if bias_bank is None else list(bias_bank)
         return _branches(x, list(bank), every, weights, stride, groups, [step] * len(bank), False)
@@ -386,7 +396,7 @@ def _merged_dense(
 
 
 def _mixed_by_kind(
-    kernels: Sequence[Tensor], experts: Sequence[tuple[int, int]], weights: Tensor, side: int, step: int
+    kernels: Sequence[Tensor], experts: Sequence[tuple[int, int]], weights: Tensor, reach: int, step: int
 ) -> Tensor:
     """Mix experts that lie sorted by kind: those of one kind in one product, each result into the next larger one.
 
@@ -399,7 +409,7 @@ def _mixed_by_kind(
         last = first + experts.count((size, dilation))
         stack = torch.stack(list(kernels[first:last]))
         one = (weights[:, first:last] @ stack.flatten(1)).view(weights.shape[0], *stack.shape[1:])
-        one = fold.crop(fold.dilate(one, dilation // step), 2 * ((side - 1) // step) + 1)
+        one = fold.crop(fold.dilate(one, dilation // step), reach)
         mixed = one if mixed is None else one + fold.pad(mixed, one.shape[-1])
     if mixed is None:
         raise ValueError("kernels is empty: give at least one expert.")

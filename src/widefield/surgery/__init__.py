@@ -12,7 +12,7 @@ from widefield.surgery.conversions import (
     TokenMixer,
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
-from widefield.surgery.outputs import Change, Difference, compare, measure_change
+from widefield.surgery.outputs import Change, Difference, NothingToCompareError, compare, measure_change
 from widefield.surgery.reparameterize import (
     FusedLayer,
     LeftLayer,
@@ -39,6 +39,7 @@ __all__ = [
     "LargeKernel",
     "LeftLayer",
     "MoRF",
+    "NothingToCompareError",
     "NothingToFuseError",
     "Place",
     "Plan",

@@ -7,7 +7,6 @@ keep their size and their place. So a convolution can give up what its padding h
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from widefield import _checks
 from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
 from widefield.ops.crops import CropTable, cropped, crops
-from widefield.surgery.walk import replace
+from widefield.surgery.walk import copied, replace
 
 Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
@@ -275,14 +274,14 @@ def _meeting(weight: Tensor, calls: Sequence[Call], module: Any, padding: Pair, 
 
 def build(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
     """Return a copy of the model whose layers, by name, have kernels of these sizes."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     modules = dict(twin.named_modules())
     return replace(twin, {modules[name]: _smaller(modules[name], given) for name, given in sizes.items()})
 
 
 def mask(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
     """Return a copy of the model with zeros for the taps that :func:`build` takes away: the same function."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     modules: dict[str, Any] = dict(twin.named_modules())
     with torch.no_grad():
         for name, given in sizes.items():

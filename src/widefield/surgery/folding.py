@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.surgery.outputs import Difference, difference
+from widefield.surgery.outputs import Difference, NothingToCompareError, difference
 
 Fold = Callable[[nn.Module, nn.Module], nn.Module]
 """(layer, the norm after it) -> the layer that is both."""
@@ -233,7 +233,9 @@ class Watch(TorchFunctionMode):
         """Run what a module is merged into; called right after :meth:`_leave`."""
         if self._untouched and self._calls[module] == 1:
             self._paused = True
-            self.own[module] = difference(output, self._merged[module](*args, **kwargs))
+            apart = _difference(output, self._merged[module](*args, **kwargs))
+            if apart is not None:
+                self.own[module] = apart
             self._paused = False
 
     def _produced(self, call: _Call, output: Tensor) -> None:
@@ -253,8 +255,16 @@ class Watch(TorchFunctionMode):
             return
         folded, apart = self._fold(layer, norm), None
         if x is not None and _version(x) == read.version:
-            apart = difference(output, without_norm(norm)(folded(x)))
+            apart = _difference(output, without_norm(norm)(folded(x)))
         self._pairs[norm] = Pair(layer, norm, folded, apart)
+
+
+def _difference(first: Any, second: Any) -> Difference | None:
+    """Return how far outputs are apart, or None where there is no number in them, as without a single detection."""
+    try:
+        return difference(first, second)
+    except NothingToCompareError:
+        return None
 
 
 def _fixed(root: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:

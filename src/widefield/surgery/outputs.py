@@ -11,6 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+_NO_IMAGES = (
+    "there are no images: the loader gave none. It is iterated more than once: where it gave some in the first round, "
+    "it ran out; pass a list or a DataLoader."
+)
+_NO_NUMBERS = (
+    "there is nothing to compare: no output holds a single number, as those of a detector that detects nothing; choose "
+    "other images."
+)
+
+
+class NothingToCompareError(ValueError):
+    """Outputs in which there is not a single number."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -29,15 +42,21 @@ class Difference:
 
 @dataclass(frozen=True)
 class Change:
-    """How far two models are apart over a data set, the first being the one to keep to."""
+    """How far two models are apart over a data set, the first being the one to keep to.
+
+    Of a model with several output tensors each is measured against its own size, and the worst counts: small scores
+    do not hide beside large boxes. Which tensor is which is told by its place in the output.
+    """
 
     images: int
     max_abs: float
-    """Largest absolute difference of any output; infinite where one of the two is not finite."""
+    """Largest absolute difference, in the output in which it is the largest for that output's size; infinite where one
+    of the two is not finite."""
     scale: float
-    """Largest absolute value of the first model's outputs."""
+    """Largest absolute value of the first model's, in the same output."""
     rms: float
-    """Root of the summed squares of the differences, over that of the first model's outputs."""
+    """Root of the summed squares of the differences, over that of the first model's outputs; of several outputs, the
+    largest of these."""
     agreement: float | None
     """Share of images of which both have the same largest output; None where an output is not (N, classes)."""
     accuracy_before: float | None
@@ -60,49 +79,95 @@ class Change:
         return text
 
 
+class _Sums:
+    """What :class:`Tally` adds up of one output tensor."""
+
+    def __init__(self) -> None:
+        self._max_abs = self._scale = self._squares = self._moved = 0.0
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        gap = (second.to(first.device) - first).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+        self._max_abs = max(self._max_abs, gap.abs().amax().item())
+        self._scale = max(self._scale, first.abs().amax().item())
+        self._moved += gap.square().sum().item()
+        self._squares += first.square().sum().item()
+
+    def difference(self) -> Difference:
+        return Difference(self._max_abs, self._scale)
+
+    def rms(self) -> float:
+        return math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0)
+
+
+def _classes(labels: Any, count: int) -> Tensor | None:
+    """Return labels as (N,) int64, or None where they are no class for each image; ValueError for another number."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # None, names, boxes: torch says each in its way
+        return None
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        return None
+    if len(found) != count:
+        raise ValueError(f"there must be one label for each image; got {len(found)} labels for {count} images.")
+    return found.long()
+
+
 class Tally:
     """Adds up, batch by batch, how far two models' outputs are apart."""
 
     def __init__(self) -> None:
         self._images = self._same = self._labelled = self._right = self._right_after = 0
-        self._max_abs = self._scale = self._squares = self._moved = 0.0
+        self._outputs: dict[int, _Sums] = {}
         self._ranks = True
 
-    def add(self, first: Any, second: Any, labels: Tensor | None = None) -> None:
+    def add(self, first: Any, second: Any, labels: Any = None, *, images: int | None = None) -> None:
         """Take in the outputs of both for one batch: the same tensors, alone or in tuples, lists and dicts.
 
-        Raises ValueError where they are not of the same shapes, or the first's are not finite.
+        Args:
+            first, second: outputs of the two models.
+            labels: whole numbers, (N,) or (N, 1), as a tensor, an array or a list; -1: unlabelled. Anything else is no
+                class for each image, and is left alone.
+            images: N. Default: the length of the first output tensor that has one, or else 1.
+
+        Raises:
+            ValueError: outputs that are not of the same shapes, or the first's are not finite; other than N labels.
         """
         ours, theirs = comparable(first, second)
-        self._images += len(ours[0])
-        for a, b in zip(ours, theirs, strict=True):
+        count = next((len(out) for out in ours if out.ndim), 1) if images is None else images
+        self._images += count
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a.numel():
-                gap = (b.double() - a.double()).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-                self._max_abs = max(self._max_abs, gap.abs().amax().item())
-                self._scale = max(self._scale, a.double().abs().amax().item())
-                self._moved += gap.square().sum().item()
-                self._squares += a.double().square().sum().item()
-        self._ranks &= len(ours) == 1 and ours[0].ndim == 2 and ours[0].shape[1] > 1
+                self._outputs.setdefault(index, _Sums()).add(a.double(), b.double())
+        self._ranks &= len(ours) == 1 and ours[0].ndim == 2 and len(ours[0]) == count and ours[0].shape[1] > 1
         if not self._ranks:
             return
-        before, after = ours[0].argmax(1), theirs[0].argmax(1)
+        before, after = ours[0].argmax(1), theirs[0].argmax(1).to(ours[0].device)
         self._same += int((before == after).sum())
-        if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
-            labels = labels.to(before.device)
-            self._labelled += int((labels >= 0).sum())  # data sets say -1 where there is no class
-            self._right += int((before == labels).sum())
-            self._right_after += int((after.to(labels.device) == labels).sum())
+        classes = _classes(labels, count)
+        if classes is not None:
+            classes = classes.to(before.device)
+            self._labelled += int((classes >= 0).sum())  # data sets say -1 where there is no class
+            self._right += int((before == classes).sum())
+            self._right_after += int((after == classes).sum())
 
     def change(self) -> Change:
-        """Return what came of all batches; raises ValueError if there was no image."""
+        """Return what came of all batches.
+
+        Raises ValueError if there was no image, and NothingToCompareError, which is one, if no output held a number.
+        """
         if not self._images:
-            raise ValueError("there are no images: the loader gave none.")
+            raise ValueError(_NO_IMAGES)
+        if not self._outputs:
+            raise NothingToCompareError(_NO_NUMBERS)
         labelled = self._labelled if self._ranks else 0
+        worst = max((sums.difference() for sums in self._outputs.values()), key=lambda d: d.relative)
         return Change(
             self._images,
-            self._max_abs,
-            self._scale,
-            math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0),
+            worst.max_abs,
+            worst.scale,
+            max(sums.rms() for sums in self._outputs.values()),
             self._same / self._images if self._ranks else None,
             self._right / labelled if labelled else None,
             self._right_after / labelled if labelled else None,
@@ -123,7 +188,7 @@ def measure_change(first: nn.Module, second: Callable[[Tensor], Any], loader: It
     tally = Tally()
     with torch.no_grad():
         for images, labels in batches(loader, first):
-            tally.add(first(images), second(images), labels)
+            tally.add(first(images), second(images), labels, images=len(images))
     return tally.change()
 
 
@@ -136,18 +201,24 @@ def compare(first: nn.Module, second: nn.Module, x: Tensor) -> Difference:
 def difference(first: Any, second: Any) -> Difference:
     """Return how far two models' outputs are apart.
 
-    Raises ValueError where they are not of the same shapes, or the first's are not finite.
+    Raises ValueError where they are not of the same shapes, or the first's are not finite, and NothingToCompareError,
+    which is one, where there is no number in them.
     """
     differences = []
     for a, b in zip(*comparable(first, second), strict=True):
         if a.numel():
             gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf).amax().item()
             differences.append(Difference(gap, a.double().abs().amax().item()))
-    return max(differences, key=lambda d: d.relative, default=Difference(0.0, 0.0))
+    if not differences:
+        raise NothingToCompareError(_NO_NUMBERS)
+    return max(differences, key=lambda d: d.relative)
 
 
 def comparable(first: Any, second: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors of both outputs, side by side; raises ValueError as :func:`difference` says."""
+    """Return the tensors of both outputs, side by side.
+
+    Raises ValueError where they are not of the same shapes, or the first's are not finite.
+    """
     ours, theirs = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (first, second))
     if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
         raise ValueError(
@@ -171,12 +242,12 @@ def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (images, labels or None) of a loader, images on the model's device and in its type.
+def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+    """Yield (images, labels or None) of a loader, images on the model's device and in its type, labels as they are.
 
     Args:
-        loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": tensor}, or (images, labels, ...).
-            It is iterated anew by every function that takes one: no generator.
+        loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": labels}, or (images, labels, ...).
+            Labels: see :meth:`Tally.add`. It is iterated anew by every function that takes one: no generator.
         model: see above.
 
     Raises:
@@ -184,10 +255,7 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, T
             images.
         ValueError: no image at all, or images of another shape.
     """
-    if isinstance(loader, Tensor):
-        raise TypeError(f"loader must give batches of images; got one tensor of {tuple(loader.shape)}: pass [tensor].")
-    if isinstance(loader, Iterator):
-        raise TypeError(f"loader is iterated more than once, and a {type(loader).__name__} runs out: pass a list.")
+    check_loader(loader)
     device, dtype = place(model)
     empty = True
     for batch in loader:
@@ -197,9 +265,22 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, T
             labels = batch[1]
         if len(images):
             empty = False
-            yield images.to(device, dtype), labels if isinstance(labels, Tensor) else None
+            yield images.to(device, dtype), labels
     if empty:
-        raise ValueError("there are no images: the loader gave none.")
+        raise ValueError(_NO_IMAGES)
+
+
+def check_loader(loader: Any) -> None:
+    """Raise TypeError for what :func:`batches` cannot iterate, again and again."""
+    if isinstance(loader, Tensor):
+        raise TypeError(f"loader must give batches of images; got one tensor of {tuple(loader.shape)}: pass [tensor].")
+    if isinstance(loader, Iterator):
+        raise TypeError(f"loader is iterated more than once, and a {type(loader).__name__} runs out: pass a list.")
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise TypeError(
+            "loader must give batches of images (N, C, H, W), normalised, as a DataLoader or a list of tensors does; "
+            f"got {loader!r} of type {type(loader).__name__}."
+        )
 
 
 def pixels(batch: Any) -> Tensor:

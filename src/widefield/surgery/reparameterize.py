@@ -20,13 +20,15 @@ from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm
 from widefield.report import markdown
 from widefield.surgery import outputs
 from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
-from widefield.surgery.outputs import Difference, difference
+from widefield.surgery.outputs import Difference, comparable, difference
 from widefield.surgery.walk import (
     COLLECTIVE,
     MERGE_METHODS,
+    begin,
+    copied,
+    in_own_types,
     merge_method,
     outermost,
-    refuse_training,
     replace,
     takes_norm,
 )
@@ -144,6 +146,7 @@ class _Merge:
     """What a copy of the module became."""
 
 
+@in_own_types
 def reparameterize(
     model: nn.Module,
     example_input: Tensor | None = None,
@@ -178,13 +181,15 @@ def reparameterize(
         RuntimeError: the model is in training mode; or outputs differ by more than the tolerance, or it no longer runs
             (the model passed is then unchanged, unless ``inplace``).
         NothingToFuseError: a ValueError, there is nothing to fuse.
-        ValueError: a layer that merges has hooks, which would be lost; no example input could
-            be made up; or the outputs hold nothing that can be compared.
+        ValueError: a layer that merges has hooks, which would be lost; a ``forward`` that was replaced on a module
+            (unless ``inplace``); no example input could be made up; parameters on the meta device; or the outputs hold
+            nothing that can be compared.
+        TypeError: a report that is no function.
     """
     tolerance = _checks.number("tolerance", tolerance)
-    refuse_training(model, "re-parameterisation computes the evaluation-mode function")
+    begin(model, "re-parameterisation computes the evaluation-mode function", report)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     x = _example(model) if example_input is None else example_input
     merges, left = _merges(model)
     mixtures = {merge.module: merge.name for merge in merges if takes_norm(merge.module)}
@@ -214,7 +219,8 @@ def reparameterize(
         raise NothingToFuseError(f"{name} has nothing to fuse: {_nothing(left)}")
 
     with torch.no_grad():
-        apart = difference(before, _still_runs(model, x))
+        after = _still_runs(model, x)
+    apart = difference(before, after)
     worst = _worst(fused)
     layerwise = Difference(0.0, 0.0) if worst is None or worst.difference is None else worst.difference
     log.info(
@@ -222,7 +228,7 @@ def reparameterize(
         name, _counted(fused), apart.relative, layerwise.relative, len(left),
     )  # fmt: skip
     if not max(apart.relative, layerwise.relative) <= tolerance:
-        raise RuntimeError(_too_far(model, fused, apart, layerwise, tolerance))
+        raise RuntimeError(_too_far(model, fused, apart, layerwise, tolerance, turned=_turned(before, after)))
     if report is not None and cost is not None:
         done = tuple(fused), tuple(left)
         report(Reparameterization(name, *done, cost, _cost(model, x), apart, tolerance))
@@ -377,8 +383,20 @@ def _nothing(left: list[LeftLayer]) -> str:
     return text
 
 
+def _turned(before: Any, after: Any) -> bool:
+    """Say whether an output of whole numbers, such as classes in the order of their scores, is another."""
+    pairs = zip(*comparable(before, after), strict=True)
+    return any(not (a.is_floating_point() or a.is_complex()) and not torch.equal(a, b) for a, b in pairs)
+
+
 def _too_far(
-    model: nn.Module, fused: list[FusedLayer], apart: Difference, layerwise: Difference, tolerance: float
+    model: nn.Module,
+    fused: list[FusedLayer],
+    apart: Difference,
+    layerwise: Difference,
+    tolerance: float,
+    *,
+    turned: bool,
 ) -> str:
     guilty = [layer.name for layer in fused if layer.difference and not layer.difference.relative <= tolerance]
     named = guilty or [layer.name for layer in fused]
@@ -387,6 +405,12 @@ def _too_far(
         " Each alone is within it: either this network makes roundings grow (then it passes in float64), or something "
         "else reads what changed."
     )  # fmt: skip
+    if grown and turned:
+        grown = (
+            " Each alone is within it, and an output of whole numbers differs: a ranking (top-k, non-maximum "
+            "suppression) may have turned over near-equal scores. Try another example input, or the model without its "
+            "ranking."
+        )
     dtype = outputs.place(model)[1]
     half = "" if dtype.itemsize > 2 else (
         f" Its parameters are {dtype}, which rounds every folded kernel anew: re-parameterise in float32 and cast "

@@ -7,7 +7,6 @@ the routing is constant, and where it varies as good as one kernel for all image
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,8 +23,7 @@ from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import markdown
 from widefield.surgery import walk
-from widefield.surgery.outputs import Change, Tally, batches, comparable, measure_change
-from widefield.surgery.walk import refuse_training
+from widefield.surgery.outputs import Change, Tally, batches, check_loader, comparable, measure_change
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +121,7 @@ class Specialization:
         return "\n".join(lines) + "\n\n" + markdown(self.rows()).rstrip()
 
 
+@walk.in_own_types
 def specialize(
     model: nn.Module,
     loader: Iterable[Any],
@@ -155,15 +154,16 @@ def specialize(
     Raises:
         RuntimeError: a module of the model is in training mode.
         ValueError: an unknown policy; no routed layer, or none that the data reach; a routed layer with hooks, which
-            would be lost; no images; or outputs that are not finite.
+            would be lost, or that is called by keyword; a ``forward`` that was replaced on a module; no images;
+            parameters on the meta device; or outputs that are not finite, or hold no number.
         TypeError: a loader that gives no images; a tolerance that is no number, a report that is no function.
     """
     policy = _checks.choice("policy", policy, POLICIES)
     tolerance = _checks.number("tolerance", tolerance)
-    if report is not None and not callable(report):
-        raise TypeError(f"report must be a function of the report, such as print; got {type(report).__name__}.")
+    walk.begin(model, "specialisation is of the evaluation-mode function", report)
+    check_loader(loader)
     _routed_layers(model)  # refused before a large model is copied
-    result = copy.deepcopy(model)
+    result = walk.copied(model)
     layers = _routed_layers(result)
     with torch.no_grad():
         routing, example = _record(result, layers, loader)
@@ -231,7 +231,6 @@ def _tell(done: Specialization) -> None:
 
 def _routed_layers(model: nn.Module) -> dict[str, Routed]:
     """Return the routed layers by name; raises what :func:`specialize` says."""
-    refuse_training(model, "specialisation is of the evaluation-mode function")
     layers = {name or type(m).__name__: m for name, m in model.named_modules() if isinstance(m, Routed)}
     if not layers:
         raise ValueError(
@@ -302,10 +301,15 @@ class _Moments:
 def _watched(layers: Layers, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call ``see`` with the name, input and output of every call of a layer, before anything can change either."""
 
-    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        if kwargs:
+            raise ValueError(
+                f"{name} is called by keyword ({', '.join(kwargs)}=), which the convolution that it would become does "
+                "not know: call it with its input alone."
+            )
         see(name, args[0], output)
 
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(hook, name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -353,13 +357,13 @@ class _Effects:
             for name, tally in self.alone.items():
                 with _swapped(model, layers, statics, [name]) as variant:
                     moved = variant(images)
-                tally.add(outputs, moved, labels)
+                tally.add(outputs, moved, labels, images=len(images))
                 pairs = zip(shifted, plain, comparable(outputs, moved)[1], strict=True)
                 shifted = [sum_ + (new.double() - old.double()) for sum_, old, new in pairs]
             with _swapped(model, layers, statics, layers) as variant:
-                self.together.add(outputs, variant(images), labels)
-            self.predicted.add(outputs, shifted, labels)
-            self.unchanged.add(outputs, outputs, labels)
+                self.together.add(outputs, variant(images), labels, images=len(images))
+            self.predicted.add(outputs, shifted, labels, images=len(images))
+            self.unchanged.add(outputs, outputs, labels, images=len(images))
 
 
 def _independent(changes: Iterable[Change]) -> float:

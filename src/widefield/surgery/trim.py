@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,19 @@ from widefield.ops.crops import CropTable
 from widefield.surgery import cropping
 from widefield.surgery.conversions import stages_of
 from widefield.surgery.cropping import Layer, Left, Sizes
-from widefield.surgery.outputs import Change, batches, difference, example_input, measure_change, place
+from widefield.surgery.outputs import (
+    Change,
+    NothingToCompareError,
+    batches,
+    check_loader,
+    difference,
+    example_input,
+    measure_change,
+    pixels,
+    place,
+)
 from widefield.surgery.trimming import TrimmedKernel, Trimming
-from widefield.surgery.walk import refuse_training, unmerged
+from widefield.surgery.walk import begin, in_own_types, unmerged
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +43,7 @@ _ROUNDS = 4
 """Times that the search for the largest cropping within a budget goes on without the layer at which it stopped."""
 
 
+@in_own_types
 def trim(
     model: nn.Module,
     tolerance: float = 0.01,
@@ -56,14 +68,15 @@ def trim(
 
     Kernels stay centred, and padding shrinks with them: outputs keep their size and place. Left as they are: kernels
     whose padding has nothing to give up, that depend on the image or are shared, and convolutions that are no plain
-    ones or have hooks; the report says why. Where there is a loader or an input size, the trimmed model is compared
-    with the model that has zeros for the same taps.
+    ones or have hooks; the report says why. The trimmed model is compared with the model that has zeros for the same
+    taps: on the loader's images, on noise of the input size, or on an example made up for the model. Where it runs on
+    none, a warning is logged.
 
     Args:
         model: in evaluation mode and re-parameterised: a kernel is final once its branches and masks are merged.
         tolerance: from 0 to 1; see above.
         loader: batches of images, perhaps with labels, as :func:`widefield.surgery.outputs.batches` takes them. It is
-            gone through some ten to thirty times, so take a few hundred images.
+            gone through some ten to thirty times, so take a few hundred images; of ``input_size``, if that is given.
         limit: side in pixels of the largest kernel that a device takes. Kernels that span more are cropped to it at any
             cost, before all else; what this costs stands in the report.
         input_size: the only size of images that the model will see: one side, (H, W), (C, H, W) or (N, C, H, W). Taps
@@ -75,14 +88,16 @@ def trim(
 
     Raises:
         RuntimeError: the model is in training mode; or the trimmed model does not compute what it should, as some
-            module reads a convolution's kernel size or padding by itself.
+            module reads a convolution's kernel size or padding by itself, or as what changes nothing on ``input_size``
+            changes the outputs on the loader's images by more than the tolerance.
         ValueError, TypeError: numbers out of range; layers that are not re-parameterised yet; no convolution of more
-            than one tap; kernels that are not finite; an input size on which the model does not run, or other than the
-            loader's; no images.
+            than one tap; kernels that are not finite, or on the meta device; a ``forward`` that was replaced on a
+            module; an input size on which the model does not run, or other than that of one of the loader's images; no
+            images; outputs that are not finite, or hold no number; a report that is no function.
     """
     tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
     limit = None if limit is None else _checks.integer("limit", limit)
-    refuse_training(model, "trim needs the kernels of evaluation")
+    begin(model, "trim needs the kernels of evaluation", report)
     waiting = unmerged(model)
     if waiting:
         more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
@@ -92,7 +107,9 @@ def trim(
         )
     x = None if input_size is None else _noise(model, input_size)
     if loader is not None:
-        x = _first(model, loader, x)
+        check_loader(loader)
+        loader = loader if x is None else _OneSize(loader, x.shape[1:])
+        x = next(batches(loader, model))[0][:2]
     calls = None if x is None else _watch(model, x, made_up=loader is None)
     found = cropping.layers(model, calls, fixed=input_size is not None)
     layers = [layer for layer in found if isinstance(layer, Layer)]
@@ -100,12 +117,14 @@ def trim(
     if loader is None or x is None:
         sizes = {layer.name: _within(layer, tolerance, limit) for layer in layers}
     else:
-        _verify(model, {layer.name: layer.inside(0) for layer in layers}, x)  # before much is measured
+        with suppress(NothingToCompareError):  # a detector with such small kernels may detect nothing
+            _verify(model, {layer.name: layer.inside(0) for layer in layers}, x)  # before much is measured
         search = _Search(model, layers, loader, tolerance)
         sizes = search.run([_limited(layer.windows, limit) for layer in layers])
         change = search.change(sizes)
-    if x is not None:
-        verified = _verify(model, sizes, x)
+    example = _example(model) if x is None else x
+    if example is not None:
+        verified = _verify(model, sizes, example)
     trimmed = cropping.build(model, sizes)
     before, after = (None if x is None else bench.cost(each, x[:1]).macs for each in (model, trimmed))
     whole, left = (sum(p.numel() for p in each.parameters()) for each in (model, trimmed))
@@ -148,15 +167,35 @@ def _noise(model: nn.Module, size: int | Sequence[int]) -> Tensor:
     return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _first(model: nn.Module, loader: Iterable[Any], x: Tensor | None) -> Tensor:
-    """Return up to two images of the loader; those of ``x``, if there is one, must be of their size."""
-    images, _ = next(iter(batches(loader, model)))
-    if x is not None and x.shape[1:] != images.shape[1:]:
-        raise ValueError(
-            f"the loader's images are of {tuple(images.shape[1:])}, not of input_size={tuple(x.shape[1:])}: taps that "
-            "never meet the map are those of one size only."
-        )
-    return images[:2]
+class _OneSize:
+    """A loader of which every batch must have images of one size, (C, H, W)."""
+
+    def __init__(self, loader: Iterable[Any], size: Sequence[int]) -> None:
+        self._loader, self._size = loader, tuple(size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            images = pixels(batch)
+            if len(images) and tuple(images.shape[1:]) != self._size:
+                raise ValueError(
+                    f"the loader's images are of {tuple(images.shape[1:])}, not of input_size={self._size}: taps that "
+                    "never meet the map are those of one size only."
+                )
+            yield batch
+
+
+def _example(model: nn.Module) -> Tensor | None:
+    """Return an input made up for the model, or None, with a warning, where nothing can be seen on one."""
+    try:
+        x = example_input(model)
+        with torch.no_grad():
+            outputs = model(x)
+        difference(outputs, outputs)
+    except Exception as error:  # whatever a model raises on what it was not made for
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        log.warning("the trimmed model is not verified: pass input_size. No example input could be made up: %s", first)
+        return None
+    return x
 
 
 def _watch(model: nn.Module, x: Tensor, *, made_up: bool) -> dict[nn.Module, list[cropping.Call]]:
@@ -236,8 +275,19 @@ class _Search:
         return self._measured[key]
 
     def run(self, chosen: list[int]) -> dict[str, Sizes]:
-        """Return the sizes found, from windows that are given on."""
-        if not self._budget or not self._fits(chosen):
+        """Return the sizes found, from windows that are given on.
+
+        Raises RuntimeError where crops that should lose nothing, as no limit asks for more, break the budget.
+        """
+        lossless = chosen == [len(layer.windows.sizes) - 1 for layer in self._layers]
+        rms = self.change(self._sizes(chosen)).rms
+        if lossless and not rms <= self._budget + _rounding(self._model):
+            raise RuntimeError(
+                f"cropping what is zero, or never meets the map, changes the outputs by {rms:.2g} (relative RMS), more "
+                f"than tolerance={self._budget:g}: layers get other maps on these images than on the first of them, or "
+                "the model computes something else at every call."
+            )
+        if not self._budget or rms > self._budget:
             return self._sizes(chosen)
         pending = self._steps(chosen)
         for _ in range(_ROUNDS):
@@ -264,7 +314,7 @@ class _Search:
         itself. Squared changes of several layers are taken to add up, as they do where the layers' errors are
         uncorrelated.
         """
-        images, _ = next(iter(batches(self._loader, self._model)))
+        images = next(batches(self._loader, self._model))[0]
         whole = cropping.build(self._model, self._sizes(start))
         steps: list[_Step] = []
         for which, (layer, first) in enumerate(zip(self._layers, start, strict=True)):
@@ -296,6 +346,11 @@ def _taken(chosen: Sequence[int], steps: Sequence[_Step]) -> list[int]:
 # Proof
 
 
+def _rounding(model: nn.Module) -> float:
+    """Return what a model's outputs may differ by, as relative RMS, when the same sums are added up otherwise."""
+    return max(_ROUNDING, 4 * torch.finfo(place(model)[1]).eps)
+
+
 def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
     """Return how far the trimmed model is from the one with zeros for the same taps; RuntimeError where it is far."""
     masked, trimmed = cropping.mask(model, sizes), cropping.build(model, sizes)
@@ -303,6 +358,10 @@ def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
         x, masked, trimmed = x.float(), masked.float(), trimmed.float()
     with torch.no_grad():
         expected = masked(x)
+        try:
+            difference(expected, expected)
+        except ValueError as error:
+            raise type(error)(f"the trimmed model cannot be verified: {error}") from error
         try:
             apart = difference(expected, trimmed(x)).relative
             why = f"its outputs are off by {apart:.1e} of their scale"

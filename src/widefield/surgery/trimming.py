@@ -52,7 +52,7 @@ class Trimming:
         macs_before, macs_after: multiply-accumulates for one image; None: the model was not run.
         change: of the outputs on the loader's images; None: there was no loader, and ``tolerance`` is each layer's.
         verified: largest difference between the trimmed model and the model with zeros for the same taps, in units of
-            the outputs' scale; None: the model was not run.
+            the outputs' scale; None: no input is known on which the model runs.
     """
 
     kernels: tuple[TrimmedKernel, ...]

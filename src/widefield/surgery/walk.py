@@ -5,9 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from types import FunctionType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
+
+from widefield.ops._autocast import without_autocast
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "merge_dilated_branches")
 """``fuse()`` returns the merged module. The others act in place: those of timm's blocks, and of the code of MobileOne,
@@ -49,6 +57,58 @@ def refuse_training(model: nn.Module, what: str) -> None:
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise RuntimeError(f"{what}, but {training[0]} is in training mode: call model.eval() first.")
+
+
+def begin(model: nn.Module, what: str, report: object) -> None:
+    """Refuse, before any work, what no function that returns another model can work with.
+
+    Args:
+        model: see Raises.
+        what: begins the sentence about training mode.
+        report: None, or what is called with the report.
+
+    Raises:
+        TypeError: a report that is no function.
+        RuntimeError: a part of the model is in training mode.
+        ValueError: a parameter or buffer on the meta device.
+    """
+    if report is not None and not callable(report):
+        raise TypeError(f"report must be a function of the report, such as print; got {type(report).__name__}.")
+    refuse_training(model, what)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no numbers: load the model's weights first.")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in evaluation mode, in evaluation mode too: copies of torchvision's extractors are not.
+
+    Raises ValueError for a module whose ``forward`` was replaced by a function, in which the copy would be the old
+    module still. What ``torch.compile`` wraps around a module (``_orig_mod``) makes its own anew.
+    """
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), FunctionType) and "_orig_mod" not in module._modules:
+            where = name or type(module).__name__
+            raise ValueError(
+                f"the forward of {where} was replaced by a function, by which a copy of {where} would still compute "
+                "with the old one: give back the forward of its class (del module.forward), and wrap or compile the "
+                "result instead."
+            )
+    return copy.deepcopy(model).eval()
+
+
+def in_own_types(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function compute in the types that its model has, which is its first argument, whatever autocast says."""
+
+    @wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: object = args[0] if args else kwargs.get("model")
+        if not isinstance(given, nn.Module):
+            return function(*args, **kwargs)
+        with without_autocast(torch.empty(0, device=next((p.device for p in given.parameters()), None))):
+            return function(*args, **kwargs)
+
+    return exact
 
 
 def replace(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -112,11 +172,12 @@ def fuse_layers(
 def unmerged(model: nn.Module) -> list[str]:
     """Return the names of the modules that have yet to be re-parameterised: merging changes what they store.
 
-    Raises ValueError where one of them cannot be merged.
+    Raises ValueError where one of them cannot be merged, and as :func:`copied` does.
     """
+    twin = copied(model)
     try:
         with torch.random.fork_rng([]):  # merging builds layers
-            merged, names = fuse_layers(copy.deepcopy(model))
+            merged, names = fuse_layers(twin)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"

@@ -1,0 +1,112 @@
+"""How far outputs are apart, tensor by tensor, and what labels may be."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tolerances import FLOAT64
+from widefield.surgery.outputs import Tally, batches, compare, difference, measure_change
+
+
+def tallied(*calls, **options):
+    tally = Tally()
+    for call in calls:
+        tally.add(*call, **options)
+    return tally.change()
+
+
+SCALES = st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0, 1)), min_size=1, max_size=4)
+
+
+@given(scales=SCALES, split=st.integers(1, 4))
+def test_each_output_is_measured_against_its_own_size(scales, split):
+    before = [scale * torch.randn(5, 3, dtype=torch.double) for scale, _ in scales]
+    after = [b + share * scale * torch.randn_like(b) for b, (scale, share) in zip(before, scales, strict=True)]
+    change = tallied(
+        *(([b[part] for b in before], [a[part] for a in after]) for part in (slice(split), slice(split, 5)))
+    )
+    gaps = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(after, before, strict=True)]
+    norms = [((a - b).norm() / b.norm()).item() for a, b in zip(after, before, strict=True)]
+    assert change.relative == pytest.approx(max(gaps), rel=FLOAT64)
+    assert change.relative == pytest.approx(difference(before, after).relative, rel=FLOAT64)
+    assert change.rms == pytest.approx(max(norms), rel=FLOAT64)
+    worst = gaps.index(max(gaps))
+    assert change.scale == before[worst].abs().max()
+    assert change.images == 5
+
+
+def test_a_wrong_score_does_not_hide_beside_large_boxes():
+    boxes = 1e4 * torch.ones(2, 4)
+    change = tallied(((boxes, torch.ones(2)), (boxes, torch.zeros(2))))
+    assert (change.max_abs, change.scale, change.relative, change.rms) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([0, 1, -1]), torch.tensor([[0], [1], [-1]]), torch.tensor([0, 1, -1], dtype=torch.int8),
+        [0, 1, -1], np.array([0, 1, -1], dtype=np.int16), (0, 1, -1), list(torch.tensor([0, 1, -1])),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_labels_may_be_any_whole_numbers(labels):
+    first, second = torch.eye(3)[[0, 0, 2]], torch.eye(3)[[0, 1, 2]]
+    change = tallied((first, second, labels))
+    assert (change.accuracy_before, change.accuracy_after) == (0.5, 1.0)
+    model = nn.Flatten()
+    images = first.reshape(3, 3, 1, 1)
+    for batch in ((images, labels), {"image": images, "label": labels}):
+        assert measure_change(model, model, [batch]).accuracy_before == 0.5
+
+
+@pytest.mark.parametrize("labels", [None, ["cat", "dog", "cow"], torch.rand(3), [{"boxes": 1}] * 3, torch.ones(3, 2)])
+def test_what_is_no_class_of_each_image_is_left_alone(labels):
+    assert tallied((torch.eye(3), torch.eye(3), labels)).accuracy_before is None
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0]), [0, 1], np.arange(4)])
+def test_labels_must_be_as_many_as_images(labels):
+    with pytest.raises(ValueError, match=f"{len(labels)} labels for 3 images"):
+        tallied((torch.eye(3), torch.eye(3), labels))
+
+
+class Total(nn.Module):
+    """One number for all images."""
+
+    def forward(self, x):
+        return x.sum()
+
+
+def test_images_are_counted_whatever_the_outputs_are():
+    model = Total()
+    loader = [torch.ones(3, 1, 2, 2), torch.ones(2, 1, 2, 2)]
+    assert measure_change(model, model, loader).images == 5
+    assert tallied((torch.tensor(2.0), torch.tensor(3.0))).images == 1
+    assert tallied(((torch.tensor(2.0), torch.ones(4, 2)),) * 2).images == 4
+    rows = torch.eye(6)  # two rows an image are no classes
+    change = tallied((rows, rows, torch.arange(3)), images=3)
+    assert (change.images, change.agreement, change.accuracy_before) == (3, None, None)
+
+
+def test_there_must_be_something_to_compare():
+    none = {"boxes": torch.empty(0, 4), "scores": torch.empty(0)}
+    with pytest.raises(ValueError, match="nothing to compare: no output holds a single number"):
+        difference(none, none)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        tallied((none, none), images=2)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare(nn.Flatten(), nn.Flatten(), torch.empty(0, 1, 2, 2))
+    some = {"boxes": torch.ones(1, 4), "scores": torch.ones(1)}
+    assert tallied((none, none), (some, some), images=2).images == 4  # one image without detections is none too many
+    assert tallied((torch.zeros(2), torch.ones(2))).rms == math.inf
+
+
+@pytest.mark.parametrize("loader", [None, 3])
+def test_what_is_no_loader_is_told_what_one_is(loader):
+    with pytest.raises(TypeError, match=r"loader must give batches of images .* got (None|3) of type"):
+        next(batches(loader, nn.Flatten()))

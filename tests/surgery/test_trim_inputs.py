@@ -1,0 +1,114 @@
+"""On what trim tries its work: sizes that a loader keeps to or not, and models that it makes inputs up for."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from widefield.surgery.trim import trim
+
+MODEL = {"kernel_size": 11, "padding": 5}
+
+
+def conv(**options):
+    return nn.Sequential(nn.Conv2d(3, 4, **(MODEL | options))).eval()
+
+
+def test_every_batch_must_be_of_the_input_size():
+    loader = [torch.randn(2, 3, 5, 5), torch.randn(2, 3, 9, 9)]
+    with pytest.raises(ValueError, match=r"images are of \(3, 9, 9\), not of input_size=\(3, 5, 5\)"):
+        trim(conv(), 0.01, loader=loader, input_size=5)
+    trim(conv(), 0.01, loader=loader)
+    trim(conv(), 0.01, loader=loader[:1] * 2, input_size=5)
+
+
+class Enlarging(nn.Module):
+    """Looks closer at some images, so that its kernel meets a larger map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, **MODEL)
+
+    def forward(self, x):
+        if x.amax() > 9:
+            x = nn.functional.interpolate(x, scale_factor=3)
+        return self.conv(x).mean((2, 3))
+
+
+def test_a_start_beyond_the_tolerance_is_an_error():
+    loader = [torch.rand(2, 3, 5, 5), 10 * torch.rand(2, 3, 5, 5) + 1]
+    with pytest.raises(RuntimeError, match=r"changes the outputs by .* more than tolerance=0.001"):
+        trim(Enlarging().eval(), 0.001, loader=loader, input_size=5)
+    reports = []
+    trim(Enlarging().eval(), 0.001, loader=loader, input_size=5, limit=3, report=reports.append)  # at any cost
+    assert reports[0].change.rms > 0.001
+    trim(conv(), 0.0, loader=[torch.randn(2, 3, 5, 5)], input_size=5)  # rounding is none
+
+
+class Reads(nn.Module):
+    """Pads by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 7, padding=3)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.conv.weight, None, padding=3)
+
+
+class Picky(nn.Module):
+    """Takes images of one size alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 2, 7, padding=3), nn.Linear(2 * 49, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1))
+
+
+def test_without_data_the_model_is_tried_on_an_example(caplog):
+    with pytest.raises(RuntimeError, match="reads a convolution's kernel size or padding by itself"):
+        trim(Reads().eval(), 0.8)
+    reports = []
+    with caplog.at_level(logging.WARNING):
+        trim(conv(), 0.8, report=reports.append)
+    assert reports[0].verified is not None
+    assert reports[0].macs_before is None
+    assert not caplog.records
+    trim(Picky().eval(), 0.3, report=reports.append)
+    assert reports[1].verified is None
+    assert "the trimmed model is not verified: pass input_size" in caplog.text
+
+
+class Diverges(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 7, padding=3)
+
+    def forward(self, x):
+        return self.conv(x) / 0
+
+
+def test_outputs_that_cannot_be_compared_are_named(caplog):
+    for options in ({"input_size": 9}, {"loader": [torch.randn(1, 3, 9, 9)]}):
+        with pytest.raises(ValueError, match=r"cannot be verified: .* outputs are not finite"):
+            trim(Diverges().eval(), 0.8, **options)
+    trim(Diverges().eval(), 0.8)  # what is guaranteed is of each layer
+    assert "not verified" in caplog.text
+
+
+class Exhausted:
+    """Gives its images once."""
+
+    def __init__(self, images):
+        self.images = iter(images)
+
+    def __iter__(self):
+        return self.images
+
+
+def test_loaders_that_run_out_are_told_so():
+    with pytest.raises(ValueError, match="where it gave some in the first round, it ran out"):
+        trim(conv(), 0.3, loader=Exhausted([torch.randn(2, 3, 9, 9)]))
