@@ -66,7 +66,7 @@ def quantise(
                 op_types_to_quantize=list(OPERATORS),
                 per_channel=True,
                 nodes_to_exclude=kept + routers,
-                activation_type=quantization.QuantType.QUInt8,  # on x86 three times as fast as signed ones
+                activation_type=quantization.QuantType.QUInt8,  # signed ones take a slower way on x86
                 weight_type=quantization.QuantType.QInt8,
                 reduce_range=seven_bits,
                 calibrate_method=quantization.CalibrationMethod[method],
