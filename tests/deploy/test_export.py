@@ -171,17 +171,8 @@ def test_a_fixed_batch(tmp_path):
         deploy.load(tmp_path / "fixed.onnx")(torch.randn(2, 3, 8, 8))
 
 
-def test_several_outputs(tmp_path):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            y = self.conv(x)
-            return {"map": y, "mean": y.mean((2, 3))}
-
-    model, x = Two().eval(), torch.randn(3, 3, 8, 8)
+def test_several_outputs(tmp_path, two_outputs):
+    model, x = two_outputs, torch.randn(3, 3, 8, 8)
     for suffix in FORMATS:
         done = deploy.export(model, tmp_path / f"two.{suffix}", x)
         first, second = deploy.load(tmp_path / f"two.{suffix}")(x)

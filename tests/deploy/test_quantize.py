@@ -120,17 +120,8 @@ def test_a_kernel_that_rounding_leaves_alone_and_a_smaller_last_batch(tmp_path):
     assert told["kernels"][0]["noise_ratio"] is None
 
 
-def test_several_outputs_keep_their_names(tmp_path):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            y = self.conv(x)
-            return {"map": y, "mean": y.mean((2, 3))}
-
-    deploy.quantize(Two().eval(), tmp_path / "a.onnx", [torch.randn(4, 3, 8, 8)])
+def test_several_outputs_keep_their_names(tmp_path, two_outputs):
+    deploy.quantize(two_outputs, tmp_path / "a.onnx", [torch.randn(4, 3, 8, 8)])
     exported = deploy.load(tmp_path / "a.onnx")
     assert exported.outputs == ("map", "mean")
     assert [y.shape for y in exported(torch.randn(2, 3, 8, 8))] == [(2, 4, 6, 6), (2, 4)]
