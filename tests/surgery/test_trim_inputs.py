@@ -112,3 +112,11 @@ class Exhausted:
 def test_loaders_that_run_out_are_told_so():
     with pytest.raises(ValueError, match="where it gave some in the first round, it ran out"):
         trim(conv(), 0.3, loader=Exhausted([torch.randn(2, 3, 9, 9)]))
+
+
+def test_same_padding_gives_up_as_many_taps_as_wanted_dilated_too():
+    conv = torch.nn.Conv2d(2, 2, 7, padding="same", dilation=3).eval()
+    with torch.no_grad():
+        conv.weight[:, :, :3] = conv.weight[:, :, 4:] = 0
+        conv.weight[..., :3] = conv.weight[..., 4:] = 0  # but for the centre
+    assert trim(conv, 0.0).kernel_size == (1, 1)

@@ -182,11 +182,13 @@ def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
 
 def _least(conv: Any) -> Pair:
     """Return the smallest size, in taps, that a convolution can be cropped to without moving its outputs."""
-    padding = conv.padding
-    if isinstance(padding, str):
-        padding = _size(conv) if padding == "same" else (0, 0)  # "same" shrinks with the kernel
-    spare = [min(p // d, (k - 1) // 2) for k, p, d in zip(_size(conv), padding, _dilation(conv), strict=True)]
-    return _size(conv)[0] - 2 * spare[0], _size(conv)[1] - 2 * spare[1]
+    size = _size(conv)
+    spare = [(k - 1) // 2 for k in size]
+    if conv.padding == "valid":
+        spare = [0, 0]
+    elif conv.padding != "same":  # which shrinks with the kernel
+        spare = [min(p // d, s) for p, d, s in zip(conv.padding, _dilation(conv), spare, strict=True)]
+    return size[0] - 2 * spare[0], size[1] - 2 * spare[1]
 
 
 def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
