@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.layers import CondConv2d
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from tolerances import FLOAT32, NETWORK, close
 from widefield import deploy
@@ -309,6 +310,20 @@ def test_what_wraps_a_network_is_taken_off(tmp_path):
     for wrapped in (torch.compile(model), nn.DataParallel(model).eval()):
         done = deploy.export(wrapped, tmp_path / "x.onnx", x)
         assert (done.model, done.relative <= FLOAT32) == ("Sequential", True)
+
+
+def test_copies_stay_in_evaluation_mode_and_closures_are_refused(tmp_path):
+    model = create_feature_extractor(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), ["1"]).eval()
+    x = torch.randn(2, 3, 8, 8)  # copies of torchvision's extractors are in training mode
+    with torch.no_grad():
+        next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.normal_()
+        deploy.export(model, tmp_path / "x.onnx", x)
+        close(deploy.load(tmp_path / "x.onnx")(x), model(x)["1"], FLOAT32)
+    conv = nn.Conv2d(3, 4, 3).eval()
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+    with pytest.raises(ValueError, match="was replaced by a function"):
+        deploy.export(conv, tmp_path / "y.onnx", x)
 
 
 def test_threads_export_one_after_the_other(tmp_path):

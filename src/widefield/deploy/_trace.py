@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import re
@@ -19,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from widefield import _checks
 from widefield.nn import DCNv3, FusedMoRFConv2d, MoRFConv2d
 from widefield.ops import fold, mixture_conv2d
-from widefield.surgery.walk import refuse_training, replace
+from widefield.surgery.walk import copied, refuse_training, replace
 
 ROUTING = ("branches", "per-sample")
 """What becomes of a layer whose kernel depends on the image.
@@ -53,7 +52,7 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
     Raises:
         RuntimeError: training mode.
         TypeError: parameters that are not float32, in which runtimes compute on CPUs and exports are verified.
-        ValueError: an unknown form.
+        ValueError: an unknown form; a ``forward`` that was replaced (:func:`widefield.surgery.walk.copied`).
     """
     _checks.choice("routing", routing, ROUTING)
     model = bare(model)
@@ -61,7 +60,7 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
     others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if others:
         raise TypeError(f"exports are of float32 models; this one has {', '.join(sorted(others))}: call model.float().")
-    twin = copy.deepcopy(model).cpu()
+    twin = copied(model).cpu()
     replacements: dict[nn.Module, nn.Module] = {}
     for module in twin.modules():
         if isinstance(module, DCNv3) and format != "pt2":

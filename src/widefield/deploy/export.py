@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import math
@@ -27,7 +26,7 @@ from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvin
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.outputs import Tally, batches, example_input, pixels
-from widefield.surgery.walk import unmerged
+from widefield.surgery.walk import copied, unmerged
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +160,7 @@ def export(
         left = unmerged(model)
         if left:
             log.warning("exported as they train are %d layers (%s, ...): reparameterize first.", len(left), left[0])
-    reference = copy.deepcopy(model).cpu()
+    reference = copied(model).cpu()
     x = _example(reference, example)
     mean_std = _normalisation(model, x, normalisation)
     times = [_checks.integer("every entry of throughput", count) for count in throughput]

@@ -7,7 +7,6 @@ nothing and decide over everything behind them.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import tempfile
@@ -31,7 +30,7 @@ from widefield.deploy.export import versions, write_report
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
 from widefield.surgery.outputs import Change, Tally, batches
-from widefield.surgery.walk import unmerged
+from widefield.surgery.walk import copied, unmerged
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def quantize(
         raise ValueError(f"{left[0]} is not merged, and is to be rounded as it computes: call reparameterize first.")
     x = next(batches(loader, twin))[0]
     probe = _Probe(twin)
-    reference = copy.deepcopy(model).cpu()
+    reference = copied(model).cpu()
     with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
         plain, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():

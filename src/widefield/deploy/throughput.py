@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from widefield import bench
 from widefield.deploy._trace import first_line, quiet
 from widefield.deploy.runtime import Runtime
+from widefield.surgery.walk import copied
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure_throughput(
         repeats: timings of each.
     """
     x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    model = copy.deepcopy(model).cpu().eval()
+    model = copied(model).cpu()
     calls: dict[str, Callable[[], object]] = {"eager": _without_gradients(model, x)}
     missing: dict[str, str] = {}
     if compiled:
