@@ -108,7 +108,7 @@ def main() -> None:
                     }
                 )
                 print(" | ".join(small_rows[-1].values()), flush=True)
-    environment = {**bench.environment(), **deploy.versions("onnx")}
+    environment = bench.environment(beside=deploy.PACKAGES["onnx"])
     command = f"python benchmarks/digits_deploy.py --repeats {args.repeats}"
     about = ", ".join(f"{key} {value}" for key, value in environment.items())
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -144,10 +144,15 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Say what a measurement was made on: processor, threads, versions and the date (UTC)."""
+def environment(device: torch.device | str = "cpu", beside: Sequence[str] = ()) -> dict[str, str]:
+    """Say what a measurement was made on: processor, threads, versions and the date (UTC).
+
+    Args:
+        device: whose name to give.
+        beside: packages that took part besides PyTorch, torchvision, timm and this one.
+    """
     packages = {}
-    for package in ("widefield", "torch", "torchvision", "timm"):
+    for package in ("widefield", "torch", "torchvision", "timm", *beside):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:

@@ -1,13 +1,14 @@
 """From a trained model to what serves it: files that run without widefield, verified."""
 
 from widefield.deploy._trace import ROUTING
-from widefield.deploy.export import Check, Export, export, versions
+from widefield.deploy.export import PACKAGES, Check, Export, export
 from widefield.deploy.quantize import Flips, QuantisedKernel, Quantization, quantize
 from widefield.deploy.runtime import FORMATS, Runtime, load
 from widefield.deploy.throughput import Speed, measure_throughput
 
 __all__ = [
     "FORMATS",
+    "PACKAGES",
     "ROUTING",
     "Check",
     "Export",
@@ -20,5 +21,4 @@ __all__ = [
     "load",
     "measure_throughput",
     "quantize",
-    "versions",
 ]

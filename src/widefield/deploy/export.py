@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,9 @@ from widefield.surgery.outputs import Tally, batches, example_input, pixels
 from widefield.surgery.walk import copied, unmerged
 
 log = logging.getLogger(__name__)
+
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "openvino")}
+"""What writes and runs a format, beside PyTorch."""
 
 BATCHES = (1, 3, 8)
 """Batch sizes at which a graph with a dynamic batch is verified."""
@@ -193,11 +195,11 @@ def export(
             tolerance=tolerance,
             images="noise" if loader is None else "noise, and images given",
             throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
-            environment={**bench.environment(), **versions(format)},
+            environment=bench.environment(beside=PACKAGES[format]),
         )
         write_report(stage / f"{path.name}.json", done.to_dict())
-    for stale in {f"{path.name}.data", path.with_suffix(".bin").name if format == "openvino" else ""} - {"", *files}:
-        path.with_name(stale).unlink(missing_ok=True)  # weights of a larger model that stood here
+    if format == "onnx" and f"{path.name}.data" not in files:  # weights of a larger model that stood here
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     return done
 
 
@@ -296,14 +298,3 @@ def _checked(model: nn.Module, exported: Runtime, images: Iterable[Tensor]) -> t
 def _name(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
-
-
-def versions(format: str) -> dict[str, str]:
-    """Return the versions of what writes and runs a format, beside PyTorch."""
-    found = {}
-    for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "openvino")}.get(format, ()):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -26,7 +26,7 @@ from widefield._files import checksum, staged
 from widefield.deploy import _int8
 from widefield.deploy._onnx import output_names, to_onnx
 from widefield.deploy._trace import bare, prepared, traced
-from widefield.deploy.export import versions, write_report
+from widefield.deploy.export import PACKAGES, write_report
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
 from widefield.surgery.outputs import Change, Tally, batches
@@ -186,7 +186,7 @@ def quantize(
             change,
             flips,
             kernels,
-            {**bench.environment(), **versions("onnx")},
+            bench.environment(beside=PACKAGES["onnx"]),
         )
         write_report(stage / f"{path.name}.json", done.to_dict())
     return done

@@ -152,6 +152,15 @@ class Tally:
             self._right += int((before == classes).sum())
             self._right_after += int((after == classes).sum())
 
+    def difference(self) -> Difference:
+        """Return that of the output in which it is the largest for the output's size.
+
+        Raises NothingToCompareError if no output held a number.
+        """
+        if not self._outputs:
+            raise NothingToCompareError(_NO_NUMBERS)
+        return max((sums.difference() for sums in self._outputs.values()), key=lambda d: d.relative)
+
     def change(self) -> Change:
         """Return what came of all batches.
 
@@ -159,10 +168,8 @@ class Tally:
         """
         if not self._images:
             raise ValueError(_NO_IMAGES)
-        if not self._outputs:
-            raise NothingToCompareError(_NO_NUMBERS)
+        worst = self.difference()
         labelled = self._labelled if self._ranks else 0
-        worst = max((sums.difference() for sums in self._outputs.values()), key=lambda d: d.relative)
         return Change(
             self._images,
             worst.max_abs,
@@ -204,14 +211,9 @@ def difference(first: Any, second: Any) -> Difference:
     Raises ValueError where they are not of the same shapes, or the first's are not finite, and NothingToCompareError,
     which is one, where there is no number in them.
     """
-    differences = []
-    for a, b in zip(*comparable(first, second), strict=True):
-        if a.numel():
-            gap = (a.double() - b.double()).abs().nan_to_num(nan=torch.inf).amax().item()
-            differences.append(Difference(gap, a.double().abs().amax().item()))
-    if not differences:
-        raise NothingToCompareError(_NO_NUMBERS)
-    return max(differences, key=lambda d: d.relative)
+    tally = Tally()
+    tally.add(first, second)
+    return tally.difference()
 
 
 def comparable(first: Any, second: Any) -> tuple[list[Tensor], list[Tensor]]:
