@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from widefield import bench, data, deploy, report
+from widefield.benchmarks.record import publish
 from widefield.surgery import NothingToFuseError, Specialization, measure_change, reparameterize, specialize
 from widefield.train import ConversionSpec, load_recipe, train
 
@@ -108,19 +108,18 @@ def main() -> None:
                     }
                 )
                 print(" | ".join(small_rows[-1].values()), flush=True)
-    environment = bench.environment(beside=deploy.PACKAGES["onnx"])
     command = f"python benchmarks/digits_deploy.py --repeats {args.repeats}"
-    about = ", ".join(f"{key} {value}" for key, value in environment.items())
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "environment": environment, "results": results}
-    (args.out / "digits_deploy_cpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "digits_deploy_cpu.md").write_text(
-        f"<!-- --8<-- [start:static] -->\n`{command}`: {about}\n\n"
+    publish(
+        args.out / "digits_deploy_cpu",
+        command,
+        {"results": results},
         'The demo\'s mixtures made static, policy "mean". Predicted and measured: on the training images that the '
         "means are of; held out: on the validation images.\n\n"
         f"{report.markdown(static_rows)}\n<!-- --8<-- [end:static] -->\n\n<!-- --8<-- [start:int8] -->\n`{command}`\n\n"
         f"In onnxruntime, calibrated on the training images, accuracy and flips on the validation images.\n\n"
-        f"{report.markdown(small_rows)}\n<!-- --8<-- [end:int8] -->\n"
+        f"{report.markdown(small_rows)}\n<!-- --8<-- [end:int8] -->\n",
+        before="<!-- --8<-- [start:static] -->\n",
+        beside=deploy.PACKAGES["onnx"],
     )
 
 

@@ -9,7 +9,6 @@ bare loop does nothing else. Evaluation and checkpoint, which a bare loop has no
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,7 +21,8 @@ from rich.console import Console
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-from widefield import bench, data, report, tasks
+from widefield import data, report, tasks
+from widefield.benchmarks.record import publish
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, engine, train
 from widefield.train.loading import batches, train_loader
 
@@ -114,15 +114,12 @@ def main() -> None:
             }
         )
         print(" | ".join(rows[-1].values()), flush=True)
-    environment = bench.environment()
     command = f"python benchmarks/loop.py --repeats {args.repeats}"
-    about = ", ".join(f"{key} {value}" for key, value in environment.items())
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "environment": environment, "results": results}
-    (args.out / "loop_cpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "loop_cpu.md").write_text(
-        f"`{command}`: {about}\n\nThe second epoch's steps, data loading included, evaluation and checkpoint not.\n\n"
-        f"{report.markdown(rows)}"
+    publish(
+        args.out / "loop_cpu",
+        command,
+        {"results": results},
+        f"The second epoch's steps, data loading included, evaluation and checkpoint not.\n\n{report.markdown(rows)}",
     )
 
 

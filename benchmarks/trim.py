@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import tempfile
 from functools import partial
@@ -24,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from widefield import bench, data, report
+from widefield.benchmarks.record import publish
 from widefield.nn import GMConv2d
 from widefield.surgery.outputs import measure_change
 from widefield.surgery.reparameterize import reparameterize
@@ -117,9 +117,7 @@ def main() -> None:
         row["right, held out"] = f"{round(change.images * (change.accuracy_after or 0))} of {change.images}"
         rows.append(row)
         print(" | ".join(row.values()), flush=True)
-    environment = bench.environment()
     command = f"python benchmarks/trim.py --epochs {args.epochs} --repeats {args.repeats}"
-    about = ", ".join(f"{key} {value}" for key, value in environment.items())
     results = {
         way: {
             "trimming": trimmings[way].to_dict() if way in trimmings else None,
@@ -128,15 +126,15 @@ def main() -> None:
         }
         for way in models
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "environment": environment, "sigmas": sigmas, "results": results}
-    (args.out / "trim_cpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "trim_cpu.md").write_text(
-        f"`{command}`: {about}\n\nA ConvNeXt with 31x31 kernels under Gaussian masks (learned sigmas: "
+    publish(
+        args.out / "trim_cpu",
+        command,
+        {"sigmas": sigmas, "results": results},
+        f"A ConvNeXt with 31x31 kernels under Gaussian masks (learned sigmas: "
         f"{', '.join(f'{sigma:.2f}' for sigma in sigmas)} taps), trained on digits of {SIZE}x{SIZE} pixels. Times are "
         "medians of interleaved runs of the eager model, with the 20th and 80th percentile, and how many times as fast "
         "as before. Change is the relative RMS of the outputs, on the training images that the budget was measured on "
-        f"and on the {len(images)} validation images.\n\n{report.markdown(rows)}"
+        f"and on the {len(images)} validation images.\n\n{report.markdown(rows)}",
     )
 
 

@@ -21,8 +21,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from widefield import bench, data, report
+from widefield import data, report
 from widefield.analysis import routing_weights
+from widefield.benchmarks.record import publish
 from widefield.train import ConversionSpec, Recipe, load_recipe, load_trained, train
 
 DESIGNS = {
@@ -142,19 +143,17 @@ def main() -> None:
         for blocks in zip(*(e["routing"] for e in entries), strict=True)
     ]
     command = f"python experiments/scales.py --seeds {' '.join(map(str, args.seeds))} --epochs {args.epochs}"
-    environment = bench.environment()
-    about = ", ".join(f"{key} {value}" for key, value in environment.items())
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "environment": environment, "results": results}
-    (args.out / "scales.json").write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "scales.md").write_text(
-        f"`{command}`: {about}\n\nMean ± standard deviation over {len(args.seeds)} seeds; the same epochs, batches "
+    publish(
+        args.out / "scales",
+        command,
+        {"results": results},
+        f"Mean ± standard deviation over {len(args.seeds)} seeds; the same epochs, batches "
         f"and schedule for all. {len(validation)} validation images.\n\n{report.markdown(rows)}\n"
         "What the routers do with the size of the object: the kernel that each block mixes, in pixels of its map, as "
         "the mean of its experts' sizes weighted by |w| / sum |w|; its spread over the images; its mean for the "
         "quarter with the smallest and with the largest objects; Spearman's rank correlation with the object's "
         "size.\n\n"
-        f"{report.markdown(routed)}"
+        f"{report.markdown(routed)}",
     )
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from widefield import bench, report
@@ -181,6 +182,26 @@ class Record:
         parts += [table.markdown().rstrip() for table in self.tables if table.rows]
         stem.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
         self._say(f"\nwritten: {stem}.json, {stem}.md")
+
+
+def publish(
+    stem: Path, command: str, content: Mapping[str, Any], text: str, *, before: str = "", beside: Sequence[str] = ()
+) -> None:
+    """Write what a script measured: STEM.json and STEM.md, each with the command, machine, versions and date.
+
+    Args:
+        stem: path without a suffix; its folder is made if need be.
+        command: that made the figures.
+        content: of the JSON file.
+        text: Markdown, after the line on how it was made; ``before`` goes before that line.
+        beside: see :func:`widefield.bench.environment`.
+    """
+    environment = bench.environment(beside=beside)
+    made = ", ".join(f"{key} {value}" for key, value in environment.items())
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    document = {"command": command, "environment": environment, **content}
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(f"{before}`{command}`: {made}\n\n{text}", encoding="utf-8")
 
 
 def _wider(widths: Sequence[int], cells: Sequence[str]) -> list[int]:
