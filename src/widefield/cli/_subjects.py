@@ -71,11 +71,9 @@ def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) 
     return found.pictures(args.images, count=args.count, size=size or args.size, seed=args.seed)
 
 
-def batches(args: argparse.Namespace, found: Subject) -> list[tuple[Tensor, ...]]:
-    """Return the images that the command line asks for, with labels where they are the classes of the model: a run's
-    own data.
-    """
-    shown = list(pictures(args, found).batches(args.batch))
+def batches(args: argparse.Namespace, found: Subject, shown_by: Pictures) -> list[tuple[Tensor, ...]]:
+    """Return pictures in batches, with labels where they are the classes of the model: a run's own data."""
+    shown = list(shown_by.batches(args.batch))
     if found.weights == "trained in this run" and args.images is None:
         return [(batch["image"], batch["label"]) for batch in shown]
     return [(batch["image"],) for batch in shown]

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.trim and "size" in args.dynamic:
         raise ValueError("--trim drops taps that meet no map of one size: leave 'size' out of --dynamic.")
     found = _subjects.subject(args.models[0], args)
-    images = _subjects.batches(args, found)
+    images = _subjects.batches(args, found, _subjects.pictures(args, found))
     shown, held_out = images[::2], images[1::2] or images
     example = images[0][0]
     if "batch" not in args.dynamic:

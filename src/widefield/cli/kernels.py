@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from widefield.cli import _subjects
-
-if TYPE_CHECKING:
-    from widefield.subjects import Subject
 
 SUMMARY = "energy of spatial kernels by radius, and how far they can be cropped"
 
@@ -44,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
         about: dict[str, Any] = {"weights": found.weights, "seed": args.seed}
         images = None
         if args.cost:
-            images, shown = _images(found, args)
-            about = {**shown, **about}
+            pictures = _subjects.pictures(args, found)
+            images, about = _subjects.batches(args, found, pictures), {**pictures.about, **about}
         results[found.name] = kernel_energy(
             found.model, shares=args.shares, limit=args.limit, images=images, name=found.name, about=about
         )
@@ -53,10 +50,3 @@ def run(args: argparse.Namespace) -> int:
     if args.cost:
         print_table([result.cost_row() for result in results.values()])
     return 0
-
-
-def _images(found: Subject, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Return batches, and facts about them. Labels are known to be the model's where both are those of one run."""
-    pictures = _subjects.pictures(args, found)
-    own = args.images is None and bool(pictures.classes)
-    return [batch if own else batch["image"] for batch in pictures.batches(args.batch)], pictures.about

@@ -2,7 +2,7 @@
 
 from widefield.deploy._trace import ROUTING
 from widefield.deploy.export import PACKAGES, Check, Export, export
-from widefield.deploy.quantize import Flips, QuantisedKernel, Quantization, quantize
+from widefield.deploy.quantize import Flips, Quantization, QuantizedKernel, quantize
 from widefield.deploy.runtime import FORMATS, Runtime, load
 from widefield.deploy.throughput import Speed, measure_throughput
 
@@ -13,8 +13,8 @@ __all__ = [
     "Check",
     "Export",
     "Flips",
-    "QuantisedKernel",
     "Quantization",
+    "QuantizedKernel",
     "Runtime",
     "Speed",
     "export",

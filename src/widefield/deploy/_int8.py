@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from widefield.deploy._trace import first_line, quiet
+from widefield.deploy._others import first_line, quiet
 
 OPERATORS = ("Conv", "Gemm", "MatMul")
 """What computes in int8."""
@@ -33,11 +33,11 @@ class Weight(NamedTuple):
 
 
 def weights(path: Path) -> list[Weight]:
-    """Return the weights of a graph that :func:`quantise` would round."""
+    """Return the weights of a graph that :func:`quantize` would round."""
     return [weight for _, weight in _weights(_read(path))]
 
 
-def quantise(
+def quantize(
     path: Path, out: Path, images: Iterable[Tensor], method: str, floating: Collection[str], *, seven_bits: bool
 ) -> None:
     """Write a graph in int8, ranges of activations read off images.

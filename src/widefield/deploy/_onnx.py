@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten_with_path
 
 from widefield import _checks
-from widefield.deploy._trace import first_line, quiet
+from widefield.deploy._others import first_line, quiet
 
 LEAST_OPSET, MOST_OPSET = 18, 23
 """Opsets that torch's exporter writes and onnxruntime reads."""

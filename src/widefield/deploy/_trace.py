@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from widefield import _checks
+from widefield.deploy._others import first_line, quiet
 from widefield.nn import DCNv3, FusedMoRFConv2d, MoRFConv2d
 from widefield.ops import fold, mixture_conv2d
 from widefield.surgery.walk import copied, refuse_training, replace
@@ -31,8 +26,6 @@ Layers without experts (a Gaussian mask that depends on the image, timm's CondCo
 """
 
 DYNAMIC = ("batch", "size")
-
-_ALONE = threading.RLock()
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -142,7 +135,7 @@ def _export(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProg
 def _exports(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> bool:
     try:
         _export(model, x, dynamic)
-    except Exception:
+    except Exception:  # whatever the model's code runs into, as above: here it is the answer
         return False
     return True
 
@@ -153,32 +146,3 @@ def _reason(error: Exception) -> str:
     names = {"0": "batch", "2": "height", "3": "width"}
     fixed = [f"{names.get(axis, axis)} {value}" for axis, value in dict(found).items()]
     return f"its code works for {' and '.join(fixed)} only." if fixed else first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith("Exception from")] or lines  # OpenVINO begins with its files
-    line = told[0] if told else type(error).__name__
-    return line.rstrip(".:") + "."
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what exporters warn, log and print about themselves: there is nothing in it that a caller could mend.
-
-    One thread at a time: this is the process's own state, and so is that of torch.export.
-    """
-    with _ALONE:
-        yield from _silenced()
-
-
-def _silenced() -> Iterator[None]:
-    before, nowhere = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

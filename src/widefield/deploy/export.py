@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from widefield import _checks, bench
 from widefield._files import checksum, staged
 from widefield.deploy._onnx import to_onnx
-from widefield.deploy._trace import DYNAMIC, bare, first_line, prepared, traced
+from widefield.deploy._others import first_line
+from widefield.deploy._trace import DYNAMIC, bare, prepared, traced
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d

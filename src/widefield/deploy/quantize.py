@@ -42,7 +42,7 @@ Gaussian numbers has 40 to 45; that of a peak and nothing else, of K x K taps, 5
 
 
 @dataclass(frozen=True)
-class QuantisedKernel:
+class QuantizedKernel:
     """One weight, rounded to 8 bits with a scale for each output channel."""
 
     name: str
@@ -78,16 +78,16 @@ class Quantization:
     change: Change
     """The int8 model against the one in float32, over the images given."""
     flips: tuple[Flips, ...]
-    kernels: tuple[QuantisedKernel, ...]
+    kernels: tuple[QuantizedKernel, ...]
     environment: dict[str, str]
 
     @property
-    def by_noise(self) -> tuple[QuantisedKernel, ...]:
+    def by_noise(self) -> tuple[QuantizedKernel, ...]:
         """The kernels, those that rounding spoils most first."""
         return tuple(sorted(self.kernels, key=_ratio))
 
     @property
-    def outliers(self) -> tuple[QuantisedKernel, ...]:
+    def outliers(self) -> tuple[QuantizedKernel, ...]:
         """The kernels with outliers, worst first."""
         return tuple(kernel for kernel in self.by_noise if _ratio(kernel) < NOISY)
 
@@ -174,7 +174,7 @@ def quantize(
         kernels = _judged(_int8.weights(plain), outliers, 64 if reduce_range else 127)
         floating = {kernel.name for kernel in kernels if kernel.kept_float}
         shown = (found for found, _ in batches(loader, twin))
-        _int8.quantise(plain, written, shown, CALIBRATION[calibration], floating, seven_bits=reduce_range)
+        _int8.quantize(plain, written, shown, CALIBRATION[calibration], floating, seven_bits=reduce_range)
         change, flips = _measured(reference, probe, load(written), loader if images is None else images)
         _int8.drop_outputs(written, names)
         done = Quantization(
@@ -225,7 +225,7 @@ class _Probe(nn.Module):
         return (*found, *self._weights)
 
 
-def _judged(weights: Iterable[_int8.Weight], outliers: str, steps: int) -> tuple[QuantisedKernel, ...]:
+def _judged(weights: Iterable[_int8.Weight], outliers: str, steps: int) -> tuple[QuantizedKernel, ...]:
     """Measure what rounding does to every weight; warn, refuse or leave in float as asked."""
     kernels = tuple(_rounded(weight, steps, keep=outliers == "float") for weight in weights)
     noisy = sorted((kernel for kernel in kernels if _ratio(kernel) < NOISY), key=_ratio)
@@ -243,11 +243,11 @@ def _judged(weights: Iterable[_int8.Weight], outliers: str, steps: int) -> tuple
     return kernels
 
 
-def _ratio(kernel: QuantisedKernel) -> float:
+def _ratio(kernel: QuantizedKernel) -> float:
     return math.inf if kernel.noise_ratio is None else kernel.noise_ratio
 
 
-def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantisedKernel:
+def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantizedKernel:
     values = weight.values.double()  # (channels, numbers)
     peak = values.abs().amax(1, keepdim=True)
     step = torch.where(peak > 0, peak / steps, 1.0)
@@ -258,7 +258,7 @@ def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantisedKernel:
     rms = values[worst].square().mean().sqrt().item()
     alive = values != 0
     decibels = float(ratio[worst])
-    return QuantisedKernel(
+    return QuantizedKernel(
         weight.name,
         weight.shape,
         decibels if math.isfinite(decibels) else None,

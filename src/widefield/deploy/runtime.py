@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from widefield import _checks
-from widefield.deploy._trace import first_line, quiet
+from widefield.deploy._others import first_line, quiet
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 """Format -> suffix of its file."""

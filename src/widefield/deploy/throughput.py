@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import bench
-from widefield.deploy._trace import first_line, quiet
+from widefield.deploy._others import first_line, quiet
 from widefield.deploy.runtime import Runtime
 from widefield.surgery.walk import copied
 

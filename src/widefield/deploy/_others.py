@@ -1,0 +1,42 @@
+"""What exporters and runtimes print, log and raise, made fit for users."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_ALONE = threading.RLock()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from")] or lines  # OpenVINO begins with its files
+    line = told[0] if told else type(error).__name__
+    return line.rstrip(".:") + "."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what exporters warn, log and print about themselves: there is nothing in it that a caller could mend.
+
+    One thread at a time: this is the process's own state, and so is that of torch.export.
+    """
+    with _ALONE:
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[None]:
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
