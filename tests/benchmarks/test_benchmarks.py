@@ -211,7 +211,10 @@ def test_mixture_ratios_and_bars():
     assert [r["ours_over_our_largest"] for r in rows] == [2, 1]
     assert [r["images_per_s"] for r in rows] == [8, 4]
     many = [{"label": "m", "count": n, "mode": "step", "over_first": v} for n, v in ((5, 1.0), (64, 1.6), (128, 9.0))]
-    bars = mixture.cpu_bars(rows, many)
+    hard = mixture.hard_rows(
+        case, "step", {f"{n} {x}": row(n, v) for x in LAYOUTS for n, v in (("soft", 9), ("hard", 10))}
+    )
+    bars = mixture.cpu_bars(rows, many, hard)
     assert [(b.measured, b.verdict) for b in bars] == [
         (2.5, "not met"),
         (5.0, "met"),
@@ -220,8 +223,12 @@ def test_mixture_ratios_and_bars():
         (2.0, "not met"),
         (2.0, "not met"),
         (1.6, "not met"),
+        (0.9, "not met"),
     ]
-    assert [(b.measured, b.verdict) for b in mixture.cuda_bars(rows, many)[:2]] == [(2.5, "met"), (0.5, "not met")]
+    assert [(b.measured, b.verdict) for b in mixture.cuda_bars(rows, many, hard)[:2]] == [
+        (2.5, "met"),
+        (0.5, "not met"),
+    ]
     assert mixture.throughput(rows, "step") == [
         {
             "shape": "4 x 14x14", "experts": "{3, 5, 7, 9, 11}",
@@ -289,7 +296,7 @@ def test_bench_mixture_writes_all_tables(tmp_path, capsys):
     result, text = read(tmp_path, "mixture_cpu", capsys)
     tables = result["tables"]
     assert {name: len(rows) for name, rows in tables.items()} == {
-        "Sets of experts": 8, "Many experts": 8, "Hard routing": 4, "Dense mixtures": 0,
+        "Sets of experts": 8, "Many experts": 8, "Hard routing": 8, "Dense mixtures": 0,
     }  # fmt: skip
     for r in tables["Many experts"]:
         first, own = (r["times"][f"{n} {r['layout']}"]["p50"] for n in (2, r["count"]))

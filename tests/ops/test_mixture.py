@@ -1,3 +1,6 @@
+import math
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tolerances import BFLOAT16, FLOAT32, FLOAT64, close
-from widefield.ops import bank_conv2d, explain, fold, mixture_conv2d
+from widefield.ops import bank_conv2d, explain, fold, mixture, mixture_conv2d
 
 
 def oracle(x, kernels, biases, weights, stride, groups, dilations):
@@ -72,18 +75,25 @@ def test_outputs_and_all_gradients_equal_the_sum_of_branches(
         close(a, b, FLOAT64)
 
 
-@pytest.mark.parametrize("backend", ["merged", "branches"])
+def sorting(*, is_free):
+    """Make samples be sorted by the size of kernel that they need whatever it saves, or never."""
+    return mock.patch.multiple(mixture, _TO_MOVE=0 if is_free else math.inf, _TO_CALL=0 if is_free else math.inf)
+
+
+@pytest.mark.parametrize("way", ["sorted", "together", "branches"])
 @settings(max_examples=40, deadline=None)
 @given(**shapes)
 def test_sparse_weights_skip_without_changing_anything(
-    backend, n, groups, per_in, per_out, height, width, experts, stride, bias
+    way, n, groups, per_in, per_out, height, width, experts, stride, bias
 ):
     x, kernels, biases, weights = case(n, groups, per_in, per_out, height, width, experts, bias, zeros=True)
     dilations = [d for _, d in experts]
     expected = oracle(x, kernels, biases, weights, stride, groups, dilations)
-    actual = mixture_conv2d(
-        x, kernels, biases, weights, stride=stride, groups=groups, dilations=dilations, backend=backend, sparse=True
-    )
+    backend = "branches" if way == "branches" else "merged"
+    with sorting(is_free=way == "sorted"):
+        actual = mixture_conv2d(
+            x, kernels, biases, weights, stride=stride, groups=groups, dilations=dilations, backend=backend, sparse=True
+        )
     close(actual, expected, FLOAT64)
     inputs = (x, kernels, biases, weights)
     *grads, of_weights = gradients(actual, *inputs)
@@ -92,6 +102,7 @@ def test_sparse_weights_skip_without_changing_anything(
         close(a, b, FLOAT64)
     chosen = weights != 0
     close(of_weights[chosen], expected_of_weights[chosen], FLOAT64)
+    assert not of_weights[~chosen].any()
 
 
 @pytest.mark.parametrize("side", [1, 2, 3])
@@ -129,18 +140,20 @@ def test_skipped_experts_are_not_computed(backend):
     """Counts multiplications: a sample that chose 3x3 must not pay for the 11x11 beside it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    x, kernels, _, _ = case(4, 16, 1, 1, 24, 24, [(3, 1), (11, 1)], False)
-
-    def flops(weights):
+    def flops(weights, side):
+        x, kernels, _, _ = case(4, 64, 1, 1, side, side, [(3, 1), (31, 1)], False, dtype=torch.float32)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            mixture_conv2d(x, kernels, None, weights, groups=16, sparse=True, backend=backend)
+            mixture_conv2d(x, kernels, None, weights, groups=64, sparse=True, backend=backend)
         return counter.get_total_flops()
 
-    small = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.double)
-    mixed = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2, dtype=torch.double)
-    both = torch.ones(4, 2, dtype=torch.double)
-    assert flops(small) < flops(both) * (9 / 121) * 1.2
-    assert flops(mixed) < flops(both) * 0.7
+    small = torch.tensor([[1.0, 0.0]] * 4)
+    mixed = torch.tensor([[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2)
+    both = torch.ones(4, 2)
+    assert flops(small, 48) < flops(both, 48) * (9 / 961) * 1.5
+    assert flops(mixed, 48) < flops(both, 48) * 0.7
+    assert flops(small, 12) < flops(both, 12) * (9 / 23**2) * 1.5
+    if backend == "merged":  # to move samples takes longer there than it saves
+        assert flops(mixed, 12) == flops(both, 12)
 
 
 @pytest.mark.parametrize("per", [1, 2])

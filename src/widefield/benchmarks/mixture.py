@@ -31,6 +31,7 @@ SETS = ((3, 5, 7), (3, 5, 7, 9, 11), (3, 5, 7, 9, 11, 13, 15))
 STANDARD = (3, 5, 7, 9, 11)
 SHAPES = ((96, 56), (192, 28), (384, 14), (768, 7))
 """(channels, side) of ConvNeXt-T's stages."""
+HARD_SETS = (STANDARD, (3, 7, 15, 23, 31))
 COUNTS = (5, 64, 128)
 COUNT_SHAPE = (384, 14)
 DENSE_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
@@ -359,14 +360,14 @@ def run(
         for mode in MODES:
             for row in many_rows(crowds, mode, settings.measure(many_calls(crowds, mode))):
                 out.add(many, row)
-        for shape, mode in itertools.product(shapes, MODES):
-            one = case(shape, STANDARD)
+        for shape, sizes, mode in itertools.product(shapes, HARD_SETS, MODES):
+            one = case(shape, sizes)
             for row in hard_rows(one, mode, settings.measure(hard_calls(one, mode))):
                 out.add(hard, row)
         for shape, layout in itertools.product(dense_shapes, LAYOUTS):
             one = case(shape, DENSE_SIZES, dense=True)
             out.add(dense, dense_row(one, layout, settings.measure(dense_calls(one, layout))))
-    bars = (cpu_bars if settings.device == "cpu" else cuda_bars)(main.rows, many.rows)
+    bars = (cpu_bars if settings.device == "cpu" else cuda_bars)(main.rows, many.rows, hard.rows)
     digest = [(f"{mode}, images/s", throughput(main.rows, mode)) for mode in MODES]
     out.finish(bars, [(title, lines) for title, lines in digest if lines])
     return bars
@@ -396,7 +397,7 @@ def _steps(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if r["mode"] == "step" and r["sizes"] == list(STANDARD)]
 
 
-def cpu_bars(rows: Sequence[Row], many: Sequence[Row]) -> list[Bar]:
+def cpu_bars(rows: Sequence[Row], many: Sequence[Row], hard: Sequence[Row]) -> list[Bar]:
     """Hold rows against what the project promises on a CPU: all layouts of ours, and our better one."""
     steps = _steps(rows)
     wide = [r for r in steps if r["side"] >= 14]
@@ -438,10 +439,11 @@ def cpu_bars(rows: Sequence[Row], many: Sequence[Row]) -> list[Bar]:
             at_most=1.7,
         ),
         _many_bar(many),
+        _hard_bar(hard),
     ]
 
 
-def cuda_bars(rows: Sequence[Row], many: Sequence[Row]) -> list[Bar]:
+def cuda_bars(rows: Sequence[Row], many: Sequence[Row], hard: Sequence[Row]) -> list[Bar]:
     """Hold rows against what the project promises on a GPU."""
     steps = _steps(rows)
     return [
@@ -458,9 +460,14 @@ def cuda_bars(rows: Sequence[Row], many: Sequence[Row]) -> list[Bar]:
             at_least=0.8,
         ),
         _many_bar(many),
+        _hard_bar(hard),
     ]
 
 
 def _many_bar(many: Sequence[Row]) -> Bar:
     rows = [r for r in many if r["count"] == 64 and r["mode"] == "step"]
     return bar("step of 64 experts / step of five", rows, lambda r: float(r["over_first"]), at_most=1.5)
+
+
+def _hard_bar(hard: Sequence[Row]) -> Bar:
+    return bar("hard routing: soft, same layout / hard", hard, lambda r: float(r["soft_over_hard"]), at_least=0.95)

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from widefield.ops import _backend
@@ -45,10 +45,30 @@ def depthwise(
 
 
 def _call(name: str, *args: Any) -> Tensor:
-    """Call an operator; under torch.func's transforms, in which operators' derivatives take no part, its Function."""
-    under_transform = torch._C._are_functorch_transforms_active()
-    result: Tensor = _FUNCTIONS[name].apply(*args) if under_transform else _operate(name, *args)
+    """Compute what an operator computes, and let it be differentiated, on the shortest way that shows all it has to.
+
+    PyTorch's way to an operator written in Python takes longer than a small convolution does. Only those who look on
+    need it: compilers, tracers, dispatch modes, subclasses of tensors. torch.func's transforms, in which operators'
+    derivatives take no part, get a Function.
+    """
+    if torch._C._are_functorch_transforms_active():
+        result: Tensor = _FUNCTIONS[name].apply(*args)
+    elif _is_watched(args):
+        result = _operate(name, *args)
+    elif torch.is_grad_enabled():
+        result = _EAGER[name].apply(*args)
+    else:
+        result = _RUN[name](*args)
     return result
+
+
+def _is_watched(args: tuple[Any, ...]) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, nn.Parameter) for arg in args)
+    )
 
 
 def _operate(name: str, *args: Any) -> Tensor:
@@ -258,20 +278,36 @@ _PARTS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Any], Callable
     "depthwise_input_grad": ("input_grad", _fake_input_grad, _input_grad_backward, _vmap_input_grad),
     "depthwise_weight_grad": ("weight_grad", _fake_weight_grad, _weight_grad_backward, _vmap_weight_grad),
 }
+_RUN: dict[str, Callable[..., Tensor]] = {}
+_EAGER: dict[str, type[torch.autograd.Function]] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+"""Name of an operator -> what it does; the same with its derivative; the same with rules for all transforms."""
+
+
+def _eager(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        result = run(*args)
+        _remember(ctx, args, result)
+        return result
+
+    return forward
+
 
 for _name, (_step, _fake, _backward, _vmap) in _PARTS.items():
-    _library.impl(_name, _implementation(_name, _step, _fake), "CompositeExplicitAutograd")
+    _RUN[_name] = _run = _implementation(_name, _step, _fake)
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"widefield::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"widefield::{_name}", _backward, setup_context=_remember, lib=_library)
     torch.library.register_vmap(f"widefield::{_name}", functools.partial(_vmap, _operate), lib=_library)
+    _bases, _derivative = (torch.autograd.Function,), staticmethod(_backward)
+    _EAGER[_name] = type(_name, _bases, {"forward": staticmethod(_eager(_run)), "backward": _derivative})
     _FUNCTIONS[_name] = type(
         _name,
-        (torch.autograd.Function,),
+        _bases,
         {
             "forward": staticmethod(getattr(torch.ops.widefield, _name)),
             "setup_context": staticmethod(_remember),
-            "backward": staticmethod(_backward),
+            "backward": _derivative,
             "jvp": staticmethod(_push_forward(_name)),
             "vmap": staticmethod(functools.partial(_vmap, _call)),
         },

@@ -62,8 +62,8 @@ def depthwise_conv2d(
         x, weight, bias, call = _prepared(x, weight, bias, stride, padding, dilation, backend)
         if key is not None and given[0] is x and given[1] is weight and len(_calls) < 4096:
             _calls[key] = call
-    if call.stock:
-        return F.conv2d(x, weight, bias, call.stride, call.padding, call.dilation, x.shape[1])
+    if call.stock is not None:
+        return F.conv2d(x, weight, bias, *call.stock)
     bias = None if bias is None else bias[None]
     return depthwise(x, weight.transpose(0, 1), bias, call.stride, call.padding, call.dilation, backend)
 
@@ -71,10 +71,11 @@ def depthwise_conv2d(
 class _Call(NamedTuple):
     """How a call is made once its arguments are checked: with F.conv2d, or with our operator."""
 
-    stock: bool
     stride: Pair
     padding: Pair
     dilation: Pair
+    stock: tuple[Any, ...] | None
+    """F.conv2d's arguments after the bias. It reads one number faster than two."""
 
 
 _calls: dict[Any, _Call] = {}
@@ -85,25 +86,23 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
     """Return what tells apart calls that take different ways or are to be refused, or None where that is not plain:
     under transforms and autocast, and for arguments that are only equal to numbers that were checked, such as 1.0.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or x.is_meta:
+    if torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling() or x.is_meta:
         return None
-    size, kernel = x.shape, weight.shape
-    if len(size) != 4 or len(kernel) != 4 or type(size[0]) is not int:  # the last: a symbol
-        return None
-    if not (_is_plain(stride) and _is_plain(padding) and _is_plain(dilation)):
+    for value in (stride, padding, dilation):
+        kind = type(value)
+        if kind is tuple:
+            if len(value) != 2 or type(value[0]) is not int or type(value[1]) is not int:
+                return None
+        elif kind is not int and kind is not str:
+            return None
+    size = x.shape
+    if len(size) != 4 or type(size[0]) is not int:  # a symbol
         return None
     return (
-        size, kernel, x.stride(1) == 1, weight.stride(1) == 1, x.dtype, weight.dtype, x.device,
+        size, weight.shape, x.stride(), weight.stride(), x.dtype, weight.dtype, x.device,
         x.requires_grad, weight.requires_grad, torch.is_grad_enabled(), stride, padding, dilation, backend,
         None if bias is None else (bias.shape, bias.dtype),
     )  # fmt: skip
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind is tuple:
-        return len(value) == 2 and type(value[0]) is int and type(value[1]) is int
-    return kind is int or kind is str
 
 
 def _prepared(
@@ -127,7 +126,8 @@ def _prepared(
         else:  # those that there will be
             passes = passes[:1] + passes[1:2] * x.requires_grad + passes[2:] * weight.requires_grad
         stock = name == "auto" and not x.is_meta and _backend.is_stock(passes)  # there F.conv2d forgets the layout
-    return x, weight, bias, _Call(stock, *geometry)
+    plain = (*(pair[0] if pair[0] == pair[1] else pair for pair in geometry), x.shape[1])
+    return x, weight, bias, _Call(geometry[0], geometry[1], geometry[2], plain if stock else None)
 
 
 def plan(

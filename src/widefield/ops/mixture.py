@@ -15,6 +15,7 @@ with respect to x, every W_r, every b_r and the routing weights a. Three backend
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -26,7 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from widefield import _checks
 from widefield.ops import _routed, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
-from widefield.ops._problem import STEPS, Problem, is_channels_last, problem_of
+from widefield.ops._onednn import WIDEST
+from widefield.ops._problem import STEPS, Problem, is_channels_last, multiply_adds, problem_of
 from widefield.ops.depthwise import depthwise_conv2d
 from widefield.ops.per_sample import per_sample_conv2d
 
@@ -34,6 +36,12 @@ BACKENDS = ("auto", "merged", "branches", "routed")
 
 _MANY = 4
 """Experts of one kind, on average, from which kinds are mixed one after the other instead of from one padded bank."""
+
+_TO_MOVE = 25
+"""Multiply-adds in whose time a number of a map is copied into a bucket, or out of one."""
+
+_TO_CALL = 40_000_000
+"""Multiply-adds in whose time a bucket's kernels are selected and its calls made."""
 
 _SMALL_MAP = 16 * 16
 """Pixels up to which a batch's mixed kernels weigh as much as its maps, so that not writing them can pay."""
@@ -89,9 +97,9 @@ def mixture_conv2d(
         kernels, experts = [kernels[r] for r in order], [experts[r] for r in order]
         biases = None if biases is None else [biases[r] for r in order]
     bias_bank = None if biases is None else torch.stack(list(biases))
-    buckets = sparse and _has_numbers(weights)
     on_gpu = x.device.type == "cuda"  # where the bank may be mixed inside the convolution
-    if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not buckets and not on_gpu:
+    if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not on_gpu:
+        weights = _of_chosen(weights) if sparse else weights
         with without_autocast(x):
             mixed = _mixed_by_kind(kernels, experts, weights.to(kernels[0].dtype), _reach(x, step), step)
             bias = None if bias_bank is None else weights.to(bias_bank.dtype) @ bias_bank
@@ -310,32 +318,83 @@ def _merged(
     sparse: bool,
     backend: str,
 ) -> Tensor:
-    """``sparse``: each sample pays for the largest expert that it has a weight for, and no more."""
     step = fold.common_dilation([d for _, d in experts])
     bank = fold.crop(bank, _reach(x, step))
     if x.shape[0] == 0:  # grouped convolution refuses zero groups
         every = None if bias_bank is None else list(bias_bank)
         return _branches(x, list(bank), every, weights, stride, groups, [step] * len(bank), False)
     sizes = [min(fold.effective_size(k, d // step), bank.shape[-1]) for k, d in experts]
-    if not sparse or not _has_numbers(weights):
-        if bank.shape[2] == 1 and _mixes_inside(backend, x, bank, bias_bank, weights, sizes, stride, step):
-            return _mixed_inside(x, bank, bias_bank, weights, sizes)
-        return _merged_dense(x, bank, bias_bank, weights, stride, groups, step)
-    # One bucket of samples for each size of kernel. Which samples is data: on a GPU this waits for it once a layer.
+    if sparse:
+        weights = _of_chosen(weights)
+        if _has_numbers(weights):
+            buckets = _buckets(x, weights, bank, sizes, stride, step)
+            if len(buckets) > 1 or bank.shape[-1] not in buckets:
+                return _by_size(x, bank, bias_bank, weights, buckets, sizes, stride, groups, step)
+    if bank.shape[2] == 1 and _mixes_inside(backend, x, bank, bias_bank, weights, sizes, stride, step):
+        return _mixed_inside(x, bank, bias_bank, weights, sizes)
+    return _merged_dense(x, bank, bias_bank, weights, stride, groups, step)
+
+
+def _of_chosen(weights: Tensor) -> Tensor:
+    """Keep gradients from weights of exactly 0: their experts were not chosen."""
+    return torch.where(weights == 0, 0, weights)
+
+
+def _buckets(
+    x: Tensor, weights: Tensor, bank: Tensor, sizes: Sequence[int], stride: int, dilation: int
+) -> dict[int, list[int]]:
+    """Return the samples to be convolved with kernels of each size: those of the largest expert that each sample has a
+    weight for, or all samples with the largest of the bank where moving them apart would cost more than it saves.
+
+    Which samples is data: on a GPU this waits for it once a layer.
+    """
     spans = torch.tensor(sizes, device=weights.device)
-    need = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min()))
+    need: list[int] = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min())).tolist()
+    buckets: dict[int, list[int]] = {}
+    for i, size in enumerate(need):
+        buckets.setdefault(size, []).append(i)
+    work = {size: _work(x, bank, size, stride, dilation) for size in {*buckets, bank.shape[-1]}}
+    saved = sum(work[bank.shape[-1]] - work[size] for size in need)
+    numbers = x.numel() + x.shape[0] * bank.shape[1] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    if saved > (_TO_MOVE * numbers + _TO_CALL * len(buckets) if len(buckets) > 1 else 0):
+        return dict(sorted(buckets.items()))
+    return {bank.shape[-1]: list(range(len(need)))}
+
+
+def _work(x: Tensor, bank: Tensor, size: int, stride: int, dilation: int) -> float:
+    """Multiply-adds of one sample's convolution, in units of those of narrow kernels."""
+    padding, kernel = dilation * (size // 2), (1, x.shape[1], size, size)
+    problem = problem_of("forward", x, tuple(x.shape), kernel, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    slower = 1.5 if problem.extent[1] > WIDEST else 1.0
+    return slower * bank.shape[1] * bank.shape[2] * _multiply_adds(problem)
+
+
+_multiply_adds = functools.lru_cache(4096)(multiply_adds)
+
+
+def _by_size(
+    x: Tensor,
+    bank: Tensor,
+    bias_bank: Tensor | None,
+    weights: Tensor,
+    buckets: dict[int, list[int]],
+    sizes: Sequence[int],
+    stride: int,
+    groups: int,
+    dilation: int,
+) -> Tensor:
+    """Convolve each bucket of samples with kernels of its size, mixed of the experts that are no larger."""
     # Split and joined, not indexed: the gradient of an index is a map of zeros for each bucket.
     samples, rows = x.split(1), weights.split(1)
     results: dict[int, Tensor] = {}
-    for size in sorted(set(need.tolist())):
-        chosen = (need == size).nonzero().squeeze(1).tolist()
-        fitting = (spans <= size).nonzero().squeeze(1)
+    for size, chosen in buckets.items():
+        fitting = [r for r, span in enumerate(sizes) if span <= size]
         biases = None if bias_bank is None else bias_bank[fitting]
         kernels = fold.crop(bank, size)[fitting]
-        some, shares = torch.cat([samples[i] for i in chosen]), torch.cat([rows[i] for i in chosen])[:, fitting]
-        part = _merged_dense(some, kernels, biases, shares, stride, groups, step)
         if len(chosen) == len(samples):
-            return part
+            return _merged_dense(x, kernels, biases, weights[:, fitting], stride, groups, dilation)
+        some, shares = torch.cat([samples[i] for i in chosen]), torch.cat([rows[i] for i in chosen])[:, fitting]
+        part = _merged_dense(some, kernels, biases, shares, stride, groups, dilation)
         results.update(zip(chosen, part.split(1), strict=True))
     return torch.cat([results[i] for i in range(len(samples))])
 
