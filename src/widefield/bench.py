@@ -56,7 +56,8 @@ def measure(
 ) -> dict[str, Row]:
     """Time each candidate ``repeats`` times, taking turns, after ``warmup`` untimed rounds.
 
-    Every other round goes in reverse, so that each follows, and leaves its caches to, both of its neighbours.
+    Every other round goes in reverse, so that each follows, and leaves its caches to, both of its neighbours; and
+    rounds begin with one candidate after the other, as those at the ends of two rounds would follow themselves.
 
     Args:
         candidates: name -> callable without arguments; its result is dropped.
@@ -85,7 +86,8 @@ def measure(
     fastest = dict.fromkeys(candidates, math.inf)
     peaks: dict[str, int] = {}
     for turn in range(warmup + repeats):
-        order = list(candidates.items())
+        first = turn // 2 % len(candidates)
+        order = [*candidates.items()][first:] + [*candidates.items()][:first]
         for name, call in reversed(order) if turn % 2 else order:
             if len(seconds[name]) >= 2 and spent[name] >= budget:
                 continue
