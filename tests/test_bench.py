@@ -12,7 +12,7 @@ def test_rows_hold_the_percentiles_of_interleaved_calls():
         repeats=4,
         warmup=2,
     )
-    assert "".join(order) == "sl" "ls" "ls" "sl" "sl" "ls"  # each comes first as often as last, and seldom twice
+    assert "".join(order) == "sllslsslslls"  # each comes first as often as last, and seldom twice
     assert rows["long"].repeats == 4
     assert rows["short"].p20 <= rows["short"].p50 <= rows["short"].p80
     assert rows["long"].p50 >= 0.005
