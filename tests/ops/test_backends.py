@@ -1,6 +1,8 @@
 """Each backend against the oracle, the choice between them, its explanation, and the memory of timed choices."""
 
 import contextlib
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 
@@ -208,6 +210,33 @@ def test_without_arithmetic_of_its_own_a_cpu_computes_in_32_bits(dtype, case, ch
         depthwise._calls.clear()
     (y, dx, dw, _), wide = results[0], results[1]
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip((y, dx, dw), wide, strict=False))
+
+
+WIDE_AND_FEW = """
+import torch, torch.nn.functional as F
+from widefield import depthwise_conv2d
+for channels in (2, 16, 40):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for width in (12, 15):
+            x = torch.randn(1, channels, 8, 40).bfloat16().contiguous(memory_format=layout)
+            weight = torch.randn(channels, 1, 15, width).bfloat16()
+            y = depthwise_conv2d(x, weight, padding=(7, 7))
+            expected = F.conv2d(x.double(), weight.double(), padding=(7, 7), groups=channels)
+            assert (y - expected).abs().max() <= 0.03 * expected.abs().max()
+            assert y.is_contiguous(memory_format=layout)
+"""
+
+
+def test_kernels_that_pytorch_never_returns_from():
+    """bfloat16 in channels_last on CPUs with such arithmetic (PyTorch 2.14): at most 16 channels, 15 columns, maps of 31
+    and more. A process of its own can be stopped.
+    """
+    subprocess.run([sys.executable, "-c", WIDE_AND_FEW], check=True, timeout=120)
+    x = torch.zeros(1, 16, 40, 40, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    if _onednn.computes_in(torch.bfloat16):
+        found = explain(depthwise_conv2d, x, torch.zeros(16, 1, 15, 15, dtype=torch.bfloat16))["forward"]
+        assert found.backend == "onednn"
+        assert "never returns" in found.reason
 
 
 @pytest.mark.parametrize("name", list(MODULES))

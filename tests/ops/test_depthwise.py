@@ -146,6 +146,18 @@ def test_every_dtype(backend, dtype, call, bias, layout):
     check_call(call, backend, dtype, layout, bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_bias_is_rounded_once(dtype):
+    """The sums of the two samples, 2401 and -2400, are the same number in 16 bits."""
+    x, weight = torch.randn(2, 3, 49, 49, dtype=dtype), torch.randn(3, 1, 15, 15, dtype=dtype)
+    bias = torch.zeros(3, dtype=dtype, requires_grad=True)
+    grad = torch.ones(2, 3, 49, 49, dtype=dtype)
+    grad[1] = -1
+    grad[1, :, 0, 0] = 0
+    (actual,) = torch.autograd.grad(depthwise_conv2d(x, weight, bias), bias, grad)
+    assert actual.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[2:])
 @settings(max_examples=30, deadline=None)
 @given(call=calls(), backend=st.sampled_from(ON_CPU))

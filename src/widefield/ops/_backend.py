@@ -16,8 +16,8 @@ import torch
 
 from widefield import _checks
 from widefield.ops import _fft, _timed
-from widefield.ops._onednn import WIDEST, computes_in, is_slow_in_channels_last, leaves_cache
-from widefield.ops._problem import Pair, Problem, multiply_adds, trim
+from widefield.ops._onednn import WIDEST, computes_in, is_slow_in_channels_last, leaves_cache, never_returns
+from widefield.ops._problem import Pair, Problem, trim
 
 _HOMES = {
     "aten": "widefield.ops._aten",
@@ -126,7 +126,7 @@ def _is_for_spectra(problem: Problem) -> bool:
         factor = 24 if problem.channels_last else 18
     kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)
     transforms = 1 + kernels_per_map / 2  # in pairs: a map there and back, and its part of a kernel
-    return multiply_adds(problem) > factor * transforms * _fft.work(problem)
+    return problem.multiply_adds > factor * transforms * _fft.work(problem)
 
 
 def _cut(problem: Problem) -> Pair:
@@ -148,6 +148,8 @@ def _forward(problem: Problem) -> tuple[str, str]:
             return "onednn", f"PyTorch loops over small matrix products for {extent} columns in NCHW"
         if problem.kernel[1] > WIDEST:
             return "onednn", "taps that never meet the map are cut off first"
+    elif never_returns(problem.dtype, problem.channels, extent):
+        return "onednn", "PyTorch never returns from kernels so wide of so few channels in bfloat16: in 32 bits"
     elif is_slow_in_channels_last(extent, problem.pixels):
         return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
     elif extent > WIDEST and problem.dilation != (1, 1):

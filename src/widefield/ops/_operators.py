@@ -178,8 +178,7 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if _wanted(ctx, 1):
         dw = _call("depthwise_weight_grad", grad, x, weight.shape, *ctx.geometry)
     if _wanted(ctx, 2):
-        db = grad.sum((2, 3))
-        db = db.sum(0, keepdim=True) if weight.shape[0] == 1 else db
+        db = grad.sum((0, 2, 3))[None] if weight.shape[0] == 1 else grad.sum((2, 3))  # 16 bits are rounded to once
     return dx, dw, db, None, None, None, None
 
 

@@ -9,6 +9,7 @@ return what they are asked for in the memory format of ``x`` (``input_grad``: of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,11 @@ class Problem(NamedTuple):
     def pixels(self) -> int:
         """Pixels of one map of the input."""
         return self.height * self.width
+
+    @property
+    def multiply_adds(self) -> int:
+        """Products that one map of one sample takes: see :func:`multiply_adds`."""
+        return multiply_adds((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation)
 
 
 def problem_of(
@@ -118,18 +124,16 @@ def trim(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair
     return cuts[0], cuts[1]
 
 
-def multiply_adds(problem: Problem) -> int:
+@functools.lru_cache(4096)
+def multiply_adds(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> int:
     """Return how many products of a tap with a pixel of the map, not of the padding, one map of one sample takes."""
     total = 1
-    out = output_size(
-        (problem.height, problem.width), problem.kernel, problem.stride, problem.padding, problem.dilation
-    )
-    for i, size in enumerate((problem.height, problem.width)):
-        stride, padding, dilation = problem.stride[i], problem.padding[i], problem.dilation[i]
+    out = output_size(size, kernel, stride, padding, dilation)
+    for i in range(2):
         count = 0
-        for k in range(problem.kernel[i]):
-            first = max(0, -(-(padding - k * dilation) // stride))  # outputs whose tap k is inside the map
-            last = min(out[i] - 1, (size - 1 + padding - k * dilation) // stride)
+        for k in range(kernel[i]):
+            first = max(0, -(-(padding[i] - k * dilation[i]) // stride[i]))  # outputs whose tap k is inside the map
+            last = min(out[i] - 1, (size[i] - 1 + padding[i] - k * dilation[i]) // stride[i])
             count += max(0, last - first + 1)
         total *= count
     return total

@@ -15,7 +15,6 @@ with respect to x, every W_r, every b_r and the routing weights a. Three backend
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 
@@ -337,7 +336,7 @@ def _merged(
 
 def _of_chosen(weights: Tensor) -> Tensor:
     """Keep gradients from weights of exactly 0: their experts were not chosen."""
-    return torch.where(weights == 0, 0, weights)
+    return torch.where(weights == 0, 0, weights) if weights.requires_grad else weights
 
 
 def _buckets(
@@ -348,28 +347,27 @@ def _buckets(
 
     Which samples is data: on a GPU this waits for it once a layer.
     """
-    spans = torch.tensor(sizes, device=weights.device)
-    need: list[int] = (weights != 0).mul(spans).amax(1).clamp(min=int(spans.min())).tolist()
+    largest = bank.shape[-1]
     buckets: dict[int, list[int]] = {}
-    for i, size in enumerate(need):
-        buckets.setdefault(size, []).append(i)
-    work = {size: _work(x, bank, size, stride, dilation) for size in {*buckets, bank.shape[-1]}}
-    saved = sum(work[bank.shape[-1]] - work[size] for size in need)
-    numbers = x.numel() + x.shape[0] * bank.shape[1] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
-    if saved > (_TO_MOVE * numbers + _TO_CALL * len(buckets) if len(buckets) > 1 else 0):
+    for i, row in enumerate(weights.tolist()):
+        live = [size for size, weight in zip(sizes, row, strict=True) if weight != 0]
+        buckets.setdefault(max(live, default=min(sizes)), []).append(i)
+    work = {size: _work(x.shape[2:], size, stride, dilation) for size in {*buckets, largest}}
+    saved = sum((work[largest] - work[size]) * len(samples) for size, samples in buckets.items())
+    moves = 0.0
+    if len(buckets) > 1:
+        numbers = x.numel() + x.shape[0] * bank.shape[1] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+        moves = _TO_MOVE * numbers + _TO_CALL * len(buckets)
+    if saved * bank.shape[1] * bank.shape[2] > moves:
         return dict(sorted(buckets.items()))
-    return {bank.shape[-1]: list(range(len(need)))}
+    return {largest: list(range(len(weights)))}
 
 
-def _work(x: Tensor, bank: Tensor, size: int, stride: int, dilation: int) -> float:
-    """Multiply-adds of one sample's convolution, in units of those of narrow kernels."""
-    padding, kernel = dilation * (size // 2), (1, x.shape[1], size, size)
-    problem = problem_of("forward", x, tuple(x.shape), kernel, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
-    slower = 1.5 if problem.extent[1] > WIDEST else 1.0
-    return slower * bank.shape[1] * bank.shape[2] * _multiply_adds(problem)
-
-
-_multiply_adds = functools.lru_cache(4096)(multiply_adds)
+def _work(side: tuple[int, ...], size: int, stride: int, dilation: int) -> float:
+    """Multiply-adds of one kernel on one map, in units of those of narrow kernels."""
+    padding = dilation * (size // 2)
+    slower = 1.5 if fold.effective_size(size, dilation) > WIDEST else 1.0
+    return slower * multiply_adds((side[0], side[1]), (size,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
 
 
 def _by_size(
