@@ -29,6 +29,10 @@ _HOMES = {
 BACKENDS = ("auto", *_HOMES)
 
 
+_MUCH = 12_000_000
+"""Multiply-adds from which a faster input gradient makes up for the 0.1 ms that our operators take in Python."""
+
+
 def why_not(backend: str, problem: Problem) -> str | None:
     """Return what keeps ``backend`` from computing ``problem``, or None if nothing does."""
     if backend in ("direct", "gemm"):
@@ -167,15 +171,21 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
     extent = _extent(problem)
     if problem.dilation != (1, 1):
         return "onednn", "PyTorch's input gradient is slow for dilated kernels"
-    if problem.channels_last:
-        flips = extent >= WIDEST - 1 and problem.pixels >= (196 if extent > WIDEST else 784)
-    else:
-        flips = extent >= 10 and not (WIDEST < extent <= 17 and problem.pixels >= 2000)
-    if flips:
-        return "onednn", "the forward convolution with the flipped kernel is faster for this width"
     if problem.per_sample:
         return "onednn", "kernels per sample run as one image, in the layout that suits them"
-    return "aten", "PyTorch's own kernel is the fast one for this width and layout"
+    much = problem.multiply_adds * problem.batch * problem.channels >= _MUCH
+    large = problem.pixels >= 2000
+    if not problem.channels_last:
+        flips = extent >= (5 if much else 10) and not (WIDEST < extent <= 17 and large)
+    elif extent > WIDEST:
+        flips = much or problem.pixels >= 196
+    elif is_slow_in_channels_last(extent, problem.pixels):  # and is padded, which 11 columns do not gain enough for
+        flips = much and not large and extent >= WIDEST - 1
+    else:
+        flips = much and extent >= 5 and (extent <= 8 or not large)
+    if flips:
+        return "onednn", "the forward convolution with the flipped kernel is faster for this width"
+    return "aten", "PyTorch's own kernel is the fast one for this width, layout and size"
 
 
 def _weight_grad(problem: Problem) -> tuple[str, str]:

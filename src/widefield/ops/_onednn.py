@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, fold, is_channels_last, memory_format, trim
+from widefield.ops._problem import Pair, Problem, Sizes, fold, is_channels_last, memory_format, trim
 
 WIDEST = 13
 """Columns up to which oneDNN's NCHW kernels go (jit_dw; oneDNN 3.12, ONEDNN_VERBOSE=dispatch)."""
@@ -64,7 +64,7 @@ def why_not(problem: Problem) -> str | None:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Return the convolution."""
-    weight, padding = _trimmed(weight, x, stride, padding, dilation)
+    weight, padding = _trimmed(weight, x.shape[2:], stride, padding, dilation)
     kw = weight.shape[3]
     extent = dilation[1] * (kw - 1) + 1
     if extent > WIDEST and dilation != (1, 1) and stride == (1, 1):
@@ -93,6 +93,7 @@ def input_grad(
     grad: Tensor, weight: Tensor, input_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Return the gradient with respect to x: the convolution of ``grad`` with the flipped kernel. Stride 1 only."""
+    weight, padding = _trimmed(weight, input_size[2:], stride, padding, dilation)  # there is less to flip then
     padding = (
         dilation[0] * (weight.shape[2] - 1) - padding[0],
         dilation[1] * (weight.shape[3] - 1) - padding[1],
@@ -188,9 +189,9 @@ def never_returns(dtype: torch.dtype, channels: int, columns: int) -> bool:
     return dtype == torch.bfloat16 and channels <= 16 and columns > WIDEST
 
 
-def _trimmed(weight: Tensor, x: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> tuple[Tensor, Pair]:
+def _trimmed(weight: Tensor, size: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> tuple[Tensor, Pair]:
     kh, kw = weight.shape[2:]
-    cut_h, cut_w = trim(x.shape[2:], (kh, kw), stride, padding, dilation)
+    cut_h, cut_w = trim(size, (kh, kw), stride, padding, dilation)
     padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
     return weight[:, :, cut_h : kh - cut_h, cut_w : kw - cut_w], padding
 
