@@ -228,8 +228,8 @@ for channels in (2, 16, 40):
 
 
 def test_kernels_that_pytorch_never_returns_from():
-    """bfloat16, channels_last, 2 to 16 channels, 15 columns and maps of 31 and more, on CPUs with such arithmetic (PyTorch
-    2.14). A process of its own can be stopped.
+    """bfloat16, channels_last, 2 to 16 channels, 15 columns and maps of 31 and more, on CPUs with such arithmetic
+    (PyTorch 2.14). A process of its own can be stopped.
     """
     subprocess.run([sys.executable, "-c", WIDE_AND_FEW], check=True, timeout=120)
     x = torch.zeros(1, 16, 40, 40, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
