@@ -29,8 +29,10 @@ _HOMES = {
 BACKENDS = ("auto", *_HOMES)
 
 
-_MUCH = 12_000_000
-"""Multiply-adds from which a faster input gradient makes up for the 0.1 ms that our operators take in Python."""
+_SOME, _MUCH = 5_000_000, 20_000_000
+"""Multiply-adds from which a faster input gradient makes up for the 0.1 ms that our operators take in Python: where the
+forward pass takes them anyway, and where it does not.
+"""
 
 
 def why_not(backend: str, problem: Problem) -> str | None:
@@ -173,7 +175,8 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
         return "onednn", "PyTorch's input gradient is slow for dilated kernels"
     if problem.per_sample:
         return "onednn", "kernels per sample run as one image, in the layout that suits them"
-    much = problem.multiply_adds * problem.batch * problem.channels >= _MUCH
+    least = _MUCH if _forward(problem)[0] == "aten" else _SOME
+    much = problem.multiply_adds * problem.batch * problem.channels >= least
     large = problem.pixels >= 2000
     if not problem.channels_last:
         flips = extent >= (5 if much else 10) and not (WIDEST < extent <= 17 and large)

@@ -336,7 +336,8 @@ def _merged(
 
 def _of_chosen(weights: Tensor) -> Tensor:
     """Keep gradients from weights of exactly 0: their experts were not chosen."""
-    return torch.where(weights == 0, 0, weights) if weights.requires_grad else weights
+    learning = torch.is_grad_enabled() and weights.requires_grad
+    return torch.where(weights == 0, 0, weights) if learning else weights
 
 
 def _buckets(
