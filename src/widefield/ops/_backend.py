@@ -178,14 +178,15 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
     least = _MUCH if _forward(problem)[0] == "aten" else _SOME
     much = problem.multiply_adds * problem.batch * problem.channels >= least
     large = problem.pixels >= 2000
+    narrow = much and problem.pixels < 800 and problem.dtype == torch.float32  # pays for few columns, too
     if not problem.channels_last:
-        flips = extent >= (5 if much else 10) and not (WIDEST < extent <= 17 and large)
+        flips = extent >= (9 if narrow else 10) and not (WIDEST < extent <= 17 and large)
     elif extent > WIDEST:
         flips = much or problem.pixels >= 196
     elif is_slow_in_channels_last(extent, problem.pixels):  # and is padded, which 11 columns do not gain enough for
         flips = much and not large and extent >= WIDEST - 1
     else:
-        flips = much and extent >= 5 and (extent <= 8 or not large)
+        flips = narrow and extent >= 5
     if flips:
         return "onednn", "the forward convolution with the flipped kernel is faster for this width"
     return "aten", "PyTorch's own kernel is the fast one for this width, layout and size"
