@@ -78,6 +78,7 @@ NOTABLE = [
     geometry((7, 9), (33, 33), padding=(16, 16)),
     geometry((14, 14), (1, 14), padding=(0, 7)),
     geometry((1, 1), (1, 1)),
+    geometry((1, 1), (1, 3), dilation=(1, 2), padding=(0, 3)),  # one tap is left, and padding beyond it
     geometry((5, 6), (1, 1), stride=(2, 3)),
     geometry((5, 6), (1, 1), padding=(1, 0)),
     geometry((6, 5), (3, 3), padding=(1, 1), batch=1),

@@ -93,7 +93,9 @@ def input_grad(
     grad: Tensor, weight: Tensor, input_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Return the gradient with respect to x: the convolution of ``grad`` with the flipped kernel. Stride 1 only."""
-    weight, padding = _trimmed(weight, input_size[2:], stride, padding, dilation)  # there is less to flip then
+    inner, least = _trimmed(weight, input_size[2:], stride, padding, dilation)
+    if all(d * (k - 1) >= p for d, k, p in zip(dilation, inner.shape[2:], least, strict=True)):
+        weight, padding = inner, least  # there is less to flip then
     padding = (
         dilation[0] * (weight.shape[2] - 1) - padding[0],
         dilation[1] * (weight.shape[3] - 1) - padding[1],
