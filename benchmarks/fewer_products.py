@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widefield import depthwise_conv2d, report
+from widefield.benchmarks.depthwise import in_bounds_taps
 from widefield.benchmarks.record import milliseconds, publish, times
 from widefield.benchmarks.settings import Settings, ceilings
 
@@ -146,8 +147,7 @@ def main() -> None:
             ways |= {f"{name}, {n} at a time": functools.partial(in_chunks, way, x, weight, n) for n in CHUNKS}
         with torch.no_grad():
             measured = settings.measure(ways)
-        taps = sum(min(side, i + HALF + 1) - max(0, i - HALF) for i in range(side)) ** 2
-        share = 2 * taps * batch * channels / measured["stock"].p50 / top.gemm_flops
+        share = 2 * in_bounds_taps(side, KERNEL) ** 2 * batch * channels / measured["stock"].p50 / top.gemm_flops
         row = {
             "shape": f"{batch} x {channels} x {side}x{side}",
             "channels_last, ms": milliseconds(measured["stock"].to_dict()),

@@ -85,9 +85,10 @@ def measure(
     spent = dict.fromkeys(candidates, 0.0)
     fastest = dict.fromkeys(candidates, math.inf)
     peaks: dict[str, int] = {}
+    items = list(candidates.items())
     for turn in range(warmup + repeats):
         first = turn // 2 % len(candidates)
-        order = [*candidates.items()][first:] + [*candidates.items()][:first]
+        order = items[first:] + items[:first]
         for name, call in reversed(order) if turn % 2 else order:
             if len(seconds[name]) >= 2 and spent[name] >= budget:
                 continue

@@ -70,9 +70,11 @@ def mixture_conv2d(
         stride: of every expert; the output has ceil(H/stride) rows and ceil(W/stride) columns.
         groups: of every expert.
         dilations: one per expert; default 1.
-        sparse: a weight of exactly 0 means that the expert was not chosen: it is not computed for that sample, and
-            neither its kernel nor that weight gets a gradient from it. Nothing is skipped, and the output is the same,
-            where there are no numbers to look at: while torch.compile or torch.export traces, and on meta tensors.
+        sparse: a weight of exactly 0 means that the expert was not chosen: neither its kernel nor that weight gets a
+            gradient from that sample. Branches compute only what was chosen. Merged kernels are cropped to the largest
+            expert that a sample chose, with the samples sorted by it, where that saves more time than it takes. Nothing
+            is skipped, and the output is the same, where there are no numbers to look at: while torch.compile or
+            torch.export traces, and on meta tensors.
         backend: "auto", "merged", "branches" or "routed".
 
     Returns:
