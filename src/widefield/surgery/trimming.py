@@ -49,7 +49,8 @@ class Trimming:
         tolerance, limit: as asked for.
         input_size: (H, W) of the images that the trimmed model is for, and no others; None: for all.
         parameters_before, parameters_after: numbers in the model.
-        macs_before, macs_after: multiply-accumulates for one image; None: the model was not run.
+        macs_before, macs_after: multiply-accumulates for one image of the loader, or of ``input_size``; None: no size
+            was given.
         change: of the outputs on the loader's images; None: there was no loader, and ``tolerance`` is each layer's.
         verified: largest difference between the trimmed model and the model with zeros for the same taps, in units of
             the outputs' scale; None: no input is known on which the model runs.
