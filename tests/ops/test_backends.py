@@ -43,7 +43,11 @@ SMALL = {
     "_fft _CACHED": 1500,
     "_fft work": lambda posed: 2.0 * posed.pixels,
 }
+BY_THREES = {**SMALL, "_onednn _gains_by_threes": lambda x, columns: x.shape[1] > 1}
 AS_THEY_ARE = {}
+WAYS = pytest.mark.parametrize(
+    "changed", [AS_THEY_ARE, SMALL, BY_THREES], ids=["limits as they are", "small limits", "columns by threes"]
+)
 
 
 def geometry(size, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), batch=2, channels=3):
@@ -153,7 +157,7 @@ def check_all_passes(name, case, per_sample, dtype, layout):
     assert all(torch.equal(a, b) for a, b in zip((x, weight, bias, grad), kept, strict=True))
 
 
-@pytest.mark.parametrize("changed", [AS_THEY_ARE, SMALL], ids=["limits as they are", "small limits"])
+@WAYS
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(("name", "dtype"), [("onednn", torch.float32), ("fft", torch.float32), ("fft", torch.float64)])
 @settings(max_examples=40, deadline=None)
@@ -173,7 +177,7 @@ def test_the_oracles_own_backend_folds_batches_and_layouts_right(per_sample, dty
         check_all_passes("aten", case, per_sample, dtype, layout)
 
 
-@pytest.mark.parametrize("changed", [AS_THEY_ARE, SMALL], ids=["limits as they are", "small limits"])
+@WAYS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", list(MODULES))
 @settings(max_examples=10, deadline=None)
@@ -186,10 +190,34 @@ def test_any_layout_may_come_in(name, layout, changed, case, per_sample):
 @pytest.mark.parametrize(
     ("name", "dtype"), [("onednn", torch.bfloat16), ("fft", torch.bfloat16), ("fft", torch.float16)]
 )
+@pytest.mark.parametrize("changed", [AS_THEY_ARE, BY_THREES], ids=["limits as they are", "columns by threes"])
 @settings(max_examples=15, deadline=None)
 @given(case=geometries(), per_sample=st.booleans(), layout=st.sampled_from(LAYOUTS))
-def test_sixteen_bits(name, dtype, case, per_sample, layout):
-    check_all_passes(name, case, per_sample, dtype, layout)
+def test_sixteen_bits(name, dtype, changed, case, per_sample, layout):
+    with limits(changed):
+        check_all_passes(name, case, per_sample, dtype, layout)
+
+
+@pytest.mark.parametrize("columns", range(1, 35))
+def test_columns_are_divided_by_threes(columns):
+    parts = _onednn._threes(columns)
+    assert sum(parts) == columns
+    assert set(parts) <= {1, 2, 3}
+    assert len(parts) == -(-columns // 3)
+    if len(parts) % 2 and columns % 2 and columns > 1:  # the middle part needs no copy of x: it is centred
+        middle = len(parts) // 2
+        assert parts[middle] == 3
+        assert sum(parts[:middle]) == sum(parts[middle + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "kernel"), [(4, 50, 24, (7, 7)), (2, 33, 30, (4, 5)), (5, 170, 11, (13, 9))]
+)
+def test_weight_gradients_of_many_numbers_go_by_threes(batch, channels, size, kernel):
+    case = geometry((size, size), kernel, padding=(kernel[0] // 2, kernel[1] // 2), batch=batch, channels=channels)
+    x, *_ = tensors(case, False, torch.float32, "channels_last")
+    assert _onednn._gains_by_threes(x, kernel[1])
+    check_all_passes("onednn", case, False, torch.float32, "channels_last")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -383,6 +411,12 @@ def test_the_measured_table():
         problem("weight_grad", batch=16, kernel=(7, 7)): "onednn",
         problem("weight_grad", batch=1, kernel=(7, 7)): "aten",
         problem("weight_grad", kernel=(3, 3), padding=(1, 1)): "aten",
+        problem("weight_grad", batch=8, kernel=(5, 2), padding=(2, 1)): "aten",
+        problem("weight_grad", batch=8, kernel=(1, 11), padding=(0, 5), channels_last=True): "aten",
+        problem("weight_grad", batch=8, kernel=(1, 11), padding=(0, 5)): "onednn",
+        problem("weight_grad", batch=8, channels=384, kernel=(5, 5), padding=(2, 2), stride=(3, 3)): "aten",
+        problem("weight_grad", batch=8, channels=384, kernel=(9, 9), padding=(4, 4), stride=(2, 2)): "onednn",
+        problem("input_grad", batch=8, channels=384, kernel=(1, 21), padding=(0, 10)): "aten",
         problem("input_grad", dilation=(2, 2)): "onednn",
         problem("input_grad", stride=(2, 2)): "aten",
         stage(): "aten",

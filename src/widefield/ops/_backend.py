@@ -30,9 +30,12 @@ BACKENDS = ("auto", *_HOMES)
 
 
 _SOME, _MUCH = 5_000_000, 20_000_000
-"""Multiply-adds from which a faster input gradient makes up for the 0.1 ms that our operators take in Python: where the
-forward pass takes them anyway, and where it does not.
+"""Multiply-adds from which a faster kernel makes up for the 0.1 ms that our operators take in Python: where another
+pass takes them anyway, and where none does.
 """
+
+_MANY_TAPS = 100
+"""Taps from which a wide kernel multiplies so much that moving a map into another layout for it does not count."""
 
 
 def why_not(backend: str, problem: Problem) -> str | None:
@@ -156,7 +159,11 @@ def _forward(problem: Problem) -> tuple[str, str]:
             return "onednn", "taps that never meet the map are cut off first"
     elif never_returns(problem.dtype, problem.channels, extent):
         return "onednn", "PyTorch never returns from kernels so wide of so few channels in bfloat16: in 32 bits"
-    elif is_slow_in_channels_last(extent, problem.pixels):
+    elif (
+        problem.dilation == problem.stride == (1, 1)
+        and is_slow_in_channels_last(problem.kernel[0], extent, problem.pixels)
+        and problem.all_multiply_adds >= _SOME
+    ):
         return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
     elif extent > WIDEST and problem.dilation != (1, 1):
         return "onednn", "a dilated kernel that wide is plain on interleaved maps"
@@ -176,14 +183,15 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
     if problem.per_sample:
         return "onednn", "kernels per sample run as one image, in the layout that suits them"
     least = _MUCH if _forward(problem)[0] == "aten" else _SOME
-    much = problem.multiply_adds * problem.batch * problem.channels >= least
+    much = problem.all_multiply_adds >= least
+    many = problem.kernel[0] * extent >= _MANY_TAPS
     large = problem.pixels >= 2000
     narrow = much and problem.pixels < 800 and problem.dtype == torch.float32  # pays for few columns, too
     if not problem.channels_last:
-        flips = extent >= (9 if narrow else 10) and not (WIDEST < extent <= 17 and large)
+        flips = many and not (extent <= 17 and large) if extent > WIDEST else much and extent >= (9 if narrow else 10)
     elif extent > WIDEST:
-        flips = much or problem.pixels >= 196
-    elif is_slow_in_channels_last(extent, problem.pixels):  # and is padded, which 11 columns do not gain enough for
+        flips = much or (many and problem.pixels >= 196)
+    elif is_slow_in_channels_last(problem.kernel[0], extent, problem.pixels):  # 11 padded columns do not gain enough
         flips = much and not large and extent >= WIDEST - 1
     else:
         flips = narrow and extent >= 5
@@ -197,13 +205,29 @@ def _weight_grad(problem: Problem) -> tuple[str, str]:
         return "onednn", "PyTorch's own writes out of bounds for tall kernels of one channel"
     if _cut(problem) != (0, 0):
         return "onednn", "taps that never meet the map are cut off first"
-    if problem.kernel[1] in (1, 3) and problem.dilation == (1, 1):
+    if problem.kernel[1] <= 3 and problem.dilation == (1, 1) and problem.kernel[0] <= problem.height:
         return "aten", f"PyTorch has a fast kernel for {problem.kernel[1]} columns"
     numbers = problem.batch * problem.channels * problem.pixels
-    few = (5, 50_000) if problem.channels_last else (7, 12_000)
-    if problem.kernel[1] <= few[0] and numbers < few[1]:
+    if problem.stride != (1, 1):
+        if not _is_worth_splitting(problem, numbers):
+            return "aten", "too few products to split the map into one for each step of the stride"
+    elif _extent(problem) <= WIDEST:
+        each = 3 if not problem.channels_last else 10 if problem.dilation == (1, 1) else 7
+        if problem.multiply_adds <= each * problem.pixels:
+            return "aten", "so few products of each number cost less than moving it"
+    columns, least = (5, 50_000) if problem.channels_last else (7, 12_000)
+    if problem.kernel[1] <= columns and numbers < least:
         return "aten", "so few numbers are soon added up"
     return "onednn", "PyTorch loops over small matrix products for this width"
+
+
+def _is_worth_splitting(problem: Problem, numbers: int) -> bool:
+    """Compare what a strided weight gradient multiplies with what it costs to take x apart: a call for each of the
+    maps, which have the fewer columns the larger the stride, and the moving of its numbers.
+    """
+    parts = problem.stride[0] * problem.stride[1] * max(problem.stride) / 2
+    call, each = (1_000_000, 0.6) if problem.channels_last else (400_000, 1.0)  # PyTorch's own is the slower in NCHW
+    return problem.all_multiply_adds > parts * (call + each * numbers)
 
 
 def names(backend: object) -> str:

@@ -1,9 +1,9 @@
-"""Every pass as a forward convolution of a shape and layout that oneDNN has a fast kernel for. CPUs.
+"""Every pass as a convolution of a shape and layout that oneDNN has a fast kernel for. CPUs.
 
 oneDNN computes a depthwise forward convolution fast in NCHW as long as the kernel, dilated, is at most 13 columns
 wide, and in channels_last at any width but 12 and 13. Everything else falls back to a loop over small matrix products:
-NCHW wider than 13, dilations past that width, the weight gradient of every width but 1 and 3. All of those can be
-written as forward convolutions:
+NCHW wider than 13, dilations past that width, the weight gradient of every width but 1 to 3. All of those can be
+written as what is fast:
 
 - taps that never meet the map are cut off first;
 - wide kernels run in channels_last, some channels at a time so that their weights stay in the cache;
@@ -11,7 +11,8 @@ written as forward convolutions:
 - a dilated kernel that spans too much is a plain kernel on each of the d*d interleaved maps;
 - the gradient with respect to x is the convolution with the flipped kernel;
 - the gradient with respect to the kernel is, for each sample, the convolution of x with the output gradient as the
-  kernel. A dilation there becomes a stride; a stride splits x into interleaved maps.
+  kernel. A dilation there becomes a stride; a stride splits x into interleaved maps;
+- in channels_last, that of up to 9 columns is put together from gradients of three columns.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
     extent = dilation[1] * (kw - 1) + 1
     if extent > WIDEST and dilation != (1, 1) and stride == (1, 1):
         return _interleaved(x, weight, bias, padding, dilation)
-    slow = is_slow_in_channels_last(extent, x.shape[2] * x.shape[3])
+    slow = is_slow_in_channels_last(weight.shape[2], extent, x.shape[2] * x.shape[3])
     if is_channels_last(x) and slow and dilation == stride == (1, 1):
         side = (WIDEST + 2 - kw) // 2
         weight, padding = F.pad(weight, (side, side)), (padding[0], padding[1] + side)
@@ -116,6 +117,8 @@ def weight_grad(
     cut_h, cut_w = trim(x.shape[2:], (kh, kw), stride, padding, dilation)
     kh, kw = kh - 2 * cut_h, kw - 2 * cut_w
     padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
+    if groups == 1 and dilation == (1, 1) and is_channels_last(x) and _gains_by_threes(x, kw):
+        return F.pad(_by_threes(grad, x, (kh, kw), padding), (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
     channels_last = grad.shape[3] > WIDEST
     count = max(16, 16 * round(_SLAB / (16 * x.shape[2] * x.shape[3])))
 
@@ -149,10 +152,52 @@ def weight_grad(
     return F.pad(dw, (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
 
 
+def _gains_by_threes(x: Tensor, columns: int) -> bool:
+    """Say whether three columns at a time are faster than every sample by itself: for few columns of many numbers."""
+    batch = len(x)
+    least = 50_000 if batch > 1 and columns <= 5 else 100_000 if batch >= 4 else 1_000_000
+    return columns <= 9 and x.shape[1] > 1 and x.numel() >= least
+
+
+def _by_threes(grad: Tensor, x: Tensor, kernel: Pair, padding: Pair) -> Tensor:
+    """Return the weight gradient (1, C, *kernel) in channels_last from those of at most three columns of the kernel,
+    the width that oneDNN has a fast one for, each on x moved by as many columns.
+    """
+    (rows, columns), channels = kernel, x.shape[1]
+    x, grad = x.float(), grad.float().contiguous(memory_format=torch.channels_last)
+    if rows > x.shape[2] or padding[0] > rows // 2:  # oneDNN falls back for these
+        x, padding = F.pad(x, (0, 0, padding[0], padding[0])), (0, padding[1])
+    parts, first = [], 0
+    for width in _threes(columns):
+        left = padding[1] - first
+        right = grad.shape[3] + width - 1 - x.shape[3] - left
+        whole = left == right and 0 <= left <= width // 2  # the middle ones: what is beyond x is zero anyway
+        moved = x if whole else F.pad(x, (left, right))
+        sides = (padding[0], left if whole else 0)
+        taps = x.new_empty(channels, 1, rows, width)  # only their size is read
+        parts.append(
+            torch.ops.aten.convolution_backward(
+                grad, moved, taps, None, (1, 1), sides, (1, 1), False, (0, 0), channels, (False, True, False)
+            )[1]
+        )
+        first += width
+    return torch.cat(parts, 3).view(1, channels, rows, columns)
+
+
+def _threes(columns: int) -> list[int]:
+    """Divide columns into parts of at most three, evenly, with three in the middle where that can be."""
+    count = -(-columns // 3)
+    if count % 2 == 0 or columns % 2 == 0 or count == 1:
+        return [columns // count + (i < columns % count) for i in range(count)]
+    side = _threes((columns - 3) // 2)
+    return [*side, 3, *side]
+
+
 def _strided_weight_grad(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], stride: Pair, padding: Pair) -> Tensor:
     """Split x into the maps that taps 0, s, 2s..., then 1, s + 1, ... meet: each has gradients of a plain stride."""
     kh, kw = weight_size[2:]
     rows, columns = grad.shape[2:]
+    channels_last = is_channels_last(x)
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     dw = x.new_zeros(weight_size)
     for a in range(min(stride[0], kh)):
@@ -161,6 +206,7 @@ def _strided_weight_grad(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], 
             met = x[:, :, a :: stride[0], b :: stride[1]][
                 :, :, : rows + part.shape[2] - 1, : columns + part.shape[3] - 1
             ]
+            met = met.contiguous(memory_format=memory_format(channels_last))
             part.copy_(weight_grad(grad, met, tuple(part.shape), (1, 1), (0, 0), (1, 1)))
     return dw
 
@@ -172,9 +218,11 @@ def leaves_cache(channels: int, rows: int, columns: int, dtype: torch.dtype) -> 
     return dtype == torch.float32 and channels * rows * columns > _CACHED
 
 
-def is_slow_in_channels_last(columns: int, pixels: int) -> bool:
-    """Say whether oneDNN falls back to small matrix products in channels_last, as it does not for two columns more."""
-    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and pixels >= SOME_PIXELS)
+def is_slow_in_channels_last(rows: int, columns: int, pixels: int) -> bool:
+    """Say whether oneDNN falls back to small matrix products in channels_last, as it does not for two columns more: by
+    so much that four columns of zeros pay for 11, too, in kernels of several rows on maps that are not small.
+    """
+    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and rows >= 7 and pixels >= SOME_PIXELS)
 
 
 def computes_in(dtype: torch.dtype) -> bool:

@@ -58,6 +58,11 @@ class Problem(NamedTuple):
         """Products that one map of one sample takes: see :func:`multiply_adds`."""
         return multiply_adds((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation)
 
+    @property
+    def all_multiply_adds(self) -> int:
+        """The same for all maps of all samples."""
+        return self.batch * self.channels * self.multiply_adds
+
 
 def problem_of(
     step: str,
