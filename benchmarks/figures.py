@@ -17,7 +17,7 @@ def main() -> None:
     rows = [row for row in tables["RepLKNet, table 1"] if row["side"] == 32]
     lines = {}
     for step, layout in LINES:
-        found = sorted((r["kernel"], r["same_layout"]) for r in rows if (r["step"], r["layout"]) == (step, layout))
+        found = sorted((int(r["kernel"]), r["same_layout"]) for r in rows if (r["step"], r["layout"]) == (step, layout))
         lines[f"{step.replace('_grad', ' gradient')}, {layout}"] = tuple(zip(*found, strict=True))
     figure = report.curves(lines, "kernel size, 384 channels on 32x32", "times as fast as F.conv2d")
     axis = figure.axes[0]

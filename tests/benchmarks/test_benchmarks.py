@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,26 +30,30 @@ def row(name, p50):
     return Row(name, 0.9 * p50, p50, 1.1 * p50, 2)
 
 
-@pytest.mark.parametrize(("side", "kernel"), [*itertools.product((1, 2, 5, 7, 16), (1, 3, 5, 7, 13, 31))])
-def test_in_bounds_taps_are_those_that_meet_the_map(side, kernel):
-    ones = F.conv2d(torch.ones(1, 1, 1, side), torch.ones(1, 1, 1, kernel), padding=(0, kernel // 2))
-    assert depthwise.in_bounds_taps(side, kernel) == ones.sum()
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride"), [*itertools.product((1, 2, 5, 7, 16), (1, 3, 5, 7, 13, 31), (1, 2, 3))]
+)
+def test_in_bounds_taps_are_those_that_meet_the_map(side, kernel, stride):
+    ones = F.conv2d(torch.ones(1, 1, 1, side), torch.ones(1, 1, 1, kernel), None, (1, stride), (0, kernel // 2))
+    assert depthwise.in_bounds_taps(side, kernel, stride) == ones.sum()
 
 
 def test_flops_are_two_for_each_tap_inside_and_a_backward_pass_has_both_gradients():
-    case = depthwise.Case(batch=2, channels=3, side=4, kernel=3, layers=5)
+    case = depthwise.Case(batch=2, channels=3, side=4, kernel=(3, 3), layers=5)
     assert case.flops("forward") == 2 * 5 * 2 * 3 * 10**2
+    assert replace(case, kernel=(1, 3), stride=2).flops("forward") == 2 * 5 * 2 * 3 * 2 * 5
     assert case.flops("backward") == 2 * case.flops("weight_grad") == 2 * case.flops("input_grad")
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("step", depthwise.STEPS)
-def test_peers_of_a_depthwise_row_compute_the_same(step):
-    case = depthwise.Case(2, 3, 6, 5, layers=2)
+def test_peers_of_a_depthwise_row_compute_the_same(step, stride):
+    case = depthwise.Case(2, 3, 7, (3, 5), layers=2, stride=stride)
     calls = depthwise.calls(case, step)
     assert set(calls) == {f"{peer} {layout}" for peer in ("ours", "stock") for layout in LAYOUTS}
     if step != "forward":
         found = [call() for call in calls.values()]
-        assert found[0].shape == ((2, 3, 6, 6) if step == "input_grad" else (3, 1, 5, 5))
+        assert found[0].shape == ((2, 3, 7, 7) if step == "input_grad" else (3, 1, 3, 5))
         for other in found[1:]:
             close(other, found[0], FLOAT32)
 
@@ -56,18 +61,18 @@ def test_peers_of_a_depthwise_row_compute_the_same(step):
 def test_a_passes_graph_wants_only_the_gradients_that_it_is_about(monkeypatch):
     seen = []
 
-    def op(x, weight):
+    def op(x, weight, stride):
         seen.append((x.requires_grad, weight.requires_grad, torch.is_grad_enabled()))
         return depthwise.stock(x, weight)
 
     monkeypatch.setattr(depthwise, "ours", op)
     for step in depthwise.STEPS:
-        depthwise.calls(depthwise.Case(1, 2, 4, 3), step)["ours NCHW"]()
+        depthwise.calls(depthwise.Case(1, 2, 4, (3, 3)), step)["ours NCHW"]()
     assert set(seen) == {(False, False, False), (True, False, True), (False, True, True), (True, True, True)}
 
 
 def test_rows_of_16_bits_on_a_cpu_have_upcasting_as_a_peer():
-    case = depthwise.Case(1, 2, 6, 3, dtype=torch.bfloat16)
+    case = depthwise.Case(1, 2, 6, (3, 3), dtype=torch.bfloat16)
     calls = depthwise.calls(case, "weight_grad")
     assert {name.split()[0] for name in calls} == {"ours", "stock", "upcast"}
     assert calls["upcast NCHW"]().dtype == torch.bfloat16
@@ -76,7 +81,7 @@ def test_rows_of_16_bits_on_a_cpu_have_upcasting_as_a_peer():
 def test_depthwise_ratios_compare_medians(monkeypatch):
     times = {"ours NCHW": 2.0, "ours channels_last": 1.0, "stock NCHW": 8.0, "stock channels_last": 3.0}
     monkeypatch.setattr(Settings, "measure", lambda *_, **__: {name: row(name, p50) for name, p50 in times.items()})
-    case = depthwise.Case(1, 2, 4, 3)
+    case = depthwise.Case(1, 2, 4, (3, 3))
     nchw, last = depthwise.rows_of(case, "forward", Settings("test"), TOP)
     assert (nchw["same_layout"], nchw["better_layout"]) == (4, 1.5)
     assert (last["same_layout"], last["better_layout"]) == (3, 3)
@@ -93,7 +98,7 @@ def test_what_comes_out_slower_is_measured_once_more_and_longer(monkeypatch):
         return {name: row(name, ours if name.startswith("ours") else 1.5) for name in calls}
 
     monkeypatch.setattr(Settings, "measure", measure)
-    rows = list(depthwise.rows_of(depthwise.Case(1, 2, 4, 3), "forward", Settings("test"), TOP))
+    rows = list(depthwise.rows_of(depthwise.Case(1, 2, 4, (3, 3)), "forward", Settings("test"), TOP))
     assert turns == [1, 3]
     assert [(r["same_layout"], r["measured_again"]) for r in rows] == [(1.5, True)] * 2
 
@@ -138,9 +143,9 @@ def depthwise_row(kernel, side, step, layout="NCHW", channels=384, dtype="float3
     times = {"stock NCHW": {"p50": nchw}, "stock channels_last": {"p50": last}, f"ours {layout}": {"p50": ours}}
     same, better = times[f"stock {layout}"]["p50"] / ours, min(nchw, last) / ours
     return {
-        "label": f"{kernel} {side} {step} {layout}", "kernel": kernel, "side": side, "step": step, "layout": layout,
-        "channels": channels, "dtype": dtype, "times": times, "same_layout": same, "better_layout": better,
-        "is_stock": False,
+        "label": f"{kernel} {side} {step} {layout}", "kernel": str(kernel), "side": side, "step": step,
+        "layout": layout, "channels": channels, "dtype": dtype, "times": times, "same_layout": same,
+        "better_layout": better, "is_stock": False,
     }  # fmt: skip
 
 

@@ -44,33 +44,52 @@ HALF_SHAPES = ((384, 28), (384, 14))
 """On CPUs in bfloat16, with HALF_KERNELS."""
 HALF_KERNELS = (3, 7, 13, 31)
 
+STRIDED_SHAPES = ((96, 56), (192, 28), (384, 14))
+"""On CPUs with STRIDED_KERNELS and a stride of two, as MobileNets and EfficientNets have them."""
+STRIDED_KERNELS = (5, 7, 13)
+BAND_SHAPES = ((96, 56), (384, 14))
+"""On CPUs with BANDS of so many rows and columns: SLaK's and InceptionNeXt's."""
+BANDS = ((51, 5), (5, 51), (11, 1), (1, 11))
+
 NOISE = 0.95
 """Two timings of the same call differ by some hundredths: a ratio from here on counts as no slower."""
 _DOUBTFUL = 0.98
 """Ratios below are measured again."""
 
-Op = Callable[[Tensor, Tensor], Tensor]
+Op = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a few rows are about: ``layers`` depthwise convolutions of (batch, channels, side, side), padding "same"."""
+    """What a few rows are about: ``layers`` depthwise convolutions of (batch, channels, side, side), half a kernel of
+    padding on every side.
+    """
 
     batch: int
     channels: int
     side: int
-    kernel: int
+    kernel: tuple[int, int]
     layers: int = 1
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    stride: int = 1
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.channels} x {self.side}x{self.side}, K={self.kernel}{dtype}"
+        return f"{self.channels} x {self.side}x{self.side}, K={self.size}{dtype}"
+
+    @property
+    def size(self) -> str:
+        """The kernel in words: "7", "51x5", "7 /2" where the stride is two."""
+        rows, columns = self.kernel
+        step = f" /{self.stride}" if self.stride > 1 else ""
+        return f"{columns if rows == columns else f'{rows}x{columns}'}{step}"
 
     def flops(self, step: str) -> int:
         """Count two operations for every product of a tap and a pixel inside the map; padding is not counted."""
-        taps = in_bounds_taps(self.side, self.kernel) ** 2
+        taps = in_bounds_taps(self.side, self.kernel[0], self.stride) * in_bounds_taps(
+            self.side, self.kernel[1], self.stride
+        )
         return 2 * self.layers * self.batch * self.channels * taps * (2 if step == "backward" else 1)
 
     def tensors(self, layout: str) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -80,30 +99,36 @@ class Case:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
-        shape = (self.batch, self.channels, self.side, self.side)
-        x, grad = (draw(*shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
-        return x, [draw(self.channels, 1, self.kernel, self.kernel) for _ in range(self.layers)], grad
+        sides = self.side, -(-self.side // self.stride)
+        x, grad = (
+            draw(self.batch, self.channels, side, side).contiguous(memory_format=LAYOUTS[layout]) for side in sides
+        )
+        return x, [draw(self.channels, 1, *self.kernel) for _ in range(self.layers)], grad
 
 
-def in_bounds_taps(side: int, kernel: int) -> int:
-    """Count, along one axis, the pairs of an output pixel and a tap that meet the map under "same" padding."""
+def in_bounds_taps(side: int, kernel: int, stride: int = 1) -> int:
+    """Count, along one axis, pairs of an output pixel and a tap that meet the map, under half a kernel of padding."""
     half = kernel // 2
-    return sum(min(side, i + half + 1) - max(0, i - half) for i in range(side))
+    return sum(min(side, i + half + 1) - max(0, i - half) for i in range(0, side, stride))
 
 
-def ours(x: Tensor, weight: Tensor) -> Tensor:
+def ours(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """The operator with ``backend="auto"``."""
-    return depthwise_conv2d(x, weight)
+    return depthwise_conv2d(x, weight, stride=stride, padding=_half(weight))
 
 
-def stock(x: Tensor, weight: Tensor) -> Tensor:
+def stock(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """PyTorch's own."""
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    return F.conv2d(x, weight, None, stride, _half(weight), groups=x.shape[1])
 
 
-def upcast(x: Tensor, weight: Tensor) -> Tensor:
+def upcast(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """PyTorch's own in float32 and back, what a user would write who finds 16 bits slow."""
-    return stock(x.float(), weight.float()).to(x.dtype)
+    return stock(x.float(), weight.float(), stride).to(x.dtype)
+
+
+def _half(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[2] // 2, weight.shape[3] // 2
 
 
 def calls(case: Case, step: str) -> dict[str, Callable[[], object]]:
@@ -115,15 +140,15 @@ def calls(case: Case, step: str) -> dict[str, Callable[[], object]]:
     for layout in LAYOUTS:
         tensors = case.tensors(layout)
         for name, op in peers.items():
-            found[f"{name} {layout}"] = _call(op, *tensors, step)
+            found[f"{name} {layout}"] = _call(op, *tensors, case.stride, step)
     return found
 
 
-def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, step: str) -> Callable[[], object]:
+def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, stride: int, step: str) -> Callable[[], object]:
     def forward() -> None:
         with torch.no_grad():
             for weight in weights:
-                op(x, weight)
+                op(x, weight, stride)
 
     if step == "forward":
         return forward
@@ -132,7 +157,7 @@ def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, step: str)
     for weight in weights:
         kernel = weight.detach().requires_grad_(step != "input_grad")
         wanted = [tensor for tensor in (leaf, kernel) if tensor.requires_grad]
-        graphs.append((get_gradient_edge(op(leaf, kernel)), wanted))  # an edge keeps no output alive
+        graphs.append((get_gradient_edge(op(leaf, kernel, stride)), wanted))  # an edge keeps no output alive
 
     def backward() -> Tensor:
         for edge, wanted in graphs:
@@ -145,7 +170,7 @@ def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, step: str)
 def backends(case: Case, layout: str) -> dict[str, str]:
     """Return the backend of every pass."""
     x, weights, _ = replace(case, layers=1).tensors(layout)
-    found = explain(depthwise_conv2d, x, weights[0])
+    found = explain(depthwise_conv2d, x, weights[0], stride=case.stride, padding=_half(weights[0]))
     return {step: found[step].backend for step in ("forward", "input_grad", "weight_grad")}
 
 
@@ -171,7 +196,7 @@ def rows_of(case: Case, step: str, settings: Settings, top: Ceilings) -> Iterato
             "batch": case.batch,
             "channels": case.channels,
             "side": case.side,
-            "kernel": case.kernel,
+            "kernel": case.size,
             "layers": case.layers,
             "dtype": str(case.dtype).removeprefix("torch."),
             "layout": layout,
@@ -201,7 +226,7 @@ def _tensor(value: object) -> Tensor:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "shape": lambda r: f"{r['batch']} x {r['channels']} x {r['side']}x{r['side']}",
-    "K": lambda r: str(r["kernel"]),
+    "K": lambda r: r["kernel"],
     "step": lambda r: r["step"],
     "layout": lambda r: r["layout"],
     "ours, ms (p20-p80)": lambda r: record.milliseconds(r["times"][f"ours {r['layout']}"]),
@@ -247,9 +272,10 @@ def run(
     if batch is not None:
         batch = _checks.integer("batch", batch)
 
-    def case(c: int, side: int, kernel: int, dtype: torch.dtype) -> Case:
+    def case(c: int, side: int, kernel: int | tuple[int, int], dtype: torch.dtype, stride: int = 1) -> Case:
         count = batch or (scaled_batch(c, side) if on_cpu else 64)
-        return Case(count, c, side, kernel, layers, dtype, settings.device)
+        size = (kernel, kernel) if isinstance(kernel, int) else kernel
+        return Case(count, c, side, size, layers, dtype, settings.device, stride)
 
     out = Record("depthwise", settings)
     top = top or ceilings(settings)
@@ -266,6 +292,9 @@ def run(
             ("Large maps, many channels", LARGE_SHAPES, LARGE_KERNELS),
         ):
             parts.append((out.table(title, columns), [case(c, r, k, dtype) for c, r in shapes for k in wanted]))
+        strided = [case(c, r, k, dtype, stride=2) for c, r in STRIDED_SHAPES for k in STRIDED_KERNELS]
+        parts.append((out.table("A stride of two", columns), strided))
+        parts.append((out.table("Bands", columns), [case(c, r, k, dtype) for c, r in BAND_SHAPES for k in BANDS]))
     if whole and dtype == torch.float32:
         cases = [case(c, r, k, torch.bfloat16) for c, r in HALF_SHAPES for k in HALF_KERNELS]
         parts.append((out.table("bfloat16", UPCAST_COLUMNS), cases))
@@ -296,14 +325,14 @@ def latencies(rows: Sequence[Row], step: str) -> list[dict[str, str]]:
         for peer in ("stock", "ours"):
             at = (f"{row['side']}x{row['side']}", f"{peer} {row['layout']}".replace("stock", "F.conv2d"))
             cells = found.setdefault(at, {"R": at[0], "": at[1]})
-            cells[str(row["kernel"])] = record.milliseconds(row["times"][f"{peer} {row['layout']}"]).split()[0]
+            cells[row["kernel"]] = record.milliseconds(row["times"][f"{peer} {row['layout']}"]).split()[0]
     return list(found.values())
 
 
 def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
     """Hold rows against what the project promises on a CPU."""
     single = [r for r in rows if r["dtype"] == "float32"]
-    large = [r for r in single if r["kernel"] == 31 and r["step"] == "forward" and r["side"] >= 28]
+    large = [r for r in single if r["kernel"] == "31" and r["step"] == "forward" and r["side"] >= 28]
     many = [r for r in large if r["channels"] >= 384]
     weight = [r for r in single if r["step"] == "weight_grad" and 28 <= r["side"] <= 56]
 
@@ -330,7 +359,7 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
         *(
             bar(
                 f"weight gradient, K={kernel}, maps of 28 to 56: better F.conv2d layout / ours",
-                [r for r in weight if r["kernel"] == kernel],
+                [r for r in weight if r["kernel"] == str(kernel)],
                 lambda r: float(r["better_layout"]),
                 at_least=limit,
             )
@@ -352,7 +381,7 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
 
 def cuda_bars(rows: Sequence[Row], dtype: str) -> list[Bar]:
     """Hold rows against what the project promises on a GPU."""
-    large = [r for r in rows if r["kernel"] == 31 and r["side"] == 32]
+    large = [r for r in rows if r["kernel"] == "31" and r["side"] == 32]
     return [
         *(
             bar(
@@ -366,7 +395,7 @@ def cuda_bars(rows: Sequence[Row], dtype: str) -> list[Bar]:
         *(
             bar(
                 f"K<=7, {step}, {dtype}: F.conv2d, same layout / ours",
-                [r for r in rows if r["kernel"] <= 7 and r["step"] == step],
+                [r for r in rows if r["kernel"] in ("3", "5", "7") and r["step"] == step],
                 _same,
                 at_least=NOISE,
             )
