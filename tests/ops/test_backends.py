@@ -211,7 +211,7 @@ def test_columns_are_divided_by_threes(columns):
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "size", "kernel"), [(4, 50, 24, (7, 7)), (2, 33, 30, (4, 5)), (5, 170, 11, (13, 9))]
+    ("batch", "channels", "size", "kernel"), [(4, 50, 24, (7, 7)), (4, 33, 30, (4, 5)), (5, 170, 11, (13, 9))]
 )
 def test_weight_gradients_of_many_numbers_go_by_threes(batch, channels, size, kernel):
     case = geometry((size, size), kernel, padding=(kernel[0] // 2, kernel[1] // 2), batch=batch, channels=channels)

@@ -125,14 +125,16 @@ def _on_cpu(problem: Problem) -> tuple[str, str]:
 
 def _is_for_spectra(problem: Problem) -> bool:
     """Compare operations: multiply-adds inside the map against those of the transforms, which are slower ones by a
-    factor that was measured, and read channels_last maps a channel at a time.
+    factor that was measured, most so for short lengths, and read channels_last maps a channel at a time.
     """
     if problem.dtype != torch.float32:
         return False
     if problem.step == "weight_grad":
-        factor = 18 if problem.channels_last else 16
-    else:
+        factor = 17 if problem.channels_last else 15
+    elif problem.pixels < 1000:
         factor = 24 if problem.channels_last else 18
+    else:
+        factor = 18 if problem.channels_last else 14
     kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)
     transforms = 1 + kernels_per_map / 2  # in pairs: a map there and back, and its part of a kernel
     return problem.multiply_adds > factor * transforms * _fft.work(problem)
@@ -212,7 +214,7 @@ def _weight_grad(problem: Problem) -> tuple[str, str]:
         if not _is_worth_splitting(problem, numbers):
             return "aten", "too few products to split the map into one for each step of the stride"
     elif _extent(problem) <= WIDEST:
-        each = 3 if not problem.channels_last else 10 if problem.dilation == (1, 1) else 7
+        each = 3 if not problem.channels_last else 11 if problem.dilation == (1, 1) else 7
         if problem.multiply_adds <= each * problem.pixels:
             return "aten", "so few products of each number cost less than moving it"
     columns, least = (5, 50_000) if problem.channels_last else (7, 12_000)
@@ -226,7 +228,7 @@ def _is_worth_splitting(problem: Problem, numbers: int) -> bool:
     maps, which have the fewer columns the larger the stride, and the moving of its numbers.
     """
     parts = problem.stride[0] * problem.stride[1] * max(problem.stride) / 2
-    call, each = (1_000_000, 0.6) if problem.channels_last else (400_000, 1.0)  # PyTorch's own is the slower in NCHW
+    call, each = (1_500_000, 2.5) if problem.channels_last else (700_000, 2.0)  # PyTorch's own is the slower in NCHW
     return problem.all_multiply_adds > parts * (call + each * numbers)
 
 

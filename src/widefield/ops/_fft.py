@@ -1,7 +1,7 @@
 """The convolution theorem: multiply spectra. For large kernels on large maps, where it needs the fewest operations.
 
 Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length that the transforms are fast for, and
-taken a few at a time, so that their spectra never leave the cache: written to memory they would cost what they save.
+taken a few at a time, so that their spectra never leave the caches: written to memory they would cost what they save.
 An infinity or NaN spreads over its whole map.
 """
 
@@ -19,8 +19,10 @@ _LENGTHS = (16, 20, 24, 32, 36, 40, 44, 48, 64, 80, 96, 112, 128)
 """Lengths that transforms are fast for; the ones between cost more than the next of these (MKL, on Zen 4 and Cascade
 Lake: 64x64 takes less time than 50x50)."""
 
-_CACHED = 2**16
-"""Numbers of padded maps that a thread transforms at once: with spectrum and product about 1 MiB, a core's cache."""
+_CACHED = 2**17
+"""Numbers of padded maps that a thread transforms at once: with spectrum and product about 2 MiB. Half of it would stay
+in a core's own cache, and costs more in calls than that saves.
+"""
 
 
 def why_not(problem: Problem) -> str | None:

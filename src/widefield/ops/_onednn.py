@@ -17,6 +17,8 @@ written as what is fast:
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,11 +120,26 @@ def weight_grad(
     kh, kw = kh - 2 * cut_h, kw - 2 * cut_w
     padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
     if groups == 1 and dilation == (1, 1) and is_channels_last(x) and _gains_by_threes(x, kw):
-        return F.pad(_by_threes(grad, x, (kh, kw), padding), (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
+        few = _share(len(x), round(x.numel() / _SLAB))
+        pairs = zip(grad.split(few), x.split(few), strict=True)
+        dw = functools.reduce(torch.add, (_by_threes(*pair, (kh, kw), padding) for pair in pairs))
+    else:
+        dw = _by_samples(grad, x, (groups, channels, kh, kw), padding, dilation)
+    return F.pad(dw, (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
+
+
+def _share(count: int, parts: int, step: int = 1) -> int:
+    """Return how many of ``count`` go into each of so many parts of about one size, in whole steps."""
+    return step * -(-count // (step * max(parts, 1)))
+
+
+def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: Pair, dilation: Pair) -> Tensor:
+    """Return the weight gradient from convolutions of each sample with its output gradient."""
+    groups, channels, kh, kw = weight_size
     channels_last = grad.shape[3] > WIDEST
-    count = max(16, 16 * round(_SLAB / (16 * x.shape[2] * x.shape[3])))
 
     def correlate(image: Tensor, kernel: Tensor) -> Tensor:
+        count = _share(len(kernel), -(-len(kernel) * x.shape[2] * x.shape[3] // _SLAB), 32)
         parts = [
             F.conv2d(
                 image[:, i : i + count].float().contiguous(memory_format=memory_format(channels_last)),
@@ -139,23 +156,15 @@ def weight_grad(
         x = x.float().contiguous(memory_format=torch.channels_last)
     if is_channels_last(x) and x[0].numel() >= (_FEW if groups == 1 else _FEW_EACH):
         grad = grad.contiguous()  # kernels are read plane by plane
-        each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))
-        if groups == 1:
-            dw = next(each)
-            for more in each:
-                dw = dw + more
-        else:
-            dw = torch.cat(list(each))
-    else:
-        dw = correlate(fold(x), grad.reshape(-1, 1, *grad.shape[2:])).reshape(len(x), channels, kh, kw)
-        dw = dw.sum(0, keepdim=True) if groups == 1 else dw
-    return F.pad(dw, (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
+        each = [correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x))]
+        return functools.reduce(torch.add, each) if groups == 1 else torch.cat(each)
+    dw = correlate(fold(x), grad.reshape(-1, 1, *grad.shape[2:])).reshape(len(x), channels, kh, kw)
+    return dw.sum(0, keepdim=True) if groups == 1 else dw
 
 
 def _gains_by_threes(x: Tensor, columns: int) -> bool:
     """Say whether three columns at a time are faster than every sample by itself: for few columns of many numbers."""
-    batch = len(x)
-    least = 50_000 if batch > 1 and columns <= 5 else 100_000 if batch >= 4 else 1_000_000
+    least = 100_000 if len(x) >= 4 else 1_000_000
     return columns <= 9 and x.shape[1] > 1 and x.numel() >= least
 
 
