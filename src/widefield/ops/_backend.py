@@ -34,7 +34,7 @@ _SOME, _MUCH = 5_000_000, 20_000_000
 pass takes them anyway, and where none does.
 """
 
-_MANY_TAPS = 100
+_MANY_TAPS = 150
 """Taps from which a wide kernel multiplies so much that moving a map into another layout for it does not count."""
 
 
@@ -134,7 +134,7 @@ def _is_for_spectra(problem: Problem) -> bool:
     elif problem.pixels < 1000:
         factor = 24 if problem.channels_last else 18
     else:
-        factor = 18 if problem.channels_last else 14
+        factor = 20 if problem.channels_last else 14
     kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)
     transforms = 1 + kernels_per_map / 2  # in pairs: a map there and back, and its part of a kernel
     return problem.multiply_adds > factor * transforms * _fft.work(problem)
@@ -164,7 +164,7 @@ def _forward(problem: Problem) -> tuple[str, str]:
     elif (
         problem.dilation == problem.stride == (1, 1)
         and is_slow_in_channels_last(problem.kernel[0], extent, problem.pixels)
-        and problem.all_multiply_adds >= _SOME
+        and problem.all_multiply_adds >= (_SOME if extent >= WIDEST - 1 else 50_000_000)  # 11 columns gain the least
     ):
         return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
     elif extent > WIDEST and problem.dilation != (1, 1):
