@@ -358,12 +358,13 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
         ),
         *(
             bar(
-                f"weight gradient, K={kernel}, maps of 28 to 56: better F.conv2d layout / ours",
+                f"weight gradient, K={kernel}, maps of 28 to 56, {layout}: better F.conv2d layout / ours",
                 [r for r in weight if r["kernel"] == str(kernel)],
-                lambda r: float(r["better_layout"]),
+                ratio,
                 at_least=limit,
             )
             for kernel, limit in ((7, 2), (31, 25))
+            for layout, ratio in (("each layout", _better), ("our better layout", _better_of_both))
         ),
         *_no_slower(rows),
         *(
@@ -387,7 +388,7 @@ def cuda_bars(rows: Sequence[Row], dtype: str) -> list[Bar]:
             bar(
                 f"K=31, R=32, {step}, {dtype}: better F.conv2d layout / ours",
                 [r for r in large if r["step"] == step],
-                lambda r: float(r["better_layout"]),
+                _better,
                 at_least=3,
             )
             for step in ("forward", "backward")
@@ -408,6 +409,14 @@ def cuda_bars(rows: Sequence[Row], dtype: str) -> list[Bar]:
 
 def _same(row: Row) -> float:
     return float(row["same_layout"])
+
+
+def _better(row: Row) -> float:
+    return float(row["better_layout"])
+
+
+def _better_of_both(row: Row) -> float:
+    return record.in_better_layout(row, "stock") / record.in_better_layout(row, "ours")
 
 
 def _no_slower(rows: Sequence[Row]) -> list[Bar]:

@@ -381,16 +381,14 @@ def throughput(rows: Sequence[Row], mode: str) -> list[dict[str, str]]:
             continue
         line = {"shape": f"{row['channels']} x {row['side']}x{row['side']}", "experts": row["experts"]}
         for name in ("ours", "branches", "our largest", "stock largest"):
-            seconds = min(row["times"][f"{name} {layout}"]["p50"] for layout in LAYOUTS)
-            line[name] = f"{row['batch'] / seconds:.0f}"
+            line[name] = f"{row['batch'] / record.in_better_layout(row, name):.0f}"
         lines.append(line)
     return lines
 
 
 def _ours(row: Row, over: str) -> float:
     """Ratio of our better layout to a peer's better layout."""
-    mine, peer = (min(row["times"][f"{n} {layout}"]["p50"] for layout in LAYOUTS) for n in ("ours", over))
-    return float(mine / peer)
+    return record.in_better_layout(row, "ours") / record.in_better_layout(row, over)
 
 
 def _steps(rows: Sequence[Row]) -> list[Row]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from widefield import bench, report
-from widefield.benchmarks.settings import Settings, keep_freed_memory
+from widefield.benchmarks.settings import LAYOUTS, Settings, keep_freed_memory
 
 Row = dict[str, Any]
 
@@ -206,6 +206,11 @@ def publish(
 
 def _wider(widths: Sequence[int], cells: Sequence[str]) -> list[int]:
     return [max(width, len(cell)) for width, cell in zip(widths, cells, strict=True)]
+
+
+def in_better_layout(row: Row, peer: str) -> float:
+    """Return a peer's median in seconds, in the memory format that it is faster in."""
+    return float(min(row["times"][f"{peer} {layout}"]["p50"] for layout in LAYOUTS))
 
 
 def milliseconds(row: Mapping[str, Any]) -> str:
