@@ -42,7 +42,7 @@ SMALL = {
     "_fft _CACHED": 1500,
     "_fft work": lambda posed: 2.0 * posed.pixels,
 }
-BY_THREES = {**SMALL, "_onednn _gains_by_threes": lambda x, columns: x.shape[1] > 1}
+BY_THREES = {**SMALL, "_onednn _gains_by_threes": lambda x, columns: columns <= 9 and x.shape[1] > 1}
 AS_THEY_ARE = {}
 WAYS = pytest.mark.parametrize(
     "changed", [AS_THEY_ARE, SMALL, BY_THREES], ids=["limits as they are", "small limits", "columns by threes"]
@@ -197,16 +197,11 @@ def test_sixteen_bits(name, dtype, changed, case, per_sample, layout):
         check_all_passes(name, case, per_sample, dtype, layout)
 
 
-@pytest.mark.parametrize("columns", range(1, 35))
-def test_columns_are_divided_by_threes(columns):
-    parts = _onednn._threes(columns)
-    assert sum(parts) == columns
-    assert set(parts) <= {1, 2, 3}
-    assert len(parts) == -(-columns // 3)
-    if len(parts) % 2 and columns % 2 and columns > 1:  # the middle part needs no copy of x: it is centred
-        middle = len(parts) // 2
-        assert parts[middle] == 3
-        assert sum(parts[:middle]) == sum(parts[middle + 1 :])
+@pytest.mark.parametrize(("columns", "widths"), _onednn._BY_THREES.items())
+def test_columns_are_divided_by_threes(columns, widths):
+    assert sum(widths) == columns
+    assert set(widths) <= {1, 2, 3}
+    assert len(widths) == -(-columns // 3)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +209,14 @@ def test_columns_are_divided_by_threes(columns):
 )
 def test_weight_gradients_of_many_numbers_go_by_threes(batch, channels, size, kernel):
     case = geometry((size, size), kernel, padding=(kernel[0] // 2, kernel[1] // 2), batch=batch, channels=channels)
-    x, *_ = tensors(case, False, torch.float32, "channels_last")
-    assert _onednn._gains_by_threes(x, kernel[1])
-    check_all_passes("onednn", case, False, torch.float32, "channels_last")
+    calls, by_threes = [], _onednn._by_threes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_onednn, "_by_threes", lambda *args: calls.append(args) or by_threes(*args))
+        check_all_passes("onednn", case, False, torch.float32, "channels_last")
+        assert calls
+        calls.clear()
+        check_all_passes("onednn", case, False, torch.float32, "contiguous")
+        assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -411,6 +411,9 @@ def test_the_measured_table():
         problem("weight_grad", batch=1, kernel=(7, 7)): "aten",
         problem("weight_grad", kernel=(3, 3), padding=(1, 1)): "aten",
         problem("weight_grad", batch=8, kernel=(5, 2), padding=(2, 1)): "aten",
+        problem("weight_grad", batch=8, kernel=(5, 2), padding=(2, 2)): "onednn",
+        problem("weight_grad", batch=8, channels=48, kernel=(3, 3), padding=(2, 2), channels_last=True): "onednn",
+        problem(kernel=(9, 9), padding=(8, 8), dilation=(2, 2), stride=(2, 2), channels_last=True): "aten",
         problem("weight_grad", batch=8, kernel=(1, 11), padding=(0, 5), channels_last=True): "aten",
         problem("weight_grad", batch=8, kernel=(1, 11), padding=(0, 5)): "onednn",
         problem("weight_grad", batch=8, channels=384, kernel=(5, 5), padding=(2, 2), stride=(3, 3)): "aten",

@@ -249,6 +249,26 @@ def test_kernels_wider_than_the_map_of_one_channel_with_a_stride(size, kernel, l
         close(y, oracle(x, weight, None, (1, 2), padding, 1), FLOAT32)
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "padding"), [((9, 1), (2, 7), (0, 6)), ((9, 1), (3, 2), (1, 2)), ((5, 1), (3, 3), (1, 1))]
+)
+def test_weight_gradients_of_maps_narrower_than_the_stride_in_16_bits(size, kernel, padding):
+    """PyTorch's own reads out of bounds in channels_last (2.14, CPUs that multiply in bfloat16): what was freed."""
+    for _ in range(20):
+        x = lay_out(torch.randn(5, 16, *size).bfloat16(), "channels_last")
+        weight = torch.randn(16, 1, *kernel).bfloat16().requires_grad_()
+        y = depthwise_conv2d(x, weight, stride=(1, 2), padding=padding)
+        exact = weight.detach().double().requires_grad_()
+        grad = torch.randn_like(y)
+        (expected,) = torch.autograd.grad(
+            F.conv2d(x.double(), exact, None, (1, 2), padding, groups=16), exact, grad.double()
+        )
+        freed = [torch.full((count,), float("nan")) for count in (8, 16, 64, 256, 1024)]
+        del freed
+        (actual,) = torch.autograd.grad(y, weight, grad)
+        close(actual, expected, OF_DTYPE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("backend", ["auto", "onednn", "fft"])
 @pytest.mark.parametrize("size", [3, 7, 15])
 def test_gradients_keep_the_layout_where_the_output_is_one_pixel(size, backend):

@@ -166,8 +166,8 @@ def _forward(problem: Problem) -> tuple[str, str]:
         and is_slow_in_channels_last(problem.kernel[0], extent, problem.pixels)
         and problem.all_multiply_adds >= (_SOME if extent >= WIDEST - 1 else 50_000_000)  # 11 columns gain the least
     ):
-        return "onednn", f"channels_last is slow for {extent} columns, and fast for {WIDEST + 2}"
-    elif extent > WIDEST and problem.dilation != (1, 1):
+        return "onednn", f"channels_last is slow for {extent} columns, and fast with columns of zeros beside them"
+    elif extent > WIDEST and problem.dilation != (1, 1) and problem.stride == (1, 1):
         return "onednn", "a dilated kernel that wide is plain on interleaved maps"
     elif (
         min(problem.kernel) >= 27
@@ -205,15 +205,18 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
 def _weight_grad(problem: Problem) -> tuple[str, str]:
     if problem.channels == 1:  # 2.14, for kernels about twice as tall as the map; groups=1 is not depthwise to it
         return "onednn", "PyTorch's own writes out of bounds for tall kernels of one channel"
+    if problem.dtype == torch.bfloat16 and problem.channels_last and problem.width < problem.stride[1]:
+        return "onednn", "PyTorch's own reads out of bounds for maps narrower than the stride"  # 2.14
     if _cut(problem) != (0, 0):
         return "onednn", "taps that never meet the map are cut off first"
-    if problem.kernel[1] <= 3 and problem.dilation == (1, 1) and problem.kernel[0] <= problem.height:
-        return "aten", f"PyTorch has a fast kernel for {problem.kernel[1]} columns"
+    halves = all(p <= e // 2 for p, e in zip(problem.padding, problem.extent, strict=True))  # or it loops after all
+    if halves and problem.kernel[1] <= 3 and problem.dilation == (1, 1) and problem.kernel[0] <= problem.height:
+        return "aten", "PyTorch has fast kernels for up to 3 columns"
     numbers = problem.batch * problem.channels * problem.pixels
     if problem.stride != (1, 1):
         if not _is_worth_splitting(problem, numbers):
             return "aten", "too few products to split the map into one for each step of the stride"
-    elif _extent(problem) <= WIDEST:
+    elif halves and _extent(problem) <= WIDEST:
         each = 3 if not problem.channels_last else 11 if problem.dilation == (1, 1) else 7
         if problem.multiply_adds <= each * problem.pixels:
             return "aten", "so few products of each number cost less than moving it"

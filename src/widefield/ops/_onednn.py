@@ -7,12 +7,12 @@ written as what is fast:
 
 - taps that never meet the map are cut off first;
 - wide kernels run in channels_last, some channels at a time so that their weights stay in the cache;
-- channels_last kernels 11 to 13 columns wide are padded with zero columns to 15;
+- channels_last kernels 11 to 13 columns wide are padded with zero columns to 15, or 14;
 - a dilated kernel that spans too much is a plain kernel on each of the d*d interleaved maps;
 - the gradient with respect to x is the convolution with the flipped kernel;
 - the gradient with respect to the kernel is, for each sample, the convolution of x with the output gradient as the
   kernel. A dilation there becomes a stride; a stride splits x into interleaved maps;
-- in channels_last, that of up to 9 columns is put together from gradients of three columns.
+- in channels_last, that of up to 9 columns of many numbers is put together from gradients of three columns.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ _FEW = 16_000
 
 _CACHED = 2**17
 """Taps of all channels beyond which they are taken some at a time: 512 KiB, half of a core's second-level cache."""
+
+_BY_THREES = {
+    1: (1,), 2: (2,), 3: (3,), 4: (2, 2), 5: (3, 2), 6: (3, 3), 7: (2, 3, 2), 8: (3, 3, 2), 9: (3, 3, 3),
+}  # fmt: skip
+"""Columns of a kernel -> the widths that their gradients are taken in: three in the middle needs no copy of x."""
 
 SOME_PIXELS = 400
 """Pixels of a map below which taking channels some at a time costs more than it saves."""
@@ -165,7 +170,7 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
 def _gains_by_threes(x: Tensor, columns: int) -> bool:
     """Say whether three columns at a time are faster than every sample by itself: for few columns of many numbers."""
     least = 100_000 if len(x) >= 4 else 1_000_000
-    return columns <= 9 and x.shape[1] > 1 and x.numel() >= least
+    return columns in _BY_THREES and x.shape[1] > 1 and x.numel() >= least
 
 
 def _by_threes(grad: Tensor, x: Tensor, kernel: Pair, padding: Pair) -> Tensor:
@@ -177,7 +182,7 @@ def _by_threes(grad: Tensor, x: Tensor, kernel: Pair, padding: Pair) -> Tensor:
     if rows > x.shape[2] or padding[0] > rows // 2:  # oneDNN falls back for these
         x, padding = F.pad(x, (0, 0, padding[0], padding[0])), (0, padding[1])
     parts, first = [], 0
-    for width in _threes(columns):
+    for width in _BY_THREES[columns]:
         left = padding[1] - first
         right = grad.shape[3] + width - 1 - x.shape[3] - left
         whole = left == right and 0 <= left <= width // 2  # the middle ones: what is beyond x is zero anyway
@@ -191,15 +196,6 @@ def _by_threes(grad: Tensor, x: Tensor, kernel: Pair, padding: Pair) -> Tensor:
         )
         first += width
     return torch.cat(parts, 3).view(1, channels, rows, columns)
-
-
-def _threes(columns: int) -> list[int]:
-    """Divide columns into parts of at most three, evenly, with three in the middle where that can be."""
-    count = -(-columns // 3)
-    if count % 2 == 0 or columns % 2 == 0 or count == 1:
-        return [columns // count + (i < columns % count) for i in range(count)]
-    side = _threes((columns - 3) // 2)
-    return [*side, 3, *side]
 
 
 def _strided_weight_grad(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], stride: Pair, padding: Pair) -> Tensor:
