@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widefield import depthwise_conv2d, report
-from widefield.benchmarks.depthwise import in_bounds_taps
+from widefield.benchmarks.depthwise import Case
 from widefield.benchmarks.record import milliseconds, publish, times
 from widefield.benchmarks.settings import Settings, ceilings
 
@@ -147,7 +147,8 @@ def main() -> None:
             ways |= {f"{name}, {n} at a time": functools.partial(in_chunks, way, x, weight, n) for n in CHUNKS}
         with torch.no_grad():
             measured = settings.measure(ways)
-        share = 2 * in_bounds_taps(side, KERNEL) ** 2 * batch * channels / measured["stock"].p50 / top.gemm_flops
+        flops = Case(batch, channels, side, (KERNEL, KERNEL)).flops("forward")
+        share = flops / measured["stock"].p50 / top.gemm_flops
         row = {
             "shape": f"{batch} x {channels} x {side}x{side}",
             "channels_last, ms": milliseconds(measured["stock"].to_dict()),

@@ -30,12 +30,12 @@ def row(name, p50):
     return Row(name, 0.9 * p50, p50, 1.1 * p50, 2)
 
 
-@pytest.mark.parametrize(
-    ("side", "kernel", "stride"), [*itertools.product((1, 2, 5, 7, 16), (1, 3, 5, 7, 13, 31), (1, 2, 3))]
-)
-def test_in_bounds_taps_are_those_that_meet_the_map(side, kernel, stride):
-    ones = F.conv2d(torch.ones(1, 1, 1, side), torch.ones(1, 1, 1, kernel), None, (1, stride), (0, kernel // 2))
-    assert depthwise.in_bounds_taps(side, kernel, stride) == ones.sum()
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("side", "kernel"), [*itertools.product((1, 2, 5, 7, 16), ((1, 3), (5, 5), (7, 1), (31, 13)))])
+def test_only_products_inside_the_map_are_counted(side, kernel, stride):
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    ones = F.conv2d(torch.ones(1, 1, side, side), torch.ones(1, 1, *kernel), None, stride, padding)
+    assert depthwise.Case(1, 1, side, kernel, stride=stride).flops("forward") == 2 * ones.sum()
 
 
 def test_flops_are_two_for_each_tap_inside_and_a_backward_pass_has_both_gradients():
@@ -63,7 +63,7 @@ def test_a_passes_graph_wants_only_the_gradients_that_it_is_about(monkeypatch):
 
     def op(x, weight, stride):
         seen.append((x.requires_grad, weight.requires_grad, torch.is_grad_enabled()))
-        return depthwise.stock(x, weight)
+        return depthwise.stock(x, weight, stride)
 
     monkeypatch.setattr(depthwise, "ours", op)
     for step in depthwise.STEPS:

@@ -197,7 +197,7 @@ def test_sixteen_bits(name, dtype, changed, case, per_sample, layout):
         check_all_passes(name, case, per_sample, dtype, layout)
 
 
-@pytest.mark.parametrize(("columns", "widths"), _onednn._BY_THREES.items())
+@pytest.mark.parametrize(("columns", "widths"), _onednn._WIDTHS.items())
 def test_columns_are_divided_by_threes(columns, widths):
     assert sum(widths) == columns
     assert set(widths) <= {1, 2, 3}

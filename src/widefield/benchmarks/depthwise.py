@@ -29,6 +29,7 @@ from widefield.benchmarks import record
 from widefield.benchmarks.record import Bar, Record, Row, bar
 from widefield.benchmarks.settings import LAYOUTS, Ceilings, Settings, ceilings
 from widefield.ops import depthwise_conv2d, explain
+from widefield.ops._problem import multiply_adds
 
 STEPS = ("forward", "input_grad", "weight_grad", "backward")
 CHANNELS = 384
@@ -87,10 +88,9 @@ class Case:
 
     def flops(self, step: str) -> int:
         """Count two operations for every product of a tap and a pixel inside the map; padding is not counted."""
-        taps = in_bounds_taps(self.side, self.kernel[0], self.stride) * in_bounds_taps(
-            self.side, self.kernel[1], self.stride
-        )
-        return 2 * self.layers * self.batch * self.channels * taps * (2 if step == "backward" else 1)
+        half = self.kernel[0] // 2, self.kernel[1] // 2
+        products = multiply_adds((self.side, self.side), self.kernel, (self.stride, self.stride), half, (1, 1))
+        return 2 * self.layers * self.batch * self.channels * products * (2 if step == "backward" else 1)
 
     def tensors(self, layout: str) -> tuple[Tensor, list[Tensor], Tensor]:
         """Return the input, the layers' kernels and the gradient of an output: the same numbers every time."""
@@ -106,23 +106,17 @@ class Case:
         return x, [draw(self.channels, 1, *self.kernel) for _ in range(self.layers)], grad
 
 
-def in_bounds_taps(side: int, kernel: int, stride: int = 1) -> int:
-    """Count, along one axis, pairs of an output pixel and a tap that meet the map, under half a kernel of padding."""
-    half = kernel // 2
-    return sum(min(side, i + half + 1) - max(0, i - half) for i in range(0, side, stride))
-
-
-def ours(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+def ours(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The operator with ``backend="auto"``."""
     return depthwise_conv2d(x, weight, stride=stride, padding=_half(weight))
 
 
-def stock(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+def stock(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """PyTorch's own."""
     return F.conv2d(x, weight, None, stride, _half(weight), groups=x.shape[1])
 
 
-def upcast(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+def upcast(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """PyTorch's own in float32 and back, what a user would write who finds 16 bits slow."""
     return stock(x.float(), weight.float(), stride).to(x.dtype)
 

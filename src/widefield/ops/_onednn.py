@@ -43,7 +43,7 @@ _FEW = 16_000
 _CACHED = 2**17
 """Taps of all channels beyond which they are taken some at a time: 512 KiB, half of a core's second-level cache."""
 
-_BY_THREES = {
+_WIDTHS = {
     1: (1,), 2: (2,), 3: (3,), 4: (2, 2), 5: (3, 2), 6: (3, 3), 7: (2, 3, 2), 8: (3, 3, 2), 9: (3, 3, 3),
 }  # fmt: skip
 """Columns of a kernel -> the widths that their gradients are taken in: three in the middle needs no copy of x."""
@@ -114,7 +114,7 @@ def input_grad(
 def weight_grad(
     grad: Tensor, x: Tensor, weight_size: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Return the gradient with respect to the weights: for each sample, x convolved with its output gradient.
+    """Return the gradient with respect to the weights, from columns by threes or from each sample by itself.
 
     16-bit inputs are multiplied and added up in 32 bits.
     """
@@ -130,7 +130,9 @@ def weight_grad(
         dw = functools.reduce(torch.add, (_by_threes(*pair, (kh, kw), padding) for pair in pairs))
     else:
         dw = _by_samples(grad, x, (groups, channels, kh, kw), padding, dilation)
-    return F.pad(dw, (cut_w, cut_w, cut_h, cut_h)).to(x.dtype)
+    if cut_h or cut_w:  # by nothing, too, padding copies
+        dw = F.pad(dw, (cut_w, cut_w, cut_h, cut_h))
+    return dw.to(x.dtype)
 
 
 def _share(count: int, parts: int, step: int = 1) -> int:
@@ -161,8 +163,8 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
         x = x.float().contiguous(memory_format=torch.channels_last)
     if is_channels_last(x) and x[0].numel() >= (_FEW if groups == 1 else _FEW_EACH):
         grad = grad.contiguous()  # kernels are read plane by plane
-        each = [correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x))]
-        return functools.reduce(torch.add, each) if groups == 1 else torch.cat(each)
+        each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))
+        return functools.reduce(torch.add, each) if groups == 1 else torch.cat(list(each))
     dw = correlate(fold(x), grad.reshape(-1, 1, *grad.shape[2:])).reshape(len(x), channels, kh, kw)
     return dw.sum(0, keepdim=True) if groups == 1 else dw
 
@@ -170,7 +172,7 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
 def _gains_by_threes(x: Tensor, columns: int) -> bool:
     """Say whether three columns at a time are faster than every sample by itself: for few columns of many numbers."""
     least = 100_000 if len(x) >= 4 else 1_000_000
-    return columns in _BY_THREES and x.shape[1] > 1 and x.numel() >= least
+    return columns in _WIDTHS and x.shape[1] > 1 and x.numel() >= least
 
 
 def _by_threes(grad: Tensor, x: Tensor, kernel: Pair, padding: Pair) -> Tensor:
@@ -182,7 +184,7 @@ def _by_threes(grad: Tensor, x: Tensor, kernel: Pair, padding: Pair) -> Tensor:
     if rows > x.shape[2] or padding[0] > rows // 2:  # oneDNN falls back for these
         x, padding = F.pad(x, (0, 0, padding[0], padding[0])), (0, padding[1])
     parts, first = [], 0
-    for width in _BY_THREES[columns]:
+    for width in _WIDTHS[columns]:
         left = padding[1] - first
         right = grad.shape[3] + width - 1 - x.shape[3] - left
         whole = left == right and 0 <= left <= width // 2  # the middle ones: what is beyond x is zero anyway
