@@ -1,0 +1,173 @@
+"""The smallest model of every family of timm and torchvision, ready to run: weights that hide nothing, and an input."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+SIDES = (64, 128, 224, 256, 384)
+"""Sides of images to try, the first that a network runs on is taken."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network in evaluation mode, what it is shown, and a loss to train it by."""
+
+    name: str
+    model: nn.Module
+    x: Tensor
+    """(N, C, H, W); clips of video are (N, C, T, H, W)."""
+    loss: Callable[[nn.Module], Tensor]
+
+
+def catalog() -> Iterator[str]:
+    """Yield "timm:NAME" or "torchvision:NAME" of the smallest model, by parameters, of every family.
+
+    A family is a module of either library: its author's own division.
+    """
+    families: dict[str, list[str]] = defaultdict(list)
+    for name in timm.list_models():
+        entrypoint = timm.model_entrypoint(name)
+        families[entrypoint.__module__].append(f"timm:{name}")
+    for name in torchvision.models.list_models():
+        families[torchvision.models.get_model_builder(name).__module__].append(f"torchvision:{name}")
+    for family in sorted(families):
+        if not family.startswith("widefield."):  # tests/models has those
+            yield min(families[family], key=lambda name: (_parameters(name), name))
+
+
+def _parameters(name: str) -> int:
+    """Return a model's number of parameters, without memory for them where it can be built like that."""
+    try:
+        with torch.device("meta"):
+            model = _built(name)
+    except NotImplementedError:  # torchvision's RegNet reads the numbers of a tensor
+        model = _built(name)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _built(name: str) -> nn.Module:
+    library, _, name = name.partition(":")
+    if library == "timm":
+        return timm.create_model(name)
+    builder = torchvision.models.get_model_builder(name)
+    known = inspect.signature(builder).parameters
+    options: dict[str, object] = {key: None for key in ("weights", "weights_backbone") if key in known}
+    if "detection" in builder.__module__:
+        # Every box counts: random weights score none above the usual thresholds. Images stay as small as they are.
+        rcnn = "rcnn" in name
+        options |= {"box_score_thresh" if rcnn else "score_thresh": 0.0}
+        options |= {} if "ssd" in name else {"min_size": SIDES[0], "max_size": 2 * SIDES[0]}
+    return builder(**options)
+
+
+class FramePair(nn.Module):
+    """An optical-flow network as a model of one tensor, (N, 6, H, W): two frames on top of each other."""
+
+    def __init__(self, flow: nn.Module) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.flow(x[:, :3].contiguous(), x[:, 3:].contiguous())
+
+
+def subject(name: str) -> Subject:
+    """Build one: seeded, in evaluation mode."""
+    torch.manual_seed(0)
+    model = _built(name)
+    kind = type(model).__module__
+    if "detection" in kind:
+        # In float64: rounding must not decide which of two boxes is dropped.
+        model, inputs, loss = model.double(), [torch.rand(2, 3, 96, 64).double()], _detection_loss
+    elif "optical_flow" in kind:
+        model, inputs, loss = FramePair(model), [torch.rand(1, 6, 128, 128)], _squares
+    elif "video" in kind:
+        inputs, loss = [torch.randn(2, 3, t, s, s) for t, s in ((8, 64), (16, 112), (16, 224))], _squares
+    else:
+        inputs, loss = list(_images(model)), _squares
+    x = _first_that_runs(model.eval(), inputs)
+    _shake(model, x)
+    return Subject(name, model.eval(), x, lambda trained: loss(trained, x))
+
+
+def _images(model: nn.Module) -> Iterator[Tensor]:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 0, 0))
+    if not config.get("fixed_input_size"):
+        least = max(config.get("min_input_size", (3, 0, 0))[1:])
+        yield from (torch.randn(2, channels, side, side) for side in SIDES if side >= least)
+    if height:
+        yield torch.randn(2, channels, height, width)
+
+
+def _first_that_runs(model: nn.Module, inputs: Iterable[Tensor]) -> Tensor:
+    for x in inputs:
+        try:
+            with torch.no_grad():
+                model(x)
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            said = error
+        else:
+            return x
+    raise said
+
+
+def _squares(model: nn.Module, x: Tensor) -> Tensor:
+    outputs = (out for out in tree_leaves(model(x)) if isinstance(out, Tensor) and out.requires_grad)
+    return torch.stack([out.square().mean() for out in outputs]).sum()
+
+
+def _detection_loss(model: nn.Module, x: Tensor) -> Tensor:
+    height, width = x.shape[2:]
+    box = torch.tensor([[4.0, 6.0, width - 8.0, height - 9.0]], dtype=x.dtype)
+    target = {
+        "boxes": box,
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, height, width, dtype=torch.uint8),
+        "keypoints": torch.tensor([10.0, 12.0, 1.0], dtype=x.dtype).expand(1, 17, 3),
+    }
+    losses = model(list(x), [target] * len(x))
+    return torch.stack(list(losses.values())).sum()
+
+
+def _shake(model: nn.Module, x: Tensor) -> None:
+    """Let every part of a network matter: what starts at zero hides mistakes, and so do norms that do nothing.
+
+    Batch norms take their statistics from ``x``, so that the scale stays, and everything of one dimension (norms,
+    layer scales, biases) moves away from 0 and 1.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and parameter.count_nonzero():
+                continue
+            if parameter.ndim > 1 or name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                parameter.copy_(parameter.clamp(min=0.3) + 0.1 * torch.rand_like(parameter))
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.train()
+        with torch.no_grad():
+            model(x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+            norm.running_var.clamp_(min=1e-2)  # of a map of one pixel there is no variance to speak of
+
+
+if __name__ == "__main__":
+    print(*catalog(), sep="\n")
