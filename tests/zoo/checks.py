@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -23,7 +24,7 @@ TOLERANCE = 1e-4
 """What the library promises of whole networks in float32, of the largest output."""
 
 KEEPING = {
-    "MoRF": widefield.MoRF((3, 5, 7)),
+    "MoRF": widefield.MoRF((3, 5)),
     "GMConv": widefield.GMConv(),
     "FastDepthwise": widefield.FastDepthwise(),
     "LargeKernel": widefield.LargeKernel(13),
@@ -82,12 +83,18 @@ def _checks(tested: Subject, made: dict[str, nn.Module]) -> Iterator[tuple[str, 
     yield "effective field", lambda: analysis.effective_receptive_field(model, x).layer
     yield "theoretical field", lambda: str(analysis.theoretical_receptive_field(model, x).size)
     yield "class activation", lambda: analysis.class_activation(model, x).layer
-    yield "stability", lambda: f"{analysis.translation_stability(model, x, shifts=(1, 2)).change.mean():.2g}"
+    yield "stability", lambda: f"{analysis.translation_stability(model, _larger(x), shifts=(1, 2)).change.mean():.2g}"
     yield "kernels", lambda: f"{len(analysis.kernel_energy(plain).layers)} kernels"
     yield "count", lambda: f"{widefield.bench.cost(model, x).macs:,} MACs"
+    serving = copy.deepcopy(made.get("MoRF fused", plain)).float()
     with tempfile.TemporaryDirectory() as folder:
-        yield "export", lambda: _export(made.get("MoRF fused", plain), Path(folder) / "model.onnx", x)
-        yield "quantize", lambda: _quantize(plain, Path(folder) / "int8.onnx", x)
+        yield "export", lambda: _export(serving, Path(folder) / "model.onnx", x.float())
+        yield "quantize", lambda: _quantize(copy.deepcopy(plain).float(), Path(folder) / "int8.onnx", x.float())
+
+
+def _larger(x: torch.Tensor) -> torch.Tensor:
+    """Return images of which the shifted windows have the size of ``x``."""
+    return nn.functional.pad(x, (0, 2, 0, 2)) if x.ndim == 4 else x
 
 
 def _convert(tested: Subject, name: str, config: widefield.surgery.Conversion, made: dict[str, nn.Module]) -> str:

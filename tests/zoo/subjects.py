@@ -64,8 +64,8 @@ def _built(name: str) -> nn.Module:
     options: dict[str, object] = {key: None for key in ("weights", "weights_backbone") if key in known}
     if "detection" in builder.__module__:
         # Every box counts: random weights score none above the usual thresholds. Images stay as small as they are.
-        rcnn = "rcnn" in name
-        options |= {"box_score_thresh" if rcnn else "score_thresh": 0.0}
+        prefix = "box_" if "rcnn" in name else ""
+        options |= {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": 20}
         options |= {} if "ssd" in name else {"min_size": SIDES[0], "max_size": 2 * SIDES[0]}
     return builder(**options)
 

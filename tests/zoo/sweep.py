@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", choices=("failed", "all"), help="run models once more that have results")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--seconds", type=float, default=600, help="limit of time for one model")
-    parser.add_argument("--gib", type=float, default=8, help="limit of memory for one model")
+    parser.add_argument("--gib", type=float, default=10, help="limit of memory for one model")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what is there")
     asked = parser.parse_args(words)
     rows = read(asked.results)
@@ -187,11 +187,12 @@ def _by_count(groups: Mapping[tuple[str, str], list[str]]) -> list[tuple[tuple[s
 
 
 def _kind(detail: str) -> str:
-    """Return a refusal's sentence without what is the model's own: names, sizes and numbers."""
-    text = detail.split(": ", 1)[-1]
-    text = re.sub(r"'[^']*'|\b[A-Za-z_]\w*(\.\w+)+\b", "…", text)
-    text = re.sub(r"\b(?=[A-Za-z]*[A-Z][a-z]+[A-Z0-9])\w+\b|\b[A-Z]\w*_\w+\b", "…", text)
-    return re.sub(r"\d[\d.,x]*", "#", text)[:150]
+    """Return a refusal's first clause without what is the model's own: names, sizes and numbers."""
+    text = re.sub(r"\([^()]*\)", "", detail.split(": ", 1)[-1])
+    text = re.sub(
+        r"'[^']*'|\b[A-Za-z_]\w*(\.\w+)+\b|\b(?=[A-Za-z]*[A-Z][a-z]+[A-Z0-9])\w+\b|\b[A-Z]\w*_\w+\b", "…", text
+    )
+    return re.sub(r"\d[\d.,x]*", "#", text.split(": ")[0])[:150].strip()
 
 
 def _cell(text: str) -> str:
