@@ -101,8 +101,8 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """Return x in that layout; as it is under torch.func's transforms, within which layouts cannot be chosen."""
-    if torch._C._are_functorch_transforms_active():
+    """Return x in that layout; as it is under vmap and torch.func's transforms, within which layouts cannot be chosen."""
+    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x):
         return x
     return x.contiguous(memory_format=memory_format(channels_last))
 
