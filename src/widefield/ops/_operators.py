@@ -23,7 +23,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from widefield.ops import _backend
 from widefield.ops._autocast import without_autocast
-from widefield.ops._problem import Pair, is_channels_last, laid_out, memory_format, output_size, problem_of
+from widefield.ops._problem import (
+    Pair, is_batch_of_gradients, is_channels_last, laid_out, memory_format, output_size, problem_of
+)
 
 _library = torch.library.Library("widefield", "FRAGMENT")
 _library.define(
@@ -75,7 +77,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
 
 
 def _is_special(x: Tensor) -> bool:
-    return type(x) not in (Tensor, nn.Parameter) or _functorch.is_legacy_batchedtensor(x)
+    return type(x) not in (Tensor, nn.Parameter) or is_batch_of_gradients(x)
 
 
 def _transformed(name: str, args: tuple[Any, ...]) -> Tensor:
@@ -242,7 +244,7 @@ def _taken_apart(args: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]
     """Return the primals of all arguments, and their tangents, None where there is none or it is zero."""
     primals, tangents = list(args), [None] * len(args)
     for i, arg in enumerate(args):
-        if isinstance(arg, Tensor) and not _functorch.is_legacy_batchedtensor(arg):
+        if isinstance(arg, Tensor) and not is_batch_of_gradients(arg):
             primal, tangent = forward_ad.unpack_dual(arg)
             if tangent is not None:
                 primals[i], tangents[i] = primal, None if tangent._is_zerotensor() else tangent

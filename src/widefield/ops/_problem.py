@@ -110,7 +110,12 @@ def is_exported() -> bool:
 def has_numbers(x: Tensor) -> bool:
     """Return whether what a call does may depend on the values of x: not where it is recorded or transformed."""
     hidden = torch.compiler.is_compiling() or is_exported() or torch._C._are_functorch_transforms_active()
-    return not (hidden or x.is_meta or isinstance(x, FakeTensor) or torch._C._functorch.is_legacy_batchedtensor(x))
+    return not (hidden or x.is_meta or isinstance(x, FakeTensor) or is_batch_of_gradients(x))
+
+
+def is_batch_of_gradients(x: Tensor) -> bool:
+    """Return whether x is hidden in torch.autograd's own vmap, behind ``is_grads_batched`` and ``vectorize``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -131,7 +136,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
     """Return x in that layout; as it is under vmap and torch.func's transforms, within which layouts cannot be chosen."""
-    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x):
+    if torch._C._are_functorch_transforms_active() or is_batch_of_gradients(x):
         return x
     return x.contiguous(memory_format=memory_format(channels_last))
 

@@ -25,11 +25,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from widefield import _checks
-from widefield.ops._problem import is_exported, size_of
+from widefield.ops._problem import is_batch_of_gradients, is_exported, size_of
 
 BACKENDS = ("auto", "bags", "gather", "grid")
 
@@ -294,7 +293,11 @@ def _bags(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor
     for shift, weight in zip(read.shifts, read.weights(), strict=True):
         term = _sum((read.first + shift).flatten(0, -2), read.table, weight.flatten(0, -2))
         y = term if y is None else y.add_(term)
-    return cast(Tensor, y).view(*offset.shape[:3], x.shape[-1]).to(x.dtype)
+    size = (*offset.shape[:3], x.shape[-1])
+    if is_exported():
+        return cast(Tensor, y).view(size).to(x.dtype)
+    flat = torch.ops.aten._unsafe_view(y, size)  # a view that a Function returns could not be changed in place
+    return cast(Tensor, flat).to(x.dtype)
 
 
 class _Bags(torch.autograd.Function):
@@ -311,8 +314,7 @@ class _Bags(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
         ctx.save_for_backward(x, offset, mask)
         ctx.sampling = sampling
-        with torch._C._AutoDispatchBelowADInplaceOrView():  # a Function's view could not be changed in place
-            return _bags(x, offset, mask, sampling)
+        return _bags(x, offset, mask, sampling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -320,7 +322,7 @@ class _Bags(torch.autograd.Function):
         x, offset, mask = inputs
         sampling: Sampling = ctx.sampling
         again = torch.is_grad_enabled()
-        if again or _functorch.is_legacy_batchedtensor(grad):  # to be differentiated again, or several at a time
+        if again or is_batch_of_gradients(grad):  # to be differentiated again, or several at a time
             with torch.enable_grad():
                 y = _gather(x, offset, mask, sampling)
             wanted_of = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
