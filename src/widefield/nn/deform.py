@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from widefield import _checks
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.ops._problem import is_channels_last, laid_out
+from widefield.ops._problem import is_channels_last, laid_out, size_of
 from widefield.ops.deform import BACKENDS, Sampling, dcnv3, sampling_points
 
 GROUP_CHANNELS = 16
@@ -137,7 +137,7 @@ class DCNv3(nn.Module):
         return out
 
     def _features(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or x.shape[-1] != self.channels:
+        if x.ndim != 4 or size_of(x)[-1] != self.channels:
             raise ValueError(
                 f"the input must be (N, H, W, {self.channels}); got shape {tuple(x.shape)}. "
                 "Bring a map to channels last with x.permute(0, 2, 3, 1)."
@@ -234,7 +234,7 @@ class DeformConv2d(DCNv3):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, Ho, Wo)."""
-        _checks.images(x.shape, self.channels)
+        _checks.images(size_of(x), self.channels)
         y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return laid_out(y, is_channels_last(x))
 

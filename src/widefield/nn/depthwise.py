@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.ops import depthwise_conv2d
 from widefield.ops._backend import BACKENDS
+from widefield.ops._problem import size_of
 
 _Conv = TypeVar("_Conv", bound=nn.Conv2d)
 
@@ -83,7 +84,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.ndim == 3:  # an image without a batch, as Conv2d takes it
             return self._conv_forward(input[None], weight, bias)[0]
-        _checks.images(input.shape, self.in_channels)
+        _checks.images(size_of(input), self.in_channels)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input, padding = nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0

@@ -30,6 +30,7 @@ from widefield.nn.depthwise import DepthwiseConv2d, bare
 from widefield.nn.reparam import fold_norm, refuse_training
 from widefield.ops import depthwise_conv2d, per_sample_conv2d
 from widefield.ops._autocast import without_autocast
+from widefield.ops._problem import size_of
 
 Pair = tuple[int, int]
 Padding = Literal["zeros", "reflect", "replicate", "circular"]
@@ -247,7 +248,7 @@ class GMConv2d(_MaskedConv2d):
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
         if x.ndim == 3:
             return self.forward(x[None])[0]
-        _checks.images(x.shape, self.in_channels)
+        _checks.images(size_of(x), self.in_channels)
         x, padding = self._placed(x)
         if self._is_depthwise():
             return depthwise_conv2d(
@@ -326,7 +327,7 @@ class DynamicGMConv2d(_MaskedConv2d):
 
     def sigmas(self, x: Tensor) -> Tensor:
         """Return (sigma_1, sigma_2) for each image, along x and y: (N, C_in, H, W) -> (N, 2), in taps."""
-        _checks.images(x.shape, self.in_channels)
+        _checks.images(size_of(x), self.in_channels)
         return self._sigmas(self.predictor(x))
 
     def masks(self, x: Tensor) -> Tensor:

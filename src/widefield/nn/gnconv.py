@@ -20,6 +20,7 @@ from widefield import _checks
 from widefield.nn import reparam
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.reparam import Pair, odd_pair, refuse_training
+from widefield.ops._problem import size_of
 
 HIGHEST_ORDER = 5
 """Of the published networks."""
@@ -61,13 +62,13 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
-        _checks.images(x.shape, self.channels)
+        _checks.images(size_of(x), self.channels)
         near, far = self.pre_norm(x).chunk(2, 1)
         y: Tensor = self.post_norm(torch.stack((self.dw(near), self._filter(far)), 2).flatten(1, 2))
         return y
 
     def _filter(self, x: Tensor) -> Tensor:
-        if x.numel() == 0:
+        if 0 in size_of(x):
             return x  # MKL has no transforms of nothing
         wide = torch.promote_types(x.dtype, torch.float32)
         spectrum = torch.fft.rfft2(x.to(wide), norm="ortho")
@@ -127,7 +128,7 @@ class GatedRecursion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
-        _checks.images(x.shape, self.widths[-1])
+        _checks.images(size_of(x), self.widths[-1])
         y, rest = self.proj_in(x).split((self.widths[0], sum(self.widths)), 1)
         first, *gates = self.neighbourhoods(rest).split(self.widths, 1)
         y = y * first

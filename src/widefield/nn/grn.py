@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.ops._problem import size_of
 
 
 class GRN(nn.Module):
@@ -44,7 +45,7 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C); raises ValueError for another shape."""
-        if x.ndim != 4 or x.shape[-1] != self.channels:
+        if x.ndim != 4 or size_of(x)[-1] != self.channels:
             raise ValueError(
                 f"the input must be (N, H, W, {self.channels}); got shape {tuple(x.shape)}. "
                 "Bring a map to channels last with x.permute(0, 2, 3, 1)."

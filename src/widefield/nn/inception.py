@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.ops._problem import size_of
 
 
 class InceptionDWConv2d(nn.Module):
@@ -126,7 +127,7 @@ class InceptionDWConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
-        _checks.images(x.shape, self.channels)
+        _checks.images(size_of(x), self.channels)
         same, *parts = x.split(self.splits, 1)
         return torch.cat([same, *(conv(part) for conv, part in zip(self.branches(), parts, strict=True))], 1)
 

@@ -17,6 +17,7 @@ from widefield import _checks
 from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.reparam import Pair, odd_pair, refuse_training
+from widefield.ops._problem import size_of
 
 KERNEL_SIZES = (5, 5, 7)
 """Of the depthwise convolution that all channels pass, and of the two after it that some do."""
@@ -86,7 +87,7 @@ class MultiOrderDWConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
-        _checks.images(x.shape, self.channels)
+        _checks.images(size_of(x), self.channels)
         low, middle, high = self.DW_conv0(x).split(self.splits, 1)  # type: ignore[operator]
         y: Tensor = self.PW_conv(torch.cat([low, self.DW_conv1(middle), self.DW_conv2(high)], 1))  # type: ignore[operator]
         return y
@@ -159,7 +160,7 @@ class MultiOrderGatedAggregation(nn.Module):
 
     def aggregate(self, x: Tensor) -> Tensor:
         """Return what is added to the input."""
-        _checks.images(x.shape, self.channels)
+        _checks.images(size_of(x), self.channels)
         y = self.proj_1(x)
         y = F.silu(self.sigma(y, y.mean((2, 3), keepdim=True)))
         out: Tensor = self.proj_2(F.silu(self.gate(y)) * F.silu(self.value(y)))
@@ -195,7 +196,7 @@ class ChannelAggregationFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
-        _checks.images(x.shape, self.channels)
+        _checks.images(size_of(x), self.channels)
         y = F.gelu(self.dwconv(self.fc1(x)))
         out: Tensor = self.fc2(self.sigma(y, F.gelu(self.decompose(y))))
         return out

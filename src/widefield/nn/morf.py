@@ -18,6 +18,7 @@ from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.router import Router
 from widefield.ops import bank_conv2d, fold, mixture_conv2d
+from widefield.ops._problem import size_of
 from widefield.ops.mixture import BACKENDS
 
 INIT = ("preserve", "random")
@@ -189,7 +190,7 @@ class MoRFConv2d(nn.Module):
 
         Raises ValueError for an input of another shape.
         """
-        _checks.images(x.shape, self.in_channels)
+        _checks.images(size_of(x), self.in_channels)
         weights: Tensor = self.router(x)
         return weights
 
@@ -315,7 +316,7 @@ class FusedMoRFConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
-        _checks.images(x.shape, self.in_channels)
+        _checks.images(size_of(x), self.in_channels)
         y = bank_conv2d(
             x,
             self.bank,

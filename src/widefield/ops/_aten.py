@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, fold, is_channels_last, memory_format
+from widefield.ops._problem import Pair, Problem, fold, is_channels_last, laid_out, memory_format
 
 
 def why_not(problem: Problem) -> str | None:
@@ -25,7 +25,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
             fold(x), weight.reshape(-1, 1, *weight.shape[2:]), bias, stride, padding, dilation, x.shape[1] * groups
         )
         y = y.view(groups, channels, *y.shape[2:])
-    return y.contiguous(memory_format=memory_format(is_channels_last(x)))
+    return laid_out(y, is_channels_last(x))
 
 
 def input_grad(
@@ -35,7 +35,7 @@ def input_grad(
     layout = memory_format(is_channels_last(grad))
     x = torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)  # only its size is read
     dx, _ = _backward(grad, x, weight, stride, padding, dilation, (True, False, False))
-    return dx.contiguous(memory_format=layout)
+    return laid_out(dx, is_channels_last(grad))
 
 
 def weight_grad(

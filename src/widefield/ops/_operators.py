@@ -1,7 +1,8 @@
 """The three passes of a depthwise convolution as operators of PyTorch: ``torch.ops.widefield.depthwise*``.
 
 Each has a fake twin (shapes and layouts without numbers, for torch.compile and torch.export), derivatives in terms of
-the three, a rule for vmap, and a count of its FLOPs. All are bilinear, so that these derivatives hold at any order.
+the three, a rule for vmap, and a count of its FLOPs. All are bilinear, so that these derivatives hold at any order,
+in forward and in reverse mode.
 
 Weights are (G, C, KH, KW) and biases (G, C): G is 1, or N for kernels of its own for every sample.
 """
@@ -12,15 +13,19 @@ import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from widefield.ops import _backend
 from widefield.ops._autocast import without_autocast
-from widefield.ops._problem import Pair, is_channels_last, laid_out, memory_format, output_size, problem_of
+from widefield.ops._problem import (
+    Pair, is_batch_of_gradients, is_channels_last, laid_out, memory_format, output_size, problem_of
+)
 
 _library = torch.library.Library("widefield", "FRAGMENT")
 _library.define(
@@ -45,14 +50,13 @@ def depthwise(
 
 
 def _call(name: str, *args: Any) -> Tensor:
-    """Compute what an operator computes, and let it be differentiated, on the shortest way that shows all it has to.
+    """Compute what an operator computes, and let it be differentiated, by the shortest way that still shows all of it.
 
-    PyTorch's way to an operator written in Python takes longer than a small convolution does. Only those who look on
-    need it: compilers, tracers, dispatch modes, subclasses of tensors. torch.func's transforms, in which operators'
-    derivatives take no part, get a Function.
+    PyTorch's dispatch of an operator written in Python takes longer than a small convolution. Needed only by compilers,
+    tracers, dispatch modes, tensor subclasses and dual numbers.
     """
     if torch._C._are_functorch_transforms_active():
-        result: Tensor = _FUNCTIONS[name].apply(*args)
+        result = _transformed(name, args)
     elif _is_watched(args):
         result = _operate(name, *args)
     elif torch.is_grad_enabled():
@@ -67,8 +71,37 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(arg, Tensor) and type(arg) not in (Tensor, nn.Parameter) for arg in args)
+        or forward_ad._current_level >= 0
+        or any(isinstance(arg, Tensor) and _is_special(arg) for arg in args)
     )
+
+
+def _is_special(x: Tensor) -> bool:
+    return type(x) not in (Tensor, nn.Parameter) or is_batch_of_gradients(x)
+
+
+def _transformed(name: str, args: tuple[Any, ...]) -> Tensor:
+    """Compute under torch.func's transforms, which do not see the derivatives of operators: they get a Function."""
+    batched = any(isinstance(arg, Tensor) and _functorch.is_batchedtensor(arg) for arg in args)
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and not batched:
+        primals, tangents = _taken_apart(args)
+        if any(tangent is not None for tangent in tangents):
+            return forward_ad.make_dual(_call(name, *primals), _pushed_forward(name, primals, tangents))
+    result: Tensor = _plain(name, *args) if _is_functionalized() else _FUNCTIONS[name].apply(*args)
+    return result
+
+
+def _is_functionalized() -> bool:
+    """Return whether torch.func.functionalize is at work, which refuses Functions of any kind."""
+    stack = _functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == _functorch.TransformType.Functionalize for interpreter in stack)
+
+
+def _plain(name: str, *args: Any) -> Tensor:
+    """Compute with operators of PyTorch's own, which every transform knows."""
+    *inputs, _ = args
+    result: Tensor = getattr(_backend.module("aten"), _PARTS[name][0])(*inputs)
+    return result
 
 
 def _operate(name: str, *args: Any) -> Tensor:
@@ -110,10 +143,11 @@ def _implementation(name: str, step: str, fake: Callable[..., Tensor]) -> Callab
             result: Tensor = getattr(module, step)(*inputs, *geometry)
             return result
 
-        with without_autocast(first):
-            result = compute(_backend.resolve(backend, problem, compute)).to(like.dtype)
         channels_last = problem.channels_last and step != "weight_grad"
-        return result.contiguous(memory_format=memory_format(channels_last))
+        # Below the dispatch key that tracks views: a view made here could not be changed in place by who gets it.
+        with torch._C._AutoDispatchBelowADInplaceOrView(), without_autocast(first):
+            result = compute(_backend.resolve(backend, problem, compute)).to(like.dtype)
+            return result.contiguous(memory_format=memory_format(channels_last))
 
     run.__name__ = name
     return run
@@ -150,11 +184,14 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, weight_size: list[int], *_: objec
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     first, second, third, *geometry = inputs
     ctx.save_for_backward(first, second)
-    if torch._C._are_functorch_transforms_active():
-        ctx.save_for_forward(first, second)
-        ctx.third = None if isinstance(third, Tensor) else third
     ctx.geometry = geometry
     ctx.channels_last = is_channels_last(first)
+
+
+def _remember_for_both_modes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _remember(ctx, inputs, output)
+    ctx.save_for_forward(*inputs[:2])
+    ctx.size = None if isinstance(inputs[2], Tensor) else inputs[2]
 
 
 def _wanted(ctx: Any, index: int) -> bool:
@@ -203,16 +240,40 @@ def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, 
     return of_grad, of_x, None, None, None, None, None
 
 
-def _push_forward(name: str) -> Callable[..., Tensor]:
-    """Return the forward-mode derivative of an operator that is linear in its first argument, and in its second."""
+def _taken_apart(args: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]:
+    """Return the primals of all arguments, and their tangents, None where there is none or it is zero."""
+    primals, tangents = list(args), [None] * len(args)
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor) and not is_batch_of_gradients(arg):
+            primal, tangent = forward_ad.unpack_dual(arg)
+            if tangent is not None:
+                primals[i], tangents[i] = primal, None if tangent._is_zerotensor() else tangent
+    return primals, tangents
 
-    def derivative(ctx: Any, of_first: Tensor | None, of_second: Tensor | None, of_third: Any, *_: Any) -> Tensor:
-        first, second = ctx.saved_tensors
-        of_first = torch.zeros_like(first) if of_first is None else of_first
-        of_second = torch.zeros_like(second) if of_second is None else of_second
-        sizes = (of_third, None) if name == "depthwise" else (ctx.third, ctx.third)  # a bias, or a size
-        left = _call(name, of_first, second, sizes[0], *ctx.geometry)
-        return left + _call(name, first, of_second, sizes[1], *ctx.geometry)
+
+def _pushed_forward(name: str, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
+    """Return the tangent of what an operator returns: it is linear in its first argument, its second, and the bias."""
+    first, second, third, *geometry = primals
+    of_first, of_second, of_bias = tangents[:3]
+    if of_first is None and of_second is None:
+        of_first = torch.zeros_like(first)
+    if name == "depthwise":
+        third = of_bias
+    total: Tensor | None = None
+    for left, right in ((of_first, second), (first, of_second)):
+        if left is not None and right is not None:
+            term = _call(name, left, right, third, *geometry)
+            total = term if total is None else total + term
+            third = None if name == "depthwise" else third  # added once
+    return cast(Tensor, total)
+
+
+def _jvp(name: str) -> Callable[..., Tensor]:
+    def derivative(ctx: Any, *tangents: Any) -> Tensor:
+        # On again: a derivative may be differentiated in turn, by the transforms around this one.
+        with forward_ad._set_fwd_grad_enabled(True):
+            primals, _ = _taken_apart(ctx.saved_tensors)
+            return _pushed_forward(name, [*primals, ctx.size, *ctx.geometry], tangents)
 
     return derivative
 
@@ -280,7 +341,7 @@ _PARTS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Any], Callable
 _RUN: dict[str, Callable[..., Tensor]] = {}
 _EAGER: dict[str, type[torch.autograd.Function]] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
-"""Name of an operator -> what it does; the same with its derivative; the same with rules for all transforms."""
+"""Name of an operator -> what it does; the same with its gradient alone; the operator with rules for all transforms."""
 
 
 def _eager(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -292,25 +353,33 @@ def _eager(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
+def _below_autograd(name: str) -> Callable[..., Tensor]:
+    def forward(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operate(name, *args)
+
+    return forward
+
+
 for _name, (_step, _fake, _backward, _vmap) in _PARTS.items():
     _RUN[_name] = _run = _implementation(_name, _step, _fake)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"widefield::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"widefield::{_name}", _backward, setup_context=_remember, lib=_library)
     torch.library.register_vmap(f"widefield::{_name}", functools.partial(_vmap, _operate), lib=_library)
     _bases, _derivative = (torch.autograd.Function,), staticmethod(_backward)
     _EAGER[_name] = type(_name, _bases, {"forward": staticmethod(_eager(_run)), "backward": _derivative})
-    _FUNCTIONS[_name] = type(
+    _FUNCTIONS[_name] = _function = type(
         _name,
         _bases,
         {
-            "forward": staticmethod(getattr(torch.ops.widefield, _name)),
-            "setup_context": staticmethod(_remember),
+            "forward": staticmethod(_below_autograd(_name)),
+            "setup_context": staticmethod(_remember_for_both_modes),
             "backward": _derivative,
-            "jvp": staticmethod(_push_forward(_name)),
+            "jvp": staticmethod(_jvp(_name)),
             "vmap": staticmethod(functools.partial(_vmap, _call)),
         },
     )
+    _library.impl(_name, _function.apply, "Autograd")
 
 
 @register_flop_formula(torch.ops.widefield.depthwise)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Pair = tuple[int, int]
 Sizes = Sequence[int]
@@ -87,12 +88,45 @@ def problem_of(
     )  # fmt: skip
 
 
+def size_of(x: Tensor) -> torch.Size:
+    """Return the shape in numbers. Under torch.jit.trace ``x.shape`` holds tensors, and comparing them warns."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        return x.shape
+    torch._C._set_tracing_state(None)
+    try:
+        return x.shape
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def is_exported() -> bool:
+    """Return whether the call is recorded by torch.export or torch.jit.trace: what they make may run where widefield is
+    not installed, on batches and maps of any size.
+    """
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Return whether what a call does may depend on the values of x: not where it is recorded or transformed."""
+    hidden = torch.compiler.is_compiling() or is_exported() or torch._C._are_functorch_transforms_active()
+    return not (hidden or x.is_meta or isinstance(x, FakeTensor) or is_batch_of_gradients(x))
+
+
+def is_batch_of_gradients(x: Tensor) -> bool:
+    """Return whether x is hidden in torch.autograd's own vmap, behind ``is_grads_batched`` and ``vectorize``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Say whether the channels of (N, C, H, W) are next to each other in memory; where all readings hold, they are not.
 
     It looks at strides instead of asking ``is_contiguous``, which vmap does not know and slices do not fulfil.
     """
-    return x.stride(1) == 1 and x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1
+    if x.stride(1) != 1:
+        return False
+    _, channels, height, width = size_of(x)
+    return channels > 1 and height * width > 1
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -101,8 +135,8 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """Return x in that layout; as it is under torch.func's transforms, within which layouts cannot be chosen."""
-    if torch._C._are_functorch_transforms_active():
+    """Return x in that layout; as it is under vmap and torch.func's transforms, within which layouts cannot be chosen."""
+    if torch._C._are_functorch_transforms_active() or is_batch_of_gradients(x):
         return x
     return x.contiguous(memory_format=memory_format(channels_last))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from widefield.ops import _triton
@@ -30,6 +31,8 @@ def why_not(
     """Say what keeps :func:`routed` from computing this mixture of depthwise experts."""
     if stride != 1 or dilation != 1:
         return f"it is written for stride 1 and dilation 1; got {stride} and {dilation}"
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return "it has no forward-mode derivative, and no rules for torch.func's transforms"
     reason = _triton.unavailable()
     if reason is None:
         from widefield.ops._triton import routed as kernels
@@ -47,7 +50,8 @@ def routed(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, s
 def _forward(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, spans: list[int]) -> Tensor:
     from widefield.ops._triton import routed as kernels
 
-    return kernels.forward(x, bank, spans, bias_bank, weights)
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # views made here could not be changed in place
+        return kernels.forward(x, bank, spans, bias_bank, weights)
 
 
 def _backward(

@@ -20,13 +20,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from widefield import _checks
+from widefield.ops._problem import is_batch_of_gradients, is_exported, size_of
 
 BACKENDS = ("auto", "bags", "gather", "grid")
 
@@ -118,7 +120,7 @@ def dcnv3(
         return _gather(x, offset, mask, sampling)
     if way == "grid":
         return _grid(x, offset, mask, sampling)
-    if torch.compiler.is_exporting():  # a graph of PyTorch's own operators, which knows its derivative
+    if is_exported():  # a graph of PyTorch's own operators, which knows its derivative
         return _bags(x, offset, mask, sampling)
     y: Tensor = _Bags.apply(x, offset, mask, sampling)
     return y
@@ -140,10 +142,12 @@ def sampling_points(offset: Tensor, size: tuple[int, int], sampling: Sampling) -
 
 def why_not(backend: str, x: Tensor) -> str | None:
     """Return what keeps ``backend`` from sampling ``x``, or None if nothing does."""
+    if backend == "grid" and forward_ad._current_level >= 0:
+        return "PyTorch's grid_sample has no forward-mode derivative"
     if backend != "bags":
         return None
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func's transforms see through plain operations alone"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "forward-mode derivatives and torch.func's transforms see through plain operations alone"
     if x.device.type not in ("cpu", "cuda", "meta"):
         return f"weighted embedding bags have not been tried on {x.device.type}"
     return None
@@ -165,7 +169,7 @@ def _check(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> None:
             raise TypeError(f"{name} must hold floating-point numbers; got {tensor.dtype}.")
     if x.ndim != 4:
         raise ValueError(f"x must be (N, H, W, C), channels last; got shape {tuple(x.shape)}.")
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = size_of(x)
     if channels % sampling.groups:
         raise ValueError(f"the channels of x must be divisible by groups; got {channels} and {sampling.groups}.")
     rows, columns = sampling.output_size(height), sampling.output_size(width)
@@ -177,7 +181,7 @@ def _check(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> None:
         )
     count = sampling.groups * sampling.points
     for name, tensor, last in (("offset", offset, 2 * count), ("mask", mask, count)):
-        if tensor.shape != (batch, rows, columns, last):
+        if size_of(tensor) != (batch, rows, columns, last):
             raise ValueError(
                 f"{name} must be (N, Ho, Wo, {'groups * K * 2' if name == 'offset' else 'groups * K'}) = "
                 f"{(batch, rows, columns, last)} for x of {tuple(x.shape)}, groups={sampling.groups} and "
@@ -256,8 +260,14 @@ def _gather(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tens
     points = _points(offset.to(_wide(x, offset, mask)), sampling)
     read = _read(x, mask, points, sampling.groups)
     terms = zip(read.shifts, read.weights(), strict=True)
-    y = sum((read.table[read.first + shift] * weight[..., None]).sum(-2) for shift, weight in terms)
-    return y.flatten(-2).to(x.dtype)  # type: ignore[union-attr]
+    parts = (_rows(read.table, read.first + shift) * weight[..., None] for shift, weight in terms)
+    y = functools.reduce(torch.add, (part.sum(-2) for part in parts))
+    return y.flatten(-2).to(x.dtype)
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Return rows of a table: (..., C). Indexing with brackets has no batched second derivative."""
+    return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])
 
 
 def _grid(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
@@ -283,7 +293,11 @@ def _bags(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor
     for shift, weight in zip(read.shifts, read.weights(), strict=True):
         term = _sum((read.first + shift).flatten(0, -2), read.table, weight.flatten(0, -2))
         y = term if y is None else y.add_(term)
-    return y.view(*offset.shape[:3], x.shape[-1]).to(x.dtype)  # type: ignore[union-attr]
+    size = (*offset.shape[:3], x.shape[-1])
+    if is_exported():
+        return cast(Tensor, y).view(size).to(x.dtype)
+    flat = torch.ops.aten._unsafe_view(y, size)  # a view that a Function returns could not be changed in place
+    return cast(Tensor, flat).to(x.dtype)
 
 
 class _Bags(torch.autograd.Function):
@@ -307,15 +321,12 @@ class _Bags(torch.autograd.Function):
         inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
         x, offset, mask = inputs
         sampling: Sampling = ctx.sampling
-        if torch.is_grad_enabled():  # to be differentiated again
-            found = iter(
-                torch.autograd.grad(
-                    _gather(x, offset, mask, sampling),
-                    [tensor for tensor, want in zip(inputs, wanted, strict=True) if want],
-                    grad,
-                    create_graph=True,
-                )
-            )
+        again = torch.is_grad_enabled()
+        if again or is_batch_of_gradients(grad):  # to be differentiated again, or several at a time
+            with torch.enable_grad():
+                y = _gather(x, offset, mask, sampling)
+            wanted_of = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+            found = iter(torch.autograd.grad(y, wanted_of, grad, create_graph=again))
             return *(next(found) if want else None for want in wanted), None
         points = _points(offset.to(_wide(x, offset, mask)), sampling)
         read = _read(x, mask, points, sampling.groups)
@@ -339,7 +350,11 @@ class _Bags(torch.autograd.Function):
 
 def _sum(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:
     """Sum rows of a table by weights: rows and weights (bags, any), or, with ``starts`` of bags, (all,)."""
-    return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights)
+    if starts is None:
+        starts = torch.arange(rows.shape[0], device=rows.device, dtype=rows.dtype) * rows.shape[1]
+    # torch.nn.functional's compares sizes, of which torch.jit.trace warns.
+    bags, *_ = torch.embedding_bag(table, rows.flatten(), starts, False, 0, False, weights.flatten())
+    return bags
 
 
 def _products(read: _Read, grad: Tensor) -> Sequence[Tensor]:

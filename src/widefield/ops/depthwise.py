@@ -21,7 +21,9 @@ from widefield import _checks
 from widefield.ops import _backend
 from widefield.ops._autocast import autocast_dtype
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import STEPS, Pair, Problem, is_channels_last, output_size, problem_of
+from widefield.ops._problem import (
+    STEPS, Pair, Problem, is_channels_last, is_exported, output_size, problem_of, size_of
+)
 
 
 def depthwise_conv2d(
@@ -112,7 +114,7 @@ def _prepared(
     name = _backend.names(backend)
     x, weight, bias = _checked(x, weight, bias)
     x, *geometry = _placed(x, weight, stride, padding, dilation)
-    if name == "aten" or torch.compiler.is_exporting():
+    if name == "aten" or is_exported():
         # What is exported runs where widefield is not installed: it keeps the operator that every runtime knows.
         stock = True
     elif torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in x.shape):
@@ -126,7 +128,7 @@ def _prepared(
         else:  # those that there will be
             passes = passes[:1] + passes[1:2] * x.requires_grad + passes[2:] * weight.requires_grad
         stock = name == "auto" and not x.is_meta and _backend.is_stock(passes)  # there F.conv2d forgets the layout
-    plain = (*(pair[0] if pair[0] == pair[1] else pair for pair in geometry), x.shape[1])
+    plain = (*(pair[0] if pair[0] == pair[1] else pair for pair in geometry), size_of(x)[1])
     return x, weight, bias, _Call(geometry[0], geometry[1], geometry[2], plain if stock else None)
 
 
@@ -151,15 +153,16 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         bias = None if bias is None else bias.to(autocast_dtype(bias) or bias.dtype)
     if x.ndim != 4:
         raise ValueError(f"x must be (N, C, H, W); got shape {tuple(x.shape)}.")
-    if weight.ndim != 4 or weight.shape[1] != 1 or weight.shape[0] != x.shape[1]:
+    channels, size = size_of(x)[1], size_of(weight)
+    if weight.ndim != 4 or size[:2] != (channels, 1):
         raise ValueError(
-            f"weight must be (C, 1, KH, KW) = ({x.shape[1]}, 1, KH, KW), one kernel for each channel of x; "
+            f"weight must be (C, 1, KH, KW) = ({channels}, 1, KH, KW), one kernel for each channel of x; "
             f"got shape {tuple(weight.shape)}."
         )
-    if 0 in weight.shape[2:]:
+    if 0 in size[2:]:
         raise ValueError(f"weight holds kernels without taps; got shape {tuple(weight.shape)}.")
-    if bias is not None and tuple(bias.shape) != (x.shape[1],):
-        raise ValueError(f"bias must be (C,) = ({x.shape[1]},) or None; got shape {tuple(bias.shape)}.")
+    if bias is not None and size_of(bias) != (channels,):
+        raise ValueError(f"bias must be (C,) = ({channels},) or None; got shape {tuple(bias.shape)}.")
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.dtype != x.dtype:
             raise TypeError(f"x is {x.dtype} and {name} is {other.dtype}: convert one to the other, or use autocast.")
@@ -167,7 +170,7 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     # bounds where x has one channel (2.14, CPU).
     if weight.stride(1) == 1 and not is_channels_last(x):
         weight = weight.flatten(1).view(weight.shape)
-    if x.shape[1] == 1:
+    if channels == 1:
         x = x.contiguous().flatten(1).view(x.shape)
     return x, weight, bias
 
@@ -177,7 +180,7 @@ def _placed(
 ) -> tuple[Tensor, Pair, Pair, Pair]:
     """Return x, padded beforehand where the sides differ, and stride, padding and dilation as pairs."""
     steps, spread = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
-    size, kernel = x.shape[2:], (weight.shape[2], weight.shape[3])
+    size, kernel = size_of(x)[2:], (size_of(weight)[2], size_of(weight)[3])
     pads, more = (0, 0), (0, 0)
     if padding == "same":
         if steps != (1, 1):

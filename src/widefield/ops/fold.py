@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widefield.ops._problem import size_of
+
 
 def effective_size(size: int, dilation: int) -> int:
     """Return how many pixels a kernel of ``size`` taps with ``dilation`` spans: ``dilation * (size - 1) + 1``."""
@@ -26,10 +28,9 @@ def dilate(kernel: Tensor, dilation: int) -> Tensor:
     """
     if dilation == 1:
         return kernel
-    *lead, height, width = kernel.shape
-    spread = kernel.new_zeros(*lead, effective_size(height, dilation), effective_size(width, dilation))
-    spread[..., ::dilation, ::dilation] = kernel
-    return spread
+    zeros = dilation - 1
+    spread = F.pad(kernel[..., None, :, None], (0, zeros, 0, 0, 0, zeros)).flatten(-4, -3).flatten(-2)
+    return spread[..., :-zeros, :-zeros]
 
 
 def pad(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -38,7 +39,7 @@ def pad(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
     ``size``: (rows, columns), no less than the kernel's, or one number for both.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
-    down, right = (rows - kernel.shape[-2]) // 2, (columns - kernel.shape[-1]) // 2
+    down, right = (rows - size_of(kernel)[-2]) // 2, (columns - size_of(kernel)[-1]) // 2
     return F.pad(kernel, (right, right, down, down)) if down or right else kernel
 
 
@@ -48,7 +49,7 @@ def crop(kernel: Tensor, size: int) -> Tensor:
     Exact when the taps cut off are zero, or never meet the map: on an (H, W) map with "same" padding no tap further
     than max(H, W) - 1 from the centre does, so ``size = 2 * max(H, W) - 1`` always suffices.
     """
-    margin = (kernel.shape[-1] - size) // 2
+    margin = (size_of(kernel)[-1] - size) // 2
     return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
 
 
@@ -65,7 +66,7 @@ def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
     """
     step = common_dilation(dilations)
     spread = [dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
-    size = max(k.shape[-1] for k in spread)
+    size = max(size_of(k)[-1] for k in spread)
     return torch.stack([pad(k, size) for k in spread])
 
 

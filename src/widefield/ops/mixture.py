@@ -21,13 +21,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from widefield import _checks
 from widefield.ops import _routed, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._onednn import WIDEST
-from widefield.ops._problem import STEPS, Problem, is_channels_last, multiply_adds, problem_of
+from widefield.ops._problem import STEPS, Problem, has_numbers, is_channels_last, multiply_adds, problem_of, size_of
 from widefield.ops.depthwise import depthwise_conv2d
 from widefield.ops.per_sample import per_sample_conv2d
 
@@ -86,12 +85,12 @@ def mixture_conv2d(
     """
     dilations = tuple(dilations) if dilations is not None else (1,) * len(kernels)
     _check(x, kernels, biases, weights, groups, dilations)
-    size = max(fold.effective_size(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True))
+    size = max(fold.effective_size(size_of(k)[-1], d) for k, d in zip(kernels, dilations, strict=True))
     step = fold.common_dilation(dilations)
     way, _ = _choose(backend, x, kernels[0], len(kernels), size, stride, groups, step)
     if way == "branches":
         return _branches(x, kernels, biases, weights, stride, groups, dilations, sparse)
-    experts = [(k.shape[-1], d) for k, d in zip(kernels, dilations, strict=True)]
+    experts = [(size_of(k)[-1], d) for k, d in zip(kernels, dilations, strict=True)]
     order = sorted(range(len(experts)), key=lambda r: experts[r])
     if order != list(range(len(experts))):  # experts of one kind side by side: cheaper to reorder than their kernels
         weights = weights[:, order]
@@ -99,7 +98,7 @@ def mixture_conv2d(
         biases = None if biases is None else [biases[r] for r in order]
     bias_bank = None if biases is None else torch.stack(list(biases))
     on_gpu = x.device.type == "cuda"  # where the bank may be mixed inside the convolution
-    if len(experts) >= _MANY * len(set(experts)) and x.shape[0] and not on_gpu:
+    if len(experts) >= _MANY * len(set(experts)) and size_of(x)[0] and not on_gpu:
         weights = _of_chosen(weights) if sparse else weights
         with without_autocast(x):
             mixed = _mixed_by_kind(kernels, experts, weights.to(kernels[0].dtype), _reach(x, step), step)
@@ -131,13 +130,13 @@ def bank_conv2d(
         experts: (kernel size, dilation) of each: where in the bank its taps are.
         stride, groups, sparse, backend, and what is raised: as in :func:`mixture_conv2d`.
     """
-    _check(x, list(bank), None if bias_bank is None else list(bias_bank), weights, groups, [d for _, d in experts])
+    _check(x, bank.unbind(), None if bias_bank is None else bias_bank.unbind(), weights, groups, [d for _, d in experts])
     step = fold.common_dilation([d for _, d in experts])
-    size = fold.effective_size(bank.shape[-1], step)
-    way, _ = _choose(backend, x, bank[0], len(bank), size, stride, groups, step)
+    size = fold.effective_size(size_of(bank)[-1], step)
+    way, _ = _choose(backend, x, bank[0], len(experts), size, stride, groups, step)
     if way == "branches":
         kernels = [fold.expert(bank, r, k, d, step) for r, (k, d) in enumerate(experts)]
-        biases = None if bias_bank is None else list(bias_bank)
+        biases = None if bias_bank is None else bias_bank.unbind()
         return _branches(x, kernels, biases, weights, stride, groups, [d for _, d in experts], sparse)
     return _merged(x, bank, bias_bank, weights, stride, groups, experts, sparse, backend)
 
@@ -201,7 +200,7 @@ def _check(
     n = len(kernels)
     if n == 0:
         raise ValueError("kernels is empty: give at least one expert.")
-    if tuple(weights.shape) != (x.shape[0], n):
+    if size_of(weights) != (size_of(x)[0], n):
         raise ValueError(
             f"weights must be (N, n) = ({x.shape[0]}, {n}), one weight for each sample and expert; "
             f"got shape {tuple(weights.shape)}."
@@ -210,16 +209,16 @@ def _check(
         raise ValueError(f"biases must hold one tensor per expert ({n}) or be None; got {len(biases)}.")
     if len(dilations) != n:
         raise ValueError(f"dilations must hold one number per expert ({n}); got {tuple(dilations)!r}.")
-    c_out = kernels[0].shape[0]
+    c_in, c_out = size_of(x)[1], size_of(kernels[0])[0]
     _check_dtype(x, kernels[0])
     for kernel in kernels:
-        shape = tuple(kernel.shape)
+        shape = tuple(size_of(kernel))
         if kernel.ndim != 4 or shape[2] != shape[3] or shape[2] % 2 == 0:
             raise ValueError(f"a kernel must be (C_out, C_in/groups, K, K) with K odd; got shape {shape}.")
-        if shape[0] != c_out or shape[1] * groups != x.shape[1] or c_out % groups:
+        if shape[0] != c_out or shape[1] * groups != c_in or c_out % groups:
             raise ValueError(
-                f"a kernel of shape {shape} does not fit {x.shape[1]} input channels, {c_out} output channels "
-                f"and groups={groups}: expected ({c_out}, {x.shape[1] // groups}, K, K)."
+                f"a kernel of shape {shape} does not fit {c_in} input channels, {c_out} output channels "
+                f"and groups={groups}: expected ({c_out}, {c_in // groups}, K, K)."
             )
 
 
@@ -242,7 +241,9 @@ def _choose(
     limit lies between.
     """
     backend = _checks.choice("backend", backend, BACKENDS)
-    depthwise = kernel.shape[1] == 1 and kernel.shape[0] == groups
+    batch, _, height, width = size_of(x)
+    c_out, c_group = size_of(kernel)[:2]
+    depthwise = c_group == 1 and c_out == groups
     if backend == "routed":
         reason = _routed.why_not(x, kernel, None, kernel, stride, dilation) if depthwise else "it is depthwise only"
         if reason is not None:
@@ -253,12 +254,12 @@ def _choose(
         return backend, "asked for"
     if n == 1:
         return "branches", "there is one expert: nothing to merge"
-    if x.shape[0] == 0:
+    if batch == 0:
         return "branches", "the batch is empty"  # convolution takes that, but not zero groups
     if depthwise:
         return "merged", "depthwise: one convolution per sample instead of one per expert"
-    numbers = kernel.shape[0] // groups * size * size
-    pixels = -(-x.shape[2] // stride) * -(-x.shape[3] // stride)
+    numbers = c_out // groups * size * size
+    pixels = -(-height // stride) * -(-width // stride)
     if numbers <= 10 * pixels:
         return "merged", f"a sample's kernels have {numbers} numbers per input channel, its map {pixels} pixels"
     return "branches", f"a sample's kernels would have {numbers} numbers per input channel for {pixels} pixels"
@@ -267,14 +268,11 @@ def _choose(
 def _reach(x: Tensor, step: int) -> int:
     """Return the taps, ``step`` pixels apart, of the largest kernel of which all meet the map somewhere.
 
-    Without a bound where the map's size is a symbol: a graph for many sizes keeps the kernel as it is.
+    Without a bound where the map's size is a symbol, or a tensor as it is under torch.jit.trace: a graph for many
+    sizes keeps the kernel as it is.
     """
     side = max(x.shape[2], x.shape[3]) if all(isinstance(n, int) for n in x.shape[2:]) else sys.maxsize // 4
     return 2 * ((side - 1) // step) + 1
-
-
-def _has_numbers(weights: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or weights.is_meta or isinstance(weights, FakeTensor))
 
 
 def _branches(
@@ -287,18 +285,19 @@ def _branches(
     dilations: Sequence[int],
     sparse: bool,
 ) -> Tensor:
-    skip = sparse and _has_numbers(weights)
+    skip = sparse and has_numbers(weights)
     y: Tensor | None = None
     for r, (kernel, dilation) in enumerate(zip(kernels, dilations, strict=True)):
         bias = None if biases is None else biases[r]
-        padding = dilation * (kernel.shape[-1] // 2)
+        c_out, c_group, _, size = size_of(kernel)
+        padding = dilation * (size // 2)
         chosen = weights[:, r].nonzero().squeeze(1) if skip else None
-        seen = x if chosen is None else x[chosen]
-        if kernel.shape[1] == 1 and kernel.shape[0] == groups:
+        seen = x if chosen is None else x.index_select(0, chosen)
+        if c_group == 1 and c_out == groups:
             term = depthwise_conv2d(seen, kernel, bias, stride=stride, padding=padding, dilation=dilation)
         else:
             term = F.conv2d(seen, kernel, bias, stride, padding, dilation, groups)
-        a = weights[:, r] if chosen is None else weights[chosen, r]
+        a = weights[:, r] if chosen is None else weights[:, r].index_select(0, chosen)
         term = term * a[:, None, None, None].to(term.dtype)
         if chosen is not None:
             term = term.new_zeros(x.shape[0], *term.shape[1:]).index_copy(0, chosen, term)
@@ -321,24 +320,26 @@ def _merged(
 ) -> Tensor:
     step = fold.common_dilation([d for _, d in experts])
     bank = fold.crop(bank, _reach(x, step))
-    if x.shape[0] == 0:  # grouped convolution refuses zero groups
-        every = None if bias_bank is None else list(bias_bank)
-        return _branches(x, list(bank), every, weights, stride, groups, [step] * len(bank), False)
-    sizes = [min(fold.effective_size(k, d // step), bank.shape[-1]) for k, d in experts]
+    if size_of(x)[0] == 0:  # grouped convolution refuses zero groups
+        every = None if bias_bank is None else bias_bank.unbind()
+        return _branches(x, bank.unbind(), every, weights, stride, groups, [step] * len(experts), False)
+    _, _, c_group, largest, _ = size_of(bank)
+    sizes = [min(fold.effective_size(k, d // step), largest) for k, d in experts]
     if sparse:
         weights = _of_chosen(weights)
-        if _has_numbers(weights):
+        if has_numbers(weights):
             buckets = _buckets(x, weights, bank, sizes, stride, step)
-            if len(buckets) > 1 or bank.shape[-1] not in buckets:
+            if len(buckets) > 1 or largest not in buckets:
                 return _by_size(x, bank, bias_bank, weights, buckets, sizes, stride, groups, step)
-    if bank.shape[2] == 1 and _mixes_inside(backend, x, bank, bias_bank, weights, sizes, stride, step):
+    if c_group == 1 and _mixes_inside(backend, x, bank, bias_bank, weights, sizes, stride, step):
         return _mixed_inside(x, bank, bias_bank, weights, sizes)
     return _merged_dense(x, bank, bias_bank, weights, stride, groups, step)
 
 
 def _of_chosen(weights: Tensor) -> Tensor:
     """Keep gradients from weights of exactly 0: their experts were not chosen."""
-    learning = torch.is_grad_enabled() and weights.requires_grad
+    # torch.jit.trace checks a graph against one recorded without gradients: they must not differ.
+    learning = (torch.is_grad_enabled() and weights.requires_grad) or torch.jit.is_tracing()
     return torch.where(weights == 0, 0, weights) if learning else weights
 
 
@@ -413,8 +414,9 @@ def _mixes_inside(
     """Decide between "merged" and "routed" for depthwise experts; "auto" times both once, where that may pay."""
     if backend != "auto":
         return backend == "routed"
-    small = x.device.type == "cuda" and x.shape[2] * x.shape[3] <= _SMALL_MAP
-    if not small or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    _, channels, height, width = size_of(x)
+    small = x.device.type == "cuda" and height * width <= _SMALL_MAP
+    if not small or not has_numbers(x):
         return False
     if _routed.why_not(x, bank, bias_bank, weights, stride, dilation) is not None:
         return False
@@ -429,7 +431,7 @@ def _mixes_inside(
                 key,
                 x.device,
                 {
-                    "merged": lambda: _merged_dense(x, bank, bias_bank, weights, stride, x.shape[1], dilation),
+                    "merged": lambda: _merged_dense(x, bank, bias_bank, weights, stride, channels, dilation),
                     "routed": lambda: _mixed_inside(x, bank, bias_bank, weights, spans),
                 },
             )
@@ -445,7 +447,7 @@ def _mixed_inside(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Te
 def _merged_dense(
     x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, stride: int, groups: int, dilation: int
 ) -> Tensor:
-    _, c_out, c_group, size, _ = bank.shape
+    _, c_out, c_group, size, _ = size_of(bank)
     # Mixed in the parameters' precision also under autocast: rounding n kernels before adding them costs accuracy and
     # saves nothing, as the mix is small next to the convolution.
     with without_autocast(x):
@@ -468,9 +470,9 @@ def _mixed_by_kind(
         first = experts.index((size, dilation))
         last = first + experts.count((size, dilation))
         stack = torch.stack(list(kernels[first:last]))
-        one = (weights[:, first:last] @ stack.flatten(1)).view(weights.shape[0], *stack.shape[1:])
+        one = (weights[:, first:last] @ stack.flatten(1)).view(weights.shape[0], *size_of(stack)[1:])
         one = fold.crop(fold.dilate(one, dilation // step), reach)
-        mixed = one if mixed is None else one + fold.pad(mixed, one.shape[-1])
+        mixed = one if mixed is None else one + fold.pad(mixed, size_of(one)[-1])
     if mixed is None:
         raise ValueError("kernels is empty: give at least one expert.")
     return mixed
@@ -478,7 +480,7 @@ def _mixed_by_kind(
 
 def _convolved(x: Tensor, kernels: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
     """Convolve every sample with kernels (N, C_out, C_in/groups, K, K) and biases (N, C_out) of its own."""
-    padding = dilation * (kernels.shape[-1] // 2)
+    padding = dilation * (size_of(kernels)[-1] // 2)
     return per_sample_conv2d(
         x, kernels, bias, stride=(stride,) * 2, padding=(padding,) * 2, dilation=(dilation,) * 2, groups=groups
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import is_channels_last, laid_out
+from widefield.ops._problem import is_channels_last, is_exported, laid_out, size_of
 
 Pair = tuple[int, int]
 
@@ -38,18 +42,18 @@ def per_sample_conv2d(
     Raises:
         ValueError: kernels or biases that do not fit x.
     """
-    batch, c_in = x.shape[:2]
-    count, c_out, c_group = kernels.shape[:3] if kernels.ndim == 5 else (0, 0, 0)
+    batch, c_in = size_of(x)[:2]
+    count, c_out, c_group = size_of(kernels)[:3] if kernels.ndim == 5 else (0, 0, 0)
     if kernels.ndim != 5 or count != batch or c_group * groups != c_in or c_out % groups:
         raise ValueError(
             f"kernels must be (N, C_out, C_in/groups, KH, KW) with N={batch}, C_in={c_in} and groups={groups}, which "
             f"divides C_out; got shape {tuple(kernels.shape)}."
         )
-    if biases is not None and tuple(biases.shape) != (batch, c_out):
+    if biases is not None and size_of(biases) != (batch, c_out):
         raise ValueError(f"biases must be (N, C_out) = ({batch}, {c_out}) or None; got shape {tuple(biases.shape)}.")
     dtype = autocast_dtype(x) or x.dtype
     x, kernels, biases = x.to(dtype), kernels.to(dtype), None if biases is None else biases.to(dtype)
-    if c_group == 1 and c_out == groups and not torch.compiler.is_exporting():
+    if c_group == 1 and c_out == groups and not is_exported():
         return depthwise(x, kernels.squeeze(2), biases, stride, padding, dilation, "auto")
     if batch == 0:  # grouped convolution refuses zero groups
         with without_autocast(x):
@@ -60,13 +64,33 @@ def per_sample_conv2d(
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
         x, kernels, biases = x.float(), kernels.float(), None if biases is None else biases.float()
     with without_autocast(x):
-        y = F.conv2d(
-            x.reshape(1, batch * c_in, *x.shape[2:]),
-            kernels.flatten(0, 1),
-            None if biases is None else biases.flatten(),
-            stride,
-            padding,
-            dilation,
-            batch * groups,
-        )
-    return laid_out(y.view(batch, c_out, *y.shape[2:]).to(dtype), layout)
+        convolve = _scripted() if torch.jit.is_tracing() else _as_one_image
+        y = convolve(x, kernels, biases, stride, padding, dilation, groups)
+    return laid_out(y.to(dtype), layout)
+
+
+def _as_one_image(
+    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """Convolve a batch as the groups of one image."""
+    batch = x.shape[0]
+    y = F.conv2d(
+        x.reshape([1, batch * x.shape[1], x.shape[2], x.shape[3]]),
+        kernels.flatten(0, 1),
+        None if biases is None else biases.flatten(),
+        stride,
+        padding,
+        dilation,
+        batch * groups,
+    )
+    # Not a view: one made under no_grad could not be changed in place where gradients are on.
+    return torch.ops.aten._unsafe_view(y, [batch, kernels.shape[1], y.shape[2], y.shape[3]])
+
+
+@functools.cache
+def _scripted() -> Callable[..., Tensor]:
+    """Return the same for torch.jit.trace, which would keep the number of groups, and with it the size of the batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated; what asks for it is a trace, which is as well
+        scripted: Callable[..., Tensor] = torch.jit.script(_as_one_image)
+    return scripted
