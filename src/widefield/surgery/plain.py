@@ -1,0 +1,128 @@
+"""Layers of :mod:`widefield.nn` as modules of torch, so that a re-parameterized model loads without widefield."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from widefield import _checks
+from widefield.nn import DepthwiseConv2d
+from widefield.nn.gmconv import DynamicGMConv2d
+from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
+from widefield.surgery.folding import hooked
+from widefield.surgery.walk import replace
+
+ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
+"""Layers whose kernel depends on the image: torch has none."""
+
+_LAYERS = "widefield.nn."
+
+
+class Changed(NamedTuple):
+    """A layer that became a module of torch."""
+
+    name: str
+    before: str
+    after: str
+
+
+class Kept(NamedTuple):
+    """A layer of :mod:`widefield.nn` that is still there."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+def plain(root: nn.Module) -> tuple[nn.Module, list[Changed], list[Kept]]:
+    """Replace layers of :mod:`widefield.nn` by modules of torch that compute the same, in place.
+
+    A :class:`DepthwiseConv2d` becomes a ``torch.nn.Conv2d``. A layer of several parts becomes a
+    ``torch.fx.GraphModule`` with the same parts, parameters and keys. Layers that route stay. So do the classes of
+    :mod:`widefield.models`, whose networks cannot be loaded without widefield in any case; the layers inside change.
+
+    Args:
+        root: re-parameterized, in evaluation mode.
+
+    Returns:
+        The root, which may be another module, what changed, and what could not be changed with the reason.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
+    changed: list[Changed] = []
+    kept: list[Kept] = []
+    for name, module in _outermost(root):
+        kind = type(module).__name__
+        try:
+            replacements[module] = _as_torch(module)
+        except _NotPlainError as error:
+            kept.append(Kept(name or kind, kind, str(error)))
+            continue
+        changed.append(Changed(name or kind, kind, type(replacements[module]).__name__))
+    return replace(root, replacements), changed, kept
+
+
+class _NotPlainError(ValueError):
+    """A layer for which torch has no module."""
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Say whether the class of ``module`` is one of :mod:`widefield.nn`."""
+    return type(module).__module__.startswith(_LAYERS)
+
+
+def _outermost(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost layers of ours that do not route, and hold none that does."""
+    done: list[str] = []
+    for name, module in root.named_modules():
+        if any(name.startswith(prefix) for prefix in done):
+            continue
+        routes = isinstance(module, ROUTED)
+        if routes or (is_layer(module) and not any(isinstance(part, ROUTED) for part in module.modules())):
+            done.append(f"{name}." if name else "")
+            if not routes:
+                yield name, module
+
+
+def _as_torch(module: nn.Module) -> nn.Module:
+    lost = next((part for part in module.modules() if is_layer(part) and hooked(part)), None)
+    if lost is not None:
+        raise _NotPlainError(f"its {type(lost).__name__} has hooks, which would be lost: remove them first")
+    if isinstance(module, DepthwiseConv2d):
+        return module.fuse()
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:  # whatever a forward raises that branches on values
+        raise _NotPlainError(f"its forward is not a fixed graph of torch functions ({type(error).__name__})") from error
+    for node in reversed(graph.nodes):
+        if getattr(node.target, "__module__", None) == _checks.__name__:  # checks of the shape, whose result is not used
+            graph.erase_node(node)
+    twin = fx.GraphModule(tracer.root, graph, class_name=type(module).__name__)
+    twin.graph.eliminate_dead_code()  # the shapes that were checked
+    twin.recompile()
+    for name, part in twin.named_modules():
+        if isinstance(part, DepthwiseConv2d):
+            twin.set_submodule(name, part.fuse())
+    return twin.train(module.training)
+
+
+class _Tracer(fx.Tracer):
+    """Traces through layers of ours alone; all other modules are parts of the graph as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=(math, _checks))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not is_layer(m) or isinstance(m, DepthwiseConv2d)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Unpack what ``split`` and ``chunk`` return, whose number is in their arguments."""
+        node = obj.node
+        if node.op == "call_method" and node.target in ("split", "chunk"):
+            sizes = node.args[1]
+            count = sizes if isinstance(sizes, int) else len(sizes)  # type: ignore[arg-type]
+            return iter([obj[index] for index in range(count)])
+        return super().iter(obj)
