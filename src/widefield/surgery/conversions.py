@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
@@ -374,6 +375,9 @@ class Deformable(Conversion):
 class TokenMixer(Conversion):
     """Replace depthwise convolutions by other token mixers, which start afresh.
 
+    A fresh mixer starts at the scale of the convolution that it replaces: on noise both outputs have the same root mean
+    square ("pooling", which has no parameters, aside). Mixers with gates read their input at unit scale (:class:`widefield.nn.mixers.Rescaled`).
+
     Args:
         mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`, such as "lka", "gnconv", "moga", "focal" or
             "attention".
@@ -394,12 +398,17 @@ class TokenMixer(Conversion):
         return self._with(stage=place.stage)
 
     def _why_not(self, module: nn.Module) -> str | None:
-        return lka.why_not(module)
+        reason = lka.why_not(module)
+        if reason is None and isinstance(module, nn.Conv2d):
+            try:
+                with torch.device("meta"):
+                    mixers.TOKEN_MIXERS[self.mixer](module.in_channels, self.stage)
+            except (TypeError, ValueError) as error:
+                return f"{self.mixer} does not take its {module.in_channels} channels: {str(error).rstrip('.')}"
+        return reason
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        with conv.weight.device:
-            layer = mixers.TOKEN_MIXERS[self.mixer](conv.in_channels, self.stage)
-        return layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad).train(conv.training)
+        return mixers.in_place_of(conv, self.mixer, self.stage)
 
 
 def stages_of(model: nn.Module, names: Sequence[str]) -> dict[str, int]:

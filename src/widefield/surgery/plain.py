@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from widefield import _checks
 from widefield.nn import DepthwiseConv2d
 from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.folding import hooked
-from widefield.surgery.walk import replace
+from widefield.surgery.walk import computed, replace
 
 ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
 """Layers whose kernel depends on the image: torch has none."""
 
-_LAYERS = "widefield.nn."
+_LAYERS, _NETWORKS = "widefield.nn.", "widefield.models."
 
 
 class Changed(NamedTuple):
@@ -37,31 +38,46 @@ class Kept(NamedTuple):
     reason: str
 
 
-def plain(root: nn.Module) -> tuple[nn.Module, list[Changed], list[Kept]]:
+def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Kept]]:
     """Replace layers of :mod:`widefield.nn` by modules of torch that compute the same, in place.
 
     A :class:`DepthwiseConv2d` becomes a ``torch.nn.Conv2d``. A layer of several parts becomes a
-    ``torch.fx.GraphModule`` with the same parts, parameters and keys. Layers that route stay. So do the classes of
-    :mod:`widefield.models`, whose networks cannot be loaded without widefield in any case; the layers inside change.
+    ``torch.fx.GraphModule`` with the same parts, parameters and keys. Layers that route stay. So do layers of several
+    parts in the networks of :mod:`widefield.models`, which cannot be loaded without widefield in any case.
 
     Args:
         root: re-parameterized, in evaluation mode.
+        x: an input of the root. A layer that is not called on its way is not replaced, as others use its methods.
 
     Returns:
         The root, which may be another module, what changed, and what could not be changed with the reason.
     """
+    layers = dict(_outermost(root))
+    called = _called(root, [module for module in layers.values() if not isinstance(module, DepthwiseConv2d)], x)
     replacements: dict[nn.Module, nn.Module] = {}
     changed: list[Changed] = []
     kept: list[Kept] = []
-    for name, module in _outermost(root):
+    for name, module in layers.items():
         kind = type(module).__name__
         try:
-            replacements[module] = _as_torch(module)
+            replacements[module] = _as_torch(module, called=module in called)
         except _NotPlainError as error:
             kept.append(Kept(name or kind, kind, str(error)))
             continue
         changed.append(Changed(name or kind, kind, type(replacements[module]).__name__))
     return replace(root, replacements), changed, kept
+
+
+def _called(root: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> set[nn.Module]:
+    """Return which of these modules are called on the way of ``x`` through the root."""
+    called: set[nn.Module] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules]
+    if handles:
+        with torch.no_grad():
+            root(x)
+    for handle in handles:
+        handle.remove()
+    return called
 
 
 class _NotPlainError(ValueError):
@@ -74,10 +90,15 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def _outermost(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost layers of ours that do not route, and hold none that does."""
+    """Yield the outermost layers of ours that do not route, and hold none that does; see :func:`plain`."""
     done: list[str] = []
+    networks: list[str] = []
     for name, module in root.named_modules():
         if any(name.startswith(prefix) for prefix in done):
+            continue
+        if type(module).__module__.startswith(_NETWORKS):
+            networks.append(f"{name}." if name else "")
+        if not isinstance(module, DepthwiseConv2d) and any(name.startswith(prefix) for prefix in networks):
             continue
         routes = isinstance(module, ROUTED)
         if routes or (is_layer(module) and not any(isinstance(part, ROUTED) for part in module.modules())):
@@ -86,12 +107,17 @@ def _outermost(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def _as_torch(module: nn.Module) -> nn.Module:
+def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
+    reason = computed(module)
+    if reason is not None:
+        raise _NotPlainError(reason)
     lost = next((part for part in module.modules() if is_layer(part) and hooked(part)), None)
     if lost is not None:
         raise _NotPlainError(f"its {type(lost).__name__} has hooks, which would be lost: remove them first")
     if isinstance(module, DepthwiseConv2d):
         return module.fuse()
+    if not called:
+        raise _NotPlainError("the model does not call it on the example input, or uses other methods of it")
     tracer = _Tracer()
     try:
         graph = tracer.trace(module)

@@ -219,9 +219,9 @@ def reparameterize(
             left.append(LeftLayer(title or name, type(module).__name__, reason))
     fused = _joined(fused, _fold(model, pairs))
     del pairs, watch
-    model, changed, kept = plain(model)
+    model, changed, kept = plain(model, x)
     fused = _finished(fused, changed)
-    left += [LeftLayer(*entry) for entry in kept]
+    left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in left}]
     if not fused:
         raise NothingToFuseError(f"{name} has nothing to fuse: {_nothing(left)}")
 

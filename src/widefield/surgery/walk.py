@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch
+from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -197,11 +198,9 @@ def outermost(
     done: list[str] = []
     for name, module in root.named_modules():
         method = merge_method(module)
-        if method is None or any(name.startswith(prefix) for prefix in done) or not select(module):
+        if method is None or any(name.startswith(prefix) for prefix in done) or computed(module) or not select(module):
             continue
         if method != "fuse" and any(takes_norm(inner) for inner in module.modules()):
-            continue
-        if computed(module):
             continue
         done.append(f"{name}." if name else "")
         yield name, module, method
@@ -217,14 +216,18 @@ def merge(module: nn.Module, method: str) -> nn.Module:
 
     Methods of other libraries make layers of torch's default dtype, on its default device, that train. What they return
     gets the dtype, the device and the mode of ``module``, and asks for gradients only if ``module`` did. Types
-    narrower than float32 are merged in float32 and rounded once.
+    narrower than float32 are merged in float32 and rounded once. Frozen norms, which such methods do not know, are
+    ordinary ones meanwhile.
     """
+    learns, frozen = any(p.requires_grad for p in module.parameters()), _has_frozen_norm(module)
+    if frozen and not is_ours(module):
+        unfreeze_batch_norm_2d(module)
     held = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     if is_ours(module) or not held:
         return _called(module, method)
     kernel = next((tensor for tensor in held if tensor.ndim > 1), held[0])  # norms beside it may be wider
     dtype, wide = kernel.dtype, torch.promote_types(kernel.dtype, torch.float32)
-    types, learns, training = [tensor.dtype for tensor in held], any(p.requires_grad for p in held), module.training
+    types, training = [tensor.dtype for tensor in held], module.training
     try:
         for tensor in held:
             tensor.data = tensor.data.to(wide)
@@ -238,7 +241,13 @@ def merge(module: nn.Module, method: str) -> nn.Module:
         if id(tensor) not in known and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
             tensor.requires_grad_(learns and tensor.requires_grad)
+    if frozen:
+        freeze_batch_norm_2d(merged)
     return merged.to(kernel.device).train(training)
+
+
+def _has_frozen_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, FROZEN_NORMS) for part in module.modules())
 
 
 def _called(module: nn.Module, method: str) -> nn.Module:
@@ -281,9 +290,19 @@ def unmerged(model: nn.Module) -> list[str]:
     Raises ValueError where one of them cannot be merged, and as :func:`copied` does.
     """
     twin = copied(model)
+
+    def works(module: nn.Module) -> bool:
+        if is_ours(module):
+            return True
+        try:
+            merge(duplicate(module), merge_method(module) or "")
+        except Exception:  # reparameterize leaves it, with the reason
+            return False
+        return True
+
     try:
         with torch.random.fork_rng([]):  # merging builds layers
-            merged, names = fuse_layers(twin)
+            merged, names = fuse_layers(twin, select=works)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"
