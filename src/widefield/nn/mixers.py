@@ -96,7 +96,7 @@ def in_place_of(conv: nn.Conv2d, mixer: str, stage: int) -> nn.Module:
     """Return a fresh token mixer whose output is about as large as that of ``conv``, a depthwise convolution.
 
     Both are compared on noise. Mixers of :data:`GATED` are :class:`Rescaled`, a mixture of receptive fields
-    starts with routing weights that are the same for all inputs, and "pooling", which has no parameters, stays as it is.
+    starts with routing weights that are the same for all inputs, and "pooling", which has no parameters, stays as is.
     The mixer has the device, dtype and mode of ``conv``, and is frozen where its kernel is.
 
     Args:

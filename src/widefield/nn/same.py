@@ -56,7 +56,7 @@ class DepthwiseConv2dSame(DepthwiseConv2d):
 
     def fuse(self) -> Conv2dSame:
         """Return the ``timm.layers.Conv2dSame`` with these very parameters. Exact in any mode: nothing is merged."""
-        return conv2d_same(self, self.weight, self.bias)
+        return conv2d_same(self)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(pad_same(input, self.kernel_size, self.stride, self.dilation), weight, bias)
@@ -100,13 +100,13 @@ class SameAligned(nn.Module):
             RuntimeError: in training mode.
         """
         layer: Any = self.layer
-        merged = layer if _is_plain(layer) else layer.fuse() if norm is None else layer.fuse(norm)
+        merged: Any = layer if _is_plain(layer) else layer.fuse() if norm is None else layer.fuse(norm)
         if isinstance(merged, nn.Sequential) and len(merged) == 1:
             merged = merged[0]
         if _is_plain(merged):
-            return conv2d_same(merged, merged.weight, merged.bias)
+            return conv2d_same(merged)
         if isinstance(merged, DecomposedKernel) and all(_keeps_padding(band) for band in merged.children()):
-            return DecomposedKernel(*(conv2d_same(band, band.weight, band.bias) for band in merged.children()))
+            return DecomposedKernel(conv2d_same(merged.LoRA1), conv2d_same(merged.LoRA2))
         return SameAligned(merged, self.stride)
 
     def extra_repr(self) -> str:
@@ -131,7 +131,7 @@ def least_size(stride: int, dilation: int, parity: int) -> int:
 
 
 def centered(conv: nn.Module) -> nn.Conv2d | str:
-    """Return the convolution with a centered kernel that a ``Conv2dSame`` is but for its alignment, or why there is none.
+    """Return the convolution with a centered kernel that a ``Conv2dSame`` is but for its alignment, or why it has none.
 
     It holds the very parameters of ``conv``; inside :class:`SameAligned` it computes what ``conv`` does.
     """
@@ -142,8 +142,9 @@ def centered(conv: nn.Module) -> nn.Conv2d | str:
     if not _keeps_padding(same):
         return f"its kernel of {shown} is smaller than its stride, and its 'SAME' padding then skips pixels"
     padding = tuple(d * (k // 2) for k, d in zip(same.kernel_size, same.dilation, strict=True))
-    arguments: Any = same.in_channels, same.out_channels, same.kernel_size, same.stride, padding, same.dilation
-    twin = nn.Conv2d(*arguments, same.groups, same.bias is not None, device="meta")
+    make: Any = nn.Conv2d
+    arguments = same.in_channels, same.out_channels, same.kernel_size, same.stride, padding, same.dilation
+    twin: nn.Conv2d = make(*arguments, same.groups, same.bias is not None, device="meta")
     twin.weight, twin.bias = same.weight, same.bias
     if isinstance(conv, DepthwiseConv2d):
         twin = DepthwiseConv2d.from_conv2d(twin, backend=conv.backend)
@@ -163,11 +164,12 @@ def is_same(module: nn.Module) -> bool:
     return type(module) in (Conv2dSame, DepthwiseConv2dSame)
 
 
-def conv2d_same(like: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> Conv2dSame:
-    """Return a ``timm.layers.Conv2dSame`` with these parameters and the other arguments of ``like``."""
-    sizes: Any = weight.shape[-2:], like.stride
-    layer = Conv2dSame(
-        like.in_channels, like.out_channels, *sizes, 0, like.dilation, like.groups, bias is not None, device="meta"
-    )  # type: ignore[no-untyped-call]
-    layer.weight, layer.bias = weight, bias
-    return layer.train(like.training)
+def conv2d_same(conv: nn.Conv2d) -> Conv2dSame:
+    """Return a ``timm.layers.Conv2dSame`` with the parameters and arguments of a convolution, its padding aside."""
+    make: Any = Conv2dSame
+    channels, bias = (conv.in_channels, conv.out_channels), conv.bias is not None
+    layer: Conv2dSame = make(
+        *channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, bias, device="meta"
+    )
+    layer.weight, layer.bias = conv.weight, conv.bias
+    return layer.train(conv.training)

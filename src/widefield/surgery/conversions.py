@@ -157,13 +157,13 @@ class FastDepthwise(Conversion):
 
     def replacement(self, module: nn.Module) -> nn.Module:
         """Return what to put in the place of a convolution, with its parameters, keys and padding."""
-        if type(module) is Conv2dSame:
+        if isinstance(module, Conv2dSame) and is_same(module):
             return DepthwiseConv2dSame.from_conv2d(module, backend=self.backend)
         return super().replacement(module)
 
     def why_not(self, module: nn.Module) -> str | None:
         """Return why ``module`` cannot be replaced, or None."""
-        if type(module) is Conv2dSame:
+        if isinstance(module, Conv2dSame) and is_same(module):
             return depthwise.not_depthwise(module)
         return super().why_not(module)
 
@@ -376,7 +376,8 @@ class TokenMixer(Conversion):
     """Replace depthwise convolutions by other token mixers, which start afresh.
 
     A fresh mixer starts at the scale of the convolution that it replaces: on noise both outputs have the same root mean
-    square ("pooling", which has no parameters, aside). Mixers with gates read their input at unit scale (:class:`widefield.nn.mixers.Rescaled`).
+    square, except for "pooling", which has no parameters. Mixers with gates read their input at unit scale
+    (:class:`widefield.nn.mixers.Rescaled`).
 
     Args:
         mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`, such as "lka", "gnconv", "moga", "focal" or

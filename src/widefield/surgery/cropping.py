@@ -243,7 +243,7 @@ def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tupl
     for index, (size, dilation) in enumerate(zip(mixture.kernel_sizes, mixture.dilations, strict=True)):
         weight = fold.expert(mixture.bank.detach(), index, size, dilation, step)
         centred = dilation * (size // 2)
-        weight = _meeting(weight, calls, mixture, lambda _, by=(centred, centred): by, (dilation, dilation))
+        weight = _meeting(weight, calls, mixture, partial(_constant, (centred, centred)), (dilation, dilation))
         kernels.append(_kernel(f"{name}[{index}]", weight, (1, 1), (dilation, dilation), square=True))
         weights.append(weight)
     bank = fold.kernel_bank(weights, mixture.dilations)
@@ -262,6 +262,10 @@ def _padding(conv: Any, seen: Pair) -> Pair:
         return _checks.pair("padding", conv.padding, minimum=0)
     (rows, columns), (down, right) = _size(conv), _dilation(conv)
     return (down * (rows - 1) // 2, right * (columns - 1) // 2) if conv.padding == "same" else (0, 0)
+
+
+def _constant(padding: Pair, seen: Pair) -> Pair:
+    return padding
 
 
 def _meeting(
@@ -345,12 +349,14 @@ def _smaller(module: Any, sizes: Sizes) -> nn.Module:
 
 def _same_of(module: Any, size: Pair) -> nn.Module:
     bias = module.bias is not None
-    given: Any = size, module.stride
     if isinstance(module, DepthwiseConv2dSame):
-        options = {"bias": bias, "backend": module.backend, "device": "meta"}
-        return DepthwiseConv2dSame(module.in_channels, *given, module.dilation, **options)
-    channels = module.in_channels, module.out_channels
-    return Conv2dSame(*channels, *given, 0, module.dilation, module.groups, bias, device="meta")  # type: ignore[no-untyped-call]
+        channels, stride, dilation = module.in_channels, module.stride, module.dilation
+        given: Any = {"bias": bias, "backend": module.backend, "device": "meta"}
+        return DepthwiseConv2dSame(channels, size, stride, dilation, **given)  # type: ignore[arg-type]
+    make: Any = Conv2dSame
+    widths = module.in_channels, module.out_channels
+    layer: nn.Module = make(*widths, size, module.stride, 0, module.dilation, module.groups, bias, device="meta")
+    return layer
 
 
 def _with_weight(module: Any, layer: Any, size: Pair) -> nn.Module:

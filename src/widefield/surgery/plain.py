@@ -115,7 +115,7 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
     if lost is not None:
         raise _NotPlainError(f"its {type(lost).__name__} has hooks, which would be lost: remove them first")
     if isinstance(module, DepthwiseConv2d):
-        return module.fuse()
+        return with_numbers(module.fuse())
     if not called:
         raise _NotPlainError("the model does not call it on the example input, or uses other methods of it")
     tracer = _Tracer()
@@ -124,22 +124,36 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
     except Exception as error:  # whatever a forward raises that branches on values
         raise _NotPlainError(f"its forward is not a fixed graph of torch functions ({type(error).__name__})") from error
     for node in reversed(graph.nodes):
-        if getattr(node.target, "__module__", None) == _checks.__name__:  # checks of the shape, whose result is not used
+        node.type = None  # annotations are strings, which torch.jit.script does not resolve
+        if (
+            getattr(node.target, "__module__", None) == _checks.__name__
+        ):  # checks of the shape, whose result is not used
             graph.erase_node(node)
-    twin = fx.GraphModule(tracer.root, graph, class_name=type(module).__name__)
+    bare = fx.Graph()  # which does not keep the class of the tracer: pickles would hold its name
+    bare.output(bare.graph_copy(graph, {}))
+    twin = fx.GraphModule(tracer.root, bare, class_name=type(module).__name__)
     twin.graph.eliminate_dead_code()  # the shapes that were checked
     twin.recompile()
     for name, part in twin.named_modules():
         if isinstance(part, DepthwiseConv2d):
-            twin.set_submodule(name, part.fuse())
+            twin.set_submodule(name, with_numbers(part.fuse()))
     return twin.train(module.training)
+
+
+def with_numbers(conv: nn.Module) -> nn.Module:
+    """Write "same" padding as numbers where both sides are alike, in place, as torch's quantized convolutions need."""
+    if isinstance(conv, nn.Conv2d) and conv.padding == "same":
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        if (left, top) == (right, bottom):
+            conv.padding = (top, left)
+    return conv
 
 
 class _Tracer(fx.Tracer):
     """Traces through layers of ours alone; all other modules are parts of the graph as they are."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, _checks))
+        super().__init__(autowrap_modules=(math, _checks))  # type: ignore[arg-type]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not is_layer(m) or isinstance(m, DepthwiseConv2d)
@@ -150,5 +164,5 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method" and node.target in ("split", "chunk"):
             sizes = node.args[1]
             count = sizes if isinstance(sizes, int) else len(sizes)  # type: ignore[arg-type]
-            return iter([obj[index] for index in range(count)])
+            return iter([obj[index] for index in range(count)])  # type: ignore[index]
         return super().iter(obj)

@@ -21,7 +21,7 @@ from widefield.report import markdown
 from widefield.surgery import outputs
 from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
 from widefield.surgery.outputs import Difference, comparable, difference
-from widefield.surgery.plain import Changed, plain
+from widefield.surgery.plain import Changed, plain, with_numbers
 from widefield.surgery.walk import (
     COLLECTIVE,
     MERGE_METHODS,
@@ -220,7 +220,7 @@ def reparameterize(
     fused = _joined(fused, _fold(model, pairs))
     del pairs, watch
     model, changed, kept = plain(model, x)
-    fused = _finished(fused, changed)
+    fused = _finished(fused, changed, model)
     left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in left}]
     if not fused:
         raise NothingToFuseError(f"{name} has nothing to fuse: {_nothing(left)}")
@@ -313,7 +313,7 @@ def _merge(
         kind = _kind(module)
         merged = merge(module, tried.method) if pair is None else pair.folded
         if merged is not module:
-            replacements[module] = merged
+            replacements[module] = with_numbers(merged) if isinstance(module, DepthwiseConv2d) else merged
         if pair is not None:
             replacements[pair.norm] = without_norm(pair.norm)
         fused.append(
@@ -356,16 +356,13 @@ def _joined(merged: list[FusedLayer], folded: list[FusedLayer]) -> list[FusedLay
     return list(first.values())
 
 
-def _finished(fused: list[FusedLayer], changed: list[Changed]) -> list[FusedLayer]:
+def _finished(fused: list[FusedLayer], changed: list[Changed], model: nn.Module) -> list[FusedLayer]:
     """Return the layers with the classes that they have in the end, and those that only changed their class."""
     known = {layer.name: layer for layer in fused}
     for name, before, after in changed:
-        known[name] = (
-            with_changes(known[name], after=after)
-            if name in known
-            else FusedLayer(name, None, "layer", before, after, None)
-        )
-    return list(known.values())
+        known.setdefault(name, FusedLayer(name, None, "layer", before, after, None))
+    modules = dict(model.named_modules())  # the root goes by its class
+    return [with_changes(layer, after=type(modules.get(layer.name, model)).__name__) for layer in known.values()]
 
 
 def _fuse_with(layer: Any, norm: nn.Module) -> nn.Module:

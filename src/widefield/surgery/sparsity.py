@@ -405,7 +405,7 @@ def _erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, flo
 
 
 def _chosen(model: nn.Module, where: Where | None) -> list[str]:
-    """Return the names of the weights of the selected layers; those of computed weights are left out, with a warning."""
+    """Return the names of the selected layers' weights. Weights that are computed are left out, with a warning."""
     found: dict[str, tuple[nn.Module, str]] = {}
     seen: set[int] = set()
     selects, left = selector(where), []
