@@ -429,7 +429,7 @@ def test_reparameterize_folds_masks_and_norms():
     fused = widefield.reparameterize(model, x)
     close(fused(x), model(x), FLOAT64)
     assert [type(m) for m in fused] == [
-        DynamicGMConv2d, nn.Identity, nn.ReLU, DepthwiseConv2d, nn.Identity, nn.ReLU, nn.Conv2d,
+        DynamicGMConv2d, nn.Identity, nn.ReLU, nn.Conv2d, nn.Identity, nn.ReLU, nn.Conv2d,
     ]  # fmt: skip
 
 

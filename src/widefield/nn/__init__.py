@@ -12,6 +12,7 @@ from widefield.nn.moga import ChannelAggregationFFN, MultiOrderDWConv, MultiOrde
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d
 from widefield.nn.router import Router, load_balancing
+from widefield.nn.same import DepthwiseConv2dSame, SameAligned
 
 __all__ = [
     "GRN",
@@ -22,6 +23,7 @@ __all__ = [
     "DecomposedConv2d",
     "DeformConv2d",
     "DepthwiseConv2d",
+    "DepthwiseConv2dSame",
     "DilatedReparamConv2d",
     "DynamicGMConv2d",
     "FusedMoRFConv2d",
@@ -36,5 +38,6 @@ __all__ = [
     "MultiOrderGatedAggregation",
     "ReparamConv2d",
     "Router",
+    "SameAligned",
     "load_balancing",
 ]

@@ -103,6 +103,11 @@ def why_not(conv: nn.Module) -> str | None:
     """Return why ``conv`` cannot become a :class:`DepthwiseConv2d`, or None if it can."""
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, not a plain torch.nn.Conv2d"
+    return not_depthwise(conv)
+
+
+def not_depthwise(conv: nn.Conv2d) -> str | None:
+    """Return why ``conv`` is not depthwise, or None if it is."""
     if not conv.groups == conv.in_channels == conv.out_channels:
         return (
             f"it is not depthwise: {conv.in_channels} input channels, {conv.out_channels} output channels, "

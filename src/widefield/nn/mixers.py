@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from timm.layers import Attention2d, GlobalResponseNormMlp, GluMlp, Mlp
 from timm.models.focalnet import FocalModulation
 from timm.models.metaformer import Pooling
-from torch import nn
+from torch import Tensor, nn
 
 from widefield.nn.deform import DeformConv2d
 from widefield.nn.depthwise import DepthwiseConv2d
@@ -19,7 +22,7 @@ from widefield.nn.moga import ChannelAggregationFFN, MultiOrderGatedAggregation
 from widefield.nn.morf import MoRFConv2d
 
 TOKEN_MIXERS: Mapping[str, Callable[[int, int], nn.Module]] = {
-    "attention": lambda width, stage: Attention2d(width, num_heads=max(1, width // 32)),
+    "attention": lambda width, stage: Attention2d(width, num_heads=_heads(width)),
     "conv": lambda width, stage: DepthwiseConv2d(width, 7),
     "deformable": lambda width, stage: DeformConv2d(width, width, 3),
     "focal": lambda width, stage: FocalModulation(width, focal_window=3, focal_level=3),
@@ -42,3 +45,101 @@ CHANNEL_MIXERS: Mapping[str, Callable[[int, int], nn.Module]] = {
 }
 """Name -> function of (channels, hidden channels): a gated MLP (Shazeer 2020), ConvNeXt V2's with GRN, the plain one,
 MogaNet's channel aggregation."""
+
+GATED = ("focal", "gnconv", "lka", "moga")
+"""Token mixers that multiply functions of their input: their output grows faster than it."""
+
+_OUTPUTS: Mapping[str, Callable[[Any], list[nn.Parameter]]] = {
+    "attention": lambda layer: [*layer.proj.parameters()],
+    "conv": lambda layer: [*layer.parameters()],
+    "deformable": lambda layer: [*layer.output_proj.parameters()],
+    "gmconv": lambda layer: [layer.weight, layer.bias],
+    "large_kernel": lambda layer: [p for _, norm in layer.branches() for p in norm.parameters()],
+    "morf": lambda layer: [*layer.expert_weights, *layer.expert_biases],
+}
+"""Parameters that the output of a mixer is proportional to."""
+
+_SIDE = 14
+"""Of the map on which the scale of a fresh mixer is measured, at least."""
+
+
+class Rescaled(nn.Module):
+    """A token mixer that reads every sample at unit scale: ``gain * s * mixer(x / s)``, s the RMS of x.
+
+    Gated mixers multiply functions of their input by each other. The papers put them behind a norm; where a model has
+    none, their output grows with a power of the input, up to the sixth, and overflows after a few layers. This output
+    is proportional to the input's scale, as that of a convolution is.
+
+    Args:
+        mixer: (N, C, H, W) -> (N, C, H, W).
+        channels: C.
+
+    Attributes:
+        gain: (C, 1, 1), a parameter; 1 at first.
+    """
+
+    def __init__(self, mixer: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.gain = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        level = x.abs().mean((1, 2, 3), keepdim=True) + 1e-6  # first, as squares leave float16
+        y = x / level
+        spread = torch.linalg.vector_norm(y, dim=(1, 2, 3), keepdim=True) / x[0].numel() ** 0.5 + 1e-6
+        out: Tensor = self.mixer(y / spread) * spread * level * self.gain
+        return out
+
+
+def in_place_of(conv: nn.Conv2d, mixer: str, stage: int) -> nn.Module:
+    """Return a fresh token mixer whose output is about as large as that of ``conv``, a depthwise convolution.
+
+    Both are compared on noise. Mixers of :data:`GATED` are :class:`Rescaled`, a mixture of receptive fields
+    starts with routing weights that are the same for all inputs, and "pooling", which has no parameters, stays as is.
+    The mixer has the device, dtype and mode of ``conv``, and is frozen where its kernel is.
+
+    Args:
+        conv: stride 1; keeps the size of its input.
+        mixer: a name of :data:`TOKEN_MIXERS`.
+        stage: from 0.
+
+    Raises:
+        TypeError, ValueError: the mixer cannot have as many channels.
+    """
+    with conv.weight.device:
+        layer = TOKEN_MIXERS[mixer](conv.in_channels, stage)
+        if mixer in GATED:
+            layer = Rescaled(layer, conv.in_channels)
+    if isinstance(layer, MoRFConv2d):
+        layer.router.settle(0)
+    if not conv.weight.is_meta:
+        _calibrate(layer, [layer.gain] if isinstance(layer, Rescaled) else _OUTPUTS.get(mixer, _none)(layer), conv)
+    return layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad).train(conv.training)
+
+
+@torch.no_grad()
+def _calibrate(layer: nn.Module, proportional: list[nn.Parameter], conv: nn.Conv2d) -> None:
+    """Multiply parameters so that the outputs of ``layer`` and ``conv``, its bias aside, are of one size.
+
+    The input is noise over a random level for each channel, as some mixers average the former and some drop the latter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    spans = (dilation * (size - 1) + 1 for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True))
+    shape = 2, conv.in_channels, *(max(span, _SIDE) for span in spans)
+    x = torch.randn(shape, generator=generator) + torch.randn(*shape[:2], 1, 1, generator=generator)
+    x, fresh, bare = x.to(conv.weight.device), copy.deepcopy(layer).eval(), copy.deepcopy(conv).float()
+    bare.bias = None
+    factor = torch.linalg.vector_norm(bare(x)) / torch.linalg.vector_norm(fresh(x))
+    if factor.isfinite() and factor > 0:
+        for parameter in proportional:
+            parameter.mul_(factor)
+
+
+def _none(layer: nn.Module) -> list[nn.Parameter]:
+    return []
+
+
+def _heads(width: int) -> int:
+    """Return the most heads of at least 32 channels that divide the channels; 1 where there are none."""
+    return max((heads for heads in range(1, width // 32 + 1) if width % heads == 0), default=1)

@@ -15,6 +15,8 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import FrozenBatchNormAct2d
+from timm.layers.norm_act import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -25,6 +27,9 @@ from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops import fold
 
 INIT = ("preserve", "random")
+
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+"""Batch norms of torchvision and timm that compute the same in training and evaluation mode."""
 
 Pair = tuple[int, int]
 
@@ -253,8 +258,8 @@ def _exact_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def refuse_training(module: nn.Module) -> None:
-    """Raise RuntimeError for a layer that is to be fused in training mode."""
-    if module.training:
+    """Raise RuntimeError for a layer that is to be fused in training mode; the mode of a frozen norm does not count."""
+    if module.training and not isinstance(module, FROZEN_NORMS):
         raise RuntimeError("fuse() computes the evaluation-mode function: call model.eval() first.")
 
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from widefield import _checks
@@ -14,6 +17,7 @@ from widefield.nn import (
     DecomposedConv2d,
     DeformConv2d,
     DepthwiseConv2d,
+    DepthwiseConv2dSame,
     DilatedReparamConv2d,
     DynamicGMConv2d,
     GMConv2d,
@@ -21,6 +25,7 @@ from widefield.nn import (
     LargeKernelConv2d,
     MoRFConv2d,
     ReparamConv2d,
+    SameAligned,
     deform,
     depthwise,
     gmconv,
@@ -30,6 +35,9 @@ from widefield.nn import (
     morf,
     reparam,
 )
+from widefield.nn.same import centered, is_same
+
+_STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 class Place(NamedTuple):
@@ -56,15 +64,33 @@ class Conversion(ABC):
         """Return the config for a convolution at this place; raises ValueError for one that does not fit the model."""
         return self
 
-    @abstractmethod
     def why_not(self, module: nn.Module) -> str | None:
         """Return why ``module``, a convolution, cannot be replaced, or None if it can."""
+        if isinstance(module, _STANDARDIZED):
+            return f"it is a {type(module).__name__}, which standardizes its kernel at every call"
+        if not is_same(module):
+            return self._why_not(module)
+        conv = centered(module)
+        return conv if isinstance(conv, str) else self._why_not(conv)
 
     def replacement(self, module: nn.Module) -> nn.Module:
-        """Return what to put in the place of a convolution, which stays as it is."""
+        """Return what to put in the place of a convolution, which stays as it is.
+
+        In the place of a ``timm.layers.Conv2dSame`` with a stride this is a :class:`widefield.nn.SameAligned`.
+        """
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"{type(self).__name__} replaces torch.nn.Conv2d; got {type(module).__name__}.")
-        return self._replace(module)
+        if not is_same(module):
+            return self._replace(module)
+        conv = centered(module)
+        if isinstance(conv, str):
+            raise ValueError(f"{module} cannot be replaced: {conv}.")
+        layer = self._replace(conv)
+        return layer if set(conv.stride) == {1} else SameAligned(layer, _checks.pair("stride", conv.stride))
+
+    def _why_not(self, module: nn.Module) -> str | None:
+        """Return why ``module``, whose padding does not depend on its input, cannot be replaced, or None."""
+        raise NotImplementedError
 
     @abstractmethod
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
@@ -102,8 +128,7 @@ class MoRF(Conversion):
         sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
         object.__setattr__(self, "kernel_sizes", sizes)  # lists, from YAML say, would not hash
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot become a mixture, or None."""
+    def _why_not(self, module: nn.Module) -> str | None:
         reason = morf.why_not(module)
         if reason is None and self.init == "preserve" and isinstance(module, nn.Conv2d):
             return morf.lacks_room(module, self.kernel_sizes)
@@ -130,8 +155,19 @@ class FastDepthwise(Conversion):
     def __post_init__(self) -> None:
         DepthwiseConv2d(1, 1, backend=self.backend, device="meta")
 
+    def replacement(self, module: nn.Module) -> nn.Module:
+        """Return what to put in the place of a convolution, with its parameters, keys and padding."""
+        if isinstance(module, Conv2dSame) and is_same(module):
+            return DepthwiseConv2dSame.from_conv2d(module, backend=self.backend)
+        return super().replacement(module)
+
     def why_not(self, module: nn.Module) -> str | None:
         """Return why ``module`` cannot be replaced, or None."""
+        if isinstance(module, Conv2dSame) and is_same(module):
+            return depthwise.not_depthwise(module)
+        return super().why_not(module)
+
+    def _why_not(self, module: nn.Module) -> str | None:
         return depthwise.why_not(module)
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
@@ -176,8 +212,7 @@ class GMConv(Conversion):
         kind = self.stem if place.reads_image else self.body
         return self._with(stem=kind, body=kind)
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot get a mask, or None."""
+    def _why_not(self, module: nn.Module) -> str | None:
         if self.stem == self.body == "none":
             return "stem or body is 'none' for it"
         reason = gmconv.why_not(module)
@@ -265,8 +300,7 @@ class LargeKernel(Conversion):
             )
         return self._with(kernel_sizes=(sizes[place.stage],))
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot get a large kernel, or None."""
+    def _why_not(self, module: nn.Module) -> str | None:
         reason = reparam.why_not(module)
         if reason is None and self.init == "preserve" and len(self._sizes()) == 1 and isinstance(module, nn.Conv2d):
             size = _checks.pair("kernel_size", self._sizes()[0])
@@ -296,8 +330,7 @@ class InceptionSplit(Conversion):
     def __post_init__(self) -> None:
         InceptionDWConv2d(64, self.square_kernel_size, self.band_kernel_size or 11, self.branch_ratio)
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot be split, or None."""
+    def _why_not(self, module: nn.Module) -> str | None:
         reason = inception.why_not(module)
         if reason is None and isinstance(module, nn.Conv2d):
             return inception.lacks_room(module.in_channels, self.branch_ratio)
@@ -328,8 +361,7 @@ class Deformable(Conversion):
     def __post_init__(self) -> None:
         DeformConv2d(self.groups or 1, self.groups or 1, 3, **self._options())
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot be replaced, or None."""
+    def _why_not(self, module: nn.Module) -> str | None:
         reason = deform.why_not(module)
         if reason is None and self.groups and isinstance(module, nn.Conv2d) and module.in_channels % self.groups:
             return f"groups={self.groups} does not divide its {module.in_channels} input channels"
@@ -342,6 +374,10 @@ class Deformable(Conversion):
 @dataclass(frozen=True)
 class TokenMixer(Conversion):
     """Replace depthwise convolutions by other token mixers, which start afresh.
+
+    A fresh mixer starts at the scale of the convolution that it replaces: on noise both outputs have the same root mean
+    square, except for "pooling", which has no parameters. Mixers with gates read their input at unit scale
+    (:class:`widefield.nn.mixers.Rescaled`).
 
     Args:
         mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`, such as "lka", "gnconv", "moga", "focal" or
@@ -362,14 +398,18 @@ class TokenMixer(Conversion):
         """Return the config with the place's stage."""
         return self._with(stage=place.stage)
 
-    def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot be replaced, or None."""
-        return lka.why_not(module)
+    def _why_not(self, module: nn.Module) -> str | None:
+        reason = lka.why_not(module)
+        if reason is None and isinstance(module, nn.Conv2d):
+            try:
+                with torch.device("meta"):
+                    mixers.TOKEN_MIXERS[self.mixer](module.in_channels, self.stage)
+            except (TypeError, ValueError) as error:
+                return f"{self.mixer} does not take its {module.in_channels} channels: {str(error).rstrip('.')}"
+        return reason
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        with conv.weight.device:
-            layer = mixers.TOKEN_MIXERS[self.mixer](conv.in_channels, self.stage)
-        return layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad).train(conv.training)
+        return mixers.in_place_of(conv, self.mixer, self.stage)
 
 
 def stages_of(model: nn.Module, names: Sequence[str]) -> dict[str, int]:

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from widefield.nn import SameAligned
 from widefield.surgery.conversions import Conversion, Place, stages_of
-from widefield.surgery.walk import merge_method, replace
+from widefield.surgery.walk import duplicate, merge_method, replace
 
 _SHOWN = 6
 """Reasons that an error lists."""
@@ -90,7 +91,7 @@ def convert(model: nn.Module, config: Conversion, where: Where | None = None, *,
         ValueError: nothing to replace; the message lists what could be, or why nothing can.
     """
     if not inplace:
-        model = copy.deepcopy(model)
+        model = duplicate(model)
     steps = _steps(model, config, where)
     chosen = {module: here.replacement(module) for step, module, here in steps if step.after is not None}
     if not chosen:
@@ -133,6 +134,8 @@ def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tu
 
 
 def _line(module: nn.Module) -> str:
+    if isinstance(module, SameAligned):
+        return f"SameAligned({_line(module.layer)})"
     return f"{type(module).__name__}({module.extra_repr()})"
 
 

@@ -8,17 +8,20 @@ keep their size and their place. So a convolution can give up what its padding h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from widefield import _checks
-from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
+from widefield.nn import DepthwiseConv2d, DepthwiseConv2dSame, DynamicGMConv2d, FusedMoRFConv2d
+from widefield.nn.same import is_same, least_size
 from widefield.ops import fold
 from widefield.ops.crops import CropTable, cropped, crops
 from widefield.surgery.walk import copied, replace
@@ -27,7 +30,7 @@ Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
 """(rows, columns) in taps of every kernel of a layer: one, or as many as a mixture has experts."""
 
-_KINDS = (nn.Conv2d, DepthwiseConv2d, nn.ConvTranspose2d, FusedMoRFConv2d)
+_KINDS = (nn.Conv2d, DepthwiseConv2d, nn.ConvTranspose2d, FusedMoRFConv2d, Conv2dSame, DepthwiseConv2dSame)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,8 @@ def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
         return None
     if owners[id(module.weight)] > 1:
         return "its kernel is shared with another layer"
+    if _least(module) == _size(module) and is_same(module):
+        return f"a smaller kernel would not cover its stride of {module.stride}: 'SAME' padding would move its outputs"
     if _least(module) == _size(module):
         return f"its padding of {module.padding} has nothing to give up: a smaller kernel would move its outputs"
     return None
@@ -183,6 +188,11 @@ def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
 def _least(conv: Any) -> Pair:
     """Return the smallest size, in taps, that a convolution can be cropped to without moving its outputs."""
     size = _size(conv)
+    if is_same(conv):
+        rows, columns = (
+            min(k, least_size(s, d, k % 2)) for k, s, d in zip(size, conv.stride, conv.dilation, strict=True)
+        )
+        return rows, columns
     spare = [(k - 1) // 2 for k in size]
     if conv.padding == "valid":
         spare = [0, 0]
@@ -199,7 +209,7 @@ def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
         else:
             weight = by_outputs(module).detach()
             if getattr(module, "padding_mode", "zeros") == "zeros":
-                weight = _meeting(weight, known, module, _padding(module), _dilation(module))
+                weight = _meeting(weight, known, module, partial(_padding, module), _dilation(module))
             kernels = (_kernel(name, weight, _least(module), _dilation(module)),)
             windows = kernels[0].table
     except ValueError as error:
@@ -233,7 +243,7 @@ def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tupl
     for index, (size, dilation) in enumerate(zip(mixture.kernel_sizes, mixture.dilations, strict=True)):
         weight = fold.expert(mixture.bank.detach(), index, size, dilation, step)
         centred = dilation * (size // 2)
-        weight = _meeting(weight, calls, mixture, (centred, centred), (dilation, dilation))
+        weight = _meeting(weight, calls, mixture, partial(_constant, (centred, centred)), (dilation, dilation))
         kernels.append(_kernel(f"{name}[{index}]", weight, (1, 1), (dilation, dilation), square=True))
         weights.append(weight)
     bank = fold.kernel_bank(weights, mixture.dilations)
@@ -243,16 +253,28 @@ def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tupl
 # Taps that meet the map
 
 
-def _padding(conv: Any) -> Pair:
-    """Return the padding before the first row and column."""
+def _padding(conv: Any, seen: Pair) -> Pair:
+    """Return the padding before the first row and column of a map of (H, W)."""
+    if is_same(conv):
+        left, _, top, _ = pad_same_arg(list(seen), _size(conv), conv.stride, conv.dilation)
+        return top, left
     if not isinstance(conv.padding, str):
         return _checks.pair("padding", conv.padding, minimum=0)
     (rows, columns), (down, right) = _size(conv), _dilation(conv)
     return (down * (rows - 1) // 2, right * (columns - 1) // 2) if conv.padding == "same" else (0, 0)
 
 
-def _meeting(weight: Tensor, calls: Sequence[Call], module: Any, padding: Pair, dilation: Pair) -> Tensor:
-    """Return the kernel with zeros for taps that meet nothing but padding in all of these calls; no calls: as it is."""
+def _constant(padding: Pair, seen: Pair) -> Pair:
+    return padding
+
+
+def _meeting(
+    weight: Tensor, calls: Sequence[Call], module: Any, padding: Callable[[Pair], Pair], dilation: Pair
+) -> Tensor:
+    """Return the kernel with zeros for taps that meet nothing but padding in all of these calls; no calls: as it is.
+
+    ``padding`` maps the size of an input to the rows and columns of padding before it.
+    """
     if not calls:
         return weight
     transposed = isinstance(module, nn.ConvTranspose2d)
@@ -262,9 +284,9 @@ def _meeting(weight: Tensor, calls: Sequence[Call], module: Any, padding: Pair, 
         # Tap k stands at p = i * stride + k * dilation - padding, i over outputs, and p over inputs; if transposed,
         # the other way round.
         walks, lands = (call.seen, call.made) if transposed else (call.made, call.seen)
-        axes = []
+        axes, before = [], padding(call.seen)
         for axis in (0, 1):
-            at = torch.arange(weight.shape[axis - 2]) * dilation[axis] - padding[axis]
+            at = torch.arange(weight.shape[axis - 2]) * dilation[axis] - before[axis]
             first = -(at.clamp(max=0) // stride[axis])  # the first i at or behind the map's edge
             axes.append((first < walks[axis]) & (first * stride[axis] + at < lands[axis]))
         met |= axes[0][:, None] & axes[1]
@@ -304,6 +326,8 @@ def _smaller(module: Any, sizes: Sizes) -> nn.Module:
         module.kernel_sizes = tuple(rows for rows, _ in sizes)
         return module
     (size,) = sizes
+    if is_same(module):
+        return _with_weight(module, _same_of(module, size), size)
     padding = module.padding
     if not isinstance(padding, str):
         gone = [d * (k - s) // 2 for k, s, d in zip(_size(module), size, _dilation(module), strict=True)]
@@ -320,6 +344,23 @@ def _smaller(module: Any, sizes: Sizes) -> nn.Module:
             given["padding_mode"] = module.padding_mode
         kind = type(module)
         layer = kind(module.in_channels, module.out_channels, size, groups=module.groups, **given, device="meta")
+    return _with_weight(module, layer, size)
+
+
+def _same_of(module: Any, size: Pair) -> nn.Module:
+    bias = module.bias is not None
+    if isinstance(module, DepthwiseConv2dSame):
+        channels, stride, dilation = module.in_channels, module.stride, module.dilation
+        given: Any = {"bias": bias, "backend": module.backend, "device": "meta"}
+        return DepthwiseConv2dSame(channels, size, stride, dilation, **given)  # type: ignore[arg-type]
+    make: Any = Conv2dSame
+    widths = module.in_channels, module.out_channels
+    layer: nn.Module = make(*widths, size, module.stride, 0, module.dilation, module.groups, bias, device="meta")
+    return layer
+
+
+def _with_weight(module: Any, layer: Any, size: Pair) -> nn.Module:
+    """Give ``layer`` the cropped kernel and the bias of ``module``."""
     old = module.weight
     wide = old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
     weight = cropped(old.detach(), size).clone(memory_format=torch.channels_last if wide else torch.contiguous_format)

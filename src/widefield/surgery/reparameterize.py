@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from dataclasses import replace as with_changes
 from typing import Any
 
 import torch
@@ -14,19 +14,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks, bench
-from widefield.nn import DepthwiseConv2d, MoRFConv2d
+from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm
 from widefield.report import markdown
 from widefield.surgery import outputs
 from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
 from widefield.surgery.outputs import Difference, comparable, difference
+from widefield.surgery.plain import Changed, plain, with_numbers
 from widefield.surgery.walk import (
     COLLECTIVE,
     MERGE_METHODS,
     begin,
+    computed,
     copied,
+    duplicate,
     in_own_types,
+    is_ours,
+    merge,
     merge_method,
     outermost,
     replace,
@@ -188,18 +193,17 @@ def reparameterize(
     """
     tolerance = _checks.number("tolerance", tolerance)
     begin(model, "re-parameterisation computes the evaluation-mode function", report)
-    if not inplace:
-        model = copied(model)
+    model = model.eval() if inplace else copied(model)  # frozen norms may still be in training mode
     x = _example(model) if example_input is None else example_input
     merges, left = _merges(model)
-    mixtures = {merge.module: merge.name for merge in merges if takes_norm(merge.module)}
+    mixtures = {tried.module: tried.name for tried in merges if takes_norm(tried.module)}
     norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    merged = {merge.module: merge.twin for merge in merges}
+    merged = {tried.module: tried.twin for tried in merges}
     with torch.no_grad(), Watch(model, mixtures, norms, _fuse_with, merged) as seen:
         before = _run(model, x, made_up=example_input is None)
         pairs = seen.pairs(before)
     cost = None if report is None else _cost(model, x)
-    kept = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
+    stays = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
     own, name = seen.own, type(model).__name__
     del merged
     model, fused = _merge(model, merges, pairs, own)
@@ -211,10 +215,13 @@ def reparameterize(
     with torch.no_grad(), Watch(model, layers, norms, fold_norm) as watch:
         pairs = watch.pairs(_still_runs(model, x))
     for title, module in model.named_modules():
-        if is_norm(module) and (reason := kept.get(module) or watch.why_not(module)):
+        if is_norm(module) and (reason := stays.get(module) or watch.why_not(module)):
             left.append(LeftLayer(title or name, type(module).__name__, reason))
     fused = _joined(fused, _fold(model, pairs))
     del pairs, watch
+    model, changed, kept = plain(model, x)
+    fused = _finished(fused, changed, model)
+    left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in left}]
     if not fused:
         raise NothingToFuseError(f"{name} has nothing to fuse: {_nothing(left)}")
 
@@ -250,15 +257,14 @@ def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
         if lost is not None:
             where = ".".join(filter(None, (names[module], lost))) or type(module).__name__
             raise ValueError(f"{where} has hooks, which fusing would lose: remove them first.")
-        twin = module if takes_norm(module) else copy.deepcopy(module)
+        twin = module if takes_norm(module) else duplicate(module)
         try:
-            result = getattr(twin, method)()
+            twins[module] = merge(twin, method)
         except Exception as error:
-            if method == "fuse":
+            if is_ours(module):
                 raise
             failed[module] = f"its {method}() fails with {type(error).__name__}: {error}"
             return False
-        twins[module] = result if isinstance(result, nn.Module) else twin
         if twins[module] is not twin:
             return True
         of_others = method == "fuse" and any(merge_method(inner) for inner in list(module.modules())[1:])
@@ -268,11 +274,17 @@ def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
         _Merge(name, module, method, twins[module])
         for name, module, method in outermost(root, lambda module: works(module, merge_method(module) or ""))
     ]
-    inside = {inner for merge in merges for inner in merge.module.modules()}
+    inside = {inner for tried in merges for inner in tried.module.modules()}
     for module in names:
         mixture = next((inner for inner in module.modules() if takes_norm(inner)), None)
         if mixture is not None and module not in inside and merge_method(module) is not None:
             failed[module] = f"its own method would look for a convolution where a {type(mixture).__name__} is"
+    outer: list[str] = []
+    for module, name in names.items():
+        reason = computed(module) if merge_method(module) is not None else None
+        if reason is not None and not any(name.startswith(prefix) for prefix in outer):
+            outer.append(f"{name}." if name else "")
+            failed[module] = reason
     left = [LeftLayer(names[m] or type(m).__name__, type(m).__name__, reason) for m, reason in failed.items()]
     for module, name in names.items():
         method = next((method for method in COLLECTIVE if callable(getattr(module, method, None))), None)
@@ -296,17 +308,17 @@ def _merge(
     names = {module: name for name, module in root.named_modules()}
     replacements: dict[nn.Module, nn.Module] = {}
     fused = []
-    for merge in merges:
-        module, pair, before = merge.module, followed.get(merge.module), type(merge.module).__name__
+    for tried in merges:
+        module, pair, before = tried.module, followed.get(tried.module), type(tried.module).__name__
         kind = _kind(module)
-        merged = getattr(module, merge.method)() if pair is None else pair.folded
-        if isinstance(merged, nn.Module):
-            replacements[module] = merged
+        merged = merge(module, tried.method) if pair is None else pair.folded
+        if merged is not module:
+            replacements[module] = with_numbers(merged) if isinstance(module, DepthwiseConv2d) else merged
         if pair is not None:
             replacements[pair.norm] = without_norm(pair.norm)
         fused.append(
             FusedLayer(
-                merge.name or before,
+                tried.name or before,
                 None if pair is None else names[pair.norm],
                 kind if pair is None else f"{kind} + {type(pair.norm).__name__}",
                 before,
@@ -344,12 +356,23 @@ def _joined(merged: list[FusedLayer], folded: list[FusedLayer]) -> list[FusedLay
     return list(first.values())
 
 
+def _finished(fused: list[FusedLayer], changed: list[Changed], model: nn.Module) -> list[FusedLayer]:
+    """Return the layers with the classes that they have in the end, and those that only changed their class."""
+    known = {layer.name: layer for layer in fused}
+    for name, before, after in changed:
+        known.setdefault(name, FusedLayer(name, None, "layer", before, after, None))
+    modules = dict(model.named_modules())  # the root goes by its class
+    return [with_changes(layer, after=type(modules.get(layer.name, model)).__name__) for layer in known.values()]
+
+
 def _fuse_with(layer: Any, norm: nn.Module) -> nn.Module:
     merged: nn.Module = layer.fuse(norm)
     return merged
 
 
 def _kind(module: nn.Module) -> str:
+    if isinstance(module, SameAligned):
+        return _kind(module.layer)
     if isinstance(module, MoRFConv2d):
         return "mixture"
     if isinstance(module, (GMConv2d, DynamicGMConv2d)):

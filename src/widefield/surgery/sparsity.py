@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +23,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from widefield import _checks
 from widefield.surgery.convert import Where, selector
+from widefield.surgery.walk import computed
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 3
+"""Layers that a message names."""
 
 GROWTH = ("random", "gradient")
 INIT = ("snip", "snip_density", "erk", "uniform")
@@ -398,17 +405,25 @@ def _erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, flo
 
 
 def _chosen(model: nn.Module, where: Where | None) -> list[str]:
-    """Return the names of the weights of the selected layers."""
+    """Return the names of the selected layers' weights. Weights that are computed are left out, with a warning."""
     found: dict[str, tuple[nn.Module, str]] = {}
     seen: set[int] = set()
+    selects, left = selector(where), []
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight") if isinstance(module, (_ConvNd, nn.Linear)) else None
-        if weight is not None and weight.requires_grad and id(weight) not in seen:
+        if not isinstance(module, (_ConvNd, nn.Linear)):
+            continue
+        weight, reason = module._parameters.get("weight"), computed(module)
+        if reason is not None:
+            if selects(module, name) is None:
+                left.append(f"{name or type(model).__name__}: {reason}")
+        elif weight is not None and weight.requires_grad and id(weight) not in seen:
             seen.add(id(weight))
             found[f"{name}.weight" if name else "weight"] = module, name
+    if left:
+        log.warning("%d layers stay dense. %s", len(left), "; ".join(left[:_SHOWN]))
     if not found:
-        raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weight is trained.")
-    selects = selector(where)
+        why = f" {'; '.join(left[:_SHOWN])}." if left else ""
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer whose weight is trained.{why}")
     chosen = [key for key, (module, name) in found.items() if selects(module, name) is None]
     if not chosen:
         names = ", ".join(name or "(the model itself)" for _, name in found.values())

@@ -5,17 +5,36 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from widefield.nn.reparam import FROZEN_NORMS
+from widefield.nn.same import SameAligned
 from widefield.ops._autocast import without_autocast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_WITHOUT_MODE = (*FROZEN_NORMS, nn.Identity)
+"""Modules that compute the same in training and evaluation mode, so that their mode says nothing about the model."""
+
+_COMPUTING_HOOKS = {
+    WeightNorm: "remove_weight_norm",
+    SpectralNorm: "remove_spectral_norm",
+    BasePruningMethod: "prune.remove",
+}
+"""Forward hooks of ``torch.nn.utils`` that compute a weight from other parameters -> what ends that."""
 
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "merge_dilated_branches")
 """``fuse()`` returns the merged module. The others act in place: those of timm's blocks, and of the code of MobileOne,
@@ -38,6 +57,8 @@ def merge_method(module: nn.Module) -> str | None:
     It takes no arguments: a ``fuse(a, b)`` of somebody else's is another thing. Where a method that acts in place was
     called before, there is nothing to merge, though it is still there.
     """
+    if isinstance(module, SameAligned) and not module.merges():
+        return None
     for name in MERGE_METHODS:
         method = getattr(module, name, None)
         if callable(method):
@@ -53,8 +74,15 @@ def _is_merged(module: nn.Module) -> bool:
 
 
 def refuse_training(model: nn.Module, what: str) -> None:
-    """Raise RuntimeError for a model of which a part is in training mode; ``what`` begins the sentence."""
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    """Raise RuntimeError for a model of which a part is in training mode; ``what`` begins the sentence.
+
+    The mode of frozen batch norms does not count: timm's ``freeze_batch_norm_2d`` makes new ones, in training mode.
+    """
+    training = [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module.training and not isinstance(module, _WITHOUT_MODE)
+    ]
     if training:
         raise RuntimeError(f"{what}, but {training[0]} is in training mode: call model.eval() first.")
 
@@ -94,7 +122,33 @@ def copied(model: nn.Module) -> nn.Module:
                 "with the old one: give back the forward of its class (del module.forward), and wrap or compile the "
                 "result instead."
             )
-    return copy.deepcopy(model).eval()
+    return duplicate(model).eval()
+
+
+def duplicate(module: _Module) -> _Module:
+    """Return a deep copy, also of layers that keep a computed weight, as weight norm and pruning by hooks do.
+
+    ``copy.deepcopy`` refuses such a weight, which is no leaf of the graph. The copy computes it again at each call.
+    """
+    held = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    stand_ins = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    return copy.deepcopy(module, stand_ins)  # memo: id -> what to use
+
+
+def computed(module: nn.Module) -> str | None:
+    """Return why the weights inside ``module`` cannot be merged or replaced, or None if they are plain parameters.
+
+    The reason names the part whose weight is computed at every call, and the function that makes it a parameter again.
+    """
+    for name, part in module.named_modules():
+        whose = f"the weight of {name}" if name else "its weight"
+        if parametrize.is_parametrized(part):
+            return f"{whose} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+        for hook in part._forward_pre_hooks.values():
+            for kind, remover in _COMPUTING_HOOKS.items():
+                if isinstance(hook, kind):
+                    return f"{whose} is computed by a hook: call torch.nn.utils.{remover} first"
+    return None
 
 
 def in_own_types(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,6 +182,8 @@ def replace(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
 
 def takes_norm(module: nn.Module) -> bool:
     """Say whether a batch norm that follows ``module`` can be folded in as it is fused: ``fuse(norm)``."""
+    if isinstance(module, SameAligned):
+        return takes_norm(module.layer)
     return merge_method(module) == "fuse" and "norm" in inspect.signature(module.fuse).parameters  # type: ignore[arg-type]
 
 
@@ -137,17 +193,78 @@ def outermost(
     """Yield (name, module, merge method) of the outermost modules that merge themselves and are selected.
 
     Somebody else's block that merges itself and holds a layer with ``fuse(norm)`` is passed over, as it would look for
-    a convolution there; the layer is not.
+    a convolution there; the layer is not. So is a module with a weight that is :func:`computed`; those inside are not.
     """
     done: list[str] = []
     for name, module in root.named_modules():
         method = merge_method(module)
-        if method is None or any(name.startswith(prefix) for prefix in done) or not select(module):
+        if method is None or any(name.startswith(prefix) for prefix in done) or computed(module) or not select(module):
             continue
         if method != "fuse" and any(takes_norm(inner) for inner in module.modules()):
             continue
         done.append(f"{name}." if name else "")
         yield name, module, method
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Say whether the class of ``module`` is one of this package."""
+    return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def merge(module: nn.Module, method: str) -> nn.Module:
+    """Call a :func:`merge_method`, and return what ``module`` became: the module itself if the method acts in place.
+
+    Methods of other libraries make layers of torch's default dtype, on its default device, that train. What they return
+    gets the dtype, the device and the mode of ``module``, and asks for gradients only if ``module`` did. Types
+    narrower than float32 are merged in float32 and rounded once. Frozen norms, which such methods do not know, are
+    ordinary ones meanwhile.
+    """
+    learns, frozen = any(p.requires_grad for p in module.parameters()), _has_frozen_norm(module)
+    if frozen and not is_ours(module):
+        unfreeze_batch_norm_2d(module)
+    held = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    if is_ours(module) or not held:
+        return _called(module, method)
+    kernel = next((tensor for tensor in held if tensor.ndim > 1), held[0])  # norms beside it may be wider
+    dtype, wide = kernel.dtype, torch.promote_types(kernel.dtype, torch.float32)
+    types, training = [tensor.dtype for tensor in held], module.training
+    try:
+        for tensor in held:
+            tensor.data = tensor.data.to(wide)
+        with _factory(kernel.device, wide):
+            merged = _called(module, method)
+    finally:
+        for tensor, kind in zip(held, types, strict=True):
+            tensor.data = tensor.data.to(kind)
+    known = {id(tensor) for tensor in held}
+    for tensor in (*merged.parameters(), *merged.buffers()):
+        if id(tensor) not in known and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+            tensor.requires_grad_(learns and tensor.requires_grad)
+    if frozen:
+        freeze_batch_norm_2d(merged)
+    return merged.to(kernel.device).train(training)
+
+
+def _has_frozen_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, FROZEN_NORMS) for part in module.modules())
+
+
+def _called(module: nn.Module, method: str) -> nn.Module:
+    result = getattr(module, method)()
+    return result if isinstance(result, nn.Module) else module
+
+
+@contextmanager
+def _factory(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let layers that are made without a dtype or device get these."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def fuse_layers(
@@ -162,9 +279,7 @@ def fuse_layers(
     replacements: dict[nn.Module, nn.Module] = {}
     names: list[str] = []
     for name, module, method in list(outermost(root, select)):
-        merged = getattr(module, method)()
-        if isinstance(merged, nn.Module):
-            replacements[module] = merged
+        replacements[module] = merge(module, method)
         names.append(name or type(module).__name__)
     return replace(root, replacements), names
 
@@ -175,9 +290,19 @@ def unmerged(model: nn.Module) -> list[str]:
     Raises ValueError where one of them cannot be merged, and as :func:`copied` does.
     """
     twin = copied(model)
+
+    def works(module: nn.Module) -> bool:
+        if is_ours(module):
+            return True
+        try:
+            merge(duplicate(module), merge_method(module) or "")
+        except Exception:  # reparameterize leaves it, with the reason
+            return False
+        return True
+
     try:
         with torch.random.fork_rng([]):  # merging builds layers
-            merged, names = fuse_layers(twin)
+            merged, names = fuse_layers(twin, select=works)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"

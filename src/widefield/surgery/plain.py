@@ -1,0 +1,168 @@
+"""Layers of :mod:`widefield.nn` as modules of torch, so that a re-parameterized model loads without widefield."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from widefield import _checks
+from widefield.nn import DepthwiseConv2d
+from widefield.nn.gmconv import DynamicGMConv2d
+from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
+from widefield.surgery.folding import hooked
+from widefield.surgery.walk import computed, replace
+
+ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
+"""Layers whose kernel depends on the image: torch has none."""
+
+_LAYERS, _NETWORKS = "widefield.nn.", "widefield.models."
+
+
+class Changed(NamedTuple):
+    """A layer that became a module of torch."""
+
+    name: str
+    before: str
+    after: str
+
+
+class Kept(NamedTuple):
+    """A layer of :mod:`widefield.nn` that is still there."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Kept]]:
+    """Replace layers of :mod:`widefield.nn` by modules of torch that compute the same, in place.
+
+    A :class:`DepthwiseConv2d` becomes a ``torch.nn.Conv2d``. A layer of several parts becomes a
+    ``torch.fx.GraphModule`` with the same parts, parameters and keys. Layers that route stay. So do layers of several
+    parts in the networks of :mod:`widefield.models`, which cannot be loaded without widefield in any case.
+
+    Args:
+        root: re-parameterized, in evaluation mode.
+        x: an input of the root. A layer that is not called on its way is not replaced, as others use its methods.
+
+    Returns:
+        The root, which may be another module, what changed, and what could not be changed with the reason.
+    """
+    layers = dict(_outermost(root))
+    called = _called(root, [module for module in layers.values() if not isinstance(module, DepthwiseConv2d)], x)
+    replacements: dict[nn.Module, nn.Module] = {}
+    changed: list[Changed] = []
+    kept: list[Kept] = []
+    for name, module in layers.items():
+        kind = type(module).__name__
+        try:
+            replacements[module] = _as_torch(module, called=module in called)
+        except _NotPlainError as error:
+            kept.append(Kept(name or kind, kind, str(error)))
+            continue
+        changed.append(Changed(name or kind, kind, type(replacements[module]).__name__))
+    return replace(root, replacements), changed, kept
+
+
+def _called(root: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> set[nn.Module]:
+    """Return which of these modules are called on the way of ``x`` through the root."""
+    called: set[nn.Module] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules]
+    if handles:
+        with torch.no_grad():
+            root(x)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+class _NotPlainError(ValueError):
+    """A layer for which torch has no module."""
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Say whether the class of ``module`` is one of :mod:`widefield.nn`."""
+    return type(module).__module__.startswith(_LAYERS)
+
+
+def _outermost(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost layers of ours that do not route, and hold none that does; see :func:`plain`."""
+    done: list[str] = []
+    networks: list[str] = []
+    for name, module in root.named_modules():
+        if any(name.startswith(prefix) for prefix in done):
+            continue
+        if type(module).__module__.startswith(_NETWORKS):
+            networks.append(f"{name}." if name else "")
+        if not isinstance(module, DepthwiseConv2d) and any(name.startswith(prefix) for prefix in networks):
+            continue
+        routes = isinstance(module, ROUTED)
+        if routes or (is_layer(module) and not any(isinstance(part, ROUTED) for part in module.modules())):
+            done.append(f"{name}." if name else "")
+            if not routes:
+                yield name, module
+
+
+def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
+    reason = computed(module)
+    if reason is not None:
+        raise _NotPlainError(reason)
+    lost = next((part for part in module.modules() if is_layer(part) and hooked(part)), None)
+    if lost is not None:
+        raise _NotPlainError(f"its {type(lost).__name__} has hooks, which would be lost: remove them first")
+    if isinstance(module, DepthwiseConv2d):
+        return with_numbers(module.fuse())
+    if not called:
+        raise _NotPlainError("the model does not call it on the example input, or uses other methods of it")
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:  # whatever a forward raises that branches on values
+        raise _NotPlainError(f"its forward is not a fixed graph of torch functions ({type(error).__name__})") from error
+    for node in reversed(graph.nodes):
+        node.type = None  # annotations are strings, which torch.jit.script does not resolve
+        if (
+            getattr(node.target, "__module__", None) == _checks.__name__
+        ):  # checks of the shape, whose result is not used
+            graph.erase_node(node)
+    bare = fx.Graph()  # which does not keep the class of the tracer: pickles would hold its name
+    bare.output(bare.graph_copy(graph, {}))
+    twin = fx.GraphModule(tracer.root, bare, class_name=type(module).__name__)
+    twin.graph.eliminate_dead_code()  # the shapes that were checked
+    twin.recompile()
+    for name, part in twin.named_modules():
+        if isinstance(part, DepthwiseConv2d):
+            twin.set_submodule(name, with_numbers(part.fuse()))
+    return twin.train(module.training)
+
+
+def with_numbers(conv: nn.Module) -> nn.Module:
+    """Write "same" padding as numbers where both sides are alike, in place, as torch's quantized convolutions need."""
+    if isinstance(conv, nn.Conv2d) and conv.padding == "same":
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        if (left, top) == (right, bottom):
+            conv.padding = (top, left)
+    return conv
+
+
+class _Tracer(fx.Tracer):
+    """Traces through layers of ours alone; all other modules are parts of the graph as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_modules=(math, _checks))  # type: ignore[arg-type]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not is_layer(m) or isinstance(m, DepthwiseConv2d)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Unpack what ``split`` and ``chunk`` return, whose number is in their arguments."""
+        node = obj.node
+        if node.op == "call_method" and node.target in ("split", "chunk"):
+            sizes = node.args[1]
+            count = sizes if isinstance(sizes, int) else len(sizes)  # type: ignore[arg-type]
+            return iter([obj[index] for index in range(count)])  # type: ignore[index]
+        return super().iter(obj)
