@@ -140,6 +140,19 @@ def test_costs_are_those_counted_by_hand_on_every_device(case, device):
     assert (found.macs, found.uncounted) == (macs, ())
 
 
+def test_the_recurrent_layers_of_cudnn_are_counted_from_their_weights():
+    layer = nn.LSTM(8, 6, num_layers=2, bidirectional=True, device="meta")
+    weights, state = layer._flat_weights, torch.zeros(4, 3, 6, device="meta")
+
+    def run(x):
+        return torch.ops.aten._cudnn_rnn(
+            x, weights, 4, None, state, state, 2, 6, 0, 2, False, 0.0, False, True, [], None
+        )[0]
+
+    found = bench.cost(Applied(run), torch.zeros(5, 3, 8, device="meta"))
+    assert (found.macs, found.uncounted) == (15 * 2 * 4 * 6 * ((8 + 6) + (12 + 6)), ())
+
+
 def test_a_vision_transformer_costs_the_same_on_numbers_as_on_the_meta_device():
     model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
     tokens, width, mlp = 197, 192, 768
