@@ -210,8 +210,12 @@ def _follow(links: dict[str, str], names: list[str], offsets: list[int], sizes: 
             if not link.startswith(f"{target}/")  # to a folder that it lies in
         }
         found = {link: images for link, images in found.items() if images}
-        complete = {link for link in found if not any(other.startswith(f"{left[link]}/") for other in left)}
-        for link in complete or found:  # first those to folders that no link will add to
+        complete = {
+            link
+            for link in found
+            if left[link] in places or not any(other.startswith(f"{left[link]}/") for other in left)
+        }
+        for link in complete or found:  # first those to files, and to folders that no link will add to
             for name in found[link]:
                 names.append(link + name.removeprefix(left[link]))
                 offsets.append(offsets[places[name]])
