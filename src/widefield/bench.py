@@ -10,8 +10,10 @@ import datetime
 import math
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from widefield import _checks
 
@@ -127,24 +130,104 @@ class Cost:
     parameters: int
     macs: int
     """Multiply-accumulates of convolutions and matrix products in one forward pass."""
+    uncounted: tuple[str, ...] = ()
+    """Operators that ran and are not in ``macs``, by name and sorted: Fourier transforms (``"aten._fft_r2c"``),
+    sampling, and operators outside PyTorch for which there is no formula."""
 
 
 def cost(model: nn.Module, x: Tensor) -> Cost:
     """Count parameters, and multiply-accumulates of a forward pass on ``x``; both may be on the meta device.
 
-    Counted are convolutions and matrix products, as torch's FlopCounterMode sees them, at half its FLOPs. On real
-    numbers hard routing is charged for the experts that it chose; on meta tensors for the largest.
+    Counted are convolutions (deformable ones of torchvision too, without their sampling), matrix products, attention
+    and recurrent layers, by torch's FlopCounterMode at half its FLOPs. Counts are the same on all devices: fused
+    layers are counted as what they compute. The result names what was not counted. Elementwise operators, norms and
+    pooling count as nothing. On real numbers hard routing is charged for the experts that it chose; on meta tensors
+    for the largest.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    seen = _Seen()
     try:
         for parameter in learning:  # the counter's hooks stumble over views of these that a model passes along
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), _without_fused_encoders(), seen, counter:
             model(x)
     finally:
         for parameter in learning:
             parameter.requires_grad_()
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    uncounted = {str(operator) for operator in seen.operators if operator not in counter.flop_registry}
+    return Cost(
+        sum(p.numel() for p in model.parameters()),
+        counter.get_total_flops() // 2,
+        tuple(sorted(filter(_multiplies, uncounted))),
+    )
+
+
+class _Seen(TorchDispatchMode):
+    """Collects the operators that run; entered before a counter, it sees what the counter has taken apart."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.add(getattr(func, "overloadpacket", func))
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = re.compile(
+    r"(?<!ga|cu|ha|du)mm|mv_?$|v?dot$|dot_product|conv(?!ert)|attention|encoder_layer|rnn|lstm|gru|fft|trilinear$|matmul"
+    r"|linalg_(?!vector_norm|cross|diagonal)|_solve|cholesky|cdist|euclidean_dist|grid_sampler|embedding_bag"
+)
+"""What PyTorch calls operators that multiply and add up."""
+
+
+def _multiplies(operator: str) -> bool:
+    """Whether an operator without a formula leaves something out of the count; one of another library may."""
+    namespace, _, name = operator.rpartition(".")
+    if namespace not in ("aten", "prim", "prims", "profiler"):
+        return True
+    return bool(_PRODUCTS.search(name)) and "fused_lstm_cell" not in name and "fused_gru_cell" not in name
+
+
+@contextmanager
+def _without_fused_encoders() -> Iterator[None]:
+    """Have nn.MultiheadAttention and nn.TransformerEncoderLayer run as separate operators, as in training."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Return FLOPs of the operators for which FlopCounterMode has no formula, from the shapes of their arguments."""
+    aten = torch.ops.aten
+    formulas: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten.mkldnn_rnn_layer: lambda x, *weights, **_: _recurrent_flops(x, weights[:2]),
+        aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent_flops(x, weights),
+        aten.miopen_rnn: lambda x, weights, *_, **__: _recurrent_flops(x, weights),
+        aten.mv: lambda a, *_, **__: 2 * math.prod(a),
+        aten.addmv: lambda _, a, *__, **___: 2 * math.prod(a),
+        aten.dot: lambda a, *_, **__: 2 * math.prod(a),
+        aten.vdot: lambda a, *_, **__: 2 * math.prod(a),
+        aten._int_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1],
+        aten._addmm_activation: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
+        aten.addbmm: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
+    }
+    deformable = getattr(torch.ops.torchvision, "deform_conv2d", None)  # there once torchvision is imported
+    if deformable is not None:
+        formulas[deformable] = lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(weight[1:])
+    return formulas
+
+
+def _recurrent_flops(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    """Return FLOPs for input (..., features): every matrix multiplies a vector in every step of every sample."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
 
 
 def environment(device: torch.device | str = "cpu", beside: Sequence[str] = ()) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from widefield import cli
 
@@ -47,6 +48,18 @@ def test_seeds_repeat_and_a_layer_can_be_named(tmp_path):
     assert first["about"]["unit"] == "(4, 4) of 8"
     assert scores("b", "--layer", "layer2")["scores"] == first["scores"]
     assert scores("c", "--layer", "layer2", "--seed", "1")["scores"] != first["scores"]
+
+
+def test_what_was_found_is_said(tmp_path, capsys):
+    for name in ("cat/a.png", "cat/._a.png", ".ipynb_checkpoints/a.png", "cat/notes.txt"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (70, 70)).save(path, "png")
+    words = ["erf", "test_resnet", "--size", "64", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"1 of 1 image in {tmp_path / 'images'}, 1 class; left out: 2 hidden (")
+    assert "1 not images by their ending, .txt (" in first
 
 
 @pytest.mark.parametrize(

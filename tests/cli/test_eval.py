@@ -75,6 +75,27 @@ def evaluated(tmp_path: Path) -> Eval:
     return call
 
 
+# What was found
+
+
+def test_what_was_found_is_said_before_the_results(images: Any, evaluated: Eval, capsys: pytest.CaptureFixture) -> None:
+    root = images("cat", "dog")
+    (root / ".ipynb_checkpoints").mkdir()
+    (root / ".ipynb_checkpoints" / "a.png").write_bytes((root / "cat" / "ILSVRC2012_val_00000001.JPEG").read_bytes())
+    (root / "dog" / "notes.txt").write_text("x")
+    (result,) = evaluated(TIMM % 2, "--data", root)
+    assert result["images"] == 6
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"val: 6 images in {root}, 2 classes; left out: 1 hidden (")
+    assert "1 not images by their ending, .txt (" in first
+
+
+def test_a_folder_of_one_class_is_named(images: Any, capsys: pytest.CaptureFixture) -> None:
+    root = images("cat")
+    assert cli.main(["eval", TIMM % 2, "--data", str(root), "--device", "cpu", "--workers", "0"]) == 1
+    assert f"the val split in '{root}' has only the class 'cat'; a classifier needs" in capsys.readouterr().err
+
+
 # Runs
 
 

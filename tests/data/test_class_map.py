@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from widefield.data.class_map import classes_of, read_class_map
+from widefield.data.class_map import alike, classes_of, indices_of, listed, read_class_map
 
 
 def test_without_a_map_names_are_sorted():
@@ -62,3 +62,44 @@ def test_bad_maps_are_refused(tmp_path, content, text):
 def test_a_missing_map_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must be 'integer' or a text file .* got 'integers', no file"):
         classes_of(["a"], "integers")
+
+
+CAFE, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_names_are_found_in_either_normal_form(tmp_path):
+    path = tmp_path / "map.txt"
+    path.write_text(f"dog\n{CAFE}\n", encoding="utf-8")
+    classes, indices = classes_of([DECOMPOSED, "dog"], path)
+    assert (classes, indices[DECOMPOSED]) == (("dog", CAFE), 1)
+    path.write_text(f"\ufeffdog\n{CAFE}\n{DECOMPOSED}\n", encoding="utf-8")  # with the mark that Windows' editors write
+    assert classes_of([DECOMPOSED, "dog"], path)[1] == {"dog": 0, CAFE: 1, DECOMPOSED: 2}
+
+
+def test_names_that_look_the_same_are_told_apart():
+    assert alike(["dog", CAFE]) == ""
+    message = alike({CAFE, DECOMPOSED})
+    for part in (r"'caf\xe9'", r"'cafe\u0301'", "NFC", "NFD", "Rename"):
+        assert part in message
+    assert listed([CAFE, DECOMPOSED]) == f"'{CAFE}', " + r"'cafe\u0301'"
+
+
+@pytest.mark.parametrize("line", ["dog -1", "dog x", "dog 99999999999"])
+def test_a_line_without_an_index_among_lines_with_one_is_named(tmp_path, line):
+    (tmp_path / "map.txt").write_text(f"cat 0\n{line}\n")
+    with pytest.raises(
+        ValueError, match=f"lacks 'dog'.* Its line '{line}' does not end in an index, an integer from 0"
+    ):
+        classes_of(["dog"], tmp_path / "map.txt")
+
+
+@pytest.mark.parametrize("index", [999_999, 2_000_000_000])
+def test_an_index_does_not_size_a_network_that_the_data_cannot_fill(tmp_path, index):
+    (tmp_path / "map.txt").write_text(f"cat 0\ndog {index}\n")
+    for found, class_map in ((["0", str(index)], "integer"), (["cat", "dog"], tmp_path / "map.txt")):
+        with pytest.raises(
+            ValueError, match=rf"largest index of the class map .* is {index:,}, which makes .* for 50 images"
+        ):
+            classes_of(found, class_map, 50)
+    assert indices_of(["cat", "dog"], tmp_path / "map.txt") == {"cat": 0, "dog": index}
+    assert len(classes_of(["0", "999999"], "integer", 100_000)[0]) == 1_000_000

@@ -326,3 +326,19 @@ def test_bad_options_are_refused_in_both_splits(root, options, error, text):
     for split in ("train", "val"):
         with pytest.raises(error, match=text):
             Folder(split, root=root, **options)
+
+
+def test_classes_that_look_the_same_are_told_apart(root):
+    (root / "train" / "dog").rename(root / "train" / "caf\u00e9")
+    (root / "val" / "dog").rename(root / "val" / "cafe\u0301")
+    with pytest.raises(ValueError, match="must have the same classes") as caught:
+        Folder("train", root=root)
+    message = str(caught.value)
+    assert r"only in val: 'cafe\u0301'" in message
+    assert "only in train: caf\u00e9;" in message
+    assert "NFD, as macOS writes them). Rename one of them." in message
+    (root / "map.txt").write_text("cat\ncaf\u00e9\n", encoding="utf-8")
+    for split in ("train", "val"):
+        data = Folder(split, root=root, size=8, class_map=root / "map.txt")
+        assert data.classes == ("cat", "caf\u00e9")
+        assert sorted({sample["label"] for sample in data}) == [0, 1]

@@ -106,3 +106,21 @@ def test_a_set_that_is_not_there_is_an_oserror(tmp_path, monkeypatch):
 def test_labels_are_read_without_decoding_images(root, tmp_path):
     data = HuggingFace("train", path=root, cache=tmp_path / "cache")
     assert data._labels.tolist() == np.repeat([0, 1, 2], 3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "text"),
+    [
+        ([0, 1, -1], None, r"got -1 in row 2 of 'train', and 0 more\. -1 marks images without a label"),
+        (["a", "b", "a"], None, r"got 'a' in row 0 of 'train', and 2 more\. Dataset\.class_encode_column"),
+        ([0, 2**62, 1], None, r"got 4611686018427387904 in row 1"),
+        ([0, 1.0, 1], None, r"got 0\.0 in row 0"),
+        ([0, 1, 2_000_000_000], None, r"the label of .*/train/2 is 2,000,000,000, which makes .* for 3 images"),
+        ([0, 2, 1], ("cat", "dog"), r"the label of .*/train/1 is 2, but .* names only 2 classes"),
+    ],
+)
+def test_labels_are_checked_before_they_size_a_network(tmp_path, labels, classes, text):
+    pytest.importorskip("datasets")
+    write_parquet(tmp_path, "train", {"cat": pictures(3)["cat"]}, classes=classes, labels=labels)
+    with pytest.raises(ValueError, match=text):
+        HuggingFace("train", path=tmp_path, cache=tmp_path / "cache")

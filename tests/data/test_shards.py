@@ -1,5 +1,6 @@
 """Images in tar files are those of a folder, to the bit, in every layout."""
 
+import json
 import os
 import pickle
 import re
@@ -274,3 +275,29 @@ def test_missing_tar_files_are_reported_with_those_that_are_there(root, tmp_path
 def test_bad_globs_are_refused(root, pattern, error):
     with pytest.raises(error, match=rf"train must be a glob .* got {re.escape(repr(pattern))}"):
         Shards("train", root=root, train=pattern)
+
+
+@pytest.mark.parametrize("label", ["-1", "1.0", "1_0", "cat", "", "\u0663", "99999999999999999999"])
+@pytest.mark.parametrize("ending", ["cls", "json"])
+def test_a_label_that_is_no_index_is_refused_with_its_file(tmp_path, found, label, ending):
+    content = label if ending == "cls" else json.dumps({"label": label})
+    members = [(n, content.encode() if n == f"dog1.{ending}" else c) for n, c in webdataset(found, ending)]
+    write_tar(tmp_path / "train" / "a.tar", members)
+    with pytest.raises(ValueError, match=rf"a\.tar/dog1\.{ending} must be the index of a class, from 0; got '"):
+        Shards("train", root=tmp_path)
+
+
+@pytest.mark.parametrize("label", [5_000, 2_000_000_000])
+def test_a_label_does_not_size_a_network_that_the_images_cannot_fill(tmp_path, found, label):
+    members = [(n, str(label).encode() if n == "dog1.cls" else c) for n, c in webdataset(found)]
+    write_tar(tmp_path / "train" / "a.tar", members)
+    with pytest.raises(
+        ValueError, match=rf"the label of .*a\.tar/dog1\.jpeg is {label:,}, which .* classes for 9 images"
+    ):
+        Shards("train", root=tmp_path)
+    (tmp_path / "words.txt").write_text("".join(f"{i}\n" for i in range(5001)))
+    if label == 5_000:  # all classes have names
+        assert len(Shards("train", root=tmp_path, class_map=tmp_path / "words.txt").classes) == 5_001
+    else:
+        with pytest.raises(ValueError, match=rf"ends before label {label}.*dog1\.jpeg"):
+            Shards("train", root=tmp_path, class_map=tmp_path / "words.txt")

@@ -15,7 +15,7 @@ from widefield.nn.deform import DCNv3
 
 TINY = {"depths": (1, 1, 2, 1), "widths": (8, 16, 24, 32), "groups": (1, 2, 3, 2), "num_classes": 7}
 HEAD = {"head_width": 12, "heads": 3, "hidden": 10}
-SIZES = {"internimage_l": 384, "internimage_xl": 384, "internimage_h": 640}
+SIZES = {"internimage_l": 384, "internimage_xl": 384, "internimage_h": 640, "internimage_g": 512}
 
 
 def settled(model):
@@ -79,6 +79,7 @@ def test_the_network_is_the_official_one():
         ("internimage_l", 223_334_810, 106_887_797_760),
         ("internimage_xl", 334_819_780, 161_804_814_336),
         ("internimage_h", 1_089_636_760, 1_486_324_267_008),
+        ("internimage_g", 3_076_373_352, 2_705_242_699_776),
     ],
 )
 def test_counts_are_those_stated(name, parameters, macs):
@@ -88,7 +89,7 @@ def test_counts_are_those_stated(name, parameters, macs):
     assert float(of[0]) == pytest.approx(macs / 1e9, rel=0.05)
     assert int(of[1].removeprefix(" at ") or 224) == size
     million = float(stated[:-1]) * {"M": 1, "B": 1000}[stated[-1]]
-    assert parameters / 1e6 == pytest.approx(million, rel=0.01)
+    assert parameters / 1e6 == pytest.approx(million, rel=0.01 if name != "internimage_g" else 0.03)  # "3B"
     assert (found.parameters, found.macs) == (parameters, macs)
     if name == "internimage_t":
         assert (parameters, macs) == (fixture(name)["params"], fixture(name)["macs_224"])
@@ -118,7 +119,26 @@ def test_variants_are_those_of_the_official_configurations():
         "internimage_l": (160, (5, 5, 22, 5), (10, 20, 40, 80), {2.0}, "post", True, False),
         "internimage_xl": (192, (5, 5, 24, 5), (12, 24, 48, 96), {2.0}, "post", True, False),
         "internimage_h": (320, (6, 6, 32, 6), (10, 20, 40, 80), {1.0}, "both", False, True),
+        "internimage_g": (512, (2, 2, 48, 4), (16, 32, 64, 128), {1.0}, "post", False, True),
     }
+    for name, after in (("internimage_h", (5, 11, 17, 23, 29)), ("internimage_g", (5, 11, 17, 23, 29, 35, 41, 47))):
+        model = meta(name)
+        assert [level.norms_after for level in model.levels] == [(), (), after, ()]
+        assert {block.dcn.dw_conv[0].kernel_size for level in model.levels for block in level.blocks} == {(5, 5)}
+        assert all(hasattr(level, "norm") for level in model.levels)
+
+
+def test_tags_carry_the_size_and_classes_of_the_published_files():
+    for name, size, classes in (
+        ("internimage_l.in22k", 384, 21841),
+        ("internimage_xl.in22k", 384, 21841),
+        ("internimage_h.in22k", 384, 21841),
+        ("internimage_h.in22k_ft_in1k_384", 384, 1000),
+        ("internimage_g.in22k", 384, 21841),
+        ("internimage_g", 512, 1000),
+    ):
+        model = meta(name, depths=(1, 1, 1, 1), **({"norms_after": ()} if name[12] in "hg" else {}))
+        assert (model.pretrained_cfg["input_size"], model.num_classes) == ((3, size, size), classes), name
 
 
 def test_keys_of_the_largest_network_are_the_official_ones():

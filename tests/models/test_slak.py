@@ -66,6 +66,8 @@ def test_the_block_is_the_official_one():
     ("name", "decomposed", "parameters", "macs"),
     [
         ("slak_tiny", True, 50_703_838, 8_704_776_370),  # the fixture's
+        ("slak_tiny_31", True, 49_581_838, 8_178_281_170),
+        ("slak_tiny_61", True, 51_264_838, 8_968_023_970),
         ("slak_small", True, 91_131_820, 16_604_014_234),
         ("slak_base", True, 157_950_792, 28_509_057_219),
         ("slak_tiny", False, 60_818_614, 13_799_745_508),
@@ -87,10 +89,13 @@ def test_the_stated_parameters_are_those_left_by_40_percent_sparsity_in_every_ma
 
 
 def test_widths_depths_and_names():
-    assert timm.list_models("slak*") == ["slak_base", "slak_small", "slak_tiny"] == sorted(STATED)
+    assert timm.list_models("slak*") == sorted(STATED)
+    assert sorted(STATED) == ["slak_base", "slak_small", "slak_tiny", "slak_tiny_31", "slak_tiny_61"]
     widths = {name: [info["num_chs"] for info in meta(name).feature_info] for name in STATED}
     assert widths == {
         "slak_tiny": [124, 249, 499, 998],
+        "slak_tiny_31": [124, 249, 499, 998],
+        "slak_tiny_61": [124, 249, 499, 998],
         "slak_small": [124, 249, 499, 998],
         "slak_base": [166, 332, 665, 1331],
     }

@@ -139,3 +139,27 @@ def test_create_refuses(name: str, options: dict[str, object], error: type[Excep
 def test_one_class_is_refused() -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 2"):
         Classification(1)
+
+
+class Normed(nn.Sequential):
+    """Logits by way of a batch norm whose map has one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, CLASSES))
+
+
+def test_a_batch_of_one_before_a_batch_norm_is_explained() -> None:
+    task, model = Classification(CLASSES), Normed()
+    with pytest.raises(ValueError, match="a batch of 1 is too small to train a batch norm") as caught:
+        task.loss(model, batch(1))
+    for part in ("torch.Size([1, 3, 1, 1])", "batch_size of at least 2", "last batch of one", "drop_last=True"):
+        assert part in str(caught.value)
+    assert task.loss(model, batch(2)).isfinite()
+    assert task.outputs(model.eval(), batch(1))["preds"].shape == (1, CLASSES)
+    with pytest.raises(ValueError, match=r"^another$"):
+        task.loss(Failing(), batch(1))
+
+
+class Failing(nn.Module):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        raise ValueError("another")

@@ -430,6 +430,9 @@ def test_progress(recipe: Recipe, terminal: bool) -> None:
     assert "epoch 1/1  train_loss" in shown
     assert "top1" in shown
     assert ("6/6" in shown) == terminal
+    found = data.summarize(*data.create_both(recipe.data.name, **recipe.data.args)).splitlines()
+    assert [line.partition(":")[0] for line in found] == ["train", "val"]
+    assert all(line in shown for line in found)
 
 
 def test_lines_come_every_half_minute(monkeypatch: pytest.MonkeyPatch) -> None:

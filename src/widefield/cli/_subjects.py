@@ -68,7 +68,9 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
 
 def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) -> Pictures:
     """Return the images that the command line asks for, as the model expects them; ``size`` goes before --size."""
-    return found.pictures(args.images, count=args.count, size=size or args.size, seed=args.seed)
+    shown = found.pictures(args.images, count=args.count, size=size or args.size, seed=args.seed)
+    print(shown.found())
+    return shown
 
 
 def batches(args: argparse.Namespace, found: Subject, shown_by: Pictures) -> list[tuple[Tensor, ...]]:

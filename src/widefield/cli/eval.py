@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out and state.is_main_process:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out.parent).close()
+    if state.is_main_process:
+        print(*dict.fromkeys(job.dataset.found() for job in jobs), sep="\n")
     done = []
     with _bar(visible=state.is_main_process) as bar:
         for job in jobs:
@@ -204,7 +206,8 @@ def _of_run(word: str, args: argparse.Namespace) -> list[_Model]:
 
     def expects(size: int | None) -> dict[str, Any]:
         known = {"size": own.image_size, "mean": own.mean, "std": own.std} if own else {}
-        kept = ("size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "corrupt", "max_corrupt")
+        shown = ("size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        kept = {*shown, "corrupt", "max_corrupt", "exif_orientation", "max_pixels"}
         given = {key: value for key, value in recipe.data.args.items() if key in kept}
         return {**known, **given, **({"size": size} if size else {})}
 
@@ -226,6 +229,8 @@ def _job(model: _Model, size: int | None, real: Mapping[str, Sequence[int]] | No
     name, options = source["name"], {key: value for key, value in source.items() if key != "name"}
     dataset = data.create(name, "val", **options)
     try:
+        if not args.all_outputs:
+            data.check_classes(dataset)
         outputs = count_outputs(model.model, len(dataset.mean), dataset.image_size)
         names = model.classes if model.recipe else labels.imagenet_names(outputs)
         places = labels.output_places(dataset.classes, outputs, names, args.class_map)

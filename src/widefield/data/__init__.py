@@ -3,11 +3,12 @@
 from widefield.data.catalog import create, create_both
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
+from widefield.data.decoding import CorruptImageError, UnsupportedImageError
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
-from widefield.data.image_files import CorruptImageError, CorruptImagesError
-from widefield.data.loading import ImageSet, Sample, collate, seeded
+from widefield.data.image_files import CorruptImagesError
+from widefield.data.loading import ImageSet, Sample, check_classes, collate, seeded, summarize
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.shards import Shards
@@ -28,9 +29,12 @@ __all__ = [
     "Sample",
     "Scales",
     "Shards",
+    "UnsupportedImageError",
+    "check_classes",
     "collate",
     "create",
     "create_both",
     "seeded",
+    "summarize",
     "write_conflicts",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import tarfile
 import tempfile
 import warnings
@@ -19,12 +20,15 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-_FORMAT = 1  # of the kept file; counts up when its meaning changes
+from widefield.data.class_map import is_index
+from widefield.data.listing import HIDDEN, IMAGE_ENDINGS, Skipped, is_hidden, why_no_image
+
+_FORMAT = 2  # of the kept file; counts up when its meaning changes
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class TarIndex:
     """Index into ``classes``; the label that the tar file gives, if there are no classes."""
     classes: NDArray[np.str_]
     """Names of the folders in sorted order, (M,); (0,) where labels lie beside the images."""
+    skipped: NDArray[np.str_]
+    """Reason, count and first name of what was left out, (R, 3)."""
 
 
 def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
@@ -95,26 +101,37 @@ def _keep(index: TarIndex, path: Path) -> None:
 
 def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
     folders: dict[str, int] = {}
-    parts = [_columns(number, path, label_key, folders) for number, path in enumerate(tars)]
+    skipped = Skipped()
+    parts = [_columns(number, path, label_key, folders, skipped) for number, path in enumerate(tars)]
     names, numbers, offsets, sizes, labels, folder = (np.concatenate(column) for column in zip(*parts, strict=True))
+    rows = [(reason, str(count), first) for reason, (count, first) in skipped.reasons.items()]
+    left_out = _texts(rows).reshape(-1, 3)
     lacking = labels < 0
     if lacking.all():
         places = np.argsort(np.argsort(list(folders)))  # of the folders as they came, in sorted order
-        return TarIndex(names, numbers, offsets, sizes, places[folder], np.array(sorted(folders), dtype=np.str_))
+        return TarIndex(
+            names, numbers, offsets, sizes, places[folder], np.array(sorted(folders), dtype=np.str_), left_out
+        )
     if lacking.any():
         without, beside = (
             f"{tars[numbers[i]]}/{names[i].decode('utf-8', 'replace')}" for i in (lacking.argmax(), lacking.argmin())
         )
         raise ValueError(f"{without} has no label beside it (.cls or .json), but {beside} has.")
-    return TarIndex(names, numbers, offsets, sizes, labels, np.array([], dtype=np.str_))
+    return TarIndex(names, numbers, offsets, sizes, labels, _texts([]), left_out)
 
 
-def _columns(number: int, path: Path, label_key: str, folders: dict[str, int]) -> tuple[NDArray[Any], ...]:
+def _texts(texts: Sequence[Any]) -> NDArray[np.str_]:
+    return np.array(texts, dtype=np.str_)
+
+
+def _columns(
+    number: int, path: Path, label_key: str, folders: dict[str, int], skipped: Skipped
+) -> tuple[NDArray[Any], ...]:
     """Return names, tar files, offsets, sizes, labels (-1: none) and folders of the images in one tar file.
 
     Which of the last two counts is known when all files have been read. ``folders`` numbers the folders as they come.
     """
-    names, offsets, sizes, labels = _scanned(path, label_key)
+    names, offsets, sizes, labels = _scanned(path, label_key, skipped)
     return (
         np.array([name.encode("utf-8", "surrogateescape") for name in names], dtype=np.bytes_),
         np.full(len(names), number, np.int32),
@@ -130,30 +147,37 @@ def _folder(name: str, tar: Path) -> str:
     return name.split("/")[-2] if "/" in name else tar.stem
 
 
-def _scanned(path: Path, label_key: str) -> tuple[list[str], list[int], list[int], list[int | None]]:
+def _scanned(path: Path, label_key: str, skipped: Skipped) -> tuple[list[str], list[int], list[int], list[int | None]]:
     """Return names, offsets, sizes and labels of the images in one tar file; a label is None where there is none."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     names: list[str] = []
+    links: dict[str, str] = {}
     offsets: list[int] = []
     sizes: list[int] = []
     beside: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
     with path.open("rb") as file:
         try:
-            for name, offset, size in _members(file, file, 0, ""):
+            for name, offset, size, target in _members(file, file, 0, ""):
                 ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path for each of millions takes minutes)
-                if ending in IMG_EXTENSIONS:
+                if any(map(is_hidden, name.split("/"))):
+                    skipped.add(HIDDEN, f"{path}/{name}")
+                elif target is not None:
+                    links[name] = target
+                elif ending in IMAGE_ENDINGS:
                     names.append(name)
                     offsets.append(offset)
                     sizes.append(size)
                 elif ending in beside:
                     file.seek(offset)
                     beside[ending][_key(name)] = file.read(size)
+                else:
+                    skipped.add(why_no_image(name), f"{path}/{name}")
         except tarfile.TarError as error:
             raise OSError(
                 f"{path} is no whole, uncompressed tar file: {error}. Fetch it again, or decompress it: images are "
                 f"read from the middle."
             ) from error
+    for name in _follow(links, names, offsets, sizes):
+        skipped.add("links to no image in their tar file", f"{path}/{name}")
     labels = [_label(path, name, beside, label_key) for name in names]
     if any(label is not None for label in labels):
         keys = [_key(name) for name in names]
@@ -163,22 +187,64 @@ def _scanned(path: Path, label_key: str) -> tuple[list[str], list[int], list[int
     return names, offsets, sizes, labels
 
 
-def _members(raw: BinaryIO, file: Any, start: int, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset in ``raw`` and size of each regular file in a tar file, and in the tar files inside it.
+class _Member(NamedTuple):
+    """A file in a tar file, at a byte of the outermost one; or a link, to a name of another member."""
+
+    name: str
+    offset: int
+    size: int
+    target: str | None = None
+
+
+def _follow(links: dict[str, str], names: list[str], offsets: list[int], sizes: list[int]) -> list[str]:
+    """Add the images that links lead to: to a file, or to a folder and so to all images in it.
+
+    Returns the links that lead to none of ``names``.
+    """
+    left = dict(links)
+    while left:  # one may lead to another
+        places = {name: place for place, name in enumerate(names)}
+        found = {
+            link: [target] if target in places else [name for name in names if name.startswith(f"{target}/")]
+            for link, target in left.items()
+            if not link.startswith(f"{target}/")  # to a folder that it lies in
+        }
+        found = {link: images for link, images in found.items() if images}
+        complete = {
+            link
+            for link in found
+            if left[link] in places or not any(other.startswith(f"{left[link]}/") for other in left)
+        }
+        for link in complete or found:  # first those to files, and to folders that no link will add to
+            for name in found[link]:
+                names.append(link + name.removeprefix(left[link]))
+                offsets.append(offsets[places[name]])
+                sizes.append(sizes[places[name]])
+        if not found:
+            break
+        left = {link: target for link, target in left.items() if link not in (complete or found)}
+    return list(left)
+
+
+def _members(raw: BinaryIO, file: Any, start: int, prefix: str) -> Iterator[_Member]:
+    """Yield each regular file and link in a tar file, and in the tar files inside it.
 
     ``file`` is the tar file, which begins at byte ``start`` of ``raw``.
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep all headers: gigabytes for millions
-            if not member.isreg():
-                continue
+            name = posixpath.normpath(member.name)
             offset = start + member.offset_data
-            if member.name.endswith(".tar"):
+            if member.islnk() or member.issym():
+                folder = posixpath.dirname(name) if member.issym() else ""  # hard links name their target from the root
+                target = posixpath.normpath(posixpath.join(folder, member.linkname))
+                yield _Member(prefix + name, 0, 0, prefix + target)
+            elif member.isreg() and name.endswith(".tar") and not is_hidden(posixpath.basename(name)):
                 inner = archive.extractfile(member)
-                yield from _members(raw, inner, offset, f"{prefix}{member.name.removesuffix('.tar')}/")
-            else:
-                yield prefix + member.name.removeprefix("./"), offset, member.size
+                yield from _members(raw, inner, offset, f"{prefix}{name.removesuffix('.tar')}/")
+            elif member.isreg():
+                yield _Member(prefix + name, offset, member.size)
 
 
 def _key(name: str) -> str:
@@ -203,10 +269,6 @@ def _label(path: Path, name: str, beside: dict[str, dict[str, bytes]], label_key
             ) from error
     else:
         return None
-    try:
-        label = int(str(found))
-    except ValueError:
-        label = -1
-    if label < 0:
+    if not is_index(str(found)):
         raise ValueError(f"{what} must be the index of a class, from 0; got {found!r}.")
-    return label
+    return int(str(found))

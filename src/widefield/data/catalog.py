@@ -7,10 +7,11 @@ from typing import Any
 
 from widefield import _checks
 from widefield.data.cifar import Cifar10, Cifar100
+from widefield.data.class_map import alike, listed
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
-from widefield.data.loading import ImageSet
+from widefield.data.loading import ImageSet, check_classes
 from widefield.data.scales import Scales
 from widefield.data.shards import Shards
 
@@ -56,16 +57,18 @@ def create(name: str, split: str, **options: Any) -> ImageSet:
 def create_both(name: str, **options: Any) -> tuple[ImageSet, ImageSet]:
     """Build the train and the val split of the data set ``name``; arguments and errors as of ``create``.
 
-    Raises ValueError if a label means different classes in the two. Val may lack the last classes.
+    Raises ValueError if a label means different classes in the two, or there is only one class. Val may lack the last
+    classes.
     """
     train, val = create(name, "train", **options), create(name, "val", **options)
     for label, there in enumerate(val.classes):
         here = train.classes[label] if label < len(train.classes) else None
         if here != there:
             raise ValueError(
-                f"the splits of {name!r} differ in classes: label {label} is {there!r} in val, and in train "
-                f"{'there is no such label' if here is None else repr(here)}."
+                f"the splits of {name!r} differ in classes: label {label} is {listed([there])} in val, and in train "
+                f"{'there is no such label' if here is None else listed([here])}.{alike({here or there, there})}"
             )
+    check_classes(train)
     return train, val
 
 

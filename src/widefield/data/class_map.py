@@ -2,39 +2,111 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 INTEGER = "integer"
+LARGEST_INDEX = 2**31 - 1
+"""The largest label that is taken for one at all."""
 
 
-def classes_of(found: Sequence[str], class_map: str | Path | None) -> tuple[tuple[str, ...], dict[str, int]]:
+def classes_of(
+    found: Sequence[str], class_map: str | Path | None, images: int = 0
+) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the names of all classes, by index, and the index of each of the names ``found``.
+
+    Args:
+        found: names of classes, such as those of folders, without duplicates.
+        class_map: see `indices_of`. Classes that were not found keep their index; those without a name are called by
+            it.
+        images: how many images there are, for `check_count`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a name is no index, or the file lacks it, or repeats a name or an index, or an index is too large.
+    """
+    known = indices_of(found, class_map)
+    if class_map is None:
+        return tuple(known), known
+    names = {index: name for name, index in reversed(known.items())}
+    check_count(max(names), len(names), images, f"the largest index of the class map {str(class_map)!r}")
+    return tuple(names.get(index, str(index)) for index in range(max(names) + 1)), known
+
+
+def indices_of(found: Sequence[str], class_map: str | Path | None) -> dict[str, int]:
+    """Return the index of each of the names ``found``, and of others that the class map has.
 
     Args:
         found: names of classes, such as those of folders, without duplicates.
         class_map: None: the names in sorted order are the classes. ``"integer"``: each name is its index, written in
             decimals, as ImageNet-V2 has it (sorted as words, 10 comes before 2). Otherwise a text file with a class a
-            line, ``name`` (its index is the line's, from 0, as in timm's maps) or, on all lines, ``name index``;
-            classes that were not found keep their index.
+            line, ``name`` (its index is the line's, from 0, as in timm's maps) or, on all lines, ``name index``.
+            A name that the file has in another Unicode normal form (NFC, NFD) is found.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: a name is no index, or the file lacks it, or repeats a name or an index.
     """
     if class_map is None:
-        classes = tuple(sorted(found))
-        return classes, {name: index for index, name in enumerate(classes)}
-    known = _integers(found) if class_map == INTEGER else read_class_map(class_map)
+        return {name: index for index, name in enumerate(sorted(found))}
+    if class_map == INTEGER:
+        return _integers(found)
+    known = read_class_map(class_map)
+    forms = Counter(map(_composed, known))
+    composed = {_composed(name): index for name, index in known.items() if forms[_composed(name)] == 1}
+    known |= {name: composed[_composed(name)] for name in found if name not in known and _composed(name) in composed}
     lacking = sorted(set(found) - set(known))
     if lacking:
+        near = [line for line in known if line.rsplit(maxsplit=1)[0] in lacking]
+        hint = f" Its line {near[0]!r} does not end in an index, an integer from 0." if near else ""
         raise ValueError(
-            f"the class map {str(class_map)!r} lacks {_listed(lacking)}; add them, or remove what they name from the "
-            f"data."
+            f"the class map {str(class_map)!r} lacks {listed(lacking)}; add them, or remove what they name from the "
+            f"data.{hint}"
         )
-    names = {index: name for name, index in known.items()}
-    return tuple(names.get(index, str(index)) for index in range(max(names) + 1)), known
+    return known
+
+
+def check_count(largest: int, named: int, images: int, what: str) -> None:
+    """Raise ValueError for a label that would make a network of far more outputs than the data can fill.
+
+    At most 1,000 classes, or ten an image, may be without a name.
+
+    Args:
+        largest: the largest label.
+        named: how many classes have names.
+        images: how many images there are.
+        what: what to call the label, such as its file.
+    """
+    if largest + 1 - named > max(1000, 10 * images):
+        raise ValueError(
+            f"{what} is {largest:,}, which makes {largest + 1:,} classes for {images:,} images. Labels count the "
+            f"classes from 0. If it is right, name all classes: in a class map with a name a line, or in a Hugging "
+            f"Face data set by a column of type ClassLabel."
+        )
+
+
+def shown(name: str) -> str:
+    """Return a name for a message, escaped where it is not in Unicode's normal form NFC but looks as if it were."""
+    return name if _composed(name) == name else ascii(name)
+
+
+def alike(names: Iterable[str]) -> str:
+    """Return a sentence about two of the names that look the same, to be added to a message, or an empty string."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        other = seen.setdefault(_composed(name), name)
+        if other != name:
+            return (
+                f" {other!a} and {name!a} look the same: one has composed characters (Unicode's form NFC), the "
+                f"other decomposed ones (NFD, as macOS writes them). Rename one of them."
+            )
+    return ""
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
@@ -45,35 +117,38 @@ def read_class_map(path: str | Path) -> dict[str, int]:
             f"class_map must be 'integer' or a text file with the name of a class a line; got {str(path)!r}, no file."
         )
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"the class map {str(path)!r} is no text: {error}.") from error
     lines = [line.strip() for line in lines if line.strip()]
     if not lines:
         raise ValueError(f"the class map {str(path)!r} is empty.")
     pairs = [line.rsplit(maxsplit=1) for line in lines]
-    if all(len(pair) == 2 and _is_index(pair[1]) for pair in pairs):
+    if all(len(pair) == 2 and is_index(pair[1]) for pair in pairs):
         entries = [(name, int(index)) for name, index in pairs]
     else:
         entries = [(name, index) for index, name in enumerate(lines)]
     for what, values in (("name", [name for name, _ in entries]), ("index", [index for _, index in entries])):
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
-            raise ValueError(f"the class map {str(path)!r} has the {what} {_listed(repeated)} more than once.")
+            raise ValueError(f"the class map {str(path)!r} has the {what} {listed(repeated)} more than once.")
     return dict(entries)
 
 
 def _integers(found: Sequence[str]) -> dict[str, int]:
-    wrong = [name for name in found if not _is_index(name) or str(int(name)) != name]
+    wrong = [name for name in found if not is_index(name) or str(int(name)) != name]
     if wrong:
-        raise ValueError(f"class_map='integer' takes classes named 0, 1, 2 and so on; got {_listed(sorted(wrong))}.")
+        raise ValueError(f"class_map='integer' takes classes named 0, 1, 2 and so on; got {listed(sorted(wrong))}.")
     return {name: int(name) for name in found}
 
 
-def _is_index(word: str) -> bool:
-    return word.isascii() and word.isdecimal()
+def is_index(word: str) -> bool:
+    """Whether a word is a number that can be a label."""
+    return word.isascii() and word.isdecimal() and len(word) < 11 and int(word) <= LARGEST_INDEX
 
 
-def _listed(values: Sequence[object]) -> str:
+def listed(values: Sequence[object]) -> str:
+    """Return the first five values, quoted, and the number of others."""
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-    return ", ".join(repr(value) for value in values[:5]) + more
+    quoted = (repr(v) if not isinstance(v, str) or shown(v) == v else shown(v) for v in values[:5])
+    return ", ".join(quoted) + more

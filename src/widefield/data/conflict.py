@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from widefield import _checks
-from widefield.data.image_files import read
+from widefield.data.decoding import read
+from widefield.data.listing import is_hidden
 from widefield.data.loading import Sample, collate
 from widefield.data.scales import _CELLS, _OUTLINES, _REACH, Scales, _colours, _interpolate
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation, statistics
@@ -96,7 +97,8 @@ class ConflictImages:
         layout = "Expected FOLDER/SHAPE/SHAPEi-TEXTUREj.png, such as cat/cat7-elephant1.png."
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder of images {str(self.folder)!r}. {layout}")
-        self.files = sorted(self.folder.glob("*/*.png"))
+        files = sorted(self.folder.glob("*/*.png"))
+        self.files = [path for path in files if not (is_hidden(path.name) or is_hidden(path.parent.name))]
         if not self.files:
             raise FileNotFoundError(f"{str(self.folder)!r} holds no images. {layout}")
         folders = sorted({path.parent.name for path in self.files})

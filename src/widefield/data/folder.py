@@ -1,19 +1,22 @@
 """Folders of images, one folder per class: ``root/train/<class>/*.jpg`` and ``root/val/<class>/*.jpg``.
 
-Files and classes are found by torchvision's ``ImageFolder``, transforms are built by timm's ``create_transform``: a
-set behaves here as it does in timm's scripts, except that its augmentation repeats to the bit.
+Classes and files are in the order of torchvision's ``ImageFolder``, and transforms are built by timm's
+``create_transform``: a set behaves here as it does in timm's scripts, except that its augmentation repeats to the bit,
+and that hidden folders and files are left out.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from widefield.data.class_map import classes_of
+from widefield.data.class_map import alike, classes_of, listed, shown
 from widefield.data.image_files import ImageFiles
+from widefield.data.listing import IMAGE_ENDINGS, Skipped, folders_in, images_in, is_hidden, is_image
 from widefield.data.loading import SPLITS
 
 _LAYOUT = "Expected root/train/<class>/<image> and root/val/<class>/<image>."
@@ -23,7 +26,8 @@ class Folder(ImageFiles):
     """Images in class folders, ``root/train/<class>/*.jpg`` and ``root/val/<class>/*.jpg``.
 
     Classes are the folders' names in sorted order, or what ``class_map`` says. For val alone, ``root`` may also be
-    the folder of the classes itself.
+    the folder of the classes itself. Images may lie at any depth in a class's folder. Links to folders and files are
+    followed. Names that start with a dot, and ``__MACOSX`` and ``@eaDir``, are left out.
 
     Args:
         split: ``"train"`` or ``"val"``.
@@ -47,24 +51,24 @@ class Folder(ImageFiles):
         beside = [root / name for name in SPLITS if directory != root and (root / name).is_dir()]
         if class_map is None:
             _check_same_classes(beside)
-        found = {name for folder in (directory, *beside) for name in _folders(folder)}
-        classes, indices = classes_of(sorted(found), class_map)
-
-        from torchvision.datasets import ImageFolder
-
-        files = ImageFolder(directory)
-        of_folder = np.array([indices[name] for name in files.classes], dtype=np.int64)
-        self._hold(classes, of_folder[files.targets])
+        found = {name for folder in (directory, *beside) for name in folders_in(folder)}
+        skipped = Skipped()
+        files = {name: images_in(directory / name, skipped) for name in folders_in(directory, skipped)}
+        _check_none_empty(directory, files)
+        images = sum(map(len, files.values()))
+        classes, indices = classes_of(sorted(found), class_map, images)
+        labels = np.repeat([indices[name] for name in files], [len(paths) for paths in files.values()])
+        self._hold(classes, labels, skipped)
+        self.place = str(directory)
         # An array, as workers would copy a list of a million strings bit by bit by counting references to them.
-        self._directory = str(directory)
-        start = len(os.path.join(self._directory, ""))  # noqa: PTH118 (a Path drops the separator)
-        self._files = np.array([os.fsencode(path[start:]) for path, _ in files.samples])
+        start = len(os.path.join(self.place, ""))  # noqa: PTH118 (a Path drops the separator)
+        self._files = np.array([os.fsencode(path[start:]) for paths in files.values() for path in paths])
 
     def _open(self, index: int) -> str:
         return self._name(index)
 
     def _name(self, index: int) -> str:
-        return str(Path(self._directory, os.fsdecode(self._files[index])))
+        return str(Path(self.place, os.fsdecode(self._files[index])))
 
 
 def _directory(root: Path, split: str) -> Path:
@@ -75,35 +79,39 @@ def _directory(root: Path, split: str) -> Path:
     if split == "val" and not any((root / name).is_dir() for name in SPLITS) and _holds_images(root):
         directory = root
     if not directory.is_dir():
-        found = ", ".join(repr(name) for name in _folders(root)[:10]) or "no folders"
+        found = ", ".join(repr(name) for name in folders_in(root)[:10]) or "no folders"
         raise FileNotFoundError(f"{str(root)!r} has no folder {split!r}; it holds {found}. {_LAYOUT}")
-    if not _folders(directory):
+    if not folders_in(directory):
         raise FileNotFoundError(f"{str(directory)!r} holds no class folders. {_LAYOUT}")
     return directory
 
 
 def _holds_images(root: Path) -> bool:
     """Whether the first folder in ``root`` holds an image itself: a class, and not a data set of its own."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    first = [path.name for name in folders_in(root)[:1] for path in (root / name).iterdir()]
+    return any(is_image(name) and not is_hidden(name) for name in first)
 
-    return any(path.suffix.lower() in IMG_EXTENSIONS for name in _folders(root)[:1] for path in (root / name).iterdir())
+
+def _check_none_empty(directory: Path, files: Mapping[str, Sequence[str]]) -> None:
+    empty = [name for name, paths in files.items() if not paths]
+    if empty:
+        raise FileNotFoundError(
+            f"{str(directory)!r} has no image of {listed(empty)}. Remove folders that are no classes, or add images: "
+            f"files with one of the endings {', '.join(IMAGE_ENDINGS)}."
+        )
 
 
 def _check_same_classes(splits: list[Path]) -> None:
     if len(splits) < 2:
         return
-    classes = {folder.name: set(_folders(folder)) for folder in splits}
+    classes = {folder.name: set(folders_in(folder)) for folder in splits}
     if classes["train"] != classes["val"]:
         only = [
-            f"only in {name}: {', '.join(sorted(classes[name] - classes[other]))}"
+            f"only in {name}: {', '.join(map(shown, sorted(classes[name] - classes[other])))}"
             for name, other in (SPLITS, SPLITS[::-1])
             if classes[name] - classes[other]
         ]
         raise ValueError(
             f"train and val in {str(splits[0].parent)!r} must have the same classes; {'; '.join(only)}. Add or remove "
-            f"those folders."
+            f"those folders.{alike(classes['train'] ^ classes['val'])}"
         )
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())

@@ -9,7 +9,9 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from widefield.data.image_files import CorruptImageError, ImageFiles
+from widefield.data.class_map import LARGEST_INDEX, check_count
+from widefield.data.decoding import CorruptImageError
+from widefield.data.image_files import ImageFiles
 
 
 class HuggingFace(ImageFiles):
@@ -74,10 +76,13 @@ class HuggingFace(ImageFiles):
         if self._reader.dataset[0][image_key] is None:  # as it is where the package had to add the column
             raise ValueError(f"{self._path!r} has no column {image_key!r} of images. Set image_key.")
         named = sorted(self._reader.class_to_idx, key=self._reader.class_to_idx.__getitem__)
-        classes = named or [str(label) for label in range(int(labels.max()) + 1)]
-        if labels.max() >= len(classes):
-            raise ValueError(f"{self._path!r} has the label {labels.max()}, but names only {len(classes)} classes.")
-        self._hold(classes, labels)
+        largest = int(labels.max())
+        what = f"the label of {self._name(int(labels.argmax()))}"
+        if named and largest >= len(named):
+            raise ValueError(f"{what} is {largest}, but {self._path!r} names only {len(named)} classes.")
+        check_count(largest, len(named), len(labels), what)
+        self._hold(named or [str(label) for label in range(largest + 1)], labels)
+        self.place = self._path
 
     def _labels_of(self, key: str) -> NDArray[np.int64]:
         table = self._reader.dataset
@@ -88,10 +93,14 @@ class HuggingFace(ImageFiles):
         labels = table[key][:]
         if not labels:
             raise ValueError(f"the split {self._part!r} of {self._path!r} is empty.")
-        wrong = [label for label in labels if type(label) is not int or label < 0]
+        wrong = [row for row, label in enumerate(labels) if type(label) is not int or not 0 <= label <= LARGEST_INDEX]
         if wrong:
+            got, row = labels[wrong[0]], wrong[0]
+            hint = " -1 marks images without a label, as in test splits." if got == -1 else ""
+            hint = " Dataset.class_encode_column makes indices of names." if isinstance(got, str) else hint
             raise ValueError(
-                f"the column {key!r} of {self._path!r} must hold the index of a class, from 0; got {wrong[0]!r}."
+                f"the column {key!r} of {self._path!r} must hold the index of a class, from 0; got {got!r} in row "
+                f"{row} of {self._part!r}, and {len(wrong) - 1:,} more.{hint}"
             )
         return np.array(labels, dtype=np.int64)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
-import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +11,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from widefield import _checks
 from widefield.data import transforms
+from widefield.data.decoding import CorruptImageError, UnsupportedImageError, decoding_options, read
+from widefield.data.listing import Skipped
 from widefield.data.loading import ImageSet, Sample, seeded, shared
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-
-# What Pillow raises on broken bytes; OSErrors of the system are told apart by their errno.
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 _LISTED = 100  # names in the message of CorruptImagesError; each was in a warning before
 
@@ -54,6 +39,10 @@ class ImageFiles(ImageSet):
             error in either case.
         max_corrupt: largest share of the split that may be skipped, from 0 to 1; beyond it OSError lists the files.
             The files are counted over all workers and epochs of a process.
+        exif_orientation: turn images as their EXIF orientation says, as viewers show them; False takes them as they
+            are stored, as timm and torchvision do.
+        max_pixels: refuse files of more pixels; None means Pillow's limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``
+            (178,956,970).
         mean: mean of each of the 3 channels for pixels in [0, 1].
         std: standard deviation of each of the 3 channels.
         interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two (then val uses bicubic).
@@ -84,6 +73,8 @@ class ImageFiles(ImageSet):
         names: bool = False,
         corrupt: str = "refuse",
         max_corrupt: float = 0.01,
+        exif_orientation: bool = True,
+        max_pixels: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         interpolation: str = "bicubic",
@@ -102,6 +93,7 @@ class ImageFiles(ImageSet):
         self.names = bool(names)
         self.corrupt = _checks.choice("corrupt", corrupt, ("refuse", "skip"))
         self.max_corrupt = _checks.number("max_corrupt", max_corrupt, maximum=1)
+        self.decoding = decoding_options(exif_orientation, max_pixels)
         self.mean, self.std = transforms.statistics(mean, std)
         # Both are built, so that a wrong option of either split is found in both.
         built = {
@@ -125,12 +117,19 @@ class ImageFiles(ImageSet):
         }
         self._transform = built[split]
 
-    def _hold(self, classes: Sequence[str], labels: NDArray[np.int64]) -> None:
-        """Take over what the subclass found: the classes' names, and the label of each image, (N,)."""
+    def _hold(self, classes: Sequence[str], labels: NDArray[np.int64], skipped: Skipped | None = None) -> None:
+        """Take over what the subclass found: names of classes, a label for each image, (N,), and what it left out."""
         self.classes = tuple(classes)
         self._labels = labels
+        self.skipped = skipped or Skipped()
         # In shared memory, so that a file is warned of once among all workers and epochs.
         self._warned = shared(torch.zeros(len(labels), dtype=torch.bool))
+
+    def found(self) -> str:
+        """Return one line about images and classes, classes without images, and what was left out, and why."""
+        empty = np.flatnonzero(np.bincount(self._labels, minlength=len(self.classes)) == 0)
+        without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
+        return f"{super().found()}{without}{f'; left out: {self.skipped}' if self.skipped else ''}"
 
     @abstractmethod
     def _open(self, index: int) -> str | BinaryIO:
@@ -154,7 +153,7 @@ class ImageFiles(ImageSet):
         files where there are more than ``max_corrupt`` allows.
         """
         try:
-            picture = read(self._open(index), self._name(index))
+            picture = read(self._open(index), self._name(index), **self.decoding)
         except CorruptImageError as error:
             self._report(index, error)
             return None
@@ -166,13 +165,13 @@ class ImageFiles(ImageSet):
         return sample
 
     def _report(self, index: int, error: CorruptImageError) -> None:
+        sound = isinstance(error, UnsupportedImageError)  # its message says what to do
         if self.corrupt == "refuse":
-            raise CorruptImageError(
-                f'{error} Repair or delete the file, or pass corrupt="skip" to leave such images out.'
-            ) from error.__cause__
+            remedy = "Or" if sound else "Repair or delete the file, or"
+            raise type(error)(f'{error} {remedy} pass corrupt="skip" to leave such images out.') from error.__cause__
         if not self._warned[index]:
             self._warned[index] = True
-            warnings.warn(f"{error} It is left out; repair or delete it.", stacklevel=2)
+            warnings.warn(f"{error} It is left out{'' if sound else '; repair or delete it'}.", stacklevel=2)
         found = self._warned.nonzero().flatten().tolist()
         if len(found) > self.max_corrupt * len(self):
             raise CorruptImagesError(self._too_many(found)) from error
@@ -186,36 +185,5 @@ class ImageFiles(ImageSet):
         )
 
 
-class CorruptImageError(OSError):
-    """A file is there, can be opened, and is no whole image."""
-
-
 class CorruptImagesError(OSError):
     """More files than allowed are no whole images; the message lists them."""
-
-
-def read(source: str | Path | BinaryIO, name: str | Path | None = None) -> Image.Image:
-    """Return the image in a file, as RGB, decoded to the last byte.
-
-    Args:
-        source: a path, or a file opened for reading, which is closed.
-        name: what to call it in an error; default: the path.
-
-    Raises:
-        CorruptImageError: it cannot be decoded in full.
-        OSError: the system refuses to open or read it.
-        MemoryError: the picture does not fit. All three name the file.
-    """
-    name = str(source if name is None else name)
-    try:
-        if isinstance(source, (str, Path)):
-            with Image.open(source) as image:
-                return image.convert("RGB")
-        with source, Image.open(source) as image:
-            return image.convert("RGB")
-    except MemoryError as error:
-        raise MemoryError(f"out of memory while reading the image {name}.") from error
-    except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
-            raise OSError(error.errno, error.strerror, name) from error
-        raise CorruptImageError(f"cannot read the image {name}: {type(error).__name__}: {error}.") from error

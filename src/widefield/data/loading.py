@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from widefield import _checks
+from widefield.data.listing import counted
 
 Sample = dict[str, Any]
 """One sample: ``image`` float32 (C, H, W), normalised; ``label`` int; whatever else the set knows."""
@@ -40,6 +41,8 @@ class ImageSet(Dataset[Sample | None], ABC):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    place = ""
+    """Where the images are, for messages; empty for sets that have no files."""
     needs: ClassVar[dict[str, str]] = {}
     """What to give for each option that has no default, for the message where it is missing."""
     _visit = 0
@@ -72,6 +75,12 @@ class ImageSet(Dataset[Sample | None], ABC):
     def __getitem__(self, index: int) -> Sample | None:
         return self.sample(range(len(self))[index])  # range knows negative indices and raises IndexError
 
+    def found(self) -> str:
+        """Return one line about what there is: images and classes of the split, and what was left out, and why."""
+        where = f" in {self.place}" if self.place else ""
+        classes = counted(len(self.classes), "class", "classes")
+        return f"{self.split}: {counted(len(self), 'image')}{where}, {classes}"
+
     @contextmanager
     def visited(self, visit: int) -> Iterator[None]:
         """Augment the samples taken in this block as on another visit in the same epoch; 0 is the first."""
@@ -85,6 +94,19 @@ class ImageSet(Dataset[Sample | None], ABC):
         """Return the key of one sample's randomness, for ``seeded``: (seed, epoch, index), or with a later visit."""
         key = self.seed, int(self._epoch), index
         return (*key, self._visit) if self._visit else key
+
+
+def check_classes(dataset: ImageSet) -> None:
+    """Raise ValueError for a data set of one class, from which a classifier learns nothing."""
+    if len(dataset.classes) < 2:
+        where = f" in {dataset.place!r}" if dataset.place else ""
+        named = f"only the class {dataset.classes[0]!r}" if dataset.classes else "no classes"
+        raise ValueError(f"the {dataset.split} split{where} has {named}; a classifier needs at least two.")
+
+
+def summarize(*datasets: ImageSet) -> str:
+    """Return a line for each data set: its images and classes, and what was left out, and why."""
+    return "\n".join(dataset.found() for dataset in datasets)
 
 
 def shared(values: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield.data.catalog import SETS, create
-from widefield.data.image_files import read
+from widefield.data.decoding import decoding_options, read
+from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
 from widefield.data.loading import ImageSet, Sample, collate, normalise, seeded
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -34,12 +35,14 @@ class Pictures(ImageSet):
 
     Args:
         source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation part), or a
-            folder that is searched for images at any depth; a file's class is the folder it lies in, if that is not
-            the source itself. A folder with a ``val`` folder in it stands for that one.
+            folder that is searched for images at any depth, through links too, but not in hidden folders. A file's
+            class is the folder it lies in, if that is not the source itself. A folder with a ``val`` folder in it
+            stands for that one.
         count: how many; a seeded choice where there are more. None: all there are (64 photographs).
         size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the centre.
         mean, std: of each channel for pixels in [0, 1]. None: ImageNet's, or the data set's own.
         seed: of the choice and the crops.
+        exif_orientation, max_pixels: of files in a folder, as of `ImageFiles`.
         options: further ones of the data set.
 
     Raises:
@@ -56,6 +59,8 @@ class Pictures(ImageSet):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         seed: int = 0,
+        exif_orientation: bool = True,
+        max_pixels: int | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__("val", size, seed)
@@ -63,6 +68,8 @@ class Pictures(ImageSet):
         self.classes = ()
         self._from: ImageSet | None = None
         self._files: list[Path] = []
+        self._skipped = Skipped()
+        self._decoding = decoding_options(exif_orientation, max_pixels)
         own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
         if self.source in SETS and (self.source != "folder" or "root" in options):
             self._from = create(self.source, "val", size=size, **options)
@@ -74,7 +81,8 @@ class Pictures(ImageSet):
         elif self.source == PHOTOGRAPHS:
             available = 64 if count is None else _checks.integer("count", count)
         else:
-            root, self._files = _files(Path(source).expanduser())
+            root, self._files, self._skipped = _files(Path(source).expanduser())
+            self.place = str(root)
             folders = sorted({path.parent.name for path in self._files if path.parent != root})
             self.classes = tuple(folders) if all(path.parent != root for path in self._files) else ()
             available = len(self._files)
@@ -99,6 +107,16 @@ class Pictures(ImageSet):
             "seed": self.seed,
         }
 
+    def found(self) -> str:
+        """Return one line about the images: how many were chosen of how many, and what was left out, and why."""
+        if self._from is not None:
+            return f"{len(self):,} of {self.source} {self._from.found()}"
+        if not self._files:
+            return f"{counted(len(self), 'image')} of {self.source}"
+        classes = f", {counted(len(self.classes), 'class', 'classes')}" if self.classes else ""
+        left_out = f"; left out: {self._skipped}" if self._skipped else ""
+        return f"{len(self):,} of {counted(len(self._files), 'image')} in {self.place}{classes}{left_out}"
+
     def name(self, index: int) -> str:
         """Return what to call an image: its file, or its place in the data set."""
         chosen = self._chosen[index]
@@ -117,7 +135,7 @@ class Pictures(ImageSet):
         if self._files:
             path = self._files[chosen]
             label = self.classes.index(path.parent.name) if self.classes else -1
-            return {"image": self._normalised(_centre(read(path), self.image_size)), "label": label}
+            return {"image": self._normalised(_centre(read(path, **self._decoding), self.image_size)), "label": label}
         return {"image": self._normalised(self._crop(chosen)), "label": -1}
 
     def _normalised(self, pixels: Tensor) -> Tensor:
@@ -159,10 +177,8 @@ class Pictures(ImageSet):
         return (images * std + mean).clamp(0, 1).movedim(1, -1)
 
 
-def _files(root: Path) -> tuple[Path, list[Path]]:
-    """Return the folder that was searched, and the images in it."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
+def _files(root: Path) -> tuple[Path, list[Path], Skipped]:
+    """Return the folder that was searched, the images in it, and what was left out."""
     if not root.is_dir():
         known = ", ".join(repr(name) for name in (PHOTOGRAPHS, *SETS) if name != "folder")
         raise FileNotFoundError(
@@ -171,10 +187,12 @@ def _files(root: Path) -> tuple[Path, list[Path]]:
         )
     if (root / "val").is_dir():
         root = root / "val"
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    skipped = Skipped()
+    found = sorted(map(Path, images_in(root, skipped)))
     if not found:
-        raise FileNotFoundError(f"{str(root)!r} holds no images ({', '.join(IMG_EXTENSIONS)}).")
-    return root, found
+        left_out = f" Left out: {skipped}." if skipped else ""
+        raise FileNotFoundError(f"{str(root)!r} holds no images ({', '.join(IMAGE_ENDINGS)}).{left_out}")
+    return root, found, skipped
 
 
 def _centre(picture: Image.Image, size: int) -> Tensor:

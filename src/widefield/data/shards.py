@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from widefield.data._tar_index import TarIndex, tar_index
-from widefield.data.class_map import INTEGER, classes_of
-from widefield.data.image_files import CorruptImageError, ImageFiles
+from widefield.data._tar_index import tar_index
+from widefield.data.class_map import INTEGER, check_count, classes_of
+from widefield.data.decoding import CorruptImageError
+from widefield.data.image_files import ImageFiles
+from widefield.data.listing import Skipped, is_hidden
 
 
 class Shards(ImageFiles):
@@ -69,9 +71,31 @@ class Shards(ImageFiles):
             raise FileNotFoundError(f"{'root' if index is None else 'index'} is not a folder: {str(store)!r}.")
         self._tars = [str(path) for path in _tars(root, split, {"train": train, "val": val}[split])]
         self._index = tar_index([Path(tar) for tar in self._tars], label_key, store)
+        skipped = Skipped({reason: (int(count), first) for reason, count, first in self._index.skipped.tolist()})
         if not len(self._index.names):
-            raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {self._tars[0]} among them.")
-        self._hold(*_classes(self._index, class_map))
+            left_out = f" Left out: {skipped}." if skipped else ""
+            raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {self._tars[0]} among them.{left_out}")
+        self._hold(*self._classes(class_map), skipped)
+        self.place = str(root)
+
+    def _classes(self, class_map: str | Path | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        """Return the names of the classes and the labels of the images."""
+        labels, images = self._index.labels, len(self._index.names)
+        if len(self._index.classes):
+            folders = self._index.classes.tolist()
+            classes, indices = classes_of(folders, class_map, images)
+            return classes, np.array([indices[name] for name in folders], dtype=np.int64)[labels]
+        largest = int(labels.max())
+        what = f"the label of {self._name(int(labels.argmax()))}"
+        if class_map is None or class_map == INTEGER:
+            check_count(largest, 0, images, what)
+            return tuple(str(label) for label in range(largest + 1)), labels
+        classes, _ = classes_of((), class_map, images)
+        if largest >= len(classes):
+            raise ValueError(
+                f"the class map {str(class_map)!r} ends before label {largest}, which is in the data: {what}."
+            )
+        return classes, labels
 
     def _open(self, index: int) -> io.BytesIO:
         size = int(self._index.sizes[index])
@@ -91,29 +115,14 @@ def _tars(root: Path, split: str, pattern: str) -> list[Path]:
     if not isinstance(pattern, str):
         raise TypeError(f"{split} must be a glob such as 'imagenet-{split}-*.tar'; got {pattern!r}.")
     try:
-        found = sorted(path for path in root.glob(pattern) if path.is_file())
+        found = sorted(path for path in root.glob(pattern) if path.is_file() and not is_hidden(path.name))
     except (ValueError, NotImplementedError) as error:  # an empty pattern, or an absolute one
         raise ValueError(f"{split} must be a glob under root, such as '{split}/*.tar'; got {pattern!r}.") from error
     if not found:
-        there = sorted(str(path.relative_to(root)) for path in root.rglob("*.tar"))
+        there = sorted(str(path.relative_to(root)) for path in root.rglob("*.tar") if not is_hidden(path.name))
         listed = f"{', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "no tar files"
         raise FileNotFoundError(
             f"no file in {str(root)!r} is named {pattern!r}; it holds {listed}. Set the option {split} to a glob that "
             f"fits, such as 'imagenet-{split}-*.tar'."
         )
     return found
-
-
-def _classes(index: TarIndex, class_map: str | Path | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Return the names of the classes and the labels of the images."""
-    if len(index.classes):
-        folders = index.classes.tolist()
-        classes, indices = classes_of(folders, class_map)
-        return classes, np.array([indices[name] for name in folders], dtype=np.int64)[index.labels]
-    numbers = tuple(str(label) for label in range(int(index.labels.max()) + 1))
-    if class_map is None or class_map == INTEGER:
-        return numbers, index.labels
-    classes, _ = classes_of((), class_map)
-    if len(classes) < len(numbers):
-        raise ValueError(f"the class map {str(class_map)!r} ends before label {numbers[-1]}, which is in the data.")
-    return classes, index.labels

@@ -35,6 +35,7 @@ STATED = {
     "hornet_small_gf": Stated("50M", "8.7G", _README),
     "hornet_base_7x7": Stated("87M", "15.6G", _README),
     "hornet_base_gf": Stated("88M", "15.5G", _README),
+    "hornet_base_gf_img384": Stated("not stated", "not stated", "the official code"),
     "hornet_large_7x7": Stated("195M", "34.8G", _PAPER),
     "hornet_large_gf": Stated("196M", "34.6G", _PAPER),
     "hornet_large_gf_img384": Stated("202M", "101.8G at 384", "InternImage's table 2, and the official README"),
@@ -266,6 +267,7 @@ default_cfgs = generate_default_cfgs(
         "hornet_small_gf": _cfg(),
         "hornet_base_7x7": _cfg(),
         "hornet_base_gf": _cfg(),
+        "hornet_base_gf_img384": _cfg(384),
         "hornet_large_7x7": _cfg(),
         "hornet_large_7x7.in22k": _cfg(num_classes=CLASSES_22K),
         "hornet_large_gf": _cfg(),
@@ -318,6 +320,12 @@ def hornet_base_7x7(pretrained: bool = False, **kwargs: Any) -> HorNet:
 def hornet_base_gf(pretrained: bool = False, **kwargs: Any) -> HorNet:
     """HorNet-B with global filters in the last two stages."""
     return _hornet("hornet_base_gf", pretrained, 224, **kwargs)
+
+
+@register_model
+def hornet_base_gf_img384(pretrained: bool = False, **kwargs: Any) -> HorNet:
+    """HorNet-B with global filters for images of 384 pixels."""
+    return _hornet("hornet_base_gf_img384", pretrained, 384, **kwargs)
 
 
 @register_model

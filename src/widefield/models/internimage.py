@@ -35,6 +35,7 @@ STATED: dict[str, Stated] = {
     "internimage_l": Stated("223M", "108G at 384", _PAPER),
     "internimage_xl": Stated("335M", "163G at 384", _PAPER),
     "internimage_h": Stated("1.08B", "1478G at 640", _PAPER),
+    "internimage_g": Stated("3B", "2700G at 512", "the official repository"),
 }
 """What is said of each network."""
 
@@ -385,13 +386,19 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-_SIZES = {"internimage_l": 384, "internimage_xl": 384, "internimage_h": 640}
+_SIZES = {"internimage_l": 384, "internimage_xl": 384, "internimage_h": 640, "internimage_g": 512}
+
+
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    sides: dict[str, Any] = {"input_size": (3, size, size), "pool_size": (size // 32, size // 32)}
+    return cfg("patch_embed.conv1", **sides, crop_pct=1.0 if size > 224 else 0.875, **kwargs)
+
 
 default_cfgs = generate_default_cfgs(
     {
-        name: cfg("patch_embed.conv1", input_size=(3, size, size), pool_size=(size // 32, size // 32), crop_pct=crop)
-        for name in STATED
-        for size, crop in [(_SIZES.get(name, 224), 1.0 if name in _SIZES else 0.875)]
+        **{name: _cfg(_SIZES.get(name, 224)) for name in STATED},
+        **{f"{name}.in22k": _cfg(384, num_classes=21841) for name in _SIZES},
+        "internimage_h.in22k_ft_in1k_384": _cfg(384),
     }
 )
 
@@ -435,18 +442,30 @@ def internimage_xl(pretrained: bool = False, **kwargs: Any) -> InternImage:
     return _network("internimage_xl", pretrained, 192, kwargs, **model_args)  # type: ignore[no-any-return]
 
 
+def _largest(variant: str, pretrained: bool, width: int, kwargs: dict[str, Any], **model_args: Any) -> Any:
+    """Build a network with the head of the largest, 32 channels a group, and a norm after every sixth block."""
+    widths = tuple(width << i for i in range(4))
+    given = {**model_args, **kwargs}
+    given = {
+        "widths": widths,
+        "groups": tuple(w // 32 for w in widths),
+        "norms_after": tuple(range(5, given["depths"][2], 6)),
+        "dw_kernel_size": 5,
+        "center_feature_scale": True,
+        **given,
+    }
+    return build(InternImageH, variant, pretrained, **given)
+
+
 @register_model
 def internimage_h(pretrained: bool = False, **kwargs: Any) -> InternImageH:
     """InternImage-H."""
-    depths = kwargs.pop("depths", (6, 6, 32, 6))
-    model_args = {
-        "depths": depths,
-        "widths": (320, 640, 1280, 2560),
-        "groups": (10, 20, 40, 80),
-        "norms": "both",
-        "norms_after": tuple(range(5, depths[2], 6)),
-        "dw_kernel_size": 5,
-        "center_feature_scale": True,
-        **kwargs,
-    }
-    return build(InternImageH, "internimage_h", pretrained, **model_args)  # type: ignore[no-any-return]
+    model_args = {"depths": (6, 6, 32, 6), "norms": "both"}
+    return _largest("internimage_h", pretrained, 320, kwargs, **model_args)  # type: ignore[no-any-return]
+
+
+@register_model
+def internimage_g(pretrained: bool = False, **kwargs: Any) -> InternImageH:
+    """InternImage-G, of 3 billion parameters: of the official repository, not of the paper."""
+    model_args = {"depths": (2, 2, 48, 4), "norms": "post"}
+    return _largest("internimage_g", pretrained, 512, kwargs, **model_args)  # type: ignore[no-any-return]

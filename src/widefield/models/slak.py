@@ -27,6 +27,8 @@ _SPARSE = "the paper's repository, of networks with 40 % of the weights removed"
 
 STATED: dict[str, Stated] = {
     "slak_tiny": Stated("30M", "5.0G", _SPARSE),
+    "slak_tiny_31": Stated("30M", "4.8G", _SPARSE),
+    "slak_tiny_61": Stated("31M", "5.2G", _SPARSE),
     "slak_small": Stated("55M", "9.8G", _SPARSE),
     "slak_base": Stated("95M", "17.1G", _SPARSE),
 }
@@ -183,6 +185,20 @@ default_cfgs = generate_default_cfgs({name: cfg("downsample_layers.0.0") for nam
 def slak_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
     """SLaK-T (table 2)."""
     return build(SLaK, "slak_tiny", pretrained, **kwargs)  # type: ignore[no-any-return]
+
+
+@register_model
+def slak_tiny_31(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-T with kernels of up to 31x31."""
+    model_args = {"kernel_sizes": (31, 29, 27, 13), **kwargs}
+    return build(SLaK, "slak_tiny_31", pretrained, **model_args)  # type: ignore[no-any-return]
+
+
+@register_model
+def slak_tiny_61(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-T with kernels of up to 61x61."""
+    model_args = {"kernel_sizes": (61, 59, 57, 13), **kwargs}
+    return build(SLaK, "slak_tiny_61", pretrained, **model_args)  # type: ignore[no-any-return]
 
 
 @register_model

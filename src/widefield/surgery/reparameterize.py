@@ -467,7 +467,7 @@ def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
 def _cost(model: nn.Module, x: Tensor) -> bench.Cost:
     """Count for the whole example, of which not every model takes a part, and share the work out to its images."""
     counted = bench.cost(model, x)
-    return bench.Cost(counted.parameters, counted.macs // max(1, len(x)))
+    return bench.Cost(counted.parameters, counted.macs // max(1, len(x)), counted.uncounted)
 
 
 def _still_runs(model: nn.Module, x: Tensor) -> Any:

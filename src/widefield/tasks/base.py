@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,6 +12,26 @@ from torchmetrics import MetricCollection
 
 Batch = dict[str, Any]
 """What a loader gives: ``image`` float32 (N, C, H, W), and what else the task needs. Entries it does not know stay."""
+
+
+@contextmanager
+def training_on(image: Tensor) -> Iterator[None]:
+    """Explain, in place of PyTorch's sentence, that a batch norm cannot be trained on a batch of one.
+
+    Args:
+        image: the batch, (N, C, H, W).
+
+    Raises ValueError: a batch norm got one value per channel, as of one image with a map of one pixel.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"a batch of {len(image)} is too small to train a batch norm whose map has one pixel ({error}). Set a "
+            f"batch_size of at least 2, and leave out a last batch of one: drop_last=True in a loader of your own."
+        ) from error
 
 
 class Labelled(Protocol):

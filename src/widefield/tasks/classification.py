@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from widefield import _checks
-from widefield.tasks.base import Batch, Labelled, Task
+from widefield.tasks.base import Batch, Labelled, Task, training_on
 
 
 class Classification(Task):
@@ -84,7 +84,8 @@ class Classification(Task):
         image, target = batch["image"], batch["label"]
         if self._mixer:
             image, target = self._mixer(*_even(image, target))
-        loss: Tensor = self._criterion(model(image).float(), target)
+        with training_on(image):
+            loss: Tensor = self._criterion(model(image).float(), target)
         return loss
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

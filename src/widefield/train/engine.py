@@ -114,6 +114,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
             run.logs = stack.enter_context(Logs(folder, recipe, run.step))
         run.stop = stack.enter_context(StopRequest())
         run.report = stack.enter_context(reporter(console or Console(stderr=True), run.total_steps))
+        run.report.line(run.found)
         run.loop()
     return run.result()
 
@@ -147,6 +148,7 @@ class _Run:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         set_seed(recipe.seed)
         self.train_set, val_set = data.create_both(recipe.data.name, **recipe.data.args)
+        self.found = data.summarize(self.train_set, val_set)
         self.task = tasks.create(recipe.task.name, self.train_set, **recipe.task.args)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from widefield import _checks
-from widefield.data.class_map import INTEGER, classes_of
+from widefield.data.class_map import INTEGER, alike, indices_of, listed
 from widefield.tasks import Batch, Classification
 
 CLASS_MAPS = ("auto", "sorted", INTEGER)
@@ -74,7 +74,7 @@ def output_places(
     raise ValueError(
         f"{len(unknown)} of the data's {len(classes)} classes ({_some(unknown)}) are not among the model's "
         f"{len(names)} ({_some(names)}). A class map, a file with the class of each output, one a line, can say what "
-        f"they are."
+        f"they are.{alike({*classes, *names})}"
     )
 
 
@@ -84,7 +84,7 @@ def _is_number(name: str) -> bool:
 
 def _mapped(classes: Sequence[str], outputs: int, class_map: str | Path) -> tuple[int, ...]:
     try:
-        _, place = classes_of(classes, class_map)
+        place = indices_of(classes, class_map)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the class map must be {', '.join(map(repr, CLASS_MAPS))} or a text file; there is no file "
@@ -108,7 +108,7 @@ def _in_order(classes: Sequence[str], outputs: int) -> tuple[int, ...]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return listed(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def real_labels(path: str | Path | None = None) -> dict[str, list[int]]:

@@ -1,0 +1,194 @@
+"""From the bytes of a file to pixels: the one place that decodes, and the rules for what 8 bits of RGB cannot hold.
+
+Networks take RGB with 8 bits a channel. Files hold more kinds of pixels than that, and Pillow's own conversion clips
+them: 16-bit gray becomes white, floats between 0 and 1 become black.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+
+from widefield import _checks
+
+# What Pillow raises on broken bytes; OSErrors of the system are told apart by their errno.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation (JEITA CP-3451, tag 0x0112)."""
+_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+class CorruptImageError(OSError):
+    """A file is there, can be opened, and is no whole image."""
+
+
+class UnsupportedImageError(CorruptImageError):
+    """A file is a sound image that is not read as it is: too large, or with pixels that have no range."""
+
+
+def read(
+    source: str | Path | BinaryIO,
+    name: str | Path | None = None,
+    *,
+    exif_orientation: bool = True,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    """Return the image in a file as RGB with 8 bits a channel, decoded to the last byte.
+
+    16-bit gray is scaled to 8 bits and rounded. Floats from 0, black, to 1, white, are scaled likewise; others are
+    refused, and so are signed and 32-bit integers, whose range no file states. Gray that counts from white is inverted.
+    Transparency is ignored, as timm and torchvision do: colors are those beneath it. CMYK and other color models are
+    converted by Pillow, without color profiles. Of several images in one file the first is read.
+
+    Args:
+        source: a path, or a file opened for reading, which is closed.
+        name: what to call it in an error; default: the path.
+        exif_orientation: turn the image as its EXIF orientation says, as viewers show it; False returns it as stored.
+        max_pixels: refuse images of more pixels; None means Pillow's limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+
+    Raises:
+        CorruptImageError: it cannot be decoded in full.
+        UnsupportedImageError: it has too many pixels, or pixels without a range.
+        OSError: the system refuses to open or read it.
+        MemoryError: the picture does not fit. All of them name the file.
+    """
+    name = str(source if name is None else name)
+    try:
+        if isinstance(source, (str, Path)):
+            with _opened(source, name, max_pixels) as image:
+                return _decoded(image, name, exif_orientation)
+        with source, _opened(source, name, max_pixels) as image:
+            return _decoded(image, name, exif_orientation)
+    except CorruptImageError:
+        raise
+    except MemoryError as error:
+        raise MemoryError(f"out of memory while reading the image {name}.") from error
+    except UnidentifiedImageError as error:
+        raise CorruptImageError(
+            f"cannot read the image {name}: it is damaged, or of a kind that Pillow does not know."
+        ) from error
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+            raise OSError(error.errno, error.strerror, name) from error
+        if "MAX_TEXT_" in str(error):
+            raise UnsupportedImageError(
+                f"will not read the image {name}: its texts or color profile are larger than Pillow's limit ({error}). "
+                f"If you trust the file, raise PIL.PngImagePlugin's constant of that name. Otherwise save it without."
+            ) from error
+        raise CorruptImageError(f"cannot read the image {name}: {type(error).__name__}: {error}.") from error
+
+
+def decoding_options(exif_orientation: object, max_pixels: object) -> dict[str, Any]:
+    """Check the options of `read` and return them by name; raises TypeError or ValueError."""
+    if not isinstance(exif_orientation, bool):
+        raise TypeError(f"exif_orientation must be True or False; got {exif_orientation!r}.")
+    limit = None if max_pixels is None else _checks.integer("max_pixels", max_pixels)
+    return {"exif_orientation": exif_orientation, "max_pixels": limit}
+
+
+_LIMIT = threading.Lock()
+
+
+def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
+    """Open an image and check its number of pixels; raises UnsupportedImageError."""
+    try:
+        if max_pixels is None:
+            return Image.open(source)
+        with _LIMIT:  # Pillow's limit is a global variable
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(source)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnsupportedImageError(
+            f"will not read the image {name}: {type(error).__name__}: {str(error).rstrip('.')}. It is Pillow's limit; "
+            f"if you trust the file, raise it by the option max_pixels of the data set, or by "
+            f"PIL.Image.MAX_IMAGE_PIXELS. Otherwise shrink the image."
+        ) from error
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        image.close()
+        raise UnsupportedImageError(
+            f"will not read the image {name}: it has {pixels:,} pixels, more than max_pixels={max_pixels:,}. Raise "
+            f"max_pixels, or shrink the image."
+        )
+    return image
+
+
+def _decoded(image: Image.Image, name: str, exif_orientation: bool) -> Image.Image:
+    # Pillow turns TIFF files upright while it decodes them, and forgets how they were.
+    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    stored = _orientation(image) if is_tiff else 1
+    image.load()
+    image.info.pop("transparency", None)  # Pillow warns where it ignores that of a palette
+    rgb = _eight_bits(image, name).convert("RGB")
+    if is_tiff:
+        turn = None if exif_orientation else _BACK.get(stored)
+    else:
+        turn = _UPRIGHT.get(_orientation(image)) if exif_orientation else None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except (*_BROKEN, Warning):  # the picture itself may be sound
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Return ``image`` in a mode that Pillow converts to RGB without clipping; raises UnsupportedImageError."""
+    tags = getattr(image, "tag_v2", {})
+    if 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):
+        raise _without_range(name, "signed integers")
+    if image.mode == "F":
+        values: NDArray[np.floating[Any]] = np.asarray(image, dtype=np.float32)
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+            raise _without_range(name, f"floats from {values.min():.4g} to {values.max():.4g}")
+    elif image.mode.startswith("I;16"):
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+        values = np.asarray(image, dtype=np.float32) / ((1 << bits) - 1)
+    elif image.mode == "I" and image.format in ("PPM", "PNG"):  # 16 bits, whatever the file's largest value
+        values = np.asarray(image, dtype=np.float32) / 65535
+    elif image.mode == "I":
+        raise _without_range(name, "32-bit integers")
+    else:
+        return image
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts 8 bits itself
+        values = 1 - values
+    return Image.fromarray(np.rint(255 * values).astype(np.uint8))
+
+
+def _without_range(name: str, pixels: str) -> UnsupportedImageError:
+    return UnsupportedImageError(
+        f"will not read the image {name}: it holds {pixels}, and nothing says which values are black and white. Save "
+        f"it with 8 or 16 bits, or as floats from 0 to 1."
+    )
