@@ -7,6 +7,7 @@ set behaves here as it does in timm's scripts, except that its augmentation repe
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +60,10 @@ class Folder(ImageFiles):
         self._directory = str(directory)
         start = len(os.path.join(self._directory, ""))  # noqa: PTH118 (a Path drops the separator)
         self._files = np.array([os.fsencode(path[start:]) for path, _ in files.samples])
+
+    def _identity(self) -> Iterable[bytes]:
+        yield from super()._identity()
+        yield from self._files
 
     def _open(self, index: int) -> str:
         return self._name(index)

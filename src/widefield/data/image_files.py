@@ -6,7 +6,7 @@ import struct
 import warnings
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -131,6 +131,9 @@ class ImageFiles(ImageSet):
         self._labels = labels
         # In shared memory, so that a file is warned of once among all workers and epochs.
         self._warned = shared(torch.zeros(len(labels), dtype=torch.bool))
+
+    def _identity(self) -> Iterable[bytes]:
+        yield self._labels.astype("<i8").tobytes()
 
     @abstractmethod
     def _open(self, index: int) -> str | BinaryIO:

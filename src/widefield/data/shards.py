@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +73,10 @@ class Shards(ImageFiles):
         if not len(self._index.names):
             raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {self._tars[0]} among them.")
         self._hold(*_classes(self._index, class_map))
+
+    def _identity(self) -> Iterable[bytes]:
+        yield from super()._identity()
+        yield from (bytes(name) for name in self._index.names)
 
     def _open(self, index: int) -> io.BytesIO:
         size = int(self._index.sizes[index])
