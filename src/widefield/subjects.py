@@ -81,7 +81,7 @@ class Subject:
         try:
             return self.pictures(source, **given)
         except MissingDataError as error:
-            say(f"{str(error.__cause__)} Photographs stand in for the data of the run {self.name!r}.")
+            say(f"{error.__cause__!s} Photographs stand in for the data of the run {self.name!r}.")
             return self.pictures(data.PHOTOGRAPHS, **given)
 
 

@@ -67,9 +67,7 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
     return load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)
 
 
-def pictures(
-    args: argparse.Namespace, found: Subject, size: int | None = None, *, stand_in: bool = True
-) -> Pictures:
+def pictures(args: argparse.Namespace, found: Subject, size: int | None = None, *, stand_in: bool = True) -> Pictures:
     """Return the images that the command line asks for, as the model expects them.
 
     Args:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(found: Subject) -> Sequence[str] | None:
-    """Return names for the model's scores: those that a run was trained on, ImageNet's for published weights, or None."""
+    """Return names for the model's scores: those of a run, ImageNet's for published weights, or None."""
     if found.classes:
         return found.classes
     if found.weights == "pretrained" and getattr(found.model, "num_classes", 1000) == 1000:

@@ -43,8 +43,9 @@ class RunData:
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise ValueError if the data now have a class that the run does not know, naming what changed."""
         if self.classes is not None and not set(classes) <= set(self.classes):
+            changed = "; ".join(_class_changes(self.classes, classes))
             raise ValueError(
-                f"the classes of the data have changed since the run: {'; '.join(_class_changes(self.classes, classes))}. "
+                f"the classes of the data have changed since the run: {changed}. "
                 f"Give the data their old class names, or use other data or images (--data, --images)."
             )
 

@@ -156,8 +156,9 @@ class RunFolder:
                 else "There is no checkpoint yet: make room, or choose another --output, and start again."
             )
             place = f" while writing {error.filename}" if error.filename else ""
-            message = f"{(error.strerror or str(error)).lower()}{place}. {left}"
-            raise OSError(f"the run in {self.path} stopped: {message}").with_traceback(None) from None
+            full = OSError(f"the run in {self.path} stopped: {error.strerror or error}{place}. {left}")
+            full.errno = error.errno
+            raise full from None
 
     def rewind(self, step: int, evaluated: bool) -> None:
         """Drop the log entries after a checkpoint, which a run that was killed may have written."""
