@@ -301,10 +301,10 @@ class TestResume:
         assert cli.main(["train", "--resume", str(part)]) == 0
         assert run_data(part) == before
         (part / "data.json").unlink()
+        shutil.copytree("set", "elsewhere")
+        recipe = load_recipe(part)
+        elsewhere = replace(recipe.data, args={**recipe.data.args, "root": "elsewhere"})
         with pytest.raises(ValueError, match=r"data.args.root was .* and is 'elsewhere'"):
-            recipe = load_recipe(part)
-            shutil.copytree("set", "elsewhere")
-            elsewhere = replace(recipe.data, args={**recipe.data.args, "root": "elsewhere"})
             train(replace(recipe, data=elsewhere), resume=part, console=QUIET)
 
 
