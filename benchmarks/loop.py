@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import timm
 import torch
 from rich.console import Console
 from timm.optim import create_optimizer_v2
@@ -23,7 +22,7 @@ from timm.scheduler import create_scheduler_v2
 
 from widefield import data, report, tasks
 from widefield.benchmarks.record import publish
-from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, engine, train
+from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, create_model, engine, train
 from widefield.train.loading import batches, train_loader
 
 RECIPES = {
@@ -56,7 +55,7 @@ def bare(recipe: Recipe) -> float:
     torch.manual_seed(recipe.seed)
     dataset = data.create(recipe.data.name, "train", **recipe.data.args)
     task = tasks.create("classification", dataset)
-    model = timm.create_model(recipe.model.name, **recipe.model.args, **task.model_args)
+    model = create_model(recipe.model, task.model_args)
     optimizer = create_optimizer_v2(model, "adamw", recipe.optimizer.lr, recipe.optimizer.weight_decay)
     loader = train_loader(dataset, recipe.batch_size, 0, recipe.seed)
     scheduler, _ = create_scheduler_v2(

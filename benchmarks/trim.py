@@ -50,7 +50,7 @@ def trained(epochs: int) -> nn.Module:
         "depths": [1, 1, 1, 1],
         "dims": [16, 32, 48, 64],
         "kernel_sizes": 31,
-        "ls_init_value": None,
+        "ls_init_value": 1e-6,
     }
     with tempfile.TemporaryDirectory() as output:
         recipe = Recipe(

@@ -18,13 +18,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from widefield import bench, report
 from widefield.analysis import ReceptiveField, effective_receptive_field, save
 from widefield.data import Pictures
+from widefield.train import ModelSpec, create_model
 
 NETWORKS = {
     # timm starts the last norm of every residual branch at zero, which leaves no branch to look through.
@@ -58,7 +58,7 @@ def settle(model: nn.Module, images: Tensor) -> None:
 def network(name: str, seed: int, norms: str, images: Tensor) -> nn.Module:
     torch.manual_seed(seed)
     word, options = NETWORKS[name]
-    model = timm.create_model(word, **options).eval()
+    model = create_model(ModelSpec(word, options)).eval()
     if norms == "settled":
         settle(model, images)
     return model

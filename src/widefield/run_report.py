@@ -11,7 +11,7 @@ from widefield import analysis, bench, report
 from widefield._files import write_whole
 from widefield.analysis.routing import mixtures
 from widefield.nn import DynamicGMConv2d, GMConv2d
-from widefield.subjects import Subject, load
+from widefield.subjects import MissingDataError, Subject, load
 from widefield.train import runs as records
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def write(
         for subject in subjects:
             try:
                 result = look(subject, count)
-            except ValueError as error:  # of this model, there is nothing of the kind to see
+            # Of this model, there is nothing of the kind to see; or its images are not at hand.
+            except (ValueError, MissingDataError) as error:
                 reasons[subject.name] = str(error)
             else:
                 if result is not None:
@@ -95,7 +96,7 @@ def training(folders: Sequence[Path]) -> list[Section]:
 
 
 def _field(subject: Subject, count: int) -> analysis.Result:
-    pictures = subject.pictures(count=count)
+    pictures = subject.any_pictures(count=count)
     return analysis.effective_receptive_field(subject.model, pictures.batches(8), **_named(subject, pictures.about))
 
 
@@ -115,7 +116,7 @@ def _routing(subject: Subject, count: int) -> analysis.Result | None:
 def _masks(subject: Subject, count: int) -> analysis.Result | None:
     if not any(isinstance(module, (GMConv2d, DynamicGMConv2d)) for module in subject.model.modules()):
         return None
-    pictures = subject.pictures(count=count)
+    pictures = subject.any_pictures(count=count)
     return analysis.masks(subject.model, pictures.batches(), **_named(subject, pictures.about))
 
 
@@ -125,7 +126,7 @@ def _activation(subject: Subject, count: int) -> analysis.Result:
     return analysis.class_activation(
         subject.model,
         images,
-        classes=pictures.classes or None,
+        classes=subject.classes or None,
         pixels=pictures.shown(images),
         **_named(subject, pictures.about),
     )
@@ -137,7 +138,7 @@ def _kernels(subject: Subject, count: int) -> analysis.Result:
 
 def _stability(subject: Subject, count: int) -> analysis.Result:
     shifts = (1, 2, 4)
-    pictures = subject.pictures(count=count, size=subject.size + shifts[-1])
+    pictures = subject.any_pictures(count=count, size=subject.size + shifts[-1])
     return analysis.translation_stability(
         subject.model, pictures.batches(), shifts=shifts, **_named(subject, pictures.about)
     )

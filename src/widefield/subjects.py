@@ -6,7 +6,7 @@ What the commands, the report of a run and evaluation all begin with.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from widefield import data
-from widefield.train import ModelSpec, create_model, load_recipe, load_trained
-from widefield.train.build import TORCHVISION
+from widefield.train import ModelSpec, RunData, create_model, load_recipe, load_trained, run_data
+from widefield.train.labels import output_places
+from widefield.train.networks import TORCHVISION
+from widefield.train.recipe_io import read_yaml
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,71 @@ class Subject:
     """Images to show it unless others are asked for, as `widefield.data.Pictures` takes it: a run's own."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the data set ``source``."""
+    trained_on: RunData | None = None
+    """Of a run: class names, number of images and so on."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the model's outputs where they are known, those of a run; otherwise none."""
+        return (self.trained_on.classes or ()) if self.trained_on else ()
 
     def pictures(
         self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
     ) -> data.Pictures:
-        """Return images as the model expects them: its own, or those of ``source``; arguments as of `Pictures`."""
-        return data.Pictures(
-            self.source if source is None else source,
-            count=count,
-            size=size or self.size,
-            mean=self.mean,
-            std=self.std,
-            seed=seed,
-            options=self.options if source is None else {},
-        )
+        """Return images as the model expects them: its own, or those of ``source``; arguments as of `Pictures`.
+
+        Labels of a run's own images are indices of the model's outputs, whatever order the data's classes now have.
+
+        Raises:
+            MissingDataError: the data of a run are not at hand.
+            ValueError: they have classes now that the run does not know.
+        """
+        given: dict[str, Any] = {
+            "count": count, "size": size or self.size, "mean": self.mean, "std": self.std, "seed": seed,
+        }  # fmt: skip
+        if source is not None or self.trained_on is None:
+            return data.Pictures(self.source if source is None else source, **given)
+        try:
+            return _OwnPictures(self.trained_on, self.source, options=self.options, **given)
+        except (FileNotFoundError, NotADirectoryError, ImportError) as error:
+            raise MissingDataError(
+                f"the data of the run {self.name!r} are not at hand: {error} Ask for other images: a folder, or "
+                f"{data.PHOTOGRAPHS!r} (--images)."
+            ) from error
+
+    def any_pictures(
+        self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
+    ) -> data.Pictures:
+        """Return what :meth:`pictures` does, or photographs where the data of a run are not at hand.
+
+        For whatever needs images, and not the run's. ``say`` is told where photographs stand in; arguments as of
+        :meth:`pictures`.
+        """
+        try:
+            return self.pictures(source, **given)
+        except MissingDataError as error:
+            say(f"{error.__cause__!s} Photographs stand in for the data of the run {self.name!r}.")
+            return self.pictures(data.PHOTOGRAPHS, **given)
+
+
+class MissingDataError(FileNotFoundError):
+    """The data that a run was trained on are not at hand."""
+
+
+class _OwnPictures(data.Pictures):
+    """Images of a run's data set, whose labels are indices of the model's outputs."""
+
+    def __init__(self, trained_on: RunData, source: str, **given: Any) -> None:
+        super().__init__(source, **given)
+        if trained_on.classes is not None:
+            trained_on.check_classes(self.classes)
+            self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
+            self.classes = trained_on.classes
+
+    def sample(self, index: int) -> data.Sample:
+        """Return image ``index``."""
+        found = super().sample(index)
+        return {**found, "label": self._places[found["label"]]}
 
 
 def load(
@@ -93,14 +146,12 @@ def load(
 
 
 def _parsed(word: str) -> tuple[str, dict[str, Any]]:
-    import yaml
-
     match = re.fullmatch(r"([^{}]+)(\{.*\})?", word, re.DOTALL)
     if match is None:
         raise ValueError(f"a model is a name, or a name and arguments in braces; got {word!r}.")
     try:
-        given = yaml.safe_load(match[2] or "{}")
-    except yaml.YAMLError as error:
+        given = read_yaml(match[2] or "{}")
+    except ValueError as error:
         raise ValueError(f"the braces of {word!r} hold no YAML: {str(error).splitlines()[0]}.") from error
     return match[1].strip(), {str(key): value for key, value in given.items()}
 
@@ -130,9 +181,8 @@ def _of_torchvision(word: str, pretrained: bool) -> Subject:
 
 def _of_run(folder: Path) -> Subject:
     model = load_trained(folder)
-    recipe = load_recipe(folder)
-    validation = data.create(recipe.data.name, "val", **recipe.data.args)
-    shape = validation.image_size, validation.mean, validation.std
+    recipe, found = load_recipe(folder), run_data(folder)
     # Of the data set's options all but those that a Pictures decides itself.
     options = {key: value for key, value in recipe.data.args.items() if key not in ("size", "augment", "mean", "std")}
-    return Subject(recipe.name, model, *shape, "trained in this run", recipe.data.name, options)
+    shape = found.size, found.mean, found.std
+    return Subject(recipe.name, model, *shape, "trained in this run", recipe.data.name, options, found)

@@ -90,7 +90,49 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
     assert [e["epoch"] for e in entries if e["kind"] == "epoch"] == [0, 1]
     assert cli.main(words) == 1  # the folder holds a run
     assert "--resume" in capsys.readouterr().err
-    assert cli.main(["train", "--resume", "runs/digits_morf"]) == 0  # finished: returns at once
+    assert cli.main(["train", "--resume", "runs/digits_morf"]) == 0  # finished: says so and returns at once
+    shown = capsys.readouterr().err
+    assert "the run in runs/digits_morf is finished: all 2 epochs are done (train_loss" in shown
+    command = re.search(r"from its weights: widefield (.*)$", shown.strip())[1].replace("NEW", "longer")
+    assert cli.main([*command.split(), "--epochs", "1"]) == 0
+    assert (here / "runs" / "longer" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "1"], None),
+        (["--workers=1", "--log_every", "3"], None),
+        (["--checkpoint.keep", "1", "--trackers", "[]"], None),
+        (["--epochs", "9"], "epochs was 2 and is 9. Leave that out, or start another run with --name. Free to change"),
+        (["--seed", "1"], "Free to change are checkpoint, log_every, trackers, workers."),
+        (["--name", "other"], "a resumed run stays in its folder, runs/digits_morf: leave out --name."),
+        (["--output=there"], "a resumed run stays in its folder, runs/digits_morf: leave out --output."),
+        (["--worker", "1"], "worker: unknown key. Did you mean 'workers'?"),
+        (["--workers"], "--workers needs a value"),
+        (["--workers", "1", "digits_morf"], "got 'digits_morf'"),
+    ],
+)
+def test_keys_beside_resume_mean_what_they_say(words, message, here, monkeypatch, capsys):
+    from widefield.train.engine import _Run
+
+    plain = _Run._step
+
+    def stopping(run, group):
+        plain(run, group)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_step", stopping)
+        first = ["train", "digits_morf", "--epochs", "2", "--schedule.warmup_epochs", "0", *TINY]
+        assert cli.main(first) == 128 + signal.SIGINT
+    capsys.readouterr()
+    resume = ["--resume", "runs/digits_morf"]
+    for order in ([*resume, *words], [*words, *resume]) if message else ([*words, *resume],):
+        status = cli.main(["train", *order])
+        shown = capsys.readouterr().err
+        assert status == (1 if message else 0), shown
+        assert message is None or message in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -96,7 +96,9 @@ def test_outputs_of_frozen_layers_may_be_changed_in_place_by_what_learns(name):
 
 
 @both_layouts
-@pytest.mark.parametrize("conversion", [MoRF((3, 5, 7)), MoRF((3, 5), routing="hard"), GMConv(body="dynamic")], ids=repr)
+@pytest.mark.parametrize(
+    "conversion", [MoRF((3, 5, 7)), MoRF((3, 5), routing="hard"), GMConv(body="dynamic")], ids=repr
+)
 def test_networks_with_activations_in_place_train_and_serve(conversion, layout):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(True))
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=layout).requires_grad_()

@@ -173,7 +173,7 @@ def test_predicted_and_measured_change_agree_on_the_trained_model_of_the_demo():
         split: (torch.stack([s["image"] for s in found]), torch.tensor([s["label"] for s in found]))
         for split, found in ((split, [dataset[i] for i in range(len(dataset))]) for split, dataset in sets.items())
     }
-    shape = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "ls_init_value": None}
+    shape = {"patch_size": 2, "depths": (1, 1, 2, 1), "dims": (16, 32, 64, 96), "ls_init_value": 1e-6}
     model = timm.create_model("convnext_tiny", num_classes=10, **shape)
     model = widefield.convert(model, widefield.MoRF(), "*.conv_dw").train()
     images, labels = arrays["train"]

@@ -32,6 +32,7 @@ from widefield.train import (
     OptimizerSpec,
     Recipe,
     RunResult,
+    ScheduleSpec,
     build_model,
     load_trained,
 )
@@ -237,6 +238,28 @@ class TestNotFinite:
         folder = Path(re.search(r"is in (\S+)/checkpoints", str(caught.value))[1])  # type: ignore[index]
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
         assert all(torch.isfinite(t).all() for t in load_trained(folder, "last").state_dict().values())
+
+
+class TestLoggedRate:
+    """The recipe's, whatever groups multiply it by."""
+
+    @pytest.mark.parametrize("args", [{}, {"layer_decay": 0.5}])
+    @pytest.mark.parametrize(
+        "groups",
+        [
+            [GroupSpec("stem.*", lr_scale=30)],
+            [GroupSpec("*", lr_scale=30)],
+            [GroupSpec("stem.*", lr_scale=0), GroupSpec("head.*", lr_scale=0.01)],
+        ],
+    )
+    def test_in_the_log(self, run: Run, groups: list[GroupSpec], args: dict[str, Any]) -> None:
+        schedule = ScheduleSpec("cosine", warmup_epochs=1, warmup_lr=1e-5)
+        given = {"schedule": schedule, "epochs": 2}
+        plain = run(name="plain", optimizer=OptimizerSpec(lr=4e-4), **given)
+        grouped = run(name="grouped", optimizer=OptimizerSpec(lr=4e-4, groups=groups, args=args), **given)
+        expected, found = ([entry["lr"] for entry in log(one.folder)] for one in (plain, grouped))
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert max(expected) > 2e-4
 
 
 class TestDisk:

@@ -23,7 +23,7 @@ from train import made_data
 from train.helpers import QUIET, log
 from widefield import data, tasks
 from widefield.train import Recipe, build_model, load_recipe, load_trained, shipped_recipes, train
-from widefield.train.build import TORCHVISION
+from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import SHIPPED
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"

@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     train = command("train", _train, "train what a recipe describes", takes_overrides=True)
-    train.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
+    # The recipe is read by hand: argparse would take the value of a recipe's key for it.
+    train.usage = "widefield train [-h] [RECIPE] [--resume RUN] [--KEY VALUE ...]"
+    train.epilog = "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe."
     train.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, exactly")
 
     demo = command("demo", _demo, "train, re-parameterise, measure and report, in a few minutes", takes_overrides=True)
@@ -173,14 +175,18 @@ class _OnDemandHelp(argparse.RawDescriptionHelpFormatter):
         return text
 
 
-def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+def _train(args: argparse.Namespace, words: Sequence[str]) -> int:
     from widefield.train import load_recipe, shipped_recipes, train
 
-    if args.recipe and overrides and args.words[1] != args.recipe:
-        raise ValueError(f"put the recipe before its keys: widefield train RECIPE {' '.join(overrides)}")
-    source = args.recipe or args.resume
+    leads = bool(words) and not words[0].startswith("-")
+    source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
     if source is None:
+        if overrides:
+            raise ValueError("put the recipe before its keys: widefield train RECIPE --KEY VALUE, or --resume RUN.")
         raise ValueError(f"give a recipe, a YAML file or one of {', '.join(shipped_recipes())}; or --resume RUN.")
+    for word in overrides if args.resume else ():
+        if word.partition("=")[0] in ("--name", "--output"):
+            raise ValueError(f"a resumed run stays in its folder, {args.resume}: leave out {word.partition('=')[0]}.")
     result = train(load_recipe(source, overrides), resume=args.resume)
     return 128 + result.interrupted if result.interrupted else 0
 

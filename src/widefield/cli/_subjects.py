@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,21 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
     return load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)
 
 
-def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) -> Pictures:
-    """Return the images that the command line asks for, as the model expects them; ``size`` goes before --size."""
-    shown = found.pictures(args.images, count=args.count, size=size or args.size, seed=args.seed)
+def pictures(args: argparse.Namespace, found: Subject, size: int | None = None, *, stand_in: bool = True) -> Pictures:
+    """Return the images that the command line asks for, as the model expects them.
+
+    Args:
+        args: of the command line.
+        found: the model.
+        size: goes before --size.
+        stand_in: take photographs, and say so, where the data of a run are not at hand. False for what is about these
+            very images.
+    """
+    given = {"count": args.count, "size": size or args.size, "seed": args.seed}
+    if stand_in:
+        shown = found.any_pictures(args.images, say=lambda text: print(text, file=sys.stderr), **given)
+    else:
+        shown = found.pictures(args.images, **given)
     print(shown.found())
     return shown
 
@@ -76,7 +89,7 @@ def pictures(args: argparse.Namespace, found: Subject, size: int | None = None) 
 def batches(args: argparse.Namespace, found: Subject, shown_by: Pictures) -> list[tuple[Tensor, ...]]:
     """Return pictures in batches, with labels where they are the classes of the model: a run's own data."""
     shown = list(shown_by.batches(args.batch))
-    if found.weights == "trained in this run" and args.images is None:
+    if found.trained_on and args.images is None and shown_by.classes:
         return [(batch["image"], batch["label"]) for batch in shown]
     return [(batch["image"],) for batch in shown]
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from widefield.cli import _subjects
 
 if TYPE_CHECKING:
-    from widefield.data import Pictures
     from widefield.subjects import Subject
 
 SUMMARY = "where models look: class activation maps, side by side"
@@ -29,14 +28,14 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for word in args.models:
         found = _subjects.subject(word, args)
-        pictures = _subjects.pictures(args, found)
+        pictures = _subjects.pictures(args, found, stand_in=False)
         images = pictures.tensor()
         results[found.name] = class_activation(
             found.model,
             images,
             targets=args.target,
             layer=args.layer,
-            classes=_classes(found, pictures, args),
+            classes=_classes(found),
             pixels=pictures.shown(images),
             batch=args.batch,
             name=found.name,
@@ -47,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _classes(found: Subject, pictures: Pictures, args: argparse.Namespace) -> Sequence[str] | None:
-    """Return names for the model's scores: those of a run's data, ImageNet's for published weights, or None."""
-    if found.weights == "trained in this run" and args.images is None:
-        return pictures.classes or None
+def _classes(found: Subject) -> Sequence[str] | None:
+    """Return names for the model's scores: those of a run, ImageNet's for published weights, or None."""
+    if found.classes:
+        return found.classes
     if found.weights == "pretrained" and getattr(found.model, "num_classes", 1000) == 1000:
         from timm.data import ImageNetInfo
 

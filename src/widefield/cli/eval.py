@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from widefield.data import ImageSet
-    from widefield.train import Recipe
+    from widefield.train import Recipe, RunData
     from widefield.train.evaluation import Evaluation
     from widefield.train.labels import Judged
 
@@ -83,8 +83,8 @@ class _Model:
     """Side of the images asked for, or None -> options of a set of image files."""
     recipe: Recipe | None = None
     """Of a run."""
-    classes: Sequence[str] | None = None
-    """Of a run: what its outputs are called."""
+    trained_on: RunData | None = None
+    """Of a run: what its outputs are called, among other things."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def _torchvision_expects(word: str, model: nn.Module, size: int | None) -> dict[
 
 
 def _of_run(word: str, args: argparse.Namespace) -> list[_Model]:
-    from widefield import data
-    from widefield.train import checkpoint, load_recipe, load_trained
+    from widefield.train import checkpoint, load_recipe, load_trained, run_data
 
     folder, which = Path(word).expanduser(), args.which or "best"
     found = checkpoint.chosen(folder, which)
@@ -196,16 +195,10 @@ def _of_run(word: str, args: argparse.Namespace) -> list[_Model]:
     kinds = [kind for kind in files if files[kind].is_file() and args.weights in (None, "both", kind)]
     if args.weights is None:
         kinds = kinds[:1]
-    recipe = load_recipe(folder)
-    try:
-        own = data.create(recipe.data.name, "val", **recipe.data.args)
-    except OSError:
-        if args.data is None:
-            raise
-        own = None  # trained elsewhere, perhaps
+    recipe, trained_on = load_recipe(folder), run_data(folder)
 
     def expects(size: int | None) -> dict[str, Any]:
-        known = {"size": own.image_size, "mean": own.mean, "std": own.std} if own else {}
+        known = {"size": trained_on.size, "mean": trained_on.mean, "std": trained_on.std}
         shown = ("size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         kept = {*shown, "corrupt", "max_corrupt", "exif_orientation", "max_pixels"}
         given = {key: value for key, value in recipe.data.args.items() if key in kept}
@@ -216,7 +209,7 @@ def _of_run(word: str, args: argparse.Namespace) -> list[_Model]:
         model = load_trained(folder, which)
         checkpoint.load_weights(files[kind], model)
         weights = f"{kind}, {which} (step {found.step})"
-        models.append(_Model(word, model, weights, expects, recipe, own.classes if own else None))
+        models.append(_Model(word, model, weights, expects, recipe, trained_on))
     return models
 
 
@@ -227,12 +220,21 @@ def _job(model: _Model, size: int | None, real: Mapping[str, Sequence[int]] | No
 
     source = _source(model, size, args)
     name, options = source["name"], {key: value for key, value in source.items() if key != "name"}
-    dataset = data.create(name, "val", **options)
+    try:
+        dataset = data.create(name, "val", **options)
+    except FileNotFoundError as error:
+        if model.recipe is None or args.data is not None:
+            raise
+        raise FileNotFoundError(
+            f"the data of the run {model.name} are not at hand: {error} --data SOURCE judges it on others."
+        ) from error
     try:
         if not args.all_outputs:
             data.check_classes(dataset)
         outputs = count_outputs(model.model, len(dataset.mean), dataset.image_size)
-        names = model.classes if model.recipe else labels.imagenet_names(outputs)
+        names = model.trained_on.classes if model.trained_on else labels.imagenet_names(outputs)
+        if model.trained_on and args.data is None and args.class_map == "auto":
+            model.trained_on.check_classes(dataset.classes)
         places = labels.output_places(dataset.classes, outputs, names, args.class_map)
     except ValueError as error:
         raise ValueError(f"{model.name} on {_called(source)}: {error}") from error

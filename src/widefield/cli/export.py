@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if args.trim and "size" in args.dynamic:
         raise ValueError("--trim drops taps that meet no map of one size: leave 'size' out of --dynamic.")
     found = _subjects.subject(args.models[0], args)
-    images = _subjects.batches(args, found, _subjects.pictures(args, found))
+    # Photographs tell whether a file computes what its model does. What is read off images needs those of the data.
+    reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
+    images = _subjects.batches(args, found, _subjects.pictures(args, found, stand_in=not reads))
     shown, held_out = images[::2], images[1::2] or images
     example = images[0][0]
     if "batch" not in args.dynamic:

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for word in args.models:
         subject = _subjects.subject(word, args)
-        pictures = _subjects.pictures(args, subject)
+        pictures = _subjects.pictures(args, subject, stand_in=False)
         results[subject.name] = routing_statistics(
             subject.model,
             pictures.batches(args.batch),

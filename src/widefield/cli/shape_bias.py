@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             classes = Scales.classes
         else:
             folder = args.images
-            classes = found.pictures(count=1).classes  # of a run; 1,000 are ImageNet's, whatever its folders are called
+            classes = found.classes  # 1,000 are ImageNet's, whatever its folders are called
         results[found.name] = shape_bias(
             found.model,
             folder,

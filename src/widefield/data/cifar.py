@@ -50,7 +50,8 @@ class Cifar(ImageSet):
 
     needs: ClassVar[dict[str, str]] = {"root": "the folder or archive of the original files"}
     _files: ClassVar[Files]
-    _statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
+    statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
+    """Mean and standard deviation of each channel over all pixels of the train split."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class Cifar(ImageSet):
     ) -> None:
         super().__init__(split, size, seed)
         self.mean, self.std = transforms.statistics(
-            self._statistics[0] if mean is None else mean, self._statistics[1] if std is None else std
+            self.statistics[0] if mean is None else mean, self.statistics[1] if std is None else std
         )
         interpolation = _checks.choice("interpolation", interpolation, ("bilinear", "bicubic"))
         padding = _checks.integer("padding", padding, minimum=0)
@@ -121,11 +122,11 @@ class Cifar10(Cifar):
     """Ten classes of 6,000 images; see `Cifar`."""
 
     _files = CIFAR10
-    _statistics = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    statistics = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class Cifar100(Cifar):
     """A hundred classes of 600 images; see `Cifar`. The labels are the fine ones."""
 
     _files = CIFAR100
-    _statistics = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    statistics = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

@@ -8,7 +8,7 @@ and that hidden folders and files are left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,6 +63,10 @@ class Folder(ImageFiles):
         # An array, as workers would copy a list of a million strings bit by bit by counting references to them.
         start = len(os.path.join(self.place, ""))  # noqa: PTH118 (a Path drops the separator)
         self._files = np.array([os.fsencode(path[start:]) for paths in files.values() for path in paths])
+
+    def _identity(self) -> Iterable[bytes]:
+        yield from super()._identity()
+        yield from self._files
 
     def _open(self, index: int) -> str:
         return self._name(index)

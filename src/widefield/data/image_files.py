@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -130,6 +130,9 @@ class ImageFiles(ImageSet):
         empty = np.flatnonzero(np.bincount(self._labels, minlength=len(self.classes)) == 0)
         without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
         return f"{super().found()}{without}{f'; left out: {self.skipped}' if self.skipped else ''}"
+
+    def _identity(self) -> Iterable[bytes]:
+        yield self._labels.astype("<i8").tobytes()
 
     @abstractmethod
     def _open(self, index: int) -> str | BinaryIO:

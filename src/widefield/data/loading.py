@@ -7,9 +7,10 @@ therefore sees exactly the images it would have seen.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -67,6 +68,18 @@ class ImageSet(Dataset[Sample | None], ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """Return a hash of which images the split holds, and of their labels; of pixels it knows nothing.
+
+        It does not change when the files move to another folder as they are. A set that is always the same is known by
+        its number of images.
+        """
+        return hashlib.sha256(b"\0".join([str(len(self)).encode(), *self._identity()])).hexdigest()
+
+    def _identity(self) -> Iterable[bytes]:
+        """Yield what tells the images of a set from those of another: names relative to its root, labels."""
+        return ()
 
     @abstractmethod
     def sample(self, index: int) -> Sample | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,10 @@ class Shards(ImageFiles):
                 f"the class map {str(class_map)!r} ends before label {largest}, which is in the data: {what}."
             )
         return classes, labels
+
+    def _identity(self) -> Iterable[bytes]:
+        yield from super()._identity()
+        yield from (bytes(name) for name in self._index.names)
 
     def _open(self, index: int) -> io.BytesIO:
         size = int(self._index.sizes[index])

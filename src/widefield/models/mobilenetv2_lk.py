@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import BatchNormAct2d
-from timm.models import build_model_with_cfg, create_model, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, model_entrypoint, register_model
 from timm.models.efficientnet import EfficientNet, efficientnet_init_weights
 from torch import nn
 
@@ -53,7 +53,7 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 def _build(
     *, kernel_sizes: int | Sequence[int] = 13, small_kernel: int = 3, shortcut: bool = True, **kwargs: Any
 ) -> EfficientNet:
-    model: EfficientNet = create_model("mobilenetv2_100", **kwargs)
+    model: EfficientNet = model_entrypoint("mobilenetv2_100")(**kwargs)  # create_model would drop what is None
     sizes = [kernel_sizes] * len(model.stage_ends) if isinstance(kernel_sizes, int) else list(kernel_sizes)
     if len(sizes) != len(model.stage_ends):
         raise ValueError(

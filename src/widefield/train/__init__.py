@@ -1,8 +1,9 @@
 """Training: recipes, the loop, checkpoints."""
 
-from widefield.train.build import build_model, create_model, load_trained
+from widefield.train.build import build_model, load_trained
 from widefield.train.engine import RunResult, train
 from widefield.train.evaluation import evaluate
+from widefield.train.networks import create_model
 from widefield.train.recipe import (
     CheckpointSpec,
     ConversionSpec,
@@ -17,6 +18,7 @@ from widefield.train.recipe import (
     TaskSpec,
 )
 from widefield.train.recipe_io import describe_keys, load_recipe, save_recipe, shipped_recipes
+from widefield.train.run_data import RunData, run_data
 
 __all__ = [
     "CheckpointSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "ModelSpec",
     "OptimizerSpec",
     "Recipe",
+    "RunData",
     "RunResult",
     "ScheduleSpec",
     "SparsitySpec",
@@ -37,6 +40,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "load_trained",
+    "run_data",
     "save_recipe",
     "shipped_recipes",
     "train",

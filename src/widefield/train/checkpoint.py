@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -76,10 +78,11 @@ def save(
     sweep(folder)
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
     try:
-        save_model(model, str(unfinished / "model.safetensors"))
-        if ema is not None:
-            save_model(ema, str(unfinished / "ema.safetensors"))
-        save_state(unfinished, dict(state))
+        with system_errors():
+            save_model(model, str(unfinished / "model.safetensors"))
+            if ema is not None:
+                save_model(ema, str(unfinished / "ema.safetensors"))
+            save_state(unfinished, dict(state))
         (unfinished / "meta.json").write_text(_json(checkpoint.meta), encoding="utf-8")
         for file in unfinished.iterdir():
             _flush(file)
@@ -91,6 +94,18 @@ def save(
         raise
     _flush(folder)
     return checkpoint
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what the system refused safetensors in the block as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def record(checkpoint: Checkpoint, metrics: Mapping[str, float]) -> Checkpoint:

@@ -39,6 +39,7 @@ from widefield.train.processes import largest
 from widefield.train.progress import Reporter, numbers, reporter
 from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
+from widefield.train.run_data import record
 from widefield.train.run_folder import RunFolder, recipe_hash
 
 
@@ -74,15 +75,17 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
 
     Args:
         recipe: see :class:`Recipe`; to resume, ``load_recipe(resume)``.
-        resume: the folder of a run to go on with; finished runs return at once.
+        resume: the folder of a run to go on with; a finished run says so and returns at once.
         console: where to show progress; default: stderr. ``Console(quiet=True)`` shows nothing.
 
     Raises:
-        OSError: the run's folder cannot be written, the disk is full, or an image cannot be read.
+        OSError: the run's folder cannot be written, the disk is full, or an image cannot be read. Of a disk that fills
+            up on the way the message names the last good checkpoint.
         FileExistsError: the folder holds a run, and ``resume`` is not given. One that failed before its first
             checkpoint does not count and is written over.
         FileNotFoundError: there is no checkpoint to resume.
         ValueError, TypeError: the recipe does not work, or does not fit the run to resume; the message names the key.
+            Or the data are not those that the run began with; the message says what changed.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint stays.
     """
     # accelerate keeps the precision of a process's first Accelerator; this one is to have the recipe's.
@@ -100,23 +103,32 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         folder.claim()
     accelerator.wait_for_everyone()
 
-    run = _Run(recipe, folder, accelerator)
+    run = _Run(recipe, folder, accelerator, fresh=last is None)
     if last is None:
         run.start()
     else:
         run.restore(last)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
-    with ExitStack() as stack:
+    with folder.explaining_a_full_disk(), ExitStack() as stack:
         stack.callback(run.shut_down)
         if accelerator.is_main_process:
-            stack.enter_context(folder.occupied(recipe))
+            stack.enter_context(folder.occupied(recipe, run.data))
             run.logs = stack.enter_context(Logs(folder, recipe, run.step))
         run.stop = stack.enter_context(StopRequest())
         run.report = stack.enter_context(reporter(console or Console(stderr=True), run.total_steps))
         run.report.line(run.found)
         run.loop()
     return run.result()
+
+
+def _both_splits(recipe: Recipe, *, fresh: bool) -> tuple[data.ImageSet, data.ImageSet]:
+    try:
+        return data.create_both(recipe.data.name, **recipe.data.args)
+    except FileNotFoundError as error:
+        if fresh or "root" not in recipe.data.args:
+            raise
+        raise FileNotFoundError(f"{error} If the data have moved, say where to: --data.args.root FOLDER.") from error
 
 
 class _Stopped(Exception):  # noqa: N818 (a turn of events, not an error)
@@ -144,15 +156,18 @@ class _Run:
     report: Reporter
     logs: Logs
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, *, fresh: bool) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         set_seed(recipe.seed)
-        self.train_set, val_set = data.create_both(recipe.data.name, **recipe.data.args)
+        self.train_set, val_set = _both_splits(recipe, fresh=fresh)
         self.found = data.summarize(self.train_set, val_set)
         self.task = tasks.create(recipe.task.name, self.train_set, **recipe.task.args)
+        self.data = record(self.train_set, val_set)
+        if not fresh:
+            folder.check_data(self.data)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
-        self.learner = Learner(recipe, self.task, accelerator)
+        self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes)
         self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         loader = train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed, recipe.repeats)
         self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
@@ -208,6 +223,13 @@ class _Run:
 
     def loop(self) -> None:
         """Train and evaluate until all epochs are done or a stop is asked for."""
+        if self.epoch >= self.learner.epochs:
+            self.report.line(
+                f"the run in {self.folder.path} is finished: all {self.learner.epochs} epochs are done "
+                f"({numbers(self.metrics)}). To train on from its weights: widefield train {self.folder.path} "
+                f"--name NEW --model.pretrained {self.folder.path}"
+            )
+            return
         while self.epoch < self.learner.epochs:
             started = time.monotonic()
             self._train_epoch()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from widefield.surgery import DynamicSparsity
 from widefield.tasks import Batch, Task
 from widefield.train import checkpoint
 from widefield.train.build import build_model
-from widefield.train.optimisation import create_optimizer, freeze
+from widefield.train.optimisation import create_optimizer, create_schedule, freeze
 from widefield.train.processes import largest
 from widefield.train.recipe import Recipe
 from widefield.train.sharding import Sharded
@@ -38,6 +37,8 @@ class Step(NamedTuple):
 class Learner:
     """The model of a recipe with its optimiser, schedule, average and sparsity, on accelerate's device.
 
+    ``classes`` are the names of its outputs; see :func:`widefield.train.build_model`.
+
     Attributes:
         raw: the model without wrappers.
         model: the model to call.
@@ -47,9 +48,11 @@ class Learner:
     Raises ValueError or TypeError for a recipe that does not work, naming the key.
     """
 
-    def __init__(self, recipe: Recipe, task: Task, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, task: Task, accelerator: Accelerator, classes: Sequence[str] | None = None
+    ) -> None:
         self._recipe, self._task, self._accelerator = recipe, task, accelerator
-        model = build_model(recipe, task.model_args).to(accelerator.device)
+        model = build_model(recipe, task.model_args, classes).to(accelerator.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
@@ -74,18 +77,8 @@ class Learner:
 
     def schedule(self, steps_per_epoch: int) -> None:
         """Plan the learning rate, and what is sparse, for epochs of so many steps."""
-        spec = self._recipe.schedule
-        # Not prepared: accelerate would step it once per process, and timm's counts updates itself.
-        self._scheduler, self.epochs = create_scheduler_v2(
-            self._plain,
-            sched=spec.name,
-            num_epochs=self._recipe.epochs,
-            warmup_epochs=spec.warmup_epochs,
-            warmup_lr=spec.warmup_lr,
-            min_lr=spec.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-            **spec.args,
+        self._scheduler, self.epochs = create_schedule(
+            self._plain, self._recipe.schedule, self._recipe.epochs, steps_per_epoch
         )
         if self._recipe.sparsity:
             arguments = dataclasses.asdict(self._recipe.sparsity)
@@ -125,8 +118,11 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The largest learning rate of any group."""
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+        """The base learning rate, which groups multiply by their ``lr_scale``."""
+        groups = self.optimizer.param_groups
+        nearest = min(groups, key=lambda group: abs(group.get("lr_scale", 1.0) - 1.0))
+        scale = nearest.get("lr_scale", 1.0)
+        return float(nearest["lr"]) / scale if scale else 0.0
 
     def step(self, batches: Sequence[Batch], number: int) -> Step:
         """Take step ``number``, from 1, on the gradients of these batches."""

@@ -7,8 +7,9 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from widefield.train.recipe import Recipe
@@ -23,6 +24,22 @@ def check_trackers(trackers: Sequence[str]) -> None:
     for name, module in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
         if name in trackers and importlib.util.find_spec(module) is None:
             raise ValueError(f"trackers: {name!r} needs the package {module}: pip install {module}, or leave it out.")
+
+
+@contextmanager
+def _silent_threads(package: str) -> Iterator[None]:
+    """Keep threads of a package from printing the OSError that ends them; its next call raises it again, here."""
+    usual = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith(f"{package}.")):
+            usual(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 class Logs:
@@ -65,6 +82,7 @@ class Logs:
     def _tensorboard(self, stack: ExitStack) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
+        stack.enter_context(_silent_threads("tensorboard"))
         board = stack.enter_context(SummaryWriter(str(self._folder.tensorboard), purge_step=self._step + 1))
 
         def track(numbers: dict[str, float], step: int) -> None:

@@ -55,6 +55,8 @@ def start_from(
     convert: Callable[[nn.Module], nn.Module],
     classes: int,
     heads: Sequence[str] = (),
+    *,
+    fresh_head: bool = False,
 ) -> nn.Module:
     """Return a network with the weights of ``source``, and a fresh head if its classes are others.
 
@@ -67,6 +69,7 @@ def start_from(
         convert: makes the converted network of the plain one.
         classes: of the network that is returned.
         heads: see :func:`classes_of`.
+        fresh_head: start the head afresh though its classes are as many, as they are others.
 
     Raises:
         ValueError: the weights are neither's; the message names keys that differ.
@@ -81,7 +84,7 @@ def start_from(
         model = _filled(convert(build({"num_classes": theirs})), weights, source, plain)
     else:
         model = convert(model)
-    if theirs != classes:
+    if theirs != classes or fresh_head:
         model.reset_classifier(classes)  # type: ignore[operator]
     return model
 

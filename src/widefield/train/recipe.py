@@ -28,7 +28,7 @@ NONFINITE = ("stop", "skip")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """``timm.create_model(name, **args)``."""
+    """``widefield.train.create_model``: ``timm.create_model(name, **args)``, except that arguments may be None."""
 
     name: Annotated[str, "model name, as in timm.list_models()"]
     args: Annotated[dict[str, Any], "further arguments of timm.create_model"] = field(default_factory=dict)

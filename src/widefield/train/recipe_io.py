@@ -23,6 +23,8 @@ from widefield import _checks
 from widefield.train.recipe import Recipe
 
 SHIPPED = Path(__file__).with_name("recipes")
+DATA_FILE = "data.json"
+"""What a run knows of its data, beside its ``config.yaml``; older runs have none."""
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,16 +43,26 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     source = _find(path_or_name)
     try:
-        content = yaml.load(source.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
+        content = read_yaml(source.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold the keys of a recipe, such as 'name: my_run'; got {content!r}.")
     _check_keys(Recipe, content, "", f"in {source}")
+    if Path(path_or_name).expanduser().is_dir() and not source.with_name(DATA_FILE).is_file():
+        _drop_none(content)
     for key, text in _pairs(overrides):
         _override(Recipe, content, key.split("."), text)
     recipe: Recipe = _build(Recipe, content, "")
     return recipe
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML as recipes are written in, where 1e-3 is a number and ``no`` a word; raises ValueError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -79,6 +91,13 @@ def describe_keys() -> str:
         shown = "null" if default is None else default
         lines.append(f"  --{leaf.key} ({_type_name(leaf.type)}, {shown}): {leaf.help}")
     return "\n".join(lines)
+
+
+def _drop_none(content: dict[Any, Any]) -> None:
+    """Drop the model's arguments that are None from the recipe of an older run, as timm did when it was trained."""
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("args"), dict):
+        model["args"] = {key: value for key, value in model["args"].items() if value is not None}
 
 
 class _Leaf(NamedTuple):
@@ -236,8 +255,8 @@ def _value(hint: Any, key: str, text: str) -> Any:
     textual = str in _members(hint)
     words = (list, type(None), bool) if bool in _members(hint) else (list, type(None))
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except ValueError as error:
         if textual:  # such as the glob *.conv_dw
             return text
         raise ValueError(f"--{key}: {text!r} is not valid YAML: {error}") from None

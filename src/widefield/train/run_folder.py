@@ -18,12 +18,18 @@ from typing import Any
 
 from torch import nn
 
-from widefield.train import checkpoint
+from widefield.train import checkpoint, run_data
 from widefield.train.recipe import Recipe
-from widefield.train.recipe_io import load_recipe, recipe_text
+from widefield.train.recipe_io import DATA_FILE, load_recipe, recipe_text
+from widefield.train.run_data import RunData
 
-_MAY_CHANGE = ("name", "output", "workers", "log_every", "checkpoint", "trackers")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers")
 """Keys that do not alter the numbers of a run, and so may differ when it is resumed."""
+_PLACES = ("name", "output")
+"""Keys that say where a run is; a resumed one stays in its folder, wherever that was moved."""
+_DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
+"""Keys that say where the data are; they may differ where it is known that the data are the same."""
 
 
 class RunFolder:
@@ -33,6 +39,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.failed = path / "failed.yaml"
+        self.data = path / DATA_FILE
         self.log = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
@@ -80,7 +87,7 @@ class RunFolder:
     def _clear(self) -> None:
         """Delete what a run writes before its first checkpoint, and nothing else."""
         checkpoint.sweep(self.checkpoints)
-        for file in (self.log, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
+        for file in (self.log, self.data, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             with suppress(OSError):  # not there, or something else in it
@@ -95,28 +102,63 @@ class RunFolder:
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise ValueError naming the keys in which ``recipe`` would not continue the run as it was."""
-        before, now = (_flat(dataclasses.asdict(r)) for r in (load_recipe(self.config), recipe))
+        before, now = (_flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
+        same_data = self.data.is_file()  # and they have been checked; nothing is known of an older run's
+        free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if same_data and key in now)}
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in dict.fromkeys([*before, *now])
-            if before.get(key) != now.get(key) and key.split(".")[0] not in _MAY_CHANGE
+            if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & free
         ]
         if changed:
             raise ValueError(
                 f"the run in {self.path} can only be resumed as it was, and {'; '.join(changed[:3])}. "
-                f"Leave that out, or start another run with --name."
+                f"Leave that out, or start another run with --name. Free to change are "
+                f"{', '.join(key for key in sorted(free) if key not in _PLACES)}."
+            )
+
+    def check_data(self, now: RunData) -> None:
+        """Raise ValueError if the data are not those that the run began with, saying what changed; older runs pass."""
+        before = run_data.stored(self.path)
+        changed = run_data.changes(before, now) if before else []
+        if changed:
+            raise ValueError(
+                f"the run in {self.path} can only be resumed on the data it began with, and {'; '.join(changed)}. "
+                f"Restore the data, or start another run on them with --name; model.pretrained: {self.path} starts it "
+                f"from these weights."
             )
 
     @contextmanager
-    def occupied(self, recipe: Recipe) -> Iterator[None]:
-        """Write ``config.yaml`` and, if the block fails before the first checkpoint, give the folder back."""
+    def occupied(self, recipe: Recipe, found: RunData) -> Iterator[None]:
+        """Write ``config.yaml`` and ``data.json``; if the block fails before the first checkpoint, free the folder."""
         checkpoint.write_text(self.config, recipe_text(recipe))
+        run_data.store(self.path, found)
         try:
             yield
         except BaseException:
             if not checkpoint.checkpoints(self.checkpoints):
                 self.config.replace(self.failed)
             raise
+
+    @contextmanager
+    def explaining_a_full_disk(self) -> Iterator[None]:
+        """Say of a disk that is full in the block which checkpoint is left, and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            found = checkpoint.checkpoints(self.checkpoints)
+            left = (
+                f"The last good checkpoint is {found[-1].path}: make room, then continue with widefield train --resume "
+                f"{self.path}."
+                if found
+                else "There is no checkpoint yet: make room, or choose another --output, and start again."
+            )
+            place = f" while writing {error.filename}" if error.filename else ""
+            full = OSError(f"the run in {self.path} stopped: {error.strerror or error}{place}. {left}")
+            full.errno = error.errno
+            raise full from None
 
     def rewind(self, step: int, evaluated: bool) -> None:
         """Drop the log entries after a checkpoint, which a run that was killed may have written."""
@@ -147,5 +189,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Return a short hash of the keys that decide the numbers of a run."""
-    values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _MAY_CHANGE}
+    unread = {*_MAY_CHANGE, *_PLACES}
+    values = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in unread}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

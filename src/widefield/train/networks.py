@@ -1,0 +1,171 @@
+"""Name and arguments -> model of timm or torchvision. Every argument counts, or it is refused."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import timm
+import torch
+from timm.layers import set_layer_config
+from timm.models import load_checkpoint, model_entrypoint, split_model_name_tag
+from torch import nn
+
+from widefield import _checks
+from widefield.train.recipe import ModelSpec
+
+TORCHVISION = "torchvision:"
+_AUXILIARY = ("googlenet", "inception_v3")
+"""Networks of torchvision that in training give several outputs, unless told not to."""
+_LAYER_CONFIG = ("scriptable", "exportable", "no_jit")
+_FACTORY = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", *_LAYER_CONFIG)
+"""Arguments of ``timm.create_model`` itself, which are None by default."""
+_BUILDER = ("features_only", "feature_cls", "out_indices", "pruned", "device", "dtype")
+"""Arguments that timm reads between its factory and the model's class."""
+_NONSENSE = "no_such_argument"
+
+
+def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
+    """Build ``timm.create_model(spec.name, **spec.args, **decided)``, with timm's weights if ``spec.pretrained``.
+
+    Unlike timm's function this passes on arguments that are None: ``ls_init_value=None`` builds a ConvNeXt without
+    layer scale. Names that start with ``torchvision:`` stand for models of torchvision, and its default weights.
+
+    Args:
+        spec: name and arguments, as the user wrote them.
+        decided: further arguments, which the user must not give.
+
+    Raises:
+        ValueError: unknown model; an argument that is decided, or that the model refuses.
+        TypeError: an argument that the model does not have, or accepts and ignores.
+    """
+    import widefield.models  # noqa: F401 (registers ours in timm)
+
+    for key in decided:
+        if key in spec.args:
+            raise ValueError(f"model.args.{key} is decided by the task ({decided[key]!r}); leave it out.")
+    if spec.name.startswith(TORCHVISION):
+        return _of_torchvision(spec, decided)
+    return _of_timm(spec, decided)
+
+
+def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
+    name, known = spec.name, timm.list_models()
+    if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
+        raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
+    start = {"pretrained": True} if spec.pretrained else {}
+    try:
+        model = _timm_model(name, {**spec.args, **start, **decided})
+    except (TypeError, LookupError, AssertionError, RuntimeError, AttributeError) as error:
+        raise _refusal(spec, error) from error
+    if ":" not in name:
+        entry = model_entrypoint(split_model_name_tag(name)[0])
+        _check_heeded(spec, model, entry, lambda args: _timm_model(name, {**args, **decided}))
+    return model
+
+
+def _timm_model(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """Do what ``timm.create_model`` does, and pass on the arguments that it would drop because they are None."""
+    dropped = [key for key, value in args.items() if value is None and key not in _FACTORY]
+    if not dropped:
+        model: nn.Module = timm.create_model(name, **args)
+        return model
+    if ":" in name:
+        raise LookupError(f"timm drops {dropped[0]}=None for a model from another source; leave it out")
+    own = {key: args.get(key) for key in _FACTORY}
+    rest = {key: value for key, value in args.items() if key not in _FACTORY}
+    architecture, tag = split_model_name_tag(name)
+    with set_layer_config(**{key: own[key] for key in _LAYER_CONFIG}):
+        model = model_entrypoint(architecture)(
+            pretrained_cfg=own["pretrained_cfg"] or tag or None,
+            pretrained_cfg_overlay=own["pretrained_cfg_overlay"],
+            cache_dir=own["cache_dir"],
+            **rest,
+        )
+    if own["checkpoint_path"]:
+        load_checkpoint(model, own["checkpoint_path"])
+    return model
+
+
+def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
+    import torchvision.models as tv
+
+    name = spec.name.removeprefix(TORCHVISION)
+    known = tv.list_models(module=tv)
+    if name not in known:
+        raise ValueError(f"model.name: torchvision knows no model {name!r}.{_checks.did_you_mean(name, known)}")
+    given = {"aux_logits": False} if name in _AUXILIARY and not spec.pretrained else {}
+    if spec.pretrained and decided:
+        raise ValueError(
+            f"model.pretrained: torchvision's {name} comes with a head for ImageNet; give a file of weights, or a "
+            f"model of timm, which makes a head for other classes."
+        )
+
+    def build(args: Mapping[str, Any], weights: str | None = None) -> nn.Module:
+        model: nn.Module = tv.get_model(name, weights=weights, **{**given, **args, **decided})
+        return model
+
+    try:
+        model = build(spec.args, "DEFAULT" if spec.pretrained else None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"torchvision cannot build {name!r} with model.args {spec.args}: {error}.") from error
+    _check_heeded(spec, model, tv.get_model_builder(name), build)
+    return model
+
+
+def _refusal(spec: ModelSpec, error: Exception) -> Exception:
+    """Return what to raise for arguments that timm or the model refused."""
+    name, args = spec.name, spec.args
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown is None or unknown[2] not in args:
+        return ValueError(f"timm cannot build {name!r} with model.args {args}: {type(error).__name__}: {error}.")
+    taker, key = unknown.groups()
+    module = sys.modules[model_entrypoint(name).__module__] if timm.is_model(name) else None
+    known = inspect.signature(getattr(module, taker)).parameters if hasattr(module, taker) else ()
+    return TypeError(
+        f"model.args.{key}: {name} has no such argument.{_checks.did_you_mean(key, known)} It takes those of {taker}."
+    )
+
+
+def _check_heeded(
+    spec: ModelSpec, model: nn.Module, entry: Callable[..., Any], build: Callable[[Mapping[str, Any]], nn.Module]
+) -> None:
+    """Raise TypeError for an argument that was accepted and ignored.
+
+    Some classes take any keyword and read a few. An argument that no signature on the way names is a known one only
+    if a made-up argument in its place is refused.
+    """
+    if not spec.args:
+        return
+    named = {*_FACTORY, *_BUILDER, *_parameters(type(model), entry)}
+    ignored = [key for key in spec.args if key not in named]
+    if not ignored:
+        return
+    heeded = {key: value for key, value in spec.args.items() if key not in (*ignored, "checkpoint_path")}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            build({**heeded, _NONSENSE: True})
+    except TypeError as error:
+        if _NONSENSE in str(error):
+            return
+    except (NotImplementedError, RuntimeError):  # values were asked for on the way, past the arguments
+        pass
+    raise TypeError(
+        f"model.args.{ignored[0]}: {spec.name} accepts and ignores this argument; leave it out."
+        f"{_checks.did_you_mean(ignored[0], named)}"
+    )
+
+
+def _parameters(cls: type, entry: Callable[..., Any]) -> Iterator[str]:
+    """Yield the names that a model's class, its bases, and the builders in its entry point's module give arguments."""
+    makers: list[Any] = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+    module = inspect.getmodule(inspect.unwrap(entry))
+    makers += [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]  # type: ignore[union-attr]
+    for maker in makers:
+        parameters = inspect.signature(maker).parameters.values()
+        if maker.__name__ == "__init__" or any(p.kind is p.VAR_KEYWORD for p in parameters):
+            yield from (p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))

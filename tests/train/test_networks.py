@@ -1,0 +1,175 @@
+"""Name and arguments -> model: every argument counts, or it is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models._registry import _model_entrypoints
+from torch import nn
+
+from widefield.subjects import load
+from widefield.train import (
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    ScheduleSpec,
+    build_model,
+    create_model,
+    load_recipe,
+    shipped_recipes,
+)
+from widefield.train.optimisation import create_optimizer, create_schedule
+
+SMALL = {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
+
+
+def scales(model: nn.Module) -> list[str]:
+    """Names of layer scales; unireplknet has another gamma in its GRN, act.1."""
+    return [name for name, _ in model.named_parameters() if "gamma" in name and ".act." not in name]
+
+
+class TestNone:
+    @pytest.mark.parametrize(
+        ("name", "args"),
+        [
+            ("convnext_tiny", {"ls_init_value": None, **SMALL}),
+            ("convnext_tiny.fb_in22k", {"ls_init_value": None, **SMALL}),
+            ("morf_convnext_tiny", {"ls_init_value": None, **SMALL}),
+            ("hornet_tiny_7x7", {"layer_scale_init": None, "depths": [1, 1, 1, 1]}),
+            ("unireplknet_a", {"layer_scale_init": None, "depths": [1, 1, 1, 1]}),
+        ],
+    )
+    def test_reaches_the_model(self, name: str, args: dict[str, Any]) -> None:
+        assert not scales(create_model(ModelSpec(name, args)))
+        given = {key: value for key, value in args.items() if value is not None}
+        assert scales(create_model(ModelSpec(name, given)))
+
+    def test_in_a_recipe_and_in_a_word(self, recipe: Recipe) -> None:
+        assert not scales(load("convnext_tiny{ls_init_value: null, depths: [1, 1, 1, 1], dims: [4, 4, 8, 8]}").model)
+        spec = replace(recipe.model, args={**recipe.model.args, "ls_init_value": None})
+        assert not scales(build_model(replace(recipe, model=spec), {"num_classes": 3}))
+
+    def test_changes_nothing_where_it_is_the_default(self) -> None:
+        torch.manual_seed(0)
+        given = create_model(ModelSpec("test_resnet", {"block_args": None, "cache_dir": None}))
+        torch.manual_seed(0)
+        plain = timm.create_model("test_resnet")
+        assert all(torch.equal(a, b) for a, b in zip(given.parameters(), plain.parameters(), strict=True))
+
+    def test_that_the_model_does_not_have_or_stand_is_refused(self) -> None:
+        with pytest.raises(TypeError, match=r"model.args.ls_int_value: convnext_tiny has no such .* 'ls_init_value'"):
+            create_model(ModelSpec("convnext_tiny", {"ls_int_value": None}))
+        with pytest.raises(TypeError, match=r"model.args.nonsense: mobilenetv2_lk has no such argument"):
+            create_model(ModelSpec("mobilenetv2_lk", {"nonsense": None}))
+        with pytest.raises(ValueError, match=r"timm cannot build 'test_convnext' with .*'drop_path_rate': None"):
+            create_model(ModelSpec("test_convnext", {"drop_path_rate": None}))
+
+
+class Deaf(nn.Linear):
+    """A model that takes any argument and reads one."""
+
+    def __init__(self, width: int = 3, **kwargs: Any) -> None:
+        super().__init__(width, 2)
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    def deaf_network(pretrained: bool = False, **kwargs: Any) -> Deaf:
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            kwargs.pop(key)
+        return Deaf(**kwargs)
+
+    deaf_network.__module__ = __name__
+    timm.models.register_model(deaf_network)
+    yield "deaf_network"
+    del _model_entrypoints["deaf_network"]
+
+
+class TestIgnored:
+    @pytest.mark.parametrize(
+        ("name", "key"),
+        [
+            ("torchvision:convnext_tiny", "layer_scal"),
+            ("torchvision:convnext_tiny", "width_mult"),
+            ("torchvision:mobilenet_v3_small", "se_layer"),
+            ("deaf_network", "widht"),
+        ],
+    )
+    def test_arguments_are_refused(self, deaf: str, name: str, key: str) -> None:
+        with pytest.raises(TypeError, match=f"model.args.{key}: {name} accepts and ignores this argument"):
+            create_model(ModelSpec(name, {key: 1}))
+
+    def test_those_that_a_class_builder_or_configuration_reads_are_not(self, deaf: str) -> None:
+        assert create_model(ModelSpec(deaf, {"width": 5})).in_features == 5
+        narrow = create_model(ModelSpec("torchvision:mobilenet_v3_small", {"width_mult": 0.5, "dropout": 0.1}))
+        assert narrow.classifier[0].in_features == 288
+        norm = create_model(ModelSpec("test_efficientnet", {"bn_eps": 0.5})).bn1
+        assert norm.eps == 0.5
+        create_model(ModelSpec("test_byobnet", {"downsample": ""}))  # a key of its configuration
+        create_model(ModelSpec("torchvision:convnext_tiny", {"stochastic_depth_prob": 0.3, "layer_scale": 0.1}))
+
+    def test_looking_draws_no_random_number(self) -> None:
+        torch.manual_seed(0)
+        create_model(ModelSpec("test_efficientnet", {"bn_eps": 0.5}))
+        after = torch.rand(1)
+        torch.manual_seed(0)
+        timm.create_model("test_efficientnet", bn_eps=0.5)
+        assert torch.equal(torch.rand(1), after)
+
+
+class TestOptimizerAndSchedule:
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (OptimizerSpec("sgd", betas=(0.9, 0.99)), "optimizer.betas: the optimizer 'sgd' has no betas"),
+            (OptimizerSpec("sgd", args={"eps": 1e-3}), "optimizer.args.eps: the optimizer 'sgd' has no eps"),
+            (OptimizerSpec("adamw", args={"momentum": 0.5}), "optimizer.args.momentum: the optimizer 'adamw' has no"),
+            (OptimizerSpec("lookahead_sgd", args={"eps": 1e-3}), "the optimizer 'lookahead_sgd' has no eps"),
+        ],
+    )
+    def test_what_an_optimizer_does_not_read(self, spec: OptimizerSpec, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            create_optimizer(nn.Linear(2, 2), spec, 0.1)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (ScheduleSpec(args={"decay_rate": 0.5}), "schedule.args.decay_rate: the schedule 'cosine' does not read"),
+            (ScheduleSpec(args={"cycle_mull": 2}), "Did you mean 'cycle_mul'?"),
+            (ScheduleSpec("step", min_lr=1e-6), "schedule.min_lr: the schedule 'step' has no lowest rate"),
+            (ScheduleSpec("none", warmup_epochs=2), "schedule.warmup_epochs: the schedule 'none' has no warm-up"),
+            (ScheduleSpec("none", args={"noise": 0.5}), "schedule.args.noise: the schedule 'none' does not read it"),
+        ],
+    )
+    def test_what_a_schedule_does_not_read(self, spec: ScheduleSpec, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            create_schedule(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), spec, 10, 5)
+
+    def test_shipped_recipes_are_read_whole(self) -> None:
+        for name in shipped_recipes():
+            recipe = load_recipe(name)
+            optimizer = create_optimizer(nn.Linear(2, 2), replace(recipe.optimizer, groups=[], args={
+                key: value for key, value in recipe.optimizer.args.items() if "decay" not in key
+            }), 0.1)  # fmt: skip
+            create_schedule(optimizer, recipe.schedule, recipe.epochs, 5)
+
+
+def test_short_numbers_in_braces_are_numbers() -> None:
+    """As in recipes; YAML 1.1 takes 1e-3 for a text."""
+    found = load("convnext_tiny{ls_init_value: 1e-3, depths: [1, 1, 1, 1], dims: [4, 4, 8, 8]}")
+    assert torch.equal(found.model.stages[0].blocks[0].gamma, torch.full((4,), 1e-3))
+
+
+def test_the_recipes_of_the_demo_say_what_they_train() -> None:
+    for name in ("demo_digits", "demo_scales", "digits_morf"):
+        recipe = load_recipe(name)
+        model = create_model(recipe.model, {"num_classes": 10})
+        gammas = [p for key, p in model.named_parameters() if key.endswith("gamma")]
+        assert gammas
+        assert all((gamma == recipe.model.args["ls_init_value"]).all() for gamma in gammas)

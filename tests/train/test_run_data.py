@@ -1,0 +1,370 @@
+"""What a run knows of its data: its classes by name, and enough to be used where the data are not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.helpers import QUIET, log, same_weights
+from train.made_data import cifar
+from widefield import cli, data, run_report
+from widefield.analysis.cam import class_activation
+from widefield.subjects import MissingDataError, load
+from widefield.train import (
+    DataSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    build_model,
+    load_recipe,
+    load_trained,
+    run_data,
+    save_recipe,
+    train,
+)
+from widefield.train.engine import _Run
+
+SPLITS = {"train": 6, "val": 3}
+
+
+def pictures(root: Path, names: str = "abc") -> Path:
+    """Write noisy images, a color for each class, in class folders of both splits."""
+    rng = np.random.default_rng(0)
+    for split, count in SPLITS.items():
+        for place, name in enumerate(names):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                color = np.roll([200, 60, 20], place)
+                pixels = (color + rng.normal(0, 20, (40, 40, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+def made(root: Path, output: Path, **changes: Any) -> Recipe:
+    recipe = Recipe(
+        name="run",
+        model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0}),
+        data=DataSpec("folder", {"root": str(root), "size": 32, "mean": [0.4, 0.4, 0.4], "scale": [0.9, 1.0]}),
+        optimizer=OptimizerSpec(lr=1e-2),
+        output=str(output),
+        epochs=6,
+        batch_size=6,
+        workers=0,
+        trackers=[],
+    )
+    return replace(recipe, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds ``set`` and ``runs/run``, which was trained on it and tells the classes apart."""
+    place = tmp_path_factory.mktemp("finished")
+    result = train(made(pictures(place / "set"), place / "runs"), console=QUIET)
+    assert result.best["top1"] > 0.6
+    return place
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, at which the run's recipe points, as the current folder."""
+    place = tmp_path / "copy"
+    shutil.copytree(finished, place)
+    config = place / "runs" / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished), str(place)))
+    monkeypatch.chdir(place)
+    return place
+
+
+def moved(place: Path, old: str, new: str) -> None:
+    for split in SPLITS:
+        (place / "set" / split / old).rename(place / "set" / split / new)
+
+
+def judged(*words: str) -> float:
+    assert cli.main(["eval", "runs/run", "--workers", "0", "--device", "cpu", "--out", "eval.json", *words]) == 0
+    return float(json.loads(Path("eval.json").read_text())["results"][0]["metrics"]["top1"])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(list(words)) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+class TestRecord:
+    def test_is_what_the_data_set_says(self, here: Path) -> None:
+        found = run_data("runs/run")
+        assert found.classes == ("a", "b", "c")
+        assert (found.size, found.mean, found.std) == (
+            32,
+            (0.4, 0.4, 0.4),
+            data.create("folder", "val", root="set").std,
+        )
+        assert {name: split.images for name, split in found.splits.items()} == {"train": 18, "val": 9}
+        shutil.rmtree("set")
+        assert run_data("runs/run") == found
+
+    def test_the_fingerprint_is_of_names_and_labels_wherever_the_files_are(self, here: Path) -> None:
+        before = data.create("folder", "val", root="set").fingerprint()
+        Path("set").rename("elsewhere")
+        assert data.create("folder", "val", root="elsewhere").fingerprint() == before
+        Path("elsewhere/val/a/0.png").rename("elsewhere/val/a/9.png")
+        assert data.create("folder", "val", root="elsewhere").fingerprint() != before
+        assert data.create("digits", "val").fingerprint() != data.create("digits", "train").fingerprint()
+
+    def test_a_broken_one_is_named(self, here: Path) -> None:
+        (here / "runs/run/data.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"data.json is not as a run writes it: KeyError"):
+            run_data("runs/run")
+
+
+class TestOlderRuns:
+    def test_fall_back_to_their_data_and_then_to_their_recipe(self, here: Path) -> None:
+        before = run_data("runs/run")
+        (here / "runs/run/data.json").unlink()
+        assert run_data("runs/run") == replace(before, splits={})
+        shutil.rmtree("set")
+        assert run_data("runs/run") == replace(before, splits={}, classes=None)
+        found = load("runs/run")
+        assert found.classes == ()
+        assert found.any_pictures(count=1).tensor().shape == (1, 3, 32, 32)
+
+    def test_of_cifar(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = cifar(tmp_path / "cifar", "cifar10", monkeypatch)
+        recipe = made(root, tmp_path / "runs", data=DataSpec("cifar10", {"root": str(root)}), epochs=1, batch_size=5)
+        folder = train(recipe, console=QUIET).folder
+        before = run_data(folder)
+        (folder / "data.json").unlink()
+        shutil.rmtree(root)
+        found = run_data(folder)
+        assert (found.size, found.mean, found.std) == (before.size, before.mean, before.std)
+
+    def test_had_arguments_dropped_that_were_none(self, tmp_path: Path) -> None:
+        """As timm did: a recipe that asked for no layer scale got one."""
+        dropped = ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]})
+        spec = replace(dropped, args={**dropped.args, "ls_init_value": None})
+        recipe = made(pictures(tmp_path / "set"), tmp_path / "runs", model=dropped, epochs=1)
+        result = train(recipe, console=QUIET)
+        save_recipe(replace(recipe, model=spec), result.folder / "config.yaml")
+        (result.folder / "data.json").unlink()
+        assert same_weights(load_trained(result.folder), result.model)
+        assert load_recipe(result.folder).model == dropped
+        assert train(load_recipe(result.folder), resume=result.folder, console=QUIET).steps == 3
+        assert load_recipe(result.folder).model == dropped
+
+
+class TestClasses:
+    def test_that_were_renamed_are_refused_by_whatever_reads_labels(
+        self, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert judged() > 0.6
+        moved(here, "a", "z")
+        for words in (["eval"], ["cam"], ["interactions"], ["export"], ["eval", "--weights", "model"]):
+            error = refused(capsys, words[0], "runs/run", *words[1:])
+            assert "the classes of the data have changed since the run: class 'a' became class 'z'." in error
+
+    def test_that_were_added_are_refused(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for split in SPLITS:
+            shutil.copytree(here / "set" / split / "b", here / "set" / split / "ab")
+        assert "since the run: class 'ab' was added." in refused(capsys, "eval", "runs/run")
+        with pytest.raises(ValueError, match="class 'ab' was added"):
+            load("runs/run").pictures()
+
+    def test_in_another_order_are_found_by_name(self, here: Path) -> None:
+        expected = judged()
+        labels = [load("runs/run").pictures(count=None)[i]["label"] for i in range(9)]
+        (here / "map.txt").write_text("c\na\nb\n")
+        config = here / "runs/run/config.yaml"
+        config.write_text(config.read_text().replace("    root:", "    class_map: map.txt\n    root:"))
+        assert data.create("folder", "val", root="set", class_map="map.txt").classes == ("c", "a", "b")
+        assert judged() == expected
+        own = load("runs/run").pictures(count=None)
+        assert [own[i]["label"] for i in range(9)] == labels
+        assert own.classes == ("a", "b", "c")
+
+    def test_that_are_gone_are_counted(self, here: Path) -> None:
+        for split in SPLITS:
+            shutil.rmtree(here / "set" / split / "b")
+        judged()
+        result = json.loads(Path("eval.json").read_text())["results"][0]
+        assert (result["classes"], result["outputs"], result["images"]) == (2, 3, 6)
+
+    def test_are_named_in_class_activation_of_any_images(self, here: Path) -> None:
+        assert cli.main(["cam", "runs/run", "--images", "photographs", "--count", "1", "--out", "out"]) == 0
+        (found,) = json.loads(Path("out/cam.json").read_text())["results"].values()
+        model = load("runs/run")
+        images = model.pictures("photographs", count=1).tensor()
+        named = class_activation(model.model, images, classes=("a", "b", "c"))
+        assert tuple(found["labels"]) == named.labels
+
+    def test_of_another_run_leave_its_head(self, here: Path) -> None:
+        recipe = load_recipe("runs/run")
+        start = replace(recipe, model=replace(recipe.model, pretrained="runs/run"))
+        old = load_trained("runs/run")
+        same, others = (
+            build_model(start, {"num_classes": 3}, classes) for classes in (("a", "b", "c"), ("x", "y", "z"))
+        )
+        assert torch.equal(same.head.fc.weight, old.head.fc.weight)
+        assert not torch.equal(others.head.fc.weight, old.head.fc.weight)
+        assert torch.equal(others.stem[0].weight, old.stem[0].weight)
+
+
+class TestResume:
+    @pytest.fixture
+    def part(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A run of six steps that was killed after four."""
+        recipe = replace(load_recipe("runs/run"), name="part", output=str(here / "runs"), epochs=2)
+        train(replace(recipe, name="whole"), console=QUIET)
+        plain = _Run._finish_epoch
+        with monkeypatch.context() as patch:
+
+            def finish(self: _Run, *args: Any) -> None:
+                plain(self, *args)
+                raise KeyboardInterrupt
+
+            patch.setattr(_Run, "_finish_epoch", finish)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, console=QUIET)
+        return here / "runs" / "part"
+
+    def rename(self, here: Path) -> None:
+        moved(here, "a", "z")
+
+    def add(self, here: Path) -> None:
+        for split in SPLITS:
+            shutil.copytree(here / "set" / split / "b", here / "set" / split / "ab")
+
+    def remove(self, here: Path) -> None:
+        for split in SPLITS:
+            shutil.rmtree(here / "set" / split / "c")
+
+    def one_more(self, here: Path) -> None:
+        shutil.copy(here / "set/train/a/0.png", here / "set/train/a/7.png")
+
+    def one_less_in_val(self, here: Path) -> None:
+        (here / "set/val/a/0.png").unlink()
+
+    def other_name(self, here: Path) -> None:
+        (here / "set/train/a/0.png").rename(here / "set/train/a/7.png")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (rename, "class 'a' became class 'z'."),
+            (add, "class 'ab' was added; the train split had 18 images and has 24; the val split had 9 images and"),
+            (remove, "class 'c' is gone; the train split had 18 images and has 12"),
+            (one_more, "the train split had 18 images and has 19."),
+            (one_less_in_val, "the val split had 9 images and has 8."),
+            (other_name, "images of the train split have other names or other labels."),
+        ],
+    )
+    def test_on_other_data_is_refused(
+        self,
+        part: Path,
+        here: Path,
+        change: Callable[..., None],
+        message: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        before = {path: path.read_bytes() for path in part.rglob("*") if path.is_file()}
+        change(self, here)
+        error = refused(capsys, "train", "--resume", str(part))
+        assert f"can only be resumed on the data it began with, and {message}" in error
+        assert "Restore the data, or start another run on them with --name" in error
+        assert {path: path.read_bytes() for path in part.rglob("*") if path.is_file()} == before
+
+    def test_on_the_same_data_elsewhere_goes_on_exactly(
+        self, part: Path, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("set").rename("elsewhere")
+        error = refused(capsys, "train", "--resume", str(part))
+        assert "If the data have moved, say where to: --data.args.root FOLDER." in error
+        assert cli.main(["train", "--resume", str(part), "--data.args.root", "elsewhere"]) == 0
+        assert log(part) == log(here / "runs/whole")
+        assert load_recipe(part).data.args["root"] == "elsewhere"
+
+    def test_of_an_older_run_records_the_data(self, part: Path) -> None:
+        before = run_data(part)
+        (part / "data.json").unlink()
+        assert cli.main(["train", "--resume", str(part)]) == 0
+        assert run_data(part) == before
+        (part / "data.json").unlink()
+        shutil.copytree("set", "elsewhere")
+        recipe = load_recipe(part)
+        elsewhere = replace(recipe.data, args={**recipe.data.args, "root": "elsewhere"})
+        with pytest.raises(ValueError, match=r"data.args.root was .* and is 'elsewhere'"):
+            train(replace(recipe, data=elsewhere), resume=part, console=QUIET)
+
+
+class TestWithoutItsData:
+    @pytest.fixture(autouse=True)
+    def gone(self, here: Path) -> None:
+        shutil.rmtree(here / "set")
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["kernels"],
+            ["erf", "--count", "1"],
+            ["stability", "--count", "1", "--shifts", "1"],
+            ["interactions", "--count", "1", "--grid", "4", "--pairs", "1", "--contexts", "2"],
+            ["export", "--count", "4"],
+            ["cam", "--images", "photographs", "--count", "1"],
+        ],
+    )
+    def test_what_needs_no_image_of_it_works(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([words[0], "runs/run", "--out", "out", *words[1:]]) == 0
+        shown = capsys.readouterr().err
+        stand_in = "Photographs stand in for the data of the run 'run'." in shown
+        assert stand_in == (words[0] not in ("kernels", "cam"))
+
+    @pytest.mark.parametrize(
+        "words",
+        [["cam"], ["routing"], ["export", "--int8"], ["export", "--trim"], ["eval"], ["export", "--routing", "mean"]],
+    )
+    def test_what_is_about_its_images_says_what_to_do(
+        self, words: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        error = refused(capsys, words[0], "runs/run", *words[1:])
+        assert "are not at hand: root is not a folder" in error
+        assert ("--data SOURCE" if words[0] == "eval" else "(--images)") in error
+
+    def test_a_report_shows_what_there_is(self, here: Path) -> None:
+        page = run_report.write(["runs/run"], here / "report.html", count=1).read_text()
+        assert "Where the model looks: left out" in page
+        assert "are not at hand" in page
+        numbers = json.loads((here / "report.json").read_text())["results"]
+        assert set(numbers) == {"What one unit sees", "How far kernels reach", "What a shift changes"}
+
+    def test_its_weights_are_those_that_were_trained(self, here: Path) -> None:
+        found = load("runs/run")
+        assert (found.size, found.mean, found.weights) == (32, (0.4, 0.4, 0.4), "trained in this run")
+        assert same_weights(found.model, load_trained("runs/run"))
+        with pytest.raises(MissingDataError, match=re.escape("the data of the run 'run' are not at hand")):
+            found.pictures()
+
+    def test_it_is_judged_on_other_data(self, here: Path) -> None:
+        pictures(here / "other")
+        assert judged("--data", "other") > 0.6
+
+    def test_what_it_started_from_may_be_gone_too(self, tmp_path: Path) -> None:
+        weights = tmp_path / "weights.pth"
+        torch.save(load_trained("runs/run").state_dict(), weights)
+        recipe = load_recipe("runs/run")
+        model = replace(recipe.model, args={**recipe.model.args, "checkpoint_path": str(weights)})
+        root = pictures(tmp_path / "set")
+        folder = train(made(root, tmp_path / "runs", name="second", model=model, epochs=1), console=QUIET).folder
+        weights.unlink()
+        load_trained(folder)
