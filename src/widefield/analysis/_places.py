@@ -90,14 +90,14 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """While active, follows an image (1, C, H, W)."""
+    """While active, follows an image (1, C, H, W), or the frames of a clip (1, C, T, H, W)."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._traces = WeakTensorKeyDictionary()
         self._written: dict[int, tuple[Tensor, Trace]] = {}
         self._inside: list[str] = []
-        self._traces[image] = Trace(Grid((-2, -1), (image.shape[2], image.shape[3]), Axis(), Axis()))
+        self._traces[image] = Trace(Grid((-2, -1), (image.shape[-2], image.shape[-1]), Axis(), Axis()))
 
     def of(self, value: Any) -> Trace | None:
         """Return the trace of a tensor, or None if it does not depend on the image."""
@@ -273,7 +273,7 @@ def _windows(call: _Call) -> Trace:
 
 
 def _both(value: Any) -> tuple[int, int]:
-    sizes = [value] if isinstance(value, int) else list(value)
+    sizes = [value] if isinstance(value, int) else list(value)[-2:]  # what goes before, in clips, is time
     return int(sizes[0]), int(sizes[-1])
 
 
@@ -441,6 +441,7 @@ _RULES: dict[str, _Rule] = {
     for rule, names in (
         (_windows, ["widefield.depthwise"]),
         (_windows, _names("convolution max_pool2d_with_indices mkldnn_max_pool2d avg_pool2d")),
+        (_windows, _names("max_pool3d_with_indices avg_pool3d")),
         (_routed, ["widefield.routed"]),
         (_adaptive, _names("_adaptive_avg_pool2d adaptive_max_pool2d mkldnn_adaptive_avg_pool2d")),
         (_product, _names("mm addmm bmm baddbmm")),
