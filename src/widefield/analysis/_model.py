@@ -120,10 +120,17 @@ def made_up(model: nn.Module, size: Any, count: int, *, noise: bool) -> Tensor:
 
     Args:
         model: see above.
-        size: a side in pixels, or (rows, columns); raises TypeError or ValueError for anything else.
+        size: a side in pixels, or (rows, columns).
         count: N.
         noise: or else black.
+
+    Raises:
+        TypeError, ValueError: what is no size, or one that is not positive.
     """
+    if not is_size(size):
+        raise TypeError(
+            f"images must be a tensor (N, C, H, W), or a size, the side or (rows, columns); got {type(size).__name__}."
+        )
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     frames = (_FRAMES,) if isinstance(first, nn.Conv3d) else ()
     shape = count, 3 if first is None else first.in_channels, *frames, *_checks.pair("images", size)
@@ -138,7 +145,7 @@ def running(model: nn.Module, images: Tensor) -> Iterator[None]:
     except (RuntimeError, AssertionError) as error:
         takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         turned = images.ndim == 4 and takes == images.shape[3] != images.shape[1]
-        mend = " They look like (N, H, W, C): pass images.movedim(-1, 1)." if turned else ""
+        mend = ". They look like (N, H, W, C): pass images.movedim(-1, 1)." if turned else ""
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}{mend}"
@@ -176,10 +183,11 @@ def submodule(model: nn.Module, layer: object) -> nn.Module:
     return model.get_submodule(layer_name(model, layer))
 
 
-def _example(known: Iterable[str]) -> str:
-    """Return a name that shows what names look like: the last of those nearest to the root."""
-    names = [name for name in known if name]
-    return max((name for name in names if "." not in name), key=names.index, default="")
+def _example(known: Mapping[str, nn.Module]) -> str:
+    """Return a name that shows what names look like: the last next to the root that has convolutions, or the last."""
+    names = [name for name in known if name and "." not in name]
+    maps = [name for name in names if any(isinstance(module, nn.Conv2d) for module in known[name].modules())]
+    return (maps or names or [""])[-1]
 
 
 def never_called(model: nn.Module, layer: str) -> ValueError:

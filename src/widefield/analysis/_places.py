@@ -96,6 +96,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._traces = WeakTensorKeyDictionary()
         self._written: dict[int, tuple[Tensor, Trace]] = {}
+        self._filled: dict[int, tuple[Tensor, Trace]] = {}
         self._inside: list[str] = []
         self._traces[image] = Trace(Grid((-2, -1), (image.shape[-2], image.shape[-1]), Axis(), Axis()))
 
@@ -108,6 +109,9 @@ class Tracer(TorchDispatchMode):
             if written is not None:
                 return written[1]
         trace: Trace | None = self._traces.get(value)
+        if trace is None and self._filled and value.layout == torch.strided:
+            filled = self._filled.get(value.untyped_storage()._cdata)
+            return filled[1] if filled else None
         return trace
 
     @contextmanager
@@ -146,11 +150,14 @@ class Tracer(TorchDispatchMode):
                 if trace is not None:
                     self._traces[output] = _shaped(trace, output)
             if func._schema.is_mutable and before != [self.of(output) for output in outputs]:
-                self._note_writing(call)
+                self._note_writing(call, fresh=before[0] is None)
         return result
 
-    def _note_writing(self, call: _Call) -> None:
-        """Where a tensor is written in place, let nobody who looks at the same memory trust what was known of it."""
+    def _note_writing(self, call: _Call, *, fresh: bool) -> None:
+        """Where a tensor is written in place, let nobody who looks at the same memory trust what was known of it.
+
+        ``fresh``: it did not depend on the image before, and nor did what it may be a view of all of.
+        """
         for parameter in call.func._schema.arguments:
             given = call.named[parameter.name]
             if parameter.alias_info is None or not parameter.alias_info.is_write or not isinstance(given, Tensor):
@@ -159,6 +166,8 @@ class Tracer(TorchDispatchMode):
             storage = given.untyped_storage()
             if storage.nbytes() > given.numel() * given.element_size():
                 self._written[storage._cdata] = given, trace  # kept, or the next tensor may get its address
+            elif fresh:
+                self._filled[storage._cdata] = given, trace
             for other in list(self._traces):
                 if other is not given and other.untyped_storage()._cdata == storage._cdata:
                     self._traces[other] = trace
