@@ -84,7 +84,8 @@ def _classifiers(output: Any, images: int) -> Tensor | None:
 def _refusal(model: nn.Module, output: Any, images: int, more: str) -> ValueError:
     got = "shape " * isinstance(output, Tensor) + described(output)
     return ValueError(
-        f"{type(model).__name__} must return scores (N, classes){more}; got {got} for {images} images.{wrapping(output)}"
+        f"{type(model).__name__} must return scores (N, classes){more}; got {got} for {images} images."
+        f"{wrapping(output)}"
     )
 
 

@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(found: Subject, pictures: Pictures, args: argparse.Namespace) -> Sequence[str] | None:
-    """Return names for the model's scores: those of a run's data, ImageNet's for published weights, or None."""
-    if found.weights == "trained in this run" and args.images is None:
-        return pictures.classes or None
-    if found.weights == "pretrained" and getattr(found.model, "num_classes", 1000) == 1000:
+    """Return names for the model's scores: those of a run's data, ImageNet's for weights from elsewhere, or None."""
+    if found.weights == "trained in this run":
+        return pictures.classes or None if args.images is None else None
+    if found.weights != "random" and getattr(found.model, "num_classes", 1000) == 1000:
         from timm.data import ImageNetInfo
 
         return [str(word).split(",")[0] for word in ImageNetInfo().label_descriptions()]

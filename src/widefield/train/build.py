@@ -149,8 +149,9 @@ def load_trained(run: str | Path, which: str = "best") -> nn.Module:
     """
     chosen = checkpoint.chosen(Path(run), which)
     recipe = load_recipe(run)
-    # The stored weights replace whatever pretrained ones the recipe started from: do not fetch those.
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, pretrained=False))
+    # The stored weights replace whatever others the recipe started from: do not fetch or read those.
+    args = {key: value for key, value in recipe.model.args.items() if key not in ("pretrained", "checkpoint_path")}
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args, pretrained=False))
     model = build_model(recipe, chosen.meta["model_args"])
     checkpoint.load_weights(chosen.weights, model)
     return model.eval()
