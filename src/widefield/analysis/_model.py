@@ -138,13 +138,17 @@ def made_up(model: nn.Module, size: Any, count: int, *, noise: bool) -> Tensor:
 
 
 @contextmanager
-def running(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Turn what networks say to images that they are not made for into a ValueError that names the size."""
+def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Iterator[None]:
+    """Turn what networks say to images that they are not made for into a ValueError that names the size.
+
+    ``given`` are those that the images are parts of.
+    """
     try:
         yield
     except (RuntimeError, AssertionError) as error:
         takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        turned = images.ndim == 4 and takes == images.shape[3] != images.shape[1]
+        shape = (images if given is None else given).shape
+        turned = len(shape) == 4 and takes == shape[3] != shape[1]
         mend = ". They look like (N, H, W, C): pass images.movedim(-1, 1)." if turned else ""
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "

@@ -31,12 +31,15 @@ class Scores(NamedTuple):
         return self._replace(values=F.pad(self.values, (0, more)), probability=F.pad(self.probability, (0, more)))
 
 
-def logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Tensor:
     """Return the logits of a classifier, (N, classes), alone or as the obvious one of its outputs.
+
+    ``given`` are the images that these are windows of.
 
     Raises ValueError for a model that gives something else, or numbers that are not finite.
     """
-    output = _run(model, images, None)
+    with running(model, images, given):
+        output = model(images)
     found = _classifiers(output, len(images))
     if found is None:
         raise _refusal(model, output, len(images), "")
@@ -55,7 +58,8 @@ def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]
 
     Raises ValueError if it returns something else, or numbers that are not finite.
     """
-    output = _run(model, images, weights)
+    with running(model, images):
+        output = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
     detections = _detections(output, len(images))
     if detections is not None:
         return _detected(model, detections)
@@ -68,11 +72,6 @@ def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]
     if isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == len(images) and maps.numel():
         return _segmented(_finite(model, maps))
     raise _refusal(model, output, len(images), ", maps of them (N, classes, h, w), or a list of detections")
-
-
-def _run(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None) -> Any:
-    with running(model, images):
-        return torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
 
 
 def _classifiers(output: Any, images: int) -> Tensor | None:

@@ -196,7 +196,7 @@ def _compared(model: nn.Module, images: Tensor, steps: Sequence[int], spread: _S
 
     def scores(down: int, right: int) -> Tensor:
         window = images[:, :, down : down + height, right : right + width].contiguous()
-        return logits(model, window).cpu().double()  # there are devices without float64
+        return logits(model, window, images).cpu().double()  # there are devices without float64
 
     before = scores(0, 0)
     spread.add(before)
