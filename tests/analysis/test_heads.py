@@ -230,7 +230,10 @@ def test_a_layer_may_return_its_map_next_to_what_is_none():
     found, inner = (class_activation(model, images, layer=layer) for layer in ("block", "block.conv"))
     close(torch.from_numpy(found.maps), torch.from_numpy(inner.maps), FLOAT32)
     close(
-        *(torch.from_numpy(effective_receptive_field(model, images, layer).scores) for layer in ("block", "block.conv")),
+        *(
+            torch.from_numpy(effective_receptive_field(model, images, layer).scores)
+            for layer in ("block", "block.conv")
+        ),
         FLOAT64,
     )
 

@@ -45,9 +45,7 @@ def _inside(module: nn.Module, names: tuple[str, ...]) -> str | None:
         nearest = next((paths for paths in (networks, *called) if paths), None)
         if nearest is not None:
             return nearest[0] if len(nearest) == 1 else None
-        level = {
-            f"{path}.{name}": inner for path, child in level.items() for name, inner in child.named_children()
-        }
+        level = {f"{path}.{name}": inner for path, child in level.items() for name, inner in child.named_children()}
     return None
 
 

@@ -314,7 +314,9 @@ def pixels(batch: Any, *, clips: bool = False) -> Tensor:
     finite = batch.isfinite()
     if not finite.all():
         index = int((~finite).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"images must be finite; image {index} of {len(batch)} in a batch is not finite: nan or infinity.")
+        raise ValueError(
+            f"images must be finite; image {index} of {len(batch)} in a batch is not finite: nan or infinity."
+        )
     return batch
 
 
