@@ -187,10 +187,10 @@ def test_a_run_that_started_from_a_file_is_loaded_without_it(tmp_path):
 
 @pytest.mark.parametrize("word", ["runs/nowhere", "./nowhere", "~/no such folder", "../nowhere{depth: 1}"])
 def test_a_path_without_a_folder_is_no_model(word):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*: give the folder of a run, or the name of a"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*: give the folder of a run, or the name of a"):
         load(word)
 
 
 def test_a_word_that_is_neither_a_folder_nor_a_model():
-    with pytest.raises(ValueError, match="neither a folder 'nofolder', nor does timm know a model of that name.$"):
+    with pytest.raises(ValueError, match=r"neither a folder 'nofolder', nor does timm know a model of that name\.$"):
         load("nofolder")

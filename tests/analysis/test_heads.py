@@ -1,4 +1,4 @@
-"""Models with necks and heads, of clips, and with any form of output: what their defaults look at, and what is refused."""
+"""Models with necks and heads, of clips, and with any form of output: what is looked at, and what is refused."""
 
 import collections
 
@@ -179,7 +179,7 @@ def test_where_nothing_is_detected_the_map_is_empty():
 FORMS = {
     "dict": lambda y, z: {"features": z, "logits": y},
     "mapping": lambda y, z: collections.OrderedDict(loss=None, logits=y, features=z),
-    "named": collections.namedtuple("Outputs", ["logits", "aux"]),  # noqa: PYI024
+    "named": collections.namedtuple("Outputs", ["logits", "aux"]),
     "alone": lambda y, z: (y, None),
 }
 LOOKS = {
@@ -229,13 +229,8 @@ def test_a_layer_may_return_its_map_next_to_what_is_none():
     model, images = Model().eval(), torch.randn(2, 3, 8, 8)
     found, inner = (class_activation(model, images, layer=layer) for layer in ("block", "block.conv"))
     close(torch.from_numpy(found.maps), torch.from_numpy(inner.maps), FLOAT32)
-    close(
-        *(
-            torch.from_numpy(effective_receptive_field(model, images, layer).scores)
-            for layer in ("block", "block.conv")
-        ),
-        FLOAT64,
-    )
+    outer, core = (effective_receptive_field(model, images, layer).scores for layer in ("block", "block.conv"))
+    close(torch.from_numpy(outer), torch.from_numpy(core), FLOAT64)
 
 
 BY_LAYER = [class_activation, effective_receptive_field, theoretical_receptive_field]
@@ -295,7 +290,8 @@ def test_a_size_stands_for_images_of_noise():
 
 def test_images_in_another_layout_are_refused_with_the_mend():
     model, images = shaken(Answers(lambda y, z: y)), torch.rand(2, 3, 16, 12)
-    for look in (*LOOKS.values(), theoretical_receptive_field):
+    routed = nn.Sequential(MoRFConv2d(3, 3), nn.Conv2d(3, 3, 1))
+    for look in (*LOOKS.values(), theoretical_receptive_field, lambda m, x: routing_weights(routed, x)):
         with pytest.raises(ValueError, match=r"look like \(N, H, W, C\): pass images.movedim\(-1, 1\)"):
             look(model, images.movedim(1, -1))
         with pytest.raises(TypeError, match=r"torch.uint8 tensor\. Divide by 255"):

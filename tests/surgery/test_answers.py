@@ -18,7 +18,7 @@ class ModelOutput(collections.OrderedDict):
     """As Hugging Face's: a mapping of a type that PyTorch does not know."""
 
 
-Named = collections.namedtuple("Named", ["logits", "aux"])  # noqa: PYI024 (as torchvision's GoogLeNetOutputs)
+Named = collections.namedtuple("Named", ["logits", "aux"])  # as torchvision's GoogLeNetOutputs
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def test_what_is_not_obvious_is_described_with_the_way_out():
         def forward(self, x):
             return "text"
 
-    with pytest.raises(ValueError, match="cannot be compared: .* got str and str"):
+    with pytest.raises(ValueError, match=r"cannot be compared: .* got str and str"):
         compare(Text(), Text(), torch.ones(1))
 
 

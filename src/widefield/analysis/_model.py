@@ -145,14 +145,16 @@ def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> It
     """
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         shape = (images if given is None else given).shape
         turned = len(shape) == 4 and takes == shape[3] != shape[1]
+        if isinstance(error, ValueError) and not turned:  # says itself what is wrong
+            raise
         mend = ". They look like (N, H, W, C): pass images.movedim(-1, 1)." if turned else ""
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}{mend}"
+            f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.' * turned)}{mend}"
         ) from error
 
 

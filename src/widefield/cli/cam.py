@@ -18,7 +18,7 @@ SUMMARY = "where models look: class activation maps, side by side"
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     _subjects.arguments(parser, images=4)
-    parser.add_argument("--layer", metavar="NAME", help="whose map, in all models (the last that the class hears of)")
+    parser.add_argument("--layer", metavar="NAME", help="whose map, in all models (the last that the class depends on)")
     parser.add_argument("--target", type=int, metavar="N", help="number of a class (each image's predicted one)")
 
 
