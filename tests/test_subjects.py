@@ -130,3 +130,67 @@ def test_a_network_for_grey_images_gets_grey_images():
     assert len(found.mean) == len(found.std) == 1
     (batch,) = found.pictures(count=2, size=32).batches()
     assert found.model(batch["image"]).shape == (2, 3)
+
+
+def saved(folder, **options):
+    """Return a file with weights of test_resnet."""
+    import timm
+
+    file = folder / "weights of mine.pth"
+    torch.manual_seed(7)
+    torch.save(timm.create_model("test_resnet", **options).state_dict(), file)
+    return file
+
+
+def test_weights_from_files_are_recorded_as_such(tmp_path):
+    file = saved(tmp_path)
+    stored = torch.load(file)
+    words = {
+        f"test_resnet{{checkpoint_path: {file}}}": {},
+        f"test_resnet{{pretrained: true, pretrained_cfg_overlay: {{file: {file}}}}}": {},
+        f"test_resnet{{pretrained_cfg_overlay: {{file: {file}}}}}": {"pretrained": True},
+        f"test_resnet{{pretrained: true, checkpoint_path: {file}, pretrained_cfg_overlay: {{file: {file}}}}}": {
+            "pretrained": True
+        },
+    }
+    for word, options in words.items():
+        found = load(word, **options)
+        assert found.weights == f"file {file}", word
+        assert torch.equal(found.model.state_dict()["fc.weight"], stored["fc.weight"])
+    untouched = load(f"test_resnet{{pretrained_cfg_overlay: {{file: {file}}}}}")
+    assert untouched.weights == "random"  # timm does not look at the file unless pretrained weights are asked for
+    assert not torch.equal(untouched.model.state_dict()["fc.weight"], stored["fc.weight"])
+
+
+def test_a_run_that_started_from_a_file_is_loaded_without_it(tmp_path):
+    args = {"patch_size": 2, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "in_chans": 1}
+    import timm
+
+    file = tmp_path / "start.pth"
+    torch.save(timm.create_model("convnext_atto", num_classes=10, **args).state_dict(), file)
+    recipe = Recipe(
+        name="tiny",
+        model=ModelSpec("convnext_atto", {**args, "checkpoint_path": str(file)}),
+        data=DataSpec("digits", {"size": 32, "channels": 1}),
+        output=str(tmp_path),
+        epochs=1,
+        batch_size=721,
+        workers=0,
+    )
+    result = train(recipe, console=Console(quiet=True))
+    file.unlink()
+    found = load(str(result.folder))
+    assert found.weights == "trained in this run"
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(found.model(x), result.model.cpu()(x))
+
+
+@pytest.mark.parametrize("word", ["runs/nowhere", "./nowhere", "~/no such folder", "../nowhere{depth: 1}"])
+def test_a_path_without_a_folder_is_no_model(word):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*: give the folder of a run, or the name of a"):
+        load(word)
+
+
+def test_a_word_that_is_neither_a_folder_nor_a_model():
+    with pytest.raises(ValueError, match=r"neither a folder 'nofolder', nor does timm know a model of that name\.$"):
+        load("nofolder")

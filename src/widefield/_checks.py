@@ -14,9 +14,12 @@ Expert = tuple[int, int]
 """(kernel size, dilation) of one expert."""
 
 
-def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the nearest known word, or an empty string when none is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest known word, or an empty string when none is near.
+
+    ``likeness`` is how near it must be, up to 1: more than half among many words, of which some is always near.
+    """
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=likeness)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

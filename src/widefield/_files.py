@@ -6,8 +6,32 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def check_place(path: Path, *, folder: bool = False) -> None:
+    """Raise OSError if a file could not be written later, for which hours may be spent before; nothing is left behind.
+
+    Args:
+        path: of the file, or of the folder that files are to go to.
+        folder: whether it is a folder.
+    """
+    if not folder and path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file is to stand there: give the name of a file.")
+    if folder and path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, and a folder is to stand there: give the name of a folder.")
+    place = path if folder else path.parent
+    missing = [parent for parent in (place, *place.parents) if not parent.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror or error}. Choose another place.") from error
+    finally:
+        for parent in missing:
+            with suppress(OSError):  # not made, or somebody else's by now
+                parent.rmdir()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widefield import analysis, bench, report
-from widefield._files import write_whole
+from widefield import _checks, analysis, bench, report
+from widefield._files import check_place, write_whole
 from widefield.analysis.routing import mixtures
 from widefield.nn import DynamicGMConv2d, GMConv2d
 from widefield.subjects import MissingDataError, Subject, load
@@ -46,7 +46,7 @@ def write(
 
     Raises:
         FileNotFoundError: a folder holds no run, or no checkpoint.
-        ValueError: no runs, or several without ``out``; a device that is not at hand.
+        ValueError: no runs, or several without ``out``, or an ``out`` of another suffix; a device that is not at hand.
         OSError: the page cannot be written.
     """
     folders = [Path(run).expanduser() for run in runs]
@@ -54,7 +54,16 @@ def write(
         raise ValueError("a report needs the folder of a run.")
     if out is None and len(folders) > 1:
         raise ValueError("a report on several runs needs a place of its own: give out, such as report.html.")
+    for folder in folders:
+        if not folder.is_dir():
+            known = [str(path) for path in folder.parent.glob("*/") if path.is_dir()] if folder.parent.is_dir() else []
+            raise FileNotFoundError(
+                f"there is no folder {str(folder)!r}: a report is on a run of `widefield train`, runs/NAME."
+                f"{_checks.did_you_mean(str(folder), known)}"
+            )
     page = folders[0] / "report.html" if out is None else Path(out)
+    _checks.choice("the suffix of out", page.suffix, (".html", ".htm"))
+    check_place(page)
     words = [str(folder) for folder in folders]
     subjects = [load(word, device=device, beside=words) for word in words]
     found: dict[str, dict[str, analysis.Result]] = {}

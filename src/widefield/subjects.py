@@ -5,16 +5,18 @@ What the commands, the report of a run and evaluation all begin with.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
-from widefield import data
+from widefield import _checks, data
 from widefield.train import ModelSpec, RunData, create_model, load_recipe, load_trained, run_data
 from widefield.train.labels import output_places
 from widefield.train.networks import TORCHVISION
@@ -33,7 +35,7 @@ class Subject:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights: str
-    """Where they come from: "random", "pretrained" or "trained in this run"."""
+    """Where they come from: "random", "pretrained", "file PATH" or "trained in this run"."""
     source: str = data.PHOTOGRAPHS
     """Images to show it unless others are asked for, as `widefield.data.Pictures` takes it: a run's own."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -126,7 +128,7 @@ def load(
     Raises:
         ValueError: unknown model or device, or arguments that the model refuses.
         TypeError: an argument that the model does not have.
-        FileNotFoundError: a folder without a run, or a run without checkpoints.
+        FileNotFoundError: a path without a folder, a folder without a run, or a run without checkpoints.
     """
     torch.manual_seed(seed)
     try:
@@ -137,12 +139,22 @@ def load(
         found = _of_run(Path(word).expanduser())
         if sum(Path(other).name == Path(word).name for other in set(beside)) > 1:
             found = replace(found, name=word)
+    elif _is_path(word):
+        raise FileNotFoundError(
+            f"there is no folder {word!r}: give the folder of a run, or the name of a model, which has no slashes."
+        )
     elif word.startswith(TORCHVISION):
         found = _of_torchvision(word, pretrained)
     else:
         found = _of_timm(word, pretrained)
     found.model.to(device).eval()
     return found
+
+
+def _is_path(word: str) -> bool:
+    """Return whether a word can be nothing but a path: models' names have no slashes, but behind timm's sources."""
+    name = word.partition("{")[0]
+    return ":" not in name and ("/" in name or os.sep in name or name.startswith(("~", ".")))
 
 
 def _parsed(word: str) -> tuple[str, dict[str, Any]]:
@@ -160,13 +172,26 @@ def _of_timm(word: str, pretrained: bool) -> Subject:
     from timm.data import resolve_model_data_config
 
     name, given = _parsed(word)
+    if name == word and ":" not in name and name.partition(".")[0] not in (known := timm.list_models()):
+        raise ValueError(
+            f"there is neither a folder {name!r}, nor does timm know a model of that name."
+            f"{_checks.did_you_mean(name, known, likeness=0.7)}"
+        )
+    pretrained = bool(given.pop("pretrained", pretrained))
     model = create_model(ModelSpec(name, given, pretrained))
     config = resolve_model_data_config(model)
-    weights = "pretrained" if pretrained else "random"
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if given.get("in_chans") == 1:  # grey images, of which timm's configuration knows nothing
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    weights = _weights_of_timm(model, given.get("checkpoint_path"), pretrained)
     return Subject(word, model, config["input_size"][-1], mean, std, weights)
+
+
+def _weights_of_timm(model: nn.Module, checkpoint: object, pretrained: bool) -> str:
+    """Return where timm got a model's weights from: a checkpoint, which it loads last, or as its configuration says."""
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    file = checkpoint or (config.get("file") if pretrained else None)
+    return f"file {file}" if file else "pretrained" if pretrained else "random"
 
 
 def _of_torchvision(word: str, pretrained: bool) -> Subject:

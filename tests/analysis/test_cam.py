@@ -260,7 +260,8 @@ class Two(nn.Module):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"model": nn.Conv2d(3, 5, 1)}, ValueError, r"Conv2d must return scores \(N, classes\); got shape .*5, 16"),
+        ({"model": nn.Flatten(2)}, ValueError, r"Flatten must return scores \(N, classes\).*; got shape .*3, 256"),
+        ({"model": nn.Conv2d(3, 5, 1)}, ValueError, "no layer that gives a map"),
         ({"model": Two()}, ValueError, "Two must return scores .* got tuple"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "no layer that gives a map"),
         ({"targets": 5}, ValueError, "targets must be classes from 0 to 4; got 5"),

@@ -319,8 +319,10 @@ def test_what_cannot_be_asked_is_an_error():
         routing_statistics(model, images, batch=0)
     with pytest.raises(ValueError, match="calls '0' 8 times for 4 images"):
         routing_statistics(nn.Sequential(model, model), images)
+    overflowing = MoRFConv2d(3, 3)
+    nn.init.constant_(next(overflowing.router.parameters()), torch.nan)
     with pytest.raises(ValueError, match="weights of '' are not finite"):
-        routing_statistics(model, torch.full_like(images, torch.inf))
+        routing_statistics(overflowing, images)
 
     class Idle(nn.Module):
         def __init__(self):

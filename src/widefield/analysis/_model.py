@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,9 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.analysis._maps import as_map, inner_map, map_hint
+from widefield.surgery.anatomy import backbone_name, is_inside
 from widefield.surgery.outputs import pixels, place
 
+__all__ = [
+    "Layer",
+    "as_map",
+    "chunks",
+    "inner_map",
+    "is_size",
+    "last_maps",
+    "layer_name",
+    "made_up",
+    "map_hint",
+    "never_called",
+    "running",
+    "submodule",
+    "track",
+    "visited",
+    "watched",
+]
+
 T = TypeVar("T")
+
+Layer = str | nn.Module
+"""A layer of a model: its name, or itself."""
+
+_FRAMES = 16
+"""Of clips that are made up."""
 
 
 @contextmanager
@@ -50,7 +76,9 @@ def watched(
             handle.remove()
 
 
-def chunks(images: Tensor | Iterable[Any], model: nn.Module, size: int | None = None) -> Iterator[Tensor]:
+def chunks(
+    images: Tensor | Iterable[Any], model: nn.Module, size: int | None = None, *, clips: bool = False
+) -> Iterator[Tensor]:
     """Yield images (N, C, H, W) in batches of at most ``size``, on the model's device and in its type.
 
     Args:
@@ -58,15 +86,18 @@ def chunks(images: Tensor | Iterable[Any], model: nn.Module, size: int | None = 
             with the images are taken as well.
         model: see above.
         size: images a batch; None: as they come.
+        clips: take video clips (N, C, T, H, W), too.
 
     Raises:
         TypeError: not tensors of floating-point numbers.
-        ValueError: not four dimensions, or no image at all.
+        ValueError: not four dimensions, numbers that are not finite, or no image at all.
     """
     device, dtype = place(model)
     empty = True
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images must be a tensor (N, C, H, W), or batches of them; got {images!r}.")
     for batch in [images] if isinstance(images, Tensor) else images:
-        batch = pixels(batch)
+        batch = pixels(batch, clips=clips)
         for part in batch.split(size or max(len(batch), 1)):
             if len(part):
                 empty = False
@@ -75,93 +106,124 @@ def chunks(images: Tensor | Iterable[Any], model: nn.Module, size: int | None = 
         raise ValueError("there are no images: images is empty.")
 
 
+def is_size(images: object) -> bool:
+    """Return whether images are given by their size alone: a side, or (rows, columns)."""
+    sides = images if isinstance(images, (tuple, list)) else [images]
+    return bool(sides) and all(hasattr(side, "__index__") and not isinstance(side, Tensor) for side in sides)
+
+
+def made_up(model: nn.Module, size: Any, count: int, *, noise: bool) -> Tensor:
+    """Return images of a size for a model, black or of normal noise from a fixed seed.
+
+    They have as many channels as the model's first convolution takes (3 without any), and are clips of 16 frames
+    (N, C, 16, H, W) where that is an nn.Conv3d.
+
+    Args:
+        model: see above.
+        size: a side in pixels, or (rows, columns).
+        count: N.
+        noise: or else black.
+
+    Raises:
+        TypeError, ValueError: what is no size, or one that is not positive.
+    """
+    if not is_size(size):
+        raise TypeError(
+            f"images must be a tensor (N, C, H, W), or a size, the side or (rows, columns); got {type(size).__name__}."
+        )
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
+    frames = (_FRAMES,) if isinstance(first, nn.Conv3d) else ()
+    shape = count, 3 if first is None else first.in_channels, *frames, *_checks.pair("images", size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) if noise else torch.zeros(shape)
+
+
 @contextmanager
-def running(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Turn what networks say to images that they are not made for into a ValueError that names the size."""
+def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Iterator[None]:
+    """Turn what networks say to images that they are not made for into a ValueError that names the size.
+
+    ``given`` are those that the images are parts of.
+    """
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
+        takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        shape = (images if given is None else given).shape
+        turned = len(shape) == 4 and takes == shape[3] != shape[1]
+        if isinstance(error, ValueError) and not turned:  # says itself what is wrong
+            raise
+        mend = ". They look like (N, H, W, C): pass images.movedim(-1, 1)." if turned else ""
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.' * turned)}{mend}"
         ) from error
 
 
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return the module called ``name`` in a model.
+def layer_name(model: nn.Module, layer: object) -> str:
+    """Return the name of a layer of a model, given by its name or as the module itself.
 
-    Raises ValueError with what it might have been.
+    Raises:
+        TypeError: something else.
+        ValueError: the model has no such layer; says what it might have been.
     """
     known: dict[str, nn.Module] = dict(model.named_modules())
-    if name not in known:
-        raise ValueError(f"{type(model).__name__} has no layer {name!r}.{_checks.did_you_mean(name, known)}")
-    return known[name]
+    if isinstance(layer, nn.Module):
+        for name, module in known.items():
+            if module is layer:
+                return name
+        raise ValueError(
+            f"layer must be a part of the model; this {type(layer).__name__} is none of {type(model).__name__}: take "
+            "it from the model that is passed, not from a copy."
+        )
+    if not isinstance(layer, str):
+        raise TypeError(
+            f"layer must be the name of one module, such as {_example(known)!r}, or the module itself; got "
+            f"{type(layer).__name__}."
+        )
+    if layer not in known:
+        raise ValueError(f"{type(model).__name__} has no layer {layer!r}.{_checks.did_you_mean(layer, known)}")
+    return layer
 
 
-def as_map(
-    output: Any, images: Sequence[int], *, layout: str | None = None, prefix: int | None = None
-) -> Tensor | None:
-    """Return a layer's output as a map (N, C, h, w) that gradients flow through, or None if it is none.
-
-    A map keeps the images' proportions: (N, C, h, w) as it is; (N, h, w, C) as in Swin; tokens (N, L, C) of which the
-    last h*w stand for places, as in ViT.
-
-    Args:
-        output: whatever a module returned.
-        images: (H, W) of the images.
-        layout: "NCHW" or "NHWC" where known; needed only where both would fit.
-        prefix: tokens before those that stand for places; None: the fewest that fit.
-    """
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        return None
-    if output.ndim == 4:
-        first, last = _similar(output.shape[2:], images), _similar(output.shape[1:3], images)
-        if first and (layout != "NHWC" or not last):
-            return output
-        return output.movedim(-1, 1) if last else None
-    if output.ndim == 3:
-        length = output.shape[1]
-        for extra in range(9) if prefix is None else (prefix,):
-            sides = _sides(length - extra, images)
-            if sides:
-                return output[:, extra:].transpose(1, 2).reshape(len(output), -1, *sides)
-    return None
+def submodule(model: nn.Module, layer: object) -> nn.Module:
+    """Return a layer of a model, given as :func:`layer_name` takes it."""
+    return model.get_submodule(layer_name(model, layer))
 
 
-def _similar(sides: Sequence[int], images: Sequence[int]) -> bool:
-    """Whether a map of these sides can be one of images of that size: the same stride both ways, to rounding."""
-    h, w = sides
-    H, W = images
-    return 1 < h * w <= H * W and abs(h - w * H / W) <= 1 + 1e-6 and (H != W or h == w)
+def _example(known: Mapping[str, nn.Module]) -> str:
+    """Return a name that shows what names look like: the last next to the root that has convolutions, or the last."""
+    names = [name for name in known if name and "." not in name]
+    maps = [name for name in names if any(isinstance(module, nn.Conv2d) for module in known[name].modules())]
+    return (maps or names or [""])[-1]
 
 
-def _sides(places: int, images: Sequence[int]) -> tuple[int, int] | None:
-    H, W = images
-    h = round((max(places, 0) * H / W) ** 0.5)
-    if h and places % h == 0 and _similar((h, places // h), images):
-        return h, places // h
-    return None
+def never_called(model: nn.Module, layer: str) -> ValueError:
+    """Return the error for a layer that the model does not run."""
+    return ValueError(
+        f"layer {layer!r} of {type(model).__name__} is never called in evaluation mode, as heads for training alone "
+        "are not: choose a layer that the images pass through, or None for the default."
+    )
 
 
 def last_maps(model: nn.Module, images: Tensor) -> list[str]:
     """Return the names of the layers that give a map of ``images``, in the order in which they finish.
 
-    Of a timm model those of its ``forward_features``, of any other model all. The last is what the head sees. Of
-    modules that return the same tensor, one inside the other, each has its entry, the outermost last. The model's own
-    entry is "".
+    They are those of the model's backbone (:func:`widefield.surgery.anatomy.backbone_name`), of a timm model those of
+    its ``forward_features``; all layers where the backbone has none. The last is what necks and heads see. Of modules
+    that return the same tensor, one inside the other, each has its entry, the outermost last. The model's own entry is
+    "".
     """
     names: list[str] = []
-    size = images.shape[2:]
-    layout, prefix = getattr(model, "output_fmt", None), getattr(model, "num_prefix_tokens", None)
+    size, hint = images.shape[2:], map_hint(model)
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if as_map(output, size, layout=layout, prefix=prefix) is not None:
+        if inner_map(output, size, **hint) is not None:
             names.append(name)
 
     run = getattr(model, "forward_features", model)
     with running(model, images), visited(model), torch.no_grad(), watched(dict(model.named_modules()), see):
         run(images)
-    return names
+    backbone = backbone_name(model)
+    return [name for name in names if is_inside(name, backbone)] or names
 
 
 def track(steps: Iterable[T], text: str, *, total: int | None = None, show: bool) -> Iterable[T]:

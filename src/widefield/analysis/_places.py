@@ -90,14 +90,15 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """While active, follows an image (1, C, H, W)."""
+    """While active, follows an image (1, C, H, W), or the frames of a clip (1, C, T, H, W)."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._traces = WeakTensorKeyDictionary()
         self._written: dict[int, tuple[Tensor, Trace]] = {}
+        self._filled: dict[int, tuple[Tensor, Trace]] = {}
         self._inside: list[str] = []
-        self._traces[image] = Trace(Grid((-2, -1), (image.shape[2], image.shape[3]), Axis(), Axis()))
+        self._traces[image] = Trace(Grid((-2, -1), (image.shape[-2], image.shape[-1]), Axis(), Axis()))
 
     def of(self, value: Any) -> Trace | None:
         """Return the trace of a tensor, or None if it does not depend on the image."""
@@ -108,6 +109,9 @@ class Tracer(TorchDispatchMode):
             if written is not None:
                 return written[1]
         trace: Trace | None = self._traces.get(value)
+        if trace is None and self._filled and value.layout == torch.strided:
+            filled = self._filled.get(value.untyped_storage()._cdata)
+            return filled[1] if filled else None
         return trace
 
     @contextmanager
@@ -146,11 +150,14 @@ class Tracer(TorchDispatchMode):
                 if trace is not None:
                     self._traces[output] = _shaped(trace, output)
             if func._schema.is_mutable and before != [self.of(output) for output in outputs]:
-                self._note_writing(call)
+                self._note_writing(call, fresh=before[0] is None)
         return result
 
-    def _note_writing(self, call: _Call) -> None:
-        """Where a tensor is written in place, let nobody who looks at the same memory trust what was known of it."""
+    def _note_writing(self, call: _Call, *, fresh: bool) -> None:
+        """Where a tensor is written in place, let nobody who looks at the same memory trust what was known of it.
+
+        ``fresh``: it did not depend on the image before, and nor did what it may be a view of all of.
+        """
         for parameter in call.func._schema.arguments:
             given = call.named[parameter.name]
             if parameter.alias_info is None or not parameter.alias_info.is_write or not isinstance(given, Tensor):
@@ -159,6 +166,8 @@ class Tracer(TorchDispatchMode):
             storage = given.untyped_storage()
             if storage.nbytes() > given.numel() * given.element_size():
                 self._written[storage._cdata] = given, trace  # kept, or the next tensor may get its address
+            elif fresh:
+                self._filled[storage._cdata] = given, trace
             for other in list(self._traces):
                 if other is not given and other.untyped_storage()._cdata == storage._cdata:
                     self._traces[other] = trace
@@ -273,7 +282,7 @@ def _windows(call: _Call) -> Trace:
 
 
 def _both(value: Any) -> tuple[int, int]:
-    sizes = [value] if isinstance(value, int) else list(value)
+    sizes = [value] if isinstance(value, int) else list(value)[-2:]  # what goes before, in clips, is time
     return int(sizes[0]), int(sizes[-1])
 
 
@@ -441,6 +450,7 @@ _RULES: dict[str, _Rule] = {
     for rule, names in (
         (_windows, ["widefield.depthwise"]),
         (_windows, _names("convolution max_pool2d_with_indices mkldnn_max_pool2d avg_pool2d")),
+        (_windows, _names("max_pool3d_with_indices avg_pool3d")),
         (_routed, ["widefield.routed"]),
         (_adaptive, _names("_adaptive_avg_pool2d adaptive_max_pool2d mkldnn_adaptive_avg_pool2d")),
         (_product, _names("mm addmm bmm baddbmm")),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import as_map, chunks, last_maps, running, submodule, track, visited, watched
+from widefield.analysis._maps import as_map, inner_map, map_hint, tapped
+from widefield.analysis._model import Layer, chunks, last_maps, layer_name, never_called, track, visited, watched
 from widefield.analysis._result import Result
+from widefield.analysis._scores import class_scores
+from widefield.surgery.anatomy import backbone_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,11 +40,12 @@ class ClassActivation(Result):
     maps: np.ndarray
     """(N, h, w), float32, at the layer's resolution: not negative, each with a maximum of 1, or 0 everywhere."""
     targets: np.ndarray
-    """(N,), int64: the class that each map is of."""
+    """(N,), int64: the class that each map is of; -1 where it is the predicted one, and a detector detects nothing."""
     predicted: np.ndarray
-    """(N,), int64: the class with the largest score."""
+    """(N,), int64: the class with the largest score, on a segmentation model's map that of most pixels; -1 as above."""
     probability: np.ndarray
-    """(N,), float32: that of the target, by softmax (by the logistic function where there is one score only)."""
+    """(N,), float32: that of the target, by softmax (by the logistic function where there is one score only); its mean
+    over the pixels of the class, or the highest score of the class's detections."""
     labels: tuple[str, ...]
     """N words for the targets."""
     area: np.ndarray
@@ -142,7 +145,7 @@ def class_activation(
     images: Tensor | Iterable[Any],
     *,
     targets: int | Sequence[int] | Tensor | None = None,
-    layer: str | None = None,
+    layer: Layer | None = None,
     classes: Sequence[str] | None = None,
     pixels: Tensor | np.ndarray | None = None,
     batch: int = 8,
@@ -150,17 +153,25 @@ def class_activation(
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> ClassActivation:
-    """Compute Grad-CAM (Selvaraju et al. 2017, equations 1 and 2) of a classifier, through captum's LayerGradCam.
+    """Compute Grad-CAM (Selvaraju et al. 2017, equations 1 and 2), through captum's LayerGradCam.
 
     The map of a layer, (C, h, w), is summed over channels, each with the mean over places of the gradient of the
     class's score (before softmax) with respect to it as its weight; the positive part is kept and rescaled to a maximum
     of 1. Tokens and channels-last maps count as maps, as in ViT and Swin. The model is left as it was.
 
+    The score of a class is its logit; of a segmentation model the mean logit of the pixels predicted as that class, of
+    all pixels where there is none (Seg-Grad-CAM, Vinogradova et al. 2020, section 3); of a detector the sum of the
+    scores of that class's detections, so that an image without any has an empty map.
+
     Args:
-        model: returns scores (N, classes); of timm, torchvision or one's own.
-        images: (N, C, H, W), or batches of such as loaders give; normalised, all of one size.
-        targets: a class for all images, or one for each; None: the class with the largest score.
-        layer: name of a layer that gives a map; None: that of :func:`target_layer`.
+        model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections; of timm,
+            torchvision, segmentation-models-pytorch or one's own. Outputs that hold them as "logits" or "out", or as
+            their only tensor, are taken as well.
+        images: (N, C, H, W), or batches of such as loaders give; normalised, all of one size. Video clips
+            (N, C, T, H, W) get one map each: every time step of a layer's map counts as further channels.
+        targets: a class for all images, or one for each; None: the class with the largest score, the one that covers
+            most pixels, or the one whose detections have the largest sum of scores.
+        layer: a layer that gives a map, or its name; None: that of :func:`target_layer`.
         classes: names, one per score.
         pixels: the images as figures show them, (N, H, W, C) in [0, 1]; None: figures show the maps alone.
         batch: images at a time.
@@ -169,62 +180,76 @@ def class_activation(
         progress: show a bar on the terminal.
 
     Raises:
-        ValueError: outputs that are no (N, classes) or not finite; a class out of range; numbers of targets, class
-            names or pixels that do not fit; pixels outside [0, 1]; a layer that is not there or gives no map; no layer
-            that would do; images of several sizes, or none.
-        TypeError: images, targets or a batch size of the wrong kind.
+        ValueError: outputs that are none of these or not finite; a detector that detects nothing in any image, without
+            targets; a class out of range; numbers of targets, class
+            names or pixels that do not fit; pixels outside [0, 1]; a layer that is not there, does not run, gives no
+            map or has no part in the scores; no layer that would do; images of several sizes, or none.
+        TypeError: images, targets, a layer or a batch size of the wrong kind.
     """
     from captum.attr import LayerGradCam  # imports pyplot: only when it is needed
 
     _checks.integer("batch", batch)
     wanted = _targets(targets)
     kept = None if pixels is None else _pixels(pixels)
-    if layer is not None:
-        submodule(model, layer)
+    name_of_layer = None if layer is None else layer_name(model, layer)
     each: dict[str, Sized] = {} if wanted is None or isinstance(wanted, int) else {"targets": wanted}
     if kept is not None:
         each["pixels"] = kept
     total = None
-    if isinstance(images, Tensor) and images.ndim == 4:
+    if isinstance(images, Tensor) and images.ndim in (4, 5):
         total = -(-len(images) // batch)
         _one_each(each, len(images))
     parts: list[tuple[Tensor, ...]] = []
     size: tuple[int, ...] = ()
     done = 0
-    for part in track(chunks(images, model, batch), "class activation maps", total=total, show=progress):
+    for part in track(chunks(images, model, batch, clips=True), "class activation maps", total=total, show=progress):
         size = size or tuple(part.shape[2:])
         if tuple(part.shape[2:]) != size:
             raise ValueError(f"images must all be of one size; got {size} and {tuple(part.shape[2:])}.")
         _one_each(each, done + len(part), more=True)
-        if layer is None:
-            layer = target_layer(model, part[:1])
+        if kept is not None:
+            _in_proportion(pixels, size[-2:])
+        if name_of_layer is None:
+            name_of_layer = target_layer(model, part[:1])
         chosen = wanted[done : done + len(part)] if isinstance(wanted, list) else wanted
-        scorer = _Scorer(model, chosen, classes)
-        with visited(model), torch.inference_mode(False), _tapped(model, layer, part.shape[2:]) as tap:
-            found = LayerGradCam(scorer, tap).attribute(part.clone().detach(), relu_attributions=True)
+        with visited(model), torch.inference_mode(False), tapped(model, name_of_layer, part.shape[2:]) as tap:
+            scorer = _Scorer(model, name_of_layer, tap, chosen, classes)
+            try:
+                found = LayerGradCam(scorer, tap).attribute(part.clone().detach(), relu_attributions=True)
+            except RuntimeError as error:  # of autograd: those of the model's own were turned into another
+                raise ValueError(
+                    f"layer {name_of_layer!r} of {type(model).__name__} takes no part in the scores that a gradient "
+                    f"could tell of: choose another. ({str(error).splitlines()[0]})"
+                ) from error
         parts.append((found.detach()[:, 0].float().cpu(), *scorer.seen))
         done += len(part)
     _one_each(each, done)
     maps, targeted, predicted, probability = (torch.cat(column) for column in zip(*parts, strict=True))
+    if (targeted < 0).all():
+        raise ValueError(
+            f"{type(model).__name__} detects nothing in these {done} images, so no class is predicted: give targets, "
+            "other images, or a lower threshold (score_thresh in torchvision's)."
+        )
     peak = maps.amax((1, 2), keepdim=True)
     maps = maps / torch.where(peak > 0, peak, 1)
-    area, central = _extent(_upsampled(maps, size))
+    area, central = _extent(_upsampled(maps, size[-2:]))
     return ClassActivation(
         name=type(model).__name__ if name is None else name,
         about={
             **(about or {}),
             "images": done,
-            "size": size[0] if size[0] == size[1] else list(size),
-            "layer": layer,
+            "size": size[-1] if size[-2] == size[-1] else list(size[-2:]),
+            **({"frames": size[0]} if len(size) == 3 else {}),
+            "layer": name_of_layer,
             "class": "predicted" if wanted is None else "given",
         },
-        layer=str(layer),
-        size=(size[0], size[1]),
+        layer=str(name_of_layer),
+        size=(size[-2], size[-1]),
         maps=maps.numpy(),
         targets=targeted.numpy(),
         predicted=predicted.numpy(),
         probability=probability.numpy(),
-        labels=tuple(classes[k] if classes else f"class {k}" for k in targeted.tolist()),
+        labels=tuple(_NOTHING if k < 0 else classes[k] if classes else f"class {k}" for k in targeted.tolist()),
         area=area,
         central=central,
         pixels=kept,
@@ -237,19 +262,22 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
     In a ViT that reads off its class token, the other tokens of the last block have no gradient; the norm before its
     attention is the last place where they do. Of all layers that give a map and have a gradient, the last is taken that
     is a block (or anything with modules in it), a norm, or a layer in no block; not one inside attention, and none that
-    only passes a map on, such as dropout or pooling. If there is none of that kind, the last of any.
+    only passes a map on, such as dropout or pooling. If there is none of that kind, the last of any. Of a model with
+    necks and heads, only its backbone is searched (:func:`widefield.surgery.anatomy.backbone_name`).
 
     Args:
-        model: returns scores (N, classes). It is left as it was.
+        model: as :func:`class_activation` takes it. It is left as it was.
         images: (N, C, H, W), on the model's device; one is enough.
 
     Raises:
-        ValueError: outputs that are no (N, classes), or no layer that gives a map with a gradient.
+        ValueError: outputs of another form, or no layer that gives a map with a gradient.
     """
     known = dict(model.named_modules())
     candidates = {name: known[name] for name in dict.fromkeys(reversed(last_maps(model, images))) if name}
     with visited(model):
         heard = _heard(model, candidates, images) or _heard(model, candidates, images, _started(model))
+    if not heard and backbone_name(model):  # a detector that detects nothing has no gradient
+        heard = list(candidates)
     if not heard:
         raise ValueError(
             f"{type(model).__name__} has no layer that gives a map of {tuple(images.shape[2:])} pixels and takes part "
@@ -263,18 +291,21 @@ def _heard(
 ) -> list[str]:
     """Return the names of those layers whose maps, at places at least, have a gradient from the largest score."""
     outputs: dict[str, Tensor] = {}
+    size, hint = images.shape[2:], map_hint(model)
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs[name] = output
+        found = inner_map(output, size, **hint)
+        if found is not None:
+            outputs[name] = found[0]
 
     with torch.inference_mode(False), torch.enable_grad(), watched(layers, see):
-        best = class_scores(model, images.clone().detach().requires_grad_(), weights).amax(1).sum()
+        scores = class_scores(model, images.clone().detach().requires_grad_(), weights)
+        best = scores.values.gather(1, scores.predicted.clamp(min=0)[:, None]).sum()
         known = {name: outputs[name] for name in layers if name in outputs and outputs[name].requires_grad}
         if not known or not best.requires_grad:
             return []
         found = torch.autograd.grad(best, list(known.values()), allow_unused=True)
-    hint = _hint(model)
-    maps = [None if gradient is None else as_map(gradient, images.shape[2:], **hint) for gradient in found]
+    maps = [None if gradient is None else as_map(gradient, size, **hint) for gradient in found]
     return [name for name, gradient in zip(known, maps, strict=True) if gradient is not None and gradient.any()]
 
 
@@ -288,82 +319,44 @@ def _started(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Run a classifier, with ``weights`` in place of its own of those names; return its scores, (N, classes).
-
-    Raises ValueError if what it returns is something else.
-    """
-    with running(model, images):
-        scores = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(images) or not scores.shape[1]:
-        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"{type(model).__name__} must return scores (N, classes); got {got} for {len(images)} images.")
-    if not scores.isfinite().all():
-        raise ValueError(f"{type(model).__name__} returned scores that are not finite.")
-    return scores
-
-
 class _Scorer:
     """The score of one class an image, which captum differentiates; what else the run shows is kept in ``seen``."""
 
-    def __init__(self, model: nn.Module, targets: int | list[int] | None, classes: Sequence[str] | None) -> None:
-        self.model, self.targets, self.classes = model, targets, classes
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        tap: nn.Module,
+        targets: int | list[int] | None,
+        classes: Sequence[str] | None,
+    ) -> None:
+        self.model, self.layer, self.tap, self.targets, self.classes = model, layer, tap, targets, classes
         self.seen: tuple[Tensor, ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
-        scores = class_scores(self.model, images)
-        total = scores.shape[1]
+        called: list[Tensor] = []
+        handle = self.tap.register_forward_hook(lambda module, args, output: called.append(output))
+        try:
+            scores = class_scores(self.model, images)
+        finally:
+            handle.remove()
+        if not called:
+            raise never_called(self.model, self.layer)
+        given = [self.targets] * len(images) if isinstance(self.targets, int) else self.targets
+        scores = scores.upto(max(len(self.classes or ()), 1 + max(given or [0])))
+        total = scores.values.shape[1]
         if self.classes is not None and len(self.classes) != total:
             raise ValueError(f"classes has {len(self.classes)} names, but the model returns {total} scores.")
-        predicted = scores.argmax(1)
-        if self.targets is None:
-            chosen = predicted
-        else:
-            given = [self.targets] * len(scores) if isinstance(self.targets, int) else self.targets
+        chosen = scores.predicted
+        if given is not None:
             if max(given) >= total:
                 raise ValueError(f"targets must be classes from 0 to {total - 1}; got {max(given)}.")
-            chosen = torch.tensor(given, device=scores.device)
-        rated = scores.detach().float()
-        rated = rated.softmax(1) if total > 1 else rated.sigmoid()
-        self.seen = chosen.cpu(), predicted.cpu(), rated.gather(1, chosen[:, None])[:, 0].cpu()
-        return scores.gather(1, chosen[:, None])[:, 0]
-
-
-@contextmanager
-def _tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Module]:
-    """Lead a layer's output through a module that sees it as a map (N, C, h, w), and yield that module.
-
-    captum averages gradients over all dimensions after the second, which is right for (N, C, h, w) alone: with the
-    module as its layer, tokens and channels-last maps are served as well.
-    """
-    tap = nn.Identity()
-    hint = _hint(model)
-
-    def lead(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        found = as_map(output, size, **hint)
-        if found is None:
-            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"the layer {layer!r} gives no map of images of {tuple(size)} pixels: got {got}.")
-        # Detached: captum asks for gradients of this tensor, and the caller's images may share its memory.
-        # Cloned: the next layer may work in place.
-        led: Tensor = tap(found.detach()).clone()
-        if found is output:
-            return led
-        if output.ndim == 4:
-            return led.movedim(1, -1)
-        tokens = led.flatten(2).transpose(1, 2)
-        return torch.cat([output[:, : output.shape[1] - tokens.shape[1]], tokens], 1)
-
-    handle = submodule(model, layer).register_forward_hook(lead)
-    try:
-        yield tap
-    finally:
-        handle.remove()
-
-
-def _hint(model: nn.Module) -> dict[str, Any]:
-    """Return what timm's models say about the form of their maps, as `as_map` takes it."""
-    return {"layout": getattr(model, "output_fmt", None), "prefix": getattr(model, "num_prefix_tokens", None)}
+            chosen = torch.tensor(given, device=chosen.device)
+        place = chosen.clamp(min=0)[:, None]
+        self.seen = chosen.cpu(), scores.predicted.cpu(), scores.probability.gather(1, place)[:, 0].cpu()
+        value = scores.values.gather(1, place)[:, 0]
+        # A detector that detects nothing is differentiated, too, and the map is empty.
+        return value if scores.known else value + 0 * called[-1].sum()
 
 
 def _presentable(name: str, known: Mapping[str, nn.Module], maps: Container[str]) -> bool:
@@ -377,6 +370,9 @@ def _presentable(name: str, known: Mapping[str, nn.Module], maps: Container[str]
         return True
     return not any(outer in maps for outer in around) and not any(word in kind for word in _PASSING)
 
+
+_NOTHING = "nothing detected"
+"""In place of the name of a class."""
 
 _PASSING = ("identity", "drop", "pool", "permute")
 
@@ -403,7 +399,10 @@ def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
     """Check images for figures; return copies of at most `_KEPT` pixels a side, float32."""
     given = torch.as_tensor(pixels).detach().cpu()
     if given.ndim != 4 or not given.is_floating_point():
-        raise ValueError(f"pixels must be floating-point numbers (N, H, W, C); got {given.dtype} {tuple(given.shape)}.")
+        mend = " Pass pixels / 255." if given.dtype == torch.uint8 and given.ndim == 4 else ""
+        raise ValueError(
+            f"pixels must be floating-point numbers (N, H, W, C); got {given.dtype} {tuple(given.shape)}.{mend}"
+        )
     low, high = (float(v) for v in given.aminmax()) if given.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(
@@ -414,6 +413,18 @@ def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
         share = _KEPT / max(small.shape[2:])
         small = F.interpolate(small, [max(1, round(side * share)) for side in small.shape[2:]], mode="area")
     return small.movedim(1, -1).numpy().copy()
+
+
+def _in_proportion(pixels: Tensor | np.ndarray | None, size: Sequence[int]) -> None:
+    """Raise ValueError for pixels (N, H, W, C) whose sides are not in the proportion of images of this size."""
+    shape = () if pixels is None else tuple(pixels.shape)
+    H, W = size
+    fits = [abs(h * W - w * H) <= max(H, W) for h, w in (shape[1:3], shape[2:4])]
+    if not fits[0] or (fits[1] and shape[1] in (1, 3) and shape[3] not in (1, 3)):
+        mend = " They look like (N, C, H, W): pass pixels.movedim(1, -1)." if fits[1] else ""
+        raise ValueError(
+            f"pixels must be (N, H, W, C), with sides as those of the images, which are {H}x{W}; got {shape}.{mend}"
+        )
 
 
 def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:

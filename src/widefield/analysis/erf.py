@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import chunks, track, visited
+from widefield.analysis._model import Layer, chunks, is_size, layer_name, made_up, track, visited
 from widefield.analysis._result import Result
 from widefield.analysis.theoretical import (
     Field,
@@ -38,6 +38,9 @@ OUTPUT = "(output)"
 
 _FAINTEST = 1e-4
 """Where the logarithmic colours end."""
+
+_NOISES = 8
+"""Images that are made up where a size is given."""
 
 _WIDEST = 5
 """Panels beside each other that can be read on a page."""
@@ -149,8 +152,8 @@ class ReceptiveField(Result):
 
 def effective_receptive_field(
     model: nn.Module,
-    images: Tensor | Iterable[Any],
-    layer: str | None = None,
+    images: Tensor | Iterable[Any] | int | Sequence[int],
+    layer: Layer | None = None,
     target: Target = "center",
     *,
     batch: int = 8,
@@ -173,9 +176,14 @@ def effective_receptive_field(
 
     Args:
         model: any whose layer's output keeps the images' proportions: (N, C, h, w), (N, h, w, C), or tokens (N, L, C).
-        images: (N, C, H, W), normalised, or batches of them, all of one size.
-        layer: a module's name. None: the last that gives a map; but not one whose channels always add up to the same,
-            as they do after a layer norm with the weights that it starts with: then the last before.
+        images: (N, C, H, W), normalised, or batches of them, all of one size. Or a size, the side or (rows, columns):
+            then eight images of normal noise, always the same, with as many channels as the model's first convolution
+            takes. Video clips (N, C, T, H, W) are taken as well: what a place of a map shows at its time steps is added
+            up, and so is what the frames contribute to it.
+        layer: a module, or its name. None: the last in the backbone that gives a map
+            (:func:`widefield.surgery.anatomy.backbone_name`), as a detector's heads look at no place of the image; but
+            not one whose channels always add up to the same, as they do after a layer norm with the weights that it
+            starts with: then the last before.
         target: "center", which is the unit (h // 2, w // 2) of the map, or (row, column) from 0.
         batch: images at a time.
         name: what to call the model; None: its class.
@@ -185,16 +193,20 @@ def effective_receptive_field(
     Raises:
         ValueError: no images, images of several sizes or of one that the model refuses; a layer that is unknown, gives
             no map, or has no gradient, none that is finite, or none that is positive; a target outside of the map.
-        TypeError: images or a target of another kind.
+        TypeError: images, a layer or a target of another kind.
     """
     _checks.integer("batch", batch)
-    parts = chunks(images, model, batch)
+    named = None if layer is None else layer_name(model, layer)
+    if is_size(images):
+        images = made_up(model, images, _NOISES, noise=True)
+        about = {"source": "noise", **(about or {})}
+    parts = chunks(images, model, batch, clips=True)
     first = next(parts)
     size = tuple(first.shape[1:])
-    total = torch.zeros(size[1:], dtype=torch.float64)
+    total = torch.zeros(size[-2:], dtype=torch.float64)
     count = 0
     with visited(model):
-        names = candidates(model, first[:1].clone())[::-1] if layer is None else [layer]
+        names = candidates(model, first[:1].clone())[::-1] if named is None else [named]
         found, chosen = _first(model, first, names, target)
         for part in track(chain([first], parts), "effective receptive field", show=progress):
             if tuple(part.shape[1:]) != size:
@@ -205,7 +217,7 @@ def effective_receptive_field(
                     f"the gradient of layer {chosen!r} of {type(model).__name__} is not finite for an image from "
                     f"{count} to {count + len(part) - 1}: activations overflow, or weights are not finite."
                 )
-            total += gradient.clamp(min=0).sum((0, 1), dtype=torch.float64).cpu()
+            total += gradient.clamp(min=0).flatten(0, -3).sum(0, dtype=torch.float64).cpu()
             count += len(part)
     if not total.any():
         raise ValueError(
@@ -214,8 +226,8 @@ def effective_receptive_field(
         )
     try:
         field = theoretical_receptive_field(model, first[:1], chosen, target)
-    except RuntimeError as error:  # compiled or scripted in a way that shows no operators
-        reason = f"its operators cannot be followed: {str(error).splitlines()[0]}"
+    except (RuntimeError, ValueError) as error:  # compiled or scripted in a way that shows no operators
+        reason = f"its operators cannot be followed: {str(error.__cause__ or error).splitlines()[0]}"
         field = unknown(first, found.places, found.unit, reason)
     mean = total.numpy() / count
     scores, peak = mean / mean.max(), float(mean.max())
@@ -225,7 +237,8 @@ def effective_receptive_field(
         {
             **(about or {}),
             "images": count,
-            "size": size[1] if size[1] == size[2] else _sides(size[1:]),
+            "size": size[-1] if size[-2] == size[-1] else _sides(size[-2:]),
+            **({"frames": size[1]} if len(size) == 4 else {}),
             "layer": chosen or OUTPUT,
             "unit": f"{found.unit} of {_sides(found.places)}",
         },
@@ -236,7 +249,7 @@ def effective_receptive_field(
         sigma_x,
         sigma_y,
         field,
-        field.clipped(size[1:]),
+        field.clipped(size[-2:]),
         chosen,
         found.unit,
     )
@@ -244,7 +257,7 @@ def effective_receptive_field(
 
 class _Look(NamedTuple):
     gradient: Tensor
-    """(N, C, H, W): of the sum of the unit's channels, with respect to the images."""
+    """(N, C, H, W), or (N, C, T, H, W): of the sum of the unit's channels, with respect to the images."""
     cancels: bool
     """Whether the channels' gradients add up to nothing."""
     unit: tuple[int, int]

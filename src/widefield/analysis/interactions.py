@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._classifier import logits
 from widefield.analysis._model import chunks, track, visited
 from widefield.analysis._result import Result
+from widefield.analysis._scores import logits
 from widefield.surgery.outputs import place
 
 if TYPE_CHECKING:

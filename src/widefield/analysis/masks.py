@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from widefield import _checks, report
 from widefield.analysis import _stages
-from widefield.analysis._model import chunks, track, visited, watched
+from widefield.analysis._model import chunks, running, track, visited, watched
 from widefield.analysis._result import Result
 from widefield.analysis._stages import Pair
 from widefield.nn import DynamicGMConv2d, GMConv2d
@@ -195,7 +195,8 @@ def _over_images(
 
     with visited(model), torch.no_grad(), watched({key: layer.predictor for key, layer in layers.items()}, see):
         for part in track(chunks(images, model, batch), "masks", show=progress):
-            model(part)
+            with running(model, part):
+                model(part)
     silent = [key for key, sigmas in found.items() if not sigmas]
     if silent:
         raise ValueError(f"{', '.join(silent)} had no image to look at: the model does not call it.")

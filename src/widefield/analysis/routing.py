@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import chunks, track, visited, watched
+from widefield.analysis._model import chunks, running, track, visited, watched
 from widefield.analysis._result import Result, plain
 from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
 from widefield.analysis._routing_figures import CAPTIONS, DRAWN
@@ -239,7 +239,8 @@ def routing_weights(model: nn.Module, batches: Tensor | Iterable[Any], *, batch:
         )
     with visited(model), torch.no_grad(), recording(model) as recorded:
         for part in chunks(batches, model, batch):
-            model(part)
+            with running(model, part):
+                model(part)
     found = recorded()
     missing = set(layers) - {routing.name for routing in found}
     if missing:

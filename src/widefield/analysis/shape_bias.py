@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from widefield import report
-from widefield.analysis._classifier import logits
 from widefield.analysis._model import track, visited
 from widefield.analysis._result import Result
+from widefield.analysis._scores import logits
 from widefield.data.conflict import SIXTEEN, ConflictImages
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from widefield.surgery.outputs import place

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from widefield import _checks, report
 from widefield.analysis._model import chunks, track, visited
 from widefield.analysis._result import Result
-from widefield.analysis.cam import class_scores
+from widefield.analysis._scores import logits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,7 +196,7 @@ def _compared(model: nn.Module, images: Tensor, steps: Sequence[int], spread: _S
 
     def scores(down: int, right: int) -> Tensor:
         window = images[:, :, down : down + height, right : right + width].contiguous()
-        return class_scores(model, window).cpu().double()  # there are devices without float64
+        return logits(model, window, images).cpu().double()  # there are devices without float64
 
     before = scores(0, 0)
     spread.add(before)

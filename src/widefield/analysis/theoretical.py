@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.analysis._model import as_map, chunks, last_maps, submodule, visited, watched
+from widefield.analysis._maps import inner_map, map_hint, no_map
+from widefield.analysis._model import (
+    Layer,
+    chunks,
+    last_maps,
+    layer_name,
+    made_up,
+    never_called,
+    running,
+    submodule,
+    visited,
+    watched,
+)
 from widefield.analysis._places import Tracer
 
 Target = str | Sequence[int]
@@ -50,7 +62,7 @@ class Field:
 
 
 def theoretical_receptive_field(
-    model: nn.Module, images: Tensor | int | Sequence[int], layer: str | None = None, target: Target = "center"
+    model: nn.Module, images: Tensor | int | Sequence[int], layer: Layer | None = None, target: Target = "center"
 ) -> Field:
     """Return what a unit of a layer's map can see, whatever the weights.
 
@@ -61,21 +73,20 @@ def theoretical_receptive_field(
 
     Args:
         model: any.
-        images: (N, C, H, W), of which the first is taken; or the side or (rows, columns) of a black image, which has
-            as many channels as the model's first nn.Conv2d takes (3 without any).
-        layer: a module's name; None: the last that gives a map.
+        images: (N, C, H, W), or clips (N, C, T, H, W), of which the first is taken; or the side or (rows, columns) of a
+            black image, which has as many channels as the model's first convolution takes (3 without any).
+        layer: a module, or its name; None: the last in the backbone that gives a map.
         target: "center", which is the unit (h // 2, w // 2) of the map, or (row, column).
 
     Raises:
         ValueError: an unknown layer, one that gives no map or none of the image, a target outside of it, no image, or
             a size that the model refuses.
-        TypeError: images of another kind.
+        TypeError: images or a layer of another kind.
     """
     if not isinstance(images, Tensor):
-        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-        images = torch.zeros(1, channels, *_checks.pair("images", images))
-    one = next(chunks(images.detach(), model, 1)).clone()  # models may write on their input
-    name = candidates(model, one)[-1] if layer is None else layer
+        images = made_up(model, images, 1, noise=False)
+    one = next(chunks(images.detach(), model, 1, clips=True)).clone()  # models may write on their input
+    name = candidates(model, one)[-1] if layer is None else layer_name(model, layer)
     tracer = Tracer(one)
     with visited(model), torch.no_grad(), tracer.inside(model), tracer:
         found = feature_map(model, name, one)
@@ -107,35 +118,36 @@ def feature_map(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 
     Raises ValueError where it gives none.
     """
-    size = images.shape[2:]
-    layout, prefix = getattr(model, "output_fmt", None), getattr(model, "num_prefix_tokens", None)
+    size, hint = images.shape[2:], map_hint(model)
     maps: list[Tensor] = []
-    shapes: list[str] = []
+    seen: list[Any] = []
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        shapes.append(str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__)
-        found = as_map(output, size, layout=layout, prefix=prefix)
-        if found is None and isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
-            found = output  # who asks for a layer by name may ask for one that does not keep proportions
+        seen.append(output)
+        found = inner_map(output, size, **hint)
         if found is not None:
-            maps.append(found)
+            maps.append(found[1])
+        elif isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point():
+            maps.append(output)  # who asks for a layer by name may ask for one that does not keep proportions
 
-    with watched({layer: submodule(model, layer)}, see):
+    with running(model, images), watched({layer: submodule(model, layer)}, see):
         # Heads may refuse sizes that features take, so that only a layer of the head calls for the head.
         for run in (getattr(model, "forward_features", None), model):
-            if run is not None and not shapes:
+            if run is not None and not seen:
                 run(images)
+    if not seen:
+        raise never_called(model, layer)
     if not maps:
-        gave = f"gives {shapes[-1]}" if shapes else "is never called"
         raise ValueError(
-            f"layer {layer!r} of {type(model).__name__} makes no map of images of {tuple(images.shape[1:])}: it {gave}."
+            f"layer {layer!r} of {type(model).__name__} makes no map of images of {tuple(images.shape[1:])}: it gives "
+            f"{no_map(seen[-1])}."
         )
     return maps[-1]
 
 
 def unknown(images: Tensor, places: Sequence[int], unit: tuple[int, int], reason: str) -> Field:
     """Return the field of a unit of which nobody can tell what it sees: centred on its share of the image."""
-    y, x = images.shape[2] / places[0], images.shape[3] / places[1]
+    y, x = images.shape[-2] / places[0], images.shape[-1] / places[1]
     return Field(None, (y, x), ((unit[0] + 0.5) * y - 0.5, (unit[1] + 0.5) * x - 0.5), reason, None)
 
 

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        _check_places(args)
         status: int = args.run(args, rest) if args.takes_overrides else args.run(args)
     except USER_ERRORS as error:
         print(f"widefield {args.command}: {error}", file=sys.stderr)
@@ -56,6 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return status
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Raise OSError now, and not when the work is done, where --out or --plot cannot be written."""
+    from widefield._files import check_place
+
+    if args.command == "eval":  # its processes share a place, which one of them checks
+        return
+    if getattr(args, "out", None) is not None:
+        check_place(args.out, folder=args.command not in ("runs", "report"))
+    if getattr(args, "plot", None) is not None:
+        check_place(args.plot)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,10 @@ def arguments(
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder ({out})")
+    if figures and models == "+":
+        parser.add_argument(
+            "--label", nargs="+", metavar="TEXT", help="what to call each model in figures and tables (its word)"
+        )
     if figures:
         parser.add_argument("--vector", choices=("pdf", "svg"), help="write the figure as a vector drawing, too")
 
@@ -64,7 +69,19 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
     """Build or load the model that a word of the command line names; see :func:`widefield.subjects.load`."""
     from widefield.subjects import load
 
-    return load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)
+    labels = check_labels(args)
+    found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)
+    return replace(found, name=labels[args.models.index(word)]) if labels else found
+
+
+def check_labels(args: argparse.Namespace) -> list[str]:
+    """Return what the command line calls the models, one each, or nothing; raises ValueError for another number."""
+    labels: list[str] = getattr(args, "label", None) or []
+    if labels and not len(labels) == len(set(labels)) == len(args.models) == len(set(args.models)):
+        raise ValueError(
+            f"--label takes one text for each model, all different; got {labels} for the models {args.models}."
+        )
+    return labels
 
 
 def pictures(args: argparse.Namespace, found: Subject, size: int | None = None, *, stand_in: bool = True) -> Pictures:

@@ -17,7 +17,7 @@ SUMMARY = "where models look: class activation maps, side by side"
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     _subjects.arguments(parser, images=4)
-    parser.add_argument("--layer", metavar="NAME", help="whose map, in all models (the last that the class hears of)")
+    parser.add_argument("--layer", metavar="NAME", help="whose map, in all models (the last that the class depends on)")
     parser.add_argument("--target", type=int, metavar="N", help="number of a class (each image's predicted one)")
 
 
@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(found: Subject) -> Sequence[str] | None:
-    """Return names for the model's scores: those of a run, ImageNet's for published weights, or None."""
+    """Return names for the model's scores: those of a run, ImageNet's for weights from elsewhere, or None."""
     if found.classes:
         return found.classes
-    if found.weights == "pretrained" and getattr(found.model, "num_classes", 1000) == 1000:
+    from_elsewhere = found.trained_on is None and found.weights != "random"
+    if from_elsewhere and getattr(found.model, "num_classes", 1000) == 1000:
         from timm.data import ImageNetInfo
 
         return [str(word).split(",")[0] for word in ImageNetInfo().label_descriptions()]

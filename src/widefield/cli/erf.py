@@ -12,7 +12,7 @@ SUMMARY = "effective receptive fields of models, beside the theoretical ones"
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     _subjects.arguments(parser, sizes=True)
-    parser.add_argument("--layer", metavar="NAME", help="whose map to look at (the last that gives one)")
+    parser.add_argument("--layer", metavar="NAME", help="whose map to look at (the last of the backbone)")
     parser.add_argument("--linear", action="store_true", help="colour the scores, not their logarithm")
 
 

@@ -180,10 +180,11 @@ class Pictures(ImageSet):
 def _files(root: Path) -> tuple[Path, list[Path], Skipped]:
     """Return the folder that was searched, the images in it, and what was left out."""
     if not root.is_dir():
-        known = ", ".join(repr(name) for name in (PHOTOGRAPHS, *SETS) if name != "folder")
+        known = [name for name in (PHOTOGRAPHS, *SETS) if name != "folder"]  # which stands for no images of its own
+        folders = [str(path) for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
         raise FileNotFoundError(
-            f"no folder of images {str(root)!r}.{_checks.did_you_mean(str(root), (PHOTOGRAPHS, *SETS))} "
-            f"Give a folder, or one of {known}."
+            f"no folder of images {str(root)!r}.{_checks.did_you_mean(str(root), (*known, *folders))} "
+            f"Give a folder, or one of {', '.join(map(repr, known))}."
         )
     if (root / "val").is_dir():
         root = root / "val"

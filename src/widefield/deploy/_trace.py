@@ -13,6 +13,7 @@ from widefield import _checks
 from widefield.deploy._others import first_line, quiet
 from widefield.nn import DCNv3, FusedMoRFConv2d, MoRFConv2d
 from widefield.ops import fold, mixture_conv2d
+from widefield.surgery.answers import plainly
 from widefield.surgery.walk import copied, refuse_training, replace
 
 ROUTING = ("branches", "per-sample")
@@ -98,6 +99,8 @@ class _Branches(nn.Module):
 def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
     """Return the graph of a model in evaluation mode, as :func:`torch.export.export` sees it.
 
+    Its outputs are tensors alone, or in tuples, lists and dicts: see :func:`widefield.surgery.answers.plainly`.
+
     Args:
         model: on the CPU.
         x: (N, C, H, W), an example; any N.
@@ -106,9 +109,11 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
     Raises:
         ValueError: it has no such graph, or none in which these sizes may change; says why, and what would do.
     """
+    name = type(model).__name__
     if "batch" in dynamic and len(x) == 1:
         x = torch.cat((x, x))  # a size of 1 would become a constant
     try:
+        model = plainly(model, x)
         return _export(model, x, dynamic)
     except Exception as error:  # torch.export raises whatever the model's code runs into
         reason = _reason(error)
@@ -116,10 +121,10 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
             if len(fewer) < len(dynamic) and _exports(model, x, fewer):
                 fixed = " and ".join(name for name in dynamic if name not in fewer)
                 raise ValueError(
-                    f"{type(model).__name__} has no graph with a dynamic {fixed}: {reason} With a fixed one it has: "
+                    f"{name} has no graph with a dynamic {fixed}: {reason} With a fixed one it has: "
                     f"pass dynamic={tuple(fewer)!r} and an example input of that {fixed}."
                 ) from error
-        raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {reason}") from error
+        raise ValueError(f"{name} cannot be traced by torch.export: {reason}") from error
 
 
 def _export(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from widefield.surgery.answers import place_of_meant, tensors, wrapping
 
 _NO_IMAGES = (
     "there are no images: the loader gave none. It is iterated more than once: where it gave some in the first round, "
@@ -58,7 +59,8 @@ class Change:
     """Root of the summed squares of the differences, over that of the first model's outputs; of several outputs, the
     largest of these."""
     agreement: float | None
-    """Share of images of which both have the same largest output; None where an output is not (N, classes)."""
+    """Share of images of which both have the same largest score; None where the models' answer is not (N, classes):
+    their output, or the tensor in it that :func:`widefield.surgery.answers.meant` finds."""
     accuracy_before: float | None
     """Share of labelled images that the first model gets right; None without labels, class numbers from 0."""
     accuracy_after: float | None
@@ -123,7 +125,7 @@ class Tally:
         self._ranks = True
 
     def add(self, first: Any, second: Any, labels: Any = None, *, images: int | None = None) -> None:
-        """Take in the outputs of both for one batch: the same tensors, alone or in tuples, lists and dicts.
+        """Take in the outputs of both for one batch: the same tensors, alone or in tuples, mappings and dataclasses.
 
         Args:
             first, second: outputs of the two models.
@@ -140,10 +142,12 @@ class Tally:
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a.numel():
                 self._outputs.setdefault(index, _Sums()).add(a.double(), b.double())
-        self._ranks &= len(ours) == 1 and ours[0].ndim == 2 and len(ours[0]) == count and ours[0].shape[1] > 1
-        if not self._ranks:
+        place = place_of_meant(first)
+        scores = None if place is None else ours[place]
+        self._ranks &= scores is not None and scores.ndim == 2 and len(scores) == count and scores.shape[1] > 1
+        if not self._ranks or scores is None or place is None:
             return
-        before, after = ours[0].argmax(1), theirs[0].argmax(1).to(ours[0].device)
+        before, after = scores.argmax(1), theirs[place].argmax(1).to(scores.device)
         self._same += int((before == after).sum())
         classes = _classes(labels, count)
         if classes is not None:
@@ -221,12 +225,12 @@ def comparable(first: Any, second: Any) -> tuple[list[Tensor], list[Tensor]]:
 
     Raises ValueError where they are not of the same shapes, or the first's are not finite.
     """
-    ours, theirs = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (first, second))
+    ours, theirs = tensors(first), tensors(second)
     if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
         raise ValueError(
-            "the outputs cannot be compared: expected the same tensors, alone or in tuples, lists and dicts; got "
-            f"{[tuple(t.shape) for t in ours] or type(first).__name__} and "
-            f"{[tuple(t.shape) for t in theirs] or type(second).__name__}."
+            "the outputs cannot be compared: expected the same tensors, alone or in tuples, lists, mappings and "
+            f"dataclasses; got {[tuple(t.shape) for t in ours] or type(first).__name__} and "
+            f"{[tuple(t.shape) for t in theirs] or type(second).__name__}.{wrapping(first)}"
         )
     if not all(tensor.isfinite().all() for tensor in ours):
         raise ValueError("the first model's outputs are not finite, so nothing can be compared: choose another input.")
@@ -285,17 +289,34 @@ def check_loader(loader: Any) -> None:
         )
 
 
-def pixels(batch: Any) -> Tensor:
-    """Return the images of a batch as loaders give it: a tensor, {"image": tensor}, or (tensor, ...)."""
+def pixels(batch: Any, *, clips: bool = False) -> Tensor:
+    """Return the images of a batch as loaders give it: a tensor, {"image": tensor}, or (tensor, ...).
+
+    Args:
+        batch: see above.
+        clips: take video clips (N, C, T, H, W), too.
+
+    Raises:
+        TypeError: no tensor of floating-point numbers.
+        ValueError: another shape, or numbers that are not finite.
+    """
     if isinstance(batch, Mapping):
         batch = batch.get("image")
     elif isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     if not isinstance(batch, Tensor) or not batch.is_floating_point():
         kind = f"{batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
-        raise TypeError(f"images must be tensors of floating-point numbers, normalised; got a {kind}.")
-    if batch.ndim != 4:
-        raise ValueError(f"images must have the shape (N, C, H, W); got {tuple(batch.shape)}.")
+        mend = " Divide by 255 and normalise as in training." if kind == "torch.uint8 tensor" else ""
+        raise TypeError(f"images must be tensors of floating-point numbers, normalised; got a {kind}.{mend}")
+    if batch.ndim != 4 and not (clips and batch.ndim == 5):
+        also = ", or clips (N, C, T, H, W)" if clips else ""
+        raise ValueError(f"images must have the shape (N, C, H, W){also}; got {tuple(batch.shape)}.")
+    finite = batch.isfinite()
+    if not finite.all():
+        index = int((~finite).flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"images must be finite; image {index} of {len(batch)} in a batch is not finite: nan or infinity."
+        )
     return batch
 
 

@@ -78,8 +78,8 @@ def load_trained(run: str | Path, which: str = "best") -> nn.Module:
     """
     chosen = checkpoint.chosen(Path(run), which)
     recipe = load_recipe(run)
-    # The stored weights replace whatever the recipe started from: do not look for it.
-    args = {key: value for key, value in recipe.model.args.items() if key != "checkpoint_path"}
+    # The stored weights replace whatever others the recipe started from: do not fetch or read those.
+    args = {key: value for key, value in recipe.model.args.items() if key not in ("pretrained", "checkpoint_path")}
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args, pretrained=False))
     model = build_model(recipe, chosen.meta["model_args"])
     checkpoint.load_weights(chosen.weights, model)

@@ -1,0 +1,148 @@
+"""Layers' outputs as maps of places: to read, and to lead through a module in which they can be tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, cat, nn
+
+from widefield.surgery.answers import described, exchanged, meant, tensors
+
+
+def as_map(
+    output: Any, images: Sequence[int], *, layout: str | None = None, prefix: int | None = None
+) -> Tensor | None:
+    """Return a layer's output as a map (N, C, h, w) that gradients flow through, or None if it is none.
+
+    A map keeps the images' proportions: (N, C, h, w) as it is; (N, h, w, C) as in Swin; tokens (N, L, C) of which the
+    last h*w stand for places, as in ViT. Of video clips, what there is at each time step counts as further channels:
+    (N, C, t, h, w), (N, t, h, w, C) and tokens for t*h*w places become (N, C*t, h, w).
+
+    Args:
+        output: whatever a module returned.
+        images: (H, W) of the images, or (T, H, W) of the clips.
+        layout: "NCHW" or "NHWC" where known; needed only where both would fit.
+        prefix: tokens before those that stand for places; None: the fewest that fit.
+    """
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return None
+    if output.ndim == len(images) + 2 > 3:
+        last = _channels_last(output.shape, images, layout)
+        if last is None:
+            return None
+        found = output.movedim(-1, 1) if last else output
+        return found.flatten(1, 2) if len(images) == 3 else found
+    if output.ndim == 3 and len(images) == 3:
+        return _of_clip(output, images)
+    if output.ndim == 3:
+        length = output.shape[1]
+        for extra in range(9) if prefix is None else (prefix,):
+            sides = _sides(length - extra, images)
+            if sides:
+                return output[:, extra:].transpose(1, 2).reshape(len(output), -1, *sides)
+    return None
+
+
+def _channels_last(shape: Sequence[int], images: Sequence[int], layout: str | None) -> bool | None:
+    """Return whether the channels of a map of this shape come last, None if it is no map of such images."""
+    frames, size = images[:-2], images[-2:]
+    first, last = (
+        _similar(sides[-2:], size) and all(t <= most for t, most in zip(sides[:-2], frames, strict=True))
+        for sides in (shape[2:], shape[1:-1])
+    )
+    if first and (layout != "NHWC" or not last):
+        return False
+    return True if last else None
+
+
+def _of_clip(tokens: Tensor, clip: Sequence[int]) -> Tensor | None:
+    """Return :func:`as_map` of tokens (N, L, C) for clips of (T, H, W), with at most one that stands for no place.
+
+    Of several splits into time and places it is that with the most time steps, as strides in time are small.
+    """
+    frames, size = clip[0], clip[1:]
+    for extra in (0, 1):
+        length = tokens.shape[1] - extra
+        for steps in (t for t in range(frames, 0, -1) if frames % t == length % t == 0):
+            sides = _sides(length // steps, size)
+            if sides:
+                return tokens[:, extra:].transpose(1, 2).reshape(len(tokens), -1, *sides)
+    return None
+
+
+def _similar(sides: Sequence[int], images: Sequence[int]) -> bool:
+    """Whether a map of these sides can be one of images of that size: the same stride both ways, to rounding."""
+    h, w = sides
+    H, W = images
+    return 1 < h * w <= H * W and abs(h - w * H / W) <= 1 + 1e-6 and (H != W or h == w)
+
+
+def _sides(places: int, images: Sequence[int]) -> tuple[int, int] | None:
+    H, W = images
+    h = round((max(places, 0) * H / W) ** 0.5)
+    if h and places % h == 0 and _similar((h, places // h), images):
+        return h, places // h
+    return None
+
+
+def inner_map(output: Any, images: Sequence[int], **hint: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the one map in a layer's output, as (the tensor in the output, :func:`as_map` of it), or None.
+
+    Layers may return it alone, next to what is no map (sizes, None, attention weights), or as "out".
+    """
+    one = meant(output)
+    candidates = tensors(output) if one is None else [one]
+    maps = [(tensor, found) for tensor in candidates if (found := as_map(tensor, images, **hint)) is not None]
+    return maps[0] if len(maps) == 1 else None
+
+
+def map_hint(model: nn.Module) -> dict[str, Any]:
+    """Return what timm's models say about the form of their maps, as :func:`as_map` takes it."""
+    return {"layout": getattr(model, "output_fmt", None), "prefix": getattr(model, "num_prefix_tokens", None)}
+
+
+def no_map(output: Any) -> str:
+    """Return in words what a layer gave in place of one map, and what to do about it."""
+    several = not isinstance(output, Tensor) and len(tensors(output)) > 1
+    return described(output) + (": choose a layer inside it that gives one of them" if several else "")
+
+
+@contextmanager
+def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Module]:
+    """Lead a layer's output through a module that sees it as a map (N, C, h, w), and yield that module.
+
+    captum averages gradients over all dimensions after the second, which is right for (N, C, h, w) alone: with the
+    module as its layer, tokens, channels-last maps and those of clips are served as well.
+    """
+    tap = nn.Identity()
+    hint = map_hint(model)
+
+    def lead(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        found = inner_map(output, size, **hint)
+        if found is None:
+            got = "shape " * isinstance(output, Tensor) + no_map(output)
+            raise ValueError(f"the layer {layer!r} gives no map of images of {tuple(size)} pixels: got {got}.")
+        inside, seen = found
+        # Detached: captum asks for gradients of this tensor, and the caller's images may share its memory.
+        # Cloned: the next layer may work in place.
+        led = tap(seen.detach()).clone()
+        return exchanged(output, inside, _laid_out(led, inside, size, hint["layout"]))
+
+    handle = model.get_submodule(layer).register_forward_hook(lead)
+    try:
+        yield tap
+    finally:
+        handle.remove()
+
+
+def _laid_out(led: Tensor, given: Tensor, images: Sequence[int], layout: str | None) -> Tensor:
+    """Return a map that :func:`as_map` made of ``given``, in the form of that."""
+    if given.ndim == 3:
+        tokens = led.reshape(len(led), given.shape[2], -1).transpose(1, 2)
+        return cat([given[:, : given.shape[1] - tokens.shape[1]], tokens], 1)
+    last = _channels_last(given.shape, images, layout)
+    channels = given.shape[-1 if last else 1]
+    led = led.unflatten(1, (channels, -1)) if given.ndim == 5 else led
+    return led.movedim(1, -1) if last else led

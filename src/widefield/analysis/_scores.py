@@ -1,0 +1,137 @@
+"""What a model says of an image's classes: its logits, or the scores that classes get from maps and detections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from widefield.analysis._model import running
+from widefield.surgery.answers import described, meant, wrapping
+
+
+class Scores(NamedTuple):
+    """The score of every class for every image."""
+
+    values: Tensor
+    """(N, K); gradients flow through."""
+    probability: Tensor
+    """(N, K), float32, in [0, 1]."""
+    predicted: Tensor
+    """(N,), int64; -1 where a detector detects nothing."""
+    known: bool = True
+    """Whether K is the number of the model's classes. A detector's is not known: K goes up to the last detected."""
+
+    def upto(self, count: int) -> Scores:
+        """Return the scores of ``count`` classes at least, if K is not known: those of further classes are 0."""
+        more = max(0, 0 if self.known else count - self.values.shape[1])
+        return self._replace(values=F.pad(self.values, (0, more)), probability=F.pad(self.probability, (0, more)))
+
+
+def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Tensor:
+    """Return the logits of a classifier, (N, classes), alone or as the obvious one of its outputs.
+
+    ``given`` are the images that these are windows of.
+
+    Raises ValueError for a model that gives something else, or numbers that are not finite.
+    """
+    with running(model, images, given):
+        output = model(images)
+    found = _classifiers(output, len(images))
+    if found is None:
+        raise _refusal(model, output, len(images), "")
+    return _finite(model, found)
+
+
+def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Scores:
+    """Run a model, with ``weights`` in place of its own of those names; return the score of every class.
+
+    - A classifier, (N, classes): its logits.
+    - A segmentation model, (N, classes, h, w): the mean logit of the pixels that are predicted as that class, as in
+      Seg-Grad-CAM (Vinogradova et al. 2020, section 3), and of all pixels where there is none. The class that covers
+      most pixels is the predicted one.
+    - A detector, a list with {"labels": (n,), "scores": (n,), ...} for each image as torchvision's: the summed scores
+      of the detections of that class.
+
+    Raises ValueError if it returns something else, or numbers that are not finite.
+    """
+    with running(model, images):
+        output = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
+    detections = _detections(output, len(images))
+    if detections is not None:
+        return _detected(model, detections)
+    found = _classifiers(output, len(images))
+    if found is not None:
+        values = _finite(model, found)
+        rated = _rated(values)
+        return Scores(values, rated, values.argmax(1))
+    maps = meant(output)
+    if isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == len(images) and maps.numel():
+        return _segmented(_finite(model, maps))
+    raise _refusal(model, output, len(images), ", maps of them (N, classes, h, w), or a list of detections")
+
+
+def _classifiers(output: Any, images: int) -> Tensor | None:
+    found = meant(output)
+    fits = found is not None and found.ndim == 2 and len(found) == images and found.shape[1] > 0
+    return found if fits and found is not None and found.is_floating_point() else None
+
+
+def _refusal(model: nn.Module, output: Any, images: int, more: str) -> ValueError:
+    got = "shape " * isinstance(output, Tensor) + described(output)
+    return ValueError(
+        f"{type(model).__name__} must return scores (N, classes){more}; got {got} for {images} images."
+        f"{wrapping(output)}"
+    )
+
+
+def _finite(model: nn.Module, scores: Tensor) -> Tensor:
+    if not scores.isfinite().all():
+        raise ValueError(f"{type(model).__name__} returned scores that are not finite.")
+    return scores
+
+
+def _rated(values: Tensor) -> Tensor:
+    values = values.detach().float()
+    return values.softmax(1) if values.shape[1] > 1 else values.sigmoid()
+
+
+def _segmented(maps: Tensor) -> Scores:
+    """Return the scores of classes from logits (N, K, h, w); of one class, its pixels are those above 0."""
+    count = maps.shape[1]
+    if count > 1:
+        where = maps.argmax(1, keepdim=True) == torch.arange(count, device=maps.device)[:, None, None]
+    else:
+        where = maps > 0
+    covered = where.sum((2, 3))
+    share = torch.where((covered > 0)[:, :, None, None], where, True).to(maps)
+    share = share / share.sum((2, 3), keepdim=True)
+    return Scores((maps * share).sum((2, 3)), (_rated(maps) * share.float()).sum((2, 3)), covered.argmax(1))
+
+
+def _detections(output: Any, images: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Return (labels, scores) of each image, None for what is no list of detections."""
+    if not isinstance(output, (list, tuple)) or len(output) != images:
+        return None
+    found = []
+    for entry in output:
+        labels, scores = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("labels", "scores"))
+        if not isinstance(labels, Tensor) or not isinstance(scores, Tensor) or labels.shape != scores.shape:
+            return None
+        found.append((labels, scores))
+    return found
+
+
+def _detected(model: nn.Module, found: list[tuple[Tensor, Tensor]]) -> Scores:
+    count = max(int(labels.max()) + 1 if len(labels) else 1 for labels, _ in found)
+    values = torch.stack([scores.new_zeros(count).index_add(0, labels, scores) for labels, scores in found])
+    best = [
+        torch.zeros(count, device=scores.device).scatter_reduce(0, labels, scores.detach().float(), "amax")
+        for labels, scores in found
+    ]
+    predicted = _finite(model, values).argmax(1)
+    nothing = torch.tensor([not len(labels) for labels, _ in found], device=predicted.device)
+    return Scores(values, torch.stack(best), predicted.masked_fill(nothing, -1), known=False)

@@ -1,0 +1,147 @@
+"""What models return besides a plain tensor: the tensors in it, the one that is meant, and how to ask for one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+MEANT = ("logits", "out")
+"""Names of the tensor that is a model's answer: in Hugging Face's outputs and torchvision's GoogLeNet and Inception,
+and in torchvision's segmentation models."""
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output in their order: alone, or in tuples, mappings and dataclasses."""
+    return [tensor for _, tensor in _parts(output, "")]
+
+
+def meant(output: Any) -> Tensor | None:
+    """Return the tensor that is a model's answer, or None where that is not obvious.
+
+    It is the output itself, the entry called by the first of :data:`MEANT`, or the only tensor in it.
+    """
+    named = {name: value for name, _, value in _entries(output)}
+    for name in MEANT:
+        if isinstance(named.get(name), Tensor):
+            return named[name]
+    found = tensors(output)
+    return found[0] if len(found) == 1 else None
+
+
+def place_of_meant(output: Any) -> int | None:
+    """Return the index in :func:`tensors` of the tensor that :func:`meant` returns, or None."""
+    one = meant(output)
+    return next((index for index, tensor in enumerate(tensors(output)) if tensor is one), None)
+
+
+def described(output: Any) -> str:
+    """Return an output in words: "(2, 5)" of a tensor, or else such as "dict with ['masks'] (2, 5, 8, 8)"."""
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    parts = [f"{path} {tuple(tensor.shape)}" for path, tensor in _parts(output, "")]
+    more = f" and {len(parts) - 6} more" if len(parts) > 6 else ""
+    kind = type(output).__name__
+    return f"{kind} with {', '.join(parts[:6])}{more}" if parts else f"{kind} without a tensor"
+
+
+def wrapping(output: Any) -> str:
+    """Return the sentence that tells how to wrap a model of this output; empty where there is nothing to choose."""
+    parts = _parts(output, "")
+    if isinstance(output, Tensor) or not parts:
+        return ""
+    return (
+        " Wrap the model in a module that returns one tensor: class Wrapped(torch.nn.Module), whose forward is "
+        f"return self.model(images){parts[0][0]}."
+    )
+
+
+def exchanged(output: Any, old: Tensor, new: Tensor) -> Any:
+    """Return an output like this one with one of its tensors exchanged, wherever it stands in it."""
+    if output is old:
+        return new
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, MutableMapping):
+        twin = copy.copy(output)
+        twin.update({key: exchanged(value, old, new) for key, value in output.items()})
+        return twin
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        return dataclasses.replace(output, **{key: exchanged(value, old, new) for key, value in values.items()})
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*(exchanged(value, old, new) for value in output))
+    if isinstance(output, (tuple, list)):
+        return type(output)(exchanged(value, old, new) for value in output)
+    return output
+
+
+def plainly(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return a model that answers in tensors, tuples, lists and dicts, which tracers know: itself if it does.
+
+    Of another output only the tensors are kept: by name where it has names, or else in a tuple.
+
+    Args:
+        model: in evaluation mode.
+        x: images that it runs on.
+    """
+    with torch.no_grad():
+        output = model(x.clone())  # models may write on their input
+    return model if _is_plain(output) or not tensors(output) else _Plainly(model).eval()
+
+
+class _Plainly(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return _plain(self.model(images))
+
+
+def _plain(output: Any) -> Any:
+    entries = [(name, value) for name, _, value in _entries(output) if isinstance(value, Tensor) or tensors(value)]
+    if not entries:
+        return output
+    values = [value if isinstance(value, Tensor) else _plain(value) for _, value in entries]
+    if all(name is not None for name, _ in entries):
+        return {name: value for (name, _), value in zip(entries, values, strict=True)}
+    return tuple(values)
+
+
+def _is_plain(output: Any) -> bool:
+    if type(output) in (tuple, list):
+        return all(map(_is_plain, output))
+    if type(output) in (dict, OrderedDict):
+        return all(map(_is_plain, output.values()))
+    return isinstance(output, Tensor)
+
+
+def _parts(output: Any, path: str) -> list[tuple[str, Tensor]]:
+    """Return (path in code, tensor) of every tensor in an output."""
+    if isinstance(output, Tensor):
+        return [(path, output)]
+    return [part for _, step, value in _entries(output) for part in _parts(value, path + step)]
+
+
+def _entries(output: Any) -> Iterator[tuple[str | None, str, Any]]:
+    """Yield (name or None, step in code, value) of what an output holds; nothing for tensors and plain values."""
+    if isinstance(output, Tensor):
+        return
+    if isinstance(output, Mapping):
+        yield from ((str(key), f"[{key!r}]", value) for key, value in output.items())
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [field.name for field in dataclasses.fields(output)]
+        yield from ((name, f".{name}", getattr(output, name)) for name in names)
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        yield from ((name, f".{name}", getattr(output, name)) for name in output._fields)
+    elif isinstance(output, (tuple, list)):
+        yield from ((None, f"[{index}]", value) for index, value in enumerate(output))
+    elif (leaves := tree_leaves(output)) and leaves[0] is not output:
+        yield from ((None, f"[{index}]", value) for index, value in enumerate(leaves))
