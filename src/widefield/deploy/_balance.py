@@ -16,7 +16,7 @@ from torch import Tensor
 from widefield.deploy import _graph
 
 _HEADROOM = 2.0
-"""A channel is stretched to half of its tensor's range: other images may have larger values than those of calibration."""
+"""A channel is stretched to half of its tensor's range: other images may have larger values."""
 _MOST = 64.0
 """Largest factor: beyond it a channel has next to no values."""
 _DEAD = 1e-6
@@ -29,11 +29,10 @@ _GATE, _SILU = (-7.0, 7.0), (-10.0, None)
 _Ends = tuple[float | None, float | None]
 
 
-def prepare(model: Any, images: Iterable[Tensor]) -> None:
-    """Make a float32 graph fit for rounding, in place: biases to correct, ranges cut, channels equalized."""
+def prepare(model: Any) -> None:
+    """Make a float32 graph fit for rounding, in place: biases to correct, ranges cut."""
     _give_biases(model)
     _cut(model)
-    _equalize(model, images)
 
 
 def correct(plain: Any, rounded: Any, images: Iterable[Tensor]) -> None:
@@ -174,10 +173,11 @@ def _ends(tensor: str, users: list[Any], made: Any) -> _Ends | None:
     return _SATURATED.get(kinds[0]) if len(kinds) == 1 else None
 
 
-def _equalize(model: Any, images: Iterable[Tensor]) -> None:
-    """Scale the channels between two convolutions to a like size; the function is the same but for rounding.
+def equalize(model: Any, images: Iterable[Tensor]) -> None:
+    """Scale the channels between two convolutions to a like size, in place, after :func:`prepare`.
 
-    A Clip stays as it is: channels only grow, and no further than to half of the range.
+    The function is the same, but for a Clip between the two: it stays as it is, and cuts off what is more than
+    twice as large as on any of these images.
     """
     known, pairs = _graph.constants(model), _pairs(model)
     peaks = _graph.observe(model, {second.input[0]: None for *_, second in pairs}, images, "ReduceMax")

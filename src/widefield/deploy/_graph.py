@@ -44,6 +44,15 @@ def write(model: Any, path: Path) -> None:
         onnx.save(model, path)
 
 
+def annotate(path: Path, texts: Mapping[str, str]) -> None:
+    """Give the file of a graph metadata of its own."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, dict(texts))
+    onnx.save(model, path)
+
+
 def copied(model: Any) -> Any:
     """Return another ModelProto with the same content."""
     twin = type(model)()
