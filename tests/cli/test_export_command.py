@@ -36,6 +36,28 @@ def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
         assert words in out
 
 
+def test_the_file_of_a_run_names_its_classes(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    small = ["--epochs", "1", "--schedule.warmup_epochs", "0", "--model.args.dims", "[4, 8, 8, 8]"]
+    small += ["--model.args.depths", "[1, 1, 1, 1]", "--output", run]
+    assert cli.main(["train", "digits_morf", *small]) == 0
+    words = ["--count", "16", "--batch", "4", "--int8", "--keep", "head.fc", "--out", str(tmp_path / "out")]
+    assert export(run, *words) == 0
+    assert "change of the outputs" in capsys.readouterr().out
+    for path in sorted((tmp_path / "out").glob("*.onnx")):
+        info = deploy.load(path).info
+        assert info.classes == tuple(map(str, range(10)))
+        told = json.loads((tmp_path / "out" / f"{path.name}.json").read_text())
+        assert told["classes"] == list(info.classes)
+        assert told["input"]["size"] == list(info.size) == told["input"]["shape"][2:]
+        assert told["input"]["mean"] == list(info.mean)
+
+
+def test_random_weights_have_no_names(tmp_path):
+    assert export("resnet10t", "--size", "32", "--count", "4", "--out", str(tmp_path)) == 0
+    assert json.loads((tmp_path / "resnet10t.onnx.json").read_text())["classes"] is None
+
+
 @pytest.mark.parametrize("format", ["pt2", "openvino"])
 def test_other_formats(tmp_path, capsys, format):
     words = ["--size", "32", "--count", "4", "--format", format, "--out", str(tmp_path)]

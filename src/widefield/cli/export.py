@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from widefield.cli import _subjects
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from widefield.deploy import ModelInfo
+    from widefield.subjects import Subject
 
     Batches = list[tuple[Tensor, ...]]
 
@@ -51,6 +54,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--outliers", choices=("warn", "refuse", "float"), default="warn",
         help="what to do about kernels that 8 bits spoil (warn)",
     )  # fmt: skip
+    parser.add_argument("--equalize", action="store_true", help="scale channels to a like size before 8 bits (do not)")
+    parser.add_argument(
+        "--keep", nargs="*", default=[], metavar="LAYER", help="layers to leave in float32, as the report names them"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if "batch" not in args.dynamic:
         held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
     model = _prepared(found.model, shown, args)
+    about: dict[str, Any] = {"info": _info(found)}
     stem = found.name.partition("{")[0].replace(":", "_").replace("/", "_")
     path = args.out / f"{stem}{deploy.FORMATS[args.format]}"
     done = deploy.export(
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         loader=held_out,
         opset=args.opset,
         throughput=args.throughput,
-        normalisation=(found.mean, found.std),
+        **about,
     )
     written = [path, path.with_name(f"{path.name}.json")]
     print_table(done.rows())
@@ -92,11 +100,39 @@ def run(args: argparse.Namespace) -> int:
     print(f"The file against {found.name} as it came: {measure_change(found.model, deploy.load(path), held_out)}.")
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
-        options = {"calibration": args.calibration, "outliers": args.outliers}
-        print(deploy.quantize(model, small, shown, images=held_out, **options))
+        options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
+        rounded = deploy.quantize(model, small, shown, images=held_out, keep=args.keep, **options, **about)
+        print(rounded)
+        print_table(rounded.layer_rows(5))
         written += [small, small.with_name(f"{small.name}.json")]
     print("wrote " + ", ".join(str(part) for part in written))
     return 0
+
+
+def _info(found: Subject) -> ModelInfo:
+    """Return what is known of a model: names of a run's classes, or those that published weights come with."""
+    from widefield.deploy import ModelInfo
+
+    return ModelInfo(_classes(found), tuple(found.mean), tuple(found.std), (found.size, found.size))
+
+
+def _classes(found: Subject) -> tuple[str, ...] | None:
+    if found.weights == "trained in this run":
+        return tuple(found.pictures(count=1).classes) or None
+    if found.weights != "pretrained":
+        return None
+    if found.name.startswith("torchvision:"):
+        from torchvision.models import get_model_weights
+
+        name = found.name.partition("{")[0].removeprefix("torchvision:")
+        names = get_model_weights(name).DEFAULT.meta.get("categories")
+        return tuple(names) if names else None
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    head = getattr(found.model, "num_classes", None)
+    published = (getattr(found.model, "pretrained_cfg", None) or {}).get("num_classes")
+    subset = infer_imagenet_subset({"num_classes": head}) if head == published else None  # or the head is a new one
+    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else None
 
 
 def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.Module:

@@ -2,19 +2,24 @@
 
 from widefield.deploy._trace import ROUTING
 from widefield.deploy.export import PACKAGES, Check, Export, export
-from widefield.deploy.quantize import Flips, Quantization, QuantizedKernel, quantize
+from widefield.deploy.info import ModelInfo
+from widefield.deploy.quantize import LOSSY, NOISY, Flips, Quantization, QuantizedKernel, RoundedLayer, quantize
 from widefield.deploy.runtime import FORMATS, Runtime, load
 from widefield.deploy.throughput import Speed, measure_throughput
 
 __all__ = [
     "FORMATS",
+    "LOSSY",
+    "NOISY",
     "PACKAGES",
     "ROUTING",
     "Check",
     "Export",
     "Flips",
+    "ModelInfo",
     "Quantization",
     "QuantizedKernel",
+    "RoundedLayer",
     "Runtime",
     "Speed",
     "export",

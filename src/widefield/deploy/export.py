@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,17 +15,20 @@ from typing import Any
 import torch
 from timm.layers import CondConv2d
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from widefield import _checks, bench
 from widefield._files import checksum, staged
+from widefield.deploy import _graph
 from widefield.deploy._onnx import to_onnx
 from widefield.deploy._others import first_line
 from widefield.deploy._trace import DYNAMIC, bare, prepared, traced
+from widefield.deploy.info import INFO, ModelInfo, collected, to_texts
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.outputs import Tally, batches, example_input, pixels
-from widefield.surgery.walk import copied, unmerged
+from widefield.surgery.walk import begin, copied, unmerged
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ class Export:
     """Every file of the export -> its SHA-256."""
     bytes: int
     input: Mapping[str, Any]
-    """name, dtype, the example's shape, what of it may change, and, where the model says so, mean and std with which
-    images in [0, 1] are to be normalised, for each channel."""
+    """name, dtype, the example's shape, what of it may change; and size, mean and std as of
+    :class:`widefield.deploy.ModelInfo`, None where they are not known."""
     outputs: tuple[str, ...]
     """Names, in order: keys of the model's dicts, "output" where there are none; of an archive none is known."""
     routing: str | None
@@ -82,11 +84,17 @@ class Export:
     """The file beside the model, where that was asked for."""
     environment: Mapping[str, str]
     """Machine, versions, date."""
+    classes: tuple[str, ...] | None = None
+    """Names of the model's outputs, in order; None where they are not known."""
 
     @property
     def relative(self) -> float:
         """The largest relative difference of all checks."""
         return max(check.relative for check in self.checks)
+
+    def __str__(self) -> str:
+        """Say it in a clause."""
+        return f"{self.path}: {self.bytes / 2**20:.1f} MiB, within {self.relative:.1e} of the model"
 
     def rows(self) -> list[dict[str, str]]:
         """Return one row for each check."""
@@ -118,7 +126,10 @@ def export(
     tolerance: float = 1e-4,
     opset: int | None = None,
     throughput: Sequence[int] = (),
+    classes: Sequence[str] | None = None,
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    info: ModelInfo | None = None,
+    report: Callable[[Export], object] | None = None,
 ) -> Export:
     """Write a model to a file that runs without widefield, verify it, and write the proof beside it (PATH.json).
 
@@ -140,12 +151,16 @@ def export(
         opset: ONNX operator set; default: that of torch's exporter.
         throughput: batch sizes at which the file is timed beside the model, eager and compiled by torch.compile, in
             turns: some seconds each.
-        normalisation: mean and standard deviation of each channel, with which images in [0, 1] are to be normalised,
-            for the report. Default: those of timm's configuration, if the model has one.
+        classes: names of the outputs, in order. They go into the file and the report, as do the next two.
+        normalisation: mean and standard deviation of each channel, with which images in [0, 1] are to be normalised.
+        info: the same and the size of the images, for what the two arguments above do not say, such as
+            ``ModelInfo.from_weights(ResNet50_Weights.DEFAULT)`` for models of torchvision. What nothing says is taken
+            from timm's configuration of the model, and is None where there is none.
+        report: called once with what is returned: ``print``, or the ``append`` of a list.
 
     Raises:
         RuntimeError: the model is in training mode; or the file does not compute what the model does.
-        TypeError: parameters that are not float32.
+        TypeError: parameters that are not float32; a report that cannot be called.
         ValueError: another suffix, an unknown word; a model that cannot be traced, or not with these dynamic sizes; an
             operator without a form in this format. The message names it.
         OSError: the path cannot be written to.
@@ -156,6 +171,7 @@ def export(
     model = bare(model)
     dynamic = tuple(sorted({_checks.choice("every entry of dynamic", size, DYNAMIC) for size in _words(dynamic)}))
     tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
+    begin(model, "an export holds the evaluation-mode function", report)
     if format == "openvino":
         import_openvino()
     twin = prepared(model, routing, format)
@@ -165,14 +181,17 @@ def export(
             log.warning("exported as they train are %d layers (%s, ...): reparameterize first.", len(left), left[0])
     reference = copied(model).cpu()
     x = _example(reference, example)
-    mean_std = _normalisation(model, x, normalisation)
+    info = collected(
+        model, x.shape, outputs_of(reference, x), classes=classes, normalisation=normalisation, info=info,
+        fixed="size" not in dynamic,
+    )  # fmt: skip
     times = [_checks.integer("every entry of throughput", count) for count in throughput]
     if times and "batch" not in dynamic and set(times) != {len(x)}:
         raise ValueError(f"the batch is fixed to {len(x)}, and cannot be timed at throughput={tuple(throughput)}.")
     given = () if loader is None else (found for found, _ in batches(loader, reference))
     with staged(path.parent) as stage:
         with torch.no_grad():
-            operators = _write(twin, x, stage / path.name, format, dynamic, opset)
+            operators = _write(twin, x, stage / path.name, format, dynamic, opset, info)
         exported = load(stage / path.name)
         checks = _checked(reference, exported, chain(_fresh(x, dynamic), given))
         worst = max(checks, key=lambda check: check.relative)
@@ -188,7 +207,7 @@ def export(
             path=path.name,
             files=files,
             bytes=sum(part.stat().st_size for part in stage.iterdir()),
-            input={"name": "images", "dtype": "float32", "shape": list(x.shape), "dynamic": list(dynamic), **mean_std},
+            input=input_of(x.shape, dynamic, info),
             outputs=exported.outputs,
             routing=_routing(model, routing),
             operators=dict(sorted(operators.items())),
@@ -197,11 +216,28 @@ def export(
             images="noise" if loader is None else "noise, and images given",
             throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
             environment=bench.environment(beside=PACKAGES[format]),
+            classes=info.classes,
         )
         write_report(stage / f"{path.name}.json", done.to_dict())
     if format == "onnx" and f"{path.name}.data" not in files:  # weights of a larger model that stood here
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    if report is not None:
+        report(done)
     return done
+
+
+def outputs_of(model: nn.Module, x: Tensor) -> int | None:
+    """Return how many classes a model tells apart: the channels of its only output, (N, classes, ...), or None."""
+    with torch.no_grad():
+        found = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
+    return found[0].shape[1] if len(found) == 1 and found[0].ndim > 1 else None
+
+
+def input_of(shape: Sequence[int], dynamic: Sequence[str], info: ModelInfo) -> dict[str, Any]:
+    """Return what a report says of the input."""
+    told = info.to_dict()
+    about = {name: told[name] for name in ("size", "mean", "std")}
+    return {"name": "images", "dtype": "float32", "shape": list(shape), "dynamic": list(dynamic), **about}
 
 
 def write_report(path: Path, told: Mapping[str, Any]) -> None:
@@ -225,22 +261,6 @@ def _example(model: nn.Module, given: Tensor | None) -> Tensor:
     return x
 
 
-def _normalisation(
-    model: nn.Module, x: Tensor, given: tuple[Sequence[float], Sequence[float]] | None
-) -> dict[str, list[float]]:
-    """Return {"mean": ..., "std": ...}, a number for each channel, or nothing where the model says nothing."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    values = (config.get("mean") or (), config.get("std") or ()) if given is None else given
-    mean, std = ([float(value) for value in numbers] for numbers in values)
-    if {len(mean), len(std)} != {x.shape[1]}:
-        if given is None:
-            return {}
-        raise ValueError(f"normalisation must have a mean and a std for each of {x.shape[1]} channels; got {given!r}.")
-    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise ValueError(f"normalisation must be finite, and std above 0; got {given!r}.")
-    return {"mean": mean, "std": std}
-
-
 def _routing(model: nn.Module, asked: str) -> str | None:
     """Return the forms in which layers with routing went in."""
     forms = {asked for module in model.modules() if isinstance(module, (MoRFConv2d, FusedMoRFConv2d))}
@@ -253,11 +273,11 @@ def _words(dynamic: Sequence[str]) -> Sequence[str]:
 
 
 def _write(
-    model: nn.Module, x: Tensor, path: Path, format: str, dynamic: Sequence[str], opset: int | None
+    model: nn.Module, x: Tensor, path: Path, format: str, dynamic: Sequence[str], opset: int | None, info: ModelInfo
 ) -> Counter[str]:
     program = traced(model, x, dynamic)
     if format == "pt2":
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={INFO: json.dumps(info.to_dict())})
         return Counter(str(n.target).removesuffix(".default") for n in program.graph.nodes if n.op == "call_function")
     written = path.with_suffix(FORMATS["onnx"])
     operators = to_onnx(program, written, opset)
@@ -267,11 +287,13 @@ def _write(
             converted = openvino.convert_model(written)
         except Exception as error:
             raise ValueError(f"OpenVINO does not take this model: {first_line(error)}") from error
+        converted.set_rt_info(json.dumps(info.to_dict()), INFO)
         openvino.save_model(converted, path, compress_to_fp16=False)
         for part in path.parent.iterdir():
             if part.name.startswith(written.name):
                 part.unlink()
         return Counter(operation.get_type_name() for operation in converted.get_ops())
+    _graph.annotate(path, to_texts(info))
     return operators
 
 

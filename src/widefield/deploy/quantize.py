@@ -1,4 +1,4 @@
-"""Post-training static quantisation to 8 bits, in onnxruntime, and what it costs: accuracy, routing, thin kernels.
+"""Post-training static quantization to 8 bits, in onnxruntime, and its cost: accuracy, routing, layers, thin kernels.
 
 Convolutions and matrix products compute in 8 bits: weights signed, with a scale for every output channel, activations
 unsigned, with a scale and a zero that are read off calibration images. Routers stay in float32, as they cost next to
@@ -11,7 +11,7 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,16 @@ from torch.utils._pytree import tree_leaves
 
 from widefield import _checks, bench
 from widefield._files import checksum, staged
-from widefield.deploy import _int8
+from widefield.deploy import _balance, _graph, _int8
+from widefield.deploy._ablation import Ablation
 from widefield.deploy._onnx import output_names, to_onnx
 from widefield.deploy._trace import bare, prepared, traced
-from widefield.deploy.export import PACKAGES, write_report
+from widefield.deploy.export import PACKAGES, input_of, outputs_of, write_report
+from widefield.deploy.info import ModelInfo, collected, to_texts
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
 from widefield.surgery.outputs import Change, Tally, batches
-from widefield.surgery.walk import copied, unmerged
+from widefield.surgery.walk import begin, copied, unmerged
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,23 @@ CALIBRATION = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percenti
 NOISY = 30.0
 """Signal-to-noise ratio in dB below which a kernel has outliers: rounding moves its output by more than 3%. A kernel of
 Gaussian numbers has 40 to 45; that of a peak and nothing else, of K x K taps, 53 - 20 log10(K)."""
+
+
+LOSSY = 0.1
+"""Relative RMS by which outputs change, above which the layers to blame are logged."""
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """What the rounding of one layer, its weights and its output, does to the model."""
+
+    name: str
+    operator: str
+    """ONNX operator: of layers with weights, of sums that are read in 8 bits; "input" for the images themselves."""
+    span: tuple[float, float] | None
+    """Smallest and largest value that the rounded output can have; None where the output stays in float32."""
+    change: float
+    """Relative RMS by which the model's outputs change if this layer alone is rounded, and all others are not."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,17 @@ class Quantization:
     """The int8 model against the one in float32, over the images given."""
     flips: tuple[Flips, ...]
     kernels: tuple[QuantizedKernel, ...]
+    layers: tuple[RoundedLayer, ...]
+    """In the order of the graph; empty where they were not compared."""
+    input: dict[str, Any]
+    """As of :class:`widefield.deploy.Export`."""
+    classes: tuple[str, ...] | None
     environment: dict[str, str]
+
+    @property
+    def by_change(self) -> tuple[RoundedLayer, ...]:
+        """The layers, those whose rounding changes the outputs most first."""
+        return tuple(sorted(self.layers, key=lambda layer: -layer.change))
 
     @property
     def by_noise(self) -> tuple[QuantizedKernel, ...]:
@@ -110,17 +139,34 @@ class Quantization:
             for k in self.by_noise
         ]
 
+    def layer_rows(self, count: int | None = None) -> list[dict[str, str]]:
+        """Return one row for every layer, or for the first ``count``: those that cost most first."""
+        return [
+            {
+                "layer": layer.name,
+                "operator": layer.operator,
+                "output from": "float32" if layer.span is None else f"{layer.span[0]:.3g}",
+                "to": "float32" if layer.span is None else f"{layer.span[1]:.3g}",
+                "change of the outputs": f"{layer.change:.4f}",
+            }
+            for layer in self.by_change[:count]
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
         return asdict(self)
 
     def __str__(self) -> str:
+        """Say it in a clause."""
         parts = [
             f"{self.path}: {self.bytes_before / 2**20:.1f} to {self.bytes_after / 2**20:.1f} MiB",
             str(self.change),
         ]
         if self.flip_rate is not None:
             parts.append(f"routing flips for {self.flip_rate:.2%}")
+        if self.layers:
+            worst = self.by_change[0]
+            parts.append(f"the layer whose rounding costs most is {worst.name} ({worst.change:.2g} alone)")
         return ", ".join(parts)
 
 
@@ -132,9 +178,19 @@ def quantize(
     images: Iterable[Any] | None = None,
     calibration: str = "minmax",
     outliers: str = "warn",
+    keep: Sequence[str] = (),
+    equalize: bool = False,
+    compare_layers: int = 4,
     reduce_range: bool = False,
+    classes: Sequence[str] | None = None,
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    info: ModelInfo | None = None,
+    report: Callable[[Quantization], object] | None = None,
 ) -> Quantization:
     """Write an int8 ONNX model, measured against the one in float32, and the report beside it (PATH.json).
+
+    What an activation cuts off, or does not tell apart, is cut off before rounding, and the mean error of rounded
+    weights is taken out of the biases after it (Nagel et al., ICCV 2019, section 4.2).
 
     Args:
         model: in evaluation mode, re-parameterised, float32; untouched.
@@ -145,38 +201,61 @@ def quantize(
         calibration: how the range of activations is read off: "minmax", "entropy" or "percentile" (99.999).
         outliers: what to do about kernels of which less than 30 dB are left (:data:`NOISY`): "warn", "refuse", or leave
             those layers in "float".
+        keep: names of layers to leave in float32, as the report has them.
+        equalize: scale the channels between two convolutions to a like size first (the same, section 4.1). It helps
+            where small channels stand beside large ones, and needs calibration images as varied as those to come:
+            others saturate. Measure it on held-out ``images``.
+        compare_layers: on how many images to measure what the rounding of each layer alone costs: as many runs of the
+            model for every layer. 0: do not.
         reduce_range: weights in 7 bits, for x86 processors before VNNI, whose sums of byte products saturate.
+        classes, normalisation, info: as of :func:`widefield.deploy.export`.
+        report: called once with what is returned: ``print``, or the ``append`` of a list.
 
     Raises:
         RuntimeError: the model is in training mode.
-        ValueError: layers that are not merged yet, another suffix, an unknown word, a model that cannot be exported or
-            quantised; with ``outliers="refuse"`` kernels that have some, each with its figure.
-        TypeError: parameters that are not float32, or a loader that is an iterator.
+        ValueError: layers that are not merged yet, another suffix, an unknown word or layer, a model that cannot be
+            exported or quantized; with ``outliers="refuse"`` kernels that have some, each with its figure.
+        TypeError: parameters that are not float32, a loader that is an iterator, or a report that cannot be called.
         OSError: the path cannot be written to.
     """
     path = Path(path)
     _checks.choice("the suffix of path", path.suffix, (".onnx",))
     _checks.choice("calibration", calibration, tuple(CALIBRATION))
     _checks.choice("outliers", outliers, OUTLIERS)
+    compare_layers = _checks.integer("compare_layers", compare_layers, minimum=0)
     model = bare(model)
+    begin(model, "what is rounded is the evaluation-mode function", report)
     twin = prepared(model, "branches", "onnx")
     left = unmerged(model)
     if left:
         raise ValueError(f"{left[0]} is not merged, and is to be rounded as it computes: call reparameterize first.")
     x = next(batches(loader, twin))[0]
-    probe = _Probe(twin)
-    reference = copied(model).cpu()
+    probe, reference = _Probe(twin), copied(model).cpu()
+    info = collected(
+        model, x.shape, outputs_of(reference, x[:1]), classes=classes, normalisation=normalisation, info=info,
+        fixed=True,
+    )  # fmt: skip
+    shown = _Shown(loader, twin)
     with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
-        plain, written = Path(elsewhere) / "float32.onnx", stage / path.name
+        first, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():
-            to_onnx(traced(probe, x, ("batch",)), plain, None)
+            to_onnx(traced(probe, x, ("batch",)), first, None)
             names = output_names(reference(x))
-        kernels = _judged(_int8.weights(plain), outliers, 64 if reduce_range else 127)
+        plain = _graph.read(first)
+        _balance.prepare(plain)
+        if equalize:
+            _balance.equalize(plain, shown)
+        kernels = _judged(_int8.weights(plain), outliers, keep, 64 if reduce_range else 127)
         floating = {kernel.name for kernel in kernels if kernel.kept_float}
-        shown = (found for found, _ in batches(loader, twin))
         _int8.quantize(plain, written, shown, CALIBRATION[calibration], floating, seven_bits=reduce_range)
-        change, flips = _measured(reference, probe, load(written), loader if images is None else images)
+        rounded = _graph.read(written)
+        _balance.correct(plain, rounded, shown)
+        _graph.write(rounded, written)
+        measured = loader if images is None else images
+        change, flips = _measured(reference, probe, load(written), measured)
+        layers = _compared(plain, rounded, _Shown(measured, twin), compare_layers, probe.outputs)
         _int8.drop_outputs(written, names)
+        _graph.annotate(written, to_texts(info))
         done = Quantization(
             path.name,
             {part.name: checksum(part) for part in sorted(stage.iterdir())},
@@ -186,10 +265,60 @@ def quantize(
             change,
             flips,
             kernels,
+            layers,
+            input_of(x.shape, ("batch",), info),
+            info.classes,
             bench.environment(beside=PACKAGES["onnx"]),
         )
         write_report(stage / f"{path.name}.json", done.to_dict())
+    _warn(done)
+    if report is not None:
+        report(done)
     return done
+
+
+class _Shown:
+    """The images of a loader, as often as they are asked for."""
+
+    def __init__(self, loader: Iterable[Any], model: nn.Module) -> None:
+        self._loader, self._model = loader, model
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (found for found, _ in batches(self._loader, self._model))
+
+
+def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, outputs: int) -> tuple[RoundedLayer, ...]:
+    """Measure on ``count`` images what the rounding of each layer alone does to the first ``outputs`` outputs."""
+    if not count:
+        return ()
+    ablation = Ablation(plain, rounded)
+    tallies = [Tally() for _ in ablation.layers]
+    for batch in images:
+        x = batch[:count]
+        before = ablation(x, ())[:outputs]
+        for index, tally in enumerate(tallies):
+            tally.add(before, ablation(x, (index,))[:outputs])
+        count -= len(x)
+        if not count:
+            break
+    found = zip(ablation.layers, tallies, strict=True)
+    return tuple(RoundedLayer(layer.name, layer.operator, layer.span, tally.change().rms) for layer, tally in found)
+
+
+def _warn(done: Quantization) -> None:
+    """Log that much is lost, and by the rounding of which layers."""
+    if done.change.rms <= LOSSY:
+        return
+    worst = "; ".join(
+        f"{layer.name} ({layer.operator}) {layer.change:.2g}"
+        + ("" if layer.span is None else f", its output from {layer.span[0]:.3g} to {layer.span[1]:.3g}")
+        for layer in done.by_change[:5]
+    )
+    blame = f" Rounded alone, these layers change them most: {worst}." if worst else ""
+    log.warning(
+        f"8 bits change the outputs by {done.change.rms:.2g} (relative RMS).{blame} "
+        "keep=[...] leaves layers in float32."
+    )
 
 
 def _bytes(folder: Path) -> int:
@@ -225,10 +354,14 @@ class _Probe(nn.Module):
         return (*found, *self._weights)
 
 
-def _judged(weights: Iterable[_int8.Weight], outliers: str, steps: int) -> tuple[QuantizedKernel, ...]:
+def _judged(
+    weights: Sequence[_int8.Weight], outliers: str, keep: Sequence[str], steps: int
+) -> tuple[QuantizedKernel, ...]:
     """Measure what rounding does to every weight; warn, refuse or leave in float as asked."""
-    kernels = tuple(_rounded(weight, steps, keep=outliers == "float") for weight in weights)
-    noisy = sorted((kernel for kernel in kernels if _ratio(kernel) < NOISY), key=_ratio)
+    names = tuple(weight.name for weight in weights)
+    kept = {_checks.choice("every entry of keep", name, names) for name in ([keep] if isinstance(keep, str) else keep)}
+    kernels = tuple(_rounded(weight, steps, kept, noisy=outliers == "float") for weight in weights)
+    noisy = sorted((kernel for kernel in kernels if _ratio(kernel) < NOISY and kernel.name not in kept), key=_ratio)
     if noisy and outliers != "float":
         told = "; ".join(
             f"{k.name} ({_ratio(k):.0f} dB, peak {k.peak:.0f} times the rms, {100 * k.vanished:.0f} % of its taps "
@@ -247,7 +380,7 @@ def _ratio(kernel: QuantizedKernel) -> float:
     return math.inf if kernel.noise_ratio is None else kernel.noise_ratio
 
 
-def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantizedKernel:
+def _rounded(weight: _int8.Weight, steps: int, kept: Collection[str], *, noisy: bool) -> QuantizedKernel:
     values = weight.values.double()  # (channels, numbers)
     peak = values.abs().amax(1, keepdim=True)
     step = torch.where(peak > 0, peak / steps, 1.0)
@@ -264,7 +397,7 @@ def _rounded(weight: _int8.Weight, steps: int, keep: bool) -> QuantizedKernel:
         decibels if math.isfinite(decibels) else None,
         peak[worst].item() / rms if rms else 0.0,
         float(((rounded == 0) & alive).sum() / alive.sum()) if alive.any() else 0.0,
-        keep and decibels < NOISY,
+        weight.name in kept or (noisy and decibels < NOISY),
     )
 
 

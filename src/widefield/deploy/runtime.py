@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,25 +13,33 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield.deploy._others import first_line, quiet
+from widefield.deploy.info import INFO, ModelInfo, from_texts
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 """Format -> suffix of its file."""
 
 Answer = Tensor | tuple[Tensor, ...]
-_Loaded = tuple[Callable[[Tensor], list[Tensor]], Any, tuple[str, ...]]
+_Loaded = tuple[Callable[[Tensor], list[Tensor]], Any, tuple[str, ...], ModelInfo]
 
 
 class Runtime:
     """An exported model: (N, C, H, W), float32, on the CPU -> its output, or a tuple of them. Made by :func:`load`."""
 
     def __init__(
-        self, format: str, run: Callable[[Tensor], list[Tensor]], inner: Any, outputs: tuple[str, ...] = ()
+        self,
+        format: str,
+        run: Callable[[Tensor], list[Tensor]],
+        inner: Any,
+        outputs: tuple[str, ...] = (),
+        info: ModelInfo | None = None,
     ) -> None:
         self.format = format
         self.inner = inner
         """What runs: an ``onnxruntime.InferenceSession``, a module, or OpenVINO's compiled model."""
         self.outputs = outputs
         """Names of the outputs, in order; PyTorch's archives have none."""
+        self.info = info or ModelInfo()
+        """Names of the classes, normalisation and size of the images, as the file says."""
         self._run = run
 
     def __call__(self, images: Tensor) -> Answer:
@@ -91,33 +100,38 @@ def _onnx(path: Path, threads: int) -> _Loaded:
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     outputs = tuple(output.name for output in session.get_outputs())
-    return lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})], session, outputs
+    info = from_texts(session.get_modelmeta().custom_metadata_map)
+    return lambda x: [torch.from_numpy(y) for y in session.run(None, {name: x.numpy()})], session, outputs, info
 
 
 def _pt2(path: Path, threads: int) -> _Loaded:
     from torch.utils._pytree import tree_leaves
 
     with quiet():
-        module = torch.export.load(path).module()
+        extra = {INFO: ""}
+        module = torch.export.load(path, extra_files=extra).module()
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
             return cast(list[Tensor], tree_leaves(module(x)))
 
-    return run, module, ()
+    return run, module, (), ModelInfo.from_dict(json.loads(extra[INFO] or "{}"))
 
 
 def _openvino(path: Path, threads: int) -> _Loaded:
     openvino = import_openvino()
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(os.fspath(path), "CPU", options)
+    core = openvino.Core()
+    model = core.read_model(os.fspath(path))
+    info = json.loads(model.get_rt_info(INFO).astype(str)) if model.has_rt_info(INFO) else {}
+    compiled = core.compile_model(model, "CPU", options)
     outputs = compiled.outputs
 
     def run(x: Tensor) -> list[Tensor]:
         found = compiled(x.numpy())
         return [torch.from_numpy(found[output].copy()) for output in outputs]
 
-    return run, compiled, tuple(output.any_name for output in outputs)
+    return run, compiled, tuple(output.any_name for output in outputs), ModelInfo.from_dict(info)
 
 
 def import_openvino() -> Any:
