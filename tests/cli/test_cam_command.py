@@ -57,19 +57,19 @@ def test_what_can_be_mended_is_one_line(words, message, tmp_path, capsys):
 
 
 def test_classes_have_names_where_they_are_known():
-    model, pictures = SimpleNamespace(num_classes=1000), SimpleNamespace(classes=("a", "b"))
+    def names(weights, outputs=1000, classes=(), trained_on=None):
+        model = SimpleNamespace(num_classes=outputs)
+        return cam._classes(SimpleNamespace(weights=weights, model=model, classes=classes, trained_on=trained_on))
 
-    def names(weights, images=None, outputs=1000):
-        model.num_classes = outputs
-        return cam._classes(SimpleNamespace(weights=weights, model=model), pictures, SimpleNamespace(images=images))
-
+    run = SimpleNamespace()
     assert names("random") is None
-    assert names("trained in this run") == ("a", "b")
-    assert names("trained in this run", images="folder") is None
+    assert names("trained in this run", classes=("a", "b"), trained_on=run) == ("a", "b")
+    assert names("trained in this run", trained_on=run) is None  # an older run, which has stored no names
     assert names("pretrained", outputs=21841) is None
     published = names("pretrained")
     assert len(published) == 1000
     assert published[:2] == ["tench", "goldfish"]
+    assert names("weights.pth") == published
 
 
 @pytest.mark.parametrize("command", ["cam", "stability", "interactions", "erf"])
