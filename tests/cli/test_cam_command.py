@@ -57,15 +57,13 @@ def test_what_can_be_mended_is_one_line(words, message, tmp_path, capsys):
 
 
 def test_classes_have_names_where_they_are_known():
-    model, pictures = SimpleNamespace(num_classes=1000), SimpleNamespace(classes=("a", "b"))
-
-    def names(weights, images=None, outputs=1000):
-        model.num_classes = outputs
-        return cam._classes(SimpleNamespace(weights=weights, model=model), pictures, SimpleNamespace(images=images))
+    def names(weights, outputs=1000, classes=()):
+        model = SimpleNamespace(num_classes=outputs)
+        return cam._classes(SimpleNamespace(weights=weights, model=model, classes=classes))
 
     assert names("random") is None
-    assert names("trained in this run") == ("a", "b")
-    assert names("trained in this run", images="folder") is None
+    assert names("trained in this run", classes=("a", "b")) == ("a", "b")
+    assert names("trained in this run") is None  # an older run, whose data are not at hand
     assert names("pretrained", outputs=21841) is None
     published = names("pretrained")
     assert len(published) == 1000
