@@ -127,7 +127,7 @@ def _of_recipe(spec: DataSpec) -> RunData:
     except (OSError, ImportError):
         made = SETS[spec.name]
         given = {**_defaults(made), **spec.args}
-        usual = getattr(made, "statistics", (None, None))
+        usual: Any = getattr(made, "statistics", (None, None))
         mean, std = (given[key] or usual[i] for i, key in enumerate(("mean", "std")))
         return RunData(None, given["size"], tuple(mean), tuple(std))
     return RunData(tuple(val.classes), val.image_size, tuple(val.mean), tuple(val.std))
