@@ -17,10 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # within
 
 
 def shaken(layer):
-    """Return the layer with small weights, such as those of a predictor that starts at zero, drawn at random."""
+    """Return the layer with random weights in what looks at the image, which starts at zero."""
     for parameter in layer.parameters():
-        if parameter.ndim <= 2:
-            nn.init.normal_(parameter, std=0.3)
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.2)
     return layer
 
 
@@ -198,6 +198,7 @@ def test_functional_jacobians_and_hessians(name):
 # torch.func
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # within torch.func.linearize
 @every_layer
 def test_transforms_nest_in_every_order(name):
     layer, parameters, x, v = case(name)
@@ -253,17 +254,6 @@ def test_vmap_over_images_weights_and_gradients(name):
     for i, x in enumerate(images):
         for key, expected in grad(loss)(parameters, x).items():
             close(actual[key][i], expected, FLOAT64)
-
-
-def test_tangents_may_be_batched_by_either_vmap():
-    layer, _, x, _ = case("soft")
-    tangents = torch.randn(3, *x.shape, dtype=torch.double)
-
-    def push(v):
-        with fwad.dual_level():
-            return fwad.unpack_dual(layer(fwad.make_dual(x, v))).tangent
-
-    close(vmap(push)(tangents), torch.stack([push(v) for v in tangents]), FLOAT64)
 
 
 def test_grid_sampling_has_no_forward_mode_and_says_so():

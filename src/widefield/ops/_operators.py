@@ -82,11 +82,6 @@ def _is_special(x: Tensor) -> bool:
 
 def _transformed(name: str, args: tuple[Any, ...]) -> Tensor:
     """Compute under torch.func's transforms, which do not see the derivatives of operators: they get a Function."""
-    batched = any(isinstance(arg, Tensor) and _functorch.is_batchedtensor(arg) for arg in args)
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and not batched:
-        primals, tangents = _taken_apart(args)
-        if any(tangent is not None for tangent in tangents):
-            return forward_ad.make_dual(_call(name, *primals), _pushed_forward(name, primals, tangents))
     result: Tensor = _plain(name, *args) if _is_functionalized() else _FUNCTIONS[name].apply(*args)
     return result
 
