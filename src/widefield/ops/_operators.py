@@ -24,7 +24,13 @@ from torch.utils.flop_counter import register_flop_formula
 from widefield.ops import _backend
 from widefield.ops._autocast import without_autocast
 from widefield.ops._problem import (
-    Pair, is_batch_of_gradients, is_channels_last, laid_out, memory_format, output_size, problem_of
+    Pair,
+    is_batch_of_gradients,
+    is_channels_last,
+    laid_out,
+    memory_format,
+    output_size,
+    problem_of,
 )
 
 _library = torch.library.Library("widefield", "FRAGMENT")
@@ -177,7 +183,7 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, weight_size: list[int], *_: objec
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, third, *geometry = inputs
+    first, second, _, *geometry = inputs
     ctx.save_for_backward(first, second)
     ctx.geometry = geometry
     ctx.channels_last = is_channels_last(first)

@@ -21,9 +21,7 @@ from widefield import _checks
 from widefield.ops import _backend
 from widefield.ops._autocast import autocast_dtype
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import (
-    STEPS, Pair, Problem, is_channels_last, is_exported, output_size, problem_of, size_of
-)
+from widefield.ops._problem import STEPS, Pair, Problem, is_channels_last, is_exported, output_size, problem_of, size_of
 
 
 def depthwise_conv2d(

@@ -130,7 +130,9 @@ def bank_conv2d(
         experts: (kernel size, dilation) of each: where in the bank its taps are.
         stride, groups, sparse, backend, and what is raised: as in :func:`mixture_conv2d`.
     """
-    _check(x, bank.unbind(), None if bias_bank is None else bias_bank.unbind(), weights, groups, [d for _, d in experts])
+    _check(
+        x, bank.unbind(), None if bias_bank is None else bias_bank.unbind(), weights, groups, [d for _, d in experts]
+    )
     step = fold.common_dilation([d for _, d in experts])
     size = fold.effective_size(size_of(bank)[-1], step)
     way, _ = _choose(backend, x, bank[0], len(experts), size, stride, groups, step)
