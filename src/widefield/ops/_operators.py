@@ -87,7 +87,7 @@ def _is_special(x: Tensor) -> bool:
 
 
 def _transformed(name: str, args: tuple[Any, ...]) -> Tensor:
-    """Compute under torch.func's transforms, which do not see the derivatives of operators: they get a Function."""
+    """Compute under torch.func's transforms: they do not see the derivatives of operators, and get a Function."""
     result: Tensor = _plain(name, *args) if _is_functionalized() else _FUNCTIONS[name].apply(*args)
     return result
 
