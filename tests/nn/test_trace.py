@@ -5,9 +5,9 @@ import io
 import pytest
 import timm
 import torch
+from test_autograd import shaken
 from torch import nn
 
-from test_autograd import shaken
 from tolerances import FLOAT32, NETWORK, close
 from widefield.nn import GRN, LKA, DeformConv2d, DepthwiseConv2d, DynamicGMConv2d, GMConv2d, GnConv, MoRFConv2d
 

@@ -87,12 +87,7 @@ def _is_special(x: Tensor) -> bool:
 
 
 def _transformed(name: str, args: tuple[Any, ...]) -> Tensor:
-    """Compute under torch.func's transforms, which do not see the derivatives of operators: they get a Function."""
-    batched = any(isinstance(arg, Tensor) and _functorch.is_batchedtensor(arg) for arg in args)
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled() and not batched:
-        primals, tangents = _taken_apart(args)
-        if any(tangent is not None for tangent in tangents):
-            return forward_ad.make_dual(_call(name, *primals), _pushed_forward(name, primals, tangents))
+    """Compute under torch.func's transforms: they do not see the derivatives of operators, and get a Function."""
     result: Tensor = _plain(name, *args) if _is_functionalized() else _FUNCTIONS[name].apply(*args)
     return result
 
@@ -188,7 +183,7 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, weight_size: list[int], *_: objec
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, third, *geometry = inputs
+    first, second, _, *geometry = inputs
     ctx.save_for_backward(first, second)
     ctx.geometry = geometry
     ctx.channels_last = is_channels_last(first)

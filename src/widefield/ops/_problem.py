@@ -135,7 +135,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """Return x in that layout; as it is under vmap and torch.func's transforms, within which layouts cannot be chosen."""
+    """Return x in that layout; as it is under vmap and other transforms, within which layouts cannot be chosen."""
     if torch._C._are_functorch_transforms_active() or is_batch_of_gradients(x):
         return x
     return x.contiguous(memory_format=memory_format(channels_last))
