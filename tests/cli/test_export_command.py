@@ -37,9 +37,9 @@ def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
 
 
 def test_the_file_of_a_run_names_its_classes(tmp_path, capsys):
-    run = str(tmp_path / "run")
+    run = str(tmp_path / "runs" / "digits_morf")
     small = ["--epochs", "1", "--schedule.warmup_epochs", "0", "--model.args.dims", "[4, 8, 8, 8]"]
-    small += ["--model.args.depths", "[1, 1, 1, 1]", "--output", run]
+    small += ["--model.args.depths", "[1, 1, 1, 1]", "--output", str(tmp_path / "runs")]
     assert cli.main(["train", "digits_morf", *small]) == 0
     words = ["--count", "16", "--batch", "4", "--int8", "--keep", "head.fc", "--out", str(tmp_path / "out")]
     assert export(run, *words) == 0

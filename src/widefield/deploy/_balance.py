@@ -115,7 +115,7 @@ def _dequantized(node: Any, known: Any) -> np.ndarray:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         shape = [-1 if place == axis % numbers.ndim else 1 for place in range(numbers.ndim)]
         scale, zero = scale.reshape(shape), zero.reshape(shape)
-    return (numbers.astype(np.float32) - zero.astype(np.float32)) * scale
+    return np.asarray((numbers.astype(np.float32) - zero.astype(np.float32)) * scale)
 
 
 def _give_biases(model: Any) -> None:
@@ -147,7 +147,7 @@ def _cut(model: Any) -> None:
         if ends is None:
             continue
         bounds = [
-            "" if end is None else _graph.add_constant(model, f"{tensor}_cut_{side}", np.float32(end))
+            "" if end is None else _graph.add_constant(model, f"{tensor}_cut_{side}", np.array(end, np.float32))
             for side, end in zip(("low", "high"), ends, strict=True)
         ]
         for reader in read[tensor]:
