@@ -25,6 +25,17 @@ def test_timms_and_ours_take_arguments_in_braces():
     assert ours.mean == (0.485, 0.456, 0.406)
 
 
+def test_outputs_have_names_where_they_are_known():
+    def names(word, weights="pretrained"):
+        return dataclasses.replace(load(word), weights=weights).classes
+
+    assert load("test_resnet").classes == ()
+    assert names("test_resnet")[0].startswith("tench")
+    assert names("test_resnet", "file weights.pth")[967].startswith("espresso")
+    assert names("test_resnet{num_classes: 5}", "file weights.pth") == ()  # the head is another
+    assert names("torchvision:squeezenet1_1")[967] == "espresso"
+
+
 def test_random_weights_are_a_function_of_the_seed():
     one, again, other = (load("test_resnet", seed=seed).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[k], again[k]) for k in one)

@@ -45,8 +45,14 @@ class Subject:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the names of the model's outputs where they are known, those of a run; otherwise none."""
-        return (self.trained_on.classes or ()) if self.trained_on else ()
+        """Return the names of the model's outputs where they are known; otherwise none.
+
+        Those of a run are its own. Weights from elsewhere have the names of the data that the model's published weights
+        were trained on, unless the head is another.
+        """
+        if self.trained_on:
+            return self.trained_on.classes or ()
+        return () if self.weights == "random" else _published_classes(self.name, self.model)
 
     def pictures(
         self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
@@ -202,6 +208,21 @@ def _of_torchvision(word: str, pretrained: bool) -> Subject:
     shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
     weights = "pretrained" if pretrained else "random"
     return Subject(word, model, shown.crop_size[0], tuple(shown.mean), tuple(shown.std), weights)
+
+
+def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the outputs of a model's published weights, one or several words each; () if not known."""
+    name = _parsed(word)[0]
+    if name.startswith(TORCHVISION):
+        from torchvision.models import get_model_weights
+
+        return tuple(get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta.get("categories", ()))
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    outputs = getattr(model, "num_classes", None)
+    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    subset = infer_imagenet_subset({"num_classes": outputs}) if outputs == published else None
+    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else ()
 
 
 def _of_run(folder: Path) -> Subject:

@@ -1,13 +1,11 @@
 """``widefield cam``: models of timm, torchvision and ours side by side, and a run with names for its classes."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from widefield import cli
-from widefield.cli import cam
 
 OURS = "unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}"
 MODELS = ["test_resnet", "torchvision:mobilenet_v3_small", OURS]
@@ -54,22 +52,6 @@ def test_what_can_be_mended_is_one_line(words, message, tmp_path, capsys):
     assert cli.main(["cam", *words, "--size", "64", "--count", "1", "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_classes_have_names_where_they_are_known():
-    def names(weights, outputs=1000, classes=(), trained_on=None):
-        model = SimpleNamespace(num_classes=outputs)
-        return cam._classes(SimpleNamespace(weights=weights, model=model, classes=classes, trained_on=trained_on))
-
-    run = SimpleNamespace()
-    assert names("random") is None
-    assert names("trained in this run", classes=("a", "b"), trained_on=run) == ("a", "b")
-    assert names("trained in this run", trained_on=run) is None  # an older run, which has stored no names
-    assert names("pretrained", outputs=21841) is None
-    published = names("pretrained")
-    assert len(published) == 1000
-    assert published[:2] == ["tench", "goldfish"]
-    assert names("weights.pth") == published
 
 
 @pytest.mark.parametrize("command", ["cam", "stability", "interactions", "erf"])

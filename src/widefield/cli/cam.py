@@ -47,12 +47,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(found: Subject) -> Sequence[str] | None:
-    """Return names for the model's scores: those of a run, ImageNet's for weights from elsewhere, or None."""
-    if found.classes:
-        return found.classes
-    from_elsewhere = found.trained_on is None and found.weights != "random"
-    if from_elsewhere and getattr(found.model, "num_classes", 1000) == 1000:
-        from timm.data import ImageNetInfo
-
-        return [str(word).split(",")[0] for word in ImageNetInfo().label_descriptions()]
-    return None
+    """Return names for the model's scores; of ImageNet's, which are lists of synonyms, the first."""
+    names = found.classes if found.trained_on else [name.split(",")[0] for name in found.classes]
+    return names or None

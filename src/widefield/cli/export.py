@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from widefield.cli import _subjects
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from widefield.deploy import ModelInfo
-    from widefield.subjects import Subject
 
     Batches = list[tuple[Tensor, ...]]
 
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if "batch" not in args.dynamic:
         held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
     model = _prepared(found.model, shown, args)
-    about: dict[str, Any] = {"info": _info(found)}
+    info = deploy.ModelInfo(found.classes or None, tuple(found.mean), tuple(found.std), (found.size, found.size))
     stem = found.name.partition("{")[0].replace(":", "_").replace("/", "_")
     path = args.out / f"{stem}{deploy.FORMATS[args.format]}"
     done = deploy.export(
@@ -91,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         loader=held_out,
         opset=args.opset,
         throughput=args.throughput,
-        **about,
+        info=info,
     )
     written = [path, path.with_name(f"{path.name}.json")]
     print_table(done.rows())
@@ -101,38 +98,12 @@ def run(args: argparse.Namespace) -> int:
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
-        rounded = deploy.quantize(model, small, shown, images=held_out, keep=args.keep, **options, **about)
+        rounded = deploy.quantize(model, small, shown, images=held_out, keep=args.keep, info=info, **options)
         print(rounded)
         print_table(rounded.layer_rows(5))
         written += [small, small.with_name(f"{small.name}.json")]
     print("wrote " + ", ".join(str(part) for part in written))
     return 0
-
-
-def _info(found: Subject) -> ModelInfo:
-    """Return what is known of a model: names of a run's classes, or those that published weights come with."""
-    from widefield.deploy import ModelInfo
-
-    return ModelInfo(_classes(found), tuple(found.mean), tuple(found.std), (found.size, found.size))
-
-
-def _classes(found: Subject) -> tuple[str, ...] | None:
-    if found.weights == "trained in this run":
-        return tuple(found.pictures(count=1).classes) or None
-    if found.weights != "pretrained":
-        return None
-    if found.name.startswith("torchvision:"):
-        from torchvision.models import get_model_weights
-
-        name = found.name.partition("{")[0].removeprefix("torchvision:")
-        names = get_model_weights(name).DEFAULT.meta.get("categories")
-        return tuple(names) if names else None
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    head = getattr(found.model, "num_classes", None)
-    published = (getattr(found.model, "pretrained_cfg", None) or {}).get("num_classes")
-    subset = infer_imagenet_subset({"num_classes": head}) if head == published else None  # or the head is a new one
-    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else None
 
 
 def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.Module:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             classes = Scales.classes
         else:
             folder = args.images
-            classes = found.classes  # 1,000 are ImageNet's, whatever its folders are called
+            classes = found.classes if found.trained_on else ()  # 1,000 are ImageNet's, in its order
         results[found.name] = shape_bias(
             found.model,
             folder,
