@@ -242,16 +242,10 @@ def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, 
     return of_grad, of_x, None, None, None, None, None
 
 
-def _taken_apart(args: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]:
-    """Return the primals of all arguments, and their tangents, None where there is none or it is zero."""
-    primals = list(args)
-    tangents: list[Tensor | None] = [None] * len(args)
-    for i, arg in enumerate(args):
-        if isinstance(arg, Tensor) and not is_batch_of_gradients(arg):
-            primal, tangent = forward_ad.unpack_dual(arg)
-            if tangent is not None:
-                primals[i], tangents[i] = primal, None if tangent._is_zerotensor() else tangent
-    return primals, tangents
+def _primal(x: Tensor) -> Tensor:
+    """Return x without its tangent. What vmap hides has none of its own."""
+    hidden = _functorch.is_batchedtensor(x) or is_batch_of_gradients(x)
+    return x if hidden else forward_ad.unpack_dual(x).primal
 
 
 def _pushed_forward(name: str, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
@@ -275,8 +269,8 @@ def _jvp(name: str) -> Callable[..., Tensor]:
     def derivative(ctx: Any, *tangents: Any) -> Tensor:
         # On again: a derivative may be differentiated in turn, by the transforms around this one.
         with forward_ad._set_fwd_grad_enabled(True):
-            primals, _ = _taken_apart(ctx.saved_tensors)
-            return _pushed_forward(name, [*primals, ctx.size, *ctx.geometry], tangents)
+            first, second = (_primal(saved) for saved in ctx.saved_tensors)
+            return _pushed_forward(name, (first, second, ctx.size, *ctx.geometry), tangents)
 
     return derivative
 
