@@ -255,6 +255,12 @@ def test_vmap_over_images_weights_and_gradients(name):
     close(vmap(f, (None, 0))(parameters, images), torch.stack([f(parameters, x) for x in images]), FLOAT64)
     close(vmap(f, (0, None))(stacked, images[0]), torch.stack([f(p, images[0]) for p in each]), FLOAT64)
     close(vmap(f)(stacked, images), torch.stack([f(p, x) for p, x in zip(each, images, strict=True)]), FLOAT64)
+
+    def push(values, x, v):
+        return jvp(lambda x: f(values, x), (x,), (v,))[1]
+
+    tangents = [push(p, x, x.cos()) for p, x in zip(each, images, strict=True)]
+    close(vmap(push)(stacked, images, images.cos()), torch.stack(tangents), FLOAT64)
     actual = vmap(grad(loss), (None, 0))(parameters, images)
     for i, x in enumerate(images):
         for key, expected in grad(loss)(parameters, x).items():

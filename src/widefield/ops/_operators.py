@@ -27,6 +27,7 @@ from widefield.ops._problem import (
     Pair,
     is_batch_of_gradients,
     is_channels_last,
+    is_traced,
     laid_out,
     memory_format,
     output_size,
@@ -76,7 +77,7 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or is_traced()
         or forward_ad._current_level >= 0
         or any(isinstance(arg, Tensor) and _is_special(arg) for arg in args)
     )
@@ -241,15 +242,10 @@ def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, 
     return of_grad, of_x, None, None, None, None, None
 
 
-def _taken_apart(args: tuple[Any, ...]) -> tuple[list[Any], list[Tensor | None]]:
-    """Return the primals of all arguments, and their tangents, None where there is none or it is zero."""
-    primals, tangents = list(args), [None] * len(args)
-    for i, arg in enumerate(args):
-        if isinstance(arg, Tensor) and not is_batch_of_gradients(arg):
-            primal, tangent = forward_ad.unpack_dual(arg)
-            if tangent is not None:
-                primals[i], tangents[i] = primal, None if tangent._is_zerotensor() else tangent
-    return primals, tangents
+def _primal(x: Tensor) -> Tensor:
+    """Return x without its tangent. What vmap hides has none of its own."""
+    hidden = _functorch.is_batchedtensor(x) or is_batch_of_gradients(x)
+    return x if hidden else forward_ad.unpack_dual(x).primal
 
 
 def _pushed_forward(name: str, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
@@ -273,8 +269,8 @@ def _jvp(name: str) -> Callable[..., Tensor]:
     def derivative(ctx: Any, *tangents: Any) -> Tensor:
         # On again: a derivative may be differentiated in turn, by the transforms around this one.
         with forward_ad._set_fwd_grad_enabled(True):
-            primals, _ = _taken_apart(ctx.saved_tensors)
-            return _pushed_forward(name, [*primals, ctx.size, *ctx.geometry], tangents)
+            first, second = (_primal(saved) for saved in ctx.saved_tensors)
+            return _pushed_forward(name, (first, second, ctx.size, *ctx.geometry), tangents)
 
     return derivative
 
@@ -369,7 +365,7 @@ for _name, (_step, _fake, _backward, _vmap) in _PARTS.items():
     torch.library.register_vmap(f"widefield::{_name}", functools.partial(_vmap, _operate), lib=_library)
     _bases, _derivative = (torch.autograd.Function,), staticmethod(_backward)
     _EAGER[_name] = type(_name, _bases, {"forward": staticmethod(_eager(_run)), "backward": _derivative})
-    _FUNCTIONS[_name] = _function = type(
+    _function: Any = type(
         _name,
         _bases,
         {
@@ -380,6 +376,7 @@ for _name, (_step, _fake, _backward, _vmap) in _PARTS.items():
             "vmap": staticmethod(functools.partial(_vmap, _call)),
         },
     )
+    _FUNCTIONS[_name] = _function
     _library.impl(_name, _function.apply, "Autograd")
 
 

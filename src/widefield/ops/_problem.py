@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 Pair = tuple[int, int]
 Sizes = Sequence[int]
+
+_tracer: Any = torch._C
 
 STEPS = ("forward", "input_grad", "weight_grad")
 """The three convolutions of a training step. Each is dispatched by itself."""
@@ -90,21 +92,26 @@ def problem_of(
 
 def size_of(x: Tensor) -> torch.Size:
     """Return the shape in numbers. Under torch.jit.trace ``x.shape`` holds tensors, and comparing them warns."""
-    state = torch._C._get_tracing_state()
+    state = _tracer._get_tracing_state()
     if state is None:
         return x.shape
-    torch._C._set_tracing_state(None)
+    _tracer._set_tracing_state(None)
     try:
         return x.shape
     finally:
-        torch._C._set_tracing_state(state)
+        _tracer._set_tracing_state(state)
+
+
+def is_traced() -> bool:
+    """Return whether torch.jit.trace records the call."""
+    return _tracer._get_tracing_state() is not None
 
 
 def is_exported() -> bool:
     """Return whether the call is recorded by torch.export or torch.jit.trace: what they make may run where widefield is
     not installed, on batches and maps of any size.
     """
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_exporting() or is_traced()
 
 
 def has_numbers(x: Tensor) -> bool:

@@ -26,7 +26,16 @@ from widefield import _checks
 from widefield.ops import _routed, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._onednn import WIDEST
-from widefield.ops._problem import STEPS, Problem, has_numbers, is_channels_last, multiply_adds, problem_of, size_of
+from widefield.ops._problem import (
+    STEPS,
+    Problem,
+    has_numbers,
+    is_channels_last,
+    is_traced,
+    multiply_adds,
+    problem_of,
+    size_of,
+)
 from widefield.ops.depthwise import depthwise_conv2d
 from widefield.ops.per_sample import per_sample_conv2d
 
@@ -341,7 +350,7 @@ def _merged(
 def _of_chosen(weights: Tensor) -> Tensor:
     """Keep gradients from weights of exactly 0: their experts were not chosen."""
     # torch.jit.trace checks a graph against one recorded without gradients: they must not differ.
-    learning = (torch.is_grad_enabled() and weights.requires_grad) or torch.jit.is_tracing()
+    learning = (torch.is_grad_enabled() and weights.requires_grad) or is_traced()
     return torch.where(weights == 0, 0, weights) if learning else weights
 
 

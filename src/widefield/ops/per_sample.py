@@ -12,7 +12,7 @@ from torch import Tensor
 
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import is_channels_last, is_exported, laid_out, size_of
+from widefield.ops._problem import is_channels_last, is_exported, is_traced, laid_out, size_of
 
 Pair = tuple[int, int]
 
@@ -64,7 +64,7 @@ def per_sample_conv2d(
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
         x, kernels, biases = x.float(), kernels.float(), None if biases is None else biases.float()
     with without_autocast(x):
-        convolve = _scripted() if torch.jit.is_tracing() else _as_one_image
+        convolve = _scripted() if is_traced() else _as_one_image
         y = convolve(x, kernels, biases, stride, padding, dilation, groups)
     return laid_out(y.to(dtype), layout)
 
@@ -84,7 +84,8 @@ def _as_one_image(
         batch * groups,
     )
     # Not a view: one made under no_grad could not be changed in place where gradients are on.
-    return torch.ops.aten._unsafe_view(y, [batch, kernels.shape[1], y.shape[2], y.shape[3]])
+    flat: Tensor = torch.ops.aten._unsafe_view(y, [batch, kernels.shape[1], y.shape[2], y.shape[3]])
+    return flat
 
 
 @functools.cache
