@@ -100,7 +100,9 @@ class SameAligned(nn.Module):
             RuntimeError: in training mode.
         """
         layer: Any = self.layer
-        merged: nn.Module = layer if _is_plain(layer) else layer.fuse() if norm is None else layer.fuse(norm)
+        merged: nn.Module = layer
+        if not _is_plain(layer):
+            merged = layer.fuse() if norm is None else layer.fuse(norm)
         if isinstance(merged, nn.Sequential) and len(merged) == 1:
             merged = merged[0]
         if _is_plain(merged):
