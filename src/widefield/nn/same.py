@@ -106,7 +106,7 @@ class SameAligned(nn.Module):
         if isinstance(merged, nn.Sequential) and len(merged) == 1:
             merged = merged[0]
         if _is_plain(merged):
-            return conv2d_same(cast(nn.Conv2d, merged))
+            return cast(nn.Module, conv2d_same(cast(nn.Conv2d, merged)))
         if isinstance(merged, DecomposedKernel) and all(_keeps_padding(band) for band in merged.children()):
             return DecomposedKernel(conv2d_same(merged.LoRA1), conv2d_same(merged.LoRA2))
         return SameAligned(merged, self.stride)
