@@ -100,11 +100,13 @@ class SameAligned(nn.Module):
             RuntimeError: in training mode.
         """
         layer: Any = self.layer
-        merged: Any = layer if _is_plain(layer) else layer.fuse() if norm is None else layer.fuse(norm)
+        merged: nn.Module = layer
+        if not _is_plain(layer):
+            merged = layer.fuse() if norm is None else layer.fuse(norm)
         if isinstance(merged, nn.Sequential) and len(merged) == 1:
             merged = merged[0]
         if _is_plain(merged):
-            return conv2d_same(merged)
+            return cast(nn.Module, conv2d_same(cast(nn.Conv2d, merged)))
         if isinstance(merged, DecomposedKernel) and all(_keeps_padding(band) for band in merged.children()):
             return DecomposedKernel(conv2d_same(merged.LoRA1), conv2d_same(merged.LoRA2))
         return SameAligned(merged, self.stride)

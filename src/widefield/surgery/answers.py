@@ -29,8 +29,9 @@ def meant(output: Any) -> Tensor | None:
     """
     named = {name: value for name, _, value in _entries(output)}
     for name in MEANT:
-        if isinstance(named.get(name), Tensor):
-            return named[name]
+        one = named.get(name)
+        if isinstance(one, Tensor):
+            return one
     found = tensors(output)
     return found[0] if len(found) == 1 else None
 
