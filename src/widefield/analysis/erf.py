@@ -197,7 +197,7 @@ def effective_receptive_field(
     """
     _checks.integer("batch", batch)
     named = None if layer is None else layer_name(model, layer)
-    if is_size(images):
+    if isinstance(images, int) or is_size(images):
         images = made_up(model, images, _NOISES, noise=True)
         about = {"source": "noise", **(about or {})}
     parts = chunks(images, model, batch, clips=True)

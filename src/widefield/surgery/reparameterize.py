@@ -169,6 +169,9 @@ def reparameterize(
     example input: of the model's ways, keep to those that the example takes. What is called more than once, shared,
     hooked, or computes its kernel from others, is left, as is a norm without running statistics.
 
+    Depthwise layers of ours become ``torch.nn.Conv2d``, which is slow for large kernels: to serve them in PyTorch,
+    convert the result by :class:`FastDepthwise`.
+
     Verified are the outputs of the model, and those of every such layer on its own input, as a network can hide its
     layers (timm starts the last norm of each residual branch at zero). What was fused is logged at INFO, by kinds.
 
