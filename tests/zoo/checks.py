@@ -166,7 +166,7 @@ def _export(model: nn.Module, path: Path, x: torch.Tensor) -> str:
 
 
 def _quantize(model: nn.Module, path: Path, x: torch.Tensor) -> str:
-    return f"relative RMS {widefield.quantize(model, path, [x]).change.rms:.2g}"
+    return f"relative RMS {widefield.quantize(model, path, [x], compare_layers=0).change.rms:.2g}"
 
 
 if __name__ == "__main__":
