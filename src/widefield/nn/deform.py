@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from widefield import _checks
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.ops._problem import is_channels_last, laid_out, size_of
+from widefield.ops._problem import channels_first, is_channels_last, laid_out, size_of
 from widefield.ops.deform import BACKENDS, Sampling, dcnv3, sampling_points
 
 GROUP_CHANNELS = 16
@@ -235,7 +235,7 @@ class DeformConv2d(DCNv3):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, Ho, Wo)."""
         _checks.images(size_of(x), self.channels)
-        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = channels_first(super().forward(x.permute(0, 2, 3, 1)))
         return laid_out(y, is_channels_last(x))
 
 

@@ -185,6 +185,15 @@ def multiply_adds(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilatio
     return total
 
 
+def channels_first(x: Tensor) -> Tensor:
+    """Return (N, H, W, C) as (N, C, H, W), without a copy."""
+    if torch.is_grad_enabled() or not has_numbers(x):
+        return x.permute(0, 3, 1, 2)
+    # Below the dispatch key that tracks views: one made under no_grad could not be changed in place by what learns.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return x.permute(0, 3, 1, 2)
+
+
 def fold(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (1, N*C, H, W): a batch with kernels of its own for each sample is one image of many channels."""
     return x.reshape(1, -1, *x.shape[2:])
