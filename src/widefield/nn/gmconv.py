@@ -23,7 +23,6 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
 from widefield.nn.depthwise import DepthwiseConv2d, bare
@@ -256,7 +255,7 @@ class GMConv2d(_MaskedConv2d):
             )
         return F.conv2d(x, self.kernel(), self.bias, self.stride, padding, self.dilation, self.groups)
 
-    def fuse(self, norm: _BatchNorm | None = None) -> nn.Conv2d:
+    def fuse(self, norm: nn.Module | None = None) -> nn.Conv2d:
         """Return the convolution with the kernel under the mask; a DepthwiseConv2d if it is depthwise. Exact.
 
         Args:
@@ -349,7 +348,7 @@ class DynamicGMConv2d(_MaskedConv2d):
             x, kernels, biases, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups
         )
 
-    def fuse(self, norm: _BatchNorm | None = None) -> DynamicGMConv2d:
+    def fuse(self, norm: nn.Module | None = None) -> DynamicGMConv2d:
         """Return a copy of this layer, with ``norm`` folded into its kernel and bias. Exact in evaluation mode.
 
         The mask stays: it depends on the image. A norm scales whole output channels, and a mask whole taps, so that
@@ -469,7 +468,7 @@ def fades_out(conv: nn.Conv2d, sigma: float | None = None) -> str | None:
     )
 
 
-def _folded(layer: _MaskedConv2d, kernel: Tensor, norm: _BatchNorm | None) -> nn.Conv2d:
+def _folded(layer: _MaskedConv2d, kernel: Tensor, norm: nn.Module | None) -> nn.Conv2d:
     """Return the convolution that ``layer`` would be with this kernel, and ``norm`` after it."""
     plain = bare(layer, bias=layer.bias is not None)  # type: ignore[arg-type]
     plain.weight = nn.Parameter(kernel, layer.weight.requires_grad)
