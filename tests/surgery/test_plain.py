@@ -14,8 +14,8 @@ from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
 import widefield
-from tolerances import NETWORK, close
-from widefield.nn import LKA, DepthwiseConv2d, MultiOrderGatedAggregation
+from tolerances import BFLOAT16, FLOAT64, NETWORK, close
+from widefield.nn import LKA, DeformConv2d, DepthwiseConv2d, MultiOrderGatedAggregation
 from widefield.surgery import NothingToFuseError
 
 CONVERSIONS = {
@@ -26,6 +26,7 @@ CONVERSIONS = {
     "dilated": widefield.LargeKernel(7, branches="dilated"),
     "bands": widefield.LargeKernel(7, branches="bands", small=7),
     "inception": widefield.InceptionSplit(),
+    "deformable": widefield.Deformable(),
     **{name: widefield.TokenMixer(name) for name in ("conv", "gmconv", "gnconv", "large_kernel", "lka", "moga")},
 }
 ROUTED = {
@@ -77,7 +78,7 @@ def test_only_routing_is_left_of_routed_models(name):
 
 def test_what_is_left_runs_where_widefield_is_not_installed(tmp_path):
     x, paths = torch.randn(2, 3, 32, 32), []
-    for name in ("masks", "dilated", "inception", "lka", "gnconv", "moga"):
+    for name in ("masks", "dilated", "inception", "deformable", "lka", "gnconv", "moga"):
         fused = widefield.reparameterize(converted("mobilenet", CONVERSIONS[name]), x)
         paths.append(tmp_path / f"{name}.pt")
         with torch.no_grad():
@@ -99,7 +100,7 @@ for path in sys.argv[1:]:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
 )
-@pytest.mark.parametrize("name", ["small", "masks", "lka", "gnconv"])
+@pytest.mark.parametrize("name", ["small", "masks", "deformable", "lka", "gnconv"])
 def test_torchs_own_tools_take_what_is_left(name):
     x = torch.randn(2, 3, 32, 32)
     fused = widefield.reparameterize(converted("mobilenet", CONVERSIONS[name]), x)
@@ -145,3 +146,28 @@ def test_what_is_left_trains_and_is_trimmed():
     close(trimmed(x), fused(x), NETWORK)
     fused.train()(x).square().sum().backward()
     assert all(p.grad is not None for p in fused.parameters())
+
+
+SAMPLED = {
+    "one group": {},
+    "strided": {"stride": 2, "groups": 2},
+    "without padding": {"padding": 0},
+    "dilated": {"dilation": 2, "groups": 4},
+    "without center": {"remove_center": True},
+    "wide, gated": {"kernel_size": 5, "offset_scale": 2.0, "center_feature_scale": True, "groups": 2},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_deformable_sampling_becomes_grid_sample(name):
+    torch.manual_seed(0)
+    layer = DeformConv2d(8, 6, **{"kernel_size": 3, **SAMPLED[name]}).double().eval()
+    for parameter in layer.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    fused = widefield.reparameterize(layer, torch.randn(2, 8, 9, 8).double())
+    assert ours(fused) == set()
+    assert set(fused.state_dict()) == set(layer.state_dict())
+    for x in (torch.randn(3, 8, 12, 7), torch.randn(1, 8, 6, 9).contiguous(memory_format=torch.channels_last)):
+        close(fused(x.double()), layer(x.double()), FLOAT64)
+        close(copy.deepcopy(fused).float()(x), layer(x.double()).float(), NETWORK)  # its type may change afterwards
+        close(copy.deepcopy(fused).bfloat16()(x.bfloat16()), copy.deepcopy(layer).bfloat16()(x.bfloat16()), BFLOAT16)
