@@ -9,7 +9,17 @@ from test_autograd import shaken
 from torch import nn
 
 from tolerances import FLOAT32, NETWORK, close
-from widefield.nn import GRN, LKA, DeformConv2d, DepthwiseConv2d, DynamicGMConv2d, GMConv2d, GnConv, MoRFConv2d
+from widefield.nn import (
+    GRN,
+    LKA,
+    DeformConv2d,
+    DepthwiseConv2d,
+    DynamicGMConv2d,
+    GMConv2d,
+    GnConv,
+    MoRFConv2d,
+    SameAligned,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 
@@ -32,6 +42,8 @@ LAYERS = {
     "deformable": lambda: shaken(DeformConv2d(8, 8, 3, padding=1, groups=2)),
     "deformable gated": lambda: shaken(DeformConv2d(8, 8, 3, 2, padding=1, center_feature_scale=True)),
     "deformable gather": lambda: shaken(DeformConv2d(8, 8, 3, padding=1, groups=2, backend="gather")),
+    "aligned": lambda: SameAligned(MoRFConv2d(8, 8, (3, 5), stride=2, groups=8), 2),
+    "aligned deformable": lambda: SameAligned(shaken(DeformConv2d(8, 8, 3, 3, padding=1)), 3),
     "gated": lambda: GnConv(8, 2, global_filter=(9, 5)),
     "attention": lambda: LKA(8),
     "normalized": lambda: nn.Sequential(GRN(8)),

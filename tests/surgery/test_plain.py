@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from test_convert import unsettled
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
@@ -17,6 +18,19 @@ import widefield
 from tolerances import BFLOAT16, FLOAT64, NETWORK, close
 from widefield.nn import LKA, DeformConv2d, DepthwiseConv2d, MultiOrderGatedAggregation
 from widefield.surgery import NothingToFuseError
+
+
+class Same(nn.Module):
+    """A strided layer with TensorFlow's "SAME" padding, as in timm's ``tf_*`` models."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.spatial = nn.Conv2d(3, 16, 1), Conv2dSame(16, 16, 5, 2, groups=16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.spatial(self.stem(x).relu()).mean((2, 3)))
+
 
 CONVERSIONS = {
     "fast": widefield.FastDepthwise(),
@@ -35,6 +49,7 @@ ROUTED = {
 }
 NETWORKS = {
     "mobilenet": lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=5),
+    "same": Same,
     "convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 16, 24, 32), num_classes=5),
 }
 
@@ -48,7 +63,7 @@ def converted(network, config):
     return widefield.convert(unsettled(NETWORKS[network]()), config)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["mobilenet", "convnext"])
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_one_call_leaves_no_class_of_ours(network, name):
     if (network, name) == ("mobilenet", "bands"):
@@ -74,6 +89,33 @@ def test_only_routing_is_left_of_routed_models(name):
     assert ours(fused) == left
     static = widefield.reparameterize(widefield.specialize(model, [x]), x)
     assert ours(static) == set()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("network", ["mobilenet", "same"])
+def test_fx_takes_layers_that_route_as_leaves(network, name, merged):
+    model, x = converted(network, ROUTED[name][0]), torch.randn(2, 3, 32, 32)
+    if merged:
+        model = widefield.reparameterize(model, x)
+    graph = torch.fx.symbolic_trace(model)
+    assert ours(graph) & ours(model) & {"MoRFConv2d", "FusedMoRFConv2d", "DynamicGMConv2d"}
+    for images in (x, torch.randn(1, 3, 37, 38)):
+        close(graph(images), model(images), NETWORK)
+    observed = quantize_fx.prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("fbgemm"), (x,))
+    observed(x)
+    assert quantize_fx.convert_fx(observed)(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("name", ["deformable", "small", "bands"])
+def test_nothing_of_ours_is_left_where_padding_is_that_of_tensorflow(name):
+    model, x = converted("same", CONVERSIONS[name]), torch.randn(2, 3, 32, 32)
+    fused = widefield.reparameterize(model, x)
+    assert ours(fused) == set()
+    for size in (32, 37, 38, 39):
+        images = torch.randn(1, 3, size, size + 1)
+        close(fused(images), model(images), NETWORK)
 
 
 def test_what_is_left_runs_where_widefield_is_not_installed(tmp_path):

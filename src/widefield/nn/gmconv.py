@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d, bare
 from widefield.nn.reparam import fold_norm, refuse_training
 from widefield.ops import depthwise_conv2d, per_sample_conv2d
@@ -339,6 +340,8 @@ class DynamicGMConv2d(_MaskedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         if x.ndim == 3:
             return self.forward(x[None])[0]
         kernels = self._under(self.masks(x)[:, None, None])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.nn import depthwise
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.reparam import exact_affine, refuse_training
 from widefield.nn.router import Router
@@ -204,6 +205,8 @@ class MoRFConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        if is_symbolic(x):
+            return recorded(self, x)
         return mixture_conv2d(
             x,
             self.kernels(),
@@ -311,6 +314,8 @@ class FusedMoRFConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.in_channels)
         y = bank_conv2d(
             x,

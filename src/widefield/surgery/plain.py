@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from widefield import _checks
-from widefield.nn import DCNv3, DepthwiseConv2d
+from widefield.nn import DCNv3, DepthwiseConv2d, SameAligned
 from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.folding import hooked
@@ -119,6 +119,8 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
         return with_numbers(module.fuse())
     if not called:
         raise _NotPlainError("the model does not call it on the example input, or uses other methods of it")
+    if isinstance(module, SameAligned) and is_layer(module.layer):
+        module = SameAligned(_as_torch(module.layer, called=called), module.stride)
     tracer = _Tracer()
     if isinstance(module, DCNv3):
         tracer.traced_func_name = "plain_forward"
