@@ -2,6 +2,7 @@
 
 import io
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -94,3 +95,18 @@ def test_traces_of_networks_serve_every_batch(name):
         for batch in (1, 3):
             x = torch.randn(batch, 3, 32, 32)
             close(trace(x), model(x), NETWORK)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchs_older_exporter_to_onnx_serves_every_batch_and_map(name):
+    layer, file = LAYERS[name]().eval(), io.BytesIO()
+    if name in ("reflected", "gated", "normalized"):
+        pytest.skip("what it is made of is not exported for maps of any size")
+    x = torch.randn(2, 8, 9, 8)
+    axes = {"x": {0: "batch", 2: "rows", 3: "columns"}}
+    torch.onnx.export(layer, (x,), file, dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for size in ((1, 9, 8), (3, 12, 15)):
+        x = torch.randn(size[0], 8, *size[1:])
+        close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), layer(x), 10 * FLOAT32)

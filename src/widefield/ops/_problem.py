@@ -114,6 +114,11 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or is_traced()
 
 
+def is_scripted_for_onnx() -> bool:
+    """Return whether torch.onnx.export(dynamo=False) records the call: of torch.jit.trace's graphs it knows less."""
+    return is_traced() and torch.onnx.is_in_onnx_export()
+
+
 def has_numbers(x: Tensor) -> bool:
     """Return whether what a call does may depend on the values of x: not where it is recorded or transformed."""
     hidden = torch.compiler.is_compiling() or is_exported() or torch._C._are_functorch_transforms_active()

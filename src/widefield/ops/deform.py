@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from widefield import _checks
-from widefield.ops._problem import is_batch_of_gradients, is_exported, size_of
+from widefield.ops._problem import is_batch_of_gradients, is_exported, is_scripted_for_onnx, size_of
 
 BACKENDS = ("auto", "bags", "gather", "grid")
 
@@ -116,6 +116,8 @@ def dcnv3(
     sampling = Sampling(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center).checked()
     _check(x, offset, mask, sampling)
     way = _resolve(backend, x)
+    if is_scripted_for_onnx():
+        return grid_sampled(x, offset, mask, sampling)
     if way == "gather":
         return _gather(x, offset, mask, sampling)
     if way == "grid":
@@ -170,7 +172,8 @@ def grid_sampled(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) ->
 
 def _counted(like: Tensor, dim: int) -> Tensor:
     """Return 0, 1, 2, ... along a dimension."""
-    return torch.ones_like(like).cumsum(dim) - 1
+    ones = (like * 0).nan_to_num() + 1  # torch.onnx.export(dynamo=False) makes a constant of ones_like
+    return ones.cumsum(dim) - 1
 
 
 def why_not(backend: str, x: Tensor) -> str | None:
