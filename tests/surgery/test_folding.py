@@ -199,7 +199,7 @@ CASES = {
     "hooks": (lambda: Net(hooked(nn.Conv2d(4, 4, 1))), "conv: has hooks"),
     "hooks on the norm": (lambda: Net(norm=hooked(nn.BatchNorm2d(4))), "it has hooks"),
     "weight norm": (
-        lambda: Net(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))), "conv: is a ParametrizedConv2d"
+        lambda: Net(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))), "conv: its weight is parametrized"
     ),
     "own class": (
         lambda: Net(Doubled(4, 4, 1)),

@@ -14,6 +14,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal, _WeightNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -26,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _Module = TypeVar("_Module", bound=nn.Module)
 
-_WITHOUT_MODE = (*FROZEN_NORMS, nn.Identity)
+_WITHOUT_MODE = (*FROZEN_NORMS, nn.Identity, nn.ModuleDict, nn.ModuleList, _WeightNorm, _Orthogonal)
 """Modules that compute the same in training and evaluation mode, so that their mode says nothing about the model."""
 
 _COMPUTING_HOOKS = {
@@ -80,7 +81,8 @@ def _is_merged(module: nn.Module) -> bool:
 def refuse_training(model: nn.Module, what: str) -> None:
     """Raise RuntimeError for a model of which a part is in training mode; ``what`` begins the sentence.
 
-    The mode of frozen batch norms does not count: timm's ``freeze_batch_norm_2d`` makes new ones, in training mode.
+    The mode of frozen batch norms and of weight norm does not count: timm's ``freeze_batch_norm_2d`` and torch's
+    ``weight_norm`` add them to models in evaluation mode, and leave them in training mode.
     """
     training = [
         name or type(model).__name__
