@@ -374,9 +374,8 @@ class DynamicGMConv2d(_MaskedConv2d):
     def collapse(self, mask: Tensor) -> nn.Conv2d:
         """Return the convolution that this layer is under one mask (KH, KW) for all images, as GMConv2d fuses to.
 
-        Kernels are linear in the mask, so that the mean of masks, not of sigmas, gives the mean kernel.
-
-        Raises ValueError for a mask of another shape, or one that is not finite.
+        Kernels are linear in the mask, so that the mean of masks, not of sigmas, gives the mean kernel. Raises
+        ValueError for a mask of another shape, or one that is not finite.
         """
         if tuple(mask.shape) != self.kernel_size:
             raise ValueError(f"mask must be (KH, KW) = {self.kernel_size}; got shape {tuple(mask.shape)}.")
