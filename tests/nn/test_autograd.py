@@ -86,10 +86,11 @@ def test_outputs_may_be_changed_in_place(name, batch, layout):
                 close(a, b, FLOAT64)
 
 
+@both_layouts
 @every_layer
-def test_outputs_of_frozen_layers_may_be_changed_in_place_by_what_learns(name):
+def test_outputs_of_frozen_layers_may_be_changed_in_place_by_what_learns(name, layout):
     """Under no_grad views are made that gradients refuse."""
-    layer, _, x, _ = case(name)
+    layer, _, x, _ = case(name, layout)
     scale = torch.ones(1, dtype=torch.double, requires_grad=True)
     with torch.no_grad():
         y = layer(x)

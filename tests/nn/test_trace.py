@@ -2,6 +2,7 @@
 
 import io
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -9,7 +10,17 @@ from test_autograd import shaken
 from torch import nn
 
 from tolerances import FLOAT32, NETWORK, close
-from widefield.nn import GRN, LKA, DeformConv2d, DepthwiseConv2d, DynamicGMConv2d, GMConv2d, GnConv, MoRFConv2d
+from widefield.nn import (
+    GRN,
+    LKA,
+    DeformConv2d,
+    DepthwiseConv2d,
+    DynamicGMConv2d,
+    GMConv2d,
+    GnConv,
+    MoRFConv2d,
+    SameAligned,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 
@@ -32,6 +43,8 @@ LAYERS = {
     "deformable": lambda: shaken(DeformConv2d(8, 8, 3, padding=1, groups=2)),
     "deformable gated": lambda: shaken(DeformConv2d(8, 8, 3, 2, padding=1, center_feature_scale=True)),
     "deformable gather": lambda: shaken(DeformConv2d(8, 8, 3, padding=1, groups=2, backend="gather")),
+    "aligned": lambda: SameAligned(MoRFConv2d(8, 8, (3, 5), stride=2, groups=8), 2),
+    "aligned deformable": lambda: SameAligned(shaken(DeformConv2d(8, 8, 3, 3, padding=1)), 3),
     "gated": lambda: GnConv(8, 2, global_filter=(9, 5)),
     "attention": lambda: LKA(8),
     "normalized": lambda: nn.Sequential(GRN(8)),
@@ -82,3 +95,18 @@ def test_traces_of_networks_serve_every_batch(name):
         for batch in (1, 3):
             x = torch.randn(batch, 3, 32, 32)
             close(trace(x), model(x), NETWORK)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchs_older_exporter_to_onnx_serves_every_batch_and_map(name):
+    layer, file = LAYERS[name]().eval(), io.BytesIO()
+    if name in ("reflected", "gated", "normalized"):
+        pytest.skip("what it is made of is not exported for maps of any size")
+    x = torch.randn(2, 8, 9, 8)
+    axes = {"x": {0: "batch", 2: "rows", 3: "columns"}}
+    torch.onnx.export(layer, (x,), file, dynamo=False, input_names=["x"], output_names=["y"], dynamic_axes=axes)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for size in ((1, 9, 8), (3, 12, 15)):
+        x = torch.randn(size[0], 8, *size[1:])
+        close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), layer(x), 10 * FLOAT32)

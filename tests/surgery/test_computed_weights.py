@@ -118,3 +118,15 @@ def test_sparse_training_says_what_stays_dense(caplog):
     lone = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match=r"whose weight is trained\. 0: its weight is parametrized"):
         widefield.surgery.DynamicSparsity(lone, init="uniform")
+
+
+@pytest.mark.parametrize("make", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_weight_norm_on_a_model_in_evaluation_mode(make):
+    """torch adds it in training mode, which changes nothing about what it computes."""
+    model, x, reports = network(widefield.GMConv(body="static")), torch.randn(2, 3, 12, 12), []
+    make(model[1])
+    with suppress(NothingToFuseError):
+        close(widefield.reparameterize(model, x, report=reports.append)(x), model(x), FLOAT32)
+    parametrizations.spectral_norm(model[0]).parametrizations.weight[0].train()
+    with pytest.raises(RuntimeError, match="is in training mode"):  # it iterates at each call, until eval()
+        widefield.reparameterize(model, x)

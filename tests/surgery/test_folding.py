@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import widefield
 from tolerances import FLOAT64, close
-from widefield.nn import DepthwiseConv2d, MoRFConv2d
+from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, MoRFConv2d
 from widefield.surgery.folding import is_norm
 
 
@@ -199,7 +199,7 @@ CASES = {
     "hooks": (lambda: Net(hooked(nn.Conv2d(4, 4, 1))), "conv: has hooks"),
     "hooks on the norm": (lambda: Net(norm=hooked(nn.BatchNorm2d(4))), "it has hooks"),
     "weight norm": (
-        lambda: Net(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))), "conv: is a ParametrizedConv2d"
+        lambda: Net(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))), "conv: its weight is parametrized"
     ),
     "own class": (
         lambda: Net(Doubled(4, 4, 1)),
@@ -330,10 +330,22 @@ def test_a_mixture_and_a_convolution_in_one_model():
     close(fused(x), model(x), FLOAT64)
 
 
-def test_a_frozen_norm_behind_a_mixture_stays():
-    _, fused, report = fold(nn.Sequential(MoRFConv2d(4, 4, (3,)), FrozenBatchNorm2d(4)), torch.randn(2, 4, 8, 8))
-    assert isinstance(fused[1], FrozenBatchNorm2d)
-    assert report.left[0].reason == "what it reads is not the output of a convolution"
+ROUTED = {
+    "mixture": lambda: MoRFConv2d(4, 4, (3, 5)),
+    "depthwise, no bias": lambda: MoRFConv2d(4, 4, (3,), groups=4, bias=False),
+    "masked": lambda: DynamicGMConv2d(4, 4, 5, padding=2),
+}
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, FrozenBatchNormAct2d])
+@pytest.mark.parametrize("layer", ROUTED)
+def test_a_frozen_norm_is_folded_into_a_routed_layer(layer, norm):
+    model = nn.Sequential(ROUTED[layer](), norm(4))
+    model, fused, report = fold(model, torch.randn(2, 4, 8, 8))
+    assert not any(is_norm(module) for module in fused.modules())
+    assert report.left == ()
+    x = torch.randn(3, 4, 9, 7).double()
+    close(fused(x), model(x), FLOAT64)
 
 
 def test_the_folded_state_loads_into_a_folded_twin():

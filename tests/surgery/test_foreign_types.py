@@ -48,6 +48,23 @@ def test_the_type_comes_back_for_all_that_merges_itself(name, dtype):
     check(name, dtype)
 
 
+@pytest.mark.parametrize("name", ["fastvit_t8", "ghostnetv3_050"])
+def test_what_learns_still_learns(name):
+    """timm's methods detach the parameters of the whole block, those of its squeeze-and-excitation too."""
+    model, x = network(name, torch.float32)
+    fused = widefield.reparameterize(model.requires_grad_(), x)
+    assert [key for key, p in fused.named_parameters() if not p.requires_grad] == []
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
+def test_models_that_ran_with_gradients(name):
+    """They keep attention biases with a gradient function, which copy.deepcopy refuses."""
+    model, x = network(name, torch.float64)
+    y = model.requires_grad_()(x)
+    fused = widefield.reparameterize(model, x, tolerance=FLOAT64)
+    close(fused(x), y, FLOAT64)
+
+
 class Foreign(nn.Module):
     """A block as they are: a norm and a convolution, which its fuse() makes anew."""
 

@@ -20,6 +20,7 @@ NETWORKS = {
     "torchvision": lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=5),
     "norms with activations": lambda: timm.create_model("regnetx_002", num_classes=5),
     "blocks that merge themselves": lambda: timm.create_model("repvgg_a0", num_classes=5),
+    "blocks with one convolution": lambda: timm.create_model("fastvit_t8", num_classes=5),
 }
 
 

@@ -10,13 +10,27 @@ import timm
 import torch
 import torchvision
 from test_convert import unsettled
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
 import widefield
-from tolerances import NETWORK, close
-from widefield.nn import LKA, DepthwiseConv2d, MultiOrderGatedAggregation
+from tolerances import BFLOAT16, FLOAT64, NETWORK, close
+from widefield.nn import LKA, DeformConv2d, DepthwiseConv2d, MultiOrderGatedAggregation
 from widefield.surgery import NothingToFuseError
+
+
+class Same(nn.Module):
+    """A strided layer with TensorFlow's "SAME" padding, as in timm's ``tf_*`` models."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.spatial = nn.Conv2d(3, 16, 1), Conv2dSame(16, 16, 5, 2, groups=16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.spatial(self.stem(x).relu()).mean((2, 3)))
+
 
 CONVERSIONS = {
     "fast": widefield.FastDepthwise(),
@@ -26,6 +40,7 @@ CONVERSIONS = {
     "dilated": widefield.LargeKernel(7, branches="dilated"),
     "bands": widefield.LargeKernel(7, branches="bands", small=7),
     "inception": widefield.InceptionSplit(),
+    "deformable": widefield.Deformable(),
     **{name: widefield.TokenMixer(name) for name in ("conv", "gmconv", "gnconv", "large_kernel", "lka", "moga")},
 }
 ROUTED = {
@@ -34,6 +49,7 @@ ROUTED = {
 }
 NETWORKS = {
     "mobilenet": lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=5),
+    "same": Same,
     "convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(16, 16, 24, 32), num_classes=5),
 }
 
@@ -47,7 +63,7 @@ def converted(network, config):
     return widefield.convert(unsettled(NETWORKS[network]()), config)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["mobilenet", "convnext"])
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_one_call_leaves_no_class_of_ours(network, name):
     if (network, name) == ("mobilenet", "bands"):
@@ -75,9 +91,36 @@ def test_only_routing_is_left_of_routed_models(name):
     assert ours(static) == set()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("network", ["mobilenet", "same"])
+def test_fx_takes_layers_that_route_as_leaves(network, name, merged):
+    model, x = converted(network, ROUTED[name][0]), torch.randn(2, 3, 32, 32)
+    if merged:
+        model = widefield.reparameterize(model, x)
+    graph = torch.fx.symbolic_trace(model)
+    assert ours(graph) & ours(model) & {"MoRFConv2d", "FusedMoRFConv2d", "DynamicGMConv2d"}
+    for images in (x, torch.randn(1, 3, 37, 38)):
+        close(graph(images), model(images), NETWORK)
+    observed = quantize_fx.prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("fbgemm"), (x,))
+    observed(x)
+    assert quantize_fx.convert_fx(observed)(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("name", ["deformable", "small", "bands"])
+def test_nothing_of_ours_is_left_where_padding_is_that_of_tensorflow(name):
+    model, x = converted("same", CONVERSIONS[name]), torch.randn(2, 3, 32, 32)
+    fused = widefield.reparameterize(model, x)
+    assert ours(fused) == set()
+    for size in (32, 37, 38, 39):
+        images = torch.randn(1, 3, size, size + 1)
+        close(fused(images), model(images), NETWORK)
+
+
 def test_what_is_left_runs_where_widefield_is_not_installed(tmp_path):
     x, paths = torch.randn(2, 3, 32, 32), []
-    for name in ("masks", "dilated", "inception", "lka", "gnconv", "moga"):
+    for name in ("masks", "dilated", "inception", "deformable", "lka", "gnconv", "moga"):
         fused = widefield.reparameterize(converted("mobilenet", CONVERSIONS[name]), x)
         paths.append(tmp_path / f"{name}.pt")
         with torch.no_grad():
@@ -99,7 +142,7 @@ for path in sys.argv[1:]:
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning"
 )
-@pytest.mark.parametrize("name", ["small", "masks", "lka", "gnconv"])
+@pytest.mark.parametrize("name", ["small", "masks", "deformable", "lka", "gnconv"])
 def test_torchs_own_tools_take_what_is_left(name):
     x = torch.randn(2, 3, 32, 32)
     fused = widefield.reparameterize(converted("mobilenet", CONVERSIONS[name]), x)
@@ -145,3 +188,28 @@ def test_what_is_left_trains_and_is_trimmed():
     close(trimmed(x), fused(x), NETWORK)
     fused.train()(x).square().sum().backward()
     assert all(p.grad is not None for p in fused.parameters())
+
+
+SAMPLED = {
+    "one group": {},
+    "strided": {"stride": 2, "groups": 2},
+    "without padding": {"padding": 0},
+    "dilated": {"dilation": 2, "groups": 4},
+    "without center": {"remove_center": True},
+    "wide, gated": {"kernel_size": 5, "offset_scale": 2.0, "center_feature_scale": True, "groups": 2},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_deformable_sampling_becomes_grid_sample(name):
+    torch.manual_seed(0)
+    layer = DeformConv2d(8, 6, **{"kernel_size": 3, **SAMPLED[name]}).double().eval()
+    for parameter in layer.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    fused = widefield.reparameterize(layer, torch.randn(2, 8, 9, 8).double())
+    assert ours(fused) == set()
+    assert set(fused.state_dict()) == set(layer.state_dict())
+    for x in (torch.randn(3, 8, 12, 7), torch.randn(1, 8, 6, 9).contiguous(memory_format=torch.channels_last)):
+        close(fused(x.double()), layer(x.double()), FLOAT64)
+        close(copy.deepcopy(fused).float()(x), layer(x.double()).float(), NETWORK)  # its type may change afterwards
+        close(copy.deepcopy(fused).bfloat16()(x.bfloat16()), copy.deepcopy(layer).bfloat16()(x.bfloat16()), BFLOAT16)

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from widefield import _checks
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.ops._problem import is_channels_last, laid_out, size_of
-from widefield.ops.deform import BACKENDS, Sampling, dcnv3, sampling_points
+from widefield.ops._problem import channels_first, is_channels_last, laid_out, size_of
+from widefield.ops.deform import BACKENDS, Sampling, dcnv3, grid_sampled, sampling_points
 
 GROUP_CHANNELS = 16
 """Channels of a group in the published networks."""
@@ -136,6 +136,19 @@ class DCNv3(nn.Module):
         out: Tensor = self.output_proj(y)
         return out
 
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """Compute the same by operators of PyTorch that torch.fx, torch.jit.script and ONNX know: F.grid_sample.
+
+        Slower than ``forward`` on CPUs, and for inputs of the right shape.
+        """
+        features = self.dw_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        value = self.input_proj(x)
+        y = grid_sampled(value, *self._offset_and_mask(features), self.sampling)
+        if self.center_feature_scale:
+            y = self._with_centre(y, value, features)
+        out: Tensor = self.output_proj(y)
+        return out
+
     def _features(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or size_of(x)[-1] != self.channels:
             raise ValueError(
@@ -235,8 +248,12 @@ class DeformConv2d(DCNv3):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, Ho, Wo)."""
         _checks.images(size_of(x), self.channels)
-        y = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = channels_first(super().forward(x.permute(0, 2, 3, 1)))
         return laid_out(y, is_channels_last(x))
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """Compute the same as a contiguous (N, C_out, Ho, Wo); see :meth:`DCNv3.plain_forward`."""
+        return super().plain_forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
 def why_not(conv: nn.Module) -> str | None:

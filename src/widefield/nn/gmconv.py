@@ -23,9 +23,9 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d, bare
 from widefield.nn.reparam import fold_norm, refuse_training
 from widefield.ops import depthwise_conv2d, per_sample_conv2d
@@ -256,7 +256,7 @@ class GMConv2d(_MaskedConv2d):
             )
         return F.conv2d(x, self.kernel(), self.bias, self.stride, padding, self.dilation, self.groups)
 
-    def fuse(self, norm: _BatchNorm | None = None) -> nn.Conv2d:
+    def fuse(self, norm: nn.Module | None = None) -> nn.Conv2d:
         """Return the convolution with the kernel under the mask; a DepthwiseConv2d if it is depthwise. Exact.
 
         Args:
@@ -340,6 +340,8 @@ class DynamicGMConv2d(_MaskedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         if x.ndim == 3:
             return self.forward(x[None])[0]
         kernels = self._under(self.masks(x)[:, None, None])
@@ -349,7 +351,7 @@ class DynamicGMConv2d(_MaskedConv2d):
             x, kernels, biases, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups
         )
 
-    def fuse(self, norm: _BatchNorm | None = None) -> DynamicGMConv2d:
+    def fuse(self, norm: nn.Module | None = None) -> DynamicGMConv2d:
         """Return a copy of this layer, with ``norm`` folded into its kernel and bias. Exact in evaluation mode.
 
         The mask stays: it depends on the image. A norm scales whole output channels, and a mask whole taps, so that
@@ -372,9 +374,8 @@ class DynamicGMConv2d(_MaskedConv2d):
     def collapse(self, mask: Tensor) -> nn.Conv2d:
         """Return the convolution that this layer is under one mask (KH, KW) for all images, as GMConv2d fuses to.
 
-        Kernels are linear in the mask, so that the mean of masks, not of sigmas, gives the mean kernel.
-
-        Raises ValueError for a mask of another shape, or one that is not finite.
+        Kernels are linear in the mask, so that the mean of masks, not of sigmas, gives the mean kernel. Raises
+        ValueError for a mask of another shape, or one that is not finite.
         """
         if tuple(mask.shape) != self.kernel_size:
             raise ValueError(f"mask must be (KH, KW) = {self.kernel_size}; got shape {tuple(mask.shape)}.")
@@ -469,7 +470,7 @@ def fades_out(conv: nn.Conv2d, sigma: float | None = None) -> str | None:
     )
 
 
-def _folded(layer: _MaskedConv2d, kernel: Tensor, norm: _BatchNorm | None) -> nn.Conv2d:
+def _folded(layer: _MaskedConv2d, kernel: Tensor, norm: nn.Module | None) -> nn.Conv2d:
     """Return the convolution that ``layer`` would be with this kernel, and ``norm`` after it."""
     plain = bare(layer, bias=layer.bias is not None)  # type: ignore[arg-type]
     plain.weight = nn.Parameter(kernel, layer.weight.requires_grad)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
 from widefield.nn import depthwise
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.reparam import exact_affine, refuse_training
 from widefield.nn.router import Router
 from widefield.ops import bank_conv2d, fold, mixture_conv2d
 from widefield.ops._problem import size_of
@@ -204,6 +205,8 @@ class MoRFConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        if is_symbolic(x):
+            return recorded(self, x)
         return mixture_conv2d(
             x,
             self.kernels(),
@@ -224,7 +227,7 @@ class MoRFConv2d(nn.Module):
             )
         return super().__getattr__(name)
 
-    def fuse(self, norm: _BatchNorm | None = None) -> FusedMoRFConv2d:
+    def fuse(self, norm: nn.Module | None = None) -> FusedMoRFConv2d:
         """Return the re-parameterised layer: one padded kernel bank and the router. Exact in evaluation mode.
 
         Args:
@@ -234,8 +237,7 @@ class MoRFConv2d(nn.Module):
             RuntimeError: the layer, or ``norm``, is in training mode.
             ValueError: ``norm`` has no running statistics, or another number of channels.
         """
-        if self.training or (norm is not None and norm.training):
-            raise RuntimeError("fuse() computes the evaluation-mode function: call model.eval() first.")
+        refuse_training(self)
         return FusedMoRFConv2d(self, norm)
 
     def collapse(self, weights: Tensor) -> nn.Conv2d:
@@ -285,7 +287,7 @@ class FusedMoRFConv2d(nn.Module):
         kernel_sizes, dilations, router: as in the mixture.
     """
 
-    def __init__(self, layer: MoRFConv2d, norm: _BatchNorm | None = None) -> None:
+    def __init__(self, layer: MoRFConv2d, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.router = layer.router.for_inference()
         self.in_channels, self.stride, self.groups = layer.in_channels, layer.stride, layer.groups
@@ -296,15 +298,11 @@ class FusedMoRFConv2d(nn.Module):
             bias_bank = None if biases is None else torch.stack(biases)
             shift = None
             if norm is not None:
-                if norm.running_mean is None or norm.running_var is None:
-                    raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
-                if norm.num_features != layer.out_channels:
+                scale, shift = exact_affine(norm)
+                if len(scale) != layer.out_channels:
                     raise ValueError(
-                        f"cannot fold a batch norm of {norm.num_features} channels into {layer.out_channels} outputs."
+                        f"cannot fold a batch norm of {len(scale)} channels into {layer.out_channels} outputs."
                     )
-                scale, shift = fold.batch_norm_affine(
-                    norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
-                )
                 dtype = bank.dtype  # the norm's may be wider
                 bank = (bank * scale[:, None, None, None]).to(dtype)
                 bias_bank = None if bias_bank is None else (bias_bank * scale).to(dtype)
@@ -316,6 +314,8 @@ class FusedMoRFConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.in_channels)
         y = bank_conv2d(
             x,

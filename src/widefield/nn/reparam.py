@@ -205,7 +205,7 @@ def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
         RuntimeError: in training mode.
         ValueError: no running statistics.
     """
-    scale, shift = _exact_affine(norm)
+    scale, shift = exact_affine(norm)
     dtype = cast(Tensor, norm.running_mean).dtype
     return scale.to(dtype), shift.to(dtype)
 
@@ -232,7 +232,7 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
     if norm is None:
         weight, bias = old.weight.clone(), None if old.bias is None else old.bias.clone()
     else:
-        scale, shift = _exact_affine(norm)
+        scale, shift = exact_affine(norm)
         if len(scale) != outputs:
             raise ValueError(f"cannot fold a batch norm of {len(scale)} channels into {outputs} outputs.")
         transposed = old.groups if isinstance(conv, _ConvTransposeNd) else None
@@ -249,7 +249,8 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
     return twin  # type: ignore[no-any-return]
 
 
-def _exact_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def exact_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return (scale, shift) of a batch norm in evaluation mode, frozen or not; see :func:`fold.batch_norm_affine`."""
     refuse_training(norm)
     bn: Any = norm
     if bn.running_mean is None or bn.running_var is None:

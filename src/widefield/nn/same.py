@@ -80,11 +80,12 @@ class SameAligned(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C_out, ceil(H / stride), ceil(W / stride))."""
         # Centers at i * stride + phase are those at (i + 1) * stride behind stride - phase rows of zeros.
-        above, before = (
-            (step - phase(side, step)) % step for side, step in zip(x.shape[-2:], self.stride, strict=True)
-        )
-        y: Tensor = self.layer(F.pad(x, (before, 0, above, 0)) if above or before else x)
-        return y[..., int(above > 0) :, int(before > 0) :] if above or before else y
+        (down, right), rows, columns = self.stride, x.shape[-2], x.shape[-1]
+        above, before = (down - phase(rows, down)) % down, (right - phase(columns, right)) % right
+        if type(above) is int and above == before == 0:  # sizes may be symbols: graphs for many sizes do not branch
+            return cast(Tensor, self.layer(x))
+        y: Tensor = self.layer(F.pad(x, (before, 0, above, 0)))
+        return y[..., (above + down - 1) // down :, (before + right - 1) // right :]
 
     def merges(self) -> bool:
         """Say whether :meth:`fuse` would return something simpler."""

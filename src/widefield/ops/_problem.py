@@ -114,6 +114,11 @@ def is_exported() -> bool:
     return torch.compiler.is_exporting() or is_traced()
 
 
+def is_scripted_for_onnx() -> bool:
+    """Return whether torch.onnx.export(dynamo=False) records the call: of torch.jit.trace's graphs it knows less."""
+    return is_traced() and torch.onnx.is_in_onnx_export()
+
+
 def has_numbers(x: Tensor) -> bool:
     """Return whether what a call does may depend on the values of x: not where it is recorded or transformed."""
     hidden = torch.compiler.is_compiling() or is_exported() or torch._C._are_functorch_transforms_active()
@@ -183,6 +188,15 @@ def multiply_adds(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilatio
             count += max(0, last - first + 1)
         total *= count
     return total
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """Return (N, H, W, C) as (N, C, H, W), without a copy."""
+    if torch.is_grad_enabled() or not has_numbers(x):
+        return x.permute(0, 3, 1, 2)
+    # Below the dispatch key that tracks views: one made under no_grad could not be changed in place by what learns.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return x.permute(0, 3, 1, 2)
 
 
 def fold(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from widefield import _checks
-from widefield.ops._problem import is_batch_of_gradients, is_exported, size_of
+from widefield.ops._problem import is_batch_of_gradients, is_exported, is_scripted_for_onnx, size_of
 
 BACKENDS = ("auto", "bags", "gather", "grid")
 
@@ -116,6 +116,8 @@ def dcnv3(
     sampling = Sampling(kernel_size, stride, padding, dilation, groups, offset_scale, remove_center).checked()
     _check(x, offset, mask, sampling)
     way = _resolve(backend, x)
+    if is_scripted_for_onnx():
+        return grid_sampled(x, offset, mask, sampling)
     if way == "gather":
         return _gather(x, offset, mask, sampling)
     if way == "grid":
@@ -138,6 +140,40 @@ def sampling_points(offset: Tensor, size: tuple[int, int], sampling: Sampling) -
     if tuple(offset.shape[1:3]) != expected:
         raise ValueError(f"a map of {size} has offsets of {expected} pixels; got {tuple(offset.shape)}.")
     return torch.stack(_points(offset, sampling), -1)
+
+
+def grid_sampled(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor:
+    """Return :func:`dcnv3` by F.grid_sample, unchecked, in a form that torch.fx traces for inputs of any size and type.
+
+    Hence it neither looks at a size or dtype, nor makes a tensor but from an argument.
+    """
+    wide = offset.new_zeros((1,), dtype=torch.float32)  # what it is added to has at least this type
+    own = (offset + wide).unflatten(-1, (sampling.groups, sampling.points, 2))
+    index = _counted(own[:1, :1, :1, :1, :, 0], -1)  # of a point: columns slow, rows fast
+    if sampling.remove_center:
+        index = index + (index >= sampling.kernel_size**2 // 2).type_as(index)
+    column = (index / sampling.kernel_size).floor()
+    grid = column, index - column * sampling.kernel_size
+    starts = _counted(own[:1, :1, :, :1, :1, 0], 2), _counted(own[:1, :, :1, :1, :1, 0], 1)
+    places = []
+    for axis, side in enumerate((x.size(2), x.size(1))):
+        taps = (grid[axis] * sampling.dilation - sampling.reach) * sampling.offset_scale
+        start = starts[axis] * sampling.stride + (sampling.reach - sampling.padding)
+        at = start + taps + own[..., axis] * sampling.offset_scale
+        places.append((2 * at.clamp(-1, side) + 1) / side - 1)  # the outer edges of the map are -1 and 1
+    groups = (sampling.groups, -1)
+    maps = (x + wide).unflatten(-1, groups).permute(0, 3, 4, 1, 2).flatten(0, 1)
+    at = torch.stack(places, -1).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(1, 2)
+    weights = (mask + wide).unflatten(-1, groups).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+    y = F.grid_sample(maps, at, align_corners=False).mul(weights.unsqueeze(1)).sum(-1)  # (N groups, C_g, Ho Wo)
+    y = y.reshape(x.size(0), x.size(3), -1).permute(0, 2, 1)
+    return y.reshape(x.size(0), offset.size(1), offset.size(2), x.size(3)).type_as(x)
+
+
+def _counted(like: Tensor, dim: int) -> Tensor:
+    """Return 0, 1, 2, ... along a dimension."""
+    ones = (like * 0).nan_to_num() + 1  # torch.onnx.export(dynamo=False) makes a constant of ones_like
+    return ones.cumsum(dim) - 1
 
 
 def why_not(backend: str, x: Tensor) -> str | None:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import is_channels_last, is_exported, is_traced, laid_out, size_of
+from widefield.ops._problem import (
+    is_channels_last,
+    is_exported,
+    is_scripted_for_onnx,
+    is_traced,
+    laid_out,
+    output_size,
+    size_of,
+)
 
 Pair = tuple[int, int]
 
@@ -64,7 +72,11 @@ def per_sample_conv2d(
         # Grouped convolutions in 16 bits fall back to loops on CPUs; in 32 bits they are faster, and more exact.
         x, kernels, biases = x.float(), kernels.float(), None if biases is None else biases.float()
     with without_autocast(x):
-        convolve = _scripted() if is_traced() else _as_one_image
+        convolve = _as_one_image
+        if is_scripted_for_onnx():  # where the number of groups is a constant
+            convolve = _unfolded
+        elif is_traced():
+            convolve = _scripted()
         y = convolve(x, kernels, biases, stride, padding, dilation, groups)
     return laid_out(y.to(dtype), layout)
 
@@ -86,6 +98,18 @@ def _as_one_image(
     # Not a view: one made under no_grad could not be changed in place where gradients are on.
     flat: Tensor = torch.ops.aten._unsafe_view(y, [batch, kernels.shape[1], y.shape[2], y.shape[3]])
     return flat
+
+
+def _unfolded(
+    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """Convolve by a product of matrices with the taps of every pixel."""
+    _, c_out, c_group, *size = size_of(kernels)
+    taps = c_group * size[0] * size[1]
+    columns = F.unfold(x, tuple(size), dilation, padding, stride).reshape([x.shape[0], groups, taps, -1])
+    y = kernels.reshape([x.shape[0], groups, c_out // groups, taps]) @ columns
+    y = y.reshape([x.shape[0], c_out, *output_size(x.shape[2:], tuple(size), stride, padding, dilation)])
+    return y if biases is None else y + biases[:, :, None, None]
 
 
 @functools.cache

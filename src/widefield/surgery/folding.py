@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.surgery.outputs import Difference, NothingToCompareError, difference
+from widefield.surgery.walk import computed
 
 Fold = Callable[[nn.Module, nn.Module], nn.Module]
 """(layer, the norm after it) -> the layer that is both."""
@@ -275,7 +276,9 @@ def _fixed(root: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str
     for module in modules:
         kinds = _NORMS if is_norm(module) else _CONVOLUTIONS
         weight = module._parameters.get("weight")
-        if (is_norm(module) or is_linear(module)) and not _computes_as(module, kinds):
+        if (reason := computed(module)) is not None:
+            found[module] = reason
+        elif (is_norm(module) or is_linear(module)) and not _computes_as(module, kinds):
             what = "normalise" if is_norm(module) else "convolve"
             found[module] = f"is a {type(module).__name__}, which may not {what} as torch's own does"
         elif is_norm(module) and getattr(module, "running_mean", None) is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from widefield import _checks
-from widefield.nn import DepthwiseConv2d
+from widefield.nn import DCNv3, DepthwiseConv2d, SameAligned
 from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.folding import hooked
@@ -42,7 +42,8 @@ def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Ke
     """Replace layers of :mod:`widefield.nn` by modules of torch that compute the same, in place.
 
     A :class:`DepthwiseConv2d` becomes a ``torch.nn.Conv2d``. A layer of several parts becomes a
-    ``torch.fx.GraphModule`` with the same parts, parameters and keys. Layers that route stay. So do layers of several
+    ``torch.fx.GraphModule`` with the same parts, parameters and keys, a deformable one by ``F.grid_sample``. Layers
+    that route stay. So do layers of several
     parts in the networks of :mod:`widefield.models`, which cannot be loaded without widefield in any case.
 
     Args:
@@ -118,7 +119,11 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
         return with_numbers(module.fuse())
     if not called:
         raise _NotPlainError("the model does not call it on the example input, or uses other methods of it")
+    if isinstance(module, SameAligned) and is_layer(module.layer):
+        module = SameAligned(_as_torch(module.layer, called=called), module.stride)
     tracer = _Tracer()
+    if isinstance(module, DCNv3):
+        tracer.traced_func_name = "plain_forward"
     try:
         graph = tracer.trace(module)
     except Exception as error:  # whatever a forward raises that branches on values

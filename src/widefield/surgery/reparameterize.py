@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks, bench
 from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
@@ -200,7 +199,7 @@ def reparameterize(
     x = _example(model) if example_input is None else example_input
     merges, left = _merges(model)
     mixtures = {tried.module: tried.name for tried in merges if takes_norm(tried.module)}
-    norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if is_norm(module)]
     merged = {tried.module: tried.twin for tried in merges}
     with torch.no_grad(), Watch(model, mixtures, norms, _fuse_with, merged) as seen:
         before = _run(model, x, made_up=example_input is None)

@@ -14,6 +14,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal, _WeightNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -26,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _Module = TypeVar("_Module", bound=nn.Module)
 
-_WITHOUT_MODE = (*FROZEN_NORMS, nn.Identity)
+_WITHOUT_MODE = (*FROZEN_NORMS, nn.Identity, nn.ModuleDict, nn.ModuleList, _WeightNorm, _Orthogonal)
 """Modules that compute the same in training and evaluation mode, so that their mode says nothing about the model."""
 
 _COMPUTING_HOOKS = {
@@ -69,14 +70,19 @@ def merge_method(module: nn.Module) -> str | None:
 
 
 def _is_merged(module: nn.Module) -> bool:
-    layers = [inner for inner in module.modules() if any(p is not None for p in inner._parameters.values())]
+    layers = [  # frozen norms hold buffers alone
+        inner
+        for inner in module.modules()
+        if isinstance(inner, FROZEN_NORMS) or any(p is not None for p in inner._parameters.values())
+    ]
     return len(layers) < 2 or any(isinstance(getattr(module, made, None), nn.Module) for made in _MADE)
 
 
 def refuse_training(model: nn.Module, what: str) -> None:
     """Raise RuntimeError for a model of which a part is in training mode; ``what`` begins the sentence.
 
-    The mode of frozen batch norms does not count: timm's ``freeze_batch_norm_2d`` makes new ones, in training mode.
+    The mode of frozen batch norms and of weight norm does not count: timm's ``freeze_batch_norm_2d`` and torch's
+    ``weight_norm`` add them to models in evaluation mode, and leave them in training mode.
     """
     training = [
         name or type(model).__name__
@@ -126,13 +132,23 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def duplicate(module: _Module) -> _Module:
-    """Return a deep copy, also of layers that keep a computed weight, as weight norm and pruning by hooks do.
+    """Return a deep copy, also of modules that keep tensors with a gradient function.
 
-    ``copy.deepcopy`` refuses such a weight, which is no leaf of the graph. The copy computes it again at each call.
+    ``copy.deepcopy`` refuses such tensors: weights that weight norm and pruning compute by hooks, and the attention
+    biases that timm caches (LeViT, EfficientViT, TinyViT). The copy holds their values and computes them again.
     """
-    held = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
-    stand_ins = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    held = [tensor for part in module.modules() for tensor in _tensors(vars(part))]
+    stand_ins = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
     return copy.deepcopy(module, stand_ins)  # memo: id -> what to use
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in dicts, lists and tuples of any depth."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def computed(module: nn.Module) -> str | None:
@@ -219,7 +235,8 @@ def merge(module: nn.Module, method: str) -> nn.Module:
     narrower than float32 are merged in float32 and rounded once. Frozen norms, which such methods do not know, are
     ordinary ones meanwhile.
     """
-    learns, frozen = any(p.requires_grad for p in module.parameters()), _has_frozen_norm(module)
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    learns, frozen = any(flag for _, flag in flags), _has_frozen_norm(module)
     if frozen and not is_ours(module):
         unfreeze_batch_norm_2d(module)
     held = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
@@ -240,7 +257,9 @@ def merge(module: nn.Module, method: str) -> nn.Module:
     for tensor in (*merged.parameters(), *merged.buffers()):
         if id(tensor) not in known and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
-            tensor.requires_grad_(learns and tensor.requires_grad)
+            tensor.requires_grad_(learns and isinstance(tensor, nn.Parameter))
+    for parameter, flag in flags:  # timm's methods detach all that they leave in a block
+        parameter.requires_grad_(flag)
     if frozen:
         freeze_batch_norm_2d(merged)
     return merged.to(kernel.device).train(training)
