@@ -75,6 +75,8 @@ MODELS = {
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
     "equalize": {"equalize": True},
+    "percentile": {"calibration": "percentile"},
+    "entropy": {"calibration": "entropy"},
 }
 ONE = "on one photograph: "
 """Begins the ways that are calibrated on crops of one photograph, and measured on those of another."""

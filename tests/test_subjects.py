@@ -50,6 +50,10 @@ def test_torchvisions():
     assert found.pictures(count=2, size=40).tensor().shape == (2, 3, 40, 40)
 
 
+def test_a_network_for_images_of_one_size_gets_that_size():
+    assert load("torchvision:vit_b_32{image_size: 64, num_classes: 2}").size == 64
+
+
 def test_a_run_brings_its_own_images(tmp_path):
     args = {"patch_size": 2, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
     recipe = Recipe(
@@ -78,6 +82,8 @@ def test_a_run_brings_its_own_images(tmp_path):
         ("torchvision:resnet18{nmu_classes: 1}", ValueError, "nmu_classes"),
         ("test_resnet{layers", ValueError, "a name and arguments in braces; got 'test_resnet{layers'"),
         ("test_resnet{a: [}", ValueError, "hold no YAML"),
+        ("torchvision:r3d_18", ValueError, "torchvision's 'r3d_18' is no classifier of images"),
+        ("test_resnet{checkpoint_path: a.pth}", FileNotFoundError, "{'checkpoint_path': 'a.pth'} does not exist"),
         (".", FileNotFoundError, "is not the folder of a run"),
     ],
 )

@@ -207,7 +207,8 @@ def _of_torchvision(word: str, pretrained: bool) -> Subject:
     model = create_model(ModelSpec(name, given, pretrained))
     shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
     weights = "pretrained" if pretrained else "random"
-    return Subject(word, model, shown.crop_size[0], tuple(shown.mean), tuple(shown.std), weights)
+    size = getattr(model, "image_size", shown.crop_size[0])  # a ViT takes no other
+    return Subject(word, model, size, tuple(shown.mean), tuple(shown.std), weights)
 
 
 def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:

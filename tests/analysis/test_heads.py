@@ -298,6 +298,23 @@ def test_images_in_another_layout_are_refused_with_the_mend():
             look(model, (images * 255).byte())
 
 
+def test_images_in_another_layout_are_not_called_too_small():
+    model, images = shaken(Answers(lambda y, z: y)), torch.rand(1, 64, 64, 3)
+    for look in (interactions, translation_stability):
+        with pytest.raises(ValueError, match=r"64.*3.*look like \(N, H, W, C\): pass images.movedim\(-1, 1\)"):
+            look(model, images)
+
+
+def test_images_of_another_kind_are_refused_in_words():
+    model, images = shaken(Answers(lambda y, z: y)), torch.rand(1, 3, 16, 16)
+    routed = nn.Sequential(MoRFConv2d(3, 3), nn.Conv2d(3, 3, 1))
+    looks = effective_receptive_field, theoretical_receptive_field, lambda m, x: routing_statistics(routed, x)
+    for look in looks:
+        for wrong in (images.numpy(), None, 2.5):
+            with pytest.raises(TypeError, match=r"images must be"):
+                look(model, wrong)
+
+
 @pytest.mark.parametrize("shape", [(2, 16, 12, 3), (2, 32, 24, 3), (2, 16, 12, 1), (2, 16, 12, 5), (2, 300, 225, 3)])
 def test_pixels_may_be_of_any_scale_and_number_of_channels(shape):
     model, images = shaken(Answers(lambda y, z: y)), torch.rand(2, 3, 16, 12)

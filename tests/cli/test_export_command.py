@@ -53,6 +53,12 @@ def test_the_file_of_a_run_names_its_classes(tmp_path, capsys):
         assert told["input"]["mean"] == list(info.mean)
 
 
+@pytest.mark.parametrize("name", ["torchvision:vit_b_32{image_size: 64}", "vit_tiny_patch16_224{img_size: 64}"])
+def test_a_size_that_the_network_does_not_take_is_refused(tmp_path, capsys, name):
+    assert export(name, "--size", "96", "--count", "2", "--out", str(tmp_path)) == 1
+    assert "cannot be run on images of (3, 96, 96)" in capsys.readouterr().err
+
+
 def test_random_weights_have_no_names(tmp_path):
     assert export("resnet10t", "--size", "32", "--count", "4", "--out", str(tmp_path)) == 0
     assert json.loads((tmp_path / "resnet10t.onnx.json").read_text())["classes"] is None

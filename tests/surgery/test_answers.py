@@ -72,6 +72,7 @@ def test_what_is_not_obvious_is_described_with_the_way_out():
     assert meant(output) is None
     assert described(output) == "dict with ['boxes'] (2, 4), ['more'][0] (3,), ['more'][1][0] (1,)"
     assert wrapping(output).endswith("return self.model(images)['boxes'].")
+    assert wrapping({"map": torch.ones(2, 4, 8, 8), "scores": torch.ones(2, 4)}).endswith("(images)['scores'].")
     assert wrapping(torch.ones(2)) == ""
     assert described("text") == "str without a tensor"
     assert meant(Data(None, torch.ones(1))).shape == (1,)
@@ -119,3 +120,5 @@ def test_images_that_cannot_be_are_refused_in_one_place():
             measure_change(model, model, [x])
     with pytest.raises(TypeError, match=r"torch.uint8 tensor\. Divide by 255"):
         measure_change(model, model, [torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
+    with pytest.raises(TypeError, match=r"ndarray\. Pass torch\.from_numpy\(images\)"):
+        measure_change(model, model, [torch.zeros(1, 3, 4, 4).numpy()])

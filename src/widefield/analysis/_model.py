@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from widefield.surgery.outputs import pixels, place
 __all__ = [
     "Layer",
     "as_map",
+    "batched",
     "chunks",
     "inner_map",
     "is_size",
@@ -28,6 +30,7 @@ __all__ = [
     "running",
     "submodule",
     "track",
+    "turned",
     "visited",
     "watched",
 ]
@@ -94,9 +97,7 @@ def chunks(
     """
     device, dtype = place(model)
     empty = True
-    if not isinstance(images, Iterable):
-        raise TypeError(f"images must be a tensor (N, C, H, W), or batches of them; got {images!r}.")
-    for batch in [images] if isinstance(images, Tensor) else images:
+    for batch in batched(images):
         batch = pixels(batch, clips=clips)
         for part in batch.split(size or max(len(batch), 1)):
             if len(part):
@@ -106,10 +107,17 @@ def chunks(
         raise ValueError("there are no images: images is empty.")
 
 
+def batched(images: object) -> Iterable[Any]:
+    """Return batches: a tensor is one. Raises TypeError for what gives no batches."""
+    if not isinstance(images, Iterable):
+        raise TypeError(f"images must be a tensor (N, C, H, W), or batches of them; got {images!r}.")
+    return [images] if isinstance(images, Tensor) else images
+
+
 def is_size(images: object) -> bool:
     """Return whether images are given by their size alone: a side, or (rows, columns)."""
     sides = images if isinstance(images, (tuple, list)) else [images]
-    return bool(sides) and all(hasattr(side, "__index__") and not isinstance(side, Tensor) for side in sides)
+    return bool(sides) and all(isinstance(side, Integral) for side in sides)
 
 
 def made_up(model: nn.Module, size: Any, count: int, *, noise: bool) -> Tensor:
@@ -146,16 +154,20 @@ def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> It
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:
-        takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        shape = (images if given is None else given).shape
-        turned = len(shape) == 4 and takes == shape[3] != shape[1]
-        if isinstance(error, ValueError) and not turned:  # says itself what is wrong
+        mend = turned(model, (images if given is None else given).shape)
+        if isinstance(error, ValueError) and not mend:  # says itself what is wrong
             raise
-        mend = ". They look like (N, H, W, C): pass images.movedim(-1, 1)." if turned else ""
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.' * turned)}{mend}"
+            f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.!')}.{mend}"
         ) from error
+
+
+def turned(model: nn.Module, shape: Sequence[int]) -> str:
+    """Return a sentence for images that seem to be (N, H, W, C); empty for others."""
+    takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    looks = len(shape) == 4 and takes == shape[3] != shape[1]
+    return " They look like (N, H, W, C): pass images.movedim(-1, 1)." if looks else ""
 
 
 def layer_name(model: nn.Module, layer: object) -> str:

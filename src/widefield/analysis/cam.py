@@ -226,8 +226,9 @@ def class_activation(
     _one_each(each, done)
     maps, targeted, predicted, probability = (torch.cat(column) for column in zip(*parts, strict=True))
     if (targeted < 0).all():
+        shown = "this image" if done == 1 else f"these {done} images"
         raise ValueError(
-            f"{type(model).__name__} detects nothing in these {done} images, so no class is predicted: give targets, "
+            f"{type(model).__name__} detects nothing in {shown}, so no class is predicted: give targets, "
             "other images, or a lower threshold (score_thresh in torchvision's)."
         )
     peak = maps.amax((1, 2), keepdim=True)

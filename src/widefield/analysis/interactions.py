@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import chunks, track, visited
+from widefield.analysis._model import chunks, track, turned, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
 from widefield.surgery.outputs import place
@@ -331,7 +331,7 @@ def _tasks(
         if min(part.shape[2:]) < plan.grid:
             raise ValueError(
                 f"images of {part.shape[2]}x{part.shape[3]} pixels have no {plan.grid}x{plan.grid} patches: "
-                f"give a grid of at most {min(part.shape[2:])}."
+                f"give a grid of at most {min(part.shape[2:])}.{turned(model, part.shape)}"
             )
         for image in part:
             if classes is not None and index >= len(classes):

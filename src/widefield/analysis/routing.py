@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import chunks, running, track, visited, watched
+from widefield.analysis._model import batched, chunks, running, track, visited, watched
 from widefield.analysis._result import Result, plain
 from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
 from widefield.analysis._routing_figures import CAPTIONS, DRAWN
@@ -191,7 +191,7 @@ def routing_statistics(
     """
     batch = _checks.integer("batch", batch)
     labels: list[Tensor] = []
-    given = batches.split(batch) if isinstance(batches, Tensor) else batches
+    given = batches.split(batch) if isinstance(batches, Tensor) else batched(batches)
     found = routing_weights(model, _images(track(given, "routing", show=progress), labels, classes), batch=batch)
     known = torch.cat(labels).numpy()
     count = len(known)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import chunks, track, visited
+from widefield.analysis._model import chunks, track, turned, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
 
@@ -158,7 +158,7 @@ def translation_stability(
             if min(size) <= steps[-1]:
                 raise ValueError(
                     f"a shift by {steps[-1]} pixels leaves nothing of images of {size} pixels: give larger images, "
-                    "best the model's own size and the largest shift, or smaller shifts."
+                    f"best the model's own size and the largest shift, or smaller shifts.{turned(model, part.shape)}"
                 )
             found.append(_compared(model, part, steps, spread))
     same, cosine, change = torch.cat(found, -1).numpy()

@@ -59,7 +59,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    import torch
+
     from widefield import deploy
+    from widefield.analysis._model import running
     from widefield.cli._tables import print_table
     from widefield.surgery import measure_change
 
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     images = _subjects.batches(args, found, _subjects.pictures(args, found, stand_in=not reads))
     shown, held_out = images[::2], images[1::2] or images
     example = images[0][0]
+    with torch.no_grad(), running(found.model, example):  # a size that the model does not take is one line here
+        found.model(example[:1])
     if "batch" not in args.dynamic:
         held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
     model = _prepared(found.model, shown, args)

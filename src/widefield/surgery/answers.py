@@ -53,13 +53,17 @@ def described(output: Any) -> str:
 
 
 def wrapping(output: Any) -> str:
-    """Return the sentence that tells how to wrap a model of this output; empty where there is nothing to choose."""
+    """Return the sentence that tells how to wrap a model of this output; empty where there is nothing to choose.
+
+    It shows the first tensor that could be scores, (N, classes), or else the first.
+    """
     parts = _parts(output, "")
     if isinstance(output, Tensor) or not parts:
         return ""
+    shown = next((path for path, tensor in parts if tensor.ndim == 2), parts[0][0])
     return (
         " Wrap the model in a module that returns one tensor: class Wrapped(torch.nn.Module), whose forward is "
-        f"return self.model(images){parts[0][0]}."
+        f"return self.model(images){shown}."
     )
 
 

@@ -22,6 +22,13 @@ _NO_NUMBERS = (
 )
 
 
+_MEND = {
+    "torch.uint8 tensor": " Divide by 255 and normalise as in training.",
+    "ndarray": " Pass torch.from_numpy(images).",
+}
+"""What to do about batches of the wrong kind."""
+
+
 class NothingToCompareError(ValueError):
     """Outputs in which there is not a single number."""
 
@@ -306,7 +313,7 @@ def pixels(batch: Any, *, clips: bool = False) -> Tensor:
         batch = batch[0]
     if not isinstance(batch, Tensor) or not batch.is_floating_point():
         kind = f"{batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
-        mend = " Divide by 255 and normalise as in training." if kind == "torch.uint8 tensor" else ""
+        mend = _MEND.get(kind, "")
         raise TypeError(f"images must be tensors of floating-point numbers, normalised; got a {kind}.{mend}")
     if batch.ndim != 4 and not (clips and batch.ndim == 5):
         also = ", or clips (N, C, T, H, W)" if clips else ""

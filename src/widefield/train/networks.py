@@ -42,6 +42,7 @@ def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType(
     Raises:
         ValueError: unknown model; an argument that is decided, or that the model refuses.
         TypeError: an argument that the model does not have, or accepts and ignores.
+        FileNotFoundError: a file of weights among the arguments does not exist.
     """
     import widefield.models  # noqa: F401 (registers ours in timm)
 
@@ -62,6 +63,8 @@ def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
         model = _timm_model(name, {**spec.args, **start, **decided})
     except (TypeError, LookupError, AssertionError, RuntimeError, AttributeError) as error:
         raise _refusal(spec, error) from error
+    except FileNotFoundError as error:  # timm's own has no text
+        raise FileNotFoundError(f"the file of weights in model.args {spec.args} does not exist.") from error
     if ":" not in name:
         entry = model_entrypoint(split_model_name_tag(name)[0])
         _check_heeded(spec, model, entry, lambda args: _timm_model(name, {**args, **decided}))
@@ -96,6 +99,11 @@ def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
 
     name = spec.name.removeprefix(TORCHVISION)
     known = tv.list_models(module=tv)
+    if name not in known and name in tv.list_models():
+        raise ValueError(
+            f"model.name: torchvision's {name!r} is no classifier of images, and only those go by name: build it in "
+            "Python, and pass it to widefield's functions, which take any module."
+        )
     if name not in known:
         raise ValueError(f"model.name: torchvision knows no model {name!r}.{_checks.did_you_mean(name, known)}")
     given = {"aux_logits": False} if name in _AUXILIARY and not spec.pretrained else {}
@@ -122,7 +130,9 @@ def _refusal(spec: ModelSpec, error: Exception) -> Exception:
     name, args = spec.name, spec.args
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown is None or unknown[2] not in args:
-        return ValueError(f"timm cannot build {name!r} with model.args {args}: {type(error).__name__}: {error}.")
+        return ValueError(
+            f"timm cannot build {name!r} with model.args {args}: {type(error).__name__}: {str(error).rstrip('.')}."
+        )
     taker, key = unknown.groups()
     module = sys.modules[model_entrypoint(name).__module__] if timm.is_model(name) else None
     known = inspect.signature(getattr(module, taker)).parameters if hasattr(module, taker) else ()
