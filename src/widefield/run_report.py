@@ -68,6 +68,9 @@ def write(
     subjects = [load(word, device=device, beside=words) for word in words]
     found: dict[str, dict[str, analysis.Result]] = {}
     sections = [*first, *training(folders)]
+    told = _once(say)
+    for subject in subjects:
+        told(_found(subject, count, told))
     for heading, look in LOOKS.items():
         say(heading.lower())
         results, reasons = {}, {}
@@ -77,6 +80,7 @@ def write(
             # Of this model, there is nothing of the kind to see; or its images are not at hand.
             except (ValueError, MissingDataError) as error:
                 reasons[subject.name] = str(error)
+                told(f"{subject.name}: {error}")
             else:
                 if result is not None:
                     results[subject.name] = result
@@ -94,6 +98,26 @@ def write(
     write_whole(page.with_suffix(".json"), document.encode())
     write_whole(page, report.page(title or f"What became of {names}", lead, sections, environment).encode())
     return page
+
+
+def _once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what passes each text on to ``say`` once."""
+    before: set[str] = set()
+
+    def told(text: str) -> None:
+        if text not in before:
+            before.add(text)
+            say(text)
+
+    return told
+
+
+def _found(subject: Subject, count: int, say: Callable[[str], None]) -> str:
+    """Return one line about the images that are looked at."""
+    try:
+        return f"{subject.name}: {subject.any_pictures(count=count, say=say).found()}"
+    except ValueError as error:
+        return f"{subject.name}: {error}"
 
 
 def training(folders: Sequence[Path]) -> list[Section]:

@@ -106,6 +106,11 @@ class _OwnPictures(data.Pictures):
             trained_on.check_classes(self.classes)
             self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
             self.classes = trained_on.classes
+        self._note = "" if self._from is None else trained_on.note(self._from)
+
+    def found(self) -> str:
+        """Return what `Pictures` does, and what has changed since the run."""
+        return f"{super().found()}; {self._note}" if self._note else super().found()
 
     def sample(self, index: int) -> data.Sample:
         """Return image ``index``."""

@@ -45,6 +45,11 @@ def test_one_run_gets_a_page_in_its_folder(runs, capsys):
     assert found["Which experts are chosen"]["mixture"]["about"]["images"] == 16
 
 
+def test_what_was_found_is_said_once(runs, tmp_path, capsys):
+    assert cli.main(["report", str(runs[0]), "--count", "4", "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().err.count("mixture: 4 of digits val: 355 images, 10 classes") == 1
+
+
 def test_several_runs_stand_side_by_side(runs, tmp_path):
     out = tmp_path / "both.html"
     assert cli.main(["report", *map(str, runs), "--count", "2", "--out", str(out)]) == 0

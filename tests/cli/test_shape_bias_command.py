@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from widefield.cli import main
 from widefield.data import Scales
+from widefield.train import DataSpec, ModelSpec, Recipe, train
 
 OURS = "unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}"
 
@@ -63,6 +65,32 @@ def test_a_wrong_argument_is_one_line(words, message, capsys, tmp_path, monkeypa
     (*_, line) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("widefield shape-bias: ")
     assert message in line
+
+
+def test_what_was_found_is_said(published, tmp_path, capsys):
+    (published / "cat" / "notes.txt").touch()
+    (published / ".ipynb_checkpoints").mkdir()
+    assert main(["shape-bias", "test_resnet", "--images", str(published), "--size", "32", "--out", str(tmp_path)]) == 0
+    found = capsys.readouterr().out.splitlines()[0]
+    assert found.startswith(
+        f"4 images in {published}, 3 classes; left out: 1 hidden ('{published}/.ipynb_checkpoints')"
+    )
+    assert f"1 not images by their ending, .txt ('{published}/cat/notes.txt')" in found
+
+
+def test_a_run_keeps_its_own_classes(tmp_path, capsys):
+    recipe = Recipe(
+        name="run",
+        model=ModelSpec("test_convnext"),
+        data=DataSpec("digits", {"size": 32}),
+        output=str(tmp_path),
+        epochs=1,
+        batch_size=1000,
+        workers=0,
+    )
+    train(recipe, console=Console(quiet=True))
+    assert main(["shape-bias", str(tmp_path / "run"), "--generate", "--per-pair", "1", "--out", str(tmp_path)]) == 1
+    assert "the images show a class 'crescent', which is none of '0', '1', '2'" in capsys.readouterr().err
 
 
 def test_images_must_come_from_somewhere_and_from_one_place():

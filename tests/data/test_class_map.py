@@ -50,6 +50,8 @@ def test_classes_without_a_name_are_called_by_their_index(tmp_path):
         (b"\xff\xfe", "map.txt' is no text"),
         (b"a\nb\na\nb\nc", "has the name 'a', 'b' more than once"),
         (b"a 1\nb 1", "has the index 1 more than once"),
+        (b"a 0\nb 1\nc -1\nd 3", "Its line 'c -1' does not end in an index, an integer from 0"),
+        (b"a 0\nb 1\nc\nd 3", "Its line 'c' does not end in an index, an integer from 0"),
         (b"a\n", "map.txt' lacks 'b', 'c', 'd', 'e', 'f' and 1 more; add them"),
     ],
 )

@@ -182,6 +182,23 @@ def test_a_sound_image_beyond_pillows_limit_is_not_called_corrupt(monkeypatch, t
         assert data[0] is None
 
 
+def test_the_warning_of_a_large_image_names_its_file(monkeypatch, tmp_path):
+    Image.new("L", (30, 10), 9).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.warns(Image.DecompressionBombWarning, match=r"large.png is large: it has 300 pixels.* max_pixels"):
+        read(tmp_path / "large.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path / "large.png", max_pixels=300).size == (30, 10)
+
+
+def test_floats_may_leave_their_range_by_rounding():
+    values = np.array([[-1e-3, 0, 0.5], [0.25, 1, 1.0019]], np.float32)
+    assert pixels(saved(values, "TIFF"))[..., 0].tolist() == [[0, 0, 128], [64, 255, 255]]
+    with pytest.raises(UnsupportedImageError, match=r"floats from -0.001 to 1.003"):
+        pixels(saved(np.where(values > 1, 1.003, values).astype(np.float32), "TIFF"))
+
+
 def test_long_texts_beside_a_sound_image_are_pillows_limit_too():
     text = PngImagePlugin.PngInfo()
     text.add_text("note", " " * (2 << 20), zip=True)

@@ -56,6 +56,15 @@ def test_a_folder_is_searched_and_its_folders_are_classes(folder):
     assert len(Pictures(folder, size=24, count=2)) == 2
 
 
+def test_classes_are_the_folders_in_the_source_as_of_a_data_set(tmp_path):
+    for place in ("cat/indoor", "cat/outdoor", "dog/indoor", ".hidden/x"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "1.png")
+    pictures = Pictures(tmp_path, size=8)
+    assert pictures.classes == ("cat", "dog")
+    assert [pictures[i]["label"] for i in range(3)] == [0, 0, 1]
+
+
 def test_of_a_data_set_the_validation_part_is_taken(folder):
     digits = Digits("val", size=16)
     pictures = Pictures("digits", size=16)

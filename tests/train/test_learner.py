@@ -34,6 +34,7 @@ from widefield.train import (
     RunResult,
     ScheduleSpec,
     build_model,
+    learner,
     load_trained,
 )
 from widefield.train.optimisation import create_optimizer, freeze
@@ -47,6 +48,31 @@ def names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[floa
     """Return (learning rate, weight decay, names) of each group."""
     by_id = {id(parameter): name for name, parameter in model.named_parameters()}
     return [(g["lr"], g["weight_decay"], {by_id[id(p)] for p in g["params"]}) for g in optimizer.param_groups]
+
+
+class TestWhatDoesNotFit:
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (ModelSpec("convnext_atto", {"in_chans": 1}), "refuses images of 3x32x32 (channels, height, width): "),
+            (ModelSpec("convnext_atto", {"features_only": True}), "it gives list with [0] (1, 40, 8, 8), [1]"),
+            (ModelSpec("test_vit", {"img_size": 32, "global_pool": ""}), "it gives (1, 5, 8)"),
+        ],
+    )
+    def test_of_a_model_is_found_before_the_run_begins(self, run: Run, model: ModelSpec, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            run(model=model)
+        assert str(caught.value).startswith(f"model: {model.name} does not fit the task: ")
+
+    def test_looking_changes_no_random_number(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        loss = run(epochs=1).metrics["train_loss"]
+        monkeypatch.setattr(learner, "count_outputs", lambda *args: torch.rand(1).numel() * 8)
+        assert run(epochs=1, name="other").metrics["train_loss"] == loss
+
+    @pytest.mark.skipif(torch.accelerator.is_available(), reason="trains on the accelerator")
+    def test_fp16_on_a_cpu_is_refused(self, run: Run) -> None:
+        with pytest.raises(ValueError, match="mixed_precision: fp16 needs a GPU"):
+            run(mixed_precision="fp16")
 
 
 class TestGroups:

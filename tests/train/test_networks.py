@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import build_model_with_cfg
 from timm.models._registry import _model_entrypoints
 from torch import nn
 
@@ -114,6 +115,34 @@ class TestIgnored:
         create_model(ModelSpec("test_byobnet", {"downsample": ""}))  # a key of its configuration
         create_model(ModelSpec("torchvision:convnext_tiny", {"stochastic_depth_prob": 0.3, "layer_scale": 0.1}))
 
+    def test_what_timm_filters_out_is_refused(self, deaf: str) -> None:
+        with (
+            torch.device("meta"),
+            pytest.raises(TypeError, match=r"args.num_classes: test_efficientnet accepts and ign"),
+        ):
+            create_model(ModelSpec("test_efficientnet", {"features_only": True, "num_classes": 5}))
+
+    def test_a_model_that_drops_the_number_of_classes_is_refused(self) -> None:
+        def headless_network(pretrained: bool = False, **kwargs: Any) -> Any:
+            return build_model_with_cfg(Deaf, "headless_network", pretrained, kwargs_filter=("num_classes",), **kwargs)
+
+        headless_network.__module__ = __name__
+        timm.models.register_model(headless_network)
+        try:
+            with pytest.raises(ValueError, match=r"model.name: headless_network has no head for num_classes=3"):
+                create_model(ModelSpec("headless_network"), {"num_classes": 3})
+        finally:
+            del _model_entrypoints["headless_network"]
+
+    def test_a_file_of_weights_that_is_not_there_is_named(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"model.args.checkpoint_path: there is no file 'nowhere.pth'"):
+            create_model(ModelSpec("test_resnet", {"checkpoint_path": "nowhere.pth"}))
+
+    def test_two_sources_of_weights_are_refused(self, recipe: Recipe) -> None:
+        spec = replace(recipe.model, args={**recipe.model.args, "checkpoint_path": "a.pth"}, pretrained="b.pth")
+        with pytest.raises(ValueError, match=r"both name weights to start from \('a.pth', 'b.pth'\); leave out one"):
+            build_model(replace(recipe, model=spec), {"num_classes": 3})
+
     def test_looking_draws_no_random_number(self) -> None:
         torch.manual_seed(0)
         create_model(ModelSpec("test_efficientnet", {"bn_eps": 0.5}))
@@ -130,6 +159,11 @@ class TestOptimizerAndSchedule:
             (OptimizerSpec("sgd", betas=(0.9, 0.99)), "optimizer.betas: the optimizer 'sgd' has no betas"),
             (OptimizerSpec("sgd", args={"eps": 1e-3}), "optimizer.args.eps: the optimizer 'sgd' has no eps"),
             (OptimizerSpec("adamw", args={"momentum": 0.5}), "optimizer.args.momentum: the optimizer 'adamw' has no"),
+            (
+                OptimizerSpec("adamw", args={"foo": 1}),
+                "optimizer: 'adamw' refuses its args {'foo': 1}: AdamW.__init__()",
+            ),
+            (OptimizerSpec("adamw", args={"eps": None}), "optimizer: 'adamw' refuses its args {'eps': None}"),
             (OptimizerSpec("lookahead_sgd", args={"eps": 1e-3}), "the optimizer 'lookahead_sgd' has no eps"),
         ],
     )
@@ -141,6 +175,11 @@ class TestOptimizerAndSchedule:
         ("spec", "message"),
         [
             (ScheduleSpec(args={"decay_rate": 0.5}), "schedule.args.decay_rate: the schedule 'cosine' does not read"),
+            (ScheduleSpec(args={"k_decay": None}), "schedule.args.k_decay: null is not a value of it"),
+            (
+                ScheduleSpec(args={"noise": [1, 2, 3], "warmup_prefix": True, "cycle_limit": "x"}),
+                "schedule: 'cosine' ref",
+            ),
             (ScheduleSpec(args={"cycle_mull": 2}), "Did you mean 'cycle_mul'?"),
             (ScheduleSpec("step", min_lr=1e-6), "schedule.min_lr: the schedule 'step' has no lowest rate"),
             (ScheduleSpec("none", warmup_epochs=2), "schedule.warmup_epochs: the schedule 'none' has no warm-up"),

@@ -164,6 +164,13 @@ class TestOlderRuns:
         assert train(load_recipe(result.folder), resume=result.folder, console=QUIET).steps == 3
         assert load_recipe(result.folder).model == dropped
 
+    def test_are_told_from_runs_that_lost_their_record(self, here: Path, tmp_path: Path) -> None:
+        args = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": None}
+        recipe = made(here / "set", tmp_path / "runs", model=ModelSpec("convnext_atto", args), epochs=1)
+        result = train(recipe, console=QUIET)
+        (result.folder / "data.json").unlink()
+        assert same_weights(load_trained(result.folder), result.model)
+
 
 class TestClasses:
     def test_that_were_renamed_are_refused_by_whatever_reads_labels(
@@ -181,6 +188,38 @@ class TestClasses:
         assert "since the run: class 'ab' was added." in refused(capsys, "eval", "runs/run")
         with pytest.raises(ValueError, match="class 'ab' was added"):
             load("runs/run").pictures()
+
+    def test_that_look_the_same_are_told_apart(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        content = json.loads(Path("runs/run/data.json").read_text())
+        Path("runs/run/data.json").write_text(json.dumps({**content, "classes": ["caf\u00e9", "b", "c"]}))
+        moved(here, "a", "cafe\u0301")
+        error = refused(capsys, "eval", "runs/run")
+        assert "class caf\u00e9 became class 'cafe\\u0301'" in error.replace("'caf\u00e9'", "caf\u00e9")
+        assert "look the same" in error
+
+    def test_several_that_were_added(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for split in SPLITS:
+            for name in ("x", "y"):
+                shutil.copytree(here / "set" / split / "b", here / "set" / split / name)
+        assert "since the run: classes 'x', 'y' were added." in refused(capsys, "eval", "runs/run")
+
+    def test_with_other_images_are_noted(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = (["eval", "runs/run"], ["erf", "runs/run", "--count", "1"], ["report", "runs/run", "--count", "1"])
+
+        def shown() -> list[str]:
+            texts = []
+            for command in words:
+                assert cli.main([*command, "--out", f"out-{command[0]}" + ".html" * (command[0] == "report")]) == 0
+                caught = capsys.readouterr()
+                texts.append(caught.out + caught.err)
+            return texts
+
+        assert not any("changed since the run" in text for text in shown())
+        (here / "set/val/a/0.png").rename(here / "set/val/b/7.png")
+        note = "changed since the run: images of the val split have other names or other labels"
+        assert all(note in text for text in shown())
+        (here / "set/val/b/7.png").unlink()
+        assert all("changed since the run: the val split had 9 images and has 8" in text for text in shown())
 
     def test_in_another_order_are_found_by_name(self, here: Path) -> None:
         expected = judged()
@@ -219,6 +258,18 @@ class TestClasses:
         assert torch.equal(same.head.fc.weight, old.head.fc.weight)
         assert not torch.equal(others.head.fc.weight, old.head.fc.weight)
         assert torch.equal(others.stem[0].weight, old.stem[0].weight)
+
+    @pytest.mark.parametrize(("classes", "fresh"), [("abc", False), ("xyz", True), ("abcd", True)])
+    def test_of_another_run_leave_the_head_of_torchvisions_models(self, here: Path, classes: str, fresh: bool) -> None:
+        spec = ModelSpec("torchvision:shufflenet_v2_x0_5")
+        recipe = made(here / "set", here / "runs", name="tv", model=spec, epochs=1)
+        old = train(recipe, console=QUIET).model
+        start = replace(recipe, model=replace(spec, pretrained="runs/tv"))
+        new = build_model(start, {"num_classes": len(classes)}, tuple(classes))
+        assert torch.equal(new.conv1[0].weight, old.conv1[0].weight)
+        assert torch.equal(new.conv1[1].running_mean, old.conv1[1].running_mean)
+        assert new.fc.weight.shape == (len(classes), 1024)
+        assert fresh != (len(classes) == 3 and torch.equal(new.fc.weight, old.fc.weight))
 
 
 class TestResume:

@@ -32,6 +32,9 @@ MODULES = {
 """Commands that stand in a module each, which has SUMMARY, ``add(parser)`` and ``run(args)``: of runs, of what models
 look at, and of what serves them."""
 
+_RECORDS = ("config", "failed")
+"""Names of the recipe in the folder of a run."""
+
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 """What the library raises for something that the user can mend: shown as one line, without a traceback."""
 
@@ -200,6 +203,8 @@ def _train(args: argparse.Namespace, words: Sequence[str]) -> int:
     for word in overrides if args.resume else ():
         if word.partition("=")[0] in ("--name", "--output"):
             raise ValueError(f"a resumed run stays in its folder, {args.resume}: leave out {word.partition('=')[0]}.")
+    if source == args.resume and not any((Path(source).expanduser() / f"{kind}.yaml").is_file() for kind in _RECORDS):
+        raise FileNotFoundError(f"there is no run in {source}: give the folder of one, such as runs/NAME.")
     result = train(load_recipe(source, overrides), resume=args.resume)
     return 128 + result.interrupted if result.interrupted else 0
 

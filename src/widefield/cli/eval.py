@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out.parent).close()
     if state.is_main_process:
-        print(*dict.fromkeys(job.dataset.found() for job in jobs), sep="\n")
+        print(*dict.fromkeys(line for job in jobs for line in _found(job, args)), sep="\n")
     done = []
     with _bar(visible=state.is_main_process) as bar:
         for job in jobs:
@@ -134,6 +134,14 @@ def run(args: argparse.Namespace) -> int:
     if state.num_processes > 1:
         state.destroy_process_group()
     return 0
+
+
+def _found(job: _Job, args: argparse.Namespace) -> Iterator[str]:
+    """Yield what there is to judge on, and how it differs from what a run was judged on before."""
+    yield job.dataset.found()
+    note = job.model.trained_on.note(job.dataset) if job.model.trained_on and args.data is None else ""
+    if note:
+        yield f"the data of {job.model.name} have {note}"
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     from widefield.run_report import write
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     page = write(args.runs, args.out, count=args.count, device=args.device, say=console.print)
     print(f"wrote {page}")
     return 0

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield.analysis.shape_bias import shape_bias
     from widefield.data import Scales
-    from widefield.data.conflict import write_conflicts
+    from widefield.data.conflict import ConflictImages, write_conflicts
+    from widefield.train.labels import imagenet_names
 
     results = {}
     for word in args.models:
@@ -38,17 +39,18 @@ def run(args: argparse.Namespace) -> int:
         if args.generate:
             folder = args.out / f"conflicts-{size}px-{args.per_pair}-a-pair-seed-{args.seed}"
             write_conflicts(folder, size=size, per_pair=args.per_pair, seed=args.seed)
-            classes = Scales.classes
+            classes = (found.classes if found.trained_on else ()) or Scales.classes
         else:
             folder = args.images
-            classes = found.classes if found.trained_on else ()  # 1,000 are ImageNet's, in its order
+            classes = found.classes if found.trained_on and found.classes != imagenet_names(1000) else ()
+        print(ConflictImages(folder, size=size).found())
         results[found.name] = shape_bias(
             found.model,
             folder,
             size=size,
             mean=found.mean,
             std=found.std,
-            classes=classes if len(classes) not in (0, 1000) else None,
+            classes=classes or None,
             name=found.name,
             about={"weights": found.weights},
             batch=args.batch,

@@ -59,8 +59,9 @@ def indices_of(found: Sequence[str], class_map: str | Path | None) -> dict[str, 
     known |= {name: composed[_composed(name)] for name in found if name not in known and _composed(name) in composed}
     lacking = sorted(set(found) - set(known))
     if lacking:
-        near = [line for line in known if line.rsplit(maxsplit=1)[0] in lacking]
-        hint = f" Its line {near[0]!r} does not end in an index, an integer from 0." if near else ""
+        near = any(line.rsplit(maxsplit=1)[0] in lacking for line in known)
+        bare = next((line for line in known if not is_index(line.rsplit(maxsplit=1)[-1])), "")
+        hint = f" Its line {bare!r} does not end in an index, an integer from 0." if near and bare else ""
         raise ValueError(
             f"the class map {str(class_map)!r} lacks {listed(lacking)}; add them, or remove what they name from the "
             f"data.{hint}"

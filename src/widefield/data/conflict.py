@@ -17,7 +17,7 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield.data.decoding import read
-from widefield.data.listing import is_hidden
+from widefield.data.listing import Skipped, counted, folders_in, images_in
 from widefield.data.loading import Sample, collate
 from widefield.data.scales import _CELLS, _OUTLINES, _REACH, Scales, _colours, _interpolate
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation, statistics
@@ -97,13 +97,23 @@ class ConflictImages:
         layout = "Expected FOLDER/SHAPE/SHAPEi-TEXTUREj.png, such as cat/cat7-elephant1.png."
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder of images {str(self.folder)!r}. {layout}")
-        files = sorted(self.folder.glob("*/*.png"))
-        self.files = [path for path in files if not (is_hidden(path.name) or is_hidden(path.parent.name))]
+        self._skipped = Skipped()
+        shapes = folders_in(self.folder, self._skipped)
+        found = [Path(path) for shape in shapes for path in images_in(self.folder / shape, self._skipped)]
+        self.files = [path for path in found if path.suffix == ".png" and path.parent.parent == self.folder]
+        for path in set(found) - set(self.files):
+            self._skipped.add("not FOLDER/SHAPE/*.png", str(path))
         if not self.files:
             raise FileNotFoundError(f"{str(self.folder)!r} holds no images. {layout}")
         folders = sorted({path.parent.name for path in self.files})
         self.classes = tuple(SIXTEEN if set(folders) <= set(SIXTEEN) else folders)
         self._labels = [self._parsed(path) for path in self.files]
+
+    def found(self) -> str:
+        """Return one line about images and classes, and what was left out, and why."""
+        shapes = {shape for shape, _ in self._labels}
+        left_out = f"; left out: {self._skipped}" if self._skipped else ""
+        return f"{counted(len(self), 'image')} in {self.folder}, {counted(len(shapes), 'class', 'classes')}{left_out}"
 
     def _parsed(self, path: Path) -> tuple[int, int]:
         """Return the labels of shape and texture that a file's name holds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns an image upright, by its EXIF orientation (JEITA CP-3451, tag 0x0112)."""
+_HALF = 0.5 / 255
+"""Half a level of 8 bits, in floats from 0 to 1."""
 _BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
@@ -87,6 +90,11 @@ def read(
             return _decoded(image, name, exif_orientation)
     except CorruptImageError:
         raise
+    except _BOMBS as error:
+        raise UnsupportedImageError(
+            f"will not read the image {name}: {type(error).__name__}: {str(error).rstrip('.')}. If you trust the file, "
+            f"{_REMEDY}. Otherwise shrink the image."
+        ) from error
     except MemoryError as error:
         raise MemoryError(f"out of memory while reading the image {name}.") from error
     except UnidentifiedImageError as error:
@@ -113,33 +121,46 @@ def decoding_options(exif_orientation: object, max_pixels: object) -> dict[str, 
 
 
 _LIMIT = threading.Lock()
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_REMEDY = "raise the limit by the option max_pixels of the data set, or by PIL.Image.MAX_IMAGE_PIXELS"
 
 
 def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
-    """Open an image and check its number of pixels; raises UnsupportedImageError."""
+    """Open an image and check its number of pixels; raises UnsupportedImageError, or what Pillow raises for too many.
+
+    Pillow's own check is left out, as its warning does not name the file.
+    """
+    with _LIMIT:  # Pillow's limit is a global variable
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    pixels = image.width * image.height
     try:
         if max_pixels is None:
-            return Image.open(source)
-        with _LIMIT:  # Pillow's limit is a global variable
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image = Image.open(source)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnsupportedImageError(
-            f"will not read the image {name}: {type(error).__name__}: {str(error).rstrip('.')}. It is Pillow's limit; "
-            f"if you trust the file, raise it by the option max_pixels of the data set, or by "
-            f"PIL.Image.MAX_IMAGE_PIXELS. Otherwise shrink the image."
-        ) from error
-    pixels = image.width * image.height
-    if pixels > max_pixels:
+            _check_pixels(pixels, limit, name)
+        elif pixels > max_pixels:
+            raise UnsupportedImageError(
+                f"will not read the image {name}: it has {pixels:,} pixels, more than max_pixels={max_pixels:,}. Raise "
+                f"max_pixels, or shrink the image."
+            )
+    except BaseException:
         image.close()
-        raise UnsupportedImageError(
-            f"will not read the image {name}: it has {pixels:,} pixels, more than max_pixels={max_pixels:,}. Raise "
-            f"max_pixels, or shrink the image."
-        )
+        raise
     return image
+
+
+def _check_pixels(pixels: int, limit: int | None, name: str) -> None:
+    """Do what Pillow does with large images: warn above its limit, refuse above twice that; the text names the file."""
+    if limit is None or pixels <= limit:
+        return
+    twice = "twice " if pixels > 2 * limit else ""
+    found = f"it has {pixels:,} pixels, more than {twice}Pillow's limit of {limit:,}"
+    if twice:
+        raise Image.DecompressionBombError(found)
+    text = f"the image {name} is large: {found}. If you trust the file, {_REMEDY}."
+    warnings.warn(text, Image.DecompressionBombWarning, stacklevel=2)
 
 
 def _decoded(image: Image.Image, name: str, exif_orientation: bool) -> Image.Image:
@@ -171,8 +192,9 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         raise _without_range(name, "signed integers")
     if image.mode == "F":
         values: NDArray[np.floating[Any]] = np.asarray(image, dtype=np.float32)
-        if not (values.min() >= 0 and values.max() <= 1):  # NaN is neither
+        if not (values.min() >= -_HALF and values.max() <= 1 + _HALF):  # NaN is neither
             raise _without_range(name, f"floats from {values.min():.4g} to {values.max():.4g}")
+        values = values.clip(0, 1)  # resampling and compression go beyond by rounding
     elif image.mode.startswith("I;16"):
         bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
         values = np.asarray(image, dtype=np.float32) / ((1 << bits) - 1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from widefield import _checks
 from widefield.data import transforms
+from widefield.data.class_map import alike
 from widefield.data.decoding import CorruptImageError, UnsupportedImageError, decoding_options, read
 from widefield.data.listing import Skipped
 from widefield.data.loading import ImageSet, Sample, seeded, shared
@@ -129,7 +130,9 @@ class ImageFiles(ImageSet):
         """Return one line about images and classes, classes without images, and what was left out, and why."""
         empty = np.flatnonzero(np.bincount(self._labels, minlength=len(self.classes)) == 0)
         without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
-        return f"{super().found()}{without}{f'; left out: {self.skipped}' if self.skipped else ''}"
+        left_out = f"; left out: {self.skipped}" if self.skipped else ""
+        same = alike(self.classes)
+        return f"{super().found()}{without}{left_out}{f'; warning:{same}' if same else ''}"
 
     def _identity(self) -> Iterable[bytes]:
         yield self._labels.astype("<i8").tobytes()

@@ -35,8 +35,8 @@ class Pictures(ImageSet):
 
     Args:
         source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation part), or a
-            folder that is searched for images at any depth, through links too, but not in hidden folders. A file's
-            class is the folder it lies in, if that is not the source itself. A folder with a ``val`` folder in it
+            folder that is searched for images at any depth, through links too, but not in hidden folders. The folders
+            in it are the classes, as of `Folder`, if no file lies outside of them. A folder with a ``val`` folder in it
             stands for that one.
         count: how many; a seeded choice where there are more. None: all there are (64 photographs).
         size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the centre.
@@ -83,8 +83,8 @@ class Pictures(ImageSet):
         else:
             root, self._files, self._skipped = _files(Path(source).expanduser())
             self.place = str(root)
-            folders = sorted({path.parent.name for path in self._files if path.parent != root})
-            self.classes = tuple(folders) if all(path.parent != root for path in self._files) else ()
+            if all(path.parent != root for path in self._files):
+                self.classes = tuple(sorted({_class(path, root) for path in self._files}))
             available = len(self._files)
         self.mean = tuple(own[0] if mean is None else mean)
         self.std = tuple(own[1] if std is None else std)
@@ -134,7 +134,7 @@ class Pictures(ImageSet):
             return {**found, "image": self._normalised(image * before[1] + before[0])}
         if self._files:
             path = self._files[chosen]
-            label = self.classes.index(path.parent.name) if self.classes else -1
+            label = self.classes.index(_class(path, Path(self.place))) if self.classes else -1
             return {"image": self._normalised(_centre(read(path, **self._decoding), self.image_size)), "label": label}
         return {"image": self._normalised(self._crop(chosen)), "label": -1}
 
@@ -175,6 +175,10 @@ class Pictures(ImageSet):
         """Return normalised images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], as figures take them."""
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1).movedim(1, -1)
+
+
+def _class(path: Path, root: Path) -> str:
+    return path.relative_to(root).parts[0]
 
 
 def _files(root: Path) -> tuple[Path, list[Path], Skipped]:

@@ -36,17 +36,27 @@ def build_model(recipe: Recipe, model_args: Mapping[str, Any], classes: Sequence
         return _converted(model, recipe.conversion) if recipe.conversion else model
 
     if isinstance(spec.pretrained, str):
+        if spec.args.get("checkpoint_path"):
+            raise ValueError(
+                f"model.args.checkpoint_path and model.pretrained both name weights to start from "
+                f"({spec.args['checkpoint_path']!r}, {spec.pretrained!r}); leave out one of them."
+            )
         fresh = dataclasses.replace(spec, pretrained=False)
         parts = spec.pretrained, lambda given: create_model(fresh, given), converted, model_args["num_classes"]
         if spec.name.startswith(TORCHVISION):
-            return load_whole(*parts)
+            return load_whole(*parts, fresh_head=_other_classes(spec.pretrained, classes))
         config = timm.models.get_pretrained_cfg(spec.name)
         heads = getattr(config, "classifier", None) or ()
-        start = Path(spec.pretrained).expanduser()
-        before = run_data.run_data(start).classes if classes is not None and start.is_dir() else None
-        fresh_head = before is not None and before != tuple(classes or ())
-        return start_from(*parts, [heads] if isinstance(heads, str) else heads, fresh_head=fresh_head)
+        named = [heads] if isinstance(heads, str) else heads
+        return start_from(*parts, named, fresh_head=_other_classes(spec.pretrained, classes))
     return converted(create_model(spec, model_args))
+
+
+def _other_classes(source: str, classes: Sequence[str] | None) -> bool:
+    """Return whether weights come from a run that tells apart other classes than these."""
+    start = Path(source).expanduser()
+    before = run_data.run_data(start).classes if classes is not None and start.is_dir() else None
+    return before is not None and before != tuple(classes or ())
 
 
 def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
@@ -78,6 +88,17 @@ def load_trained(run: str | Path, which: str = "best") -> nn.Module:
     """
     chosen = checkpoint.chosen(Path(run), which)
     recipe = load_recipe(run)
+    try:
+        return _with_weights(recipe, chosen)
+    except ValueError:
+        # A run whose data.json is gone looks like an older one, whose arguments that are None were dropped.
+        as_written = load_recipe(Path(run).expanduser() / "config.yaml")
+        if as_written.model == recipe.model:
+            raise
+        return _with_weights(as_written, chosen)
+
+
+def _with_weights(recipe: Recipe, chosen: checkpoint.Checkpoint) -> nn.Module:
     # The stored weights replace whatever others the recipe started from: do not fetch or read those.
     args = {key: value for key, value in recipe.model.args.items() if key not in ("pretrained", "checkpoint_path")}
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args, pretrained=False))

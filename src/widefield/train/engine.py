@@ -97,6 +97,8 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         dynamo_backend="inductor" if recipe.compile else None,
         cpu=not torch.accelerator.is_available(),  # by itself accelerate overlooks processes launched on CPUs
     )
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # which accelerate would ignore
+        raise ValueError("mixed_precision: fp16 needs a GPU, and this machine trains on its CPU; take bf16 or no.")
     folder = RunFolder(recipe.folder if resume is None else Path(resume))
     last = None if resume is None else folder.last()
     if last is None and accelerator.is_main_process:
@@ -167,14 +169,14 @@ class _Run:
             folder.check_data(self.data)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
-        self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes)
+        shape = self._shape = (len(val_set.mean), val_set.image_size, val_set.image_size)
+        self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes, shape)
         self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         loader = train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed, recipe.repeats)
         self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
         self.train_batches = accelerator.prepare(loader)
         share = Share(val_set, accelerator.process_index, accelerator.num_processes)
         self.val_batches = val_loader(share, recipe.batch_size, recipe.workers)
-        self._shape = (len(val_set.mean), val_set.image_size, val_set.image_size)
         self.steps_per_epoch: int = len(self.train_batches) // recipe.accumulate
         if not self.steps_per_epoch:
             raise ValueError(

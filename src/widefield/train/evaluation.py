@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from widefield import _checks, bench
 from widefield.data import ImageSet, Sample
+from widefield.surgery.answers import described, wrapping
 from widefield.tasks import Batch, Task
 from widefield.train import loading
 from widefield.train.recipe import PRECISIONS
@@ -211,8 +212,10 @@ def count_outputs(model: nn.Module, channels: int, size: int) -> int:
             f"{type(model).__name__} refuses images of {channels}x{size}x{size} (channels, height, width): {reason}"
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{type(model).__name__} gives no logits (N, classes) for images; it gives {shape}.")
+        raise ValueError(
+            f"{type(model).__name__} gives no logits (N, classes) for images; it gives {described(logits)}."
+            f"{wrapping(logits)}"
+        )
     return logits.shape[1]
 
 

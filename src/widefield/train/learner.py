@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,10 @@ from widefield.surgery import DynamicSparsity
 from widefield.tasks import Batch, Task
 from widefield.train import checkpoint
 from widefield.train.build import build_model
+from widefield.train.evaluation import count_outputs
 from widefield.train.optimisation import create_optimizer, create_schedule, freeze
 from widefield.train.processes import largest
+from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
 from widefield.train.sharding import Sharded
 
@@ -37,7 +39,8 @@ class Step(NamedTuple):
 class Learner:
     """The model of a recipe with its optimiser, schedule, average and sparsity, on accelerate's device.
 
-    ``classes`` are the names of its outputs; see :func:`widefield.train.build_model`.
+    ``classes`` are the names of its outputs; see :func:`widefield.train.build_model`. ``shape`` is that of an image,
+    (C, H, W): the model is tried on one.
 
     Attributes:
         raw: the model without wrappers.
@@ -49,10 +52,17 @@ class Learner:
     """
 
     def __init__(
-        self, recipe: Recipe, task: Task, accelerator: Accelerator, classes: Sequence[str] | None = None
+        self,
+        recipe: Recipe,
+        task: Task,
+        accelerator: Accelerator,
+        classes: Sequence[str] | None = None,
+        shape: tuple[int, int, int] | None = None,
     ) -> None:
         self._recipe, self._task, self._accelerator = recipe, task, accelerator
         model = build_model(recipe, task.model_args, classes).to(accelerator.device)
+        if shape is not None:
+            _check_outputs(model, recipe.model.name, shape, task.model_args)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
@@ -246,6 +256,20 @@ class Learner:
 def _finite(tensors: Iterable[Tensor]) -> bool:
     norm: Any = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
     return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+
+
+def _check_outputs(model: nn.Module, name: str, shape: tuple[int, int, int], decided: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model that refuses the images, or gives something else than a logit for each class."""
+    before = random_state()
+    try:
+        outputs = count_outputs(model, shape[0], shape[1])
+    except ValueError as error:
+        raise ValueError(f"model: {name} does not fit the task: {error}") from error
+    finally:
+        restore_random_state(before)
+    wanted = decided.get("num_classes", outputs)
+    if outputs != wanted:
+        raise ValueError(f"model: {name} gives {outputs} outputs, and the task needs {wanted}, one for each class.")
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import timm
 import torch
 from timm.layers import set_layer_config
-from timm.models import load_checkpoint, model_entrypoint, split_model_name_tag
+from timm.models import _builder, load_checkpoint, model_entrypoint, split_model_name_tag
 from torch import nn
 
 from widefield import _checks
@@ -59,16 +61,47 @@ def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
     if ":" not in name and name.partition(".")[0] not in known:  # a colon: timm's sources, such as hf-hub:
         raise ValueError(f"model.name: timm knows no model {name!r}.{_checks.did_you_mean(name, known)}")
     start = {"pretrained": True} if spec.pretrained else {}
+    file = spec.args.get("checkpoint_path")
+    if isinstance(file, str) and not Path(file).is_file():
+        raise FileNotFoundError(f"model.args.checkpoint_path: there is no file {file!r}.")
     try:
-        model = _timm_model(name, {**spec.args, **start, **decided})
+        with _filtered() as dropped:
+            model = _timm_model(name, {**spec.args, **start, **decided})
     except (TypeError, LookupError, AssertionError, RuntimeError, AttributeError) as error:
         raise _refusal(spec, error) from error
     except FileNotFoundError as error:  # timm's own has no text
         raise FileNotFoundError(f"the file of weights in model.args {spec.args} does not exist.") from error
+    for key in dropped:
+        if key in decided:
+            raise ValueError(
+                f"model.name: {name} has no head for {key}={decided[key]!r}; take a model that classifies."
+            )
+        if key in spec.args:
+            raise TypeError(f"model.args.{key}: {name} accepts and ignores this argument; leave it out.")
     if ":" not in name:
         entry = model_entrypoint(split_model_name_tag(name)[0])
         _check_heeded(spec, model, entry, lambda args: _timm_model(name, {**args, **decided}))
     return model
+
+
+@contextmanager
+def _filtered() -> Iterator[list[str]]:
+    """Yield a list that receives the names of the arguments that timm filters out in the block."""
+    dropped: list[str] = []
+    original = getattr(_builder, "_filter_kwargs", None)  # a private function, which another timm may not have
+    if original is None:
+        yield dropped
+        return
+
+    def recorded(kwargs: dict[str, Any], names: Iterable[str] | None) -> None:
+        dropped.extend(key for key in names or () if key in kwargs)
+        original(kwargs, names)
+
+    _builder._filter_kwargs = recorded
+    try:
+        yield dropped
+    finally:
+        _builder._filter_kwargs = original
 
 
 def _timm_model(name: str, args: Mapping[str, Any]) -> nn.Module:

@@ -87,9 +87,12 @@ def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.
         where = "optimizer.betas" if key in betas else f"optimizer.args.{key}"
         if key in {**betas, **spec.args} and not getattr(get_optimizer_info(spec.name.lower().split("_")[-1]), has):
             raise ValueError(f"{where}: the optimizer {spec.name!r} has no {key}; leave it out.")
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **betas, **spec.args
-    )
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **betas, **spec.args
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"optimizer: {spec.name!r} refuses its args {spec.args}: {error}.") from error
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     home: dict[int, int] = {}
     for number, group in enumerate(spec.groups):
@@ -123,17 +126,20 @@ def create_schedule(
     """
     _check_read(spec)
     # Not to be prepared: accelerate would step it once per process, and timm's counts updates itself.
-    schedule: tuple[Any, int] = create_scheduler_v2(
-        optimizer,
-        sched=spec.name,
-        num_epochs=epochs,
-        warmup_epochs=spec.warmup_epochs,
-        warmup_lr=spec.warmup_lr,
-        min_lr=spec.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-        **spec.args,
-    )
+    try:
+        schedule: tuple[Any, int] = create_scheduler_v2(
+            optimizer,
+            sched=spec.name,
+            num_epochs=epochs,
+            warmup_epochs=spec.warmup_epochs,
+            warmup_lr=spec.warmup_lr,
+            min_lr=spec.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **spec.args,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"schedule: {spec.name!r} refuses its args {spec.args}: {error}.") from error
     return schedule
 
 
@@ -146,6 +152,8 @@ def _check_read(spec: ScheduleSpec) -> None:
                 f"schedule.args.{key}: the schedule {spec.name!r} does not read it; leave it out."
                 f"{_checks.did_you_mean(key, read)} {listed}"
             )
+        if spec.args[key] is None and key != "noise":
+            raise ValueError(f"schedule.args.{key}: null is not a value of it; leave it out.")
     if spec.min_lr and spec.name not in ("cosine", "tanh", "poly"):
         raise ValueError(f"schedule.min_lr: the schedule {spec.name!r} has no lowest rate; leave it out.")
     if spec.warmup_epochs and spec.name == "none":

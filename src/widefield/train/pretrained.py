@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from widefield.train import checkpoint
@@ -90,16 +91,37 @@ def start_from(
 
 
 def load_whole(
-    source: str, build: Callable[[dict[str, Any]], nn.Module], convert: Callable[[nn.Module], nn.Module], classes: int
+    source: str,
+    build: Callable[[dict[str, Any]], nn.Module],
+    convert: Callable[[nn.Module], nn.Module],
+    classes: int,
+    *,
+    fresh_head: bool = False,
 ) -> nn.Module:
-    """Do what :func:`start_from` does, for models that timm does not know: the head must be of as many classes."""
+    """Do what :func:`start_from` does, for models that timm does not know.
+
+    Their heads are the weights whose shape goes by the number of classes.
+    """
     weights = read_weights(source)
-    given = {"num_classes": classes}
+    heads = _class_dependent(build, classes)
+    theirs = next((len(weights[name]) for name in heads if name in weights), classes)
+    given = {"num_classes": theirs}
     try:
-        model = _filled(build(given), weights, source, None)
+        model = convert(_filled(build(given), weights, source, None))
     except ValueError as plain:
-        return _filled(convert(build(given)), weights, source, plain)
-    return convert(model)
+        model = _filled(convert(build(given)), weights, source, plain)
+    if theirs == classes and not fresh_head:
+        return model
+    fresh = convert(build({"num_classes": classes}))
+    fresh.load_state_dict({key: value for key, value in model.state_dict().items() if key not in heads}, strict=False)
+    return fresh
+
+
+def _class_dependent(build: Callable[[dict[str, Any]], nn.Module], classes: int) -> list[str]:
+    """Return the names of the weights whose shape goes by the number of classes."""
+    with torch.device("meta"):
+        one, other = (build({"num_classes": count}).state_dict() for count in (classes, classes + 1))
+    return [name for name, value in one.items() if value.shape != other[name].shape]
 
 
 def _filled(model: nn.Module, weights: Mapping[str, Tensor], source: str, cause: Exception | None) -> nn.Module:

@@ -132,6 +132,11 @@ def _find(path_or_name: str | Path) -> Path:
         return path / "config.yaml"
     if path.is_file():
         return path
+    if (path / "failed.yaml").is_file():
+        raise FileNotFoundError(
+            f"the run in {path} failed before its first checkpoint, so nothing of it can be used or resumed. Start it "
+            f"again: widefield train {path / 'failed.yaml'}."
+        )
     shipped = SHIPPED / f"{path_or_name}.yaml"
     if path.name == str(path_or_name) and shipped.is_file():
         return shipped

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from widefield import data
 from widefield.data.catalog import SETS
+from widefield.data.class_map import alike, listed
 from widefield.train import checkpoint
 from widefield.train.recipe import DataSpec
 from widefield.train.recipe_io import DATA_FILE, load_recipe
@@ -48,6 +49,16 @@ class RunData:
                 f"the classes of the data have changed since the run: {changed}. "
                 f"Give the data their old class names, or use other data or images (--data, --images)."
             )
+
+    def note(self, now: data.ImageSet) -> str:
+        """Return how a split differs from what the run was trained or judged on, or an empty string."""
+        was = self.splits.get(now.split)
+        if was is None:
+            return ""
+        there = {now.split: SplitRecord(len(now), now.fingerprint())}
+        before = replace(self, splits={now.split: was})
+        changed = changes(before, replace(self, classes=tuple(now.classes), splits=there))
+        return f"changed since the run: {'; '.join(changed)}" if changed else ""
 
 
 def record(train: data.ImageSet, val: data.ImageSet) -> RunData:
@@ -107,17 +118,17 @@ def _class_changes(before: Sequence[str], now: Sequence[str]) -> list[str]:
     gone = [name for name in before if name not in set(now)]
     new = [name for name in now if name not in set(before)]
     if gone and len(gone) == len(new):
-        return [f"{_listed(gone)} became {_listed(new)}"]
-    clauses = [f"{_listed(new)} was added"] if new else []
-    clauses += [f"{_listed(gone)} is gone"] if gone else []
+        return [f"{_listed(gone)} became {_listed(new)}{alike({*gone, *new}).rstrip('.')}"]
+    clauses = [f"{_listed(new)} {'was' if len(new) == 1 else 'were'} added"] if new else []
+    clauses += [f"{_listed(gone)} {'is' if len(gone) == 1 else 'are'} gone"] if gone else []
     if not clauses and list(before) != list(now):
         clauses.append("the classes are in another order")
     return clauses
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"class{'es' if len(names) > 1 else ''} {shown}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"class{'es' if len(names) > 1 else ''} {listed(names[:3])}{more}"
 
 
 def _of_recipe(spec: DataSpec) -> RunData:
