@@ -27,6 +27,8 @@ def types(model):
 
 def check(name, dtype):
     model, x = network(name, dtype)
+    if dtype == torch.float16 and not model(x).isfinite().all():
+        pytest.skip("the shaken network itself leaves float16")
     fused = widefield.reparameterize(model, x, tolerance=0.1 if dtype.itemsize == 2 else FLOAT64)
     assert types(fused) == {dtype}
     assert not any(p.requires_grad for p in fused.parameters())
