@@ -100,17 +100,17 @@ def load_whole(
 ) -> nn.Module:
     """Do what :func:`start_from` does, for models that timm does not know.
 
-    Their heads are the weights whose shape goes by the number of classes.
+    Without ``fresh_head`` the head must be of as many classes. It is the weights whose shape goes by their number.
     """
     weights = read_weights(source)
-    heads = _class_dependent(build, classes)
+    heads = _class_dependent(build, classes) if fresh_head else []
     theirs = next((len(weights[name]) for name in heads if name in weights), classes)
     given = {"num_classes": theirs}
     try:
         model = convert(_filled(build(given), weights, source, None))
     except ValueError as plain:
         model = _filled(convert(build(given)), weights, source, plain)
-    if theirs == classes and not fresh_head:
+    if not fresh_head:
         return model
     fresh = convert(build({"num_classes": classes}))
     fresh.load_state_dict({key: value for key, value in model.state_dict().items() if key not in heads}, strict=False)
