@@ -360,7 +360,7 @@ def test_errors():
         theoretical_receptive_field(model, 9)
     with pytest.raises(ValueError, match="there are no images"):
         theoretical_receptive_field(model, torch.zeros(0, 3, 8, 8))
-    with pytest.raises(TypeError, match="images must be a tensor .*got str"):
+    with pytest.raises(TypeError, match=r"images must be a tensor .*got str"):
         theoretical_receptive_field(model, "8")
     with pytest.raises(ValueError, match="does not depend on the image"):
         look(lambda m, x: torch.ones_like(x))

@@ -24,7 +24,9 @@ _DEAD = 1e-6
 
 _SATURATED = {"Gelu": (-4.0, None), "Mish": (-10.0, None), "HardSwish": (-3.0, None)}
 """Activation -> where its input may be cut off: beyond, it changes by less than half a step of 8 bits of its output."""
-_GATE, _SILU = (-7.0, 7.0), (-10.0, None)
+_GATES = {"Sigmoid": (-7.0, 7.0), "Tanh": (-3.2, 3.2)}
+"""The same, where what reads the output does not magnify its ends, as a logarithm does."""
+_SILU = (-10.0, None)
 
 _Ends = tuple[float | None, float | None]
 
@@ -143,7 +145,7 @@ def _cut(model: Any) -> None:
     for node in model.graph.node:
         nodes.append(node)
         tensor = node.output[0] if node.output else ""
-        ends = None if node.op_type != "Conv" or tensor in outputs else _ends(tensor, read.get(tensor, []), made)
+        ends = None if node.op_type != "Conv" or tensor in outputs else _ends(tensor, read, made)
         if ends is None:
             continue
         bounds = [
@@ -157,15 +159,17 @@ def _cut(model: Any) -> None:
     model.graph.node.extend(nodes)
 
 
-def _ends(tensor: str, users: list[Any], made: Any) -> _Ends | None:
+def _ends(tensor: str, read: Any, made: Any) -> _Ends | None:
     """Return the ends beyond which the readers of a tensor saturate."""
+    users = read.get(tensor, [])
     kinds = sorted(node.op_type for node in users)
     if kinds == ["Mul", "Sigmoid"]:
         times = next(node for node in users if node.op_type == "Mul")
         other = next((word for word in times.input if word != tensor), "")
         return _SILU if other in made and made[other] in users else None
-    if kinds == ["Sigmoid"]:
-        return _GATE
+    if len(kinds) == 1 and kinds[0] in _GATES:
+        behind = read.get(users[0].output[0], [])
+        return _GATES[kinds[0]] if all(node.op_type in ("Mul", *_graph.COMPUTED) for node in behind) else None
     if kinds == ["HardSigmoid"]:
         given = {a.name: a.f for a in users[0].attribute}
         alpha, beta = given.get("alpha", 0.2), given.get("beta", 0.5)
