@@ -19,6 +19,7 @@ from widefield import _checks
 from widefield.nn.depthwise import DepthwiseConv2d, not_depthwise
 from widefield.nn.large_kernel import DecomposedKernel
 from widefield.ops import fold
+from widefield.ops._problem import is_channels_last, memory_format
 
 Pair = tuple[int, int]
 
@@ -85,7 +86,9 @@ class SameAligned(nn.Module):
         if type(above) is int and above == before == 0:  # sizes may be symbols: graphs for many sizes do not branch
             return cast(Tensor, self.layer(x))
         y: Tensor = self.layer(F.pad(x, (before, 0, above, 0)))
-        return y[..., (above + down - 1) // down :, (before + right - 1) // right :]
+        kept = y[..., (above + down - 1) // down :, (before + right - 1) // right :]
+        # No view: it could not be changed in place after no_grad, and exporters scatter what is changed in place.
+        return kept.clone(memory_format=memory_format(is_channels_last(y)))
 
     def merges(self) -> bool:
         """Say whether :meth:`fuse` would return something simpler."""
