@@ -160,3 +160,19 @@ def test_a_strided_stem_is_masked():
     converted = widefield.convert(nn.Sequential(stem).double(), widefield.GMConv())
     assert isinstance(converted[0], SameAligned)
     agree(converted, nn.Sequential(stem).double())
+
+
+@pytest.mark.parametrize("side", [8, 9])
+def test_what_follows_may_change_the_map_in_place(side, tmp_path):
+    """A view could not be changed after no_grad; exported, it is scattered, in a graph that onnxruntime cannot run."""
+    conv = Conv2dSame(8, 8, 3, 2, groups=8)
+    model = widefield.convert(nn.Sequential(nn.Conv2d(3, 8, 1), conv, nn.ReLU6(inplace=True)), widefield.MoRF((3, 5)))
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        y = model[1](model[0](x))
+    y.mul_(torch.ones(1, requires_grad=True)).sum().backward()
+    layout = torch.channels_last
+    assert model[1](model[0](x.to(memory_format=layout))).is_contiguous(memory_format=layout)
+    served = widefield.reparameterize(model.eval(), x)
+    exported = widefield.export(served, tmp_path / "model.onnx", x, dynamic=("batch", "size"))
+    assert "ScatterND" not in exported.operators
