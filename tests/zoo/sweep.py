@@ -52,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--seconds", type=float, default=600, help="limit of time for one model")
     parser.add_argument("--gib", type=float, default=10, help="limit of memory for one model")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="VERB", help="leave these out, such as quantize")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what is there")
     asked = parser.parse_args(words)
     rows = read(asked.results)
@@ -94,7 +95,7 @@ def _run(names: Sequence[str], asked: argparse.Namespace) -> dict[str, Row]:
     writing = threading.Lock()
 
     def one(name: str) -> None:
-        row = measure(name, asked.seconds, asked.gib)
+        row = measure(name, asked.seconds, asked.gib, asked.skip)
         with writing:
             done[name] = row
             with asked.results.open("a") as file:
@@ -108,11 +109,11 @@ def _run(names: Sequence[str], asked: argparse.Namespace) -> dict[str, Row]:
     return done
 
 
-def measure(name: str, seconds: float, gib: float) -> Row:
+def measure(name: str, seconds: float, gib: float, skip: Sequence[str] = ()) -> Row:
     """Run the checks on one model, in a process that is ended when it takes too long or too much."""
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", HERE / "checks.py", name],
+        [sys.executable, "-W", "ignore", HERE / "checks.py", name, *skip],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
