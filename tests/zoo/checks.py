@@ -1,4 +1,4 @@
-"""Every verb on one network: what passed, what was refused and why, what failed. `checks.py NAME [VERB TO SKIP ...]`."""
+"""Every verb on one network: passed, refused with a reason, or failed. `checks.py NAME [VERB TO SKIP ...]`."""
 
 from __future__ import annotations
 
