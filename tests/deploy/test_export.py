@@ -383,3 +383,21 @@ def test_layers_that_would_merge_are_named(tmp_path, caplog):
     layer = mixture()
     deploy.export(layer, tmp_path / "layer.onnx", torch.randn(2, 6, 9, 7))
     assert "exported as they train are 1 layers (MoRFConv2d, ...): reparameterize first" in caplog.text
+
+
+class ChangesViews(nn.Module):
+    """Changes parts of maps of two sizes in place: what the exporter makes of that has sizes that it does not know."""
+
+    def forward(self, x):
+        large, small = x + 1, nn.functional.avg_pool2d(x, 2) + 1
+        large[..., 1:, 1:].clamp_(max=0.5)
+        small[..., 2:, 2:].clamp_(max=0.5)
+        return large.mean((2, 3)) + small.mean((2, 3))
+
+
+def test_sizes_that_are_not_known_have_no_name(tmp_path):
+    """Runtimes take sizes of one name for equal, and write one tensor over another."""
+    deploy.export(ChangesViews().eval(), tmp_path / "model.onnx", torch.randn(2, 3, 12, 12))
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    named = {dim.dim_param for value in graph.value_info for dim in value.type.tensor_type.shape.dim}
+    assert named <= {"batch", ""}

@@ -98,8 +98,9 @@ def _name_sizes(model: Any, shape: Sequence[int | None]) -> None:
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None:
+            # A size that is not known has no name: runtimes take sizes of one name for equal.
             value.shape = ir.Shape(
-                dim if isinstance(dim, int) else pattern.sub(lambda found: names[found[0]], str(dim.value))
+                dim if isinstance(dim, int) or dim.value is None else pattern.sub(lambda f: names[f[0]], dim.value)
                 for dim in value.shape
             )
 
