@@ -82,7 +82,7 @@ def _checks(tested: Subject, made: dict[str, nn.Module]) -> Iterator[tuple[str, 
             yield f"reparameterize {name}", lambda name=name: _reparameterize(made[name], x, made, name)
     yield "reparameterize", lambda: _reparameterize(model, x, made, "plain")
     plain = made.get("plain fused", model)
-    yield "trim", lambda: _same(plain, widefield.trim(plain, 0.0, input_size=x.shape), x)
+    yield "trim", lambda: _trim(plain, x)
     if "MoRF" in made:
         yield "specialize", lambda: _finite(widefield.specialize(made["MoRF"], [x]), x)
     yield "effective field", lambda: analysis.effective_receptive_field(model, x).layer
@@ -106,7 +106,7 @@ def _convert(tested: Subject, name: str, config: widefield.surgery.Conversion, m
     replaced = len(widefield.plan(tested.model, config).replaced)
     converted = widefield.convert(tested.model, config)
     if name in KEEPING:
-        _same(tested.model, converted, tested.x)
+        _same(tested.model, converted, tested.x, lambda model: widefield.convert(model, config))
     else:
         _finite(converted, tested.x)
     made[name] = converted
@@ -149,12 +149,13 @@ def _reparameterize(model: nn.Module, x: torch.Tensor, made: dict[str, nn.Module
     return f"{len(done[0].fused)} fused, outputs differ by {done[0].difference.relative:.0e}"
 
 
-def _same(first: nn.Module, second: nn.Module, x: torch.Tensor) -> str:
-    """Compare in the network's own type; where that is too coarse for it, rounding must be to blame alone."""
+def _same(first: nn.Module, second: nn.Module, x: torch.Tensor, change: Callable[[nn.Module], nn.Module]) -> str:
+    """Compare a network with what ``change`` made of it. Where float32 is too coarse, it is done over in float64."""
     found = widefield.compare(first, second, x).relative
     if found <= TOLERANCE:
         return f"{found:.0e}"
-    exact = widefield.compare(*(copy.deepcopy(model).double() for model in (first, second)), x.double()).relative
+    first = copy.deepcopy(first).double()
+    exact = widefield.compare(first, change(first), x.double()).relative
     if not exact <= ROUNDING:
         raise WrongError(f"the outputs differ by {found:.1e} of their scale, in float64 by {exact:.1e}")
     return f"{found:.0e}, in float64 {exact:.0e}"
@@ -167,6 +168,13 @@ def _finite(model: nn.Module, x: torch.Tensor) -> str:
         if isinstance(out, torch.Tensor) and not out.isfinite().all():
             raise WrongError("the outputs are not finite")
     return ""
+
+
+def _trim(model: nn.Module, x: torch.Tensor) -> str:
+    def change(given: nn.Module) -> nn.Module:
+        return widefield.trim(given, 0.0, input_size=x.shape)
+
+    return _same(model, change(model), x, change)
 
 
 def _export(model: nn.Module, path: Path, x: torch.Tensor) -> str:
