@@ -50,7 +50,7 @@ class WrongError(Exception):
 
 
 def run(tested: Subject, skip: Sequence[str] = ()) -> Iterator[dict[str, object]]:
-    """Yield {"verb", "status", "detail", "seconds"} for each check, status "pass", "refused" or "failed"."""
+    """Yield {"verb", "status", "detail", "seconds"} for each check, status "pass", "refused", "caught" or "failed"."""
     made: dict[str, nn.Module] = {}
     for verb, check in _checks(tested, made):
         if verb in skip:
@@ -64,12 +64,13 @@ def run(tested: Subject, skip: Sequence[str] = ()) -> Iterator[dict[str, object]
 
 
 def _judged(error: Exception) -> tuple[str, str]:
-    """Tell a refusal, which is a sentence of ours, from a failure, which is anything else."""
+    """Tell apart a refusal, a result or an error of others that widefield caught, and what went through: a failure."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     innermost = traceback.extract_tb(error.__traceback__)[-1]
-    ours = str(Path(widefield.__file__).parent) in innermost.filename
-    refused = ours and isinstance(error, (ValueError, TypeError, RuntimeError)) and not isinstance(error, WrongError)
-    return ("refused", text) if refused else ("failed", f"{text} [{Path(innermost.filename).name}:{innermost.lineno}]")
+    if str(Path(widefield.__file__).parent) not in innermost.filename or isinstance(error, WrongError):
+        return "failed", f"{text} [{Path(innermost.filename).name}:{innermost.lineno}]"
+    caught = isinstance(error, RuntimeError) or error.__cause__ is not None
+    return "caught" if caught else "refused", text
 
 
 def _checks(tested: Subject, made: dict[str, nn.Module]) -> Iterator[tuple[str, Callable[[], str | None]]]:

@@ -31,11 +31,14 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parent
-STATUSES = ("pass", "refused", "failed", "timeout", "memory")
+STATUSES = ("pass", "refused", "caught", "failed", "timeout", "memory")
 BAD = ("failed", "timeout", "memory")
 
 Row = dict[str, Any]
 """Of results.jsonl: "model", "commit", "date", "machine", "seconds", "checks"."""
+
+Reason = tuple[str, str, str]
+"""Verb, status, and the first clause of what was said."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -163,27 +166,29 @@ def table(rows: Iterable[Row]) -> str:
     """Return a page of Markdown: counts for each verb, refusals by reason, failures one by one."""
     rows = sorted(rows, key=lambda row: row["model"])
     verbs: dict[str, Counter[str]] = defaultdict(Counter)
-    refusals: dict[tuple[str, str], list[str]] = defaultdict(list)
+    refusals: dict[Reason, list[str]] = defaultdict(list)
     failures: list[str] = []
     for row in rows:
         for check in row["checks"]:
             verb = check["verb"] if not check["verb"].startswith("after ") else "(ended early)"
             verbs[verb][check["status"]] += 1
-            if check["status"] == "refused":
-                refusals[verb, _kind(check["detail"])].append(row["model"])
+            if check["status"] in ("refused", "caught"):
+                refusals[verb, check["status"], _kind(check["detail"])].append(row["model"])
             elif check["status"] in BAD:
                 failures.append(f"| {row['model']} | {check['verb']} | {check['status']}: {_cell(check['detail'])} |")
     lines = [f"{len(rows)} models, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core.", ""]
     lines += [f"| verb | {' | '.join(STATUSES)} |", f"| --- |{' ---: |' * len(STATUSES)}"]
     lines += [f"| {verb} | {' | '.join(str(c[s] or '') for s in STATUSES)} |" for verb, c in verbs.items()]
-    lines += ["", "| refused | reason | models |", "| --- | --- | --- |"]
-    lines += [f"| {verb} | {_cell(kind)} | {_some(names)} |" for (verb, kind), names in _by_count(refusals)]
+    lines += ["", "| verb | | reason | models |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {verb} | {how} | {_cell(kind)} | {_some(names)} |" for (verb, how, kind), names in _by_count(refusals)
+    ]
     lines += ["", "| failed | verb | what happened |", "| --- | --- | --- |", *failures]
     return "\n".join(lines)
 
 
-def _by_count(groups: Mapping[tuple[str, str], list[str]]) -> list[tuple[tuple[str, str], list[str]]]:
-    order = {verb: index for index, verb in enumerate(dict.fromkeys(verb for verb, _ in groups))}
+def _by_count(groups: Mapping[Reason, list[str]]) -> list[tuple[Reason, list[str]]]:
+    order = {verb: index for index, verb in enumerate(dict.fromkeys(verb for verb, _, _ in groups))}
     return sorted(groups.items(), key=lambda item: (order[item[0][0]], -len(item[1])))
 
 
