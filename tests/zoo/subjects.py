@@ -166,7 +166,8 @@ def _shake(model: nn.Module, x: Tensor) -> None:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
-            norm.running_var.clamp_(min=1e-2)  # of a map of one pixel there is no variance to speak of
+            # Of maps of a pixel or two there is little variance to speak of, and to divide by that amplifies rounding.
+            norm.running_var.clamp_(min=max(1e-2, 0.3 * norm.running_var.mean().item()))
 
 
 if __name__ == "__main__":

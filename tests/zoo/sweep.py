@@ -194,11 +194,12 @@ def _by_count(groups: Mapping[Reason, list[str]]) -> list[tuple[Reason, list[str
 
 def _kind(detail: str) -> str:
     """Return a refusal's first clause without what is the model's own: names, sizes and numbers."""
-    text = re.sub(r"\([^()]*\)", "", detail.split(": ", 1)[-1])
-    text = re.sub(
-        r"'[^']*'|\b[A-Za-z_]\w*(\.\w+)+\b|\b(?=[A-Za-z]*[A-Z][a-z]+[A-Z0-9])\w+\b|\b[A-Z]\w*_\w+\b", "…", text
-    )
-    return re.sub(r"\d[\d.,x]*", "#", text.split(": ")[0])[:150].strip()
+    text = detail.split(": ", 1)[-1]
+    while text != (text := re.sub(r"\([^()]*\)", "", text)):
+        continue  # from the innermost parentheses outward
+    text = re.sub(r"\([^()]*$", "", text).split(": ")[0]
+    quoted, dotted, classes = r"'[^']*'", r"\b[A-Za-z_]\w*(\.\w+)+\b", r"^[A-Z]\w+|(?<=\bof )[A-Z]\w+"
+    return re.sub(r"\d[\d.,x]*", "#", re.sub(f"{quoted}|{dotted}|{classes}", "…", text))[:150].strip()
 
 
 def _cell(text: str) -> str:
