@@ -83,7 +83,7 @@ def test_a_run_brings_its_own_images(tmp_path):
         ("test_resnet{layers", ValueError, "a name and arguments in braces; got 'test_resnet{layers'"),
         ("test_resnet{a: [}", ValueError, "hold no YAML"),
         ("torchvision:r3d_18", ValueError, "torchvision's 'r3d_18' is no classifier of images"),
-        ("test_resnet{checkpoint_path: a.pth}", FileNotFoundError, "{'checkpoint_path': 'a.pth'} does not exist"),
+        ("test_resnet{checkpoint_path: a.pth}", FileNotFoundError, "there is no file 'a.pth'"),
         (".", FileNotFoundError, "is not the folder of a run"),
     ],
 )

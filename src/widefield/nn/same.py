@@ -19,7 +19,6 @@ from widefield import _checks
 from widefield.nn.depthwise import DepthwiseConv2d, not_depthwise
 from widefield.nn.large_kernel import DecomposedKernel
 from widefield.ops import fold
-from widefield.ops._problem import is_channels_last, memory_format
 
 Pair = tuple[int, int]
 
@@ -88,7 +87,7 @@ class SameAligned(nn.Module):
         y: Tensor = self.layer(F.pad(x, (before, 0, above, 0)))
         kept = y[..., (above + down - 1) // down :, (before + right - 1) // right :]
         # No view: it could not be changed in place after no_grad, and exporters scatter what is changed in place.
-        return kept.clone(memory_format=memory_format(is_channels_last(y)))
+        return kept.clone()
 
     def merges(self) -> bool:
         """Say whether :meth:`fuse` would return something simpler."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 Pair = tuple[int, int]
 Sizes = Sequence[int]
@@ -192,7 +193,7 @@ def multiply_adds(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilatio
 
 def channels_first(x: Tensor) -> Tensor:
     """Return (N, H, W, C) as (N, C, H, W), without a copy."""
-    if torch.is_grad_enabled() or not has_numbers(x):
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not has_numbers(x):
         return x.permute(0, 3, 1, 2)
     # Below the dispatch key that tracks views: one made under no_grad could not be changed in place by what learns.
     with torch._C._AutoDispatchBelowADInplaceOrView():
