@@ -95,8 +95,8 @@ def subject(name: str) -> Subject:
         inputs, loss = [torch.randn(2, 3, t, s, s) for t, s in ((8, 64), (16, 112), (16, 224))], _squares
     else:
         inputs, loss = list(_images(model)), _squares
-    x = _first_that_runs(model.eval(), inputs)
-    _shake(model, x)
+    x = _first_that_runs(model, inputs, loss)
+    _shake(model.eval(), x)
     return Subject(name, model.eval(), x, lambda trained: loss(trained, x))
 
 
@@ -110,11 +110,13 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
         yield torch.randn(2, channels, height, width)
 
 
-def _first_that_runs(model: nn.Module, inputs: Iterable[Tensor]) -> Tensor:
+def _first_that_runs(model: nn.Module, inputs: Iterable[Tensor], loss: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    """Return the first input that the model takes in evaluation mode, and in training mode, with heads of its own."""
     for x in inputs:
         try:
             with torch.no_grad():
-                model(x)
+                model.eval()(x)
+            loss(model.train(), x)
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             said = error
         else:
