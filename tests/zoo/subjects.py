@@ -136,7 +136,7 @@ def _detection_loss(model: nn.Module, x: Tensor) -> Tensor:
         "boxes": box,
         "labels": torch.tensor([1]),
         "masks": torch.ones(1, height, width, dtype=torch.uint8),
-        "keypoints": torch.tensor([10.0, 12.0, 1.0], dtype=x.dtype).expand(1, 17, 3),
+        "keypoints": torch.tensor([10.0, 12.0, 1.0]).expand(1, 17, 3),  # float32, always
     }
     losses = model(list(x), [target] * len(x))
     return torch.stack(list(losses.values())).sum()
