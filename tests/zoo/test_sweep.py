@@ -72,7 +72,7 @@ def test_it_goes_on_where_it_stopped_and_prints_a_table(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "1 models, 0 to run" in printed.err
     assert "| trim | 1 |" in printed.out
-    assert "| export | refused | VGG has # … | 1: timm:vgg11 |" in printed.out
+    assert "| export | refused | … has # … | 1: timm:vgg11 |" in printed.out
     assert "| timm:vgg11 | after export | timeout:" in printed.out
     assert sweep.read(results)["timm:vgg11"] == row
 
