@@ -83,7 +83,7 @@ ONE = "on one photograph: "
 
 
 def crops(count: int, mean: Sequence[float], std: Sequence[float], seed: int, only: int | None = None) -> list[Tensor]:
-    """Return normalised square crops of the photographs in turns, or of one of them, in batches of 8."""
+    """Return normalized square crops of the photographs in turns, or of one of them, in batches of 8."""
     folder = place("skimage") / "data"
     pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     pictures += [Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS]
