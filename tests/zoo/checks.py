@@ -109,9 +109,19 @@ def _convert(tested: Subject, name: str, config: widefield.surgery.Conversion, m
     if name in KEEPING:
         _same(tested.model, converted, tested.x, lambda model: widefield.convert(model, config))
     else:
-        _finite(converted, tested.x)
+        _trainable(converted, tested)
     made[name] = converted
     return f"{replaced} layers"
+
+
+def _trainable(converted: nn.Module, tested: Subject) -> None:
+    """Raise WrongError unless a loss is finite. In training mode: batch norms hold the old layers' scale."""
+    try:
+        loss = tested.loss(converted.train())
+    finally:
+        converted.eval()
+    if not loss.isfinite():
+        raise WrongError(f"the loss is {loss:g}")
 
 
 def _gradients(tested: Subject, converted: nn.Module) -> str:

@@ -203,7 +203,7 @@ def _kind(detail: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")[:300]
+    return re.sub(r"([|\\[\]<>*_`])", r"\\\1", text[:300])
 
 
 def _some(names: Sequence[str], shown: int = 4) -> str:

@@ -88,9 +88,9 @@ class Conversion(ABC):
         layer = self._replace(conv)
         return layer if set(conv.stride) == {1} else SameAligned(layer, _checks.pair("stride", conv.stride))
 
+    @abstractmethod
     def _why_not(self, module: nn.Module) -> str | None:
         """Return why ``module``, whose padding does not depend on its input, cannot be replaced, or None."""
-        raise NotImplementedError
 
     @abstractmethod
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
