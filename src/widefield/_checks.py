@@ -10,8 +10,14 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+Pair = tuple[int, int]
+"""(rows, columns)."""
+
 Expert = tuple[int, int]
 """(kernel size, dilation) of one expert."""
+
+INIT = ("preserve", "random")
+"""How a layer made from a convolution starts: with the function of the convolution, or afresh."""
 
 
 def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str:

@@ -84,13 +84,17 @@ class DepthwiseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.ndim == 3:  # an image without a batch, as Conv2d takes it
             return self._conv_forward(input[None], weight, bias)[0]
-        _checks.images(size_of(input), self.in_channels)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
+            _checks.images(size_of(input), self.in_channels)
             input, padding = nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        return depthwise_conv2d(
-            input, weight, bias, stride=self.stride, padding=padding, dilation=self.dilation, backend=self.backend
-        )
+        try:
+            return depthwise_conv2d(
+                input, weight, bias, stride=self.stride, padding=padding, dilation=self.dilation, backend=self.backend
+            )
+        except ValueError:
+            _checks.images(size_of(input), self.in_channels)  # in the words of the layer if the input is at fault
+            raise
 
 
 def bare(conv: nn.Conv2d, *, bias: bool) -> nn.Conv2d:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d, bare
 from widefield.nn.reparam import fold_norm, refuse_training
@@ -32,7 +33,6 @@ from widefield.ops import depthwise_conv2d, per_sample_conv2d
 from widefield.ops._autocast import without_autocast
 from widefield.ops._problem import size_of
 
-Pair = tuple[int, int]
 Padding = Literal["zeros", "reflect", "replicate", "circular"]
 
 INIT = ("preserve", "random")

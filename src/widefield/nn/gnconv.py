@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import reparam
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.nn.reparam import Pair, odd_pair, refuse_training
+from widefield.nn.reparam import odd_pair, refuse_training
 from widefield.ops._problem import size_of
 
 HIGHEST_ORDER = 5

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.reparam import (
     Branch,
     ConvNorm,
-    Pair,
     ReparamConv2d,
     depthwise_same,
     fold_norm,

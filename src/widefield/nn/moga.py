@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.nn.reparam import Pair, odd_pair, refuse_training
+from widefield.nn.reparam import odd_pair, refuse_training
 from widefield.ops._problem import size_of
 
 KERNEL_SIZES = (5, 5, 7)

@@ -197,11 +197,11 @@ class MoRFConv2d(nn.Module):
 
     def kernels(self) -> list[Tensor]:
         """Return the experts' kernels: n parameters (C_out, C_in/groups, K_r, K_r), not dilated."""
-        return list(self.expert_weights)
+        return _listed(self.expert_weights)
 
     def biases(self) -> list[Tensor] | None:
         """Return the experts' biases: n parameters (C_out,), or None."""
-        return None if self.expert_biases is None else list(self.expert_biases)
+        return None if self.expert_biases is None else _listed(self.expert_biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
@@ -366,6 +366,15 @@ def _collapsed(
         conv.bias = nn.Parameter(bias.to(bank.dtype), requires_grad=False)
     conv.eval()
     return conv if depthwise.why_not(conv) else DepthwiseConv2d.from_conv2d(conv)
+
+
+def _listed(parameters: nn.ParameterList) -> list[Tensor]:
+    """Return the items, without the ten calls in Python that a ParameterList makes for each."""
+    held = parameters._parameters
+    try:
+        return [held[str(index)] for index in range(len(parameters))]  # type: ignore[misc]
+    except KeyError:  # an item is computed, by torch.nn.utils.parametrize for example
+        return list(parameters)
 
 
 def _channels_last(kernel: Tensor) -> bool:

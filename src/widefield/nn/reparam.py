@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops import fold
@@ -31,7 +32,6 @@ INIT = ("preserve", "random")
 FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 """Batch norms of torchvision and timm that compute the same in training and evaluation mode."""
 
-Pair = tuple[int, int]
 
 _Conv = TypeVar("_Conv", bound=nn.Module)
 

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn.depthwise import DepthwiseConv2d, not_depthwise
 from widefield.nn.large_kernel import DecomposedKernel
 from widefield.ops import fold
-
-Pair = tuple[int, int]
 
 
 class DepthwiseConv2dSame(DepthwiseConv2d):
