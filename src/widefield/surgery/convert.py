@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from widefield.nn import SameAligned
+from widefield.report import Report
 from widefield.surgery.anatomy import Anatomy, anatomy
 from widefield.surgery.conversions import Conversion, Place
 from widefield.surgery.walk import duplicate, merge_method, replace
@@ -38,31 +39,46 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion would do to a model; prints as a table."""
+class Plan(Report):
+    """What a conversion does to a model; prints as a table."""
 
     steps: tuple[Step, ...]
 
     @property
     def replaced(self) -> tuple[Step, ...]:
-        """Return the convolutions that would be replaced."""
+        """Return the convolutions that are replaced."""
         return tuple(step for step in self.steps if step.after is not None)
 
     @property
     def passed_over(self) -> tuple[Step, ...]:
-        """Return the convolutions that would stay, each with its reason."""
+        """Return the convolutions that stay, each with its reason."""
         return tuple(step for step in self.steps if step.after is None)
 
+    def summary(self) -> str:
+        """Return how many convolutions are replaced and how many stay."""
+        return f"{len(self.replaced)} replaced, {len(self.passed_over)} passed over"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row a convolution."""
+        return [
+            {
+                "module": step.name or "(the model itself)",
+                "now": step.before,
+                "then": step.after or f"stays: {step.reason}",
+            }
+            for step in self.steps
+        ]
+
     def __str__(self) -> str:
-        # rich is not needed to import widefield, and a plan is printed by people.
+        # rich folds long cells, which Markdown does not. `import widefield` must not load it.
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"{len(self.replaced)} replaced, {len(self.passed_over)} passed over", title_justify="left")
+        table = Table(title=self.summary(), title_justify="left")
         for column in ("module", "now", "then"):
             table.add_column(column, overflow="fold")
-        for step in self.steps:
-            table.add_row(step.name or "(the model itself)", step.before, step.after or f"stays: {step.reason}")
+        for row in self.rows():
+            table.add_row(*row.values())
         text = io.StringIO()
         Console(file=text, width=150).print(table)
         return text.getvalue().rstrip()
