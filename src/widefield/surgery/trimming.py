@@ -17,7 +17,7 @@ class TrimmedKernel:
 
     Attributes:
         name: of the layer; an expert of a mixture has its index in brackets.
-        stage: from 0; see :func:`widefield.surgery.conversions.stages_of`.
+        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
         before, after: (rows, columns) in taps.
         dilation: (rows, columns) in pixels.
         energy: share of the sum of squares that was cut off, of the taps that meet the map.
