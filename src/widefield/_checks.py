@@ -120,6 +120,25 @@ def conv_channels(in_channels: object, out_channels: object, groups: object) -> 
     return c_in, c_out, g
 
 
+def depthwise_channels(in_channels: object, out_channels: object, groups: object = None) -> int:
+    """Return the channels of a depthwise layer, for which all three numbers are equal; raises ValueError.
+
+    ``groups`` may be None, which stands for the channels.
+    """
+    c_in, c_out = integer("in_channels", in_channels), integer("out_channels", out_channels)
+    if c_in != c_out or (groups is not None and groups != c_in):
+        raise ValueError(
+            f"a depthwise layer has in_channels == out_channels == groups; got in_channels={c_in}, "
+            f"out_channels={c_out} and groups={groups}. Use torch.nn.Conv2d for others."
+        )
+    return c_in
+
+
+def init(value: object) -> str:
+    """Return ``value`` if it is one of :data:`INIT`; raises ValueError."""
+    return choice("init", value, INIT)
+
+
 def images(shape: Sequence[int], channels: int) -> None:
     """Check the shape of a layer's input against (N, C, H, W); raises ValueError naming both."""
     if len(shape) != 4 or shape[1] != channels:

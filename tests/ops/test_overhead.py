@@ -27,10 +27,10 @@ def calls(run):
 # A plain torch.nn.Conv2d makes 7 calls. Before decisions were remembered, these made 13, 67, 148, 74, 295, 379, 323 and
 # 147 calls (PyTorch 2.14).
 CASES = {
-    "depthwise": (lambda: DepthwiseConv2d(64, 7), "serve", 14),
-    "depthwise, training": (lambda: DepthwiseConv2d(64, 7), "forward", 31),
-    "depthwise, step": (lambda: DepthwiseConv2d(64, 7), "step", 80),
-    "depthwise 31x31": (lambda: DepthwiseConv2d(64, 31), "serve", 38),
+    "depthwise": (lambda: DepthwiseConv2d(64, 64, 7, padding=3), "serve", 17),
+    "depthwise, training": (lambda: DepthwiseConv2d(64, 64, 7, padding=3), "forward", 31),
+    "depthwise, step": (lambda: DepthwiseConv2d(64, 64, 7, padding=3), "step", 80),
+    "depthwise 31x31": (lambda: DepthwiseConv2d(64, 64, 31, padding=15), "serve", 38),
     "mixture": (lambda: MoRFConv2d(64, 64, groups=64), "serve", 125),
     "mixture, step": (lambda: MoRFConv2d(64, 64, groups=64), "step", 175),
     "hard mixture": (lambda: MoRFConv2d(64, 64, groups=64, routing="hard"), "serve", 175),
@@ -56,7 +56,7 @@ def test_calls_in_python(name):
     assert counted <= first
 
 
-@pytest.mark.parametrize("layer", [DepthwiseConv2d(64, 7), MoRFConv2d(64, 64, groups=64)], ids=repr)
+@pytest.mark.parametrize("layer", [DepthwiseConv2d(64, 64, 7, padding=3), MoRFConv2d(64, 64, groups=64)], ids=repr)
 def test_what_was_remembered_excuses_no_other_call(layer):
     layer(torch.randn(2, 64, 14, 14))
     for wrong in (torch.randn(2, 63, 14, 14), torch.randn(64, 14), torch.randn(2, 64, 14, 14).double()):

@@ -22,8 +22,8 @@ from widefield import _checks
 from widefield._checks import Pair
 from widefield.models._backbone import NormedBackbone, initialise_truncated
 from widefield.models._registry import Stated, build, cfg
+from widefield.nn.fusing import refuse_training
 from widefield.nn.gnconv import GlobalLocalFilter, GnConv
-from widefield.nn.reparam import refuse_training
 
 __all__ = ["HorNet"]
 

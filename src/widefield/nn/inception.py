@@ -6,6 +6,8 @@ and of timm's ``inception_next_*``, which are the networks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,15 +67,15 @@ class InceptionDWConv2d(nn.Module):
             raise ValueError(f"branch_ratio={branch_ratio} does not fit {channels} channels: {reason}.")
         group = int(channels * branch_ratio)
         self.splits = (channels - 3 * group, group, group, group)
+        options: dict[str, Any] = {
+            "padding": "same", "bias": bias, "backend": backend, "device": device, "dtype": dtype,
+        }  # fmt: skip
         for name, kernel, steps in (
             ("dwconv_hw", (square, square), (dilation, dilation)),
             ("dwconv_w", (1, band), (1, dilation)),
             ("dwconv_h", (band, 1), (dilation, 1)),
         ):
-            conv = DepthwiseConv2d(
-                group, kernel, dilation=steps, bias=bias, backend=backend, device=device, dtype=dtype
-            )
-            self.add_module(name, conv)
+            self.add_module(name, DepthwiseConv2d(group, group, kernel, dilation=steps, **options))
 
     @classmethod
     def from_conv2d(
