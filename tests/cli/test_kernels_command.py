@@ -41,7 +41,7 @@ def test_shares_are_asked_for_and_errors_are_one_line(tmp_path, capsys):
 def test_what_cropping_to_the_limit_costs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     slak = OURS.replace("{", "{layer_scale_init: 0, ")
-    options = ["--limit", "9", "--cost", "--size", "32", "--count", "6", "--batch", "4", "--out", str(tmp_path)]
+    options = ["--limit", "9", "--cost", "--size", "32", "--count", "6", "--batch-size", "4", "--out", str(tmp_path)]
     assert main(["kernels", slak, MORF, *options]) == 0
     text = capsys.readouterr().out
     assert "cropped to 9" in text
@@ -74,6 +74,6 @@ def test_a_runs_own_images_have_labels_that_count(tmp_path, capsys):
 
 def test_images_are_for_the_cost_alone(tmp_path, capsys):
     assert main(["kernels", "test_resnet", "--size", "64", "--out", str(tmp_path)]) == 1
-    assert "images are looked at for --cost alone" in capsys.readouterr().err
+    assert "images are used only for --cost" in capsys.readouterr().err
     assert main(["kernels", "test_resnet", "--cost", "--out", str(tmp_path)]) == 1
     assert "pass --limit K" in capsys.readouterr().err

@@ -26,8 +26,8 @@ class Result(ABC):
     """A frozen dataclass of arrays (on the CPU) and plain values; its subclasses are one analysis each.
 
     Attributes:
-        name: what was analysed, as figures and tables call it: a model's name.
-        about: how it was done: number and source of the images, their size, normalisation, seed.
+        name: what was analyzed, as figures and tables call it: a model's name.
+        about: how it was done: number and source of the images, their size, normalization, seed.
     """
 
     title: ClassVar[str]

@@ -1,7 +1,7 @@
 """How far the kernels of a model reach: energy by radius, and the smallest crop that keeps a share of it.
 
 A large kernel is worth its price where its outer taps do something. :func:`crops` measures that of one kernel, for
-every centred crop of it; :func:`kernel_energy` does so for all kernels of a model, in the form in which they compute.
+every centered crop of it; :func:`kernel_energy` does so for all kernels of a model, in the form in which they compute.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class KernelMaps(Result):
 
     title: ClassVar[str] = "How far kernels reach"
     lead: ClassVar[str] = (
-        "Left: the share of the energy (sum of squares) that centred crops of the kernels keep. Right: the smallest "
+        "Left: the share of the energy (sum of squares) that centered crops of the kernels keep. Right: the smallest "
         "crop that keeps the share named, for every layer; a pale bar goes up to the whole kernel. Below: mean "
         "absolute values of the kernels, each scaled to a maximum of 1. Left and below: means over the widest kernels "
         "of each stage."
@@ -170,14 +170,14 @@ class KernelMaps(Result):
         top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, below])
         curves, depth = top.subplots(1, 2, width_ratios=[2, 3])
         lines: list[tuple[str, list[LayerKernel]]] = [(_stages.short(name), layers) for name, layers in whole.items()]
-        colours: Sequence[Any] = report.COLOURS
+        colors: Sequence[Any] = report.COLORS
         if len(results) == 1:
             stages = sorted({layer.stage for layer in lines[0][1]})
             lines = [(f"stage {s + 1}", [layer for layer in lines[0][1] if layer.stage == s]) for s in stages]
-            colours = _stages.stage_colours(len(stages))
+            colors = _stages.stage_colors(len(stages))
         places = {id(layer): place for layers in whole.values() for place, layer in enumerate(layers, 1)}
         for index, (label, layers) in enumerate(lines):
-            style = {"color": colours[index % len(colours)], "marker": report.MARKERS[index % len(report.MARKERS)]}
+            style = {"color": colors[index % len(colors)], "marker": report.MARKERS[index % len(report.MARKERS)]}
             x, y = _kept(_widest(layers))
             named = len(results) > 1 or len(lines) <= 8 or index % -(-len(lines) // 5) == 0
             curves.plot(x, y, label=label if named else None, markevery=max(1, len(x) // 8), **style)
@@ -201,7 +201,7 @@ def kernel_energy(
 
     - Layers that merge (branches of large kernels, masks that are learned, blocks of timm's MobileOne or RepVGG) are
       merged first, in copies, one at a time. What cannot be one kernel stays several: SLaK's bands are two.
-    - Convolutions that compute their kernel from their weight (timm's weight standardisation, parametrisations) have
+    - Convolutions that compute their kernel from their weight (timm's weight standardization, parametrisations) have
       the kernel that they compute.
     - A mixture has a bank, and experts. Its bound grows with the routing weights: of an image with weights a it is the
       sum of |a_r| times the bounds of the experts.
@@ -249,7 +249,7 @@ def kernel_energy(
 
 
 def _cost(model: nn.Module, images: Sequence[Any], limit: int) -> Trimming:
-    """Return what cropping to the limit does to a model in evaluation mode, re-parameterised if it needs that."""
+    """Return what cropping to the limit does to a model in evaluation mode, reparameterized if it needs that."""
     if unmerged(model):
         model = reparameterize(model, next(iter(batches(images, model)))[0][:2])
     reports: list[Trimming] = []
@@ -322,7 +322,7 @@ def _merged(name: str, module: nn.Module) -> nn.Module:
         return fuse_layers(copy.deepcopy(module).eval())[0]
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{name or 'the model'} ({type(module).__name__}) cannot be merged: {error} Mend that, or re-parameterise "
+            f"{name or 'the model'} ({type(module).__name__}) cannot be merged: {error} Mend that, or reparameterize "
             "the model first."
         ) from error
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-SUMMARY = "energy of spatial kernels by radius, and how far they can be cropped"
+ENTRY = ANALYSES["kernels"]
+SUMMARY = ENTRY.summary
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -15,37 +17,35 @@ def add(parser: argparse.ArgumentParser) -> None:
     _subjects.arguments(parser)
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.5, 0.9, 0.99], metavar="S",
-        help="of the energy that crops are to keep (0.5 0.9 0.99)",
+        help="shares of the energy that crops must keep (0.5 0.9 0.99)",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, metavar="K", help="say what cropping kernels beyond K x K pixels to it would lose"
+        "--limit", type=int, metavar="K", help="report what cropping kernels larger than K x K pixels to K x K loses"
     )
     parser.add_argument(
         "--cost", action="store_true",
-        help="crop them to --limit, and say what that does to the outputs on images, to parameters and work",
+        help="crop the kernels to --limit, and report the change of outputs on images, of parameters and of MACs",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.analysis.kernels import kernel_energy
     from widefield.cli._tables import print_table
 
     if args.cost and args.limit is None:
-        raise ValueError("--cost is that of cropping to a limit: pass --limit K, too.")
+        raise ValueError("--cost is the cost of cropping to a limit: pass --limit K as well.")
     if not args.cost and (args.images is not None or args.size is not None):
-        raise ValueError("images are looked at for --cost alone: pass --cost and --limit K, too.")
+        raise ValueError("images are used only for --cost: pass --cost and --limit K as well.")
+    options: dict[str, Any] = {"shares": args.shares, "limit": args.limit}
     results = {}
     for word in args.models:
         found = _subjects.subject(word, args)
-        about: dict[str, Any] = {"weights": found.weights, "seed": args.seed}
-        images = None
+        view = found.view()
+        about = {"weights": view.weights, "seed": args.seed}
         if args.cost:
-            pictures = _subjects.pictures(args, found)
-            images, about = _subjects.batches(args, found, pictures), {**pictures.about, **about}
-        results[found.name] = kernel_energy(
-            found.model, shares=args.shares, limit=args.limit, images=images, name=found.name, about=about
-        )
+            shown = found.view(_subjects.pictures(args, found), batch_size=args.batch_size)
+            options["images"], about = _subjects.labeled_batches(shown), {**shown.about, **about}
+        results[view.name] = ENTRY.run(view, about=about, **options)
     _subjects.write(results, args)
     if args.cost:
         print_table([result.cost_row() for result in results.values()])
