@@ -153,7 +153,7 @@ def test_transformers_and_maps_with_channels_last():
     vit = effective_receptive_field(timm.create_model("test_vit"), torch.randn(1, 3, 160, 160))
     # The last map is that of the norm, whose channels add up to nothing: the one before is taken.
     assert vit.layer == "blocks"
-    assert vit.target == (5, 5)
+    assert vit.position == (5, 5)
     assert vit.theoretical.size is None
     assert vit.clipped == (160, 160)
     assert vit.scores[80:96, 80:96].mean() > 20 * vit.scores.mean()  # its own patch, through the residual path
@@ -256,9 +256,9 @@ def test_errors_say_what_to_do():
         effective_receptive_field(model, x, layer="conv")
     with pytest.raises(ValueError, match=r"layer '1' .* returns \(2, 256\)"):
         effective_receptive_field(model, x, layer="1")
-    with pytest.raises(ValueError, match=r"target \(2, 8\) lies outside of the map of layer '0', which is 8x8"):
+    with pytest.raises(ValueError, match=r"position \(2, 8\) lies outside the map of layer '0', which is 8x8"):
         effective_receptive_field(model, x, position=(2, 8))
-    with pytest.raises(ValueError, match="target must be one of 'center'; got 'mean'"):
+    with pytest.raises(ValueError, match="position must be one of 'center'; got 'mean'"):
         effective_receptive_field(model, x, position="mean")
     with pytest.raises(ValueError, match="images is empty"):
         effective_receptive_field(model, x[:0])

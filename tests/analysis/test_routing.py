@@ -313,7 +313,7 @@ def test_what_cannot_be_asked_is_an_error():
         routing_statistics(model, [(images, [0, 1, 2, 3])])
     with pytest.raises(ValueError, match="label 3 has no name: classes has 2"):
         routing_statistics(model, [(images, torch.arange(4))], classes=("a", "b"))
-    with pytest.raises(ValueError, match="each of the 4 images; got 1 names"):
+    with pytest.raises(ValueError, match="names has 1 entries for 4 images"):
         routing_statistics(model, images, names=("one",))
     with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
         routing_statistics(model, images, batch_size=0)

@@ -352,9 +352,9 @@ def test_errors():
         theoretical_receptive_field(model, 8, layer="3")
     with pytest.raises(ValueError, match=r"layer '2' of Sequential returns no map .* it returns \(1, 2\)"):
         theoretical_receptive_field(model, 8, layer="2")
-    with pytest.raises(ValueError, match=r"target \(8, 0\) lies outside of the map of layer '0', which is 8x8"):
+    with pytest.raises(ValueError, match=r"position \(8, 0\) lies outside the map of layer '0', which is 8x8"):
         theoretical_receptive_field(model, 8, layer="0", position=(8, 0))
-    with pytest.raises(ValueError, match="target must be one of 'center'; got 'middle'"):
+    with pytest.raises(ValueError, match="position must be one of 'center'; got 'middle'"):
         theoretical_receptive_field(model, 8, layer="0", position="middle")
     with pytest.raises(ValueError, match=r"Sequential cannot be run on images of \(3, 9, 9\)"):
         theoretical_receptive_field(model, 9)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.analysis._maps import as_map, inner_map, map_hint
-from widefield.surgery.anatomy import backbone_name, is_inside
+from widefield.surgery.anatomy import anatomy, is_inside
 from widefield.surgery.outputs import pixels, place
 
 __all__ = [
@@ -214,15 +214,15 @@ def _example(known: Mapping[str, nn.Module]) -> str:
 def never_called(model: nn.Module, layer: str) -> ValueError:
     """Return the error for a layer that the model does not call."""
     return ValueError(
-        f"layer {layer!r} of {type(model).__name__} is never called in evaluation mode; heads used only in training are "
-        "not. Choose a layer that the images pass through, or None for the default."
+        f"layer {layer!r} of {type(model).__name__} is never called in evaluation mode, like heads used only in "
+        "training. Choose a layer that the images pass through, or None for the default."
     )
 
 
 def last_maps(model: nn.Module, images: Tensor) -> list[str]:
     """Return the names of the layers that return a map of ``images``, in the order in which they finish.
 
-    Only layers of the model's backbone count (:func:`widefield.surgery.anatomy.backbone_name`), for timm models those
+    Only layers of the model's backbone count (:func:`widefield.surgery.anatomy.anatomy`), for timm models those
     of ``forward_features``; all layers if the backbone has none. The last one is what necks and heads receive. Nested
     modules that return the same tensor each have an entry, the outermost last. The model's own name is "".
     """
@@ -236,7 +236,7 @@ def last_maps(model: nn.Module, images: Tensor) -> list[str]:
     run = getattr(model, "forward_features", model)
     with running(model, images), visited(model), torch.no_grad(), watched(dict(model.named_modules()), see):
         run(images)
-    backbone = backbone_name(model)
+    backbone = anatomy(model).backbone
     return [name for name in names if is_inside(name, backbone)] or names
 
 

@@ -183,7 +183,7 @@ def effective_receptive_field(
             stands for eight fixed images of normal noise, with the channels of the model's first convolution. Video
             clips (N, C, T, H, W) are summed over time.
         layer: the layer whose map is examined, or its name. Default: the last layer of the backbone that returns a
-            map (:func:`widefield.surgery.anatomy.backbone_name`). Layers whose channels always sum to a constant, as
+            map (:func:`widefield.surgery.anatomy.anatomy`). Layers whose channels always sum to a constant, as
             after a freshly initialized layer norm, are skipped.
         position: "center", which is (h // 2, w // 2), or (row, column) on the map, from 0.
         batch_size: images at a time.
@@ -199,7 +199,7 @@ def effective_receptive_field(
     """
     _checks.integer("batch_size", batch_size)
     named = None if layer is None else layer_name(model, layer)
-    if is_size(images):
+    if isinstance(images, int) or is_size(images):
         images = made_up(model, images, _NOISES, noise=True)
         about = {"source": "noise", **(about or {})}
     parts = chunks(images, model, batch_size, clips=True)
@@ -292,8 +292,8 @@ def _first(model: nn.Module, images: Tensor, names: Sequence[str], position: Pos
         if not found.cancels:
             return found, name
     raise ValueError(
-        f"the channels of layer {names[0]!r} of {type(model).__name__} always sum to the same value, as after a freshly "
-        "initialized layer norm, so their sum has no gradient. Give the layer before it."
+        f"the channels of layer {names[0]!r} of {type(model).__name__} always sum to the same value, as after a "
+        "freshly initialized layer norm, so their sum has no gradient. Give the layer before it."
     )
 
 

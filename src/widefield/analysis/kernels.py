@@ -27,13 +27,10 @@ from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
 from widefield.ops.crops import CropTable, crops
 from widefield.surgery import fuse_layers
-from widefield.surgery.conversions import stages_of
+from widefield.surgery.anatomy import anatomy
 from widefield.surgery.cropping import by_outputs
-from widefield.surgery.outputs import batches, place
-from widefield.surgery.reparameterize import reparameterize
-from widefield.surgery.trim import trim
-from widefield.surgery.trimming import Trimming
-from widefield.surgery.walk import merge_method, unmerged
+from widefield.surgery.outputs import place
+from widefield.surgery.walk import merge_method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +44,7 @@ class LayerKernel:
         name: of the module; an expert of a mixture has its index in brackets.
         kind: "convolution", "transposed", "masked" (under a mask that depends on the image), "bank" (all experts of a
             mixture, padded and stacked) or "expert" (one of them).
-        stage: from 0; see :func:`widefield.surgery.conversions.stages_of`.
+        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
         size: (rows, columns) in taps.
         dilation, stride: (rows, columns).
         groups: of the convolution.
@@ -82,7 +79,6 @@ class KernelMaps(Result):
         layers: in the order of the modules.
         shares: of energy, ascending, that crops are asked to keep.
         limit: side in pixels of the largest kernel that a target takes, or None.
-        cost: what cropping all kernels to the limit did to the outputs on images, parameters and work; None: not asked.
     """
 
     title: ClassVar[str] = "How far kernels reach"
@@ -98,7 +94,6 @@ class KernelMaps(Result):
     layers: tuple[LayerKernel, ...]
     shares: tuple[float, ...]
     limit: int | None
-    cost: Trimming | None = None
 
     def beyond(self) -> tuple[LayerKernel, ...]:
         """Return the kernels that span more than the limit; none if there is no limit."""
@@ -111,24 +106,6 @@ class KernelMaps(Result):
             pattern = re.sub(r"\d+", "*", layer.name)
             groups.setdefault((layer.stage, pattern, layer.kind, layer.size, layer.dilation), []).append(layer)
         return [self._row(group) for group in groups.values()]
-
-    def cost_row(self) -> dict[str, str]:
-        """Return what cropping to the limit costs; raises ValueError where it was not measured."""
-        if self.cost is None or self.cost.change is None:
-            raise ValueError("what cropping costs was not measured: pass a limit and images.")
-        cost, change = self.cost, self.cost.change
-        macs = [f"{(count or 0) / 1e6:.4g}M" for count in (cost.macs_before, cost.macs_after)]
-        accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
-        return {
-            "model": self.name,
-            f"cropped to {self.limit}": f"{len(cost.trimmed())} of {len(cost.kernels)}",
-            "still larger": str(len(cost.beyond())),
-            "parameters": f"{cost.parameters_before:,} -> {cost.parameters_after:,}",
-            "MACs": " -> ".join(macs),
-            "change (RMS)": f"{change.rms:.2g}",
-            "same class": "-" if change.agreement is None else _percent(change.agreement),
-            "top-1": " -> ".join(f"{100 * value:.1f} %" for value in accuracy) or "-",
-        }
 
     def _row(self, group: Sequence[LayerKernel]) -> dict[str, str]:
         first, outer = group[0], max(self.shares)
@@ -193,7 +170,6 @@ def kernel_energy(
     *,
     shares: Sequence[float] = (0.5, 0.9, 0.99),
     limit: int | None = None,
-    images: Sequence[Any] | None = None,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> KernelMaps:
@@ -215,8 +191,6 @@ def kernel_energy(
         model: any module, on any device, in any mode.
         shares: of the energy that the smallest crops are to keep, each above 0 and up to 1.
         limit: side in pixels of the largest kernel that a target takes: what would cropping to it lose?
-        images: batches of images, perhaps with labels, as :func:`widefield.surgery.outputs.batches` takes them: what
-            cropping to the limit changes is measured on them (:func:`widefield.surgery.trim.trim`, with tolerance 0).
         name: what to call the model; its class's name by default.
         about: facts to keep with the result.
 
@@ -224,37 +198,23 @@ def kernel_energy(
         The kernels, in the order of the modules.
 
     Raises:
-        TypeError, ValueError: shares or a limit out of range; images without a limit, or none; a model without spatial
+        TypeError, ValueError: shares or a limit out of range; a model without spatial
             kernels, with numbers that are not finite, or with a layer that cannot be merged (the message says why).
     """
     wanted = tuple(sorted({_checks.number("every share of shares", share, maximum=1.0) for share in shares}))
     if not wanted or not wanted[0]:
         raise ValueError(f"shares must name shares of energy above 0, such as (0.5, 0.99); got {tuple(shares)}.")
     limit = None if limit is None else _checks.integer("limit", limit)
-    if images is not None and limit is None:
-        raise ValueError("images show what cropping to a limit costs: pass limit=, too.")
     device, _ = place(model)
     cards = [device] if device.type == "cuda" else []
     with visited(model), torch.no_grad(), torch.random.fork_rng(cards):  # merging builds layers
         found = [(anchor, _measured(kernel, wanted, limit)) for anchor, kernel in _kernels(model)]
-        cost = None if images is None or limit is None or not found else _cost(model, images, limit)
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution with more than one tap.")
-    stages = stages_of(model, [anchor for anchor, _ in found])
+    stages = anatomy(model).count_stages([anchor for anchor, _ in found])
     layers = tuple(LayerKernel(stage=stages[anchor], **facts) for anchor, facts in found)
     facts = {**(about or {}), "kernels": "as in evaluation mode, branches merged"}
-    if cost is not None:
-        facts[f"cropped to {limit}x{limit}"] = cost.summary()
-    return KernelMaps(name or type(model).__name__, facts, layers, wanted, limit, cost)
-
-
-def _cost(model: nn.Module, images: Sequence[Any], limit: int) -> Trimming:
-    """Return what cropping to the limit does to a model in evaluation mode, reparameterized if it needs that."""
-    if unmerged(model):
-        model = reparameterize(model, next(iter(batches(images, model)))[0][:2])
-    reports: list[Trimming] = []
-    trim(model.eval(), 0.0, loader=images, limit=limit, report=reports.append)
-    return reports[0]
+    return KernelMaps(name or type(model).__name__, facts, layers, wanted, limit)
 
 
 @dataclass(frozen=True)

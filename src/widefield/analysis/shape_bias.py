@@ -136,9 +136,9 @@ def shape_bias(
 ) -> ShapeBias:
     """Measure whether a classifier decides by shape or by texture on images where the two name different classes.
 
-    A model of ImageNet's 1,000 classes chooses among the sixteen classes of the published images: the one whose ImageNet
-    classes have the largest mean probability, as the README of github.com/rgeirhos/texture-vs-shape recommends. Other
-    models choose among all their ``classes``. Images whose cues agree are left out.
+    A model of ImageNet's 1,000 classes chooses among the sixteen classes of the published images: the one whose
+    ImageNet classes have the largest mean probability, as the README of github.com/rgeirhos/texture-vs-shape
+    recommends. Other models choose among all their ``classes``. Images whose cues agree are left out.
 
     Args:
         model: maps images (N, 3, size, size) to logits (N, outputs).

@@ -143,8 +143,8 @@ def feature_map(model: nn.Module, layer: str, images: Tensor) -> Tensor:
         raise never_called(model, layer)
     if not maps:
         raise ValueError(
-            f"layer {layer!r} of {type(model).__name__} returns no map of images of {tuple(images.shape[1:])}: it returns "
-            f"{no_map(seen[-1])}."
+            f"layer {layer!r} of {type(model).__name__} returns no map of images of {tuple(images.shape[1:])}: it "
+            f"returns {no_map(seen[-1])}."
         )
     return maps[-1]
 

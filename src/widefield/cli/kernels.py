@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+from typing import TYPE_CHECKING
 
+from widefield._files import write_whole
 from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from widefield.surgery.trimming import Trimming
 
 ENTRY = ANALYSES["kernels"]
 SUMMARY = ENTRY.summary
@@ -36,17 +43,49 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--cost is the cost of cropping to a limit: pass --limit K as well.")
     if not args.cost and (args.images is not None or args.size is not None):
         raise ValueError("images are used only for --cost: pass --cost and --limit K as well.")
-    options: dict[str, Any] = {"shares": args.shares, "limit": args.limit}
-    results = {}
+    results, costs = {}, {}
     for word in args.models:
         found = _subjects.subject(word, args)
         view = found.view()
         about = {"weights": view.weights, "seed": args.seed}
+        results[view.name] = ENTRY.run(view, about=about, shares=args.shares, limit=args.limit)
         if args.cost:
             shown = found.view(_subjects.pictures(args, found), batch_size=args.batch_size)
-            options["images"], about = _subjects.labeled_batches(shown), {**shown.about, **about}
-        results[view.name] = ENTRY.run(view, about=about, **options)
+            costs[view.name] = _trimmed(found.model, _subjects.labeled_batches(shown), args.limit)
     _subjects.write(results, args)
     if args.cost:
-        print_table([result.cost_row() for result in results.values()])
+        print_table([_row(name, cost) for name, cost in costs.items()])
+        path = args.out / f"{args.command}-cost.json"
+        write_whole(path, (json.dumps({name: cost.to_dict() for name, cost in costs.items()}) + "\n").encode())
+        print(f"wrote {path}")
     return 0
+
+
+def _trimmed(model: nn.Module, images: list[tuple[Tensor, ...]], limit: int) -> Trimming:
+    """Return the report on cropping a model's kernels to the limit, whatever it costs."""
+    from widefield.surgery import reparameterize, trim
+    from widefield.surgery.walk import unmerged
+
+    if unmerged(model):
+        model = reparameterize(model, images[0][0][:2])
+    reports: list[Trimming] = []
+    trim(model.eval(), 0.0, loader=images, limit=limit, report=reports.append)
+    return reports[0]
+
+
+def _row(name: str, cost: Trimming) -> dict[str, str]:
+    macs = [f"{(count or 0) / 1e6:.4g}M" for count in (cost.macs_before, cost.macs_after)]
+    row = {
+        "model": name,
+        f"cropped to {cost.limit}": f"{len(cost.trimmed())} of {len(cost.kernels)}",
+        "still larger": str(len(cost.beyond())),
+        "parameters": f"{cost.parameters_before:,} -> {cost.parameters_after:,}",
+        "MACs": " -> ".join(macs),
+    }
+    change = cost.change
+    if change is not None:
+        accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
+        row["change (RMS)"] = f"{change.rms:.2g}"
+        row["same class"] = "-" if change.agreement is None else f"{change.agreement:.1%}"
+        row["top-1"] = " -> ".join(f"{value:.1%}" for value in accuracy) or "-"
+    return row
