@@ -18,7 +18,7 @@ def test_every_analysis_is_public_and_has_a_command():
     assert returned == results
     assert all(entry.function.__name__ in analysis.__all__ for entry in ANALYSES.values())
     assert set(ANALYSES) <= set(cli.MODULES)
-    assert all(cli.MODULES[name].SUMMARY == entry.summary for name, entry in ANALYSES.items())
+    assert all(entry.summary == cli.MODULES[name].SUMMARY for name, entry in ANALYSES.items())
 
 
 @pytest.mark.parametrize("entry", ANALYSES.values(), ids=ANALYSES)

@@ -364,5 +364,5 @@ def test_errors():
         theoretical_receptive_field(model, "8")
     with pytest.raises(ValueError, match="does not depend on the image"):
         look(lambda m, x: torch.ones_like(x))
-    with pytest.raises(ValueError, match="no layer of Sequential gives a map"):
+    with pytest.raises(ValueError, match="no layer of Sequential returns a map"):
         theoretical_receptive_field(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), 8)
