@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from widefield import _checks, data
+from widefield.analysis.registry import View
 from widefield.train import ModelSpec, RunData, create_model, load_recipe, load_trained, run_data
 from widefield.train.labels import output_places
 from widefield.train.networks import TORCHVISION
@@ -77,6 +78,13 @@ class Subject:
                 f"the data of the run {self.name!r} are not at hand: {error} Ask for other images: a folder, or "
                 f"{data.PHOTOGRAPHS!r} (--images)."
             ) from error
+
+    def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
+        """Return the model and these images as analyses take them."""
+        # ImageNet's names are lists of synonyms.
+        classes = self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
+        own = isinstance(pictures, _OwnPictures) and bool(pictures.classes)
+        return View(self.model, self.name, self.weights, pictures, classes, own, batch_size)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any

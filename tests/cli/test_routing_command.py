@@ -27,7 +27,7 @@ def test_ours(here, capsys):
             f"stages.{i}.blocks.{j}.conv_dw" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))
         ]
         assert result["classes"] == [str(i) for i in range(10)]
-        assert result["images"][0].startswith("digits ")
+        assert result["names"][0].startswith("digits ")
         assert (result["about"]["images"], result["about"]["weights"], result["about"]["seed"]) == (24, "random", 3)
         assert all(len(block["weights"]) == 24 for block in result["blocks"])
     assert "mean share of the routing weight" in (here / "analysis" / "routing.svg").read_text()
@@ -43,7 +43,7 @@ def test_a_run_and_its_own_images(here):
     assert cli.main(["routing", "runs/digits_morf", "--count", "40", "--out", "out"]) == 0
     found = json.loads((here / "out" / "routing.json").read_text())["results"]["digits_morf"]
     assert found["about"]["weights"] == "trained in this run"
-    assert (found["about"]["source"], found["about"]["labelled"]) == ("digits", 40)
+    assert (found["about"]["source"], found["about"]["labeled"]) == ("digits", 40)
     assert found["blocks"][0]["experts"] == ["3x3", "5x5", "7x7"]
     assert sorted(found["blocks"][0]["by_class"]) == sorted({str(label) for label in found["labels"]})
 

@@ -135,7 +135,9 @@ def _bench_parsers(bench: argparse.ArgumentParser) -> None:
             metavar="S",
             help="seconds for all timings of a call, two at least (0.6; model, mixers and deploy: 5)",
         )
-        sub.add_argument("--batch", **count, help="images a call; default: by device and shape, said in the output")
+        sub.add_argument(
+            "--batch-size", **count, help="images a call; default: by device and shape, said in the output"
+        )
         sub.add_argument("--out", type=Path, metavar="DIR", help="write SUBJECT_DEVICE.json and .md there (no files)")
         return sub
 
@@ -327,26 +329,30 @@ def _bench(args: argparse.Namespace) -> int:
             channels=args.channels,
             resolutions=args.resolutions,
             kernels=args.kernels,
-            batch=args.batch,
+            batch_size=args.batch_size,
             layers=args.layers,
         )
     elif args.subject == "mixture":
         shapes = args.shapes and [(s[0], s[1]) for s in (_numbers("--shapes", word, "x", 2) for word in args.shapes)]
         mixture.run(
             settings,
-            batch=16 if args.batch is None else args.batch,
+            batch_size=16 if args.batch_size is None else args.batch_size,
             shapes=shapes,
             sets=args.sets and [_numbers("--sets", word, ",") for word in args.sets],
             counts=args.counts,
         )
     elif args.subject == "deform":
-        deform.run(settings, **_given(args, "batch", "side", "width", "stages"))
+        deform.run(settings, **_given(args, "batch_size", "side", "width", "stages"))
     elif args.subject == "mixers":
-        mixers.run(settings, **_given(args, "name", "mixers", "batch", "size"))
+        mixers.run(settings, **_given(args, "name", "mixers", "batch_size", "size"))
     elif args.subject == "deploy":
-        deploy.run(settings, batches=(1, 8) if args.batch is None else (args.batch,), **_given(args, "names", "size"))
+        deploy.run(
+            settings,
+            batch_sizes=(1, 8) if args.batch_size is None else (args.batch_size,),
+            **_given(args, "names", "size"),
+        )
     else:
-        model.run(settings, args.names, batch=args.batch, size=args.size)
+        model.run(settings, args.names, batch_size=args.batch_size, size=args.size)
     return 0
 
 

@@ -183,7 +183,7 @@ def quantize(
     compare_layers: int = 4,
     reduce_range: bool = False,
     classes: Sequence[str] | None = None,
-    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     info: ModelInfo | None = None,
     report: Callable[[Quantization], object] | None = None,
 ) -> Quantization:
@@ -193,7 +193,7 @@ def quantize(
     weights is taken out of the biases after it (Nagel et al., ICCV 2019, section 4.2).
 
     Args:
-        model: in evaluation mode, re-parameterised, float32; untouched.
+        model: in evaluation mode, reparameterized, float32; untouched.
         path: ``.onnx``.
         loader: calibration images, some hundreds, as in training but not augmented; all of one size. See
             :func:`widefield.surgery.outputs.batches`.
@@ -208,7 +208,7 @@ def quantize(
         compare_layers: on how many images to measure what the rounding of each layer alone costs: as many runs of the
             model for every layer. 0: do not.
         reduce_range: weights in 7 bits, for x86 processors before VNNI, whose sums of byte products saturate.
-        classes, normalisation, info: as of :func:`widefield.deploy.export`.
+        classes, normalization, info: as of :func:`widefield.deploy.export`.
         report: called once with what is returned: ``print``, or the ``append`` of a list.
 
     Raises:
@@ -232,7 +232,7 @@ def quantize(
     x = next(batches(loader, twin))[0]
     probe, reference = _Probe(twin), copied(model).cpu()
     info = collected(
-        model, x.shape, outputs_of(reference, x[:1]), classes=classes, normalisation=normalisation, info=info,
+        model, x.shape, outputs_of(reference, x[:1]), classes=classes, normalization=normalization, info=info,
         fixed=True,
     )  # fmt: skip
     shown = _Shown(loader, twin)

@@ -439,12 +439,12 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
     axes = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, found) in zip(axes, lines.items(), strict=True):
         for index, (epochs, values) in found.items():
-            turn, colour = divmod(index, len(report.COLOURS))
+            turn, colour = divmod(index, len(report.COLORS))
             axis.plot(
                 epochs,
                 values,
                 label=titles[index],
-                color=report.COLOURS[colour],
+                color=report.COLORS[colour],
                 linestyle=("-", "--", ":", "-.")[turn % 4],
                 # Where lines are short enough, a second way to tell them apart; a lone point needs it to be seen.
                 marker=report.MARKERS[colour] if len(epochs) <= 15 else None,
