@@ -95,9 +95,9 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
 
 
 @torch.no_grad()
-def add_parameter(total: nn.Parameter, part: nn.Parameter, value: Tensor | None = None) -> None:
+def add_parameter(total: Tensor, part: Tensor, value: Tensor | None = None) -> None:
     """Add ``part``, or a ``value`` made from it, to a parameter of a fused module."""
-    total += part if value is None else value
+    total.add_(part if value is None else value)
     total.requires_grad_(learns([total, part]))
 
 

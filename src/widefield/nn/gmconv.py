@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield._checks import Pair
-from widefield.nn._leaf import is_symbolic, recorded
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d, PaddingMode, bare
 from widefield.nn.fusing import fold_norm, learns, refuse_training
 from widefield.ops import depthwise_conv2d, per_sample_conv2d
@@ -241,6 +241,7 @@ class GMConv2d(_MaskedConv2d):
         """Return the kernel that convolves (C_out, C_in/groups, KH, KW): ``weight`` under the mask."""
         return self._under(self.mask())
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
         if x.ndim == 3:
@@ -335,10 +336,9 @@ class DynamicGMConv2d(_MaskedConv2d):
         """Return the mask (KH, KW) of an image that excites no hidden unit, as all masks are before training."""
         return gaussian_mask(self.kernel_size, *self._sigmas(self.predictor.out.bias).unbind(-1))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
-        if is_symbolic(x):
-            return recorded(self, x)
         if x.ndim == 3:
             return self.forward(x[None])[0]
         kernels = self._under(self.masks(x)[:, None, None])

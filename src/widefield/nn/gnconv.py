@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from widefield import _checks
 from widefield._checks import Pair
 from widefield.nn import reparam
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import refuse_training
 from widefield.nn.reparam import odd_pair
@@ -71,6 +72,7 @@ class GlobalLocalFilter(nn.Module):
         self.pre_norm = LayerNorm2d(channels, eps=1e-6, **where)
         self.post_norm = LayerNorm2d(channels, eps=1e-6, **where)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)
@@ -137,6 +139,7 @@ class GatedRecursion(nn.Module):
         y: Tensor = self.dwconv(x)
         return y
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.widths[-1])

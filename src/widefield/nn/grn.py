@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.nn._leaf import leaf
 from widefield.ops._problem import size_of
 
 
@@ -51,6 +52,7 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, self.channels, device=device, dtype=dtype))
         self.register_parameter("beta", nn.Parameter(torch.zeros_like(self.gamma)) if use_bias else None)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C); raises ValueError for another shape."""
         if x.ndim != 4 or size_of(x)[-1] != self.channels:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.nn import depthwise
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops._problem import size_of
 
@@ -127,6 +128,7 @@ class InceptionDWConv2d(nn.Module):
         """Return the convolutions, in the order of their channels."""
         return self.dwconv_hw, self.dwconv_w, self.dwconv_h
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)

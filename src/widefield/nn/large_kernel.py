@@ -219,7 +219,7 @@ class DecomposedConv2d(ReparamConv2d):
         for conv in square:
             add_parameter(first.weight, conv.weight, fold.pad(conv.weight, first.kernel_size))  # type: ignore[arg-type]
         for conv in (*square, second):
-            add_parameter(cast(nn.Parameter, first.bias), cast(nn.Parameter, conv.bias))
+            add_parameter(cast(Tensor, first.bias), cast(Tensor, conv.bias))
         second.bias = None
         return DecomposedKernel(first, second)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from widefield import _checks
 from widefield._checks import Pair
 from widefield.nn import depthwise
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import learns, refuse_training
 from widefield.nn.reparam import odd_pair
@@ -94,6 +95,7 @@ class MultiOrderDWConv(nn.Module):
             self.add_module(f"DW_conv{index}", conv)
         self.PW_conv = nn.Conv2d(self.channels, self.channels, 1, **where)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)
@@ -166,6 +168,7 @@ class MultiOrderGatedAggregation(nn.Module):
         layer = cls(conv.in_channels, dilations, split, backend=getattr(conv, "backend", "auto"), **where)
         return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         return x + self.aggregate(x)
@@ -216,6 +219,7 @@ class ChannelAggregationFFN(nn.Module):
         self.decompose = nn.Conv2d(hidden, 1, 1, **where)
         self.sigma = Decomposition(hidden, **where)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield._checks import Expert, Pair
 from widefield.nn import depthwise
-from widefield.nn._leaf import is_symbolic, recorded
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import exact_affine, learns, refuse_training
 from widefield.nn.router import Router
@@ -202,10 +202,9 @@ class MoRFConv2d(nn.Module):
         """Return the experts' biases: n parameters (C_out,), or None."""
         return None if self.expert_biases is None else _listed(self.expert_biases)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
-        if is_symbolic(x):
-            return recorded(self, x)
         return mixture_conv2d(
             x,
             self.kernels(),
@@ -311,10 +310,9 @@ class FusedMoRFConv2d(nn.Module):
         self.shift = None if shift is None else nn.Parameter(shift, learns([scales, shifts]))
         self.eval()
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
-        if is_symbolic(x):
-            return recorded(self, x)
         _checks.images(size_of(x), self.in_channels)
         experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
         bank: Tensor = self.bank

@@ -184,7 +184,7 @@ def merged(layer: ReparamConv2d) -> nn.Conv2d:
     for conv in others:
         spread = fold.pad(fold.dilate(conv.weight, conv.dilation[0]), (rows, columns))
         add_parameter(largest.weight, conv.weight, spread)
-        add_parameter(cast(nn.Parameter, largest.bias), cast(nn.Parameter, conv.bias))
+        add_parameter(cast(Tensor, largest.bias), cast(Tensor, conv.bias))
     return largest
 
 
