@@ -99,7 +99,7 @@ _HOMES = {
     "specialize": "widefield.surgery",
     "trim": "widefield.surgery",
 }
-_ROOMS = ("analysis", "bench", "data", "deploy", "models", "nn", "ops", "report", "surgery", "tasks", "train")
+_ROOMS = ("analysis", "bench", "data", "deploy", "models", "nn", "ops", "report", "runs", "surgery", "tasks", "train")
 
 __all__ = [
     "GRN",

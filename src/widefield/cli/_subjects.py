@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from widefield.analysis import Result
     from widefield.data import Pictures
-    from widefield.subjects import Subject
+    from widefield.runs import Subject
 
 MODEL_HELP = (
     "a model of timm (resnet50), of torchvision (torchvision:resnet50), or the folder of a run of `widefield train`; "
@@ -66,8 +66,8 @@ def arguments(
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:
-    """Build or load the model that a word of the command line names; see :func:`widefield.subjects.load`."""
-    from widefield.subjects import load
+    """Build or load the model that a word of the command line names; see :func:`widefield.runs.load`."""
+    from widefield.runs import load
 
     labels = check_labels(args)
     found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)

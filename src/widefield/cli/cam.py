@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from widefield.cli import _subjects
 
 if TYPE_CHECKING:
-    from widefield.subjects import Subject
+    from widefield.runs import Subject
 
 SUMMARY = "where models look: class activation maps, side by side"
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             pixels=pictures.shown(images),
             batch=args.batch,
             name=found.name,
-            about={**pictures.about, "weights": found.weights},
+            about={**pictures.about, "weights": str(found.weights)},
             progress=True,
         )
     _subjects.write(results, args, count=args.count)

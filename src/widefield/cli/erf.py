@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
                 args.layer,
                 batch=args.batch,
                 name=found.name,
-                about={**pictures.about, "weights": found.weights},
+                about={**pictures.about, "weights": str(found.weights)},
                 progress=True,
             )
     _subjects.write(results, args, log=not args.linear)

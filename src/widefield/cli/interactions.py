@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             baseline=args.baseline,
             seed=args.seed,
             name=found.name,
-            about={**pictures.about, "weights": found.weights},
+            about={**pictures.about, "weights": str(found.weights)},
             batch=args.batch,
             progress=True,
         )

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for word in args.models:
         found = _subjects.subject(word, args)
-        about: dict[str, Any] = {"weights": found.weights, "seed": args.seed}
+        about: dict[str, Any] = {"weights": str(found.weights), "seed": args.seed}
         images = None
         if args.cost:
             pictures = _subjects.pictures(args, found)

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     results = {}
     for word in args.models:
         found = _subjects.subject(word, args)
-        model, about = found.model, {"weights": found.weights}
+        model, about = found.model, {"weights": str(found.weights)}
         if args.convert and not any(isinstance(m, (GMConv2d, DynamicGMConv2d)) for m in model.modules()):
             model = convert(model, GMConv(), inplace=True)
             about["masks"] = "as training starts"

@@ -20,9 +20,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from rich.console import Console
 
-    from widefield.run_report import write
+    from widefield.runs import write_report
 
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    page = write(args.runs, args.out, count=args.count, device=args.device, say=console.print)
+    page = write_report(args.runs, args.out, count=args.count, device=args.device, say=console.print)
     print(f"wrote {page}")
     return 0

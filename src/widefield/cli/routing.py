@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             classes=pictures.classes or None,
             images=[pictures.name(i) for i in range(len(pictures))],
             name=subject.name,
-            about={**pictures.about, "weights": subject.weights},
+            about={**pictures.about, "weights": str(subject.weights)},
             batch=args.batch,
             progress=True,
         )

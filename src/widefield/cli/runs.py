@@ -32,8 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield import _checks, report
-    from widefield.train import runs
+    from widefield import _checks, report, runs
 
     if args.plot:
         _checks.choice("the suffix of --plot", args.plot.suffix, _DRAWINGS)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from widefield.analysis.shape_bias import shape_bias
     from widefield.data import Scales
     from widefield.data.conflict import ConflictImages, write_conflicts
-    from widefield.train.labels import imagenet_names
+    from widefield.runs.labels import imagenet_names
 
     results = {}
     for word in args.models:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             std=found.std,
             classes=classes or None,
             name=found.name,
-            about={"weights": found.weights},
+            about={"weights": str(found.weights)},
             batch=args.batch,
             progress=True,
         )

@@ -24,7 +24,7 @@ from widefield.train.recipe import Recipe
 
 SHIPPED = Path(__file__).with_name("recipes")
 DATA_FILE = "data.json"
-"""What a run knows of its data, beside its ``config.yaml``; older runs have none."""
+"""A run's record of its data, next to its ``config.yaml``."""
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -49,8 +49,6 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold the keys of a recipe, such as 'name: my_run'; got {content!r}.")
     _check_keys(Recipe, content, "", f"in {source}")
-    if Path(path_or_name).expanduser().is_dir() and not source.with_name(DATA_FILE).is_file():
-        _drop_none(content)
     for key, text in _pairs(overrides):
         _override(Recipe, content, key.split("."), text)
     recipe: Recipe = _build(Recipe, content, "")
@@ -91,13 +89,6 @@ def describe_keys() -> str:
         shown = "null" if default is None else default
         lines.append(f"  --{leaf.key} ({_type_name(leaf.type)}, {shown}): {leaf.help}")
     return "\n".join(lines)
-
-
-def _drop_none(content: dict[Any, Any]) -> None:
-    """Drop the model's arguments that are None from the recipe of an older run, as timm did when it was trained."""
-    model = content.get("model")
-    if isinstance(model, dict) and isinstance(model.get("args"), dict):
-        model["args"] = {key: value for key, value in model["args"].items() if value is not None}
 
 
 class _Leaf(NamedTuple):
