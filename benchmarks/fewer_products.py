@@ -5,7 +5,7 @@ python benchmarks/fewer_products.py [--repeats 15] [--out benchmarks/results]
 PyTorch (oneDNN) multiplies every tap with every pixel that it meets, at some share of the speed of a matrix product.
 That share bounds what any direct convolution can gain. The ways around it need other arithmetic:
 
-- spectra: the "fft" backend of widefield.depthwise_conv2d, 2-D transforms and a product for each frequency;
+- spectra: the "fft" backend of widefield.ops.depthwise_conv2d, 2-D transforms and a product for each frequency;
 - row spectra: Fourier transforms along the rows as matrix products, then for each frequency a convolution along the
   columns, with three real products for a complex one;
 - Karatsuba: the map as 2x2 interleaved maps and the kernel likewise, 9 convolutions of a quarter of the size instead of
@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield import depthwise_conv2d, report
+from widefield import report
 from widefield.benchmarks.depthwise import Case
 from widefield.benchmarks.record import milliseconds, publish, times
 from widefield.benchmarks.settings import Settings, ceilings
+from widefield.ops import depthwise_conv2d
 
 KERNEL, HALF = 31, 15
 CASES = ((4, 384, 28), (2, 768, 28), (4, 384, 32), (1, 384, 56), (1, 384, 64))

@@ -113,11 +113,34 @@ print(sorted(m for m in set(sys.modules) - before if not m.startswith(("widefiel
     assert len(ast.literal_eval(new)) < 40, f"the import pulls in {new}"
 
 
-def test_public_names_resolve_and_unknown_ones_do_not():
+def test_public_names_resolve():
     for name in widefield.__all__:
         assert getattr(widefield, name) is not None
         assert name in dir(widefield)
     for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models", "runs"):
         assert getattr(widefield, name).__name__ == f"widefield.{name}"
-    with pytest.raises(AttributeError, match="no attribute 'convret'"):
-        _ = widefield.convret
+
+
+def test_the_root_holds_the_verbs_and_the_conversions_alone():
+    verbs = {"plan", "convert", "reparameterize", "specialize", "trim", "export", "quantize", "compare"}
+    conversions = {name for name in widefield.surgery.__all__ if _is_conversion(getattr(widefield.surgery, name))}
+    assert set(widefield.__all__) == verbs | conversions - {"Conversion"}
+
+
+def _is_conversion(thing):
+    return isinstance(thing, type) and issubclass(thing, widefield.surgery.Conversion)
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("convret", "Did you mean 'convert'?"),
+        ("MoRFConv2d", "Use widefield.nn.MoRFConv2d."),
+        ("depthwise_conv2d", "Use widefield.ops.depthwise_conv2d."),
+        ("effective_receptive_field", "Use widefield.analysis.effective_receptive_field."),
+    ],
+)
+def test_unknown_names_say_where_to_look(name, mend):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'") as raised:
+        getattr(widefield, name)
+    assert str(raised.value).endswith(mend)

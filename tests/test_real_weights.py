@@ -50,7 +50,7 @@ def test_trimmed_and_specialized_it_has_the_same_top_five(model):
     assert top5(trimmed).equal(top5(model))
     mixture = widefield.convert(model, widefield.MoRF((3, 5, 7)))
     static = widefield.specialize(mixture, photographs().split(10))
-    assert not any(isinstance(module, widefield.MoRFConv2d) for module in static.modules())
+    assert not any(isinstance(module, widefield.nn.MoRFConv2d) for module in static.modules())
     assert top5(static).equal(top5(model))
 
 

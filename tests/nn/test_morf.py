@@ -134,7 +134,7 @@ def test_collapse_refuses_weights_that_are_none(fused):
 
 
 def test_defaults_are_the_papers():
-    layer = widefield.MoRFConv2d(8, 8, groups=8)
+    layer = widefield.nn.MoRFConv2d(8, 8, groups=8)
     assert layer.kernel_sizes == (3, 5, 7, 9, 11)
     assert [tuple(k.shape) for k in layer.kernels()] == [(8, 1, k, k) for k in (3, 5, 7, 9, 11)]
     assert [tuple(b.shape) for b in layer.biases()] == [(8,)] * 5
@@ -313,7 +313,7 @@ def test_a_router_with_one_place_learns_from_the_balance_alone():
     x = torch.randn(8, 4, 6, 6)
     layer(x).square().sum().backward()
     assert layer.router.gate.weight.grad.abs().max() == 0
-    with widefield.load_balancing(layer) as balance:
+    with widefield.nn.load_balancing(layer) as balance:
         layer(x)
         balance().backward()
     assert layer.router.gate.weight.grad.abs().max() > 0

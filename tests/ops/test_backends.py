@@ -242,7 +242,7 @@ def test_without_arithmetic_of_its_own_a_cpu_computes_in_32_bits(dtype, case, ch
 
 WIDE_AND_FEW = """
 import torch, torch.nn.functional as F
-from widefield import depthwise_conv2d
+from widefield.ops import depthwise_conv2d
 for channels in (2, 16, 40):
     for layout in (torch.contiguous_format, torch.channels_last):
         for width in (12, 15):
