@@ -57,6 +57,7 @@ def arguments(
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder ({out})")
+    parser.set_defaults(writes={"out": True})
     if figures and models == "+":
         parser.add_argument(
             "--label", nargs="+", metavar="TEXT", help="what to call each model in figures and tables (its word)"

@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the run's folder)")
     parser.add_argument("--count", type=int, default=32, metavar="N", help="images to look at (32)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
+    parser.set_defaults(writes={"out": False})
 
 
 def run(args: argparse.Namespace) -> int:

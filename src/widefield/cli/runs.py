@@ -28,6 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw metrics over epochs: .png, .pdf or .svg")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write recipes and logs of the runs as JSON")
+    parser.set_defaults(writes={"out": False, "plot": False})
 
 
 def run(args: argparse.Namespace) -> int:
