@@ -1,10 +1,10 @@
-"""From the demo's networks to what serves them: static routing and 8 bits, with what each costs.
+"""Measure what static routing and 8-bit quantization cost on the demo's networks.
 
 python benchmarks/digits_deploy.py [--repeats 11] [--out benchmarks/results]
 
 The demo's three networks, and one with 13x13 kernels that train beside a 5x5 branch and merge (RepLKNet), trained on
-digits as the demo does. Routing is made static, and 8 bits are calibrated, on training images; changes,
-accuracies and flips are those on the validation images. Times are those of onnxruntime, in turns.
+digits like the demo's. Static routing and 8-bit calibration use the training images; changes, accuracies and flips are
+measured on the validation images. Times are measured in onnxruntime, interleaved.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Batches = list[dict[str, Any]]
 
 
 def trained(conversion: ConversionSpec | None, output: str) -> nn.Module:
-    """Return a network trained as the demo's, in evaluation mode."""
+    """Return a network trained like the demo's, in evaluation mode."""
     recipe = dataclasses.replace(load_recipe("demo_digits", ["--output", output]), conversion=conversion)
     return train(recipe, console=Console(quiet=True)).model.cpu().eval()
 
 
 def batches(split: str, size: int) -> Batches:
-    """Return all images of a part of the data, as they are without augmentation, with labels."""
+    """Return all images of a split with their labels, without augmentation."""
     return list(DataLoader(data.create("digits", split, size=size), batch_size=BATCH, collate_fn=data.collate))
 
 
 def fused(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return the model re-parameterised, or as it is where there is nothing to merge."""
+    """Return the re-parameterized model, or the model itself if there is nothing to merge."""
     try:
         return reparameterize(model, images[:2])
     except NothingToFuseError:
@@ -73,8 +73,8 @@ def main() -> None:
                 told: list[Specialization] = []
                 static = specialize(model, seen, report=told.append)
                 change = measure_change(model, static, held_out)
-                forms[f"{name}, specialised"] = fused(static, x)
-                results[name]["specialised"] = {**told[0].to_dict(), "held_out": dataclasses.asdict(change)}
+                forms[f"{name}, specialized"] = fused(static, x)
+                results[name]["specialized"] = {**told[0].to_dict(), "held_out": dataclasses.asdict(change)}
                 static_rows.append(
                     {
                         "network": name,
@@ -113,10 +113,10 @@ def main() -> None:
         args.out / "digits_deploy_cpu",
         command,
         {"results": results},
-        'The demo\'s mixtures made static, policy "mean". Predicted and measured: on the training images that the '
-        "means are of; held out: on the validation images.\n\n"
+        'The demo\'s mixtures with static routing, policy "mean". Predicted and measured: on the training images, '
+        "which the means are taken over; held out: on the validation images.\n\n"
         f"{report.markdown(static_rows)}\n<!-- --8<-- [end:static] -->\n\n<!-- --8<-- [start:int8] -->\n`{command}`\n\n"
-        f"In onnxruntime, calibrated on the training images, accuracy and flips on the validation images.\n\n"
+        f"Run by onnxruntime, calibrated on the training images; accuracy and flips on the validation images.\n\n"
         f"{report.markdown(small_rows)}\n<!-- --8<-- [end:int8] -->\n",
         before="<!-- --8<-- [start:static] -->\n",
         beside=deploy.PACKAGES["onnx"],

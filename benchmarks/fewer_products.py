@@ -1,9 +1,9 @@
-"""Can a 31x31 depthwise convolution do with fewer products? Three ways, each beside PyTorch's in channels_last.
+"""Compare three ways to compute a 31x31 depthwise convolution with fewer products against PyTorch in channels_last.
 
 python benchmarks/fewer_products.py [--repeats 15] [--out benchmarks/results]
 
-PyTorch (oneDNN) multiplies every tap with every pixel that it meets, at some share of the speed of a matrix product.
-That share bounds what any direct convolution can gain. The ways around it need other arithmetic:
+PyTorch (oneDNN) multiplies every tap with every pixel, at some share of the speed of a matrix product. That share
+bounds the gain of any direct convolution. These three need fewer products:
 
 - spectra: the "fft" backend of widefield.ops.depthwise_conv2d, 2-D transforms and a product for each frequency;
 - row spectra: Fourier transforms along the rows as matrix products, then for each frequency a convolution along the
@@ -11,8 +11,8 @@ That share bounds what any direct convolution can gain. The ways around it need 
 - Karatsuba: the map as 2x2 interleaved maps and the kernel likewise, 9 convolutions of a quarter of the size instead of
   16 (fast FIR; Winograd 1980, F(2, 2) on both axes).
 
-All are exact up to rounding: errors are measured against float64. The two that the package does not have run
-some channels at a time, as many as was fastest.
+All are exact up to rounding; errors are measured against float64. Row spectra and Karatsuba, which the package does not
+have, process chunks of channels; the fastest chunk size is reported.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ CHUNKS = (32, 64, 128)
 
 
 def stock(x: Tensor, weight: Tensor) -> Tensor:
-    """PyTorch's own."""
+    """Return PyTorch's own result."""
     return F.conv2d(x, weight, padding=HALF, groups=x.shape[1])
 
 
 def in_chunks(convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Convolve some channels at a time, so that what lies between stays in the cache."""
+    """Convolve chunks of channels, so that intermediate results stay in the cache."""
     y = torch.empty_like(x)
     for i in range(0, x.shape[1], count):
         y[:, i : i + count] = convolve(x[:, i : i + count], weight[i : i + count])
@@ -54,10 +54,11 @@ def in_chunks(convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: T
 
 @functools.cache
 def row_transforms(side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return matrices (side, M), (KERNEL, M) and (M, side): rows of a map and of a kernel into M products, and back.
+    """Return the matrices (side, M), (KERNEL, M) and (M, side) that transform rows of maps, rows of kernels, and back.
 
-    Circular rows of side + HALF pixels keep what wraps around off the outputs. With (a + ib)(c + id) as k1 = c (a + b),
-    k2 = a (d - c), k3 = b (c + d), real part k1 - k3, imaginary part k1 + k2; real frequencies take one product.
+    Circular rows have side + HALF pixels, so that wrap-around does not reach the outputs. (a + ib)(c + id) takes three
+    products, k1 = c (a + b), k2 = a (d - c) and k3 = b (c + d): its real part is k1 - k3, its imaginary part k1 + k2.
+    Real frequencies take one product.
     """
     length = side + HALF
     frequencies = torch.arange(length // 2 + 1, dtype=torch.float64)
@@ -91,7 +92,7 @@ def row_spectra(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def thirds(x: Tensor, axis: int, out: Tensor) -> None:
-    """Split an axis of 2n into three of n + 1, on an axis behind it: odd - even before it, even, even - odd."""
+    """Split an axis of length 2n into three of length n + 1 on a new axis: odd - previous even, even, even - odd."""
     x, out = x.movedim(axis, 0), out.movedim((axis, axis + 1), (0, 1))
     even, odd = x[::2], x[1::2]
     torch.neg(even, out=out[:-1, 0])
@@ -102,7 +103,7 @@ def thirds(x: Tensor, axis: int, out: Tensor) -> None:
 
 
 def joined(y: Tensor, axis: int) -> Tensor:
-    """Undo: first + second are the even outputs, second - third the odd ones."""
+    """Undo `thirds`: first + second are the even outputs, second - third the odd ones."""
     first, second, third = y.unbind(axis + 1)
     return torch.stack((first + second, second - third), axis + 1).flatten(axis, axis + 1)
 
@@ -168,9 +169,10 @@ def main() -> None:
         command,
         {"gemm_flops": top.gemm_flops, "results": results},
         f"31x31 forward convolutions, float32. Matrix product: {top.gemm_flops / 1e9:.0f} GFLOP/s; 'of gemm' is the "
-        "share of that which PyTorch's channels_last convolution reaches, counting products inside the map alone. "
-        "Beside each time stands how many times as fast as that it is; 'spectra' get NCHW maps, which suit them, the "
-        f"others channels_last ones. Largest error: {worst:.0e} of the outputs' scale.\n\n{report.markdown(rows)}",
+        "share of it that PyTorch's channels_last convolution reaches, counting only products inside the map. "
+        "Each time is followed by the speed relative to that convolution; 'spectra' run on NCHW maps, which suit "
+        f"them, the others on channels_last maps. Largest error: {worst:.0e} of the outputs' scale.\n\n"
+        f"{report.markdown(rows)}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Draw docs/images/depthwise.png from the rows that `widefield bench depthwise --out benchmarks/results` wrote.
+"""Draw docs/images/depthwise.png from the results of `widefield bench depthwise --out benchmarks/results`.
 
 python benchmarks/figures.py
 """

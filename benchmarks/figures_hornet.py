@@ -1,4 +1,4 @@
-"""Draw docs/images/hornet.png: what one place of a recursive gated convolution reads, image by image.
+"""Draw docs/images/hornet.png: which pixels one position of a recursive gated convolution reads, for several images.
 
 python benchmarks/figures_hornet.py      (trains two small HorNets on `scales`: minutes on a CPU)
 """
@@ -27,7 +27,7 @@ NETWORKS = {"7x7 kernel": None, "global filter": (16, 9)}
 
 
 def images(split: str) -> Scales:
-    """Return images whose one shape is at least half as large as they are."""
+    """Return images with one shape that is at least half as large as the image."""
     return Scales(split, size=64, count=3200 if split == "train" else 500, object_sizes=(32, 58), clutter=0.1)
 
 
@@ -55,7 +55,7 @@ def trained(filters: tuple[int, int] | None) -> HorNet:
 
 
 def weights(model: HorNet, image: Tensor) -> Tensor:
-    """Return (16, 16): the norm of the derivative of the last layer's output at one place by its input at each."""
+    """Return (16, 16): the norm of the last layer's derivatives, of one output position by each input position."""
     layer = [module for module in model.modules() if isinstance(module, GnConv)][-1]
     seen: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))

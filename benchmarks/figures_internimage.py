@@ -1,4 +1,4 @@
-"""Draw docs/images/internimage.png: trains a small network on `scales`, three minutes on one core.
+"""Draw docs/images/internimage.png from a small network trained on `scales` (three minutes on one core).
 
 python benchmarks/figures_internimage.py
 """
@@ -50,7 +50,7 @@ def trained():
 
 
 def points_of(model, image):
-    """Places (G, K, 2) in pixels of the image and weights (G, K) of the layer at every pixel of its map."""
+    """Return positions (G, K, 2) in image pixels and weights (G, K) of the layer for every pixel of its map."""
     layer, found = model.levels[LEVEL].blocks[BLOCK].dcn, []
     handle = layer.register_forward_pre_hook(lambda module, inputs: found.append(module.points(inputs[0])))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def panel(axis, model, images, index):
     places, weights = points_of(model, sample["image"])
     rows, columns = sample["mask"].nonzero(as_tuple=True)
     row, column = (int(at.float().mean() / STRIDE) for at in (rows, columns))
-    shades = (16 * picture.clamp(0, 1)).round() / 16  # fewer of them, so that the file stays small
+    shades = (16 * picture.clamp(0, 1)).round() / 16  # fewer shades keep the file small
     axis.imshow(0.45 + 0.55 * shades.permute(1, 2, 0))
     grid = [STRIDE * (at + tap + 0.5) - 0.5 for at in (column, row) for tap in (-1, 0, 1)]
     axis.scatter([x for x in grid[:3] for _ in range(3)], 3 * grid[3:], s=46, marker="s", fc="none", ec="black", lw=0.9)

@@ -1,4 +1,4 @@
-"""Draw docs/images/large_kernels.png: the two branches of a trained 13x13 layer, and the kernel that they merge into.
+"""Draw docs/images/large_kernels.png: the two branches of a trained 13x13 layer and the merged kernel.
 
 python benchmarks/figures_large_kernels.py      (trains a small RepLKNet on `scales`: minutes on a CPU)
 """

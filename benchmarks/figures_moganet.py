@@ -1,4 +1,4 @@
-"""Draw docs/images/moganet.png: how far each share of the channels sees in a layer of MogaNet, new and trained.
+"""Draw docs/images/moganet.png: how far each group of channels sees in a layer of MogaNet, before and after training.
 
 python benchmarks/figures_moganet.py      (trains a small MogaNet on `scales`: minutes on a CPU)
 """
@@ -44,7 +44,7 @@ def networks() -> tuple[MogaNet, MogaNet]:
 
 @torch.no_grad()
 def kernels(layer: MultiOrderDWConv) -> list[Tensor]:
-    """Return (SIDE, SIDE) for each share: the root mean square of the kernels that its convolutions make in a row."""
+    """Return (SIDE, SIDE) for each group of channels: the root mean square of its composed kernels."""
     layer = copy.deepcopy(layer)
     layer.PW_conv = nn.Identity()
     for conv in (layer.DW_conv0, layer.DW_conv1, layer.DW_conv2):

@@ -41,7 +41,7 @@ def batches(images):
 
 
 def trained(growth, images):
-    """Return the share of active weights at each place of the first layer's two bands, before and after training."""
+    """Return the share of active weights at each position of the first layer's two bands, before and after training."""
     torch.manual_seed(0)
     model = timm.create_model("slak_tiny", **NETWORK)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
@@ -70,7 +70,7 @@ def footprint(sparse):
     ):
         total[part] += share
         covered[part] += 1
-    return total / covered  # not a number where no band is
+    return total / covered  # NaN outside the bands
 
 
 def figure():
@@ -116,7 +116,7 @@ def counts():
 
 @torch.no_grad()
 def positions(model):
-    """Return, for each weight, at how many places of a 224x224 image it is multiplied."""
+    """Return how often each weight is used for one 224x224 image."""
     at, handles = {}, []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -1,4 +1,4 @@
-"""Draw docs/images/unireplknet.png: which taps the dilated branches reach, and the kernel that they merge into.
+"""Draw docs/images/unireplknet.png: which taps the dilated branches reach, and the merged kernel.
 
 python benchmarks/figures_unireplknet.py
 """
@@ -19,7 +19,7 @@ CHANNELS = 256
 
 
 def reach(size: int) -> Tensor:
-    """Return how many of the kernels, the large one included, have a tap at each place."""
+    """Return how many of the kernels, including the large one, have a tap at each position."""
     count = torch.ones(size, size)
     for k, d in DILATED_BRANCHES[size]:
         count += fold.pad(fold.dilate(torch.ones(k, k), d), size)
@@ -35,7 +35,7 @@ def start(size: int) -> Tensor:
     layer = DilatedReparamConv2d(CHANNELS, size)
     for conv, norm in layer.branches():
         torch.nn.init.trunc_normal_(conv.weight, std=0.02)
-        norm.momentum = 1.0  # the statistics of the one batch that they see
+        norm.momentum = 1.0  # use the statistics of the one batch they see
     layer(torch.randn(4, CHANNELS, 64, 64))
     taps = merged(layer.eval()).weight.square().mean((0, 1)).sqrt()
     return taps / taps.mean()

@@ -1,4 +1,4 @@
-"""Draw docs/images/van.png: what the two depthwise convolutions of large kernel attention reach together.
+"""Draw docs/images/van.png: which pixels the two depthwise convolutions of large kernel attention reach together.
 
 python benchmarks/figures_van.py
 """
@@ -22,7 +22,7 @@ MOST = 4
 
 @torch.no_grad()
 def paths(layer: LKA, *convs: nn.Conv2d) -> Tensor:
-    """Return in how many ways each pixel reaches the middle one through these convolutions of the layer."""
+    """Return the number of paths from each pixel to the center pixel through the layer's convolutions."""
     x = torch.zeros(1, 1, SIDE, SIDE)
     x[..., SIDE // 2, SIDE // 2] = 1
     for conv in convs:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of under 8 minutes: the tests, then the benchmarks.
+# Run everything that needs a GPU in one call of under 8 minutes: the tests, then the benchmarks.
 #
 #     benchmarks/gpu.sh [FOLDER]        results go to FOLDER (benchmarks/results)
 #
 # Needs PyTorch for CUDA, timm, rich, pytest and pytest-xdist; widefield itself is taken from src, installed or not.
-# PYTHON names the interpreter (python3). Each part has a limit of time, 470 seconds in all. A benchmark that runs out of
-# it writes the rows that it has; no part that fails keeps the others from running, but the exit status is then 1.
+# PYTHON names the interpreter (python3). Each part has a time limit, 470 seconds in all. A benchmark that reaches its limit
+# writes the rows it has. If a part fails, the others still run, and the exit status is 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-benchmarks/results}"
@@ -21,8 +21,8 @@ kernels=(3 7 31)
 mixture=(--device cuda --sets 3,5,7,9,11)
 model=(convnext_tiny --device cuda --dtype bfloat16)
 
-# First, side by side: the tests, and the benchmarks once for the kernels that they compile, which Triton keeps. What
-# they time now is disturbed: block sizes and choices of backend go to a folder that is thrown away.
+# First, in parallel: the tests, and a run of each benchmark to compile its kernels, which Triton caches. Timings taken now
+# are unreliable, so block sizes and backend choices go to a temporary folder.
 warm() { # warm NAME WORD...
     XDG_CACHE_HOME="$scratch/$1" timeout --kill-after=5 180 "$python" -m widefield bench "${@:2}" \
         --repeats 1 --budget 0.01 >"$scratch/$1.log" 2>&1 || { echo "-- compiling for $1:"; tail -n 3 "$scratch/$1.log"; }
@@ -39,7 +39,7 @@ warm mixture mixture "${mixture[@]}" &
 jobs+=($!)
 warm model model "${model[@]}" &
 jobs+=($!)
-# The project's own options for pytest stop at warnings, of other versions of PyTorch too.
+# The project's pytest options turn warnings into errors, which would fail on other versions of PyTorch.
 XDG_CACHE_HOME="$scratch/tests" timeout --kill-after=5 180 "$python" -m pytest -o addopts= -o filterwarnings=default \
     -q -n 6 -p no:cacheprovider tests/ops/test_on_gpu.py || failed+=("tests")
 wait "${jobs[@]}" || true

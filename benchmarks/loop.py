@@ -1,4 +1,4 @@
-"""What the training loop costs beside its steps: an epoch of `widefield train` against a bare loop, interleaved.
+"""Measure the overhead of the training loop: an epoch of `widefield train` against a bare loop, interleaved.
 
 python benchmarks/loop.py [--repeats 5] [--out benchmarks/results]
 
@@ -51,7 +51,7 @@ def ours(recipe: Recipe) -> float:
 
 
 def bare(recipe: Recipe) -> float:
-    """Return the seconds of the same steps with nothing around them."""
+    """Return the seconds of the same steps in a bare loop."""
     torch.manual_seed(recipe.seed)
     dataset = data.create(recipe.data.name, "train", **recipe.data.args)
     task = tasks.create("classification", dataset)
@@ -118,7 +118,7 @@ def main() -> None:
         args.out / "loop_cpu",
         command,
         {"results": results},
-        f"The second epoch's steps, data loading included, evaluation and checkpoint not.\n\n{report.markdown(rows)}",
+        f"Steps of the second epoch, with data loading, without evaluation and checkpoints.\n\n{report.markdown(rows)}",
     )
 
 

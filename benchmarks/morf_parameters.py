@@ -1,4 +1,4 @@
-"""Parameters of the registered MoRF networks beside those that the paper prints (tables 1 and 2).
+"""Compare the parameters of the registered MoRF networks with the paper's (tables 1 and 2).
 
     python benchmarks/morf_parameters.py [--out benchmarks/results]
 

@@ -1,4 +1,4 @@
-"""What trimming gives: a GMConv network trained on digits, re-parameterised, cropped, and timed before and after.
+"""Measure trimming: a GMConv network is trained on digits, re-parameterized, trimmed, and timed before and after.
 
 python benchmarks/trim.py [--epochs 8] [--repeats 21] [--out benchmarks/results]
 
@@ -69,7 +69,7 @@ def trained(epochs: int) -> nn.Module:
 
 
 def batches(split: str) -> list[Any]:
-    """Return all images of a part of the data, as they are without augmentation, with labels."""
+    """Return all images of a split with their labels, without augmentation."""
     return list(DataLoader(data.create("digits", split, size=SIZE), batch_size=128, collate_fn=data.collate))
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         trimmings[way] = reports[0]
     changes = {way: measure_change(models[WHOLE], each, held_out) for way, each in models.items()}
     times = {}
-    served = {way: convert(each, FastDepthwise()) for way, each in models.items()}  # kernels as large call for them
+    served = {way: convert(each, FastDepthwise()) for way, each in models.items()}  # fast kernels for large sizes
     for size in BATCHES:
         with torch.inference_mode():
             calls = {way: partial(each, images[:size]) for way, each in served.items()}

@@ -1,7 +1,7 @@
-"""Convert a network, fine-tune it, re-parameterise it: a minute on a laptop.
+"""Convert a network, fine-tune it and re-parameterize it: a minute on a laptop.
 
-A plain network is trained on the embedded digits first, to stand in for pretrained weights; with access to the network,
-``ModelSpec("convnext_atto", pretrained=True)`` starts from timm's instead.
+A network trained on the embedded digits stands in for pretrained weights. With internet access,
+``ModelSpec("convnext_atto", pretrained=True)`` starts from timm's weights instead.
 """
 
 # --8<-- [start:body]

@@ -1,4 +1,4 @@
-"""Serve a network with mixtures, compiled by torch.compile and as ONNX: one graph for every batch size.
+"""Serve a network with mixtures through torch.compile and ONNX: one graph for every batch size.
 
 A small network on random weights stands in for a trained one; `widefield export RUN` does the same from the shell.
 """
@@ -14,7 +14,7 @@ import widefield
 
 model = timm.create_model("morf_convnext_tiny", depths=(1, 1, 2, 1), dims=(16, 24, 32, 40), num_classes=10).eval()
 images = torch.randn(4, 3, 64, 64)
-fused = widefield.reparameterize(model, images, report=print)  # verified; the tables say what became of every layer
+fused = widefield.reparameterize(model, images, report=print)  # verified; the tables list every layer
 
 serve = torch.compile(fused)
 with torch.inference_mode():

@@ -1,11 +1,10 @@
-"""Does RepLKNet's ordering of effective receptive fields hold without training: kernels 3, 7, 13, 31 and ResNet-101?
+"""Test RepLKNet's ordering of effective receptive fields without training: kernels 3, 7, 13, 31 and ResNet-101.
 
 python experiments/erf_ordering.py [--sizes 224 512 1024] [--counts 4 2 1] [--seeds 0 1 2] [--runs runs/erf_ordering]
     [--out experiments/results]
 
-Every network is looked at twice: as it is created, and with the mean and variance of its batch norms taken from images,
-as its first step of training would. Fields that are in --runs are not measured again. Takes a quarter of an hour on one
-thread, and 10 GB of memory at 1024 pixels.
+Every network is measured twice: as created, and with batch norm statistics taken from images.
+Fields found in --runs are not measured again. Takes 15 minutes on one thread, and 10 GB of memory at 1024 pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from widefield.data import Pictures
 from widefield.train import ModelSpec, create_model
 
 NETWORKS = {
-    # timm starts the last norm of every residual branch at zero, which leaves no branch to look through.
+    # timm initializes the last norm of every residual branch to zero, which would hide the branch.
     "ResNet-101": ("resnet101", {"zero_init_last": False}),
     "RepLKNet-3": ("replknet_31b", {"kernel_sizes": [3] * 4}),
     "RepLKNet-7": ("replknet_31b", {"kernel_sizes": [7] * 4}),
@@ -35,8 +34,8 @@ NETWORKS = {
     "RepLKNet-31": ("replknet_31b", {}),
 }
 CLAIMS = {
-    "31 > 13 > ResNet": ["RepLKNet-31", "RepLKNet-13", "ResNet-101"],  # what the paper trained and measured
-    "31 > 13 > 7 > 3": ["RepLKNet-31", "RepLKNet-13", "RepLKNet-7", "RepLKNet-3"],  # what its argument says of others
+    "31 > 13 > ResNet": ["RepLKNet-31", "RepLKNet-13", "ResNet-101"],  # trained and measured in the paper
+    "31 > 13 > 7 > 3": ["RepLKNet-31", "RepLKNet-13", "RepLKNet-7", "RepLKNet-3"],  # implied by the paper's argument
     "3 > ResNet": ["RepLKNet-3", "ResNet-101"],
 }
 
@@ -45,7 +44,7 @@ SHARE = 0.5
 
 
 def settle(model: nn.Module, images: Tensor) -> None:
-    """Give every batch norm the mean and the variance of what reaches it from these images."""
+    """Set the statistics of every batch norm from these images."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -69,7 +68,7 @@ def images(count: int, size: int, seed: int = 0) -> Pictures:
 
 
 def measured(runs: Path, name: str, seed: int, norms: str, pictures: Pictures, settling: Tensor) -> ReceptiveField:
-    """Return a field, from the folder of runs if it is there."""
+    """Return a field, from the folder of runs if it was measured before."""
     word = f"{name}_{norms}_{pictures.image_size}px_{len(pictures)}images{pictures.seed}_weights{seed}"
     path = runs / f"{word}.pickle"
     if not path.exists():
@@ -90,7 +89,7 @@ def facts(field: ReceptiveField) -> dict:
 
 
 def order(ratios: dict[str, float]) -> str:
-    """Names from the largest ratio to the smallest; "=" where both have the same."""
+    """Return the names from the largest ratio to the smallest, with "=" between equal ones."""
     names = sorted(ratios, key=lambda name: -ratios[name])
     text = names[0]
     for before, name in pairwise(names):
@@ -99,7 +98,7 @@ def order(ratios: dict[str, float]) -> str:
 
 
 def orders(fields: dict[str, dict[tuple[str, str], ReceptiveField]]) -> list[dict[str, str]]:
-    """One row for each size and kind of norms: the networks by area."""
+    """Return one row per size and kind of norm: the networks ordered by area."""
     rows = []
     for norms, found in fields.items():
         for size in dict.fromkeys(size for _, size in found):
@@ -120,12 +119,12 @@ def orders(fields: dict[str, dict[tuple[str, str], ReceptiveField]]) -> list[dic
 
 
 def verdict(fields: dict[str, dict[tuple[str, str], ReceptiveField]]) -> str:
-    """What holds, in numbers."""
+    """Return which claims hold, in numbers."""
     said = []
     for norms, found in fields.items():
         rows = [row for row in orders({norms: found}) if row["scores"] == "A"]
         held = (f"{claim} at {sum(row[claim] == 'yes' for row in rows)} of {len(rows)} sizes" for claim in CLAIMS)
-        said.append(f"By the contributions themselves there hold, {NORMS[norms]}: {', '.join(held)}.")
+        said.append(f"By the contributions, {NORMS[norms]}, these hold: {', '.join(held)}.")
         sizes = [size for _, size in found]
         for name in ("ResNet-101", "RepLKNet-31"):
             small, large = found[name, sizes[0]], found[name, sizes[-1]]
@@ -138,14 +137,14 @@ def verdict(fields: dict[str, dict[tuple[str, str], ReceptiveField]]) -> str:
 
 
 def spread(groups: list[list[float]]) -> str:
-    """The standard deviation within groups of equally many, in points of a percentage."""
+    """Return the standard deviation within groups of equal size, in percentage points."""
     if len(groups[0]) < 2:
         return "-"
     return f"{100 * statistics.mean(statistics.variance(group) for group in groups) ** 0.5:.2f}"
 
 
 def movement(moved: list[ReceptiveField]) -> list[dict[str, str]]:
-    """How far weights and images move the area that holds half of the contributions, in points of a percentage."""
+    """Return how much the area with half of the contributions varies over weights and images, in percentage points."""
     rows = []
     for text in NORMS.values():
         for name in NETWORKS:
@@ -193,7 +192,7 @@ def write(out: Path, fields: dict[str, dict[tuple[str, str], ReceptiveField]], m
         "Made by `python experiments/erf_ordering.py`. " + ", ".join(f"{k} {v}" for k, v in environment.items()) + ".",
         "## Order",
         f"By the share of the image that holds {SHARE:.0%} of the contributions, largest first. The paper takes "
-        "log10(A + 1) for these, which flattens fields the more, the larger their gradients are.",
+        "log10(A + 1) instead, which flattens a field more if its gradients are larger.",
         report.markdown(orders(fields)),
         verdict(fields),
     ]
@@ -207,9 +206,9 @@ def write(out: Path, fields: dict[str, dict[tuple[str, str], ReceptiveField]], m
     if moved:
         first = moved[0].about
         lines += [
-            f"## How far weights and images move it: {first['size']} px, {first['images']} images a set",
-            "The share of the image that holds half of the contributions; standard deviations in points of a "
-            "percentage, over weights for the same images and over images for the same weights.",
+            f"## Variation over weights and images: {first['size']} px, {first['images']} images a set",
+            "The share of the image that holds half of the contributions; standard deviations in percentage "
+            "points, over weights for the same images and over images for the same weights.",
             report.markdown(movement(moved)),
         ]
     (out / "erf_ordering.md").write_text("\n\n".join(line.rstrip("\n") for line in lines) + "\n")

@@ -1,8 +1,8 @@
-"""Which kernels find objects of any size: one narrow ConvNeXt on `scales`, five designs, equal epochs, several seeds.
+"""Compare five kernel designs on objects of all sizes: a narrow ConvNeXt on `scales`, equal epochs, several seeds.
 
 python experiments/scales.py [--seeds 0 1 2] [--epochs 12] [--runs runs/scales] [--out experiments/results]
 
-Runs that are finished in --runs are not trained again.
+Finished runs in --runs are not trained again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recipe(name: str, seed: int, epochs: int, output: Path) -> Recipe:
 
 
 def trained(plan: Recipe) -> nn.Module:
-    """Return the last model of a run, training it if it is not there."""
+    """Return the last model of a run; train it first if needed."""
     log = plan.folder / "metrics.jsonl"
 
     lines = log.read_text().splitlines() if log.exists() else []
@@ -63,13 +63,13 @@ def hits(model: nn.Module, validation: data.LabeledImages) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks, ties sharing their mean."""
+    """Return ranks; ties share their mean rank."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
 
 
 def size_wanted(model: nn.Module, validation: data.LabeledImages, sizes: Tensor) -> list[dict]:
-    """How the kernel that each block mixes goes with the size of the object: one entry a block."""
+    """Return, for each block, how its mixed kernel size correlates with the size of the object."""
     found = []
     batches = [batch["image"] for batch in DataLoader(validation, batch_size=250, collate_fn=data.collate)]
     for block in routing_weights(model, batches):
@@ -150,7 +150,7 @@ def main() -> None:
         {"results": results},
         f"Mean ± standard deviation over {len(args.seeds)} seeds; the same epochs, batches "
         f"and schedule for all. {len(validation)} validation images.\n\n{report.markdown(rows)}\n"
-        "What the routers do with the size of the object: the kernel that each block mixes, in pixels of its map, as "
+        "Routing and object size: the mixed kernel size of each block, in pixels of its map, as "
         "the mean of its experts' sizes weighted by |w| / sum |w|; its spread over the images; its mean for the "
         "quarter with the smallest and with the largest objects; Spearman's rank correlation with the object's "
         "size.\n\n"

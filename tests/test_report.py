@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 
 from widefield import report
@@ -28,3 +30,23 @@ def test_figures_are_pictures_of_what_they_got():
     assert [axis.get_title() for axis in examples.axes[:4]].count("cat") == 1
     assert examples.axes[2].images[0].norm.vmin == -0.9  # negative weights: a scale with zero in its middle
     assert len(set(report.expert_colours(5))) == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts(report.Report):
+    count: int
+
+    def summary(self):
+        return f"{self.count} facts < 3\nand a second line"
+
+    def rows(self):
+        return [{"fact": str(index), "value": "<b>"} for index in range(self.count)]
+
+
+def test_reports_print_and_display_a_summary_and_a_table():
+    assert str(Facts(1)) == "1 facts < 3\nand a second line\n\n| fact | value |\n| --- | --- |\n| 0 | <b> |"
+    assert str(Facts(0)) == "0 facts < 3\nand a second line"
+    shown = Facts(1)._repr_html_()
+    assert shown.startswith("<p>1 facts &lt; 3</p><p>and a second line</p>")
+    assert "<td>&lt;b&gt;</td>" in shown
+    assert "<table" not in Facts(0)._repr_html_()

@@ -11,7 +11,6 @@ import widefield
 from tolerances import NETWORK
 from widefield.nn import MoRFConv2d
 from widefield.surgery import walk
-from widefield.surgery.convert import image_readers
 
 
 def unsettled(model):
@@ -207,18 +206,12 @@ def test_random_init_starts_afresh_and_inherits_dilation():
 @pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "fastvit_t8", "repvit_m0_9", "levit_conv_128s"])
 def test_blocks_that_merge_their_convolutions_themselves_are_passed_over(name):
     model = unsettled(timm.create_model(name, num_classes=5))
-    plan = widefield.plan(model, widefield.MoRF((3, 5, 7)))
+    plan = widefield.plan(model, widefield.MoRF((3, 5, 7)), where="*")
     assert any("re-parameterise before converting" in s.reason for s in plan.passed_over)
     if plan.replaced:
-        converted = widefield.convert(model, widefield.MoRF((3, 5, 7)))
+        converted = widefield.convert(model, widefield.MoRF((3, 5, 7)), where="*")
         x = torch.randn(2, *model.pretrained_cfg["input_size"])
         assert widefield.compare(model, widefield.reparameterize(converted, x), x).relative < NETWORK
-
-
-def test_every_branch_of_a_stem_reads_the_image():
-    model = timm.create_model("repvgg_a0", in_chans=6)
-    assert image_readers(model) == {"stem.conv_kxk.conv", "stem.conv_1x1.conv"}
-    assert image_readers(nn.Conv2d(8, 8, 3)) == set()
 
 
 def test_dilated_networks_convert_and_fuse_at_the_size_of_their_experts():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.analysis._maps import as_map, inner_map, map_hint
-from widefield.surgery.anatomy import backbone_name, is_inside
+from widefield.surgery.anatomy import anatomy, is_inside
 from widefield.surgery.outputs import pixels, place
 
 __all__ = [
@@ -219,7 +219,7 @@ def never_called(model: nn.Module, layer: str) -> ValueError:
 def last_maps(model: nn.Module, images: Tensor) -> list[str]:
     """Return the names of the layers that give a map of ``images``, in the order in which they finish.
 
-    They are those of the model's backbone (:func:`widefield.surgery.anatomy.backbone_name`), of a timm model those of
+    They are those of the model's backbone (:func:`widefield.surgery.anatomy.anatomy`), of a timm model those of
     its ``forward_features``; all layers where the backbone has none. The last is what necks and heads see. Of modules
     that return the same tensor, one inside the other, each has its entry, the outermost last. The model's own entry is
     "".
@@ -234,7 +234,7 @@ def last_maps(model: nn.Module, images: Tensor) -> list[str]:
     run = getattr(model, "forward_features", model)
     with running(model, images), visited(model), torch.no_grad(), watched(dict(model.named_modules()), see):
         run(images)
-    backbone = backbone_name(model)
+    backbone = anatomy(model).backbone
     return [name for name in names if is_inside(name, backbone)] or names
 
 

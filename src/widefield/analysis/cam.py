@@ -17,7 +17,7 @@ from widefield.analysis._maps import as_map, inner_map, map_hint, tapped
 from widefield.analysis._model import Layer, chunks, last_maps, layer_name, never_called, track, visited, watched
 from widefield.analysis._result import Result
 from widefield.analysis._scores import class_scores
-from widefield.surgery.anatomy import backbone_name
+from widefield.surgery.anatomy import anatomy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,7 +264,7 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
     attention is the last place where they do. Of all layers that give a map and have a gradient, the last is taken that
     is a block (or anything with modules in it), a norm, or a layer in no block; not one inside attention, and none that
     only passes a map on, such as dropout or pooling. If there is none of that kind, the last of any. Of a model with
-    necks and heads, only its backbone is searched (:func:`widefield.surgery.anatomy.backbone_name`).
+    necks and heads, only its backbone is searched (:func:`widefield.surgery.anatomy.anatomy`).
 
     Args:
         model: as :func:`class_activation` takes it. It is left as it was.
@@ -277,7 +277,7 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
     candidates = {name: known[name] for name in dict.fromkeys(reversed(last_maps(model, images))) if name}
     with visited(model):
         heard = _heard(model, candidates, images) or _heard(model, candidates, images, _started(model))
-    if not heard and backbone_name(model):  # a detector that detects nothing has no gradient
+    if not heard and anatomy(model).backbone:  # a detector that detects nothing has no gradient
         heard = list(candidates)
     if not heard:
         raise ValueError(

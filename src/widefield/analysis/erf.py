@@ -181,7 +181,7 @@ def effective_receptive_field(
             takes. Video clips (N, C, T, H, W) are taken as well: what a place of a map shows at its time steps is added
             up, and so is what the frames contribute to it.
         layer: a module, or its name. None: the last in the backbone that gives a map
-            (:func:`widefield.surgery.anatomy.backbone_name`), as a detector's heads look at no place of the image; but
+            (:func:`widefield.surgery.anatomy.anatomy`), as a detector's heads look at no place of the image; but
             not one whose channels always add up to the same, as they do after a layer norm with the weights that it
             starts with: then the last before.
         target: "center", which is the unit (h // 2, w // 2) of the map, or (row, column) from 0.

@@ -27,7 +27,7 @@ from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
 from widefield.ops.crops import CropTable, crops
 from widefield.surgery import fuse_layers
-from widefield.surgery.conversions import stages_of
+from widefield.surgery.anatomy import anatomy
 from widefield.surgery.cropping import by_outputs
 from widefield.surgery.outputs import batches, place
 from widefield.surgery.reparameterize import reparameterize
@@ -47,7 +47,7 @@ class LayerKernel:
         name: of the module; an expert of a mixture has its index in brackets.
         kind: "convolution", "transposed", "masked" (under a mask that depends on the image), "bank" (all experts of a
             mixture, padded and stacked) or "expert" (one of them).
-        stage: from 0; see :func:`widefield.surgery.conversions.stages_of`.
+        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
         size: (rows, columns) in taps.
         dilation, stride: (rows, columns).
         groups: of the convolution.
@@ -240,7 +240,7 @@ def kernel_energy(
         cost = None if images is None or limit is None or not found else _cost(model, images, limit)
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution with more than one tap.")
-    stages = stages_of(model, [anchor for anchor, _ in found])
+    stages = anatomy(model).count_stages([anchor for anchor, _ in found])
     layers = tuple(LayerKernel(stage=stages[anchor], **facts) for anchor, facts in found)
     facts = {**(about or {}), "kernels": "as in evaluation mode, branches merged"}
     if cost is not None:

@@ -23,7 +23,7 @@ from widefield.analysis._result import Result
 from widefield.analysis._stages import Pair
 from widefield.nn import DynamicGMConv2d, GMConv2d
 from widefield.nn.gmconv import gaussian_mask
-from widefield.surgery.conversions import stages_of
+from widefield.surgery.anatomy import anatomy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ class LayerMask:
 
     Attributes:
         name: of the module.
-        stage: from 0; see :func:`widefield.surgery.conversions.stages_of`.
+        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
         dynamic: whether the mask depends on the image.
         size: (rows, columns) of the kernel in taps.
         dilation: (rows, columns).
@@ -163,7 +163,7 @@ def masks(
     _checks.integer("batch", batch)
     dynamic = {n: layer for n, layer in layers.items() if isinstance(layer, DynamicGMConv2d)}
     seen = _over_images(model, dynamic, images, batch, progress) if dynamic and images is not None else {}
-    stages = stages_of(model, list(layers))
+    stages = anatomy(model).count_stages(list(layers))
     found = []
     for key, layer in layers.items():
         sigmas = seen[key] if key in seen else _of_no_image(layer)

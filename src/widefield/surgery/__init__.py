@@ -1,5 +1,6 @@
 """Change the layers of any model: convert, re-parameterise, specialise, trim."""
 
+from widefield.surgery.anatomy import Anatomy, Stage, anatomy
 from widefield.surgery.conversions import (
     Conversion,
     Deformable,
@@ -27,6 +28,7 @@ from widefield.surgery.trimming import TrimmedKernel, Trimming
 from widefield.surgery.walk import fuse_layers
 
 __all__ = [
+    "Anatomy",
     "Change",
     "Conversion",
     "Deformable",
@@ -46,10 +48,12 @@ __all__ = [
     "Reparameterization",
     "RoutedLayer",
     "Specialization",
+    "Stage",
     "Step",
     "TokenMixer",
     "TrimmedKernel",
     "Trimming",
+    "anatomy",
     "compare",
     "convert",
     "fuse_layers",

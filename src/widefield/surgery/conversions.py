@@ -58,7 +58,7 @@ class Conversion(ABC):
     """Whether what it puts in is a Conv2d with the parameters of the old one: whoever shares these, or merges them with
     others, will not notice."""
     takes_stem: ClassVar[bool] = False
-    """Whether convolutions that read the image are replaced, too, where ``where`` does not say."""
+    """Whether the stem is converted, too, if ``where`` is not given."""
 
     def at(self, place: Place) -> Conversion:
         """Return the config for a convolution at this place; raises ValueError for one that does not fit the model."""
@@ -410,24 +410,3 @@ class TokenMixer(Conversion):
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
         return mixers.in_place_of(conv, self.mixer, self.stage)
-
-
-def stages_of(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """Return in which stage each of these convolutions, in the order of the model, stands, counted without gaps.
-
-    A stage ends with the module that gives its feature in timm's ``feature_info``. Where there is none, one ends where
-    the number of channels changes.
-    """
-    info = getattr(model, "feature_info", None)
-    ends = [entry["module"] for entry in getattr(info, "info", info) or () if entry.get("module")]
-    modules = dict(model.named_modules())
-    if ends and all(end in modules for end in ends):
-        order = {name: index for index, name in enumerate(modules)}
-        last = [max(i for name, i in order.items() if name == end or name.startswith(f"{end}.")) for end in ends]
-        raw = [sum(order[name] > end for end in last) for name in names]
-    else:
-        raw, widths = [], [modules[name].in_channels for name in names]
-        for index, width in enumerate(widths):
-            raw.append((raw[-1] + (width != widths[index - 1])) if raw else 0)
-    ranks = {stage: rank for rank, stage in enumerate(sorted(set(raw)))}
-    return {name: ranks[stage] for name, stage in zip(names, raw, strict=True)}

@@ -17,7 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from widefield.nn import SameAligned
-from widefield.surgery.conversions import Conversion, Place, stages_of
+from widefield.report import Report
+from widefield.surgery.anatomy import Anatomy, anatomy
+from widefield.surgery.conversions import Conversion, Place
 from widefield.surgery.walk import duplicate, merge_method, replace
 
 _SHOWN = 6
@@ -37,31 +39,46 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion would do to a model; prints as a table."""
+class Plan(Report):
+    """What a conversion does to a model; prints as a table."""
 
     steps: tuple[Step, ...]
 
     @property
     def replaced(self) -> tuple[Step, ...]:
-        """Return the convolutions that would be replaced."""
+        """Return the convolutions that are replaced."""
         return tuple(step for step in self.steps if step.after is not None)
 
     @property
     def passed_over(self) -> tuple[Step, ...]:
-        """Return the convolutions that would stay, each with its reason."""
+        """Return the convolutions that stay, each with its reason."""
         return tuple(step for step in self.steps if step.after is None)
 
+    def summary(self) -> str:
+        """Return how many convolutions are replaced and how many stay."""
+        return f"{len(self.replaced)} replaced, {len(self.passed_over)} passed over"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row a convolution."""
+        return [
+            {
+                "module": step.name or "(the model itself)",
+                "now": step.before,
+                "then": step.after or f"stays: {step.reason}",
+            }
+            for step in self.steps
+        ]
+
     def __str__(self) -> str:
-        # rich is not needed to import widefield, and a plan is printed by people.
+        # rich folds long cells, which Markdown does not. `import widefield` must not load it.
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=f"{len(self.replaced)} replaced, {len(self.passed_over)} passed over", title_justify="left")
+        table = Table(title=self.summary(), title_justify="left")
         for column in ("module", "now", "then"):
             table.add_column(column, overflow="fold")
-        for step in self.steps:
-            table.add_row(step.name or "(the model itself)", step.before, step.after or f"stays: {step.reason}")
+        for row in self.rows():
+            table.add_row(*row.values())
         text = io.StringIO()
         Console(file=text, width=150).print(table)
         return text.getvalue().rstrip()
@@ -74,8 +91,8 @@ def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Pl
         model: any module.
         config: such as :class:`MoRF`.
         where: which convolutions, by a glob over module names ("stages.3.*"), several globs, or a predicate
-            ``(module, name) -> bool``. Default: every one that does not read the image itself, unless the config has
-            something for those, too.
+            ``(module, name) -> bool``. Default: those in the backbone (:func:`anatomy`) without its stem; configs with
+            ``takes_stem`` convert the stem, too.
     """
     return Plan(tuple(step for step, _, _ in _steps(model, config, where)))
 
@@ -107,26 +124,24 @@ def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tu
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    readers = image_readers(model)
-    kept = readers if where is None and not config.takes_stem else set()
+    parts = anatomy(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     reasons: dict[str, str | None] = {}
     for name, module in convolutions.items():
         if set(module.kernel_size) == {1}:
             reason: str | None = "its kernel size is 1: not a spatial convolution"
-        elif name in kept:
-            reason = "it reads the image itself"
         else:
-            reason = selects(module, name) or _untouchable(module)
+            passed = _outside(parts, name, config) if where is None else selects(module, name)
+            reason = passed or _untouchable(module)
         if reason is None and not config.keeps_parameters:
             reason = _tied(module, name, owners) or _part_of(name, mergeable)
         reasons[name] = reason or config.why_not(module)
-    stages = stages_of(model, [name for name, reason in reasons.items() if reason is None])
+    stages = parts.count_stages([name for name, reason in reasons.items() if reason is None])
     steps: list[tuple[Step, nn.Module, Conversion]] = []
     for name, module in convolutions.items():
         reason, here = reasons[name], config
         if reason is None:
-            here = config.at(Place(name, name in readers, stages[name], 1 + max(stages.values())))
+            here = config.at(Place(name, name in parts.readers, stages[name], 1 + max(stages.values())))
             reason = here.why_not(module)
         after = _line(here.replacement(_weightless(module))) if reason is None else None
         steps.append((Step(name, _line(module), after, reason), module, here))
@@ -156,27 +171,14 @@ def selector(where: Where | None) -> Callable[[nn.Module, str], str | None]:
     )
 
 
-def image_readers(model: nn.Module) -> set[str]:
-    """Return the names of the convolutions that read the image, as far as a model's structure tells.
-
-    What timm's configuration calls the first convolution, else the first one of the model if it is dense with at most
-    four input channels (grey, colour, colour and depth); and dense ones of as many input channels in the same top-level
-    module, which are further branches of the stem. Where that is wrong, say ``where``.
-    """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    named = config.get("first_conv") or ()
-    named = {named} if isinstance(named, str) else set(named)
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    found = named & set(convolutions)
-    if not found and convolutions:
-        name, first = next(iter(convolutions.items()))
-        if first.groups == 1 and first.in_channels <= 4:
-            found = {name}
-    stems = {(name.split(".")[0], convolutions[name].in_channels) for name in found}
-    branches = {
-        name for name, m in convolutions.items() if m.groups == 1 and (name.split(".")[0], m.in_channels) in stems
-    }
-    return found | branches
+def _outside(parts: Anatomy, name: str, config: Conversion) -> str | None:
+    """Return why a convolution is not converted by default, or None if it is."""
+    part = parts.part(name)
+    if part == "body" or (part == "stem" and config.takes_stem):
+        return None
+    if name in parts.readers:
+        return "it reads the image itself"
+    return f"it is part of the {part} ({parts.root_of(name)}), and the default converts the backbone only"
 
 
 def _untouchable(module: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from widefield import _checks, bench
 from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm
-from widefield.report import markdown
+from widefield.report import Report
 from widefield.surgery import outputs
 from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
 from widefield.surgery.outputs import Difference, comparable, difference
@@ -73,7 +73,7 @@ class LeftLayer:
 
 
 @dataclass(frozen=True)
-class Reparameterization:
+class Reparameterization(Report):
     """What :func:`reparameterize` did, and how far the outputs moved."""
 
     model: str
@@ -126,8 +126,8 @@ class Reparameterization:
         """Return the fields as JSON takes them."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        """Say it in four lines, and then layer by layer."""
+    def summary(self) -> str:
+        """Return what was fused, the costs, and how far the outputs moved, in four lines."""
         worst = self.worst
         at = "" if worst is None or worst.difference is None else (
             f", those of single layers by at most {worst.difference.relative:.1e} ({worst.name})"
@@ -136,8 +136,7 @@ class Reparameterization:
             f"{self.model}: {_counted(self.fused)}; {len(self.left)} left\n"
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}\n"
             f"MACs an image {self.before.macs:,} -> {self.after.macs:,}\n"
-            f"outputs differ by {self.difference.relative:.1e} of their scale{at}; "
-            f"tolerance {self.tolerance:.0e}\n\n{markdown(self.rows())}"
+            f"outputs differ by {self.difference.relative:.1e} of their scale{at}; tolerance {self.tolerance:.0e}"
         )
 
 

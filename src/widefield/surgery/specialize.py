@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from widefield import _checks, bench
 from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
-from widefield.report import markdown
+from widefield.report import Report
 from widefield.surgery import walk
 from widefield.surgery.outputs import Change, Tally, batches, check_loader, comparable, measure_change
 
@@ -54,7 +54,7 @@ class RoutedLayer:
 
 
 @dataclass(frozen=True)
-class Specialization:
+class Specialization(Report):
     """What :func:`specialize` did and what was lost. Every change is one of the model's outputs, on the loader."""
 
     policy: str
@@ -105,7 +105,8 @@ class Specialization:
         """Return everything as numbers, strings, sequences and mappings."""
         return {**asdict(self), "images": self.images}
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """Return what was made static, what it changes, and the costs, a line each."""
         policy = f"{self.policy!r}{f' within {self.tolerance:g}' if self.policy == 'auto' else ''}"
         count = sum(layer.change is not None for layer in self.layers)
         lines = [
@@ -118,7 +119,7 @@ class Specialization:
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}, "
             f"MACs an image {self.before.macs:,} -> {self.after.macs:,}",
         ]
-        return "\n".join(lines) + "\n\n" + markdown(self.rows()).rstrip()
+        return "\n".join(lines)
 
 
 @walk.in_own_types

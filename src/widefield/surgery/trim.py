@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from widefield import _checks, bench
 from widefield.ops.crops import CropTable
 from widefield.surgery import cropping
-from widefield.surgery.conversions import stages_of
+from widefield.surgery.anatomy import anatomy
 from widefield.surgery.cropping import Layer, Left, Sizes
 from widefield.surgery.outputs import (
     Change,
@@ -128,7 +128,7 @@ def trim(
     trimmed = cropping.build(model, sizes)
     before, after = (None if x is None else bench.cost(each, x[:1]).macs for each in (model, trimmed))
     whole, left = (sum(p.numel() for p in each.parameters()) for each in (model, trimmed))
-    stages = stages_of(model, [layer.name for layer in found])
+    stages = anatomy(model).count_stages([layer.name for layer in found])
     done = Trimming(
         tuple(k for layer in found for k in _entries(layer, stages[layer.name], sizes.get(layer.name, ()), limit)),
         tolerance,

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from widefield.report import markdown
+from widefield.report import Report
 from widefield.surgery.cropping import Pair
 from widefield.surgery.outputs import Change
 
@@ -17,7 +17,7 @@ class TrimmedKernel:
 
     Attributes:
         name: of the layer; an expert of a mixture has its index in brackets.
-        stage: from 0; see :func:`widefield.surgery.conversions.stages_of`.
+        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
         before, after: (rows, columns) in taps.
         dilation: (rows, columns) in pixels.
         energy: share of the sum of squares that was cut off, of the taps that meet the map.
@@ -41,7 +41,7 @@ class TrimmedKernel:
 
 
 @dataclass(frozen=True)
-class Trimming:
+class Trimming(Report):
     """What :func:`trim` did.
 
     Attributes:
@@ -112,10 +112,6 @@ class Trimming:
             names = ", ".join(kernel.name for kernel in self.beyond())
             text += f" Beyond {self.limit}x{self.limit} all the same: {names}."
         return text
-
-    def __str__(self) -> str:
-        """Return the summary and the table."""
-        return f"{self.summary()}\n\n{markdown(self.rows())}"
 
 
 def _from_to(before: int, after: int) -> str:
