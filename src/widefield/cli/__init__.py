@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     words = sys.argv[1:] if argv is None else list(argv)
-    args, args.overrides = parser.parse_known_args(words)
-    args.words = words
-    if args.overrides and not args.takes_overrides:
-        parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
+    args, rest = parser.parse_known_args(words)
+    if rest and not args.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.words, args.overrides = words, rest
     try:
         _check_places(args)
         status: int = COMMANDS[args.command].run(args)
