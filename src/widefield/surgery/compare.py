@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widefield import _checks
 from widefield.report import Report
 from widefield.surgery.answers import place_of_meant, tensors, wrapping
 from widefield.surgery.inputs import batches
@@ -158,6 +159,7 @@ class Tally:
         )
 
 
+@_checks.guided
 def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Difference:
     """Run two models on the same images and return how far their outputs are apart.
 

@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from widefield import _checks
 from widefield.nn import SameAligned
 from widefield.report import Report
 from widefield.surgery.anatomy import Anatomy, anatomy
-from widefield.surgery.conversions import Conversion, Place
+from widefield.surgery.conversions import Conversion, Place, checked
 from widefield.surgery.walk import check_report, duplicate, hooked, merge_method, replace
 
 _SHOWN = 6
@@ -84,6 +85,7 @@ class Plan(Report):
         return text.getvalue().rstrip()
 
 
+@_checks.guided
 def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Plan:
     """Return what :func:`convert` would do, and change nothing.
 
@@ -94,9 +96,10 @@ def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Pl
             ``(module, name) -> bool``. Default: those in the backbone (:func:`anatomy`) without its stem; configs with
             ``takes_stem`` convert the stem, too.
     """
-    return Plan(tuple(step for step, _, _ in _steps(model, config, where)))
+    return Plan(tuple(step for step, _, _ in _steps(model, checked(config, "plan"), where)))
 
 
+@_checks.guided
 def convert(
     model: nn.Module,
     config: Conversion,
@@ -116,6 +119,7 @@ def convert(
         TypeError: a report that is not callable.
         ValueError: nothing to replace; the message lists what could be, or why nothing can.
     """
+    config = checked(config, "convert")
     check_report(report)
     if not inplace:
         model = duplicate(model)

@@ -151,6 +151,7 @@ class _Merge:
     """What a copy of the module became."""
 
 
+@_checks.guided
 @in_own_types
 def reparameterize(
     model: nn.Module,

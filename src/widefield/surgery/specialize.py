@@ -123,6 +123,7 @@ class Specialization(Report):
         return "\n".join(lines)
 
 
+@_checks.guided
 @walk.in_own_types
 def specialize(
     model: nn.Module,

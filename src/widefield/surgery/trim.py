@@ -25,6 +25,7 @@ from widefield.surgery.walk import begin, in_own_types, unmerged
 log = logging.getLogger(__name__)
 
 
+@_checks.guided
 @in_own_types
 def trim(
     model: nn.Module,
