@@ -75,7 +75,7 @@ def measured(runs: Path, name: str, seed: int, norms: str, pictures: Pictures, s
         start = time.process_time()
         about = {**pictures.about, "weights": "random", "weights_seed": seed, "norms": NORMS[norms]}
         model = network(name, seed, norms, settling)
-        field = effective_receptive_field(model, pictures.batches(1), batch=1, name=name, about=about)
+        field = effective_receptive_field(model, pictures.batches(1), batch_size=1, name=name, about=about)
         runs.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pickle.dumps(field))
         print(f"{word}: {field.area_ratio}, {time.process_time() - start:.0f} s", flush=True)

@@ -29,7 +29,7 @@ def test_figures_are_pictures_of_what_they_got():
     assert report.png(examples).startswith(b"\x89PNG")
     assert [axis.get_title() for axis in examples.axes[:4]].count("cat") == 1
     assert examples.axes[2].images[0].norm.vmin == -0.9  # negative weights: a scale with zero in its middle
-    assert len(set(report.expert_colours(5))) == 5
+    assert len(set(report.expert_colors(5))) == 5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,14 +59,14 @@ def measure(
 ) -> dict[str, Row]:
     """Time each candidate ``repeats`` times, taking turns, after ``warmup`` untimed rounds.
 
-    Every other round goes in reverse, so that each follows, and leaves its caches to, both of its neighbours; and
+    Every other round goes in reverse, so that each follows, and leaves its caches to, both of its neighbors; and
     rounds begin with one candidate after the other, as those at the ends of two rounds would follow themselves.
 
     Args:
         candidates: name -> callable without arguments; its result is dropped.
         repeats: timings of each candidate.
         warmup: untimed calls of each before the first timed round.
-        device: on "cuda" every timing ends with a synchronisation, and peak memory is recorded.
+        device: on "cuda" every timing ends with a synchronization, and peak memory is recorded.
         budget_s: a candidate that has used up so many timed seconds sits out the other rounds, yet has at least two
             timings. Its row says how many. A last untimed call that alone takes longer counts as a timing: what is
             so slow has no cold start to speak of.

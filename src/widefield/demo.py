@@ -93,7 +93,7 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
     console.print("re-parameterising and measuring")
     entries = _measure(models, accuracies, images, task, len(validation.classes))
     routings = {
-        v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch=len(images))
+        v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch_size=len(images))
         for v in VARIANTS
         if v != BASELINE
     }

@@ -122,8 +122,8 @@ def drawing(figure: Figure, kind: str, dpi: int = 200) -> bytes:
 COLUMN, PAGE = 3.4, 7.0
 """Widths of a paper's column and of its page, in inches."""
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
-"""Okabe and Ito's colours, which people with any kind of colour vision tell apart; the yellow darkened for lines."""
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
+"""Okabe and Ito's colors, which people with any kind of color vision tell apart; the yellow darkened for lines."""
 
 MARKERS = "osD^vP*X"
 
@@ -158,8 +158,8 @@ def blank(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def expert_colours(count: int) -> list[Any]:
-    """Return one RGBA colour per expert, light for the first (small kernels) to dark for the last."""
+def expert_colors(count: int) -> list[Any]:
+    """Return one RGBA color per expert, light for the first (small kernels) to dark for the last."""
     from matplotlib import colormaps
 
     return [colormaps["YlGnBu"](0.25 + 0.7 * i / max(count - 1, 1)) for i in range(count)]

@@ -48,7 +48,7 @@ def oracle(model, layer, images, target, places):
 @pytest.mark.parametrize("target", [None, 3])
 def test_maps_are_those_of_the_paper(target):
     model, images = tiny().double().eval(), torch.randn(4, 3, 20, 12, dtype=torch.float64)
-    found = class_activation(model, images, targets=target, layer="0", batch=3)
+    found = class_activation(model, images, targets=target, layer="0", batch_size=3)
     expected = oracle(model, "0", images, target, lambda x: x.movedim(0, -1))
     assert found.maps.shape == (4, 5, 3)
     assert found.maps.dtype == np.float32
@@ -104,7 +104,7 @@ def test_what_a_class_sees_in_one_quadrant_is_mapped_there(k):
     assert np.array_equal(each.maps[k], expected)
 
 
-def test_width_and_centre_are_measured_at_the_images_size():
+def test_width_and_center_are_measured_at_the_images_size():
     model = nn.Sequential(nn.AvgPool2d(8), nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(16, 1))
     nn.init.ones_(model[1].weight)
     nn.init.zeros_(model[1].bias)
@@ -228,7 +228,7 @@ def test_the_model_and_the_images_are_left_as_they_were(name):
     found = class_activation(model, images)
     with pytest.raises(ValueError, match="classes from 0 to 4; got 5"):
         class_activation(model, images, targets=5)
-    with pytest.raises(ValueError, match="gives no map"):
+    with pytest.raises(ValueError, match="returns no map"):
         class_activation(model, images, layer=list(dict(model.named_modules()))[-1])
     with torch.no_grad():  # nor does it matter what surrounds it
         assert np.array_equal(class_activation(model, images).maps, found.maps)
@@ -244,9 +244,9 @@ def test_chunks_do_not_matter(count, batch, cut, seed):
     torch.manual_seed(seed)
     model, images = tiny().double(), torch.randn(count, 3, 16, 16, dtype=torch.float64)
     targets = torch.randint(5, (count,))
-    whole = class_activation(model, images, targets=targets, layer="0", batch=count)
+    whole = class_activation(model, images, targets=targets, layer="0", batch_size=count)
     loader = [{"image": part} for part in (images[:cut], images[cut:]) if len(part)]
-    parts = class_activation(model, loader, targets=targets.tolist(), layer="0", batch=batch)
+    parts = class_activation(model, loader, targets=targets.tolist(), layer="0", batch_size=batch)
     close(torch.from_numpy(parts.maps), torch.from_numpy(whole.maps), FLOAT32)
     assert parts.targets.tolist() == targets.tolist()
     assert parts.about == whole.about
@@ -270,14 +270,14 @@ class Two(nn.Module):
         ({"targets": [1]}, ValueError, "targets has 1 entries for 2 images"),
         ({"targets": [1, 2, 3]}, ValueError, "targets has 3 entries for 2 images"),
         ({"layer": "00"}, ValueError, "no layer '00'"),
-        ({"layer": "4"}, ValueError, r"'4' gives no map of images of \(16, 16\) pixels: got shape \(2, 5\)"),
+        ({"layer": "4"}, ValueError, r"'4' returns no map of images of \(16, 16\) pixels: got shape \(2, 5\)"),
         ({"classes": ["a", "b"]}, ValueError, "classes has 2 names, but the model returns 5 scores"),
         ({"pixels": torch.rand(3, 16, 16, 3)}, ValueError, "pixels has 3 entries for 2 images"),
         ({"pixels": torch.randn(2, 16, 16, 3)}, ValueError, r"pixels must lie in \[0, 1\]; got -"),
         ({"pixels": torch.ones(2, 16, 16)}, ValueError, r"pixels must be .* \(N, H, W, C\); got torch.float32 \(2, 16"),
-        ({"batch": 0}, ValueError, "batch must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"images": torch.randn(3, 16, 16)}, ValueError, "N, C, H, W"),
-        ({"images": []}, ValueError, "no images"),
+        ({"images": []}, ValueError, "images is empty"),
         ({"images": [torch.randn(1, 3, 16, 16), torch.randn(1, 3, 8, 8)]}, ValueError, "one size; got .16, 16. and .8"),
         ({"images": torch.full((1, 3, 16, 16), torch.inf)}, ValueError, "not finite"),
     ],

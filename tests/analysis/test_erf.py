@@ -64,7 +64,7 @@ def test_channels_of_the_unit_are_added_before_what_is_negative_goes_and_those_o
     expected = torch.zeros(8, 8, dtype=torch.double)
     expected[3:6, 3:6] = model.weight.detach().sum(0).clamp(min=0).sum(0)  # row and column 4: 8 // 2
     close(torch.from_numpy(result.scores * result.peak), expected, FLOAT64)
-    assert result.target == (4, 4)
+    assert result.position == (4, 4)
 
 
 def curved():
@@ -75,7 +75,7 @@ def curved():
 
 def test_images_are_averaged_after_what_is_negative_goes():
     model, x = curved(), torch.randn(5, 3, 12, 12).double()
-    result = effective_receptive_field(model, x, target=(1, 4))
+    result = effective_receptive_field(model, x, position=(1, 4))
     model.eval()
     jacobian = torch.autograd.functional.jacobian(lambda image: model(image[None])[0, :, 1, 4].sum(), x[0])
     assert not (jacobian >= 0).all()  # or nothing would be dropped
@@ -84,7 +84,7 @@ def test_images_are_averaged_after_what_is_negative_goes():
         for one in x
     )
     close(torch.from_numpy(result.scores * result.peak), expected / 5, FLOAT64)
-    assert (result.target, result.layer) == ((1, 4), "")
+    assert (result.position, result.layer) == ((1, 4), "")
     assert result.about == {"images": 5, "size": 12, "layer": "(output)", "unit": "(1, 4) of 6"}
 
 
@@ -94,18 +94,18 @@ def test_batches_do_not_matter_and_calls_repeat_to_the_bit():
     assert np.array_equal(whole.scores, effective_receptive_field(model, x).scores)
     loader = ({"image": part, "label": torch.zeros(len(part))} for part in x.split(3))
     for images, batch in ((x, 2), (loader, 8), ([(x[:4], None), (x[4:], None)], 1)):
-        result = effective_receptive_field(model, images, batch=batch)
+        result = effective_receptive_field(model, images, batch_size=batch)
         close(torch.from_numpy(result.scores), torch.from_numpy(whole.scores), FLOAT64)
         assert result.about == whole.about
 
 
-def squares(scores, centre):
+def squares(scores, center):
     """Areas by the definition: squares of 1, 3, 5... pixels around a pixel."""
     found = {}
     for share in THRESHOLDS:
         reach = 0
         while True:
-            rows, columns = (slice(max(c - reach, 0), c + reach + 1) for c in centre)
+            rows, columns = (slice(max(c - reach, 0), c + reach + 1) for c in center)
             if scores[rows, columns].sum() >= share * scores.sum() * (1 - 1e-12):
                 break
             reach += 1
@@ -130,7 +130,7 @@ def test_squares_lie_between_pixels_where_the_field_does():
     model = nn.Conv2d(1, 1, 4, 4).double()
     nn.init.constant_(model.weight, 1.0)
     result = effective_receptive_field(model, torch.zeros(1, 1, 16, 16).double())
-    assert result.theoretical.centre == (9.5, 9.5)
+    assert result.theoretical.center == (9.5, 9.5)
     assert result.area_ratio == pytest.approx({0.2: 4 / 256, 0.3: 16 / 256, 0.5: 16 / 256, 0.99: 16 / 256})
 
 
@@ -153,7 +153,7 @@ def test_transformers_and_maps_with_channels_last():
     vit = effective_receptive_field(timm.create_model("test_vit"), torch.randn(1, 3, 160, 160))
     # The last map is that of the norm, whose channels add up to nothing: the one before is taken.
     assert vit.layer == "blocks"
-    assert vit.target == (5, 5)
+    assert vit.position == (5, 5)
     assert vit.theoretical.size is None
     assert vit.clipped == (160, 160)
     assert vit.scores[80:96, 80:96].mean() > 20 * vit.scores.mean()  # its own patch, through the residual path
@@ -161,7 +161,7 @@ def test_transformers_and_maps_with_channels_last():
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2, 2), num_heads=(2, 2), embed_dim=16
     )
-    result = effective_receptive_field(swin, torch.randn(1, 3, 64, 64), "layers.0")
+    result = effective_receptive_field(swin, torch.randn(1, 3, 64, 64), layer="layers.0")
     assert result.about["unit"] == "(8, 8) of 16"
     assert np.unravel_index(result.scores.argmax(), (64, 64)) >= (32, 32)
     assert not result.scores[:8].any()  # two windows of 16 pixels, moved by 8, reach no further
@@ -169,8 +169,8 @@ def test_transformers_and_maps_with_channels_last():
 
 def test_a_norm_that_cancels_is_an_error_until_it_has_learnt():
     model, x = timm.create_model("test_vit"), torch.randn(1, 3, 160, 160)
-    with pytest.raises(ValueError, match="channels of layer 'norm' of VisionTransformer always add up to the same"):
-        effective_receptive_field(model, x, "norm")
+    with pytest.raises(ValueError, match="channels of layer 'norm' of VisionTransformer always sum to the same value"):
+        effective_receptive_field(model, x, layer="norm")
     nn.init.uniform_(model.norm.weight)
     assert effective_receptive_field(model, x).layer == "norm"
 
@@ -204,10 +204,10 @@ def test_contexts_layouts_and_dtypes():
 def test_what_cannot_be_followed_has_an_effective_field_and_a_reason():
     x = torch.randn(2, 1, 12, 12)
     model = nn.Sequential(torch.jit.script(boxes(1, 3)), *boxes(1, 3))  # which takes no hooks
-    result = effective_receptive_field(model, x, "1")
+    result = effective_receptive_field(model, x, layer="1")
     expected = effective_receptive_field(boxes(2, 3), x)
     close(torch.from_numpy(result.scores), torch.from_numpy(expected.scores), FLOAT32)
-    assert (result.theoretical.size, result.theoretical.centre) == (None, (6, 6))
+    assert (result.theoretical.size, result.theoretical.center) == (None, (6, 6))
     assert "cannot be followed: register_forward_pre_hook is not supported" in result.theoretical.reason
     assert not model[1]._forward_hooks
 
@@ -253,14 +253,14 @@ def test_the_model_is_left_as_it_was_after_an_exception_too(at):
 def test_errors_say_what_to_do():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="no layer 'conv'"):
-        effective_receptive_field(model, x, "conv")
-    with pytest.raises(ValueError, match=r"layer '1' .* gives \(2, 256\)"):
-        effective_receptive_field(model, x, "1")
-    with pytest.raises(ValueError, match=r"target \(2, 8\) lies outside of the map of layer '0', which is 8x8"):
-        effective_receptive_field(model, x, target=(2, 8))
-    with pytest.raises(ValueError, match="target must be one of 'center'; got 'mean'"):
-        effective_receptive_field(model, x, target="mean")
-    with pytest.raises(ValueError, match="no images"):
+        effective_receptive_field(model, x, layer="conv")
+    with pytest.raises(ValueError, match=r"layer '1' .* returns \(2, 256\)"):
+        effective_receptive_field(model, x, layer="1")
+    with pytest.raises(ValueError, match=r"position \(2, 8\) lies outside the map of layer '0', which is 8x8"):
+        effective_receptive_field(model, x, position=(2, 8))
+    with pytest.raises(ValueError, match="position must be one of 'center'; got 'mean'"):
+        effective_receptive_field(model, x, position="mean")
+    with pytest.raises(ValueError, match="images is empty"):
         effective_receptive_field(model, x[:0])
     with pytest.raises(ValueError, match=r"images must be of one size; got \(3, 8, 8\) and \(3, 8, 9\)"):
         effective_receptive_field(model, [x, torch.randn(1, 3, 8, 9)])

@@ -69,7 +69,7 @@ def test_torchvisions_models_are_looked_at_where_their_backbone_ends(name, optio
 @pytest.mark.parametrize(("name", "layer"), [("r3d_18", "layer4"), ("swin3d_t", "features.4")])
 def test_video_models_take_clips(name, layer):
     model, clips = small(name, num_classes=4), torch.randn(2, 3, 4, 32, 32)
-    field = effective_receptive_field(model, clips, batch=1)
+    field = effective_receptive_field(model, clips, batch_size=1)
     assert field.layer == layer
     assert field.scores.shape == (32, 32)
     assert (field.about["size"], field.about["frames"]) == (32, 4)
@@ -98,7 +98,7 @@ def test_fields_of_clips_are_those_of_their_convolutions():
 @pytest.mark.parametrize("target", [None, 2])
 def test_maps_of_a_segmentation_model_are_those_of_seg_grad_cam(target):
     model, images = shaken(UNet()).double(), torch.randn(3, 3, 16, 24, dtype=torch.float64)
-    found = class_activation(model, images, targets=target, batch=2)
+    found = class_activation(model, images, targets=target, batch_size=2)
     assert found.layer == "encoder.layer2"
     expected, chosen, sure = [], [], []
     for image in images:
@@ -229,7 +229,7 @@ def test_a_layer_may_return_its_map_next_to_what_is_none():
     model, images = Model().eval(), torch.randn(2, 3, 8, 8)
     found, inner = (class_activation(model, images, layer=layer) for layer in ("block", "block.conv"))
     close(torch.from_numpy(found.maps), torch.from_numpy(inner.maps), FLOAT32)
-    outer, core = (effective_receptive_field(model, images, layer).scores for layer in ("block", "block.conv"))
+    outer, core = (effective_receptive_field(model, images, layer=layer).scores for layer in ("block", "block.conv"))
     close(torch.from_numpy(outer), torch.from_numpy(core), FLOAT64)
 
 
@@ -240,7 +240,7 @@ BY_LAYER = [class_activation, effective_receptive_field, theoretical_receptive_f
 def test_layers_are_names_or_modules(look):
     model, images = shaken(UNet()), torch.randn(1, 3, 16, 16)
     assert repr(look(model, images, layer=model.encoder.layer1)) == repr(look(model, images, layer="encoder.layer1"))
-    with pytest.raises(ValueError, match="this ReLU is none of UNet") as caught:
+    with pytest.raises(ValueError, match="this ReLU does not belong to UNet") as caught:
         look(model, images, layer=nn.ReLU())
     assert len(str(caught.value)) < 200
     for wrong in (["encoder.layer1"], [model.encoder], 3):

@@ -86,7 +86,7 @@ def test_sampled_contexts_bracket_the_definition_and_errors_are_of_the_right_siz
     model, image = network(), random_images(1)
     truth = enumerated(model, image[0], model(image).argmax(1).item()).mean(0)
     few = {**ALL, "contexts": 4}
-    runs = [interactions(model, image, **few, seed=seed, batch=4096) for seed in range(24)]
+    runs = [interactions(model, image, **few, seed=seed, batch_size=4096) for seed in range(24)]
     lower, upper = (np.array([getattr(run, side) for run in runs]) for side in ("lower", "upper"))
     for side, sign in ((lower, 1), (upper, -1)):
         room = 4 * side.std(0, ddof=1) / math.sqrt(len(runs))
@@ -107,7 +107,7 @@ def test_sampled_contexts_bracket_the_definition_and_errors_are_of_the_right_siz
 def test_the_standard_error_is_the_spread_between_independent_runs():
     model = network()
     options = {**ALL, "pairs": 3, "contexts": 5, "orders": (0, 0.5, 1)}
-    runs = [interactions(model, random_images(8, seed=k), **options, seed=k, batch=4096) for k in range(50)]
+    runs = [interactions(model, random_images(8, seed=k), **options, seed=k, batch_size=4096) for k in range(50)]
     spread = np.std([run.strength for run in runs], axis=0, ddof=1)
     stated = np.sqrt(np.mean([run.strength_error**2 for run in runs], axis=0))
     assert (abs(np.log(stated / spread)) < math.log(1.5)).all()
@@ -191,9 +191,9 @@ def test_batches_and_the_way_the_images_come_do_not_matter_and_seeds_do():
     plain = interactions(model, images, **options)
     state = torch.get_rng_state()
     for other in (
-        interactions(model, images, **options, batch=7),
+        interactions(model, images, **options, batch_size=7),
         interactions(model, [images[:1], (images[1:], torch.zeros(2))], **options),
-        interactions(model, [{"image": images}], **options, batch=1000),
+        interactions(model, [{"image": images}], **options, batch_size=1000),
     ):
         close(torch.tensor(other.samples), torch.tensor(plain.samples), FLOAT64)
     assert torch.equal(torch.get_rng_state(), state)
@@ -252,7 +252,7 @@ def test_arguments_that_cannot_be_are_refused_with_the_way_out():
     for targets, match in (([0], "there are 1, and more images"), ([0, 1, 2], "got 3 for 2 images")):
         with pytest.raises(ValueError, match=match):
             interactions(model, iter([images[:1], images[1:]]), grid=3, targets=targets)
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="images is empty"):
         interactions(model, [], grid=3)
     with pytest.raises(ValueError, match=r"Conv2d must return scores \(N, classes\); got shape \(1, 2, 6, 6\)"):
         interactions(nn.Conv2d(3, 2, 1).double(), images, grid=3)

@@ -35,7 +35,7 @@ STEPS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 def inside(size, dilation, side):
-    """Which taps a window of side x side pixels keeps: a mask (rows, columns), by distance from the centre alone."""
+    """Which taps a window of side x side pixels keeps: a mask (rows, columns), by distance from the center alone."""
     axes = []
     for taps, step in zip(size, dilation, strict=True):
         reach = [abs(2 * i - (taps - 1)) * step + 1 for i in range(taps)]  # side of the window that just holds tap i
@@ -150,7 +150,7 @@ def test_uniform_kernels_keep_the_share_of_their_area():
     assert [table.fitting(side) for side in (1, 2, 3, 10, 11, 99)] == [0, 0, 1, 4, 5, 5]
 
 
-def test_even_sides_and_rectangles_stay_centred():
+def test_even_sides_and_rectangles_stay_centered():
     assert crops(torch.ones(1, 1, 4, 4)).sizes == ((2, 2), (4, 4))
     assert crops(torch.ones(1, 1, 7, 3)).sizes == ((1, 1), (3, 3), (5, 3), (7, 3))
     mixed = crops(torch.ones(1, 1, 4, 7))
@@ -301,8 +301,8 @@ def test_shares_and_a_limit():
     assert first.smallest == ((9, 9), (11, 11))
     assert first.lost == pytest.approx(1 - 25 / 121)
     assert first.lost_l1 == pytest.approx(1 - 25 / 121)
-    centre = model[1].weight.detach().square()
-    assert second.lost == pytest.approx(1 - float(centre[..., 1, 1].sum() / centre.sum()))  # taps are 4 pixels apart
+    center = model[1].weight.detach().square()
+    assert second.lost == pytest.approx(1 - float(center[..., 1, 1].sum() / center.sum()))  # taps are 4 pixels apart
     assert result.beyond() == (first, second)
     rows = result.rows()
     assert rows[0]["layers"] == "0"

@@ -72,7 +72,7 @@ def test_a_dynamic_mask_is_averaged_over_the_images():
     sigma = (1 + 2 * levels).double().numpy()
     expected = np.mean([formula((5, 5), s, s / 2) for s in sigma], 0)
     for given, batch in ((images, 8), (images, 2), ([images[:1], {"image": images[1:]}], 3)):
-        result = masks(model, given, batch=batch)
+        result = masks(model, given, batch_size=batch)
         (found,) = result.layers
         assert result.about["dynamic masks"] == "mean over 5 images"
         assert found.dynamic
@@ -109,13 +109,13 @@ def test_what_has_no_mask_says_what_to_do():
     with pytest.raises(ValueError, match=r"ResNet has no layer under a mask: convert it with widefield.GMConv"):
         masks(timm.create_model("test_resnet"))
     fused = surgery.reparameterize(nn.Sequential(GMConv2d(3, 3, 5)).eval(), torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match=r"re-parameterised since, its masks are multiplied into the weights"):
+    with pytest.raises(ValueError, match=r"reparameterized since, its masks are multiplied into the weights"):
         masks(fused)
     dynamic = nn.Sequential(DynamicGMConv2d(3, 4, 5))
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="images is empty"):
         masks(dynamic, [])
-    with pytest.raises(ValueError, match="batch must be at least 1; got 0"):
-        masks(dynamic, torch.rand(1, 3, 8, 8), batch=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        masks(dynamic, torch.rand(1, 3, 8, 8), batch_size=0)
     dynamic.idle = DynamicGMConv2d(3, 4, 5)
     dynamic.forward = lambda x: dynamic[0](x)
     with pytest.raises(ValueError, match="idle had no image to look at"):

@@ -23,13 +23,13 @@ from widefield.nn import MoRFConv2d
 KERNELS = ((3, 1), (5, 1), (3, 3))  # 3, 5 and 7 pixels wide
 SIZES = np.array([3, 5, 7])
 NAMES = ("3x3", "5x5", "3x3 d3")
-COLOURS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
+COLORS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
 LABELS = np.array([0, 0, 0, 1, 1, 1, 2, -1])
-WANTED = ([1, 2, 0], [0, 0, 2])  # by two mixtures: the expert for each colour
+WANTED = ([1, 2, 0], [0, 0, 2])  # by two mixtures: the expert for each color
 
 
 def plant(layer, wanted):
-    """Make a mixture give an image of colour c to expert wanted[c], with the weight gelu(8 * its brightness) if soft.
+    """Make a mixture give an image of color c to expert wanted[c], with the weight gelu(8 * its brightness) if soft.
 
     Its experts hand the image on.
     """
@@ -37,9 +37,9 @@ def plant(layer, wanted):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
-        for colour, expert in enumerate(wanted):
-            router.hidden.weight[colour, colour] = 8
-            router.gate.weight[expert, colour] = 1
+        for color, expert in enumerate(wanted):
+            router.hidden.weight[color, color] = 8
+            router.gate.weight[expert, color] = 1
         for weight in layer.expert_weights:
             nn.init.dirac_(weight)
     return layer
@@ -51,10 +51,10 @@ def planted(**options):
 
 
 def pictures():
-    """Return images of one colour each, the later the brighter."""
-    images = torch.zeros(len(COLOURS), 3, 6, 6)
-    for i, colour in enumerate(COLOURS):
-        images[i, colour] = 1 + i / 8
+    """Return images of one color each, the later the brighter."""
+    images = torch.zeros(len(COLORS), 3, 6, 6)
+    for i, color in enumerate(COLORS):
+        images[i, color] = 1 + i / 8
     return images
 
 
@@ -75,12 +75,14 @@ def test_a_planted_router_gives_back_what_was_planted(options, form):
         model = widefield.reparameterize(model, images)
     parts = list(zip(images.split(3), labels.split(3), strict=True))
     batches = [{"image": x, "label": y} for x, y in parts] + [{}] if form == "dictionaries" else parts
-    found = routing_statistics(model, batches, classes=("sky", "sun", "sea"), batch=2, about={"seed": 7, "images": 1})
+    found = routing_statistics(
+        model, batches, classes=("sky", "sun", "sea"), batch_size=2, about={"seed": 7, "images": 1}
+    )
     assert [block.name for block in found.blocks] == ["0", "2"]
-    assert {key: found.about[key] for key in ("seed", "images", "labelled")} == {"seed": 7, "images": 8, "labelled": 7}
+    assert {key: found.about[key] for key in ("seed", "images", "labeled")} == {"seed": 7, "images": 8, "labeled": 7}
     assert list(found.labels) == list(LABELS)
     for block, wanted in zip(found.blocks, map(np.array, WANTED), strict=True):
-        given = wanted[COLOURS]
+        given = wanted[COLORS]
         assert block.experts == NAMES
         assert np.array_equal(block.chosen(), np.eye(3)[given])
         assert np.array_equal(block.fields(), SIZES[given])
@@ -115,7 +117,7 @@ def test_weights_are_those_of_every_layer_in_order_and_the_model_is_left_as_it_w
     batches = [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 8, 8)]
     before = state(model)
     first, last = routing_weights(model, batches)
-    statistics = routing_statistics(model, torch.cat(batches), batch=4)
+    statistics = routing_statistics(model, torch.cat(batches), batch_size=4)
     assert state(model) == before
     assert (first.name, first.experts, first.hard) == ("0", ("3x3", "5x5", "3x3 d2"), False)
     assert (last.name, last.weights.shape, last.hard) == ("2", (6, 2), True)
@@ -243,9 +245,7 @@ def test_other_peoples_models_once_converted(of):
 def test_files_and_figures(tmp_path):
     images, labels = pictures(), torch.from_numpy(LABELS)
     found = {
-        name: routing_statistics(
-            planted(**options), [(images, labels)], name=name, images=[f"/a/{i}" for i in range(8)]
-        )
+        name: routing_statistics(planted(**options), [(images, labels)], name=name, names=[f"/a/{i}" for i in range(8)])
         for name, options in (("soft", {}), ("hard", {"routing": "hard"}))
     }
     stored = json.loads(save(found, tmp_path / "r.json").read_text())["results"]["soft"]
@@ -255,7 +255,7 @@ def test_files_and_figures(tmp_path):
     assert first["by_class"]["2"]["shares"] == [0, 1, 0]
     assert (first["smallest_fields"][0], first["largest_fields"][0]) == ("/a/4", "/a/2")
     assert first["variance"]["eta_squared"] == found["soft"].blocks[0].variance(LABELS).eta_squared
-    assert stored["images"][3] == "/a/3"
+    assert stored["names"][3] == "/a/3"
     assert save(found, tmp_path / "r.html").read_text().count("data:image/png;base64,") == 4
     unknown = routing_statistics(planted(), images)
     assert unknown.save(tmp_path / "u.html").read_text().count("data:image/png;base64,") == 3
@@ -273,7 +273,7 @@ def test_figures_show_the_numbers():
     heat = found.plot(kind="heat").axes[0]
     shares = np.stack([block.shares() for block in found.blocks])
     assert np.allclose(heat.images[0].get_array(), 100 * shares)
-    # From the smallest field to the largest; colours of three, three and two images.
+    # From the smallest field to the largest; colors of three, three and two images.
     assert [text.get_text() for text in heat.texts] == ["25", "38", "38", "75", "dead", "25"]
     assert sorted(t.get_text() for t in heat.get_xticklabels()) == ["3x3", "3x3 d3", "5x5"]
     pies = [axis for axis in found.plot(kind="pies").axes if axis.patches]
@@ -301,7 +301,7 @@ def test_what_cannot_be_asked_is_an_error():
     model, images = MoRFConv2d(3, 3), torch.randn(4, 3, 8, 8)
     with pytest.raises(ValueError, match=r"Conv2d has no mixture of receptive fields: convert it with widefield\.MoRF"):
         routing_weights(nn.Conv2d(3, 3, 3), [images])
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="images is empty"):
         routing_weights(model, [])
     with pytest.raises(ValueError, match="at least two images; got 1"):
         routing_statistics(model, images[:1])
@@ -313,10 +313,10 @@ def test_what_cannot_be_asked_is_an_error():
         routing_statistics(model, [(images, [0, 1, 2, 3])])
     with pytest.raises(ValueError, match="label 3 has no name: classes has 2"):
         routing_statistics(model, [(images, torch.arange(4))], classes=("a", "b"))
-    with pytest.raises(ValueError, match="each of the 4 images; got 1 names"):
-        routing_statistics(model, images, images=("one",))
-    with pytest.raises(ValueError, match="batch must be at least 1; got 0"):
-        routing_statistics(model, images, batch=0)
+    with pytest.raises(ValueError, match="names has 1 entries for 4 images"):
+        routing_statistics(model, images, names=("one",))
+    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        routing_statistics(model, images, batch_size=0)
     with pytest.raises(ValueError, match="calls '0' 8 times for 4 images"):
         routing_statistics(nn.Sequential(model, model), images)
     overflowing = MoRFConv2d(3, 3)

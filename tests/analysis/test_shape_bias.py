@@ -73,7 +73,7 @@ def test_counts_by_class_and_the_interval_of_a_mixed_model(drawn):
         return shape if shape == "heart" else (shape, texture, neither)[k % 3]
 
     model = Planted(drawn, answer)
-    found = shape_bias(model, drawn, **SMALL, batch=5)
+    found = shape_bias(model, drawn, **SMALL, batch_size=5)
     cues = [path.stem.split("-") for path in model.images.files]
     expected = {name: [0, 0] for name in found.classes}
     for k, (shape, texture) in enumerate((cue[:-1] for cue in pair) for pair in cues):
@@ -171,12 +171,12 @@ def test_classes_that_do_not_fit_are_refused(drawn, tmp_path):
     model = timm.create_model("test_convnext", num_classes=8)
     with pytest.raises(ValueError, match=r"a class 'crescent', which is none of 'airplane'.*pass the names"):
         shape_bias(model, drawn, size=32)
-    with pytest.raises(ValueError, match="ConvNeXt has 8 outputs, and 9 names were given as classes"):
+    with pytest.raises(ValueError, match="ConvNeXt has 8 outputs, and classes names 9: pass"):
         shape_bias(model, drawn, **{**SMALL, "classes": [*Scales.classes, "oval"]})
     with pytest.raises(ValueError, match="name every output once"):
         shape_bias(model, drawn, **{**SMALL, "classes": [*Scales.classes, "ring"]})
     folder = paint(tmp_path / "published", ["cat/cat1-dog1.png"])
-    with pytest.raises(ValueError, match="ConvNeXt has 8 outputs, not ImageNet's 1,000: pass their names as classes"):
+    with pytest.raises(ValueError, match=r"classes names 1000 \(those of ImageNet, the default\): pass"):
         shape_bias(model, folder, size=32)
     with pytest.raises(ValueError, match="a class 'airplane', which is none of 'disk'"):
         shape_bias(model, folder, **SMALL)

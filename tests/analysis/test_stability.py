@@ -103,8 +103,8 @@ def test_windows_lie_where_they_are_said_to():
 def test_chunks_do_not_matter_and_distances_between_images_are_those_of_all_pairs(count, batch, offset, seed):
     torch.manual_seed(seed)
     images = torch.randn(count, 4, 8, 8, dtype=torch.float64) + offset
-    found = translation_stability(Corner(), images, shifts=(1, 2), batch=batch)
-    whole = translation_stability(Corner(), [images[:1], images[1:]], shifts=(1, 2), batch=count)
+    found = translation_stability(Corner(), images, shifts=(1, 2), batch_size=batch)
+    whole = translation_stability(Corner(), [images[:1], images[1:]], shifts=(1, 2), batch_size=count)
     assert np.array_equal(found.change, whole.change)
     scores = images[:, :, 0, 0]
     pairs = torch.cdist(scores, scores, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -151,9 +151,9 @@ def test_the_model_is_left_as_it_was_and_runs_agree():
         ({"shifts": (1.5,)}, TypeError, "every entry of shifts must be an integer; got 1.5"),
         ({"shifts": 4}, TypeError, "shifts must be a sequence .* got 4"),
         ({"shifts": (1, 24)}, ValueError, r"a shift by 24 pixels leaves nothing of images of \(24, 24\) pixels"),
-        ({"batch": 0}, ValueError, "batch must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"images": torch.randn(3, 24, 24)}, ValueError, "N, C, H, W"),
-        ({"images": []}, ValueError, "no images"),
+        ({"images": []}, ValueError, "images is empty"),
         ({"images": [torch.randn(1, 3, 24, 24), torch.randn(1, 3, 9, 9)]}, ValueError, "one size"),
         ({"model": nn.Conv2d(3, 5, 1)}, ValueError, r"Conv2d must return scores \(N, classes\)"),
     ],

@@ -28,7 +28,7 @@ class Network(nn.Module):
 
 
 def look(function, size=32, **layers):
-    return theoretical_receptive_field(Network(function, **layers), size, "")
+    return theoretical_receptive_field(Network(function, **layers), size, layer="")
 
 
 def strides_in_the_first_1x1(model):
@@ -42,8 +42,8 @@ def test_resnets_have_the_fields_of_the_literature():
     model = timm.create_model("resnet50")
     field = theoretical_receptive_field(model, 64)
     assert (field.size, field.jump, field.reason, field.local) == ((427, 427), (32, 32), None, (427, 427))
-    assert field.centre == (32, 32)
-    assert theoretical_receptive_field(model, 64, "layer3").size == (267, 267)
+    assert field.center == (32, 32)
+    assert theoretical_receptive_field(model, 64, layer="layer3").size == (267, 267)
     assert theoretical_receptive_field(strides_in_the_first_1x1(model), 64).size == (483, 483)
 
 
@@ -92,10 +92,10 @@ def test_stacks_of_strided_dilated_and_pooled_layers(specifications):
     model = stack(specifications)
     x = torch.zeros(1, 2, 160, 150)
     h, w = model(x).shape[2:]
-    field = theoretical_receptive_field(model, x, str(len(model) - 1))
+    field = theoretical_receptive_field(model, x, layer=str(len(model) - 1))
     (top, bottom), (left, right) = backwards(model, (h // 2, w // 2))
     assert field.size == (bottom - top + 1, right - left + 1)
-    assert field.centre == ((top + bottom) / 2, (left + right) / 2)
+    assert field.center == ((top + bottom) / 2, (left + right) / 2)
     inside = max(0, min(bottom, 159) - max(top, 0) + 1), max(0, min(right, 149) - max(left, 0) + 1)
     assert field.clipped((160, 150)) == inside
     assert field.reason is None
@@ -107,10 +107,10 @@ def test_gradients_fill_the_field_and_nothing_else():
     )
     for weight in model.parameters():
         nn.init.constant_(weight, 1.0)
-    result = effective_receptive_field(model, torch.randn(1, 3, 96, 64), target=(9, 6))
+    result = effective_receptive_field(model, torch.randn(1, 3, 96, 64), position=(9, 6))
     rows, columns = (torch.from_numpy(result.scores.sum(axis)).nonzero().flatten() for axis in (1, 0))
-    for seen, side, centre in zip((rows, columns), result.theoretical.size, result.theoretical.centre, strict=True):
-        assert (int(seen[0]), int(seen[-1])) == (centre - (side - 1) / 2, centre + (side - 1) / 2)
+    for seen, side, center in zip((rows, columns), result.theoretical.size, result.theoretical.center, strict=True):
+        assert (int(seen[0]), int(seen[-1])) == (center - (side - 1) / 2, center + (side - 1) / 2)
     assert result.clipped == result.theoretical.size
 
 
@@ -124,11 +124,11 @@ def test_gradients_fill_the_field_and_nothing_else():
     ],
 )
 def test_no_gradient_lies_outside(build, layer):
-    result = effective_receptive_field(build(), torch.randn(1, 3, 96, 96), layer)
+    result = effective_receptive_field(build(), torch.randn(1, 3, 96, 96), layer=layer)
     field = result.theoretical
     assert field.reason is None
     assert field.size < (96, 96)
-    top, left = (round(centre - (side - 1) / 2) for centre, side in zip(field.centre, field.size, strict=True))
+    top, left = (round(center - (side - 1) / 2) for center, side in zip(field.center, field.size, strict=True))
     held = result.scores[max(top, 0) : top + field.size[0], max(left, 0) : left + field.size[1]].sum()
     assert held == pytest.approx(result.scores.sum(), rel=1e-12)
 
@@ -141,7 +141,7 @@ def test_branches_see_what_any_sees():
     assert look(lambda m, x: torch.stack([m.a(x), m.b(x)], -1).amax(-1), **layers).size == (3, 7)
     assert look(lambda m, x: torch.stack([m.a(x), m.b(x)]).mean(0), **layers).size == (3, 7)
     shifted = look(lambda m, x: F.pad(m.a(x), (2, 0, 0, 0))[..., :-2] + m.a(x), **layers)
-    assert (shifted.size, shifted.centre) == ((3, 5), (16, 15))
+    assert (shifted.size, shifted.center) == ((3, 5), (16, 15))
 
 
 def test_layouts_are_followed():
@@ -166,7 +166,7 @@ def test_layouts_are_followed():
 
     for function in (channels_last, tokens, with_class_token, shuffled):
         field = look(function, (20, 30), conv=conv, linear=linear, norm=norm)
-        assert (field.size, field.centre, field.reason) == ((3, 3), (10, 15), None), function.__name__
+        assert (field.size, field.center, field.reason) == ((3, 3), (10, 15), None), function.__name__
 
 
 def rearrange(x, draw):
@@ -222,9 +222,9 @@ def test_slices_lie_on_a_coarser_grid():
         return torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)
 
     field = look(merging)
-    assert (field.size, field.jump, field.centre) == ((2, 2), (2, 2), (16.5, 16.5))
+    assert (field.size, field.jump, field.center) == ((2, 2), (2, 2), (16.5, 16.5))
     field = look(lambda m, x: F.adaptive_avg_pool2d(x[..., 3:, :][..., 1:, ::3], (7, 11)))
-    assert (field.size, field.jump, field.centre) == ((4, 1), (4, 3), (17.5, 15))
+    assert (field.size, field.jump, field.center) == ((4, 1), (4, 3), (17.5, 15))
 
 
 def test_gates_reach_the_whole_image_and_the_rest_is_known():
@@ -267,14 +267,14 @@ def test_attention_reaches_every_place():
     assert field.size is None
     assert "attention" in field.reason
     assert "in blocks.0.attn" in field.reason
-    assert (field.jump, field.local, field.centre) == ((16, 16), (16, 16), (87.5, 87.5))
+    assert (field.jump, field.local, field.center) == ((16, 16), (16, 16), (87.5, 87.5))
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=64, window_size=4, depths=(2, 1), num_heads=(2, 2), embed_dim=16
     )
     field = theoretical_receptive_field(swin, 64)
     assert field.size is None
     assert "in layers.0.blocks.0" in field.reason
-    assert (field.jump, field.centre) == ((8, 8), (35.5, 35.5))
+    assert (field.jump, field.center) == ((8, 8), (35.5, 35.5))
 
 
 def test_operators_of_widefield():
@@ -320,8 +320,8 @@ def test_targets_sizes_and_contexts():
     by_image = theoretical_receptive_field(model, torch.randn(3, 1, 32, 48))
     assert by_image == theoretical_receptive_field(model, (32, 48))
     assert by_image == Field((12, 12), (4, 4), (17.5, 25.5), None, (12, 12))
-    assert theoretical_receptive_field(model, 32, target=(0, 7)).centre == (1.5, 29.5)
-    assert theoretical_receptive_field(model, 32, target=(0, 7)).clipped((32, 32)) == (8, 8)
+    assert theoretical_receptive_field(model, 32, position=(0, 7)).center == (1.5, 29.5)
+    assert theoretical_receptive_field(model, 32, position=(0, 7)).clipped((32, 32)) == (8, 8)
     with torch.inference_mode():
         assert theoretical_receptive_field(model, (32, 48)) == by_image
     assert theoretical_receptive_field(model.bfloat16(), (32, 48)) == by_image
@@ -337,7 +337,7 @@ def test_the_model_is_left_as_it_was():
     model[0].weight.requires_grad_(False)
     state = torch.get_rng_state()
     with pytest.raises(OSError, match="broken"):
-        theoretical_receptive_field(model, 16, "1")
+        theoretical_receptive_field(model, 16, layer="1")
     assert theoretical_receptive_field(model[:3], 16).size == (3, 3)
     assert [m.training for m in model.modules()] == [True, True, True, False, True]
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
@@ -349,20 +349,20 @@ def test_the_model_is_left_as_it_was():
 def test_errors():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 2))
     with pytest.raises(ValueError, match=r"no layer '3'"):
-        theoretical_receptive_field(model, 8, "3")
-    with pytest.raises(ValueError, match=r"layer '2' of Sequential makes no map .* it gives \(1, 2\)"):
-        theoretical_receptive_field(model, 8, "2")
-    with pytest.raises(ValueError, match=r"target \(8, 0\) lies outside of the map of layer '0', which is 8x8"):
-        theoretical_receptive_field(model, 8, "0", (8, 0))
-    with pytest.raises(ValueError, match="target must be one of 'center'; got 'middle'"):
-        theoretical_receptive_field(model, 8, "0", "middle")
+        theoretical_receptive_field(model, 8, layer="3")
+    with pytest.raises(ValueError, match=r"layer '2' of Sequential returns no map .* it returns \(1, 2\)"):
+        theoretical_receptive_field(model, 8, layer="2")
+    with pytest.raises(ValueError, match=r"position \(8, 0\) lies outside the map of layer '0', which is 8x8"):
+        theoretical_receptive_field(model, 8, layer="0", position=(8, 0))
+    with pytest.raises(ValueError, match="position must be one of 'center'; got 'middle'"):
+        theoretical_receptive_field(model, 8, layer="0", position="middle")
     with pytest.raises(ValueError, match=r"Sequential cannot be run on images of \(3, 9, 9\)"):
         theoretical_receptive_field(model, 9)
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="images is empty"):
         theoretical_receptive_field(model, torch.zeros(0, 3, 8, 8))
     with pytest.raises(TypeError, match=r"images must be a tensor .*got str"):
         theoretical_receptive_field(model, "8")
     with pytest.raises(ValueError, match="does not depend on the image"):
         look(lambda m, x: torch.ones_like(x))
-    with pytest.raises(ValueError, match="no layer of Sequential gives a map"):
+    with pytest.raises(ValueError, match="no layer of Sequential returns a map"):
         theoretical_receptive_field(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), 8)

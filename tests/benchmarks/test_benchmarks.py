@@ -278,7 +278,9 @@ def read(folder, stem, capsys):
 
 
 def test_bench_depthwise_writes_rows_ratios_and_bars(tmp_path, capsys):
-    words = "bench depthwise --channels 4 --resolutions 6 5 --kernels 3 7 --batch 1 --repeats 2 --budget 0.01 --out"
+    words = (
+        "bench depthwise --channels 4 --resolutions 6 5 --kernels 3 7 --batch-size 1 --repeats 2 --budget 0.01 --out"
+    )
     assert cli.main([*words.split(), str(tmp_path / "new")]) == 0
     result, text = read(tmp_path / "new", "depthwise_cpu", capsys)
     rows = result["tables"]["RepLKNet, table 1"]
@@ -306,7 +308,9 @@ def test_bench_depthwise_writes_rows_ratios_and_bars(tmp_path, capsys):
 
 
 def test_bench_mixture_writes_all_tables(tmp_path, capsys):
-    words = "bench mixture --shapes 4x5 --sets 3,5 3,5,7,9,11 --counts 2 3 --batch 2 --repeats 2 --budget 0.01 --out"
+    words = (
+        "bench mixture --shapes 4x5 --sets 3,5 3,5,7,9,11 --counts 2 3 --batch-size 2 --repeats 2 --budget 0.01 --out"
+    )
     assert cli.main([*words.split(), str(tmp_path)]) == 0
     result, text = read(tmp_path, "mixture_cpu", capsys)
     tables = result["tables"]
@@ -329,7 +333,7 @@ def test_dense_mixtures_say_what_auto_takes(monkeypatch):
 
 
 def test_bench_model_compares_a_model_with_itself_converted(tmp_path, capsys):
-    words = "bench model test_convnext test_resnet --batch 2 --size 32 --repeats 2 --budget 0.01 --out"
+    words = "bench model test_convnext test_resnet --batch-size 2 --size 32 --repeats 2 --budget 0.01 --out"
     assert cli.main([*words.split(), str(tmp_path)]) == 0
     rows = read(tmp_path, "model_cpu", capsys)[0]["tables"]["Models"]
     assert [(r["model"], r["mode"], r["layout"], r["layers"]) for r in rows] == [
@@ -349,7 +353,7 @@ def test_bench_model_compares_a_model_with_itself_converted(tmp_path, capsys):
     ("words", "message"),
     [
         ("model resnt18", "no model is called 'resnt18'. Did you mean 'resnet18'?"),
-        ("model resnet18 --batch 0", "batch must be at least 1; got 0"),
+        ("model resnet18 --batch-size 0", "batch_size must be at least 1; got 0"),
         ("depthwise --kernels 4", "kernel sizes must be odd"),
         ("depthwise --repeats 0", "repeats must be at least 1; got 0"),
         ("depthwise --budget -1", "budget_s must be from 0"),

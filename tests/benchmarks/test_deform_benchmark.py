@@ -59,7 +59,7 @@ def test_ratios_are_a_peers_over_ours(monkeypatch):
 
 
 def test_a_run_measures_every_stage_and_writes_its_rows(tmp_path, capsys):
-    bars = deform.run(Settings("bench deform", repeats=1, out=tmp_path), batch=1, side=8, width=16, stages=(1, 3))
+    bars = deform.run(Settings("bench deform", repeats=1, out=tmp_path), batch_size=1, side=8, width=16, stages=(1, 3))
     found = json.loads((tmp_path / "deform_cpu.json").read_text())["tables"]
     shapes = [(r["side"], r["channels"], r["step"]) for r in found["Time"]]
     assert shapes == [(8, 16, "forward"), (8, 16, "backward"), (2, 64, "forward"), (2, 64, "backward")]
@@ -75,7 +75,7 @@ def test_a_run_measures_every_stage_and_writes_its_rows(tmp_path, capsys):
     [
         ({"width": 24}, "multiple of 16.*; got 24"),
         ({"stages": (0,)}, "every entry of stages must be from 1 to 8; got 0"),
-        ({"batch": 0}, "batch must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"side": 4}, "side must be at least 8; got 4"),
     ],
 )

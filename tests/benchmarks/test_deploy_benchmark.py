@@ -16,18 +16,18 @@ def small_networks(monkeypatch):
 
 
 def test_bench_deploy_compares_with_the_plain_network(tmp_path, capsys, small_networks):
-    words = "bench deploy --size 32 --batch 2 --repeats 2 --budget 0.01 --out"
+    words = "bench deploy --size 32 --batch-size 2 --repeats 2 --budget 0.01 --out"
     assert cli.main([*words.split(), str(tmp_path)]) == 0
     result = json.loads((tmp_path / "deploy_cpu.json").read_text())
     rows = {row["form"]: row for row in result["tables"]["In onnxruntime and eager"]}
-    assert list(rows) == ["plain", "branches", "per-sample", "specialised"]
+    assert list(rows) == ["plain", "branches", "per-sample", "specialized"]
     for row in rows.values():
         ratio = rows["plain"]["onnxruntime"]["p50"] / row["onnxruntime"]["p50"]
         assert row["onnxruntime_ratio"] == pytest.approx(ratio)
         assert row["difference"] <= 1e-4
-    assert rows["plain"]["parameters"] < rows["specialised"]["parameters"] < rows["branches"]["parameters"]
-    assert [bar["text"] for bar in result["summary"]] == ["plain / specialised, onnxruntime"]
-    assert "specialised" in capsys.readouterr().out
+    assert rows["plain"]["parameters"] < rows["specialized"]["parameters"] < rows["branches"]["parameters"]
+    assert [bar["text"] for bar in result["summary"]] == ["plain / specialized, onnxruntime"]
+    assert "specialized" in capsys.readouterr().out
 
 
 def test_what_it_cannot_measure_is_refused(capsys):

@@ -8,7 +8,7 @@ from widefield import cli
 
 
 def test_bench_mixers_compares_with_the_convolution(tmp_path, capsys):
-    words = "bench mixers --mixers lka pooling --size 32 --batch 1 --repeats 2 --budget 0.01 --out"
+    words = "bench mixers --mixers lka pooling --size 32 --batch-size 1 --repeats 2 --budget 0.01 --out"
     assert cli.main([*words.split(), str(tmp_path)]) == 0
     result = json.loads((tmp_path / "mixers_cpu.json").read_text())
     rows = result["tables"]["Token mixers"]

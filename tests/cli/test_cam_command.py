@@ -12,7 +12,20 @@ MODELS = ["test_resnet", "torchvision:mobilenet_v3_small", OURS]
 
 
 def test_models_are_shown_side_by_side(tmp_path, capsys):
-    words = ["--count", "2", "--size", "64", "--batch", "1", "--target", "7", "--vector", "svg", "--out", str(tmp_path)]
+    words = [
+        "--count",
+        "2",
+        "--size",
+        "64",
+        "--batch-size",
+        "1",
+        "--target",
+        "7",
+        "--vector",
+        "svg",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(["cam", *MODELS, *words]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cam.html", "cam.json", "cam.png", "cam.svg"]
     stored = json.loads((tmp_path / "cam.json").read_text())["results"]

@@ -67,7 +67,7 @@ def test_what_was_found_is_said(tmp_path, capsys):
     [
         (["test_resnet", "--layer", "layer9"], "ResNet has no layer 'layer9'. Did you mean 'layer"),
         (["vit_tiny_patch16_224{depth: 1, embed_dim: 12}", "--size", "64"], r"cannot be run on images of (3, 64, 64)"),
-        (["test_resnet", "--size", "0"], "0"),
+        (["test_resnet", "--size", "0"], "--size must be at least 1; got 0"),
         (["no_such_model"], "no_such_model"),
     ],
 )

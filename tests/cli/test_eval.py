@@ -249,7 +249,7 @@ def test_embedded_data_serve_any_model(evaluated: Eval) -> None:
         (["test_resnet", "--data", "digits", "--class-map", "names.txt"], "there is no file 'names.txt'"),
         ([TIMM % 9, "--data", "digits"], "on digits: the model has 9 outputs and the data 10 classes"),
         ([TIMM % 10, "--data", "digits", "--crop-pct", "0.9"], "has no option 'crop_pct'"),
-        ([TIMM % 10, "--data", "digits", "--batch", "0"], "batch_size must be at least 1"),
+        ([TIMM % 10, "--data", "digits", "--batch-size", "0"], "batch_size must be at least 1"),
         (
             ["test_vit{num_classes: 10, dynamic_img_size: false}", "--data", "digits"],
             "VisionTransformer refuses images of 3x32x32",

@@ -15,7 +15,7 @@ def export(*words):
 
 
 def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
-    words = ["--size", "32", "--count", "16", "--batch", "4", "--routing", "mean", "--trim", "--int8", "--out"]
+    words = ["--size", "32", "--count", "16", "--batch-size", "4", "--routing", "mean", "--trim", "--int8", "--out"]
     assert export(f"morf_convnext_tiny{SMALL}", *words, str(tmp_path)) == 0
     names = ["morf_convnext_tiny-int8.onnx", "morf_convnext_tiny-int8.onnx.json"]
     names += ["morf_convnext_tiny.onnx", "morf_convnext_tiny.onnx.json"]
@@ -41,7 +41,7 @@ def test_the_file_of_a_run_names_its_classes(tmp_path, capsys):
     small = ["--epochs", "1", "--schedule.warmup_epochs", "0", "--model.args.dims", "[4, 8, 8, 8]"]
     small += ["--model.args.depths", "[1, 1, 1, 1]", "--output", str(tmp_path / "runs")]
     assert cli.main(["train", "digits_morf", *small]) == 0
-    words = ["--count", "16", "--batch", "4", "--int8", "--keep", "head.fc", "--out", str(tmp_path / "out")]
+    words = ["--count", "16", "--batch-size", "4", "--int8", "--keep", "head.fc", "--out", str(tmp_path / "out")]
     assert export(run, *words) == 0
     assert "change of the outputs" in capsys.readouterr().out
     for path in sorted((tmp_path / "out").glob("*.onnx")):
@@ -74,7 +74,7 @@ def test_other_formats(tmp_path, capsys, format):
 
 
 def test_a_fixed_batch_of_grey_images(tmp_path):
-    words = ["--size", "32", "--count", "7", "--batch", "2", "--dynamic", "--out", str(tmp_path)]
+    words = ["--size", "32", "--count", "7", "--batch-size", "2", "--dynamic", "--out", str(tmp_path)]
     assert export("resnet10t{in_chans: 1, num_classes: 5}", *words) == 0
     told = json.loads((tmp_path / "resnet10t.onnx.json").read_text())
     assert told["input"]["shape"] == [2, 1, 32, 32]

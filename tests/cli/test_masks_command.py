@@ -24,7 +24,7 @@ def test_a_run_that_learned_masks(tmp_path, capsys, monkeypatch):
         workers=0,
     )
     run = train(recipe, console=Console(quiet=True)).folder
-    assert main(["masks", str(run), "--count", "4", "--batch", "3", "--out", str(tmp_path)]) == 0
+    assert main(["masks", str(run), "--count", "4", "--batch-size", "3", "--out", str(tmp_path)]) == 0
     assert "1 dynamic" in capsys.readouterr().out
     found = json.loads((tmp_path / "masks.json").read_text())["results"]["gm"]
     assert found["about"]["weights"].startswith("model, best (step ")
@@ -44,7 +44,7 @@ def test_models_of_all_kinds_as_training_starts(tmp_path):
     results = json.loads((tmp_path / "masks.json").read_text())["results"]
     assert list(results) == words
     for result in results.values():
-        assert result["about"]["masks"] == "as training starts"
+        assert result["about"]["masks"] == "untrained"
         assert {tuple(layer["sigma"]) for layer in result["layers"]} == {(5.0, 5.0)}
         assert max(result["layers"][0]["spread"]) == 0
     for suffix in ("png", "html"):

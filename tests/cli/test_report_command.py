@@ -36,13 +36,13 @@ def test_one_run_gets_a_page_in_its_folder(runs, capsys):
     assert cli.main(["report", str(runs[0]), "--count", "4"]) == 0
     assert capsys.readouterr().out.strip() == f"wrote {runs[0] / 'report.html'}"
     page = (runs[0] / "report.html").read_text()
-    for heading in ("Training", "What one unit sees", "Which experts are chosen", "Where the model looks"):
+    for heading in ("Training", "Effective receptive field", "Routing", "Class activation"):
         assert f"<h2>{heading}</h2>" in page
-    assert "How far the masks reach" not in page
+    assert "Learned masks" not in page
     assert "left out" not in page
     found = json.loads((runs[0] / "report.json").read_text())["results"]
-    assert found["What one unit sees"]["mixture"]["kind"] == "ReceptiveField"
-    assert found["Which experts are chosen"]["mixture"]["about"]["images"] == 16
+    assert found["Effective receptive field"]["mixture"]["kind"] == "ReceptiveField"
+    assert found["Routing"]["mixture"]["about"]["images"] == 16
 
 
 def test_what_was_found_is_said_once(runs, tmp_path, capsys):
@@ -54,9 +54,9 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
     out = tmp_path / "both.html"
     assert cli.main(["report", *map(str, runs), "--count", "2", "--out", str(out)]) == 0
     found = json.loads(out.with_suffix(".json").read_text())["results"]
-    assert set(found["What one unit sees"]) == {"mixture", "masks"}
-    assert set(found["Which experts are chosen"]) == {"mixture"}
-    assert set(found["How far the masks reach"]) == {"masks"}
+    assert set(found["Effective receptive field"]) == {"mixture", "masks"}
+    assert set(found["Routing"]) == {"mixture"}
+    assert set(found["Learned masks"]) == {"masks"}
     assert "conversion.kind" in out.read_text()  # in what their recipes differ
 
 

@@ -55,7 +55,7 @@ def test_images_are_drawn_for_models_of_scales(tmp_path):
     ("words", "message"),
     [
         (["test_resnet", "--images", "nowhere"], "no folder of images 'nowhere'"),
-        (["test_resnet", "--generate", "--size", "32"], "has 1000 outputs, and 8 names were given as classes"),
+        (["test_resnet", "--generate", "--size", "32"], "has 1000 outputs, and classes names 8"),
         (["test_resnet", "--generate", "--size", "16"], "size must be at least 32; got 16"),
     ],
 )

@@ -11,7 +11,7 @@ MODELS = ["test_vit{img_size: 64}", "torchvision:mobilenet_v3_small", OURS]
 
 
 def test_models_see_windows_of_larger_images(tmp_path, capsys):
-    words = ["--count", "3", "--size", "64", "--batch", "2", "--shifts", "16", "1", "--vector", "pdf"]
+    words = ["--count", "3", "--size", "64", "--batch-size", "2", "--shifts", "16", "1", "--vector", "pdf"]
     assert cli.main(["stability", *MODELS, *words, "--out", str(tmp_path)]) == 0
     names = ["stability.html", "stability.json", "stability.pdf", "stability.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -33,7 +33,7 @@ def test_models_see_windows_of_larger_images(tmp_path, capsys):
     [
         (["test_resnet", "--shifts", "0"], "every entry of shifts must be at least 1; got 0"),
         (["test_resnet", "--shifts", "2", "2"], "got (2, 2)"),
-        (["test_resnet", "--batch", "0"], "batch must be at least 1"),
+        (["test_resnet", "--batch-size", "0"], "batch_size must be at least 1"),
     ],
 )
 def test_what_can_be_mended_is_one_line(words, message, tmp_path, capsys):

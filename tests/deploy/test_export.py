@@ -244,8 +244,8 @@ REFUSED = [
     (nn.Conv2d(3, 4, 3), {"opset": 3}, ValueError, "opset must be from 18"),
     (nn.Conv2d(3, 4, 3), {"dynamic": (), "throughput": (9,)}, ValueError, "batch is fixed to 2"),
     (nn.Conv2d(3, 4, 3), {"tolerance": float("inf")}, ValueError, "tolerance must be from 0"),
-    (nn.Conv2d(3, 4, 3), {"normalisation": ((0.5,), (0.5,))}, ValueError, "a mean and a std for each of 3 channels"),
-    (nn.Conv2d(3, 4, 3), {"normalisation": ((0.5,) * 3, (0.0, 1, 1))}, ValueError, "std above 0"),
+    (nn.Conv2d(3, 4, 3), {"normalization": ((0.5,), (0.5,))}, ValueError, "a mean and a std for each of 3 channels"),
+    (nn.Conv2d(3, 4, 3), {"normalization": ((0.5,) * 3, (0.0, 1, 1))}, ValueError, "std above 0"),
 ]
 
 

@@ -34,7 +34,7 @@ def alone(path, folder):
 def test_what_is_given_stands_in_the_file_and_beside_it(tmp_path, suffix):
     path = tmp_path / "there" / f"a.{suffix}"
     done = deploy.export(
-        network(), path, torch.randn(2, 3, 12, 16), classes=NAMES, normalisation=((0.5,) * 3, (0.25,) * 3)
+        network(), path, torch.randn(2, 3, 12, 16), classes=NAMES, normalization=((0.5,) * 3, (0.25,) * 3)
     )
     told = json.loads((path.parent / f"a.{suffix}.json").read_text())
     assert told["classes"] == list(done.classes) == list(NAMES)
@@ -57,7 +57,7 @@ def test_what_is_not_known_is_null(tmp_path, suffix):
 
 def test_eight_bits_say_the_same(tmp_path):
     x = torch.randn(4, 3, 12, 16)
-    done = deploy.quantize(network(), tmp_path / "a.onnx", [x], classes=NAMES, normalisation=IMAGENET)
+    done = deploy.quantize(network(), tmp_path / "a.onnx", [x], classes=NAMES, normalization=IMAGENET)
     told = json.loads((tmp_path / "a.onnx.json").read_text())
     assert told["classes"] == list(done.classes) == list(NAMES)
     assert told["input"]["mean"] == list(IMAGENET[0])
@@ -81,7 +81,7 @@ def test_timm_says_normalization_and_size_but_no_names_of_a_new_head(tmp_path):
     assert deploy.ModelInfo.of(nn.Conv2d(3, 4, 3)) == deploy.ModelInfo()
 
 
-def test_a_grey_model_has_no_normalization_of_colours(tmp_path):
+def test_a_gray_model_has_no_normalization_of_colors(tmp_path):
     model = network(channels=1)
     model.pretrained_cfg = {"mean": IMAGENET[0], "std": IMAGENET[1]}
     deploy.export(model, tmp_path / "a.onnx", torch.randn(2, 1, 12, 12))

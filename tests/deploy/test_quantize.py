@@ -127,7 +127,7 @@ def test_several_outputs_keep_their_names(tmp_path, two_outputs):
     assert [y.shape for y in exported(torch.randn(2, 3, 8, 8))] == [(2, 4, 6, 6), (2, 4)]
 
 
-def test_what_cannot_be_quantised_is_refused(tmp_path):
+def test_what_cannot_be_quantized_is_refused(tmp_path):
     x = [torch.randn(4, 8, 12, 12)]
     with pytest.raises(ValueError, match=r"MoRFConv2d is not merged.*call reparameterize first"):
         deploy.quantize(MoRFConv2d(8, 8, (3, 5), groups=8).eval(), tmp_path / "a.onnx", x)
@@ -140,7 +140,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
         deploy.quantize(conv, tmp_path / "a.onnx", x, calibration="min-max")
     with pytest.raises(TypeError, match="a generator runs out"):
         deploy.quantize(conv, tmp_path / "a.onnx", (batch for batch in x))
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="the loader gave no images"):
         deploy.quantize(conv, tmp_path / "a.onnx", [])
     with pytest.raises(ValueError, match="images must be finite; image 0 of 4"):
         deploy.quantize(conv, tmp_path / "a.onnx", [x[0] * torch.nan])

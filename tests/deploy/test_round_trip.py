@@ -1,4 +1,4 @@
-"""Train form, re-parameterised, ONNX, onnxruntime: one function, for all of the registry and converted networks."""
+"""Train form, reparameterized, ONNX, onnxruntime: one function, for all of the registry and converted networks."""
 
 import pytest
 import timm

@@ -192,7 +192,7 @@ def test_the_layer_to_blame_is_named_and_can_be_kept(tmp_path):
 
 
 def test_much_that_is_lost_is_logged_with_the_layers_to_blame(tmp_path, caplog):
-    class Cancelling(nn.Module):
+    class Canceling(nn.Module):
         def __init__(self):
             super().__init__()
             self.near, self.far = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
@@ -203,7 +203,7 @@ def test_much_that_is_lost_is_logged_with_the_layers_to_blame(tmp_path, caplog):
         def forward(self, x):
             return self.near(x) - self.far(x)
 
-    done = deploy.quantize(Cancelling().eval(), tmp_path / "a.onnx", [pictures()])
+    done = deploy.quantize(Canceling().eval(), tmp_path / "a.onnx", [pictures()])
     assert done.change.rms > deploy.LOSSY
     assert f"8 bits change the outputs by {done.change.rms:.2g}" in caplog.text
     assert f"{done.by_change[0].name} (Conv) {done.by_change[0].change:.2g}, its output from" in caplog.text

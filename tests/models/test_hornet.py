@@ -153,7 +153,7 @@ def test_reparameterize_of_ours_and_of_timm(name):
         close(a, b, FLOAT64)
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     model = timm.create_model("hornet_tiny_gf", depths=(1, 1, 1, 1), head_init_scale=0.5)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -192,7 +192,7 @@ def test_starts_as_the_official_code_does():
     assert [b.drop_path.drop_prob for level in uniform.levels for b in level.blocks] == pytest.approx([0.4] * 5)
 
 
-def test_blocks_normalise_where_they_are_told():
+def test_blocks_normalize_where_they_are_told():
     x = torch.randn(2, 5, 6, 16, dtype=torch.double)
     pre, post = (settled(Block(16, 2, norms=n, layer_scale_init=1.0).double()) for n in ("pre", "post"))
     y = x + pre.gamma1 * pre.dcn(pre.norm1(x))

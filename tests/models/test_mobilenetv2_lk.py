@@ -57,7 +57,7 @@ def test_with_kernels_of_3_it_is_timms_network():
     for name, p in timm.create_model("mobilenetv2_lk", kernel_sizes=7, small_kernel=0).named_parameters():
         expected = theirs.get_parameter(name)
         if name.endswith("conv_dw.weight"):
-            assert p.std().item() == pytest.approx((2 / 49) ** 0.5, rel=0.1)  # as timm initialises a 7x7
+            assert p.std().item() == pytest.approx((2 / 49) ** 0.5, rel=0.1)  # as timm initializes a 7x7
         assert p.shape[:2] == expected.shape[:2]
 
 
@@ -84,23 +84,23 @@ def test_the_last_stage_alone():
     assert sizes == [5, 7, 9, 11, 11, 13, 13]
 
 
-def normalised(y, norm):
+def normalized(y, norm):
     return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 @pytest.mark.parametrize("name", ["2.0", "2.1"])
 @pytest.mark.parametrize("small_kernel", [0, 3])
-def test_every_branch_is_normalised_once_and_activated_after_the_sum(name, small_kernel):
+def test_every_branch_is_normalized_once_and_activated_after_the_sum(name, small_kernel):
     model = settled(timm.create_model("mobilenetv2_lk", kernel_sizes=7, small_kernel=small_kernel)).double()
     block = model.blocks.get_submodule(name)
     x = torch.randn(2, block.conv_pw.in_channels, 9, 8).double()
-    inner = F.relu6(normalised(block.conv_pw(x), block.bn1))
+    inner = F.relu6(normalized(block.conv_pw(x), block.bn1))
     branches = block.conv_dw.branches() if small_kernel else [(block.conv_dw, block.bn2)]
     total = 0
     for conv, norm in branches:
         padding = conv.kernel_size[0] // 2
-        total = total + normalised(F.conv2d(inner, conv.weight, None, conv.stride, padding, 1, conv.groups), norm)
-    y = normalised(block.conv_pwl(F.relu6(total)), block.bn3)
+        total = total + normalized(F.conv2d(inner, conv.weight, None, conv.stride, padding, 1, conv.groups), norm)
+    y = normalized(block.conv_pwl(F.relu6(total)), block.bn3)
     close(block(x), y + x if block.has_skip else y, FLOAT64)
     first = model.blocks[0][0].bn1  # of the other kind of block
     assert isinstance(first, nn.ReLU6 if small_kernel else nn.BatchNorm2d)
@@ -116,7 +116,7 @@ def test_shortcuts_can_be_left_out():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"kernel_sizes": (3, 3, 3, 3, 7)}, {"shortcut": False}], ids=str)
-def test_re_parameterisation_keeps_the_function(arguments):
+def test_reparameterization_keeps_the_function(arguments):
     model = settled(timm.create_model("mobilenetv2_lk", num_classes=7, **arguments)).double()
     x = torch.randn(2, 3, 64, 32).double()
     fused = widefield.reparameterize(model, x)

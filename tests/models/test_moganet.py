@@ -218,7 +218,7 @@ def test_bad_arguments_are_refused(arguments, error, message):
         MogaNet(**{**TINY, **arguments})
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     model = timm.create_model("moganet_xtiny", drop_path_rate=0.34)
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])

@@ -201,14 +201,14 @@ def test_layouts_and_half_precision():
 
 
 @pytest.mark.parametrize("small_kernel", [5, 0])
-def test_re_parameterisation_keeps_the_function(small_kernel):
+def test_reparameterization_keeps_the_function(small_kernel):
     model = tiny(small_kernel=small_kernel)
     fused = widefield.reparameterize(model, torch.randn(1, 3, 64, 64))
     assert not any(isinstance(m, (ReparamConv2d, ConvNorm)) for m in fused.modules())
     assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == 11  # before each block, and the last
     assert widefield.compare(model, fused, torch.randn(2, 3, 40, 72)).relative <= NETWORK
-    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    assert list(merged(synchronised).state_dict()) == list(merged(model).state_dict())
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert list(merged(synchronized).state_dict()) == list(merged(model).state_dict())
 
 
 def test_compiled_and_exported():
@@ -273,8 +273,8 @@ def test_official_weights_adapt(tmp_path, form):
     body = source.forward_features(x)
     for classes in (7, 0):
         close(load(num_classes=classes).forward_features(x), body, FLOAT32)
-    grey = load(in_chans=1)
-    close(grey.stem[0].conv.weight, source.stem[0].conv.weight.sum(1, keepdim=True), FLOAT32)
+    gray = load(in_chans=1)
+    close(gray.stem[0].conv.weight, source.stem[0].conv.weight.sum(1, keepdim=True), FLOAT32)
     features = load(features_only=True)(x)
     for ours, theirs in zip(features, source.forward_intermediates(x, intermediates_only=True), strict=True):
         close(ours, theirs, FLOAT32)

@@ -130,7 +130,7 @@ def test_the_small_square_is_left_out_where_it_is_not_smaller():
 
 
 @pytest.mark.parametrize("decomposed", [True, False])
-def test_re_parameterisation_keeps_the_function(decomposed):
+def test_reparameterization_keeps_the_function(decomposed):
     model = tiny(decomposed=decomposed).double()
     x = torch.randn(2, 3, 48, 64, dtype=torch.double)
     fused = widefield.reparameterize(model, x)

@@ -199,7 +199,7 @@ def test_reparameterize_of_ours_and_of_timm():
     assert all((a - b).abs().max() < 1e-4 * b.abs().max() for a, b in pairs)
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     model = timm.create_model("unireplknet_a", head_init_scale=0.5)
     for name, parameter in model.named_parameters():
         if name.endswith("act.1.gamma") or name.endswith(("bias", "beta")):
@@ -275,7 +275,7 @@ def test_it_behaves_as_every_network_in_timm(name):
         tiny(name, pretrained=True)
 
 
-def test_each_half_of_catavgmax_is_normalised():
+def test_each_half_of_catavgmax_is_normalized():
     model = tiny(global_pool="catavgmax", num_classes=0).eval()
     halves = model(5 * torch.randn(2, 3, 64, 64)).unflatten(1, (2, -1))
     close(halves.mean(-1), torch.zeros(2, 2), FLOAT32)
@@ -420,7 +420,7 @@ def test_the_python_of_the_docs_runs():
     assert "served" in scope
 
 
-def test_a_network_whose_branches_were_merged_in_place_re_parameterises_further():
+def test_a_network_whose_branches_were_merged_in_place_reparameterizes_further():
     model = settled(small("unireplknet_a"))
     x = torch.randn(1, 3, 64, 64)
     merged = copy.deepcopy(model)

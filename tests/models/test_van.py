@@ -202,7 +202,7 @@ def test_reparameterize_of_ours_and_of_timm():
         close(ours, theirs, NETWORK)
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_is_the_official_one():
     model = timm.create_model("van_b0", depths=(1, 1, 1, 1))
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -357,10 +357,10 @@ class TestWithoutItsData:
 
     def test_a_report_shows_what_there_is(self, here: Path) -> None:
         page = write_report(["runs/run"], here / "report.html", count=1).read_text()
-        assert "Where the model looks: left out" in page
+        assert "Class activation: left out" in page
         assert "are missing" in page
         numbers = json.loads((here / "report.json").read_text())["results"]
-        assert set(numbers) == {"What one unit sees", "How far kernels reach", "What a shift changes"}
+        assert set(numbers) == {"Effective receptive field", "Kernel energy", "Translation stability"}
 
     def test_its_weights_are_those_that_were_trained(self, here: Path) -> None:
         found = load("runs/run")

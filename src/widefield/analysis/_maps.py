@@ -1,4 +1,4 @@
-"""Layers' outputs as maps of places: to read, and to lead through a module in which they can be tapped."""
+"""Layer outputs as maps of positions: reading them, and routing them through a module that can be hooked."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from widefield.surgery.answers import described, exchanged, meant, tensors
 def as_map(
     output: Any, images: Sequence[int], *, layout: str | None = None, prefix: int | None = None
 ) -> Tensor | None:
-    """Return a layer's output as a map (N, C, h, w) that gradients flow through, or None if it is none.
+    """Return a layer's output as a map (N, C, h, w) that gradients flow through, or None if it is not a map.
 
-    A map keeps the images' proportions: (N, C, h, w) as it is; (N, h, w, C) as in Swin; tokens (N, L, C) of which the
-    last h*w stand for places, as in ViT. Of video clips, what there is at each time step counts as further channels:
-    (N, C, t, h, w), (N, t, h, w, C) and tokens for t*h*w places become (N, C*t, h, w).
+    A map keeps the images' proportions. Accepted forms are (N, C, h, w), (N, h, w, C) as in Swin, and tokens (N, L, C)
+    as in ViT, of which the last h*w stand for positions. For video clips, time steps count as channels: (N, C, t, h,
+    w), (N, t, h, w, C) and tokens for t*h*w positions become (N, C*t, h, w).
 
     Args:
-        output: whatever a module returned.
+        output: what a module returned.
         images: (H, W) of the images, or (T, H, W) of the clips.
-        layout: "NCHW" or "NHWC" where known; needed only where both would fit.
-        prefix: tokens before those that stand for places; None: the fewest that fit.
+        layout: "NCHW" or "NHWC" if known; used only where both would fit.
+        prefix: number of leading tokens that do not stand for positions; None: the fewest that fit.
     """
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
@@ -46,7 +46,7 @@ def as_map(
 
 
 def _channels_last(shape: Sequence[int], images: Sequence[int], layout: str | None) -> bool | None:
-    """Return whether the channels of a map of this shape come last, None if it is no map of such images."""
+    """Return whether the channels of a map of this shape come last; None if it is not a map of such images."""
     frames, size = images[:-2], images[-2:]
     first, last = (
         _similar(sides[-2:], size) and all(t <= most for t, most in zip(sides[:-2], frames, strict=True))
@@ -58,9 +58,9 @@ def _channels_last(shape: Sequence[int], images: Sequence[int], layout: str | No
 
 
 def _of_clip(tokens: Tensor, clip: Sequence[int]) -> Tensor | None:
-    """Return :func:`as_map` of tokens (N, L, C) for clips of (T, H, W), with at most one that stands for no place.
+    """Return :func:`as_map` of tokens (N, L, C) for clips (T, H, W), with at most one extra token.
 
-    Of several splits into time and places it is that with the most time steps, as strides in time are small.
+    Among several splits into time and space, the one with the most time steps is chosen, as strides in time are small.
     """
     frames, size = clip[0], clip[1:]
     for extra in (0, 1):
@@ -73,7 +73,7 @@ def _of_clip(tokens: Tensor, clip: Sequence[int]) -> Tensor | None:
 
 
 def _similar(sides: Sequence[int], images: Sequence[int]) -> bool:
-    """Whether a map of these sides can be one of images of that size: the same stride both ways, to rounding."""
+    """Return whether a map of these sides fits images of that size: the same stride along both axes, up to rounding."""
     h, w = sides
     H, W = images
     return 1 < h * w <= H * W and abs(h - w * H / W) <= 1 + 1e-6 and (H != W or h == w)
@@ -88,9 +88,9 @@ def _sides(places: int, images: Sequence[int]) -> tuple[int, int] | None:
 
 
 def inner_map(output: Any, images: Sequence[int], **hint: Any) -> tuple[Tensor, Tensor] | None:
-    """Return the one map in a layer's output, as (the tensor in the output, :func:`as_map` of it), or None.
+    """Return the only map in a layer's output, as (the tensor in the output, :func:`as_map` of it), or None.
 
-    Layers may return it alone, next to what is no map (sizes, None, attention weights), or as "out".
+    The map may stand alone, next to other values (sizes, None, attention weights), or under the key "out".
     """
     one = meant(output)
     candidates = tensors(output) if one is None else [one]
@@ -99,22 +99,22 @@ def inner_map(output: Any, images: Sequence[int], **hint: Any) -> tuple[Tensor, 
 
 
 def map_hint(model: nn.Module) -> dict[str, Any]:
-    """Return what timm's models say about the form of their maps, as :func:`as_map` takes it."""
+    """Return what a timm model states about its map layout, as keyword arguments of :func:`as_map`."""
     return {"layout": getattr(model, "output_fmt", None), "prefix": getattr(model, "num_prefix_tokens", None)}
 
 
 def no_map(output: Any) -> str:
-    """Return in words what a layer gave in place of one map, and what to do about it."""
+    """Describe what a layer returned instead of one map, with a suggestion."""
     several = not isinstance(output, Tensor) and len(tensors(output)) > 1
-    return described(output) + (": choose a layer inside it that gives one of them" if several else "")
+    return described(output) + (": choose a layer inside it that returns one of them" if several else "")
 
 
 @contextmanager
 def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Module]:
-    """Lead a layer's output through a module that sees it as a map (N, C, h, w), and yield that module.
+    """Route a layer's output through a module that sees it as a map (N, C, h, w), and yield that module.
 
-    captum averages gradients over all dimensions after the second, which is right for (N, C, h, w) alone: with the
-    module as its layer, tokens, channels-last maps and those of clips are served as well.
+    captum averages gradients over all dimensions after the second, which is correct for (N, C, h, w) only. With this
+    module as its layer, tokens, channels-last maps and clips work as well.
     """
     tap = nn.Identity()
     hint = map_hint(model)
@@ -123,10 +123,10 @@ def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Mod
         found = inner_map(output, size, **hint)
         if found is None:
             got = "shape " * isinstance(output, Tensor) + no_map(output)
-            raise ValueError(f"the layer {layer!r} gives no map of images of {tuple(size)} pixels: got {got}.")
+            raise ValueError(f"layer {layer!r} returns no map of images of {tuple(size)} pixels: got {got}.")
         inside, seen = found
-        # Detached: captum asks for gradients of this tensor, and the caller's images may share its memory.
-        # Cloned: the next layer may work in place.
+        # detach: captum sets requires_grad on this tensor, which may share memory with the caller's images.
+        # clone: the next layer may work in place.
         led = tap(seen.detach()).clone()
         return exchanged(output, inside, _laid_out(led, inside, size, hint["layout"]))
 
@@ -138,7 +138,7 @@ def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Mod
 
 
 def _laid_out(led: Tensor, given: Tensor, images: Sequence[int], layout: str | None) -> Tensor:
-    """Return a map that :func:`as_map` made of ``given``, in the form of that."""
+    """Return a map made by :func:`as_map` from ``given`` in the layout of ``given``."""
     if given.ndim == 3:
         tokens = led.reshape(len(led), given.shape[2], -1).transpose(1, 2)
         return cat([given[:, : given.shape[1] - tokens.shape[1]], tokens], 1)

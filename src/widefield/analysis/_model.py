@@ -1,4 +1,4 @@
-"""How an analysis treats a model: as a guest. Modes, gradients and hooks are put back, also after an exception."""
+"""How an analysis runs a model: modes, gradients and hooks are restored, also after an exception."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.analysis._maps import as_map, inner_map, map_hint
 from widefield.surgery.anatomy import anatomy, is_inside
-from widefield.surgery.outputs import pixels, place
+from widefield.surgery.inputs import pixels, place
 
 __all__ = [
     "Layer",
@@ -38,15 +38,15 @@ __all__ = [
 T = TypeVar("T")
 
 Layer = str | nn.Module
-"""A layer of a model: its name, or itself."""
+"""A layer of a model: its name, or the module."""
 
 _FRAMES = 16
-"""Of clips that are made up."""
+"""Frames of the clips made by :func:`made_up`."""
 
 
 @contextmanager
 def visited(model: nn.Module) -> Iterator[nn.Module]:
-    """Put a model into evaluation mode without gradients for its parameters, and everything back at the end.
+    """Put a model into evaluation mode without parameter gradients, and restore both at the end.
 
     Gradients with respect to the images still flow. ``.grad`` of the parameters is neither read nor written.
     """
@@ -68,7 +68,10 @@ def visited(model: nn.Module) -> Iterator[nn.Module]:
 def watched(
     modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 ) -> Iterator[None]:
-    """Call ``see(name, module, inputs, output)`` after every forward pass of these modules; hooks are removed."""
+    """Call ``see(name, module, inputs, output)`` after each forward pass of these modules.
+
+    The hooks are removed at the end.
+    """
     handles = []
     try:
         for name, module in modules.items():
@@ -82,18 +85,18 @@ def watched(
 def chunks(
     images: Tensor | Iterable[Any], model: nn.Module, size: int | None = None, *, clips: bool = False
 ) -> Iterator[Tensor]:
-    """Yield images (N, C, H, W) in batches of at most ``size``, on the model's device and in its type.
+    """Yield images (N, C, H, W) in batches of at most ``size``, with the model's device and dtype.
 
     Args:
-        images: one tensor, or batches of them, such as a loader gives; dictionaries with "image" and pairs that begin
-            with the images are taken as well.
-        model: see above.
-        size: images a batch; None: as they come.
-        clips: take video clips (N, C, T, H, W), too.
+        images: a tensor, or an iterable of batches: tensors, dictionaries with "image", or tuples that start with the
+            images.
+        model: determines device and dtype.
+        size: largest number of images in a batch; None keeps the given batches.
+        clips: also accept video clips (N, C, T, H, W).
 
     Raises:
-        TypeError: not tensors of floating-point numbers.
-        ValueError: not four dimensions, numbers that are not finite, or no image at all.
+        TypeError: not floating-point tensors.
+        ValueError: wrong number of dimensions, values that are not finite, or no images.
     """
     device, dtype = place(model)
     empty = True
@@ -104,11 +107,11 @@ def chunks(
                 empty = False
                 yield part.to(device, dtype)
     if empty:
-        raise ValueError("there are no images: images is empty.")
+        raise ValueError("images is empty: give at least one image.")
 
 
 def batched(images: object) -> Iterable[Any]:
-    """Return batches: a tensor is one. Raises TypeError for what gives no batches."""
+    """Return an iterable of batches; a tensor is one batch. Raises TypeError for anything else."""
     if not isinstance(images, Iterable):
         raise TypeError(f"images must be a tensor (N, C, H, W), or batches of them; got {images!r}.")
     return [images] if isinstance(images, Tensor) else images
@@ -121,19 +124,19 @@ def is_size(images: object) -> bool:
 
 
 def made_up(model: nn.Module, size: Any, count: int, *, noise: bool) -> Tensor:
-    """Return images of a size for a model, black or of normal noise from a fixed seed.
+    """Return black images of a size, or images of normal noise from a fixed seed.
 
-    They have as many channels as the model's first convolution takes (3 without any), and are clips of 16 frames
-    (N, C, 16, H, W) where that is an nn.Conv3d.
+    They have the channels of the model's first convolution (3 without one). If that is an nn.Conv3d, they are clips of
+    16 frames, (N, C, 16, H, W).
 
     Args:
-        model: see above.
+        model: determines the number of channels.
         size: a side in pixels, or (rows, columns).
         count: N.
-        noise: or else black.
+        noise: normal noise instead of black.
 
     Raises:
-        TypeError, ValueError: what is no size, or one that is not positive.
+        TypeError, ValueError: ``size`` is not a size, or not positive.
     """
     if not is_size(size):
         raise TypeError(
@@ -147,15 +150,15 @@ def made_up(model: nn.Module, size: Any, count: int, *, noise: bool) -> Tensor:
 
 @contextmanager
 def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Iterator[None]:
-    """Turn what networks say to images that they are not made for into a ValueError that names the size.
+    """Turn the errors of networks that reject the images' size into a ValueError that names the size.
 
-    ``given`` are those that the images are parts of.
+    ``given`` are the original images, if ``images`` are crops of them.
     """
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:
         mend = turned(model, (images if given is None else given).shape)
-        if isinstance(error, ValueError) and not mend:  # says itself what is wrong
+        if isinstance(error, ValueError) and not mend:  # its message is already clear
             raise
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
@@ -164,18 +167,18 @@ def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> It
 
 
 def turned(model: nn.Module, shape: Sequence[int]) -> str:
-    """Return a sentence for images that seem to be (N, H, W, C); empty for others."""
+    """Return a hint for images that seem to be (N, H, W, C); empty for others."""
     takes = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     looks = len(shape) == 4 and takes == shape[3] != shape[1]
     return " They look like (N, H, W, C): pass images.movedim(-1, 1)." if looks else ""
 
 
 def layer_name(model: nn.Module, layer: object) -> str:
-    """Return the name of a layer of a model, given by its name or as the module itself.
+    """Return the name of a layer of a model, given by name or as the module.
 
     Raises:
-        TypeError: something else.
-        ValueError: the model has no such layer; says what it might have been.
+        TypeError: another type.
+        ValueError: the model has no such layer; the message suggests similar names.
     """
     known: dict[str, nn.Module] = dict(model.named_modules())
     if isinstance(layer, nn.Module):
@@ -183,8 +186,8 @@ def layer_name(model: nn.Module, layer: object) -> str:
             if module is layer:
                 return name
         raise ValueError(
-            f"layer must be a part of the model; this {type(layer).__name__} is none of {type(model).__name__}: take "
-            "it from the model that is passed, not from a copy."
+            f"layer must be a module of the model; this {type(layer).__name__} does not belong to "
+            f"{type(model).__name__}. Take it from the model that you pass, not from a copy."
         )
     if not isinstance(layer, str):
         raise TypeError(
@@ -197,32 +200,31 @@ def layer_name(model: nn.Module, layer: object) -> str:
 
 
 def submodule(model: nn.Module, layer: object) -> nn.Module:
-    """Return a layer of a model, given as :func:`layer_name` takes it."""
+    """Return a layer of a model, given as in :func:`layer_name`."""
     return model.get_submodule(layer_name(model, layer))
 
 
 def _example(known: Mapping[str, nn.Module]) -> str:
-    """Return a name that shows what names look like: the last next to the root that has convolutions, or the last."""
+    """Return an example of a layer name: the last child with convolutions, or the last child."""
     names = [name for name in known if name and "." not in name]
     maps = [name for name in names if any(isinstance(module, nn.Conv2d) for module in known[name].modules())]
     return (maps or names or [""])[-1]
 
 
 def never_called(model: nn.Module, layer: str) -> ValueError:
-    """Return the error for a layer that the model does not run."""
+    """Return the error for a layer that the model does not call."""
     return ValueError(
-        f"layer {layer!r} of {type(model).__name__} is never called in evaluation mode, as heads for training alone "
-        "are not: choose a layer that the images pass through, or None for the default."
+        f"layer {layer!r} of {type(model).__name__} is never called in evaluation mode, like heads used only in "
+        "training. Choose a layer that the images pass through, or None for the default."
     )
 
 
 def last_maps(model: nn.Module, images: Tensor) -> list[str]:
-    """Return the names of the layers that give a map of ``images``, in the order in which they finish.
+    """Return the names of the layers that return a map of ``images``, in the order in which they finish.
 
-    They are those of the model's backbone (:func:`widefield.surgery.anatomy.anatomy`), of a timm model those of
-    its ``forward_features``; all layers where the backbone has none. The last is what necks and heads see. Of modules
-    that return the same tensor, one inside the other, each has its entry, the outermost last. The model's own entry is
-    "".
+    Only layers of the model's backbone count (:func:`widefield.surgery.anatomy.anatomy`), for timm models those
+    of ``forward_features``; all layers if the backbone has none. The last one is what necks and heads receive. Nested
+    modules that return the same tensor each have an entry, the outermost last. The model's own name is "".
     """
     names: list[str] = []
     size, hint = images.shape[2:], map_hint(model)
@@ -239,7 +241,7 @@ def last_maps(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def track(steps: Iterable[T], text: str, *, total: int | None = None, show: bool) -> Iterable[T]:
-    """Return ``steps`` as they are, or behind a progress bar on the terminal."""
+    """Return ``steps`` unchanged, or wrapped in a progress bar on the terminal."""
     if not show:
         return steps
     from rich.console import Console

@@ -41,8 +41,8 @@ class Axis:
         start = min(self.start, other.start)
         return Axis(self.jump, start, max(self.start + self.size, other.start + other.size) - start)
 
-    def centre(self, index: int) -> float:
-        """Return the middle of what a place sees, counted from the centre of the first pixel."""
+    def center(self, index: int) -> float:
+        """Return the middle of what a place sees, counted from the center of the first pixel."""
         return self.start + index * self.jump + (self.size - 1) / 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".pdf", ".svg", ".json", ".html")
 
 
-class Result(ABC):
+class Result(report.Report):
     """A frozen dataclass of arrays (on the CPU) and plain values; its subclasses are one analysis each.
 
     Attributes:
-        name: what was analysed, as figures and tables call it: a model's name.
-        about: how it was done: number and source of the images, their size, normalisation, seed.
+        name: what was analyzed, as figures and tables call it: a model's name.
+        about: how it was done: number and source of the images, their size, normalization, seed.
     """
 
     title: ClassVar[str]
@@ -41,6 +41,14 @@ class Result(ABC):
     @abstractmethod
     def rows(self) -> list[dict[str, str]]:
         """Return the figures to print, as rows of text; the same columns for every result of a kind."""
+
+    def summary(self) -> str:
+        """Return what was analyzed and how, as one line."""
+        return _described(self.name, self.about)
+
+    def _repr_html_(self) -> str:
+        """Return the figures, the table and the facts, which Jupyter displays."""
+        return section({self.name: self})[1]
 
     @classmethod
     @abstractmethod
@@ -100,9 +108,13 @@ def section(results: Mapping[str, Result], heading: str = "Result", **options: A
     if rows:
         body += report.table(rows)
     for name, result in results.items():
-        facts = ", ".join(f"{key} {value}" for key, value in result.about.items())
-        body += report.paragraph(f"{name}: {facts}.")
+        body += report.paragraph(_described(name, result.about))
     return heading, body
+
+
+def _described(name: str, about: Mapping[str, Any]) -> str:
+    facts = ", ".join(f"{key} {value}" for key, value in about.items())
+    return f"{name}: {facts}." if facts else f"{name}."
 
 
 def plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Variance:
-    """Routing weights' variance over labelled images, summed over the experts and split by class.
+    """Routing weights' variance over labeled images, summed over the experts and split by class.
 
     Attributes:
         within: mean squared distance of an image's weights from the mean of its class.
@@ -95,7 +95,7 @@ class Routing:
     def use(self) -> np.ndarray:
         """Return each image's routing weights as shares, (N, n): |w_r| / sum_s |w_s|; rows sum to 1.
 
-        In absolute value, as unnormalised soft weights may be negative. An image whose weights are all 0 counts as
+        In absolute value, as unnormalized soft weights may be negative. An image whose weights are all 0 counts as
         undecided: 1/n each.
         """
         size = np.abs(self.weights.astype(np.float64))

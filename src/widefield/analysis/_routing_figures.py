@@ -25,14 +25,14 @@ _CLASSES = 20
 
 def _pies(results: Mapping[str, RoutingStatistics]) -> Figure:
     experts = _experts(block for result in results.values() for block in result.blocks)
-    colours = dict(zip(experts, report.expert_colours(len(experts)), strict=True))
+    colors = dict(zip(experts, report.expert_colors(len(experts)), strict=True))
     figure, grids = _grids(results, 1.2, 0.4)
     handles: dict[str, Any] = {}
     for result, axes in zip(results.values(), grids, strict=True):
         for axis, block in zip(axes, result.blocks, strict=True):
             wedges, _, texts = axis.pie(
                 block.frequencies(),
-                colors=[colours[name] for name in block.experts],
+                colors=[colors[name] for name in block.experts],
                 startangle=90,
                 counterclock=False,
                 radius=1.25,
@@ -69,9 +69,9 @@ def _heat(results: Mapping[str, RoutingStatistics]) -> Figure:
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 dead = experts[column] in result.blocks[row].dead()
-                colour = _readable(shown.cmap(shown.norm(100 * value)))
+                color = _readable(shown.cmap(shown.norm(100 * value)))
                 text = "dead" if dead else f"{100 * value:.0f}"
-                axis.text(column, row, text, ha="center", va="center", fontsize=6, color=colour)
+                axis.text(column, row, text, ha="center", va="center", fontsize=6, color=color)
         axis.set_xticks(range(len(experts)), experts, rotation=90 if max(map(len, experts)) > 5 else 0)
         axis.set_xlabel("expert")
     figure.colorbar(shown, ax=axes, label="mean share of the routing weight, %", pad=0.02, aspect=30)
@@ -114,14 +114,14 @@ def _fields(results: Mapping[str, RoutingStatistics]) -> Figure:
             quarters = np.quantile(values, (0.25, 0.5, 0.75))
             lines = [
                 axis.plot([values.min(), values.max()], [row, row], color="0.55", linewidth=0.8)[0],
-                axis.plot(quarters[[0, 2]], [row, row], color=report.COLOURS[0], linewidth=3, solid_capstyle="butt")[0],
+                axis.plot(quarters[[0, 2]], [row, row], color=report.COLORS[0], linewidth=3, solid_capstyle="butt")[0],
                 axis.plot(quarters[1], row, "o", color="white", markeredgecolor="black", markersize=3)[0],
-                axis.plot(middle[row], row, "|", color=report.COLOURS[5], markersize=7)[0],
+                axis.plot(middle[row], row, "|", color=report.COLORS[5], markersize=7)[0],
             ]
             if named and values.min() < values.max():
                 for images, side, gap in zip(block.extremes(1), ("right", "left"), (-4, 4), strict=True):
                     axis.annotate(
-                        _tail(PurePath(result.images[images[0]]).stem, 16),
+                        _tail(PurePath(result.names[images[0]]).stem, 16),
                         (values[images[0]], row),
                         xytext=(gap, 0),
                         textcoords="offset points",
@@ -220,9 +220,9 @@ def _by_class(result: RoutingStatistics) -> tuple[list[str], list[np.ndarray]]:
     return [list(parts)[k] for k in kept], [table[kept] for table in apart]
 
 
-def _readable(colour: Any) -> str:
-    """Return black or white, whichever can be read on ``colour``, RGBA."""
-    red, green, blue = colour[:3]
+def _readable(color: Any) -> str:
+    """Return black or white, whichever can be read on ``color``, RGBA."""
+    red, green, blue = color[:3]
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 

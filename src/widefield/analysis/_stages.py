@@ -22,9 +22,9 @@ def span(size: Pair, dilation: Pair) -> Pair:
 
 
 def average(maps: Sequence[np.ndarray], dilations: Sequence[Pair], side: int) -> np.ndarray:
-    """Return the mean of maps of taps, each spread by its dilation and centred: (2 * side, 2 * side), float64.
+    """Return the mean of maps of taps, each spread by its dilation and centered: (2 * side, 2 * side), float64.
 
-    The grid is one of half pixels, as the centre of an even kernel lies between two pixels and that of an odd one on a
+    The grid is one of half pixels, as the center of an even kernel lies between two pixels and that of an odd one on a
     pixel. The mean at a place is over the maps with a tap there; NaN where none has one.
 
     Args:
@@ -65,15 +65,15 @@ def _heights(models: Mapping[str, Sequence[Any]]) -> list[float]:
 
 
 def draw(canvas: Any, models: Mapping[str, Sequence[tuple[str, np.ndarray]]], side: int, label: str) -> None:
-    """Draw the maps of each model in a row of their own, all on one scale of colours (0 to 1) and of pixels.
+    """Draw the maps of each model in a row of their own, all on one scale of colors (0 to 1) and of pixels.
 
-    Grey is where no kernel has a tap.
+    Gray is where no kernel has a tap.
 
     Args:
         canvas: a figure or a part of one.
         models: name -> (title, map as :func:`average` returns it) of each stage.
         side: of all maps, in pixels.
-        label: of the scale of colours.
+        label: of the scale of colors.
     """
     columns = min(max(map(len, models.values())), COLUMNS)
     canvas.figure.get_layout_engine().set(h_pad=0.06)  # or titles touch names
@@ -101,6 +101,6 @@ def short(name: str, length: int = 34) -> str:
     return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"
 
 
-def stage_colours(count: int) -> list[Any]:
-    """Return one colour a stage, light to dark from the image on."""
-    return report.expert_colours(count) if count > 1 else [report.COLOURS[0]]
+def stage_colors(count: int) -> list[Any]:
+    """Return one color a stage, light to dark from the image on."""
+    return report.expert_colors(count) if count > 1 else [report.COLORS[0]]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _KEPT = 224  # pixels a side of the copies of images that a result keeps
 _SMALL = 6.5  # points, of what stands under a picture
-_BAR = 0.75  # inches, for the scale of colours
+_BAR = 0.75  # inches, for the scale of colors
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class ClassActivation(Result):
         return {key: value for key, value in super().to_dict().items() if key != "pixels"}
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row: how wide the maps are, and how much they keep to the centre."""
+        """Return one row: how wide the maps are, and how much they keep to the center."""
         return [
             {
                 "model": self.name,
                 "layer": self.layer,
                 "map": "×".join(map(str, self.maps.shape[1:])),
                 "above half (%)": _percent(self.area),
-                "in the centre (%)": _percent(self.central),
+                "in the center (%)": _percent(self.central),
                 "empty": f"{self.empty} of {len(self.maps)}",
             }
         ]
@@ -148,7 +148,7 @@ def class_activation(
     layer: Layer | None = None,
     classes: Sequence[str] | None = None,
     pixels: Tensor | np.ndarray | None = None,
-    batch: int = 8,
+    batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -167,14 +167,14 @@ def class_activation(
         model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections; of timm,
             torchvision, segmentation-models-pytorch or one's own. Outputs that hold them as "logits" or "out", or as
             their only tensor, are taken as well.
-        images: (N, C, H, W), or batches of such as loaders give; normalised, all of one size. Video clips
+        images: (N, C, H, W), or batches of such as loaders give; normalized, all of one size. Video clips
             (N, C, T, H, W) get one map each: every time step of a layer's map counts as further channels.
         targets: a class for all images, or one for each; None: the class with the largest score, the one that covers
             most pixels, or the one whose detections have the largest sum of scores.
         layer: a layer that gives a map, or its name; None: that of :func:`target_layer`.
         classes: names, one per score.
         pixels: the images as figures show them, (N, H, W, C) in [0, 1]; None: figures show the maps alone.
-        batch: images at a time.
+        batch_size: images at a time.
         name: what to call the model; None: its type's name.
         about: how the images came about, for the result to keep.
         progress: show a bar on the terminal.
@@ -188,7 +188,7 @@ def class_activation(
     """
     from captum.attr import LayerGradCam  # imports pyplot: only when it is needed
 
-    _checks.integer("batch", batch)
+    _checks.integer("batch_size", batch_size)
     wanted = _targets(targets)
     kept = None if pixels is None else _pixels(pixels)
     name_of_layer = None if layer is None else layer_name(model, layer)
@@ -197,12 +197,14 @@ def class_activation(
         each["pixels"] = kept
     total = None
     if isinstance(images, Tensor) and images.ndim in (4, 5):
-        total = -(-len(images) // batch)
+        total = -(-len(images) // batch_size)
         _one_each(each, len(images))
     parts: list[tuple[Tensor, ...]] = []
     size: tuple[int, ...] = ()
     done = 0
-    for part in track(chunks(images, model, batch, clips=True), "class activation maps", total=total, show=progress):
+    for part in track(
+        chunks(images, model, batch_size, clips=True), "class activation maps", total=total, show=progress
+    ):
         size = size or tuple(part.shape[2:])
         if tuple(part.shape[2:]) != size:
             raise ValueError(f"images must all be of one size; got {size} and {tuple(part.shape[2:])}.")
@@ -407,7 +409,7 @@ def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
     low, high = (float(v) for v in given.aminmax()) if given.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"pixels must lie in [0, 1]; got {low:.3g} to {high:.3g}. Pictures.shown makes them of normalised images."
+            f"pixels must lie in [0, 1]; got {low:.3g} to {high:.3g}. Pictures.shown makes them of normalized images."
         )
     small = given.float().movedim(-1, 1)
     if max(small.shape[2:]) > _KEPT:
@@ -469,7 +471,7 @@ def _shown(image: np.ndarray) -> np.ndarray:
 
 
 def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:
-    """Draw a map (H, W) over a grey image; return what a colour bar needs."""
+    """Draw a map (H, W) over a gray image; return what a color bar needs."""
     H, W = scores.shape
     place: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": H / W}
     if image is not None:
@@ -480,7 +482,7 @@ def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:
     if scores.max() == 0:
         axis.text(0.5, 0.5, "empty", color="white", ha="center", va="center")
     elif scores.min() < 0.5:
-        # Centres of pixels: a contour has no extent of its own that reaches to their edges.
+        # Centers of pixels: a contour has no extent of its own that reaches to their edges.
         across, down = ((np.arange(n) + 0.5) / n for n in (W, H))
         axis.contour(across, down, scores, levels=[0.5], colors="white", linewidths=0.7)
     return shades

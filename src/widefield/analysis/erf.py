@@ -1,9 +1,12 @@
-"""What a unit does see: effective receptive fields (Ding et al. 2022, section 5, figure 1 and appendix B)."""
+"""Effective receptive fields: which pixels a unit responds to.
+
+Ding et al. 2022 (RepLKNet), section 5, figure 1 and appendix B.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -17,7 +20,7 @@ from widefield.analysis._model import Layer, chunks, is_size, layer_name, made_u
 from widefield.analysis._result import Result
 from widefield.analysis.theoretical import (
     Field,
-    Target,
+    Position,
     candidates,
     feature_map,
     theoretical_receptive_field,
@@ -31,46 +34,46 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
-"""Shares of all contributions whose area is reported: those of the paper's table."""
+"""Shares of all contributions whose area is reported, as in the paper's table."""
 
 OUTPUT = "(output)"
-"""What tables call the layer "", which is the model itself."""
+"""How tables name the layer "", which is the model itself."""
 
 _FAINTEST = 1e-4
-"""Where the logarithmic colours end."""
+"""Lower end of the logarithmic color scale."""
 
 _NOISES = 8
-"""Images that are made up where a size is given."""
+"""Number of noise images for a given size."""
 
 _WIDEST = 5
-"""Panels beside each other that can be read on a page."""
+"""Largest number of panels side by side."""
 
 
 @dataclass(frozen=True)
 class ReceptiveField(Result):
-    """The effective receptive field of one unit, over some images.
+    """The effective receptive field of one unit, averaged over images.
 
     Attributes:
-        scores: (H, W), float64: how much each pixel contributes to the unit, rescaled to a maximum of 1.
-        peak: what that maximum was, per image: ``peak * scores`` are the paper's sums of gradients.
-        area_ratio: for a share of all contributions, the share of the image's area that the smallest square needs
-            which is centred on the theoretical field and holds that share. The gradients' magnitude does not matter.
-        log_area_ratio: the same of ``log10(peak * scores + 1)``, as in the paper's table. Here it does matter: the
-            larger the gradients, the flatter their logarithm and the larger its area.
-        sigma_x, sigma_y: standard deviations, in pixels, of the Gaussian that fits the scores with maximum likelihood,
-            which is the one with their second moments. Long tails count; the image's border cuts them off.
-        theoretical: what the same unit can see.
-        clipped: how many (rows, columns) of that lie in the image.
-        layer: whose map it is.
-        target: (row, column) of the unit in the map.
+        scores: (H, W), float64: contribution of each pixel to the unit, scaled to a maximum of 1.
+        peak: the maximum before scaling, per image: ``peak * scores`` are the paper's sums of gradients.
+        area_ratio: for a share of all contributions, the share of the image's area covered by the smallest square that
+            is centered on the theoretical field and holds that share. Independent of the gradients' magnitude.
+        log_area_ratio: the same for ``log10(peak * scores + 1)``, as in the paper's table. It depends on the magnitude:
+            larger gradients have a flatter logarithm and a larger area.
+        sigma_x, sigma_y: standard deviations in pixels of the maximum-likelihood Gaussian, which has the scores' second
+            moments. Long tails count; the image's border cuts them off.
+        theoretical: the theoretical receptive field of the same unit.
+        clipped: how many (rows, columns) of the theoretical field lie in the image.
+        layer: name of the layer.
+        position: (row, column) of the unit on the layer's map.
     """
 
     title: ClassVar[str] = "Effective receptive fields"
     lead: ClassVar[str] = (
-        "How much every pixel contributes to one unit of a feature map: the positive part of the gradient, summed over "
-        "channels and images, relative to the largest. Under each field: the share of the image's area that the "
-        "smallest centred square needs to hold 20, 30, 50 and 99 % of all contributions, and the theoretical receptive "
-        "field, dashed where it fits into the image."
+        "Contribution of each pixel to one unit of a feature map: the positive part of the gradient, summed over "
+        "channels and images, relative to the largest. Under each field: the share of the image's area covered by the "
+        "smallest centered square that holds 20, 30, 50 and 99 % of all contributions; and the theoretical receptive "
+        "field, drawn dashed if it fits into the image."
     )
 
     name: str
@@ -84,19 +87,19 @@ class ReceptiveField(Result):
     theoretical: Field
     clipped: tuple[int, int]
     layer: str
-    target: tuple[int, int]
+    position: tuple[int, int]
 
     @property
     def size(self) -> str:
-        """The images' size in words: "224", or "224x320" (rows, columns)."""
+        """The images' size as text: "224", or "224x320" (rows, columns)."""
         return _sides(self.scores.shape)
 
     def logarithmic(self) -> np.ndarray:
-        """Return ``log10(A + 1)``, A the sums of an image's gradients, rescaled to a maximum of 1: figure 1."""
+        """Return ``log10(A + 1)`` of the per-image gradient sums A, scaled to a maximum of 1 (figure 1)."""
         return _logarithmic(self.scores, self.peak)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, strings, lists and mappings; scores to six decimals."""
+        """Return all values in JSON's types; scores are rounded to six decimals."""
         return {**super().to_dict(), "scores": np.round(self.scores, 6).tolist()}
 
     def rows(self) -> list[dict[str, str]]:
@@ -117,12 +120,12 @@ class ReceptiveField(Result):
     @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, ReceptiveField], *, log: bool = True) -> Figure:
-        """Draw fields with one scale of colours; those of models at several sizes as a table.
+        """Draw the fields on one color scale; models at several sizes form a grid.
 
         Args:
-            results: by what to call them in a figure without a table; in a table their own names and sizes count.
-            log: colour the scores by their logarithm, down to 1e-4 of the maximum, and not by themselves. (The paper
-                colours log10(A + 1), which depends on the magnitude of gradients: :meth:`logarithmic`.)
+            results: by title of their panel. In a grid, the results' own names and sizes are used instead.
+            log: use a logarithmic color scale, down to 1e-4 of the maximum. (The paper colors log10(A + 1), which
+                depends on the magnitude of gradients: :meth:`logarithmic`.)
         """
         table = _table(results)
         columns = len(table[0])
@@ -138,7 +141,7 @@ class ReceptiveField(Result):
                 axis.axis("off")
             else:
                 shown = _draw_one(axis, heading, entry[1], log=log)
-        for places in axes:  # rows are counted once where all have the same
+        for places in axes:  # panels of equal height share the labels of their rows
             if len({axis.get_ylim() for axis in places if axis.images}) == 1:
                 for axis in places[1:]:
                     axis.tick_params(labelleft=False)
@@ -146,95 +149,79 @@ class ReceptiveField(Result):
             bar = figure.colorbar(shown, ax=axes, aspect=25 * len(table), pad=0.01, extend="min" if log else "neither")
             bar.set_label("contribution, relative to the largest")
             bar.outline.set_visible(False)
-        figure.supxlabel("pixels from the centre of the theoretical field", fontsize=8)
+        figure.supxlabel("pixels from the center of the theoretical field", fontsize=8)
         return figure
 
 
 def effective_receptive_field(
     model: nn.Module,
     images: Tensor | Iterable[Any] | int | Sequence[int],
-    layer: Layer | None = None,
-    target: Target = "center",
     *,
-    batch: int = 8,
+    layer: Layer | None = None,
+    position: Position = "center",
+    batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> ReceptiveField:
-    """Measure how much each pixel contributes to a unit of a layer's map: RepLKNet, section 5 and appendix B.
+    """Measure how much each pixel contributes to one unit of a feature map (RepLKNet, section 5 and appendix B).
 
-    The unit's channels are added up and differentiated with respect to each image. Of the gradient, what is negative is
-    dropped, and the rest added up over channels and images. (The authors' script drops negative outputs, too, before it
-    adds up the channels; the paper does not, and neither does this.)
+    The unit's channels are summed and differentiated with respect to each image. Negative gradients are dropped; the
+    rest is summed over channels and images. The authors' script also drops negative outputs before it sums the
+    channels. The paper does not, and neither does this function.
 
-    The squares of the area ratios are centred on the theoretical field, or on the unit's share of the image where
-    that is not known. Neither is the middle of the image for maps with even sides or layers with uneven padding: unit
-    3 of 7 of a ResNet looks at pixel 96 of 224.
+    The squares of the area ratios are centered on the theoretical field, or on the unit's share of the image if that
+    field is unknown. This need not be the middle of the image: unit 3 of 7 of a ResNet looks at pixel 96 of 224.
 
-    Weights matter: where residual branches start at nothing (the last norm of timm's ResNets, the layer scale of
-    ConvNeXt), an untrained network sees what its shortcuts see.
+    Weights matter. Where residual branches start at zero (the last norm of timm's ResNets, the layer scale of
+    ConvNeXt), an untrained network sees only what its shortcuts see.
 
     Args:
-        model: any whose layer's output keeps the images' proportions: (N, C, h, w), (N, h, w, C), or tokens (N, L, C).
-        images: (N, C, H, W), normalised, or batches of them, all of one size. Or a size, the side or (rows, columns):
-            then eight images of normal noise, always the same, with as many channels as the model's first convolution
-            takes. Video clips (N, C, T, H, W) are taken as well: what a place of a map shows at its time steps is added
-            up, and so is what the frames contribute to it.
-        layer: a module, or its name. None: the last in the backbone that gives a map
-            (:func:`widefield.surgery.anatomy.anatomy`), as a detector's heads look at no place of the image; but
-            not one whose channels always add up to the same, as they do after a layer norm with the weights that it
-            starts with: then the last before.
-        target: "center", which is the unit (h // 2, w // 2) of the map, or (row, column) from 0.
-        batch: images at a time.
-        name: what to call the model; None: its class.
-        about: further facts for the result to keep.
-        progress: show a bar.
+        model: any model whose layer returns a map that keeps the images' proportions: (N, C, h, w), (N, h, w, C), or
+            tokens (N, L, C).
+        images: normalized images (N, C, H, W), or batches of them, all of one size. A size (224 or (rows, columns))
+            stands for eight fixed images of normal noise, with the channels of the model's first convolution. Video
+            clips (N, C, T, H, W) are summed over time.
+        layer: the layer whose map is examined, or its name. Default: the last layer of the backbone that returns a
+            map (:func:`widefield.surgery.anatomy.anatomy`). Layers whose channels always sum to a constant, as
+            after a freshly initialized layer norm, are skipped.
+        position: "center", which is (h // 2, w // 2), or (row, column) on the map, from 0.
+        batch_size: images at a time.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: no images, images of several sizes or of one that the model refuses; a layer that is unknown, gives
-            no map, or has no gradient, none that is finite, or none that is positive; a target outside of the map.
-        TypeError: images, a layer or a target of another kind.
+        ValueError: there are no images, or they differ in size; the model rejects their size; the layer does not exist
+            or returns no map; its gradient is missing, not finite or nowhere positive; the position lies outside the
+            map.
+        TypeError: images, layer or position have the wrong type.
     """
-    _checks.integer("batch", batch)
+    _checks.integer("batch_size", batch_size)
     named = None if layer is None else layer_name(model, layer)
     if isinstance(images, int) or is_size(images):
         images = made_up(model, images, _NOISES, noise=True)
         about = {"source": "noise", **(about or {})}
-    parts = chunks(images, model, batch, clips=True)
+    parts = chunks(images, model, batch_size, clips=True)
     first = next(parts)
     size = tuple(first.shape[1:])
-    total = torch.zeros(size[-2:], dtype=torch.float64)
-    count = 0
     with visited(model):
         names = candidates(model, first[:1].clone())[::-1] if named is None else [named]
-        found, chosen = _first(model, first, names, target)
-        for part in track(chain([first], parts), "effective receptive field", show=progress):
-            if tuple(part.shape[1:]) != size:
-                raise ValueError(f"images must be of one size; got {size} and {tuple(part.shape[1:])}.")
-            gradient = found.gradient if part is first else _look(model, part, chosen, target).gradient
-            if not gradient.isfinite().all():
-                raise ValueError(
-                    f"the gradient of layer {chosen!r} of {type(model).__name__} is not finite for an image from "
-                    f"{count} to {count + len(part) - 1}: activations overflow, or weights are not finite."
-                )
-            total += gradient.clamp(min=0).flatten(0, -3).sum(0, dtype=torch.float64).cpu()
-            count += len(part)
-    if not total.any():
+        found, chosen = _first(model, first, names, position)
+        later = (_look(model, part, chosen, position).gradient for part in _of_one_size(parts, size))
+        gradients = track(chain([found.gradient], later), "effective receptive field", show=progress)
+        mean, count = _contributions(gradients, f"layer {chosen!r} of {type(model).__name__}")
+    if not mean.any():
         raise ValueError(
             f"no pixel has a positive gradient in layer {chosen!r} of {type(model).__name__}: the unit {found.unit} is "
-            "dead or sees nothing of the image. Try another target or layer."
+            "dead or sees nothing of the image. Try another position or layer."
         )
-    try:
-        field = theoretical_receptive_field(model, first[:1], chosen, target)
-    except (RuntimeError, ValueError) as error:  # compiled or scripted in a way that shows no operators
-        reason = f"its operators cannot be followed: {str(error.__cause__ or error).splitlines()[0]}"
-        field = unknown(first, found.places, found.unit, reason)
-    mean = total.numpy() / count
+    field = _theory(model, first[:1], chosen, found)
     scores, peak = mean / mean.max(), float(mean.max())
     sigma_y, sigma_x = (_deviation(scores.sum(axis)) for axis in (1, 0))
     return ReceptiveField(
-        name or type(model).__name__,
-        {
+        name=name or type(model).__name__,
+        about={
             **(about or {}),
             "images": count,
             "size": size[-1] if size[-2] == size[-1] else _sides(size[-2:]),
@@ -242,46 +229,79 @@ def effective_receptive_field(
             "layer": chosen or OUTPUT,
             "unit": f"{found.unit} of {_sides(found.places)}",
         },
-        scores,
-        peak,
-        _area_ratios(scores, field.centre),
-        _area_ratios(_logarithmic(scores, peak), field.centre),
-        sigma_x,
-        sigma_y,
-        field,
-        field.clipped(size[-2:]),
-        chosen,
-        found.unit,
+        scores=scores,
+        peak=peak,
+        area_ratio=_area_ratios(scores, field.center),
+        log_area_ratio=_area_ratios(_logarithmic(scores, peak), field.center),
+        sigma_x=sigma_x,
+        sigma_y=sigma_y,
+        theoretical=field,
+        clipped=field.clipped(size[-2:]),
+        layer=chosen,
+        position=found.unit,
     )
+
+
+def _of_one_size(parts: Iterable[Tensor], size: tuple[int, ...]) -> Iterator[Tensor]:
+    for part in parts:
+        if tuple(part.shape[1:]) != size:
+            raise ValueError(f"images must be of one size; got {size} and {tuple(part.shape[1:])}.")
+        yield part
+
+
+def _contributions(gradients: Iterable[Tensor], where: str) -> tuple[np.ndarray, int]:
+    """Return the positive gradients, summed over channels and averaged over images, (H, W), and the image count."""
+    total: Tensor | None = None
+    count = 0
+    for gradient in gradients:
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"the gradient of {where} is not finite for an image from {count} to {count + len(gradient) - 1}: "
+                "activations overflow, or weights are not finite."
+            )
+        part = gradient.clamp(min=0).flatten(0, -3).sum(0, dtype=torch.float64).cpu()
+        total = part if total is None else total + part
+        count += len(gradient)
+    mean: np.ndarray = (torch.zeros(()) if total is None else total).numpy() / count
+    return mean, count
+
+
+def _theory(model: nn.Module, images: Tensor, layer: str, look: _Look) -> Field:
+    """Return the theoretical field of the unit that was looked at."""
+    try:
+        return theoretical_receptive_field(model, images, layer=layer, position=look.unit)
+    except (RuntimeError, ValueError) as error:  # compiled or scripted code may hide its operators
+        reason = f"its operators cannot be followed: {str(error.__cause__ or error).splitlines()[0]}"
+        return unknown(images, look.places, look.unit, reason)
 
 
 class _Look(NamedTuple):
     gradient: Tensor
-    """(N, C, H, W), or (N, C, T, H, W): of the sum of the unit's channels, with respect to the images."""
+    """(N, C, H, W), or (N, C, T, H, W): gradient of the sum of the unit's channels with respect to the images."""
     cancels: bool
-    """Whether the channels' gradients add up to nothing."""
+    """Whether the channels' gradients cancel out."""
     unit: tuple[int, int]
     places: tuple[int, int]
-    """Sides of the map."""
+    """Height and width of the map."""
 
 
-def _first(model: nn.Module, images: Tensor, names: Sequence[str], target: Target) -> tuple[_Look, str]:
-    """Look at the first images through the first of these layers whose sum has a gradient; return its name, too."""
+def _first(model: nn.Module, images: Tensor, names: Sequence[str], position: Position) -> tuple[_Look, str]:
+    """Look through the first of these layers whose channel sum has a gradient; return the look and the layer's name."""
     for name in names:
-        found = _look(model, images, name, target, check=True)
+        found = _look(model, images, name, position, check=True)
         if not found.cancels:
             return found, name
     raise ValueError(
-        f"the channels of layer {names[0]!r} of {type(model).__name__} always add up to the same, as after a layer "
-        "norm with the weights that it starts with: their sum has no gradient. Give the layer before it."
+        f"the channels of layer {names[0]!r} of {type(model).__name__} always sum to the same value, as after a "
+        "freshly initialized layer norm, so their sum has no gradient. Give the layer before it."
     )
 
 
-def _look(model: nn.Module, images: Tensor, layer: str, target: Target, *, check: bool = False) -> _Look:
+def _look(model: nn.Module, images: Tensor, layer: str, position: Position, *, check: bool = False) -> _Look:
     with torch.inference_mode(False), torch.enable_grad():
         leaf = images.detach().clone().requires_grad_()
-        found = feature_map(model, layer, leaf.clone())  # a copy: models may write on their input
-        row, column = unit(target, found, layer)
+        found = feature_map(model, layer, leaf.clone())  # a copy, as models may modify their input
+        row, column = unit(position, found, layer)
         channels = found[:, :, row, column]
         gradient = _gradient(channels.sum(), leaf, check)
         cancels = False
@@ -307,20 +327,20 @@ def _gradient(value: Tensor, leaf: Tensor, keep: bool) -> Tensor | None:
 
 
 def _logarithmic(scores: np.ndarray, peak: float) -> np.ndarray:
-    logarithms: np.ndarray = np.log1p(peak * scores) / np.log1p(peak)  # of any base: it is rescaled
+    logarithms: np.ndarray = np.log1p(peak * scores) / np.log1p(peak)  # the base cancels out
     return logarithms
 
 
-def _area_ratios(scores: np.ndarray, centre: tuple[float, float]) -> dict[float, float]:
-    """Return for each threshold the area of the smallest square around ``centre`` that holds that share of scores.
+def _area_ratios(scores: np.ndarray, center: tuple[float, float]) -> dict[float, float]:
+    """Return for each threshold the area of the smallest square around ``center`` that holds that share of the scores.
 
-    Squares have whole pixels, up to half a pixel off centre, and end at the image's border.
+    Squares have whole pixels, are up to half a pixel off center, and end at the image's border.
     """
-    twice = [abs(2 * np.arange(side) - round(2 * middle)) for side, middle in zip(scores.shape, centre, strict=True)]
+    twice = [abs(2 * np.arange(side) - round(2 * middle)) for side, middle in zip(scores.shape, center, strict=True)]
     distance = np.maximum(twice[0][:, None], twice[1][None]).ravel()
     held = np.bincount(distance, weights=scores.ravel()).cumsum()
     area = np.bincount(distance).cumsum()
-    # A share that is reached exactly is reached, whatever the order of a sum rounds it to.
+    # The tolerance keeps rounding of the sums from missing a share that is reached exactly.
     reached = np.searchsorted(held, np.array(THRESHOLDS) * held[-1] * (1 - 1e-9))
     return {share: float(area[k]) / scores.size for share, k in zip(THRESHOLDS, reached, strict=True)}
 
@@ -339,7 +359,7 @@ _Entry = tuple[str, ReceptiveField]
 
 
 def _table(results: Mapping[str, ReceptiveField]) -> list[list[_Entry | None]]:
-    """Lay results out in rows of panels, each with its heading: sizes x names, or in the order in which they come."""
+    """Arrange results in rows of panels, each with its heading: sizes by names, or in the given order."""
     names = list(dict.fromkeys(result.name for result in results.values()))
     sizes = list(dict.fromkeys(result.size for result in results.values()))
     places = {(result.name, result.size): result for result in results.values()}
@@ -358,13 +378,13 @@ def _entry(places: Mapping[tuple[str, str], ReceptiveField], name: str, size: st
 
 
 def _wrapped(heading: str, letters: int) -> str:
-    """Break lines behind spaces and underscores, of which names are full."""
+    """Break lines after spaces and underscores."""
     lines = (textwrap.fill(line.replace("_", "_ "), letters) for line in heading.splitlines())
     return "\n".join(lines).replace("_ ", "_")
 
 
 def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) -> AxesImage:
-    (H, W), (y, x) = result.scores.shape, result.theoretical.centre
+    (H, W), (y, x) = result.scores.shape, result.theoretical.center
     scores = np.maximum(result.scores, _FAINTEST) if log else result.scores
     limits: dict[str, Any] = {"norm": "log", "vmin": _FAINTEST} if log else {"vmin": 0}
     shown = axis.imshow(scores, extent=(-0.5 - x, W - 0.5 - x, H - 0.5 - y, -0.5 - y), cmap="magma_r", vmax=1, **limits)
@@ -373,7 +393,7 @@ def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) ->
         from_top, from_left = (-side / 2 for side in size)
         corners = ((from_left, -from_left), (from_top, -from_top))
         (left, right), (top, bottom) = corners
-        axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], "--", color=report.COLOURS[0])
+        axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], "--", color=report.COLORS[0])
     axis.set_title(heading)
     axis.locator_params(nbins=3)
     shares = "/".join(f"{share:.0%}"[:-1] for share in result.area_ratio)
@@ -384,5 +404,5 @@ def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) ->
 
 
 def _percent(ratio: float) -> str:
-    """Return two digits of a percentage."""
+    """Format a share as a percentage with two digits."""
     return f"{100 * ratio:.0f}" if ratio >= 0.0995 else f"{100 * ratio:.2g}"

@@ -23,7 +23,7 @@ from widefield import _checks, report
 from widefield.analysis._model import chunks, track, turned, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
-from widefield.surgery.outputs import place
+from widefield.surgery.inputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ _SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)  # of f with 
 
 @dataclass(frozen=True)
 class Interactions(Result):
-    """Strength of the interaction between neighbouring patches, by the size of the context around them.
+    """Strength of the interaction between neighboring patches, by the size of the context around them.
 
     A mean over few contexts is noisy, and the absolute value of noise is not zero: the published estimate, the mean of
     ``abs(mean over contexts)``, lies above the truth wherever contexts differ, most of all at middle orders. That is
@@ -53,7 +53,7 @@ class Interactions(Result):
 
     title: ClassVar[str] = "Multi-order interactions"
     lead: ClassVar[str] = (
-        "Strength of the interaction between two neighbouring patches, given m of the other patches as context, "
+        "Strength of the interaction between two neighboring patches, given m of the other patches as context, "
         "relative to its mean over the orders shown. Solid: corrected for the noise of sampled contexts, with a band "
         "of one standard error; dotted: the published estimate. Where the two part, more contexts are needed."
     )
@@ -108,12 +108,12 @@ class Interactions(Result):
         axis = figure.subplots()
         axis.axhline(1, color="0.8", linewidth=0.6)
         for k, (label, result) in enumerate(zip(labels, results.values(), strict=True)):
-            colour, marker = report.COLOURS[k % len(report.COLOURS)], report.MARKERS[k % len(report.MARKERS)]
+            color, marker = report.COLORS[k % len(report.COLORS)], report.MARKERS[k % len(report.MARKERS)]
             share = result.orders / (result.variables - 2)
-            axis.plot(share, result.strength, color=colour, marker=marker, label=label)
-            axis.plot(share, result.published, color=colour, linewidth=0.9, linestyle=":")
+            axis.plot(share, result.strength, color=color, marker=marker, label=label)
+            axis.plot(share, result.published, color=color, linewidth=0.9, linestyle=":")
             low, high = result.strength - result.strength_error, result.strength + result.strength_error
-            axis.fill_between(share, low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(share, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set_xlim(-0.02, 1.02)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("order $m\\,/\\,(n-2)$")
@@ -227,7 +227,7 @@ def interactions(
     seed: int = 0,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
-    batch: int = 64,
+    batch_size: int = 64,
     progress: bool = False,
 ) -> Interactions:
     """Measure the multi-order interaction strength J(m) of a classifier, with its sampling error.
@@ -240,7 +240,7 @@ def interactions(
 
     Args:
         model: images (N, C, H, W) to logits (N, classes), or (N, 1) of one class against none.
-        images: normalised images, one tensor or batches of them.
+        images: normalized images, one tensor or batches of them.
         targets: whose log-odds log(p / (1 - p)) to explain, a class an image; None: the class that the model gives the
             whole image.
         grid: patches a side, from 2 to 32, n = grid * grid in all; unequal where it does not divide the image.
@@ -248,12 +248,12 @@ def interactions(
         pairs: pairs an image.
         contexts: contexts a pair and order, at least 2.
         reach: how far apart the patches of a pair are at most, in patches along each axis (the paper: 2); None: any.
-        baseline: what hidden patches become: ``"zero"``, with normalised images the data set's mean colour, as in the
-            paper, or ``"mean"``, each image's own mean colour.
+        baseline: what hidden patches become: ``"zero"``, with normalized images the data set's mean color, as in the
+            paper, or ``"mean"``, each image's own mean color.
         seed: of pairs and contexts. An image's draws depend on the seed and the image's place alone.
         name: what to call the model; its class by default.
         about: facts to keep with the result.
-        batch: images a forward pass, at most.
+        batch_size: images a forward pass, at most.
         progress: show a bar on the terminal.
 
     Raises:
@@ -262,21 +262,21 @@ def interactions(
     """
     plan = _plan(grid, orders, pairs, contexts, reach)
     _checks.choice("baseline", baseline, BASELINES)
-    batch = _checks.integer("batch", batch)
+    batch_size = _checks.integer("batch_size", batch_size)
     seed = _checks.integer("seed", seed, minimum=0)
     given = targets.tolist() if isinstance(targets, Tensor) else targets
     classes = None if given is None else [_checks.integer("every target", target, minimum=0) for target in given]
     count = len(images) if isinstance(images, Tensor) else None
     if classes is not None and count is not None:
         _fit(classes, count)
-    tasks = _tasks(model, images, plan, classes, seed, batch)
+    tasks = _tasks(model, images, plan, classes, seed, batch_size)
     total = None if count is None else count * plan.wanted
     found: list[list[np.ndarray]] = []
     largest, eps = 0.0, torch.finfo(place(model)[1]).eps
     with visited(model), torch.no_grad():
         for index, image, target, masks in track(tasks, "interactions", total=total, show=progress):
             shown = _Shown(image, plan.grid, baseline)
-            values = [_log_odds(logits(model, shown(part)), target) for part in masks.flatten(0, 1).split(batch)]
+            values = [_log_odds(logits(model, shown(part)), target) for part in masks.flatten(0, 1).split(batch_size)]
             odds = torch.cat(values).view(-1, 4)
             largest = max(largest, odds.abs().max().item())
             if index == len(found):
@@ -323,11 +323,11 @@ def _tasks(
     plan: _Plan,
     classes: Sequence[int] | None,
     seed: int,
-    batch: int,
+    batch_size: int,
 ) -> Iterator[tuple[int, Tensor, int, Tensor]]:
     """Yield (place of the image, image, class, masks) for every pair of every image."""
     index = 0
-    for part in chunks(images, model, batch):
+    for part in chunks(images, model, batch_size):
         if min(part.shape[2:]) < plan.grid:
             raise ValueError(
                 f"images of {part.shape[2]}x{part.shape[3]} pixels have no {plan.grid}x{plan.grid} patches: "

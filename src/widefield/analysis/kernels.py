@@ -1,7 +1,7 @@
 """How far the kernels of a model reach: energy by radius, and the smallest crop that keeps a share of it.
 
 A large kernel is worth its price where its outer taps do something. :func:`crops` measures that of one kernel, for
-every centred crop of it; :func:`kernel_energy` does so for all kernels of a model, in the form in which they compute.
+every centered crop of it; :func:`kernel_energy` does so for all kernels of a model, in the form in which they compute.
 """
 
 from __future__ import annotations
@@ -28,12 +28,9 @@ from widefield.ops import fold
 from widefield.ops.crops import CropTable, crops
 from widefield.surgery import fuse_layers
 from widefield.surgery.anatomy import anatomy
-from widefield.surgery.cropping import by_outputs
-from widefield.surgery.outputs import batches, place
-from widefield.surgery.reparameterize import reparameterize
-from widefield.surgery.trim import trim
-from widefield.surgery.trimming import Trimming
-from widefield.surgery.walk import merge_method, unmerged
+from widefield.surgery.inputs import place
+from widefield.surgery.trim_kernels import by_outputs
+from widefield.surgery.walk import merge_method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,12 +79,11 @@ class KernelMaps(Result):
         layers: in the order of the modules.
         shares: of energy, ascending, that crops are asked to keep.
         limit: side in pixels of the largest kernel that a target takes, or None.
-        cost: what cropping all kernels to the limit did to the outputs on images, parameters and work; None: not asked.
     """
 
     title: ClassVar[str] = "How far kernels reach"
     lead: ClassVar[str] = (
-        "Left: the share of the energy (sum of squares) that centred crops of the kernels keep. Right: the smallest "
+        "Left: the share of the energy (sum of squares) that centered crops of the kernels keep. Right: the smallest "
         "crop that keeps the share named, for every layer; a pale bar goes up to the whole kernel. Below: mean "
         "absolute values of the kernels, each scaled to a maximum of 1. Left and below: means over the widest kernels "
         "of each stage."
@@ -98,7 +94,6 @@ class KernelMaps(Result):
     layers: tuple[LayerKernel, ...]
     shares: tuple[float, ...]
     limit: int | None
-    cost: Trimming | None = None
 
     def beyond(self) -> tuple[LayerKernel, ...]:
         """Return the kernels that span more than the limit; none if there is no limit."""
@@ -111,24 +106,6 @@ class KernelMaps(Result):
             pattern = re.sub(r"\d+", "*", layer.name)
             groups.setdefault((layer.stage, pattern, layer.kind, layer.size, layer.dilation), []).append(layer)
         return [self._row(group) for group in groups.values()]
-
-    def cost_row(self) -> dict[str, str]:
-        """Return what cropping to the limit costs; raises ValueError where it was not measured."""
-        if self.cost is None or self.cost.change is None:
-            raise ValueError("what cropping costs was not measured: pass a limit and images.")
-        cost, change = self.cost, self.cost.change
-        macs = [f"{(count or 0) / 1e6:.4g}M" for count in (cost.macs_before, cost.macs_after)]
-        accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
-        return {
-            "model": self.name,
-            f"cropped to {self.limit}": f"{len(cost.trimmed())} of {len(cost.kernels)}",
-            "still larger": str(len(cost.beyond())),
-            "parameters": f"{cost.parameters_before:,} -> {cost.parameters_after:,}",
-            "MACs": " -> ".join(macs),
-            "change (RMS)": f"{change.rms:.2g}",
-            "same class": "-" if change.agreement is None else _percent(change.agreement),
-            "top-1": " -> ".join(f"{100 * value:.1f} %" for value in accuracy) or "-",
-        }
 
     def _row(self, group: Sequence[LayerKernel]) -> dict[str, str]:
         first, outer = group[0], max(self.shares)
@@ -170,14 +147,14 @@ class KernelMaps(Result):
         top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, below])
         curves, depth = top.subplots(1, 2, width_ratios=[2, 3])
         lines: list[tuple[str, list[LayerKernel]]] = [(_stages.short(name), layers) for name, layers in whole.items()]
-        colours: Sequence[Any] = report.COLOURS
+        colors: Sequence[Any] = report.COLORS
         if len(results) == 1:
             stages = sorted({layer.stage for layer in lines[0][1]})
             lines = [(f"stage {s + 1}", [layer for layer in lines[0][1] if layer.stage == s]) for s in stages]
-            colours = _stages.stage_colours(len(stages))
+            colors = _stages.stage_colors(len(stages))
         places = {id(layer): place for layers in whole.values() for place, layer in enumerate(layers, 1)}
         for index, (label, layers) in enumerate(lines):
-            style = {"color": colours[index % len(colours)], "marker": report.MARKERS[index % len(report.MARKERS)]}
+            style = {"color": colors[index % len(colors)], "marker": report.MARKERS[index % len(report.MARKERS)]}
             x, y = _kept(_widest(layers))
             named = len(results) > 1 or len(lines) <= 8 or index % -(-len(lines) // 5) == 0
             curves.plot(x, y, label=label if named else None, markevery=max(1, len(x) // 8), **style)
@@ -193,7 +170,6 @@ def kernel_energy(
     *,
     shares: Sequence[float] = (0.5, 0.9, 0.99),
     limit: int | None = None,
-    images: Sequence[Any] | None = None,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> KernelMaps:
@@ -201,7 +177,7 @@ def kernel_energy(
 
     - Layers that merge (branches of large kernels, masks that are learned, blocks of timm's MobileOne or RepVGG) are
       merged first, in copies, one at a time. What cannot be one kernel stays several: SLaK's bands are two.
-    - Convolutions that compute their kernel from their weight (timm's weight standardisation, parametrisations) have
+    - Convolutions that compute their kernel from their weight (timm's weight standardization, parametrisations) have
       the kernel that they compute.
     - A mixture has a bank, and experts. Its bound grows with the routing weights: of an image with weights a it is the
       sum of |a_r| times the bounds of the experts.
@@ -215,8 +191,6 @@ def kernel_energy(
         model: any module, on any device, in any mode.
         shares: of the energy that the smallest crops are to keep, each above 0 and up to 1.
         limit: side in pixels of the largest kernel that a target takes: what would cropping to it lose?
-        images: batches of images, perhaps with labels, as :func:`widefield.surgery.outputs.batches` takes them: what
-            cropping to the limit changes is measured on them (:func:`widefield.surgery.trim.trim`, with tolerance 0).
         name: what to call the model; its class's name by default.
         about: facts to keep with the result.
 
@@ -224,37 +198,23 @@ def kernel_energy(
         The kernels, in the order of the modules.
 
     Raises:
-        TypeError, ValueError: shares or a limit out of range; images without a limit, or none; a model without spatial
+        TypeError, ValueError: shares or a limit out of range; a model without spatial
             kernels, with numbers that are not finite, or with a layer that cannot be merged (the message says why).
     """
     wanted = tuple(sorted({_checks.number("every share of shares", share, maximum=1.0) for share in shares}))
     if not wanted or not wanted[0]:
         raise ValueError(f"shares must name shares of energy above 0, such as (0.5, 0.99); got {tuple(shares)}.")
     limit = None if limit is None else _checks.integer("limit", limit)
-    if images is not None and limit is None:
-        raise ValueError("images show what cropping to a limit costs: pass limit=, too.")
     device, _ = place(model)
     cards = [device] if device.type == "cuda" else []
     with visited(model), torch.no_grad(), torch.random.fork_rng(cards):  # merging builds layers
         found = [(anchor, _measured(kernel, wanted, limit)) for anchor, kernel in _kernels(model)]
-        cost = None if images is None or limit is None or not found else _cost(model, images, limit)
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution with more than one tap.")
     stages = anatomy(model).count_stages([anchor for anchor, _ in found])
     layers = tuple(LayerKernel(stage=stages[anchor], **facts) for anchor, facts in found)
     facts = {**(about or {}), "kernels": "as in evaluation mode, branches merged"}
-    if cost is not None:
-        facts[f"cropped to {limit}x{limit}"] = cost.summary()
-    return KernelMaps(name or type(model).__name__, facts, layers, wanted, limit, cost)
-
-
-def _cost(model: nn.Module, images: Sequence[Any], limit: int) -> Trimming:
-    """Return what cropping to the limit does to a model in evaluation mode, re-parameterised if it needs that."""
-    if unmerged(model):
-        model = reparameterize(model, next(iter(batches(images, model)))[0][:2])
-    reports: list[Trimming] = []
-    trim(model.eval(), 0.0, loader=images, limit=limit, report=reports.append)
-    return reports[0]
+    return KernelMaps(name or type(model).__name__, facts, layers, wanted, limit)
 
 
 @dataclass(frozen=True)
@@ -322,7 +282,7 @@ def _merged(name: str, module: nn.Module) -> nn.Module:
         return fuse_layers(copy.deepcopy(module).eval())[0]
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{name or 'the model'} ({type(module).__name__}) cannot be merged: {error} Mend that, or re-parameterise "
+            f"{name or 'the model'} ({type(module).__name__}) cannot be merged: {error} Mend that, or reparameterize "
             "the model first."
         ) from error
 

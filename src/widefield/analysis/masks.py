@@ -43,7 +43,7 @@ class LayerMask:
         sigma: (sigma_x, sigma_y) in taps, along a row and along a column, as the layer reads them (a static layer has
             one for both); of a dynamic layer the mean over the images.
         spread: their standard deviations over the images; 0 for a static layer; None for a dynamic one without images.
-        mask: (rows, columns), float64, 1 at the centre; of a dynamic layer the mean over the images.
+        mask: (rows, columns), float64, 1 at the center; of a dynamic layer the mean over the images.
         extent: (x, y) in taps, see this module; of a dynamic layer the mean over the images.
     """
 
@@ -112,10 +112,10 @@ class Masks(Result):
         _stages.draw(top, tiles, side, "mask")
         sigmas, shares = bottom.subplots(1, 2, width_ratios=[3, 2])
         for index, (name, result) in enumerate(results.items()):
-            colour = report.COLOURS[index % len(report.COLOURS)]
-            style: dict[str, Any] = {"color": colour, "marker": report.MARKERS[index % len(report.MARKERS)]}
+            color = report.COLORS[index % len(report.COLORS)]
+            style: dict[str, Any] = {"color": color, "marker": report.MARKERS[index % len(report.MARKERS)]}
             x = range(1, len(result.layers) + 1)
-            sigmas.plot(x, [layer.start for layer in result.layers], color=colour, linewidth=0.9, linestyle=":")
+            sigmas.plot(x, [layer.start for layer in result.layers], color=color, linewidth=0.9, linestyle=":")
             _over_depth(sigmas, x, result.layers, style)
             shares.plot(x, [layer.share for layer in result.layers], label=_stages.short(name), **style)
         _finish(sigmas, shares, len(results) > 1)
@@ -127,7 +127,7 @@ def masks(
     model: nn.Module,
     images: Tensor | Iterable[Any] | None = None,
     *,
-    batch: int = 8,
+    batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -140,8 +140,8 @@ def masks(
 
     Args:
         model: with layers of GMConv, on any device, in any mode; it is left as it is found.
-        images: (N, C, H, W), or batches of them, normalised; only dynamic layers need them.
-        batch: images at a time.
+        images: (N, C, H, W), or batches of them, normalized; only dynamic layers need them.
+        batch_size: images at a time.
         name: what to call the model; its class's name by default.
         about: facts to keep with the result.
         progress: show a bar.
@@ -157,12 +157,12 @@ def masks(
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no layer under a mask: convert it with widefield.GMConv, and train it. If it "
-            "was re-parameterised since, its masks are multiplied into the weights of plain convolutions: read them "
+            "was reparameterized since, its masks are multiplied into the weights of plain convolutions: read them "
             "before that."
         )
-    _checks.integer("batch", batch)
+    _checks.integer("batch_size", batch_size)
     dynamic = {n: layer for n, layer in layers.items() if isinstance(layer, DynamicGMConv2d)}
-    seen = _over_images(model, dynamic, images, batch, progress) if dynamic and images is not None else {}
+    seen = _over_images(model, dynamic, images, batch_size, progress) if dynamic and images is not None else {}
     stages = anatomy(model).count_stages(list(layers))
     found = []
     for key, layer in layers.items():
@@ -185,7 +185,7 @@ def _of_no_image(layer: GMConv2d | DynamicGMConv2d) -> Tensor:
 
 
 def _over_images(
-    model: nn.Module, layers: Mapping[str, DynamicGMConv2d], images: Any, batch: int, progress: bool
+    model: nn.Module, layers: Mapping[str, DynamicGMConv2d], images: Any, batch_size: int, progress: bool
 ) -> dict[str, Tensor]:
     """Return the sigmas (N, 2) that each layer reads for each image."""
     found: dict[str, list[Tensor]] = {key: [] for key in layers}
@@ -194,7 +194,7 @@ def _over_images(
         found[key].append(layers[key]._sigmas(output).to("cpu", torch.float64))
 
     with visited(model), torch.no_grad(), watched({key: layer.predictor for key, layer in layers.items()}, see):
-        for part in track(chunks(images, model, batch), "masks", show=progress):
+        for part in track(chunks(images, model, batch_size), "masks", show=progress):
             with running(model, part):
                 model(part)
     silent = [key for key, sigmas in found.items() if not sigmas]

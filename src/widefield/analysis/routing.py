@@ -20,7 +20,7 @@ from widefield.analysis._result import Result, plain
 from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
 from widefield.analysis._routing_figures import CAPTIONS, DRAWN
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
-from widefield.surgery.outputs import pixels
+from widefield.surgery.inputs import pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ class RoutingStatistics(Result):
         blocks: one entry per mixture, in the order of the modules.
         labels: class of each image, (N,) int64, an index into ``classes``; -1 where it is not known.
         classes: their names.
-        images: what to call each image.
+        names: what to call each image.
     """
 
     name: str
@@ -58,7 +58,7 @@ class RoutingStatistics(Result):
     blocks: tuple[Routing, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
-    images: tuple[str, ...]
+    names: tuple[str, ...]
 
     title: ClassVar[str] = "Routing"
     lead: ClassVar[str] = (
@@ -75,10 +75,10 @@ class RoutingStatistics(Result):
         """Return the statistics of some of the images, by their indices."""
         return replace(
             self,
-            about={**self.about, "images": len(images), "labelled": int((self.labels[images] >= 0).sum())},
+            about={**self.about, "images": len(images), "labeled": int((self.labels[images] >= 0).sum())},
             blocks=tuple(block.of(images) for block in self.blocks),
             labels=self.labels[images],
-            images=tuple(self.images[k] for k in images),
+            names=tuple(self.names[k] for k in images),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,8 +90,8 @@ class RoutingStatistics(Result):
             blocks.append(
                 {
                     **block.to_dict(),
-                    "smallest_fields": [self.images[k] for k in smallest],
-                    "largest_fields": [self.images[k] for k in largest],
+                    "smallest_fields": [self.names[k] for k in smallest],
+                    "largest_fields": [self.names[k] for k in largest],
                     "variance": block.variance(self.labels),
                     "by_class": {
                         name: {"frequencies": part.blocks[i].frequencies(), "shares": part.blocks[i].shares()}
@@ -100,7 +100,7 @@ class RoutingStatistics(Result):
                     "weights": block.weights,
                 }
             )
-        fields = {key: getattr(self, key) for key in ("name", "about", "labels", "classes", "images")}
+        fields = {key: getattr(self, key) for key in ("name", "about", "labels", "classes", "names")}
         return {"kind": type(self).__name__, **plain({**fields, "blocks": blocks})}
 
     def rows(self) -> list[dict[str, str]]:
@@ -148,23 +148,23 @@ class RoutingStatistics(Result):
     @classmethod
     def figures(cls, results: Mapping[str, RoutingStatistics], **options: Any) -> dict[str, Figure]:
         """Return all kinds that apply, by caption, whichever kind ``options`` names."""
-        labelled = all((result.labels >= 0).any() for result in results.values())
+        labeled = all((result.labels >= 0).any() for result in results.values())
         return {
             caption: cls.draw(results, **{**options, "kind": kind})
             for kind, caption in CAPTIONS.items()
-            if kind != "classes" or labelled
+            if kind != "classes" or labeled
         }
 
 
 def routing_statistics(
     model: nn.Module,
-    batches: Tensor | Iterable[Any],
+    images: Tensor | Iterable[Any],
     *,
     classes: Sequence[str] | None = None,
-    images: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
-    batch: int = 8,
+    batch_size: int = 8,
     progress: bool = False,
 ) -> RoutingStatistics:
     """Route images through a model and say which experts of its mixtures they get.
@@ -173,15 +173,15 @@ def routing_statistics(
     as it was found. Only the routing weights are kept, N x n numbers for each mixture.
 
     Args:
-        model: with layers :class:`widefield.nn.MoRFConv2d`, or re-parameterised ones.
-        batches: images (N, C, H, W), normalised: one tensor, or batches such as a loader gives: tensors,
+        model: with layers :class:`widefield.nn.MoRFConv2d`, or reparameterized ones.
+        batches: images (N, C, H, W), normalized: one tensor, or batches such as a loader gives: tensors,
             dictionaries with "image" and, if known, "label", or pairs (images, labels). Labels are integers (N,); -1
             where the class is not known.
         classes: their names; default: the numbers.
         images: what to call each image; default: "image 0" and so on.
         name: of the model, for tables and figures; default: its class.
         about: how the images came about, to be kept with the result.
-        batch: images at a time; larger batches are split.
+        batch_size: images at a time; larger batches are split.
         progress: show a bar.
 
     Raises:
@@ -189,10 +189,12 @@ def routing_statistics(
             label without a class; names of another number of images; weights that are not finite.
         TypeError: images or labels of another kind.
     """
-    batch = _checks.integer("batch", batch)
+    _checks.integer("batch_size", batch_size)
     labels: list[Tensor] = []
-    given = batches.split(batch) if isinstance(batches, Tensor) else batched(batches)
-    found = routing_weights(model, _images(track(given, "routing", show=progress), labels, classes), batch=batch)
+    given = images.split(batch_size) if isinstance(images, Tensor) else batched(images)
+    found = routing_weights(
+        model, _images(track(given, "routing", show=progress), labels, classes), batch_size=batch_size
+    )
     known = torch.cat(labels).numpy()
     count = len(known)
     if count < 2:
@@ -202,11 +204,11 @@ def routing_statistics(
             raise ValueError(f"the model calls {routing.name!r} {len(routing.weights)} times for {count} images.")
         if not np.isfinite(routing.weights).all():
             raise ValueError(f"the routing weights of {routing.name!r} are not finite.")
-    if images is not None and len(images) != count:
-        raise ValueError(f"images must name each of the {count} images; got {len(images)} names.")
+    if names is not None and len(names) != count:
+        raise ValueError(f"names has {len(names)} entries for {count} images: give one each.")
     own = {
         "images": count,
-        "labelled": int((known >= 0).sum()),
+        "labeled": int((known >= 0).sum()),
         "routing": " and ".join(sorted({"hard" if routing.hard else "soft" for routing in found})),
         "experts": " or ".join(dict.fromkeys(", ".join(routing.experts) for routing in found)),
         "dead below": f"{DEAD:g} of an even share",
@@ -218,16 +220,18 @@ def routing_statistics(
         blocks=tuple(found),
         labels=known,
         classes=tuple(map(str, range(known.max() + 1) if classes is None else classes)),
-        images=tuple(images or (f"image {i}" for i in range(count))),
+        names=tuple(names or (f"image {i}" for i in range(count))),
     )
 
 
-def routing_weights(model: nn.Module, batches: Tensor | Iterable[Any], *, batch: int | None = None) -> list[Routing]:
+def routing_weights(
+    model: nn.Module, images: Tensor | Iterable[Any], *, batch_size: int | None = None
+) -> list[Routing]:
     """Return the routing weights of every mixture in a model, without labels: what statistics are made of.
 
     Args:
         model, batches: as in :func:`routing_statistics`.
-        batch: images at a time; None: as they come.
+        batch_size: images at a time; None: as they come.
 
     Raises:
         ValueError: the model has no mixture, or does not call one; there are no images.
@@ -238,7 +242,7 @@ def routing_weights(model: nn.Module, batches: Tensor | Iterable[Any], *, batch:
             f"{type(model).__name__} has no mixture of receptive fields: convert it with widefield.MoRF first."
         )
     with visited(model), torch.no_grad(), recording(model) as recorded:
-        for part in chunks(batches, model, batch):
+        for part in chunks(images, model, batch_size):
             with running(model, part):
                 model(part)
     found = recorded()
@@ -249,7 +253,7 @@ def routing_weights(model: nn.Module, batches: Tensor | Iterable[Any], *, batch:
 
 
 def mixtures(model: nn.Module) -> dict[str, MoRFConv2d | FusedMoRFConv2d]:
-    """Return the mixtures of a model by name, re-parameterised ones included."""
+    """Return the mixtures of a model by name, reparameterized ones included."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (MoRFConv2d, FusedMoRFConv2d))}
 
 

@@ -1,9 +1,9 @@
-"""Shape or texture: which of two cues in conflict a classifier goes by.
+"""Shape bias: whether a classifier decides by shape or by texture.
 
-The measure is that of Geirhos, Rubisch, Michaelis, Bethge, Wichmann and Brendel, "ImageNet-trained CNNs are biased
-towards texture; increasing shape bias improves accuracy and robustness" (ICLR 2019), with their images: of the
-decisions that are right by either cue, the share that is right by shape. RepLKNet (Ding et al. 2022, appendix C)
-reports it.
+The measure and its images are those of Geirhos, Rubisch, Michaelis, Bethge, Wichmann and Brendel, "ImageNet-trained
+CNNs are biased towards texture; increasing shape bias improves accuracy and robustness" (ICLR 2019): among the
+decisions that are correct for either cue, the share that is correct for the shape. RepLKNet (Ding et al. 2022, appendix
+C) reports it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widefield import report
+from widefield import _checks, report
 from widefield.analysis._model import track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
 from widefield.data.conflict import SIXTEEN, ConflictImages
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from widefield.surgery.outputs import place
+from widefield.surgery.inputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,43 +35,43 @@ _Z = 1.959964  # the normal distribution's quantile for an interval of 95 %
 
 @dataclass(frozen=True)
 class ShapeBias(Result):
-    """Decisions of a classifier on images whose shape and texture name different classes.
+    """Decisions of a classifier on images whose shape and texture belong to different classes.
 
-    Arrays are int64, (K,) for K classes: images are counted under the class of their shape.
+    Arrays are int64, (K,) for K classes. Images are counted under the class of their shape.
     """
 
     title: ClassVar[str] = "Shape bias"
     lead: ClassVar[str] = (
-        "Of the decisions that name either the shape's or the texture's class, the share that names the shape's. "
-        "A mark is the images with a shape of that class; a line is all images, its band the 95 % interval."
+        "Among decisions for the class of the shape or of the texture, the share that chose the shape. Markers: images "
+        "of one class of shape. Lines: all images, with the 95 % interval as a band."
     )
 
     name: str
     about: Mapping[str, Any]
     classes: tuple[str, ...]
     images: np.ndarray
-    """Images in conflict."""
+    """Images with conflicting cues."""
     shape: np.ndarray
     """Decisions for the class of the shape."""
     texture: np.ndarray
     """Decisions for the class of the texture."""
     bias: float
-    """Shape decisions over shape and texture decisions, from 0 to 1; not a number if there is neither."""
+    """Shape decisions divided by shape and texture decisions, from 0 to 1; NaN if there are none."""
     interval: tuple[float, float]
-    """Of ``bias``: Wilson's, at 95 %, as if images were independent. Published ones share shapes and textures."""
+    """Wilson's 95 % interval of ``bias``, for independent images. The published ones share shapes and textures."""
     cue_accuracy: float
-    """Share of the images in conflict that were given the class of either cue."""
+    """Share of these images that were assigned the class of either cue."""
     left_out: int
-    """Images without a conflict, which are not counted."""
+    """Images without conflicting cues, which are not counted."""
 
     def shares(self) -> np.ndarray:
-        """Return ``bias`` for each class of shape, float64 (K,); not a number without a right decision."""
+        """Return ``bias`` for each class of shape, float64 (K,); NaN without a correct decision."""
         decided = self.shape + self.texture
         shares: np.ndarray = np.divide(self.shape, decided, out=np.full(len(decided), np.nan), where=decided > 0)
         return shares
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row for all images, and one a class of shape."""
+        """Return one row for all images, and one per class of shape."""
         groups = [("all", slice(None)), *((name, slice(k, k + 1)) for k, name in enumerate(self.classes))]
         return [self._row(name, group) for name, group in groups if self.images[group].sum()]
 
@@ -91,7 +91,7 @@ class ShapeBias(Result):
     @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, ShapeBias], **options: Any) -> Figure:
-        """Draw the share of shape decisions by class, a mark a model, and by model, a line; takes no options."""
+        """Draw the share of shape decisions: a marker per model and class, a line per model; takes no options."""
         if options:
             raise TypeError(f"the figure of shape bias takes no options; got {sorted(options)}.")
         classes = sorted({c for r in results.values() for c, n in zip(r.classes, r.images, strict=True) if n})
@@ -100,13 +100,13 @@ class ShapeBias(Result):
         figure = report.blank(report.COLUMN, 0.85 + 0.15 * len(classes) + 0.14 * lines)
         axis = figure.subplots()
         for k, (label, result) in enumerate(zip(labels, results.values(), strict=True)):
-            colour, marker = report.COLOURS[k % len(report.COLOURS)], report.MARKERS[k % len(report.MARKERS)]
-            aside = 0.44 * (k - (len(results) - 1) / 2) / len(results)  # marks of equal shares stay apart
+            color, marker = report.COLORS[k % len(report.COLORS)], report.MARKERS[k % len(report.MARKERS)]
+            aside = 0.44 * (k - (len(results) - 1) / 2) / len(results)  # keeps markers of equal shares apart
             places = [aside + classes.index(name) for name, n in zip(result.classes, result.images, strict=True) if n]
-            axis.axvspan(*result.interval, color=colour, alpha=0.15, linewidth=0)
-            axis.axvline(result.bias, color=colour, linewidth=1)
+            axis.axvspan(*result.interval, color=color, alpha=0.15, linewidth=0)
+            axis.axvline(result.bias, color=color, linewidth=1)
             axis.plot(
-                result.shares()[result.images > 0], places, marker, color=colour, alpha=0.85, clip_on=False, label=label
+                result.shares()[result.images > 0], places, marker, color=color, alpha=0.85, clip_on=False, label=label
             )
         axis.set_xlim(0, 1)
         axis.set_ylim(len(classes) - 0.5, -0.5)
@@ -123,58 +123,120 @@ class ShapeBias(Result):
 
 def shape_bias(
     model: nn.Module,
-    folder: str | Path,
+    images: str | Path | ConflictImages,
     *,
-    size: int = 224,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     classes: Sequence[str] | None = None,
+    batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
-    batch: int = 8,
     progress: bool = False,
 ) -> ShapeBias:
-    """Measure whether a classifier goes by shape or by texture, on images where the two name different classes.
+    """Measure whether a classifier decides by shape or by texture on images where the two name different classes.
 
-    A model of ImageNet's 1,000 classes has to choose among the sixteen of the published images: the one whose own
-    classes have the largest mean probability, as the authors recommend in the README of
-    github.com/rgeirhos/texture-vs-shape. Another model chooses among all its ``classes``. Images whose cues agree are
-    left out.
+    A model of ImageNet's 1,000 classes chooses among the sixteen classes of the published images: the one whose
+    ImageNet classes have the largest mean probability, as the README of github.com/rgeirhos/texture-vs-shape
+    recommends. Other models choose among all their ``classes``. Images whose cues agree are left out.
 
     Args:
-        model: images (N, 3, size, size) to logits (N, outputs).
-        folder: holds a folder a class of shape, with files ``SHAPEi-TEXTUREj.png``: the published images, or those of
-            ``widefield.data.write_conflicts``.
-        size: side of the images in pixels, to which others are resized.
-        mean, std: of each channel for pixels in [0, 1], as the model expects them.
-        classes: names of the model's outputs; None: ImageNet's 1,000.
-        name: what to call the model; its class by default.
-        about: facts to keep with the result.
-        batch: images a forward pass.
-        progress: show a bar on the terminal.
+        model: maps images (N, 3, size, size) to logits (N, outputs).
+        images: a folder with one folder per class of shape and files ``SHAPEi-TEXTUREj.png`` in them: the published
+            images, or those of :func:`widefield.data.write_conflicts`. Or such a folder as a
+            :class:`widefield.data.ConflictImages`, which states its own size and normalization.
+        size: side of a folder's images in pixels, to which other images are resized. Default: 224.
+        mean, std: normalization of each channel for pixels in [0, 1], as the model expects it. Default: ImageNet's.
+        classes: names of the model's outputs. Default: ImageNet's 1,000.
+        batch_size: images at a time.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
-        OSError: an image that cannot be read.
-        ValueError, TypeError: file names that do not fit, images without a conflict only, a model that gives no logits,
-            classes that do not fit its outputs or the images, or an argument out of range.
+        FileNotFoundError: the folder does not exist or has no images.
+        OSError: an image cannot be read.
+        ValueError, TypeError: file names do not parse; no image has conflicting cues; the model returns no logits;
+            ``classes`` do not fit its outputs or the images; an argument is out of range, or of the wrong type.
     """
-    images = ConflictImages(folder, size=size, mean=mean, std=std, batch=batch)
+    shown = _conflicts(images, size, mean, std, batch_size)
     choices = SIXTEEN if classes is None else {str(word): (k,) for k, word in enumerate(classes)}
-    for label in images.classes:
+    _check_classes(shown.classes, choices, classes)
+    outputs = 1000 if classes is None else len(classes)
+    counts = _decisions(model, shown, choices, outputs, progress)
+    seen, by_shape, by_texture = counts.sum(1).tolist()
+    if not seen:
+        raise ValueError(f"no image in {str(shown.folder)!r} has a shape and a texture of different classes.")
+    bias, interval = _share(by_shape, by_shape + by_texture)
+    total, hits, misled = counts.numpy()
+    return ShapeBias(
+        name=type(model).__name__ if name is None else name,
+        about={
+            **(about or {}),
+            "images": seen,
+            "source": str(shown.folder),
+            "size": shown.size,
+            "mean": [round(value, 4) for value in shown.mean],
+            "std": [round(value, 4) for value in shown.std],
+            "choice": f"of {len(choices)} classes" + (", by mean probability" if classes is None else ""),
+        },
+        classes=shown.classes,
+        images=total,
+        shape=hits,
+        texture=misled,
+        bias=bias,
+        interval=interval,
+        cue_accuracy=(by_shape + by_texture) / seen,
+        left_out=len(shown) - seen,
+    )
+
+
+def _conflicts(
+    images: str | Path | ConflictImages,
+    size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    batch_size: int,
+) -> ConflictImages:
+    """Return the images as a data set; raises ValueError for a data set given with another size or normalization."""
+    _checks.integer("batch_size", batch_size)
+    if not isinstance(images, ConflictImages):
+        return ConflictImages(
+            images,
+            size=224 if size is None else size,
+            mean=IMAGENET_MEAN if mean is None else mean,
+            std=IMAGENET_STD if std is None else std,
+            batch_size=batch_size,
+        )
+    if any(value is not None for value in (size, mean, std)):
+        raise ValueError("size, mean and std belong to a folder; a ConflictImages has its own: set them there.")
+    return images
+
+
+def _check_classes(shown: Sequence[str], choices: Mapping[str, Sequence[int]], classes: Sequence[str] | None) -> None:
+    """Raise ValueError unless the model can choose each class of the images, and its classes are unique."""
+    for label in shown:
         if label not in choices:
             raise ValueError(
                 f"the images show a class {label!r}, which is none of {_listed(choices)}: "
-                f"pass the names of the model's outputs as classes."
+                "pass the names of the model's outputs as classes."
             )
     if classes is not None and len(choices) != len(classes):
         raise ValueError(f"classes must name every output once; got {_listed(classes)}.")
-    outputs = 1000 if classes is None else len(classes)
-    # Choice of the model -> class of the images, or -1 where the images have no such class.
+
+
+def _decisions(
+    model: nn.Module, images: ConflictImages, choices: Mapping[str, Sequence[int]], outputs: int, progress: bool
+) -> Tensor:
+    """Return how many images with conflicting cues there are, and how many are decided by shape and by texture.
+
+    int64, (3, K) for the K classes of shape.
+    """
+    # Index of a choice -> class of the images, or -1 if the images have no such class.
     meaning = torch.tensor([images.classes.index(c) if c in images.classes else -1 for c in choices])
     counts = torch.zeros(3, len(images.classes), dtype=torch.int64)
     device, dtype = place(model)
-    steps = -(-len(images) // images.batch)
+    steps = -(-len(images) // images.batch_size)
     with visited(model), torch.no_grad():
         for sample in track(images, "shape bias", total=steps, show=progress):
             conflict = sample["shape"] != sample["texture"]
@@ -184,55 +246,26 @@ def shape_bias(
             scores = logits(model, sample["image"][conflict].to(device, dtype))
             if scores.shape[1] != outputs:
                 raise ValueError(
-                    f"{type(model).__name__} has {scores.shape[1]} outputs, "
-                    + (
-                        "not ImageNet's 1,000: pass their names"
-                        if classes is None
-                        else f"and {outputs} names were given"
-                    )
-                    + " as classes."
+                    f"{type(model).__name__} has {scores.shape[1]} outputs, and classes names {outputs}"
+                    f"{' (those of ImageNet, the default)' if choices is SIXTEEN else ''}: pass a name for each output."
                 )
             decisions = meaning[_choice(scores.cpu(), list(choices.values()))]
             for row, hit in zip(counts, (decisions > -2, decisions == shape, decisions == texture), strict=True):
                 row += torch.bincount(shape[hit], minlength=len(row))
-    seen, by_shape, by_texture = counts.sum(1).tolist()
-    if not seen:
-        raise ValueError(f"no image in {str(folder)!r} has a shape and a texture of different classes.")
-    bias, interval = _share(by_shape, by_shape + by_texture)
-    total, hits, misled = counts.numpy()
-    return ShapeBias(
-        name=type(model).__name__ if name is None else name,
-        about={
-            **(about or {}),
-            "images": seen,
-            "source": str(folder),
-            "size": images.size,
-            "mean": [round(value, 4) for value in images.mean],
-            "std": [round(value, 4) for value in images.std],
-            "choice": f"of {len(choices)} classes" + (", by mean probability" if classes is None else ""),
-        },
-        classes=images.classes,
-        images=total,
-        shape=hits,
-        texture=misled,
-        bias=bias,
-        interval=interval,
-        cue_accuracy=(by_shape + by_texture) / seen,
-        left_out=len(images) - seen,
-    )
+    return counts
 
 
 def _choice(scores: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     """Return the group of outputs with the largest mean probability, int64 (N,), for logits (N, outputs)."""
     if not scores.isfinite().all():
         raise ValueError("the model's logits are not finite for some of the images.")
-    logs = scores.double().log_softmax(1)  # in logarithms, as no probability is too small for them
+    logs = scores.double().log_softmax(1)  # logarithms do not underflow
     means = [logs[:, list(group)].logsumexp(1) - math.log(len(group)) for group in groups]
     return torch.stack(means, 1).argmax(1)
 
 
 def _share(hits: int, decided: int) -> tuple[float, tuple[float, float]]:
-    """Return a share and its 95 % interval (Wilson 1927); not a number without a decision."""
+    """Return a share and its 95 % interval (Wilson 1927); NaN without a decision."""
     if not decided:
         return math.nan, (math.nan, math.nan)
     share, unit = hits / decided, _Z**2 / decided

@@ -78,7 +78,7 @@ class TranslationStability(Result):
         axes = figure.subplots(2, len(DIRECTIONS), sharex=True, sharey="row", squeeze=False)
         for index, (name, result) in enumerate(results.items()):
             style: dict[str, Any] = {
-                "color": report.COLOURS[index % len(report.COLOURS)],
+                "color": report.COLORS[index % len(report.COLORS)],
                 "marker": report.MARKERS[index % len(report.MARKERS)],
             }
             for direction in range(len(DIRECTIONS)):
@@ -117,7 +117,7 @@ def translation_stability(
     images: Tensor | Iterable[Any],
     *,
     shifts: Sequence[int] = SHIFTS,
-    batch: int = 8,
+    batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -132,9 +132,9 @@ def translation_stability(
 
     Args:
         model: returns scores (N, classes); of timm, torchvision or one's own.
-        images: (N, C, H, W), or batches of such as loaders give; normalised, all of one size.
+        images: (N, C, H, W), or batches of such as loaders give; normalized, all of one size.
         shifts: in pixels, at least 1 each and less than the images' sides.
-        batch: images at a time.
+        batch_size: images at a time.
         name: what to call the model; None: its type's name.
         about: how the images came about, for the result to keep.
         progress: show a bar on the terminal.
@@ -144,14 +144,14 @@ def translation_stability(
             (N, classes) or not finite; images of several sizes, or none.
         TypeError: images, shifts or a batch size of the wrong kind.
     """
-    _checks.integer("batch", batch)
+    _checks.integer("batch_size", batch_size)
     steps = check_shifts(shifts)
-    total = -(-len(images) // batch) if isinstance(images, Tensor) and images.ndim == 4 else None
+    total = -(-len(images) // batch_size) if isinstance(images, Tensor) and images.ndim == 4 else None
     size: tuple[int, ...] = ()
     found: list[Tensor] = []
     spread = _Spread()
     with visited(model), torch.no_grad():
-        for part in track(chunks(images, model, batch), "translation stability", total=total, show=progress):
+        for part in track(chunks(images, model, batch_size), "translation stability", total=total, show=progress):
             size = size or tuple(part.shape[2:])
             if tuple(part.shape[2:]) != size:
                 raise ValueError(f"images must all be of one size; got {size} and {tuple(part.shape[2:])}.")

@@ -234,7 +234,7 @@ MEMORY = _columns("MiB", lambda r, name: f"{r['bytes'][name] / 2**20:.1f}")
 def run(
     settings: Settings,
     *,
-    batch: int = 4,
+    batch_size: int = 4,
     side: int = 56,
     width: int = 64,
     stages: Sequence[int] = (1, 2, 3, 4),
@@ -243,7 +243,7 @@ def run(
 
     Args:
         settings: how.
-        batch: images.
+        batch_size: images.
         side: rows and columns of the first stage's map; each later one has half as many.
         width: channels of the first stage, a multiple of 16; each later one has twice as many.
         stages: which.
@@ -255,8 +255,11 @@ def run(
     if width % GROUP:
         raise ValueError(f"width must be a multiple of {GROUP}, the channels of a group; got {width}.")
     chosen = [_checks.integer("every entry of stages", stage, maximum=8) - 1 for stage in stages]
-    batch, side = _checks.integer("batch", batch), _checks.integer("side", side, minimum=1 << max(chosen, default=0))
-    cases = [Case(batch, width << i, side >> i, settings.torch_dtype, settings.device) for i in chosen]
+    batch_size, side = (
+        _checks.integer("batch_size", batch_size),
+        _checks.integer("side", side, minimum=1 << max(chosen, default=0)),
+    )
+    cases = [Case(batch_size, width << i, side >> i, settings.torch_dtype, settings.device) for i in chosen]
     out = Record("deform", settings)
     out.fact("Offsets are normal with a deviation of one pixel. Ratios are a peer's time or memory over ours.")
     time, memory = out.table("Time", TIME), out.table("Memory", MEMORY)

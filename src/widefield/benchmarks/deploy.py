@@ -1,8 +1,8 @@
 """``widefield bench deploy``: what routing costs where models are served, MoRF networks beside the plain ones.
 
 Every form of one network is measured beside the network that it was made from, in onnxruntime and in PyTorch, all
-interleaved: "plain" is timm's, "branches" and "per-sample" are the two graphs of a re-parameterised MoRF network
-(:data:`widefield.deploy.ROUTING`), and "specialised" has its routing made static, which leaves one convolution a layer,
+interleaved: "plain" is timm's, "branches" and "per-sample" are the two graphs of a reparameterized MoRF network
+(:data:`widefield.deploy.ROUTING`), and "specialized" has its routing made static, which leaves one convolution a layer,
 of the size of the largest expert. Weights are random: they change no time.
 """
 
@@ -29,7 +29,7 @@ from widefield.surgery import NothingToFuseError, reparameterize, specialize
 RUNTIMES = ("onnxruntime", "eager")
 PLAIN = "plain"
 LEAST = 0.9
-"""Of the plain network's speed in onnxruntime, what is asked of a specialised one."""
+"""Of the plain network's speed in onnxruntime, what is asked of a specialized one."""
 
 
 def forms(name: str, x: Tensor) -> dict[str, tuple[nn.Module, str]]:
@@ -42,7 +42,7 @@ def forms(name: str, x: Tensor) -> dict[str, tuple[nn.Module, str]]:
         PLAIN: (plain, "branches"),
         "branches": (routed, "branches"),
         "per-sample": (routed, "per-sample"),
-        "specialised": (reparameterize(specialize(timm.create_model(name).eval(), [x]), x), "branches"),
+        "specialized": (reparameterize(specialize(timm.create_model(name).eval(), [x]), x), "branches"),
     }
 
 
@@ -91,7 +91,7 @@ def run(
     settings: Settings,
     *,
     names: Sequence[str] = ("morf_convnext_tiny",),
-    batches: Sequence[int] = (1, 8),
+    batch_sizes: Sequence[int] = (1, 8),
     size: int = 224,
 ) -> None:
     """Measure, print, and write what ``settings.out`` asks for.
@@ -99,7 +99,7 @@ def run(
     Args:
         settings: how; on the CPU in float32.
         names: MoRF networks of timm's registry.
-        batches: images at a time.
+        batch_sizes: images at a time.
         size: side of the images in pixels.
 
     Raises:
@@ -109,7 +109,7 @@ def run(
         raise ValueError(f"exports are measured on the CPU in float32; got {settings.device}, {settings.dtype}.")
     known = timm.list_models("morf_*")
     chosen = [_checks.choice("every entry of names", name, known) for name in names]
-    counts = [_checks.integer("every entry of batches", count) for count in batches]
+    counts = [_checks.integer("every entry of batch_sizes", count) for count in batch_sizes]
     size = _checks.integer("size", size, minimum=32)
     out = Record("deploy", settings)
     out.fact(f"{size}x{size} pixels. Largest differences are those of the export, in units of the output's scale.")
@@ -137,8 +137,8 @@ def run(
                 measured["eager"]["per-sample"] = measured["eager"]["branches"]  # one model, two graphs
                 for row in rows_of(name, batch, costs, differences, measured):
                     out.add(table, row)
-    specialised = [row for row in table.rows if row["form"] == "specialised"]
-    held = bar("plain / specialised, onnxruntime", specialised, lambda r: r["onnxruntime_ratio"], at_least=LEAST)
+    specialized = [row for row in table.rows if row["form"] == "specialized"]
+    held = bar("plain / specialized, onnxruntime", specialized, lambda r: r["onnxruntime_ratio"], at_least=LEAST)
     short = [{heading: COLUMNS[heading](row) for heading in SHORT} for row in table.rows]
     out.finish([held], [("Milliseconds, and the plain network's time over this one's", short)] if short else ())
 

@@ -240,7 +240,7 @@ def run(
     channels: int | None = None,
     resolutions: Sequence[int] | None = None,
     kernels: Sequence[int] | None = None,
-    batch: int | None = None,
+    batch_size: int | None = None,
     layers: int | None = None,
     top: Ceilings | None = None,
 ) -> list[Bar]:
@@ -250,7 +250,7 @@ def run(
         settings: how.
         channels, resolutions, kernels: RepLKNet's when None; on CPUs the shapes of ConvNeXt-T, larger ones, and some in
             bfloat16 are then measured too.
-        batch: on CUDA devices 64 when None; on CPUs as many as make 4096 pixels, at most 8.
+        batch_size: on CUDA devices 64 when None; on CPUs as many as make 4096 pixels, at most 8.
         layers: on CUDA devices 24 when None, on CPUs 1.
         top: the machine's ceilings, when they are known already.
 
@@ -263,18 +263,18 @@ def run(
     sides = [_checks.integer("resolutions", side) for side in resolutions or RESOLUTIONS]
     sizes = [size for size, _ in _checks.experts(kernels or KERNELS)]
     layers = _checks.integer("layers", (1 if on_cpu else 24) if layers is None else layers)
-    if batch is not None:
-        batch = _checks.integer("batch", batch)
+    if batch_size is not None:
+        batch_size = _checks.integer("batch_size", batch_size)
 
     def case(c: int, side: int, kernel: int | tuple[int, int], dtype: torch.dtype, stride: int = 1) -> Case:
-        count = batch or (scaled_batch(c, side) if on_cpu else 64)
+        count = batch_size or (scaled_batch(c, side) if on_cpu else 64)
         size = (kernel, kernel) if isinstance(kernel, int) else kernel
         return Case(count, c, side, size, layers, dtype, settings.device, stride)
 
     out = Record("depthwise", settings)
     top = top or ceilings(settings)
     out.fact(f"Ceilings in this run: {top}. Layers of each row: {layers}. Ratios are F.conv2d's time over ours.")
-    if on_cpu and batch is None:
+    if on_cpu and batch_size is None:
         out.fact("Scaled down for a CPU: the paper has 24 layers and a batch of 64; here each row says its batch.")
     dtype = settings.torch_dtype
     columns = UPCAST_COLUMNS if on_cpu and dtype != torch.float32 else COLUMNS

@@ -72,7 +72,7 @@ def run(
     *,
     name: str = "metaformer_tiny",
     mixers: Sequence[str] | None = None,
-    batch: int | None = None,
+    batch_size: int | None = None,
     size: int = 224,
 ) -> None:
     """Measure, print, and write what ``settings.out`` asks for.
@@ -81,7 +81,7 @@ def run(
         settings: how; networks are cast to its dtype.
         name: which MetaFormer of timm's registry.
         mixers: names of :data:`widefield.nn.mixers.TOKEN_MIXERS`; all when None. The peer is always among them.
-        batch: 64 on CUDA devices when None, 4 on CPUs.
+        batch_size: 64 on CUDA devices when None, 4 on CPUs.
         size: side of the images in pixels.
 
     Raises:
@@ -91,7 +91,7 @@ def run(
     _checks.choice("name", name, known)
     chosen = [_checks.choice("every entry of mixers", m, tuple(TOKEN_MIXERS)) for m in mixers or TOKEN_MIXERS]
     chosen = [PEER, *(mixer for mixer in chosen if mixer != PEER)]
-    count = _checks.integer("batch", (4 if settings.device == "cpu" else 64) if batch is None else batch)
+    count = _checks.integer("batch_size", (4 if settings.device == "cpu" else 64) if batch_size is None else batch_size)
     size = _checks.integer("size", size, minimum=32)
     out = Record("mixers", settings)
     out.fact(f"{name}, batch {count}, {size}x{size} pixels. MACs are of one image and the merged network.")

@@ -3,7 +3,7 @@
 On the shapes of ConvNeXt-T's four stages, depthwise, one layer:
 
 - ``step``: forward and backward, gradients to the input, all kernels and biases, and the routing weights.
-- ``inference``: forward under ``torch.no_grad()``; ours from the padded bank that re-parameterisation stores.
+- ``inference``: forward under ``torch.no_grad()``; ours from the padded bank that reparameterization stores.
 
 Peers, in both memory formats: the naive branches (n convolutions and a weighted sum, as one would write them), a single
 stock convolution as large as the largest expert, and our own of that size. The routing network is in none of them.
@@ -310,7 +310,7 @@ DENSE_COLUMNS |= {"branches / merged": _ratio("branches_over_merged"), "auto": l
 def run(
     settings: Settings,
     *,
-    batch: int = 16,
+    batch_size: int = 16,
     shapes: Sequence[tuple[int, int]] | None = None,
     sets: Sequence[Sequence[int]] | None = None,
     counts: Sequence[int] | None = None,
@@ -321,7 +321,7 @@ def run(
 
     Args:
         settings: how.
-        batch: samples of every row.
+        batch_size: samples of every row.
         shapes: (channels, side) of the depthwise rows; ConvNeXt-T's stages when None.
         sets: sets of experts' sizes; the paper's when None.
         counts: numbers of experts, sizes 3 to 11 repeated; 5, 64 and 128 when None. Ratios are to the first.
@@ -332,7 +332,7 @@ def run(
     Raises:
         ValueError: numbers out of range, even kernels.
     """
-    batch = _checks.integer("batch", batch)
+    batch_size = _checks.integer("batch_size", batch_size)
     if dense_shapes is None:
         dense_shapes = DENSE_SHAPES if shapes is None else ()
     count_shape = COUNT_SHAPE if shapes is None else shapes[-1]
@@ -341,11 +341,11 @@ def run(
     counts = [_checks.integer("counts", n) for n in counts or COUNTS]
 
     def case(shape: tuple[int, int], sizes: tuple[int, ...], *, dense: bool = False) -> Case:
-        return Case(batch, *shape, sizes, dense, settings.torch_dtype, settings.device)
+        return Case(batch_size, *shape, sizes, dense, settings.torch_dtype, settings.device)
 
     out = Record("mixture", settings)
     top = top or ceilings(settings)
-    out.fact(f"Ceilings in this run: {top}. Batch {batch}, one layer.")
+    out.fact(f"Ceilings in this run: {top}. Batch {batch_size}, one layer.")
     out.fact("Columns of times and 'ours / our largest' are of the row's layout; other peers at their better layout.")
     main = out.table("Sets of experts", COLUMNS, "MoRF, figure 4: throughput against cumulative sets of experts.")
     many = out.table("Many experts", MANY_COLUMNS, f"Sizes 3 to 11 repeated; ratio to {counts[0]} experts.")

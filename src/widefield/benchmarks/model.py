@@ -1,7 +1,7 @@
 """``widefield bench model NAME...``: throughput and memory of timm's models, as they are and with our operators.
 
 - ``inference``: forward under ``torch.inference_mode()``, in evaluation mode.
-- ``step``: forward, cross-entropy and backward in training mode, gradients to all parameters; no optimiser.
+- ``step``: forward, cross-entropy and backward in training mode, gradients to all parameters; no optimizer.
 
 Both for the model that timm makes and for the same model with its depthwise convolutions exchanged by
 :class:`widefield.surgery.FastDepthwise`, in both memory formats, all four interleaved. Memory is what a call holds at
@@ -107,13 +107,13 @@ def rows_of(name: str, mode: str, batch: int, measured: dict[str, bench.Row], co
     return rows
 
 
-def run(settings: Settings, names: Sequence[str], *, batch: int | None = None, size: int | None = None) -> None:
+def run(settings: Settings, names: Sequence[str], *, batch_size: int | None = None, size: int | None = None) -> None:
     """Measure, print, and write what ``settings.out`` asks for.
 
     Args:
         settings: how; models are cast to its dtype.
         names: timm's, ours included.
-        batch: 64 on CUDA devices when None, 8 on CPUs.
+        batch_size: 64 on CUDA devices when None, 8 on CPUs.
         size: side of the images in pixels; what timm says of the model when None.
 
     Raises:
@@ -123,7 +123,7 @@ def run(settings: Settings, names: Sequence[str], *, batch: int | None = None, s
     for name in names:
         if name not in every:
             raise ValueError(f"no model is called {name!r}.{_checks.did_you_mean(name, every)}")
-    count = _checks.integer("batch", (8 if settings.device == "cpu" else 64) if batch is None else batch)
+    count = _checks.integer("batch_size", (8 if settings.device == "cpu" else 64) if batch_size is None else batch_size)
     if size is not None:
         size = _checks.integer("size", size)
     out = Record("model", settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from widefield.analysis import Result
+    from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
     from widefield.runs import Subject
 
 MODEL_HELP = (
-    "a model of timm (resnet50), of torchvision (torchvision:resnet50), or the folder of a run of `widefield train`; "
-    "arguments follow in braces: 'replknet_31b{kernel_sizes: [3, 3, 3, 3]}'"
+    "a timm model (resnet50), a torchvision model (torchvision:resnet50), or the folder of a run of `widefield train`; "
+    "arguments go in braces: 'replknet_31b{kernel_sizes: [3, 3, 3, 3]}'"
 )
 
 
@@ -53,7 +54,7 @@ def arguments(
         parser.add_argument(
             "--size", type=int, nargs="+" if sizes else None, metavar="N", help=f"{size} (the model's own)"
         )
-        parser.add_argument("--batch", type=int, default=8, metavar="N", help="images at a time (8)")
+        parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder ({out})")
@@ -104,12 +105,36 @@ def pictures(args: argparse.Namespace, found: Subject, size: int | None = None, 
     return shown
 
 
-def batches(args: argparse.Namespace, found: Subject, shown_by: Pictures) -> list[tuple[Tensor, ...]]:
-    """Return pictures in batches, with labels where they are the classes of the model: a run's own data."""
-    shown = list(shown_by.batches(args.batch))
-    if found.trained_on and args.images is None and shown_by.classes:
-        return [(batch["image"], batch["label"]) for batch in shown]
-    return [(batch["image"],) for batch in shown]
+def views(args: argparse.Namespace, entry: Analysis, **options: Any) -> Iterator[View]:
+    """Yield each model of the command line with the images that an analysis needs, for each size asked for.
+
+    Args:
+        args: of the command line.
+        entry: the analysis.
+        options: arguments that the analysis will get.
+    """
+    for word in args.models:
+        yield from views_of(subject(word, args), args, entry, **options)
+
+
+def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **options: Any) -> Iterator[View]:
+    """Yield one model as :func:`views` does."""
+    from widefield import _checks
+
+    if not entry.reads_images(found.model):
+        yield found.view()
+        return
+    for size in args.size if isinstance(args.size, list) else [args.size]:
+        side = found.size if size is None else _checks.integer("--size", size)
+        shown = pictures(args, found, side + entry.margin(options), stand_in=entry.stand_in)
+        yield found.view(shown, batch_size=args.batch_size)
+
+
+def labeled_batches(view: View) -> list[tuple[Tensor, ...]]:
+    """Return the images of a view in batches, with labels if they are the model's own classes."""
+    if view.own:
+        return [(batch["image"], batch["label"]) for batch in view.batches()]
+    return [(batch["image"],) for batch in view.batches()]
 
 
 def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:

@@ -46,7 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
             "--budget", type=float, default=budget, metavar="S",
             help=f"seconds for all timings of a call, of which there are at least two ({budget:g})",
         )  # fmt: skip
-        sub.add_argument("--batch", **_COUNT, help="images per call; the default depends on device and shape")
+        sub.add_argument("--batch-size", **_COUNT, help="images per call; the default depends on device and shape")
         sub.add_argument("--out", type=Path, metavar="DIR", help="write SUBJECT_DEVICE.json and .md there (no files)")
         for option, details in subject.arguments.items():
             sub.add_argument(option, **details)
@@ -76,7 +76,7 @@ def _depthwise(settings: Settings, args: argparse.Namespace) -> None:
         channels=args.channels,
         resolutions=args.resolutions,
         kernels=args.kernels,
-        batch=args.batch,
+        batch_size=args.batch_size,
         layers=args.layers,
     )
 
@@ -87,7 +87,7 @@ def _mixture(settings: Settings, args: argparse.Namespace) -> None:
     shapes = args.shapes and [(s[0], s[1]) for s in (_numbers("--shapes", word, "x", 2) for word in args.shapes)]
     mixture.run(
         settings,
-        batch=16 if args.batch is None else args.batch,
+        batch_size=16 if args.batch_size is None else args.batch_size,
         shapes=shapes,
         sets=args.sets and [_numbers("--sets", word, ",") for word in args.sets],
         counts=args.counts,
@@ -97,25 +97,26 @@ def _mixture(settings: Settings, args: argparse.Namespace) -> None:
 def _deform(settings: Settings, args: argparse.Namespace) -> None:
     from widefield.benchmarks import deform
 
-    deform.run(settings, **_given(args, "batch", "side", "width", "stages"))
+    deform.run(settings, **_given(args, "batch_size", "side", "width", "stages"))
 
 
 def _mixers(settings: Settings, args: argparse.Namespace) -> None:
     from widefield.benchmarks import mixers
 
-    mixers.run(settings, **_given(args, "name", "mixers", "batch", "size"))
+    mixers.run(settings, **_given(args, "name", "mixers", "batch_size", "size"))
 
 
 def _model(settings: Settings, args: argparse.Namespace) -> None:
     from widefield.benchmarks import model
 
-    model.run(settings, args.names, batch=args.batch, size=args.size)
+    model.run(settings, args.names, batch_size=args.batch_size, size=args.size)
 
 
 def _deploy(settings: Settings, args: argparse.Namespace) -> None:
     from widefield.benchmarks import deploy
 
-    deploy.run(settings, batches=(1, 8) if args.batch is None else (args.batch,), **_given(args, "names", "size"))
+    sizes = (1, 8) if args.batch_size is None else (args.batch_size,)
+    deploy.run(settings, batch_sizes=sizes, **_given(args, "names", "size"))
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

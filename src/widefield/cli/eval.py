@@ -61,7 +61,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--throughput", action="store_true", help="also time the model alone, on random images")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help="autocast (the run's; no)")
     parser.add_argument("--channels-last", action="store_true", help="images and weights in that order (the run's; no)")
-    parser.add_argument("--batch", **number, help="images at a time (the run's; 128)")
+    parser.add_argument("--batch-size", **number, help="images at a time (the run's; 128)")
     parser.add_argument("--workers", **number, help="loader processes (the run's; 4 at most)")
     parser.add_argument("--device", help="where to compute (a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
@@ -174,7 +174,7 @@ def _job(
     task = labels.Judged(places, outputs, restrict=not args.all_outputs, real=real)
     recipe = subject.recipe
     how = {
-        "batch_size": (recipe.batch_size if recipe else 128) if args.batch is None else args.batch,
+        "batch_size": (recipe.batch_size if recipe else 128) if args.batch_size is None else args.batch_size,
         "workers": (recipe.workers if recipe else _readers()) if args.workers is None else args.workers,
         "mixed_precision": args.precision or (recipe.mixed_precision if recipe else "no"),
         "channels_last": args.channels_last or (recipe is not None and recipe.channels_last),

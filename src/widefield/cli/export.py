@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Batches = list[tuple[Tensor, ...]]
 
-SUMMARY = "from a trained model to a file that serves it: specialised, re-parameterised, trimmed, verified"
+SUMMARY = "from a trained model to a file that serves it: specialized, reparameterized, trimmed, verified"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from widefield import deploy
     from widefield.analysis._model import running
     from widefield.cli._tables import print_table
-    from widefield.surgery import measure_change
+    from widefield.surgery import compare
 
     if args.int8 and args.format != "onnx":
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
     found = _subjects.subject(args.models[0], args)
     # Photographs tell whether a file computes what its model does. What is read off images needs those of the data.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
-    images = _subjects.batches(args, found, _subjects.pictures(args, found, stand_in=not reads))
+    pictures = _subjects.pictures(args, found, stand_in=not reads)
+    images = _subjects.labeled_batches(found.view(pictures, batch_size=args.batch_size))
     shown, held_out = images[::2], images[1::2] or images
     example = images[0][0]
     with torch.no_grad(), running(found.model, example):  # a size that the model does not take is one line here
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     print_table(done.rows())
     if done.throughput:
         print_table([speed.row() for speed in done.throughput])
-    print(f"The file against {found.name} as it came: {measure_change(found.model, deploy.load(path), held_out)}.")
+    print(f"The file against {found.name} as it came: {compare(found.model, deploy.load(path), held_out)}.")
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
@@ -120,10 +121,10 @@ def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.
     try:
         model = reparameterize(model, shown[0][0][:2], report=_say)
     except NothingToFuseError:
-        print(f"{type(model).__name__} has nothing to re-parameterise.")
+        print(f"{type(model).__name__} has nothing to reparameterize.")
     if args.trim:
         size = tuple(shown[0][0].shape[-2:])
-        model = trim(model, args.tolerance, loader=shown, limit=args.limit, input_size=size, report=_say)
+        model = trim(model, args.tolerance, loader=shown, limit=args.limit, example_input=size, report=_say)
     elif args.limit is not None:
         model = trim(model, 0.0, loader=shown, limit=args.limit, report=_say)
     return model

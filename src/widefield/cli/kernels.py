@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+from typing import TYPE_CHECKING
 
+from widefield._files import write_whole
+from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-SUMMARY = "energy of spatial kernels by radius, and how far they can be cropped"
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from widefield.surgery.trim_report import Trimming
+
+ENTRY = ANALYSES["kernels"]
+SUMMARY = ENTRY.summary
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -15,38 +24,68 @@ def add(parser: argparse.ArgumentParser) -> None:
     _subjects.arguments(parser)
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.5, 0.9, 0.99], metavar="S",
-        help="of the energy that crops are to keep (0.5 0.9 0.99)",
+        help="shares of the energy that crops must keep (0.5 0.9 0.99)",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, metavar="K", help="say what cropping kernels beyond K x K pixels to it would lose"
+        "--limit", type=int, metavar="K", help="report what cropping kernels larger than K x K pixels to K x K loses"
     )
     parser.add_argument(
         "--cost", action="store_true",
-        help="crop them to --limit, and say what that does to the outputs on images, to parameters and work",
+        help="crop the kernels to --limit, and report the change of outputs on images, of parameters and of MACs",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.analysis.kernels import kernel_energy
     from widefield.cli._tables import print_table
 
     if args.cost and args.limit is None:
-        raise ValueError("--cost is that of cropping to a limit: pass --limit K, too.")
+        raise ValueError("--cost is the cost of cropping to a limit: pass --limit K as well.")
     if not args.cost and (args.images is not None or args.size is not None):
-        raise ValueError("images are looked at for --cost alone: pass --cost and --limit K, too.")
-    results = {}
+        raise ValueError("images are used only for --cost: pass --cost and --limit K as well.")
+    results, costs = {}, {}
     for word in args.models:
         found = _subjects.subject(word, args)
-        about: dict[str, Any] = {"weights": str(found.weights), "seed": args.seed}
-        images = None
+        view = found.view()
+        about = {"weights": view.weights, "seed": args.seed}
+        results[view.name] = ENTRY.run(view, about=about, shares=args.shares, limit=args.limit)
         if args.cost:
-            pictures = _subjects.pictures(args, found)
-            images, about = _subjects.batches(args, found, pictures), {**pictures.about, **about}
-        results[found.name] = kernel_energy(
-            found.model, shares=args.shares, limit=args.limit, images=images, name=found.name, about=about
-        )
+            shown = found.view(_subjects.pictures(args, found), batch_size=args.batch_size)
+            costs[view.name] = _trimmed(found.model, _subjects.labeled_batches(shown), args.limit)
     _subjects.write(results, args)
     if args.cost:
-        print_table([result.cost_row() for result in results.values()])
+        print_table([_row(name, cost) for name, cost in costs.items()])
+        path = args.out / f"{args.command}-cost.json"
+        write_whole(path, (json.dumps({name: cost.to_dict() for name, cost in costs.items()}) + "\n").encode())
+        print(f"wrote {path}")
     return 0
+
+
+def _trimmed(model: nn.Module, images: list[tuple[Tensor, ...]], limit: int) -> Trimming:
+    """Return the report on cropping a model's kernels to the limit, whatever it costs."""
+    from widefield.surgery import reparameterize, trim
+    from widefield.surgery.walk import unmerged
+
+    if unmerged(model):
+        model = reparameterize(model, images[0][0][:2])
+    reports: list[Trimming] = []
+    trim(model.eval(), 0.0, loader=images, limit=limit, report=reports.append)
+    return reports[0]
+
+
+def _row(name: str, cost: Trimming) -> dict[str, str]:
+    macs = [f"{(count or 0) / 1e6:.4g}M" for count in (cost.macs_before, cost.macs_after)]
+    row = {
+        "model": name,
+        f"cropped to {cost.limit}": f"{len(cost.trimmed())} of {len(cost.kernels)}",
+        "still larger": str(len(cost.beyond())),
+        "parameters": f"{cost.parameters_before:,} -> {cost.parameters_after:,}",
+        "MACs": " -> ".join(macs),
+    }
+    change = cost.change
+    if change is not None:
+        accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
+        row["change (RMS)"] = f"{change.rms:.2g}"
+        row["same class"] = "-" if change.agreement is None else f"{change.agreement:.1%}"
+        row["top-1"] = " -> ".join(f"{value:.1%}" for value in accuracy) or "-"
+    return row

@@ -71,7 +71,7 @@ class ConflictImages:
         folder: holds a folder a class of shape, with files ``SHAPEi-TEXTUREj.png``.
         size: side of the images in pixels.
         mean, std: of each channel for pixels in [0, 1].
-        batch: images a batch.
+        batch_size: images in a batch.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -87,12 +87,12 @@ class ConflictImages:
         size: int = 224,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        batch: int = 32,
+        batch_size: int = 32,
     ) -> None:
         self.folder = Path(folder).expanduser()
         self.size = _checks.integer("size", size)
         self.mean, self.std = statistics(tuple(mean), tuple(std))
-        self.batch = _checks.integer("batch", batch)
+        self.batch_size = _checks.integer("batch_size", batch_size)
         self._transform = evaluation(self.size, self.mean, self.std, crop_pct=1.0)
         layout = "Expected FOLDER/SHAPE/SHAPEi-TEXTUREj.png, such as cat/cat7-elephant1.png."
         if not self.folder.is_dir():
@@ -138,8 +138,8 @@ class ConflictImages:
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield the batches; raises OSError naming a file that cannot be read."""
-        for start in range(0, len(self), self.batch):
-            yield collate([self.sample(index) for index in range(start, min(start + self.batch, len(self)))])
+        for start in range(0, len(self), self.batch_size):
+            yield collate([self.sample(index) for index in range(start, min(start + self.batch_size, len(self)))])
 
     def sample(self, index: int) -> Sample:
         """Return one image (3, size, size) and its labels; raises OSError naming a file that cannot be read."""

@@ -69,7 +69,7 @@ def quantize(
                 extra_options={"OpTypesToExcludeOutputQuantization": list(_graph.PRODUCTS)},
             )
     except Exception as error:  # onnxruntime's own, and assertions
-        raise ValueError(f"onnxruntime cannot quantise this model: {first_line(error)}") from error
+        raise ValueError(f"onnxruntime cannot quantize this model: {first_line(error)}") from error
 
 
 def drop_outputs(path: Path, names: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ from widefield.deploy.info import INFO, ModelInfo, collected, to_texts
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
-from widefield.surgery.outputs import Tally, batches, example_input, pixels
+from widefield.surgery.compare import Tally
+from widefield.surgery.inputs import batches, example_input, pixels
 from widefield.surgery.walk import begin, copied, unmerged
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def export(
     opset: int | None = None,
     throughput: Sequence[int] = (),
     classes: Sequence[str] | None = None,
-    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     info: ModelInfo | None = None,
     report: Callable[[Export], object] | None = None,
 ) -> Export:
@@ -143,16 +144,16 @@ def export(
         path: ``.onnx``, ``.pt2`` (torch.export's archive) or ``.xml`` (OpenVINO, with a ``.bin`` beside it).
         example: (N, C, H, W). Default: as :func:`widefield.reparameterize` makes one up.
         routing: form of layers whose kernel depends on the image, "branches" or "per-sample"; see
-            :data:`widefield.deploy.ROUTING`. For a graph without routing, specialise the model.
+            :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model.
         dynamic: which sizes may change: "batch", "size" (height and width), both or neither.
         loader: images to verify on besides noise, of any size that the graph takes; see
-            :func:`widefield.surgery.outputs.batches`.
+            :func:`widefield.surgery.inputs.batches`.
         tolerance: largest difference allowed, in units of the largest absolute output.
         opset: ONNX operator set; default: that of torch's exporter.
         throughput: batch sizes at which the file is timed beside the model, eager and compiled by torch.compile, in
             turns: some seconds each.
         classes: names of the outputs, in order. They go into the file and the report, as do the next two.
-        normalisation: mean and standard deviation of each channel, with which images in [0, 1] are to be normalised.
+        normalization: mean and standard deviation of each channel, with which images in [0, 1] are to be normalized.
         info: the same and the size of the images, for what the two arguments above do not say, such as
             ``ModelInfo.from_weights(ResNet50_Weights.DEFAULT)`` for models of torchvision. What nothing says is taken
             from timm's configuration of the model, and is None where there is none.
@@ -182,7 +183,7 @@ def export(
     reference = copied(model).cpu()
     x = _example(reference, example)
     info = collected(
-        model, x.shape, outputs_of(reference, x), classes=classes, normalisation=normalisation, info=info,
+        model, x.shape, outputs_of(reference, x), classes=classes, normalization=normalization, info=info,
         fixed="size" not in dynamic,
     )  # fmt: skip
     times = [_checks.integer("every entry of throughput", count) for count in throughput]
@@ -314,7 +315,7 @@ def _checked(model: nn.Module, exported: Runtime, images: Iterable[Tensor]) -> t
     with torch.no_grad():
         for x in images:
             tallies.setdefault(tuple(x.shape), Tally()).add(model(x), exported(x))
-    changes = {shape: tally.change() for shape, tally in tallies.items()}
+    changes = {shape: tally.difference() for shape, tally in tallies.items()}
     return tuple(Check(shape, c.images, c.max_abs, c.relative, c.agreement) for shape, c in changes.items())
 
 

@@ -83,7 +83,7 @@ def collected(
     outputs: int | None,
     *,
     classes: Sequence[str] | None,
-    normalisation: tuple[Sequence[float], Sequence[float]] | None,
+    normalization: tuple[Sequence[float], Sequence[float]] | None,
     info: ModelInfo | None,
     fixed: bool,
 ) -> ModelInfo:
@@ -93,11 +93,11 @@ def collected(
         model: see :meth:`ModelInfo.of`.
         shape: (N, C, H, W) of the example.
         outputs: number of classes that the model tells apart; None where its output does not say.
-        classes, normalisation, info: of :func:`widefield.deploy.export`.
+        classes, normalization, info: of :func:`widefield.deploy.export`.
         fixed: the file takes images of the example's size only.
 
     Raises:
-        TypeError, ValueError: names that are not as many as the outputs; normalisation of other channels.
+        TypeError, ValueError: names that are not as many as the outputs; normalization of other channels.
     """
     found = ModelInfo.of(model)
     if info is not None:
@@ -108,10 +108,10 @@ def collected(
         if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes must be names, one for each output; got {classes!r}.")
         found = replace(found, classes=tuple(classes))
-    if normalisation is not None:
-        mean, std = (tuple(float(value) for value in numbers) for numbers in normalisation)
+    if normalization is not None:
+        mean, std = (tuple(float(value) for value in numbers) for numbers in normalization)
         found = replace(found, mean=mean, std=std)
-    given = normalisation is not None or (info is not None and (info.mean or info.std) is not None)
+    given = normalization is not None or (info is not None and (info.mean or info.std) is not None)
     if found.classes is not None and outputs is not None and len(found.classes) != outputs:
         raise ValueError(
             f"classes must have a name for each of the model's {outputs} outputs; got {len(found.classes)}: "
@@ -122,7 +122,7 @@ def collected(
 
 
 def _fitting(found: ModelInfo, channels: int, *, given: bool) -> ModelInfo:
-    """Return it with a normalisation of so many channels, or none; raises ValueError for one that was given."""
+    """Return it with a normalization of so many channels, or none; raises ValueError for one that was given."""
     if found.mean is None and found.std is None:
         return found
     mean, std = found.mean or (), found.std or ()
@@ -130,10 +130,10 @@ def _fitting(found: ModelInfo, channels: int, *, given: bool) -> ModelInfo:
         if not given:
             return replace(found, mean=None, std=None)
         raise ValueError(
-            f"normalisation must have a mean and a std for each of {channels} channels; got {(mean, std)!r}."
+            f"normalization must have a mean and a std for each of {channels} channels; got {(mean, std)!r}."
         )
     if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-        raise ValueError(f"normalisation must be finite, and std above 0; got {(mean, std)!r}.")
+        raise ValueError(f"normalization must be finite, and std above 0; got {(mean, std)!r}.")
     return found
 
 

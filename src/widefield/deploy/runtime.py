@@ -39,7 +39,7 @@ class Runtime:
         self.outputs = outputs
         """Names of the outputs, in order; PyTorch's archives have none."""
         self.info = info or ModelInfo()
-        """Names of the classes, normalisation and size of the images, as the file says."""
+        """Names of the classes, normalization and size of the images, as the file says."""
         self._run = run
 
     def __call__(self, images: Tensor) -> Answer:
@@ -96,7 +96,7 @@ def _onnx(path: Path, threads: int) -> _Loaded:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # warnings of the optimiser say nothing to a user
+    options.log_severity_level = 3  # warnings of the optimizer say nothing to a user
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     outputs = tuple(output.name for output in session.get_outputs())

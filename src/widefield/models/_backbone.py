@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, freshly initialised head on the network; 0 classes: none."""
+        """Put a new, freshly initialized head on the network; 0 classes: none."""
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=0)
         if global_pool is not None:
             self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
@@ -191,7 +191,7 @@ class Backbone(nn.Module):
 class NormedBackbone(Backbone):
     """A :class:`Backbone` that ends as ConvNeXt does: a norm over the channels of the pooled vector, ``norm``.
 
-    The family sets ``self.norm``, and applies :func:`initialise_truncated` to itself.
+    The family sets ``self.norm``, and applies :func:`initialize_truncated` to itself.
     """
 
     norm: nn.Module
@@ -199,7 +199,7 @@ class NormedBackbone(Backbone):
     """What the initial weights of the classifier are multiplied by."""
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Normalise the pooled vector, or each pixel where nothing is pooled; with "catavgmax" each half."""
+        """Normalize the pooled vector, or each pixel where nothing is pooled; with "catavgmax" each half."""
         halves = x.unflatten(1, (self.pool.feat_mult(), -1)).movedim(2, -1)
         y: Tensor = self.norm(halves).movedim(-1, 2).flatten(1, 2)
         return y
@@ -209,24 +209,24 @@ class NormedBackbone(Backbone):
         self.norm = nn.Identity()
 
     def classifier(self) -> nn.Module:
-        """Return a new head, initialised as the rest of the network and scaled."""
-        head = super().classifier().apply(initialise_truncated)
+        """Return a new head, initialized as the rest of the network and scaled."""
+        head = super().classifier().apply(initialize_truncated)
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.mul_(self.head_init_scale)
         return head
 
 
-def initialise_truncated(module: nn.Module) -> None:
-    """Initialise as ConvNeXt's code, and what grew out of it, does: truncated normals of 0.02, biases of 0."""
+def initialize_truncated(module: nn.Module) -> None:
+    """Initialize as ConvNeXt's code, and what grew out of it, does: truncated normals of 0.02, biases of 0."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def initialise_fan_out(module: nn.Module) -> None:
-    """Initialise as the code of VAN and MogaNet does: convolutions by what they write, linear layers by 0.02."""
+def initialize_fan_out(module: nn.Module) -> None:
+    """Initialize as the code of VAN and MogaNet does: convolutions by what they write, linear layers by 0.02."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):

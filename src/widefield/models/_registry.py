@@ -57,7 +57,7 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -
 def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Check a state dict against a network that is to load it, and return it; timm calls this.
 
-    Weights of a re-parameterised network turn ``model``, in place, into its re-parameterised form. timm then adapts the
+    Weights of a reparameterized network turn ``model``, in place, into its reparameterized form. timm then adapts the
     first convolution to other image channels, and leaves out a classifier of another number of classes.
 
     Raises:

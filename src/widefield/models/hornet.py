@@ -1,7 +1,7 @@
 """HorNet: blocks of a transformer around a recursive gated convolution.
 
 Paper: Rao et al., "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions", NeurIPS 2022,
-section 3.3. Keys, initialisation and variants are those of the official code (github.com/raoyongming/HorNet, MIT),
+section 3.3. Keys, initialization and variants are those of the official code (github.com/raoyongming/HorNet, MIT),
 whose weights load.
 """
 
@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import NormedBackbone, initialise_truncated
+from widefield.models._backbone import NormedBackbone, initialize_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.gnconv import GlobalLocalFilter, GnConv
 from widefield.nn.reparam import Pair, refuse_training
@@ -53,7 +53,7 @@ CLASSES_22K = 10450
 
 
 class Branches(nn.Module):
-    """A spatial and a channel mixer, each a normalised branch beside its input; what a merged :class:`Block` is.
+    """A spatial and a channel mixer, each a normalized branch beside its input; what a merged :class:`Block` is.
 
     (N, C, H, W) -> the same. Made by ``fuse()``.
 
@@ -216,7 +216,7 @@ class HorNet(NormedBackbone):
             blocks = [Block(width, order, next(rates), layer_scale, **options) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = LayerNorm(widths[-1], eps=1e-6)
-        self.apply(initialise_truncated)
+        self.apply(initialize_truncated)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class HorNet(NormedBackbone):
         """Store the global filters for images of this size, on which the function of the network stays what it is.
 
         The official code does so to fine-tune at 384 pixels. The filters' parameters are new ones: call it before the
-        optimiser is made.
+        optimizer is made.
         """
         height, width = _checks.pair("img_size", img_size, minimum=4 << (len(self.stages) - 1))
         for index, blocks in enumerate(self.stages):

@@ -1,7 +1,7 @@
 """InternImage: blocks of a transformer around a deformable convolution.
 
 Paper: Wang et al., "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR
-2023, section 3. Keys, initialisation and variants are those of the official code (github.com/OpenGVLab/InternImage,
+2023, section 3. Keys, initialization and variants are those of the official code (github.com/OpenGVLab/InternImage,
 MIT), whose weights load.
 """
 
@@ -40,7 +40,7 @@ STATED: dict[str, Stated] = {
 """What is said of each network."""
 
 NORMS = ("pre", "post", "both")
-"""Where a block normalises: what goes into its layers, what comes out, or both."""
+"""Where a block normalizes: what goes into its layers, what comes out, or both."""
 
 SCHEDULES = ("linear", "uniform")
 
@@ -143,7 +143,7 @@ class InternImage(Backbone):
         depths, widths: blocks and channels of each stage.
         groups: of each stage's deformable convolutions.
         mlp_ratio: hidden width of the MLPs by that of the stage.
-        norms: where a block normalises, "pre", "post" or "both". But for "post", stages end in a norm.
+        norms: where a block normalizes, "pre", "post" or "both". But for "post", stages end in a norm.
         layer_scale_init: first value of the factors of each branch; None for no such factors.
         drop_path_rate: chance to skip the branches of the last block in training. The paper's: 0.1, 0.4 and 0.5 for T,
             S and B, 0.1 and 0.2 for fine-tuning L and XL.
@@ -222,7 +222,7 @@ class InternImage(Backbone):
             has_norm = norms != "post" or center_feature_scale
             self.levels.append(Level(blocks, width, has_norm, norms_after if i == 2 else (), following))
         self.add_head(widths)
-        self.apply(_initialise)
+        self.apply(_initialize)
         for module in self.modules():
             if isinstance(module, DCNv3):
                 module.reset_parameters()
@@ -321,7 +321,7 @@ class InternImageH(InternImage):
         return nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes else nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, freshly initialised head on the network; 0 classes: none. ``global_pool``: "map" or ""."""
+        """Put a new, freshly initialized head on the network; 0 classes: none. ``global_pool``: "map" or ""."""
         if global_pool is not None:
             self._pools = bool(_checks.choice("global_pool", global_pool, ("map", "")))
         super().reset_classifier(num_classes)
@@ -333,7 +333,7 @@ class InternImageH(InternImage):
         return small + large[..., : small.shape[2], : small.shape[3]]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Return the normalised answer of the attention, or the map where nothing is pooled."""
+        """Return the normalized answer of the attention, or the map where nothing is pooled."""
         y: Tensor = self.fc_norm(self.clip_projector(x)) if self._pools else x
         return y
 
@@ -379,7 +379,7 @@ def _drop_path_rates(rate: float, kind: str, count: int) -> Iterator[float]:
     return iter(torch.linspace(start, rate, count, device="cpu").tolist())
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -404,7 +404,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _network(variant: str, pretrained: bool, width: int, kwargs: dict[str, Any], **model_args: Any) -> Any:
-    """Build a network whose widths double from ``width`` and whose blocks normalise as those of S to XL do."""
+    """Build a network whose widths double from ``width`` and whose blocks normalize as those of S to XL do."""
     widths = tuple(width << i for i in range(4))
     given = {"widths": widths, "groups": tuple(w // 16 for w in widths), "norms": "post", "layer_scale_init": 1e-5}
     return build(InternImage, variant, pretrained, **{**given, **model_args, **kwargs})

@@ -136,9 +136,9 @@ class MetaFormer(Backbone):
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = norms(widths[-1])
         self.head = self.classifier()
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """As ConvNeXt: truncated normals of 0.02 for convolutions and linear layers that are not inside a token mixer,
         each of which knows its own start.
         """
@@ -165,7 +165,7 @@ class MetaFormer(Backbone):
         return f"stages.{index}", f"transitions.{index}"
 
     def finish(self, x: Tensor) -> Tensor:
-        """Return the last feature, normalised."""
+        """Return the last feature, normalized."""
         y: Tensor = self.norm(x)
         return y
 

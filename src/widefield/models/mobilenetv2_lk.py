@@ -61,7 +61,7 @@ def _build(
         )
     even = [size for size in sizes if _checks.integer("every entry of kernel_sizes", size) % 2 == 0]
     if even:
-        raise ValueError(f"kernel_sizes must be odd, so that kernels are centred on a pixel; got {even[0]}.")
+        raise ValueError(f"kernel_sizes must be odd, so that kernels are centered on a pixel; got {even[0]}.")
     small = _checks.integer("small_kernel", small_kernel, minimum=0)
     exchanged: dict[nn.Module, nn.Module] = {}
     for index, blocks in enumerate(model.blocks):

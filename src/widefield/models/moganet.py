@@ -1,6 +1,6 @@
 """MogaNet: depthwise kernels of three reaches, gated, and an MLP that tells its channels apart.
 
-Paper: Li et al., "MogaNet: Multi-order Gated Aggregation Network", ICLR 2024, section 4. Keys, initialisation and
+Paper: Li et al., "MogaNet: Multi-order Gated Aggregation Network", ICLR 2024, section 4. Keys, initialization and
 variants are those of the official code (github.com/Westlake-AI/MogaNet, Apache 2.0), whose weights load.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
-from widefield.models._backbone import Backbone, initialise_fan_out
+from widefield.models._backbone import Backbone, initialize_fan_out
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.moga import DILATIONS, SPLIT, ChannelAggregationFFN, MultiOrderGatedAggregation
 from widefield.nn.reparam import fold_norm, norm_affine, refuse_training
@@ -98,7 +98,7 @@ class MogaBlock(nn.Module):
     def fuse(self) -> FusedBlock:
         """Return the block with its norms and layer scales folded into the 1x1 convolutions beside them.
 
-        As the spatial aggregation adds its own input, which is normalised, the block's input is then multiplied by
+        As the spatial aggregation adds its own input, which is normalized, the block's input is then multiplied by
         ``1 + layer_scale_1 * (scale of norm1)``. The channel aggregation is merged too. Exact in evaluation mode. Its
         parameters are new ones.
 
@@ -198,7 +198,7 @@ class MogaNet(Backbone):
             self.add_module(f"patch_embed{i + 1}", entry)
             self.add_module(f"blocks{i + 1}", nn.Sequential(*blocks))
             self.add_module(f"norm{i + 1}", nn.BatchNorm2d(width))
-        self.apply(initialise_fan_out)
+        self.apply(initialize_fan_out)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class MogaNet(Backbone):
         return y
 
     def stage(self, index: int, x: Tensor) -> Tensor:
-        """Run the blocks of a stage, and normalise."""
+        """Run the blocks of a stage, and normalize."""
         blocks = cast(nn.Sequential, self.get_submodule(f"blocks{index + 1}"))
         y: Tensor = self.get_submodule(f"norm{index + 1}")(self.run(blocks, x))
         return y
@@ -217,8 +217,8 @@ class MogaNet(Backbone):
         return f"norm{index + 1}", f"blocks{index + 1}", f"patch_embed{index + 1}"
 
     def classifier(self) -> nn.Module:
-        """Return a new head, initialised as the official code does."""
-        return super().classifier().apply(initialise_fan_out)
+        """Return a new head, initialized as the official code does."""
+        return super().classifier().apply(initialize_fan_out)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of what timm would decay and the official code does not: weights of one number a channel."""

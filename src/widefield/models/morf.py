@@ -49,14 +49,14 @@ class MoRFConvNeXt(ConvNeXt):
         prefixes = [f"stages.{stage - 1}.blocks." for stage in _stages(stages)]
         config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
         for layer in _mix(self, config, prefixes, size=7):
-            for weight in layer.kernels():  # as ConvNeXt initialises its convolutions
+            for weight in layer.kernels():  # as ConvNeXt initializes its convolutions
                 nn.init.trunc_normal_(weight, std=0.02)
             for bias in layer.biases() or ():
                 nn.init.zeros_(bias)
 
 
 class MoRFResNet(ResNet):
-    """timm's ResNet whose 3x3 convolutions are mixtures, each initialised as ResNet's convolutions are.
+    """timm's ResNet whose 3x3 convolutions are mixtures, each initialized as ResNet's convolutions are.
 
     The paper does not state the sizes for ResNets. The default pair, a 3x3 and a 3x3 with dilation 2 (SKNet's), gives
     the paper's 37M parameters for ResNet-50; for ResNet-18 it gives 23M where the paper says 20M (docs/morf.md).
@@ -100,7 +100,7 @@ def _mix(model: nn.Module, config: MoRF, prefixes: Sequence[str], size: int) -> 
 
 
 STATED = {
-    f"morf_{name}": Stated(parameters, "not stated", "table 1, after re-parameterisation: see docs/morf.md")
+    f"morf_{name}": Stated(parameters, "not stated", "table 1, after reparameterization: see docs/morf.md")
     for name, parameters in (
         ("resnet18", "20M"),
         ("resnet50", "37M"),

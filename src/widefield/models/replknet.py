@@ -2,7 +2,7 @@
 
 Paper: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", CVPR 2022,
 section 4, figure 4 and tables 5 and 6. State-dict keys are those of the authors' code (MIT licence,
-github.com/DingXiaoH/RepLKNet-pytorch), whose weights load, re-parameterised or not.
+github.com/DingXiaoH/RepLKNet-pytorch), whose weights load, reparameterized or not.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class RepLKNet(Backbone):
         return (blocks, f"transitions.{index - 1}") if index else (blocks, "stem")
 
     def finish(self, x: Tensor) -> Tensor:
-        """Normalise the last feature."""
+        """Normalize the last feature."""
         y: Tensor = self.norm(x)
         return y
 

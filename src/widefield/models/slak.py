@@ -16,7 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import NormedBackbone, initialise_truncated
+from widefield.models._backbone import NormedBackbone, initialize_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.large_kernel import DecomposedConv2d, LargeKernelConv2d
 from widefield.nn.reparam import ReparamConv2d
@@ -144,7 +144,7 @@ class SLaK(NormedBackbone):
             ]
             self.stages.append(nn.Sequential(*blocks))
         self.norm: nn.Module = LayerNorm(widths[-1], eps=_EPS)
-        self.apply(initialise_truncated)
+        self.apply(initialize_truncated)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:

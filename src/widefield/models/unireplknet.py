@@ -1,7 +1,7 @@
 """UniRepLKNet: few large kernels, each trained as a sum of dilated ones, between many small ones.
 
 Paper: Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series
-and Image Recognition", CVPR 2024, section 3. Keys, initialisation and variants are those of the official code
+and Image Recognition", CVPR 2024, section 3. Keys, initialization and variants are those of the official code
 (github.com/AILab-CVC/UniRepLKNet, Apache 2.0), whose weights load in both of their forms.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
-from widefield.models._backbone import NormedBackbone, initialise_truncated
+from widefield.models._backbone import NormedBackbone, initialize_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.grn import GRN
@@ -44,7 +44,7 @@ STATED = {
         ("xl", "386M", "187G at 384"),
     )
 }
-"""Counts of the re-parameterised form."""
+"""Counts of the reparameterized form."""
 
 LARGE = 13
 """The kernel size of every large kernel in the published networks."""
@@ -235,7 +235,7 @@ class UniRepLKNet(NormedBackbone):
             for width, stage in zip(widths, sizes, strict=True)
         )
         self.norm = LayerNorm(widths[-1], eps=1e-6)
-        self.apply(initialise_truncated)
+        self.apply(initialize_truncated)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:

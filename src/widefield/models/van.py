@@ -1,7 +1,7 @@
 """VAN: stages of large kernel attention and convolutional MLPs.
 
 Paper: Guo, Lu, Liu, Cheng, Hu, "Visual Attention Network", Computational Visual Media 2023, section 3. Keys,
-initialisation and variants are those of the official code (github.com/Visual-Attention-Network/VAN-Classification,
+initialization and variants are those of the official code (github.com/Visual-Attention-Network/VAN-Classification,
 Apache 2.0), whose weights load.
 """
 
@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import Backbone, initialise_fan_out
+from widefield.models._backbone import Backbone, initialize_fan_out
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.depthwise import DepthwiseConv2d, bare
 from widefield.nn.lka import LKAAttention
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Attention over a large neighbourhood, then an MLP with a 3x3 depthwise convolution in the middle.
+    """Attention over a large neighborhood, then an MLP with a 3x3 depthwise convolution in the middle.
 
     (N, C, H, W) -> the same. Either half is ``x + layer_scale * branch(batch_norm(x))``.
 
@@ -116,7 +116,7 @@ class Block(nn.Module):
     def fuse(self) -> FusedBlock:
         """Return the block with its norms and layer scales folded into the 1x1 convolutions beside them.
 
-        The attention adds its own input, the normalised x. That input is ``gain * x + shift`` in each channel, so
+        The attention adds its own input, the normalized x. That input is ``gain * x + shift`` in each channel, so
         beside the x that the block adds it makes a factor ``1 + layer_scale_1 * gain`` of x, kept as ``scale``, and a
         bias. Exact in evaluation mode: a 1x1 convolution pads nothing, and the depthwise ones come after it. The
         parameters are new ones.
@@ -221,7 +221,7 @@ class VAN(Backbone):
             self.add_module(f"patch_embed{i + 1}", embed)
             self.add_module(f"block{i + 1}", nn.Sequential(*blocks))
             self.add_module(f"norm{i + 1}", LayerNorm2d(width, eps=1e-6))
-        self.apply(initialise_fan_out)
+        self.apply(initialize_fan_out)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
@@ -240,8 +240,8 @@ class VAN(Backbone):
         return f"norm{index + 1}", f"block{index + 1}", f"patch_embed{index + 1}"
 
     def classifier(self) -> nn.Module:
-        """Return a new head, initialised as the official code does."""
-        return super().classifier().apply(initialise_fan_out)
+        """Return a new head, initialized as the official code does."""
+        return super().classifier().apply(initialize_fan_out)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers in order.

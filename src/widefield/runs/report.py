@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
-from widefield.analysis.routing import mixtures
-from widefield.nn import DynamicGMConv2d, GMConv2d
+from widefield.analysis.registry import ANALYSES, Analysis
 from widefield.runs.compare import comparison, draw_runs
 from widefield.runs.records import read_run
 from widefield.runs.subjects import MissingDataError, Subject, load
@@ -72,19 +71,20 @@ def write_report(
     told = _once(say)
     for subject in subjects:
         told(_found(subject, count, told))
-    for heading, look in LOOKS.items():
+    for entry in ANALYSES.values():
+        if entry.reported is None:
+            continue
+        heading = entry.heading
         say(heading.lower())
         results, reasons = {}, {}
         for subject in subjects:
+            if not entry.applies(subject.model):
+                continue
             try:
-                result = look(subject, count)
-            # Of this model, there is nothing of the kind to see; or its images are not at hand.
-            except (ValueError, MissingDataError) as error:
+                results[subject.name] = _look(entry, subject, entry.reported(count))
+            except (ValueError, MissingDataError) as error:  # the model does not allow it, or its images are missing
                 reasons[subject.name] = str(error)
                 told(f"{subject.name}: {error}")
-            else:
-                if result is not None:
-                    results[subject.name] = result
         if results:
             sections.append(analysis.section(results, heading))
             found[heading] = dict(results)
@@ -129,65 +129,10 @@ def training(folders: Sequence[Path]) -> list[Section]:
     return [("Runs", report.table(rows)), ("Training", report.picture(figure, "Metrics after each epoch."))]
 
 
-def _field(subject: Subject, count: int) -> analysis.Result:
-    pictures = subject.any_pictures(count=count)
-    return analysis.effective_receptive_field(subject.model, pictures.batches(8), **_named(subject, pictures.about))
-
-
-def _routing(subject: Subject, count: int) -> analysis.Result | None:
-    if not mixtures(subject.model):
-        return None
-    pictures = subject.pictures(count=4 * count)
-    return analysis.routing_statistics(
-        subject.model,
-        pictures.batches(),
-        classes=pictures.classes or None,
-        images=[pictures.name(i) for i in range(len(pictures))],
-        **_named(subject, pictures.about),
-    )
-
-
-def _masks(subject: Subject, count: int) -> analysis.Result | None:
-    if not any(isinstance(module, (GMConv2d, DynamicGMConv2d)) for module in subject.model.modules()):
-        return None
-    pictures = subject.any_pictures(count=count)
-    return analysis.masks(subject.model, pictures.batches(), **_named(subject, pictures.about))
-
-
-def _activation(subject: Subject, count: int) -> analysis.Result:
-    pictures = subject.pictures(count=min(count, 6))
-    images = pictures.tensor()
-    return analysis.class_activation(
-        subject.model,
-        images,
-        classes=subject.classes or None,
-        pixels=pictures.shown(images),
-        **_named(subject, pictures.about),
-    )
-
-
-def _kernels(subject: Subject, count: int) -> analysis.Result:
-    return analysis.kernel_energy(subject.model, **_named(subject, {}))
-
-
-def _stability(subject: Subject, count: int) -> analysis.Result:
-    shifts = (1, 2, 4)
-    pictures = subject.any_pictures(count=count, size=subject.size + shifts[-1])
-    return analysis.translation_stability(
-        subject.model, pictures.batches(), shifts=shifts, **_named(subject, pictures.about)
-    )
-
-
-def _named(subject: Subject, about: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": subject.name, "about": {**about, "weights": str(subject.weights)}}
-
-
-LOOKS: Mapping[str, Callable[[Subject, int], analysis.Result | None]] = {
-    "What one unit sees": _field,
-    "Which experts are chosen": _routing,
-    "How far the masks reach": _masks,
-    "Where the model looks": _activation,
-    "How far kernels reach": _kernels,
-    "What a shift changes": _stability,
-}
-"""Heading -> what looks at a trained model and a number of images, or None where a model has nothing of the kind."""
+def _look(entry: Analysis, subject: Subject, count: int) -> analysis.Result:
+    """Run one analysis as reports do, on so many of the run's images."""
+    pictures = None
+    if entry.reads_images(subject.model):
+        choose = subject.any_pictures if entry.stand_in else subject.pictures
+        pictures = choose(count=count, size=subject.size + entry.margin(entry.report_options))
+    return entry.run(subject.view(pictures), **entry.report_options)

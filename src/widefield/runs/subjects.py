@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from widefield import _checks, data
+from widefield.analysis.registry import View
 from widefield.runs.labels import output_places
 from widefield.runs.trained import load_trained, read_run_data, weights_of
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
@@ -104,6 +105,13 @@ class Subject:
                 f"the data of the run {self.name!r} are missing: {error} Ask for other images: a folder, or "
                 f"{data.PHOTOGRAPHS!r} (--images)."
             ) from error
+
+    def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
+        """Return the model and these images as analyses take them."""
+        # ImageNet's names are lists of synonyms.
+        classes = self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
+        own = isinstance(pictures, _OwnPictures) and bool(pictures.classes)
+        return View(self.model, self.name, str(self.weights), pictures, classes, own, batch_size)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any

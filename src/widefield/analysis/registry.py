@@ -1,0 +1,213 @@
+"""The analyses by name: how commands and reports call them, and what each needs of the model and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from widefield.analysis._result import Result
+from widefield.analysis.cam import class_activation
+from widefield.analysis.erf import effective_receptive_field
+from widefield.analysis.interactions import interactions
+from widefield.analysis.kernels import kernel_energy
+from widefield.analysis.masks import masks
+from widefield.analysis.routing import mixtures, routing_statistics
+from widefield.analysis.shape_bias import shape_bias
+from widefield.analysis.stability import translation_stability
+from widefield.data import ConflictImages, Pictures
+from widefield.nn import DynamicGMConv2d, GMConv2d
+
+
+@dataclass(frozen=True)
+class View:
+    """A model, the images it is shown, and what is known of both."""
+
+    model: nn.Module
+    name: str
+    """The model's name in tables and figures."""
+    weights: str
+    """Where the model's weights come from."""
+    pictures: Pictures | ConflictImages | None = None
+    """The images; None for analyses that read only weights."""
+    classes: tuple[str, ...] = ()
+    """Names of the model's outputs; empty if unknown."""
+    own: bool = False
+    """Whether the labels of the images are indices of the model's outputs."""
+    batch_size: int = 8
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Facts that a result keeps about its model and images."""
+        return {**(self.pictures.about if isinstance(self.pictures, Pictures) else {}), "weights": self.weights}
+
+    @property
+    def shown(self) -> Pictures:
+        """The images; raises TypeError if there are none, or they are not `Pictures`."""
+        if not isinstance(self.pictures, Pictures):
+            raise TypeError(f"this analysis looks at pictures; got {type(self.pictures).__name__}.")
+        return self.pictures
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All images as one tensor (N, C, H, W)."""
+        return self.shown.tensor()
+
+    def batches(self) -> Iterable[Any]:
+        """Return the images in batches, with their labels."""
+        return self.shown.batches(self.batch_size)
+
+
+def _always(model: nn.Module) -> bool:
+    return True
+
+
+def _nothing(view: View) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis: its function, and how a command or a report calls it."""
+
+    name: str
+    """Name of its command and of the command's files."""
+    function: Callable[..., Result]
+    """(model, images, *, ...) -> a result, which draws itself."""
+    summary: str
+    """Help of its command, in one line."""
+    heading: str
+    """Heading of its section in a report."""
+    images: Callable[[View], Any] = View.batches
+    """The images as the function takes them."""
+    reads_images: Callable[[nn.Module], bool] = _always
+    """Whether the analysis of this model needs images, or only its weights."""
+    count: int = 32
+    """Default number of images of its command."""
+    arguments: Callable[[View], dict[str, Any]] = _nothing
+    """Further arguments that follow from the model and its images."""
+    applies: Callable[[nn.Module], bool] = _always
+    """Whether a model has what the analysis measures."""
+    stand_in: bool = True
+    """Whether photographs may stand in for missing images of a run."""
+    reported: Callable[[int], int] | None = None
+    """Number of images in a report that asks for so many; None: not part of reports."""
+    report_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the function in a report."""
+    margin: Callable[[Mapping[str, Any]], int] = lambda options: 0
+    """By how many pixels images exceed the model's own size, given the function's options."""
+
+    def run(self, view: View, *, progress: bool = False, **options: Any) -> Result:
+        """Run the analysis on a view; ``options`` are keyword arguments of its function."""
+        given = {"name": view.name, "about": view.about, **self.arguments(view), **options}
+        if view.pictures is None:
+            return self.function(view.model, **given)
+        return self.function(view.model, self.images(view), batch_size=view.batch_size, progress=progress, **given)
+
+
+def _for_maps(view: View) -> dict[str, Any]:
+    return {"classes": view.classes or None, "pixels": view.shown.shown(view.images)}
+
+
+def _for_routing(view: View) -> dict[str, Any]:
+    pictures = view.shown
+    return {"classes": pictures.classes or None, "names": [pictures.name(i) for i in range(len(pictures))]}
+
+
+def _for_interactions(view: View) -> dict[str, Any]:
+    pictures = view.shown
+    labels = [pictures.sample(index)["label"] for index in range(len(pictures))] if view.own else None
+    return {"targets": labels}
+
+
+def _masked(model: nn.Module) -> bool:
+    return any(isinstance(module, (GMConv2d, DynamicGMConv2d)) for module in model.modules())
+
+
+def _masked_by_image(model: nn.Module) -> bool:
+    return any(isinstance(module, DynamicGMConv2d) for module in model.modules())
+
+
+ANALYSES: Mapping[str, Analysis] = MappingProxyType(
+    {
+        analysis.name: analysis
+        for analysis in (
+            Analysis(
+                "erf",
+                effective_receptive_field,
+                "effective receptive fields of models, next to the theoretical ones",
+                "Effective receptive field",
+                reported=lambda count: count,
+            ),
+            Analysis(
+                "routing",
+                routing_statistics,
+                "which experts a mixture chooses for which images",
+                "Routing",
+                count=256,
+                arguments=_for_routing,
+                applies=lambda model: bool(mixtures(model)),
+                stand_in=False,
+                reported=lambda count: 4 * count,
+            ),
+            Analysis(
+                "masks",
+                masks,
+                "learned masks of GMConv layers, and how far they extend at each depth",
+                "Learned masks",
+                reads_images=_masked_by_image,
+                applies=_masked,
+                reported=lambda count: count,
+            ),
+            Analysis(
+                "cam",
+                class_activation,
+                "class activation maps of models, side by side",
+                "Class activation",
+                images=lambda view: view.images,
+                count=4,
+                arguments=_for_maps,
+                stand_in=False,
+                reported=lambda count: min(count, 6),
+            ),
+            Analysis(
+                "kernels",
+                kernel_energy,
+                "energy of spatial kernels by radius, and how far they can be cropped",
+                "Kernel energy",
+                reads_images=lambda model: False,
+                reported=lambda count: 0,
+            ),
+            Analysis(
+                "stability",
+                translation_stability,
+                "how much a model's outputs change when the image shifts",
+                "Translation stability",
+                reported=lambda count: count,
+                report_options={"shifts": (1, 2, 4)},
+                margin=lambda options: max(options["shifts"]),
+            ),
+            Analysis(
+                "interactions",
+                interactions,
+                "multi-order interactions: how large the contexts are that a model uses",
+                "Multi-order interactions",
+                images=lambda view: view.images,
+                count=8,
+                arguments=_for_interactions,
+            ),
+            Analysis(
+                "shape-bias",
+                shape_bias,
+                "whether a model decides by shape or by texture",
+                "Shape bias",
+                images=lambda view: view.pictures,
+            ),
+        )
+    }
+)
+"""Name of an analysis -> how to run it."""
