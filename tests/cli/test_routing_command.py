@@ -27,7 +27,7 @@ def test_ours(here, capsys):
             f"stages.{i}.blocks.{j}.conv_dw" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))
         ]
         assert result["classes"] == [str(i) for i in range(10)]
-        assert result["images"][0].startswith("digits ")
+        assert result["names"][0].startswith("digits ")
         assert (result["about"]["images"], result["about"]["weights"], result["about"]["seed"]) == (24, "random", 3)
         assert all(len(block["weights"]) == 24 for block in result["blocks"])
     assert "mean share of the routing weight" in (here / "analysis" / "routing.svg").read_text()
