@@ -4,7 +4,8 @@ Every ``fuse()`` returns a module that computes what the layer computes in evalu
 
 - raises RuntimeError in training mode;
 - leaves the layer unchanged, and returns a module in evaluation mode that shares no tensor with it;
-- returns parameters that require gradients if a parameter that they are computed from does.
+- returns parameters that require gradients if a parameter that they are computed from does. Norms do not count: their
+  scale and shift go with the kernel that they are folded into.
 """
 
 from __future__ import annotations
@@ -81,11 +82,8 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
         weight, bias = fold.scale_outputs(old.weight, old.bias, scale, shift, transposed=transposed)
     if bias is None:
         bias = weight.new_zeros(outputs)
-    scales, shifts = (getattr(norm, name, None) for name in ("weight", "bias"))
-    parameters = (
-        nn.Parameter(weight, learns([old.weight, scales])),
-        nn.Parameter(bias, learns([old.bias, scales, shifts])),
-    )
+    bias_learns = learns([old.weight if old.bias is None else old.bias])
+    parameters = nn.Parameter(weight, learns([old.weight])), nn.Parameter(bias, bias_learns)
     known = {id(old.weight): parameters[0]}  # a copy of whatever a kind of convolution holds, but for the old kernel
     if old.bias is not None:
         known[id(old.bias)] = parameters[1]

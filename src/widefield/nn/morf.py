@@ -304,10 +304,9 @@ class FusedMoRFConv2d(nn.Module):
                 bank = (bank * scale[:, None, None, None]).to(dtype)
                 bias_bank = None if bias_bank is None else (bias_bank * scale).to(dtype)
                 shift = shift.to(dtype)
-        scales, shifts = (getattr(norm, name, None) for name in ("weight", "bias"))
-        self.bank = nn.Parameter(bank, learns([*layer.kernels(), scales]))
-        self.bias_bank = None if bias_bank is None else nn.Parameter(bias_bank, learns([*(biases or ()), scales]))
-        self.shift = None if shift is None else nn.Parameter(shift, learns([scales, shifts]))
+        self.bank = nn.Parameter(bank, learns(layer.kernels()))
+        self.bias_bank = None if bias_bank is None else nn.Parameter(bias_bank, learns(biases or ()))
+        self.shift = None if shift is None else nn.Parameter(shift, self.bank.requires_grad)
         self.eval()
 
     @leaf

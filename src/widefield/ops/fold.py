@@ -43,14 +43,27 @@ def pad(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.pad(kernel, (right, right, down, down)) if down or right else kernel
 
 
-def crop(kernel: Tensor, size: int) -> Tensor:
-    """Keep the central (size, size) taps of (..., K, K); a view.
+def crop(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Return the centered crop of a kernel (..., K_h, K_w); a view.
 
-    Exact when the taps cut off are zero, or never meet the map: on an (H, W) map with "same" padding no tap further
-    than max(H, W) - 1 from the centre does, so ``size = 2 * max(H, W) - 1`` always suffices.
+    This is exact if the removed taps are zero or never meet the map. On an (H, W) map with "same" padding no tap
+    further than max(H, W) - 1 from the center does, so ``size = 2 * max(H, W) - 1`` is always enough.
+
+    Args:
+        kernel: square, unless ``size`` is a tuple, in which case sides of any parity are allowed.
+        size: (rows, columns), or one number to crop both sides to; a kernel that is not larger stays whole.
+
+    Raises:
+        ValueError: (rows, columns) larger than the kernel, of another parity, or below 1.
     """
-    margin = (size_of(kernel)[-1] - size) // 2
-    return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
+    if not isinstance(size, tuple):  # the size of a map, which may be symbolic
+        margin = (size_of(kernel)[-1] - size) // 2
+        return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
+    rows, columns = size
+    down, right = (whole - side for whole, side in zip(kernel.shape[-2:], size, strict=True))
+    if min(down, right) < 0 or down % 2 or right % 2 or min(size) < 1:
+        raise ValueError(f"a kernel of {tuple(kernel.shape[-2:])} taps has no centered crop of {size}.")
+    return kernel[..., down // 2 : down // 2 + rows, right // 2 : right // 2 + columns]
 
 
 def common_dilation(dilations: Sequence[int]) -> int:

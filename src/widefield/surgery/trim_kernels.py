@@ -23,8 +23,8 @@ from widefield import _checks
 from widefield.nn import DepthwiseConv2d, DepthwiseConv2dSame, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.nn.same import is_same, least_size
 from widefield.ops import fold
-from widefield.ops.crops import CropTable, cropped, crops
-from widefield.surgery.walk import copied, replace
+from widefield.ops.crop_table import CropTable, crop_table
+from widefield.surgery.walk import copied, hooked, replace
 
 Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
@@ -138,7 +138,9 @@ def _dilation(module: Any) -> Pair:
     return _checks.pair("dilation", steps)
 
 
-def layers(model: nn.Module, calls: Mapping[nn.Module, Sequence[Call]] | None, *, fixed: bool) -> list[Layer | Left]:
+def kernels_of(
+    model: nn.Module, calls: Mapping[nn.Module, Sequence[Call]] | None, *, fixed: bool
+) -> list[Layer | Left]:
     """Return the layers with spatial kernels, in the order of the model, those that can be cropped measured.
 
     Args:
@@ -171,8 +173,7 @@ def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
         return "its kernel is computed by a parametrisation: remove that first (remove_parametrizations)"
     if type(module) not in _KINDS:
         return f"it is a {type(module).__name__}, which may pad or compute its kernel in a way of its own"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if hooked(module) or "forward" in vars(module):
         return "it has hooks, which would be lost, or which compute its kernel"
     if isinstance(module, FusedMoRFConv2d):
         return None
@@ -222,12 +223,12 @@ def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
 
 def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: bool = False) -> Kernel:
     size = weight.shape[-2], weight.shape[-1]
-    crops(weight, dilation)  # which says what is no kernel
+    crop_table(weight, dilation)  # which says what is no kernel
     used = (weight != 0).any(1).any(0)
     box = _around(used.any(1), least[0]), _around(used.any(0), least[1])
     if square:
         box = max(box), max(box)
-    return Kernel(name, size, dilation, crops(cropped(weight, box), dilation, least=least))
+    return Kernel(name, size, dilation, crop_table(fold.crop(weight, box), dilation, least=least))
 
 
 def _around(used: Tensor, least: int) -> int:
@@ -247,7 +248,7 @@ def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tupl
         kernels.append(_kernel(f"{name}[{index}]", weight, (1, 1), (dilation, dilation), square=True))
         weights.append(weight)
     bank = fold.kernel_bank(weights, mixture.dilations)
-    return tuple(kernels), crops(bank.flatten(0, 1), step)
+    return tuple(kernels), crop_table(bank.flatten(0, 1), step)
 
 
 # Taps that meet the map
@@ -296,15 +297,15 @@ def _meeting(
 # Layers with crops
 
 
-def build(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
-    """Return a copy of the model whose layers, by name, have kernels of these sizes."""
-    twin = copied(model)
+def crop_kernels(model: nn.Module, sizes: Mapping[str, Sizes], *, inplace: bool = False) -> nn.Module:
+    """Return a copy of the model, or the model itself, whose layers, by name, have kernels of these sizes."""
+    twin = model if inplace else copied(model)
     modules = dict(twin.named_modules())
     return replace(twin, {modules[name]: _smaller(modules[name], given) for name, given in sizes.items()})
 
 
-def mask(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
-    """Return a copy of the model with zeros for the taps that :func:`build` takes away: the same function."""
+def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
+    """Return a copy of the model with zeros for the taps that :func:`crop_kernels` removes: the same function."""
     twin = copied(model)
     modules: dict[str, Any] = dict(twin.named_modules())
     with torch.no_grad():
@@ -314,7 +315,7 @@ def mask(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
                 kept = [fold.pad(w, k) for w, k in zip(_kept(module, given), module.kernel_sizes, strict=True)]
                 module.bank.copy_(fold.kernel_bank(kept, module.dilations))
             else:
-                module.weight.copy_(fold.pad(cropped(module.weight, given[0]), _size(module)))
+                module.weight.copy_(fold.pad(fold.crop(module.weight, given[0]), _size(module)))
     return twin
 
 
@@ -363,7 +364,7 @@ def _with_weight(module: Any, layer: Any, size: Pair) -> nn.Module:
     """Give ``layer`` the cropped kernel and the bias of ``module``."""
     old = module.weight
     wide = old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
-    weight = cropped(old.detach(), size).clone(memory_format=torch.channels_last if wide else torch.contiguous_format)
+    weight = fold.crop(old.detach(), size).clone(memory_format=torch.channels_last if wide else torch.contiguous_format)
     layer.weight, layer.bias = nn.Parameter(weight, old.requires_grad), module.bias
     return layer.train(module.training)  # type: ignore[no-any-return]
 
@@ -373,4 +374,4 @@ def _kept(mixture: FusedMoRFConv2d, sizes: Sizes) -> list[Tensor]:
     step = fold.common_dilation(mixture.dilations)
     whole = zip(mixture.kernel_sizes, mixture.dilations, strict=True)
     experts = [fold.expert(mixture.bank, index, size, dilation, step) for index, (size, dilation) in enumerate(whole)]
-    return [cropped(weight, size) for weight, size in zip(experts, sizes, strict=True)]
+    return [fold.crop(weight, size) for weight, size in zip(experts, sizes, strict=True)]
