@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from widefield import bench, data, deploy, report
 from widefield.benchmarks.record import publish
-from widefield.surgery import NothingToFuseError, Specialization, measure_change, reparameterize, specialize
+from widefield.surgery import NothingToFuseError, Specialization, compare, reparameterize, specialize
 from widefield.train import ConversionSpec, load_recipe, train
 
 KINDS: dict[str, ConversionSpec | None] = {
@@ -72,7 +72,7 @@ def main() -> None:
             if name.startswith("MoRF"):
                 told: list[Specialization] = []
                 static = specialize(model, seen, report=told.append)
-                change = measure_change(model, static, held_out)
+                change = compare(model, static, held_out)
                 forms[f"{name}, specialized"] = fused(static, x)
                 results[name]["specialized"] = {**told[0].to_dict(), "held_out": dataclasses.asdict(change)}
                 static_rows.append(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from widefield import deploy, report
 from widefield.benchmarks.record import publish
-from widefield.surgery import measure_change, reparameterize
+from widefield.surgery import compare, reparameterize
 
 SIZE = 224
 PHOTOGRAPHS = (
@@ -163,7 +163,7 @@ def main() -> None:
                     costs = deploy.quantize(
                         model, small, seen, images=held_out, compare_layers=2 if way == "default" else 0, **options
                     )
-                change = measure_change(model, deploy.load(small), held_out)
+                change = compare(model, deploy.load(small), held_out)
                 worst = costs.by_change[0] if costs and costs.layers else None
                 results[model_name][way] = {
                     "rms": change.rms,

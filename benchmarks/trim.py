@@ -26,16 +26,16 @@ from widefield import bench, data, report
 from widefield.benchmarks.record import publish
 from widefield.nn import GMConv2d
 from widefield.surgery import FastDepthwise, convert
-from widefield.surgery.outputs import measure_change
+from widefield.surgery.compare import compare
 from widefield.surgery.reparameterize import reparameterize
 from widefield.surgery.trim import trim
-from widefield.surgery.trimming import Trimming
+from widefield.surgery.trim_report import Trimming
 from widefield.train import ConversionSpec, DataSpec, ModelSpec, OptimizerSpec, Recipe, train
 
 SIZE = 32
 WHOLE = "re-parameterised"
 WAYS: dict[str, dict[str, Any]] = {
-    "exact, for 32x32 only": {"tolerance": 0.0, "input_size": SIZE},
+    "exact, for 32x32 only": {"tolerance": 0.0, "example_input": SIZE},
     "guarantee 0.01": {"tolerance": 0.01},
     "guarantee 0.05": {"tolerance": 0.05},
     "budget 0.01": {"tolerance": 0.01, "loader": "training images"},
@@ -91,7 +91,7 @@ def main() -> None:
         loader = {"loader": seen} if "loader" in given else {}
         models[way] = trim(models[WHOLE], **{**given, **loader}, report=reports.append)
         trimmings[way] = reports[0]
-    changes = {way: measure_change(models[WHOLE], each, held_out) for way, each in models.items()}
+    changes = {way: compare(models[WHOLE], each, held_out) for way, each in models.items()}
     times = {}
     served = {way: convert(each, FastDepthwise()) for way, each in models.items()}  # fast kernels for large sizes
     for size in BATCHES:

@@ -45,7 +45,7 @@ def test_converted_and_reparameterized_it_has_the_same_top_five(model, kind):
 
 def test_trimmed_and_specialized_it_has_the_same_top_five(model):
     fused = widefield.reparameterize(widefield.convert(model, widefield.LargeKernel(13)))
-    trimmed = widefield.trim(fused, 1e-4, input_size=224)
+    trimmed = widefield.trim(fused, 1e-4, example_input=224)
     assert sum(p.numel() for p in trimmed.parameters()) < sum(p.numel() for p in fused.parameters())
     assert top5(trimmed).equal(top5(model))
     mixture = widefield.convert(model, widefield.MoRF((3, 5, 7)))

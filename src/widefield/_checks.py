@@ -7,8 +7,13 @@ instead. Public functions and constructors call these first, before anything is 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Expert = tuple[int, int]
 """(kernel size, dilation) of one expert."""
@@ -21,6 +26,49 @@ def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -
     """
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=likeness)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+_SYNONYMS = (
+    {"model", "net", "network", "module"},
+    {"config", "conversion", "to"},
+    {"where", "layers", "names", "include", "modules", "filter"},
+    {"images", "loader", "data", "dataloader", "data_loader", "batches", "dataset", "calibration"},
+    {"images", "x", "input", "inputs", "example_input", "batch"},
+    {"example_input", "example_inputs", "example", "input_size", "input_shape", "image_size", "img_size", "size", "x",
+     "input", "inputs", "sample", "dummy_input"},
+    {"tolerance", "tol", "atol", "rtol", "eps", "epsilon", "threshold"},
+    {"inplace", "in_place"},
+    {"report", "callback", "verbose"},
+    {"kernel_sizes", "kernel_size", "kernels", "sizes"},
+    {"limit", "max_size", "max_kernel_size"},
+    {"batch_size", "batch"},
+    {"position", "target", "unit", "pixel"},
+    {"layer", "target_layer", "layer_name", "node"},
+    {"path", "file", "filename", "output", "f"},
+    {"targets", "target", "class_index", "class_idx", "category"},
+)  # fmt: skip
+"""Argument names that people use for the same thing, ours among them."""
+
+
+def known_arguments(function: str, given: Iterable[str], parameters: Sequence[str]) -> None:
+    """Raise TypeError for a keyword that is none of the parameters; the message names the one that was meant."""
+    for name in given:
+        if name not in parameters:
+            same = [parameter for parameter in parameters for group in _SYNONYMS if {name, parameter} <= group]
+            hint = f" Did you mean {same[0]!r}?" if same else did_you_mean(name, parameters)
+            raise TypeError(f"{function}() has no argument {name!r}.{hint} It takes {', '.join(parameters)}.")
+
+
+def guided(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that a wrong keyword raises a TypeError that names the right one."""
+    parameters = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        known_arguments(function.__name__, kwargs, parameters)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:

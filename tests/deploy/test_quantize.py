@@ -140,7 +140,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
         deploy.quantize(conv, tmp_path / "a.onnx", x, calibration="min-max")
     with pytest.raises(TypeError, match="a generator runs out"):
         deploy.quantize(conv, tmp_path / "a.onnx", (batch for batch in x))
-    with pytest.raises(ValueError, match="there are no images"):
+    with pytest.raises(ValueError, match="the loader gave no images"):
         deploy.quantize(conv, tmp_path / "a.onnx", [])
     with pytest.raises(ValueError, match="images must be finite; image 0 of 4"):
         deploy.quantize(conv, tmp_path / "a.onnx", [x[0] * torch.nan])

@@ -5,9 +5,9 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torchvision
-from tests.tolerances import NETWORK
 from torch import nn
 
+from tolerances import NETWORK
 from widefield.surgery import Anatomy, FastDepthwise, GMConv, LargeKernel, MoRF, anatomy, compare, convert, plan
 from widefield.surgery.anatomy import is_inside
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tolerances import FLOAT32, close
 from widefield import reparameterize
-from widefield.surgery import compare, measure_change
+from widefield.surgery import compare
 from widefield.surgery.answers import described, exchanged, meant, plainly, tensors, wrapping
 
 
@@ -61,7 +61,7 @@ def test_any_form_is_compared_ranked_and_reparameterized(form):
     merged = reparameterize(model)
     assert isinstance(merged.norm, nn.Identity)
     assert compare(model, merged, x).relative < 1e-4
-    change = measure_change(model, merged, [(x, plain(x).argmax(1))])
+    change = compare(model, merged, [(x, plain(x).argmax(1))])
     assert (change.agreement, change.accuracy_before, change.accuracy_after) == (1, 1, 1)
     other = Net(form).eval()
     assert compare(model, other, x).relative > 0.01
@@ -116,9 +116,9 @@ def test_images_that_cannot_be_are_refused_in_one_place():
     for value in (torch.nan, torch.inf):
         x = torch.zeros(3, 3, 4, 4)
         x[1, 0, 0, 0] = value
-        with pytest.raises(ValueError, match=re.escape("image 1 of 3 in a batch is not finite")):
-            measure_change(model, model, [x])
+        with pytest.raises(ValueError, match=re.escape("image 1 of 3 in a batch holds nan or infinity")):
+            compare(model, model, [x])
     with pytest.raises(TypeError, match=r"torch.uint8 tensor\. Divide by 255"):
-        measure_change(model, model, [torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
+        compare(model, model, [torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
     with pytest.raises(TypeError, match=r"ndarray\. Pass torch\.from_numpy\(images\)"):
-        measure_change(model, model, [torch.zeros(1, 3, 4, 4).numpy()])
+        compare(model, model, [torch.zeros(1, 3, 4, 4).numpy()])

@@ -1,6 +1,7 @@
 """What each config makes of whole networks."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -15,13 +16,16 @@ from widefield import bench
 from widefield.nn import (
     DecomposedConv2d,
     DeformConv2d,
+    DepthwiseConv2d,
     DilatedReparamConv2d,
     DynamicGMConv2d,
     GMConv2d,
     InceptionDWConv2d,
     LargeKernelConv2d,
+    MoRFConv2d,
 )
 from widefield.nn.mixers import TOKEN_MIXERS
+from widefield.surgery import MoRF, TokenMixer, compare, convert, plan, reparameterize, specialize, trim
 
 
 def create(name, **arguments):
@@ -233,3 +237,47 @@ def test_bad_arguments_are_refused_at_once(make, message):
 def test_configs_are_values(config):
     assert config == copy.deepcopy(config)
     assert hash(config) == hash(copy.deepcopy(config))
+
+
+@pytest.mark.parametrize("verb", [plan, convert])
+@pytest.mark.parametrize(
+    ("config", "got", "call"),
+    [
+        ("morf", "'morf'", "MoRF()"),
+        ("large_kernel", "'large_kernel'", "LargeKernel(kernel_sizes=...)"),
+        (MoRF, "the class MoRF", "MoRF()"),
+        (TokenMixer, "the class TokenMixer", "TokenMixer(mixer=...)"),
+        (MoRFConv2d, "the class MoRFConv2d", "MoRF()"),
+        (DepthwiseConv2d(3, 3, padding=1), "an object of type DepthwiseConv2d", "FastDepthwise()"),
+        (DynamicGMConv2d, "the class DynamicGMConv2d", "GMConv()"),
+    ],
+)
+def test_what_is_not_a_conversion_is_refused_with_the_right_call(verb, config, got, call):
+    with pytest.raises(TypeError, match=re.escape(f"got {got}. Call {verb.__name__}(model, {call}).")):
+        verb(nn.Conv2d(3, 3, 3), config)
+
+
+@pytest.mark.parametrize("config", ["transformer", 3, None, nn.Conv2d])
+def test_what_resembles_no_conversion_lists_all(config):
+    with pytest.raises(TypeError, match=r"Call convert\(model, MoRF\(\) or .*TokenMixer\(mixer=\.\.\.\)\)"):
+        convert(nn.Conv2d(3, 3, 3), config)
+
+
+def test_guessed_arguments_lead_to_the_right_ones():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)).eval()
+    for call, guess, right in (
+        (lambda: MoRF(kernel_size=7), "kernel_size", "kernel_sizes"),
+        (lambda: MoRF(rooting="soft"), "rooting", "routing"),
+        (lambda: convert(model, MoRF(), layers="1"), "layers", "where"),
+        (lambda: plan(model, conversion=MoRF()), "conversion", "config"),
+        (lambda: convert(model, MoRF(), in_place=True), "in_place", "inplace"),
+        (lambda: reparameterize(model, input_size=8), "input_size", "example_input"),
+        (lambda: trim(model, data=[]), "data", "loader"),
+        (lambda: trim(model, input_size=8), "input_size", "example_input"),
+        (lambda: specialize(model, dataloader=[]), "dataloader", "loader"),
+        (lambda: compare(model, model, x=torch.ones(1)), "x", "images"),
+    ):
+        with pytest.raises(TypeError, match=rf"has no argument '{guess}'\. Did you mean '{right}'\? It takes "):
+            call()
+    with pytest.raises(TypeError, match=r"plan\(\) has no argument 'colorful'\. It takes model, config, where\."):
+        plan(model, MoRF(), colorful=True)

@@ -1,4 +1,4 @@
-"""What reparameterize, specialize and trim ask of a model, and the state that their copies are in."""
+"""The shape that all verbs share: what they refuse, copies or in place, reports, and example inputs."""
 
 import copy
 
@@ -10,7 +10,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from tolerances import FLOAT32, NETWORK, close
 from widefield.nn import MoRFConv2d
-from widefield.surgery.outputs import compare
+from widefield.surgery import MoRF, convert, plan
+from widefield.surgery.compare import compare
+from widefield.surgery.inputs import example_input
 from widefield.surgery.reparameterize import reparameterize
 from widefield.surgery.specialize import specialize
 from widefield.surgery.trim import trim
@@ -40,7 +42,7 @@ def test_feature_extractors_come_out_in_evaluation_mode():
     x = torch.randn(2, 3, 32, 32)
     assert unmerged(model) == []
     fused = reparameterize(model, x)
-    trimmed = trim(fused, 0.0, input_size=32)
+    trimmed = trim(fused, 0.0, example_input=32)
     for made in (fused, trimmed):
         assert not any(module.training for module in made.modules())
         assert compare(model, made, x).relative < NETWORK
@@ -81,10 +83,10 @@ def test_wrappers_that_copy_well_are_copied():
 
 
 @EACH
-def test_meta_models_and_reports_that_are_no_functions_are_refused_first(make, work):
+def test_meta_models_and_reports_that_are_not_callable_are_refused_first(make, work):
     with pytest.raises(ValueError, match=r"^0\.weight is on the meta device .* load the model's weights first"):
         work(make().to("meta"))
-    with pytest.raises(TypeError, match="report must be a function of the report, such as print; got list"):
+    with pytest.raises(TypeError, match=r"report must be callable, such as print or the append of a list; got \[\]"):
         work(make().train(), report=[])
 
 
@@ -104,3 +106,64 @@ def test_in_place_a_replaced_forward_stays():
     expected = model(X)
     assert reparameterize(model, X, inplace=True) is model
     close(model(X), expected, FLOAT32)
+
+
+@EACH
+def test_in_place_the_model_itself_computes_what_the_copy_does(make, work):
+    model, reports = make(), []
+    bias = next(parameter for parameter in model.parameters() if parameter.ndim == 1)
+    made = work(model, report=reports.append)
+    assert made is not model
+    assert not any(a is b for a in made.parameters() for b in model.parameters())
+    assert work(model, inplace=True, report=reports.append) is model
+    close(model(X), made(X), 0.0)
+    assert any(bias is parameter for parameter in model.parameters()) or isinstance(model[1], nn.Identity)
+    assert reports[0] == reports[1]
+    assert [type(module) for module in model.modules()] == [type(module) for module in made.modules()]
+
+
+def test_in_place_conversions_report_the_plan_that_they_executed():
+    model, reports = plain(), []
+    planned = plan(model, MoRF((3, 5)), "2")
+    assert convert(model, MoRF((3, 5)), "2", inplace=True, report=reports.append) is model
+    assert reports == [planned]
+    assert isinstance(model[2], MoRFConv2d)
+    with pytest.raises(TypeError, match="report must be callable"):
+        convert(model, MoRF((3, 5)), report="table")
+    assert plan(model, MoRF((3, 5)), "2").steps[0].name == "0"  # nothing was converted
+
+
+@pytest.mark.parametrize(
+    ("example", "shape"),
+    [
+        (16, (2, 3, 16, 16)),
+        ((16, 12), (2, 3, 16, 12)),
+        ([16, 12], (2, 3, 16, 12)),
+        ((3, 16, 12), (2, 3, 16, 12)),
+        ((4, 3, 16, 12), (4, 3, 16, 12)),
+        (torch.ones(1, 3, 16, 12), (1, 3, 16, 12)),
+    ],
+)
+def test_an_example_input_is_a_tensor_or_its_size(example, shape):
+    model, reports = plain(), []
+    assert example_input(model, example).shape == shape
+    reparameterize(mixed(), example)
+    trim(model, 0.0, example_input=example, report=reports.append)
+    assert reports[0].input_size == shape[2:]
+    assert reports[0].macs_before == 3 * 4 * 25 * shape[2] * shape[3] + 4 * 4 * 9 * shape[2] * shape[3]
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "message"),
+    [
+        ("224", TypeError, "example_input must be a tensor .* got '224'"),
+        (1.5, TypeError, "example_input must be a tensor .* got 1.5"),
+        ((1, 2, 3, 4, 5), ValueError, r"example_input must be .* got \(1, 2, 3, 4, 5\)"),
+        (0, ValueError, "every side in example_input must be at least 1; got 0"),
+    ],
+)
+def test_other_example_inputs_are_refused(example, error, message):
+    with pytest.raises(error, match=message):
+        reparameterize(mixed(), example)
+    with pytest.raises(error, match=message):
+        trim(plain(), example_input=example)

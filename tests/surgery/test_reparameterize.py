@@ -221,9 +221,9 @@ def test_what_cannot_be_done_is_refused_with_the_mend():
         widefield.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 3)).eval())
     with pytest.raises(ValueError, match="nothing to fuse"):
         widefield.reparameterize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.InstanceNorm2d(3)).eval())
-    with pytest.raises(ValueError, match="pass example_input="):
+    with pytest.raises(ValueError, match="pass example_input"):
         widefield.reparameterize(nn.Sequential(MoRFConv2d(3, 4, (3,)), nn.Flatten(), nn.Linear(7, 2)).eval())
-    with pytest.raises(ValueError, match="pass example_input="):
+    with pytest.raises(ValueError, match="pass example_input"):
         widefield.reparameterize(nn.Linear(3, 3).eval())
     with pytest.raises(ValueError, match="not finite"):
         widefield.reparameterize(model.eval(), torch.full((1, 4, 5, 5), float("nan")))
@@ -338,5 +338,5 @@ class Detector(nn.Module):
 def test_a_detector_that_detects_nothing_proves_nothing():
     x = torch.randn(2, 3, 8, 8)
     widefield.reparameterize(unsettled(Detector(1)), x)
-    with pytest.raises(ValueError, match="nothing to compare: no output holds a single number"):
+    with pytest.raises(ValueError, match="nothing to compare: the outputs hold no numbers"):
         widefield.reparameterize(unsettled(Detector(0)), x)

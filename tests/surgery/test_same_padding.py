@@ -110,7 +110,7 @@ def test_trimming_stops_where_the_padding_would_be_cut(size, stride, least):
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
 def test_taps_that_never_meet_the_map_go(side):
     model, reports = network(9, 2), []
-    trimmed = widefield.trim(model, 0.0, input_size=side, report=reports.append)
+    trimmed = widefield.trim(model, 0.0, example_input=side, report=reports.append)
     x = torch.randn(2, 3, side, side).double()
     close(trimmed(x), model(x), FLOAT64)
     assert reports[0].kernels[0].after < (9, 9)

@@ -16,7 +16,7 @@ import widefield
 from tolerances import FLOAT64
 from widefield import bench, data
 from widefield.surgery import walk
-from widefield.surgery.outputs import measure_change
+from widefield.surgery.compare import compare
 from widefield.surgery.specialize import specialize
 
 
@@ -41,7 +41,7 @@ def test_the_report_says_what_each_layer_and_all_of_them_change():
         twin = copy.deepcopy(model)
         walk.replace(twin, {twin.get_submodule(entry.name): conv})
         moved = twin(x)
-        assert entry.change == measure_change(model, twin, batches)
+        assert entry.change == compare(model, twin, batches)
         assert entry.change.rms == pytest.approx(((moved - y).norm() / y.norm()).item(), rel=FLOAT64)
         out = layer(inputs[entry.name])
         own = (conv(inputs[entry.name]) - out).norm() / out.norm()
@@ -57,7 +57,7 @@ def test_the_report_says_what_each_layer_and_all_of_them_change():
     assert done.predicted.accuracy_after == (total.argmax(1) == labels).double().mean()
     assert done.predicted.agreement == (total.argmax(1) == y.argmax(1)).double().mean()
     assert done.independent == pytest.approx(math.sqrt(squares), rel=FLOAT64)
-    assert done.together == done.measured == measure_change(model, static, batches)
+    assert done.together == done.measured == compare(model, static, batches)
     assert done.measured.accuracy_before == (y.argmax(1) == labels).double().mean()
     assert done.before == bench.cost(model, x[:1])
     assert done.after == bench.cost(static, x[:1])
@@ -104,7 +104,7 @@ def six():
         twin = copy.deepcopy(model)
         names = [layer.name for layer in order[:length]]
         walk.replace(twin, {twin.get_submodule(name): static.get_submodule(name) for name in names})
-        runs.append((names, measure_change(model, twin, batches).rms))
+        runs.append((names, compare(model, twin, batches).rms))
     assert all(0 < a[1] < b[1] for a, b in itertools.pairwise(runs))
     return model, batches, runs, [layer.change.rms for layer in order]
 
@@ -117,7 +117,7 @@ def test_auto_keeps_as_many_as_fit_and_never_exceeds_the_tolerance(six, share):
     counting, reports = Counting(batches), []
     result = specialize(model, counting, policy="auto", tolerance=tolerance, report=reports.append)
     (done,) = reports
-    change = measure_change(model, result, batches)
+    change = compare(model, result, batches)
     assert change.rms <= tolerance
     assert done.measured == change
     assert sorted(routed(result) + list(done.static)) == sorted(routed(model))
@@ -191,7 +191,7 @@ def test_predicted_and_measured_change_agree_on_the_trained_model_of_the_demo():
     (done,) = reports
     assert done.measured.accuracy_before > 0.85
     assert done.measured.rms > 1e-3  # it learned to route
-    assert done.measured == measure_change(model, static, batches)
+    assert done.measured == compare(model, static, batches)
     assert 1 / 1.2 < done.predicted.rms / done.measured.rms < 1.2
     assert 1 / 1.5 < done.independent / done.measured.rms < 1.5
     assert abs(done.predicted.accuracy_after - done.measured.accuracy_after) * len(images) <= 5

@@ -26,7 +26,7 @@ from widefield.nn import (
 )
 from widefield.nn.gmconv import gaussian_mask
 from widefield.ops.crops import cropped, crops
-from widefield.surgery.outputs import compare, measure_change
+from widefield.surgery.compare import compare
 from widefield.surgery.reparameterize import reparameterize
 from widefield.surgery.trim import trim
 
@@ -139,7 +139,7 @@ def test_transposed_convolutions_keep_the_guarantee(size, stride, padding, dilat
         all(6 * stride - stride - 2 * p + dilation * (k - 1) + stride > 0 for k, p in zip(size, padding, strict=True))
     )
     conv = masked(conv, 1.5)
-    trimmed, report = reported(conv, tolerance, input_size=6 if fixed else None)
+    trimmed, report = reported(conv, tolerance, example_input=6 if fixed else None)
     x = torch.randn(3, 4, 6, 6).double()
     x[0] = x[0].sign()
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_taps_that_never_meet_the_map_are_cut_off_exactly(size, image, stride, d
     arguments = (size, stride, padding, dilation)
     conv = DepthwiseConv2d(4, *arguments) if depthwise else nn.Conv2d(4, 3, *arguments)
     conv = conv.double().eval()
-    trimmed, report = reported(conv, 0, input_size=image)
+    trimmed, report = reported(conv, 0, example_input=image)
     x = torch.randn(2, 4, *image).double()
     with torch.no_grad():
         close(trimmed(x), conv(x), FLOAT64)
@@ -225,18 +225,18 @@ def test_31x31_on_7x7_keeps_13x13_but_not_where_padding_wraps_around():
     def net(mode):
         return stack(nn.Conv2d(2, 2, 31, padding=15, padding_mode=mode))
 
-    assert reported(net("zeros"), 0, input_size=(2, 7, 7))[1].kernels[0].after == (13, 13)
+    assert reported(net("zeros"), 0, example_input=(2, 7, 7))[1].kernels[0].after == (13, 13)
     image = (3, 2, 17, 17)
-    trimmed, report = reported(net("circular"), 0, input_size=image)
+    trimmed, report = reported(net("circular"), 0, example_input=image)
     assert report.trimmed() == ()
     same = stack(nn.Conv2d(2, 2, 31, padding="same"))
-    trimmed, report = reported(same, 0, input_size=7)
+    trimmed, report = reported(same, 0, example_input=7)
     assert (trimmed[0].kernel_size, trimmed[0].padding) == ((13, 13), "same")
     assert "For images of 7x7 pixels only" in str(report)
     assert report.verified <= NETWORK
     mixture = stack(MoRFConv2d(4, 4, (3, 15, (5, 3)), groups=4)).eval()
     mixture = reparameterize(mixture, torch.randn(1, 4, 5, 5))
-    trimmed, report = reported(mixture, 0, input_size=5)
+    trimmed, report = reported(mixture, 0, example_input=5)
     assert trimmed[0].kernel_sizes == (3, 9, 3)
     assert trimmed[0].bank.shape[-1] == 9
     x = torch.randn(2, 4, 5, 5)
@@ -258,7 +258,7 @@ def test_networks_of_the_registry_stay_what_they_are_at_tolerance_0(name):
     model = unsettled(timm.create_model(name, num_classes=10, **REGISTRY[name]))
     x = torch.randn(2, 3, 64, 64)
     fused = reparameterize(model, x)
-    trimmed, report = reported(fused, 0, input_size=64)
+    trimmed, report = reported(fused, 0, example_input=64)
     assert compare(fused, trimmed, x).relative < NETWORK
     assert report.macs_after <= report.macs_before
     assert len(report.trimmed()) > 0
@@ -283,7 +283,7 @@ def test_a_budget_is_kept_and_used(budget):
     x = torch.randn(48, 3, 12, 12)
     loader = [(part, model(part).argmax(1).detach()) for part in x.split(20)]
     trimmed, report = reported(model, budget, loader=loader)
-    change = measure_change(model, trimmed, loader)
+    change = compare(model, trimmed, loader)
     assert change == report.change
     assert change.rms <= budget
     assert change.accuracy_before == 1.0
@@ -313,11 +313,11 @@ def test_a_budget_over_mixtures_and_a_size():
                 kernel.mul_(gaussian_mask(kernel.shape[2:], torch.tensor(1.2)))
     fused = reparameterize(unsettled(model), torch.randn(2, 4, 8, 8))
     loader = [torch.randn(9, 4, 8, 8)]
-    trimmed, report = reported(fused, 0.05, loader=loader, input_size=8)
+    trimmed, report = reported(fused, 0.05, loader=loader, example_input=8)
     assert 0 < report.change.rms <= 0.05
     assert trimmed[0].bank.shape[-1] == max(trimmed[0].kernel_sizes) < 9
     assert report.input_size == (8, 8)
-    assert measure_change(fused, trimmed, loader).rms <= 0.05
+    assert compare(fused, trimmed, loader).rms <= 0.05
 
 
 # What a device supports
@@ -340,7 +340,7 @@ def test_a_limit_is_met_whatever_it_costs_and_the_cost_is_told(caplog):
     assert [k.name for k in report.beyond()] == ["4"]
     assert "its padding is used up" in report.kernels[4].left
     assert "Beyond 9x9 all the same: 4" in caplog.text
-    assert report.change == measure_change(model, trimmed, [(x, torch.zeros(6, dtype=torch.long))])
+    assert report.change == compare(model, trimmed, [(x, torch.zeros(6, dtype=torch.long))])
     assert report.change.rms > 0
     assert report.change.accuracy_before is not None
     _, told = reported(model, 0.0, limit=9)
@@ -366,7 +366,7 @@ def test_what_cannot_be_cropped_is_left_with_the_reason():
         DynamicGMConv2d(4, 4, 5, padding=2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 5, padding="valid"),
     )  # fmt: skip
     x = torch.randn(2, 4, 20, 20)
-    trimmed, report = reported(model, 1.0, input_size=20)
+    trimmed, report = reported(model, 1.0, example_input=20)
     words = [
         "padding of",
         "shared",
@@ -397,11 +397,11 @@ class Reads(nn.Module):
 
 def test_modules_that_read_convolutions_by_themselves_are_found_out():
     model = Reads().eval()
-    for options in ({"input_size": 20}, {"loader": [torch.randn(2, 3, 20, 20)]}):
+    for options in ({"example_input": 20}, {"loader": [torch.randn(2, 3, 20, 20)]}):
         with pytest.raises(RuntimeError, match="reads a convolution's kernel size"):
             trim(model, 0.0, limit=5, **options)
     model.conv.requires_grad_(False)
-    _, report = reported(model, 0.0, input_size=20)
+    _, report = reported(model, 0.0, example_input=20)
     assert "did not call it" in report.kernels[1].left
 
 
@@ -412,7 +412,7 @@ def test_layers_keep_their_type_and_all_that_belongs_to_it(dtype):
     model = stack(depthwise, dense, nn.ConvTranspose2d(6, 4, 6, 2, 2, groups=2)).to(dtype)
     model[1].to(memory_format=torch.channels_last)
     stored = {name: value.clone() for name, value in model.state_dict().items()}
-    trimmed, report = reported(model, 0.5, limit=5, input_size=(4, 16, 16))
+    trimmed, report = reported(model, 0.5, limit=5, example_input=(4, 16, 16))
     first, second, third = trimmed
     assert (type(first), first.backend, first.stride, first.kernel_size[0]) == (DepthwiseConv2d, "aten", (2, 2), 5)
     assert first.padding[0] == 3
@@ -436,7 +436,7 @@ def test_layers_keep_their_type_and_all_that_belongs_to_it(dtype):
 
 def test_the_report_is_rows_and_numbers():
     model = stack(masked(nn.Conv2d(3, 4, 9, padding=4), 0.7), nn.Conv2d(4, 4, 4, 4)).float()
-    _, report = reported(model, 0.01, input_size=(16, 18))
+    _, report = reported(model, 0.01, example_input=(16, 18))
     found = json.loads(json.dumps(report.to_dict()))
     assert found["input_size"] == [16, 18]
     assert found["kernels"][0]["before"] == [9, 9]
@@ -457,14 +457,14 @@ def test_the_report_is_rows_and_numbers():
 )  # fmt: skip
 def test_what_is_not_merged_is_sent_to_be_merged(layer):
     model = stack(nn.Conv2d(4, 4, 3, padding=1), layer)
-    with pytest.raises(ValueError, match=r"re-parameterise first .*: the kernels of 1 are not final"):
+    with pytest.raises(ValueError, match=r"^1 must be merged first, .* call widefield.reparameterize"):
         trim(model)
     assert trim(reparameterize(model, torch.randn(1, 4, 16, 16)))(torch.randn(1, 4, 16, 16)).shape == (1, 4, 16, 16)
 
 
 def test_timms_blocks_that_merge_in_place_are_known_once_they_are_merged():
     model = unsettled(stack(nn.Conv2d(3, 4, 3, padding=1), RepVggBlock(4, 4, 3, group_size=1)))
-    with pytest.raises(ValueError, match=r"re-parameterise first .* the kernels of 1 are not final"):
+    with pytest.raises(ValueError, match=r"^1 must be merged first, .* call widefield.reparameterize"):
         trim(model)
     merged = reparameterize(model, torch.randn(1, 3, 8, 8)).eval()
     assert [kernel.name for kernel in reported(merged, 0.0)[1].kernels] == ["0", "1.reparam_conv"]
@@ -478,9 +478,9 @@ def test_errors_name_what_was_given():
         ({"tolerance": -0.1}, "-0.1"),
         ({"tolerance": 1.5}, "1.5"),
         ({"limit": 0}, "limit must be at least 1; got 0"),
-        ({"input_size": ()}, r"input_size must be .* got \(\)"),
-        ({"input_size": 20}, r"does not run on images of input_size, \(3, 20, 20\)"),
-        ({"input_size": 12, "loader": [torch.randn(2, 3, 13, 13)]}, r"loader's images are of \(3, 13, 13\)"),
+        ({"example_input": ()}, r"example_input must be .* got \(\)"),
+        ({"example_input": 20}, r"does not run on example_input of size \(3, 20, 20\)"),
+        ({"example_input": 12, "loader": [torch.randn(2, 3, 13, 13)]}, r"loader's images have size \(3, 13, 13\)"),
         ({"loader": []}, "no images"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -493,5 +493,5 @@ def test_errors_name_what_was_given():
         model[2].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^2: weight must be finite"):
         trim(model)
-    with pytest.raises(ValueError, match=r"pass input_size=\(C, H, W\)"):
-        trim(stack(nn.Identity()), input_size=8)
+    with pytest.raises(ValueError, match=r"pass example_input=\(C, H, W\)"):
+        trim(stack(nn.Identity()), example_input=8)

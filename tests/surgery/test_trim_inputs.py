@@ -15,12 +15,12 @@ def conv(**options):
     return nn.Sequential(nn.Conv2d(3, 4, **(MODEL | options))).eval()
 
 
-def test_every_batch_must_be_of_the_input_size():
+def test_every_batch_must_have_the_size_of_the_example():
     loader = [torch.randn(2, 3, 5, 5), torch.randn(2, 3, 9, 9)]
-    with pytest.raises(ValueError, match=r"images are of \(3, 9, 9\), not of input_size=\(3, 5, 5\)"):
-        trim(conv(), 0.01, loader=loader, input_size=5)
+    with pytest.raises(ValueError, match=r"images have size \(3, 9, 9\), but example_input has \(3, 5, 5\)"):
+        trim(conv(), 0.01, loader=loader, example_input=5)
     trim(conv(), 0.01, loader=loader)
-    trim(conv(), 0.01, loader=loader[:1] * 2, input_size=5)
+    trim(conv(), 0.01, loader=loader[:1] * 2, example_input=5)
 
 
 class Enlarging(nn.Module):
@@ -39,11 +39,11 @@ class Enlarging(nn.Module):
 def test_a_start_beyond_the_tolerance_is_an_error():
     loader = [torch.rand(2, 3, 5, 5), 10 * torch.rand(2, 3, 5, 5) + 1]
     with pytest.raises(RuntimeError, match=r"changes the outputs by .* more than tolerance=0.001"):
-        trim(Enlarging().eval(), 0.001, loader=loader, input_size=5)
+        trim(Enlarging().eval(), 0.001, loader=loader, example_input=5)
     reports = []
-    trim(Enlarging().eval(), 0.001, loader=loader, input_size=5, limit=3, report=reports.append)  # at any cost
+    trim(Enlarging().eval(), 0.001, loader=loader, example_input=5, limit=3, report=reports.append)  # at any cost
     assert reports[0].change.rms > 0.001
-    trim(conv(), 0.0, loader=[torch.randn(2, 3, 5, 5)], input_size=5)  # rounding is none
+    trim(conv(), 0.0, loader=[torch.randn(2, 3, 5, 5)], example_input=5)  # rounding is none
 
 
 class Reads(nn.Module):
@@ -79,7 +79,7 @@ def test_without_data_the_model_is_tried_on_an_example(caplog):
     assert not caplog.records
     trim(Picky().eval(), 0.3, report=reports.append)
     assert reports[1].verified is None
-    assert "the trimmed model is not verified: pass input_size" in caplog.text
+    assert "the trimmed model is not verified, as it does not run on noise" in caplog.text
 
 
 class Diverges(nn.Module):
@@ -92,7 +92,7 @@ class Diverges(nn.Module):
 
 
 def test_outputs_that_cannot_be_compared_are_named(caplog):
-    for options in ({"input_size": 9}, {"loader": [torch.randn(1, 3, 9, 9)]}):
+    for options in ({"example_input": 9}, {"loader": [torch.randn(1, 3, 9, 9)]}):
         with pytest.raises(ValueError, match=r"cannot be verified: .* outputs are not finite"):
             trim(Diverges().eval(), 0.8, **options)
     trim(Diverges().eval(), 0.8)  # what is guaranteed is of each layer
@@ -110,7 +110,7 @@ class Exhausted:
 
 
 def test_loaders_that_run_out_are_told_so():
-    with pytest.raises(ValueError, match="where it gave some in the first round, it ran out"):
+    with pytest.raises(ValueError, match="if it gave images in the first pass, it ran out"):
         trim(conv(), 0.3, loader=Exhausted([torch.randn(2, 3, 9, 9)]))
 
 

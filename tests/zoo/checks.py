@@ -183,7 +183,7 @@ def _finite(model: nn.Module, x: torch.Tensor) -> str:
 
 def _trim(model: nn.Module, x: torch.Tensor) -> str:
     def change(given: nn.Module) -> nn.Module:
-        return widefield.trim(given, 0.0, input_size=x.shape)
+        return widefield.trim(given, 0.0, example_input=x.shape)
 
     return _same(model, change(model), x, change)
 

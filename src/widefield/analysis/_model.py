@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.analysis._maps import as_map, inner_map, map_hint
 from widefield.surgery.anatomy import anatomy, is_inside
-from widefield.surgery.outputs import pixels, place
+from widefield.surgery.inputs import pixels, place
 
 __all__ = [
     "Layer",

@@ -23,7 +23,7 @@ from widefield import _checks, report
 from widefield.analysis._model import chunks, track, turned, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
-from widefield.surgery.outputs import place
+from widefield.surgery.inputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

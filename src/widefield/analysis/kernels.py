@@ -28,8 +28,8 @@ from widefield.ops import fold
 from widefield.ops.crops import CropTable, crops
 from widefield.surgery import fuse_layers
 from widefield.surgery.anatomy import anatomy
-from widefield.surgery.cropping import by_outputs
-from widefield.surgery.outputs import place
+from widefield.surgery.inputs import place
+from widefield.surgery.trim_kernels import by_outputs
 from widefield.surgery.walk import merge_method
 
 if TYPE_CHECKING:

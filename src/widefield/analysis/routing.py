@@ -20,7 +20,7 @@ from widefield.analysis._result import Result, plain
 from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
 from widefield.analysis._routing_figures import CAPTIONS, DRAWN
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
-from widefield.surgery.outputs import pixels
+from widefield.surgery.inputs import pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

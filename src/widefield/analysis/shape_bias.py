@@ -25,7 +25,7 @@ from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
 from widefield.data.conflict import SIXTEEN, ConflictImages
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from widefield.surgery.outputs import place
+from widefield.surgery.inputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from widefield import deploy
     from widefield.analysis._model import running
     from widefield.cli._tables import print_table
-    from widefield.surgery import measure_change
+    from widefield.surgery import compare
 
     if args.int8 and args.format != "onnx":
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     print_table(done.rows())
     if done.throughput:
         print_table([speed.row() for speed in done.throughput])
-    print(f"The file against {found.name} as it came: {measure_change(found.model, deploy.load(path), held_out)}.")
+    print(f"The file against {found.name} as it came: {compare(found.model, deploy.load(path), held_out)}.")
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
@@ -124,7 +124,7 @@ def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.
         print(f"{type(model).__name__} has nothing to reparameterize.")
     if args.trim:
         size = tuple(shown[0][0].shape[-2:])
-        model = trim(model, args.tolerance, loader=shown, limit=args.limit, input_size=size, report=_say)
+        model = trim(model, args.tolerance, loader=shown, limit=args.limit, example_input=size, report=_say)
     elif args.limit is not None:
         model = trim(model, 0.0, loader=shown, limit=args.limit, report=_say)
     return model

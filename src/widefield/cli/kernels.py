@@ -13,7 +13,7 @@ from widefield.cli import _subjects
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from widefield.surgery.trimming import Trimming
+    from widefield.surgery.trim_report import Trimming
 
 ENTRY = ANALYSES["kernels"]
 SUMMARY = ENTRY.summary

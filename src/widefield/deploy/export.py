@@ -27,7 +27,8 @@ from widefield.deploy.info import INFO, ModelInfo, collected, to_texts
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
-from widefield.surgery.outputs import Tally, batches, example_input, pixels
+from widefield.surgery.compare import Tally
+from widefield.surgery.inputs import batches, example_input, pixels
 from widefield.surgery.walk import begin, copied, unmerged
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def export(
             :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model.
         dynamic: which sizes may change: "batch", "size" (height and width), both or neither.
         loader: images to verify on besides noise, of any size that the graph takes; see
-            :func:`widefield.surgery.outputs.batches`.
+            :func:`widefield.surgery.inputs.batches`.
         tolerance: largest difference allowed, in units of the largest absolute output.
         opset: ONNX operator set; default: that of torch's exporter.
         throughput: batch sizes at which the file is timed beside the model, eager and compiled by torch.compile, in
@@ -314,7 +315,7 @@ def _checked(model: nn.Module, exported: Runtime, images: Iterable[Tensor]) -> t
     with torch.no_grad():
         for x in images:
             tallies.setdefault(tuple(x.shape), Tally()).add(model(x), exported(x))
-    changes = {shape: tally.change() for shape, tally in tallies.items()}
+    changes = {shape: tally.difference() for shape, tally in tallies.items()}
     return tuple(Check(shape, c.images, c.max_abs, c.relative, c.agreement) for shape, c in changes.items())
 
 

@@ -31,7 +31,8 @@ from widefield.deploy.export import PACKAGES, input_of, outputs_of, write_report
 from widefield.deploy.info import ModelInfo, collected, to_texts
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
-from widefield.surgery.outputs import Change, Tally, batches
+from widefield.surgery.compare import Difference, Tally
+from widefield.surgery.inputs import batches
 from widefield.surgery.walk import begin, copied, unmerged
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Quantization:
     bytes_before: int
     bytes_after: int
     calibration: str
-    change: Change
+    change: Difference
     """The int8 model against the one in float32, over the images given."""
     flips: tuple[Flips, ...]
     kernels: tuple[QuantizedKernel, ...]
@@ -196,7 +197,7 @@ def quantize(
         model: in evaluation mode, reparameterized, float32; untouched.
         path: ``.onnx``.
         loader: calibration images, some hundreds, as in training but not augmented; all of one size. See
-            :func:`widefield.surgery.outputs.batches`.
+            :func:`widefield.surgery.inputs.batches`.
         images: what to measure on, with labels if the accuracy is to be known. Default: ``loader``, which flatters.
         calibration: how the range of activations is read off: "minmax", "entropy" or "percentile" (99.999).
         outliers: what to do about kernels of which less than 30 dB are left (:data:`NOISY`): "warn", "refuse", or leave
@@ -302,7 +303,7 @@ def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, ou
         if not count:
             break
     found = zip(ablation.layers, tallies, strict=True)
-    return tuple(RoundedLayer(layer.name, layer.operator, layer.span, tally.change().rms) for layer, tally in found)
+    return tuple(RoundedLayer(layer.name, layer.operator, layer.span, tally.difference().rms) for layer, tally in found)
 
 
 def _warn(done: Quantization) -> None:
@@ -403,7 +404,7 @@ def _rounded(weight: _int8.Weight, steps: int, kept: Collection[str], *, noisy: 
 
 def _measured(
     model: nn.Module, probe: _Probe, rounded: Runtime, images: Iterable[Any]
-) -> tuple[Change, tuple[Flips, ...]]:
+) -> tuple[Difference, tuple[Flips, ...]]:
     """Compare outputs with the model's, and routing weights with the probe's."""
     tally, flipped, count = Tally(), Counter[str](), 0
     calls: Counter[str] = Counter()
@@ -419,4 +420,4 @@ def _measured(
             for name, top_k, before, after in routing:
                 a, b = (w.topk(top_k or 1, dim=1).indices.sort(1).values for w in (before, after))
                 flipped[name] += int((a != b).any(1).sum())
-    return tally.change(), tuple(Flips(name, flipped[name] / count / calls[name]) for name in calls)
+    return tally.difference(), tuple(Flips(name, flipped[name] / count / calls[name]) for name in calls)

@@ -1,6 +1,7 @@
-"""Change the layers of any model: convert, re-parameterise, specialise, trim."""
+"""Change the layers of any model: convert, reparameterize, specialize, trim."""
 
 from widefield.surgery.anatomy import Anatomy, Stage, anatomy
+from widefield.surgery.compare import Difference, NothingToCompareError, compare
 from widefield.surgery.conversions import (
     Conversion,
     Deformable,
@@ -13,7 +14,6 @@ from widefield.surgery.conversions import (
     TokenMixer,
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
-from widefield.surgery.outputs import Change, Difference, NothingToCompareError, compare, measure_change
 from widefield.surgery.reparameterize import (
     FusedLayer,
     LeftLayer,
@@ -24,12 +24,11 @@ from widefield.surgery.reparameterize import (
 from widefield.surgery.sparsity import DynamicSparsity
 from widefield.surgery.specialize import RoutedLayer, Specialization, specialize
 from widefield.surgery.trim import trim
-from widefield.surgery.trimming import TrimmedKernel, Trimming
+from widefield.surgery.trim_report import TrimmedKernel, Trimming
 from widefield.surgery.walk import fuse_layers
 
 __all__ = [
     "Anatomy",
-    "Change",
     "Conversion",
     "Deformable",
     "Difference",
@@ -57,7 +56,6 @@ __all__ = [
     "compare",
     "convert",
     "fuse_layers",
-    "measure_change",
     "plan",
     "reparameterize",
     "specialize",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -20,6 +21,7 @@ from widefield.nn import (
     DepthwiseConv2dSame,
     DilatedReparamConv2d,
     DynamicGMConv2d,
+    FusedMoRFConv2d,
     GMConv2d,
     InceptionDWConv2d,
     LargeKernelConv2d,
@@ -54,11 +56,18 @@ class Place(NamedTuple):
 class Conversion(ABC):
     """What :func:`plan` and :func:`convert` ask of a config."""
 
+    layers: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The layers that it puts in."""
     keeps_parameters: ClassVar[bool] = False
     """Whether what it puts in is a Conv2d with the parameters of the old one: whoever shares these, or merges them with
     others, will not notice."""
     takes_stem: ClassVar[bool] = False
     """Whether the stem is converted, too, if ``where`` is not given."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse unknown options, naming the right one."""
+        _checks.known_arguments(cls.__name__, options, [field.name for field in fields(cls)])  # type: ignore[arg-type]
+        return super().__new__(cls)
 
     def at(self, place: Place) -> Conversion:
         """Return the config for a convolution at this place; raises ValueError for one that does not fit the model."""
@@ -114,6 +123,7 @@ class MoRF(Conversion):
         TypeError, ValueError: at once, for what the layer would refuse.
     """
 
+    layers = (MoRFConv2d, FusedMoRFConv2d)
     kernel_sizes: tuple[int | tuple[int, int], ...] = (3, 5, 7, 9, 11)
     routing: str = "soft"
     attention: str = "none"
@@ -149,6 +159,7 @@ class FastDepthwise(Conversion):
         ValueError: at once, for an unknown backend.
     """
 
+    layers = (DepthwiseConv2d,)
     keeps_parameters = True
     backend: str = "auto"
 
@@ -192,6 +203,7 @@ class GMConv(Conversion):
         TypeError, ValueError: at once, for an unknown word, or a number out of bounds.
     """
 
+    layers = (GMConv2d, DynamicGMConv2d)
     takes_stem = True
     stem: str = "dynamic"
     body: str = "static"
@@ -261,6 +273,7 @@ class LargeKernel(Conversion):
         TypeError, ValueError: at once, for what the layer would refuse.
     """
 
+    layers = tuple(_LARGE.values())
     kernel_sizes: int | tuple[int | tuple[int, int], ...]
     small: int | None = 5
     branches: str = "small"
@@ -323,6 +336,7 @@ class InceptionSplit(Conversion):
         TypeError, ValueError: at once, for what the layer would refuse.
     """
 
+    layers = (InceptionDWConv2d,)
     square_kernel_size: int = 3
     band_kernel_size: int | None = 11
     branch_ratio: float = 0.125
@@ -354,6 +368,7 @@ class Deformable(Conversion):
         TypeError, ValueError: at once, for what the layer would refuse.
     """
 
+    layers = (DeformConv2d,)
     groups: int | None = None
     offset_scale: float = 1.0
     center_feature_scale: bool = False
@@ -410,3 +425,33 @@ class TokenMixer(Conversion):
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
         return mixers.in_place_of(conv, self.mixer, self.stage)
+
+
+def checked(config: object, verb: str) -> Conversion:
+    """Return a config; raises TypeError for anything else, with the call that was probably meant.
+
+    Args:
+        config: what :func:`plan` or :func:`convert` got.
+        verb: the name of that function.
+    """
+    if isinstance(config, Conversion):
+        return config
+    kinds = {kind.__name__: kind for kind in Conversion.__subclasses__()}
+    made = config if isinstance(config, type) else type(config)
+    if isinstance(config, str):
+        flat = {name.lower(): name for name in kinds}
+        near = get_close_matches(config.lower().replace("_", ""), flat, n=1)
+        meant = kinds[flat[near[0]]] if near else None
+    elif issubclass(made, Conversion):
+        meant = made
+    else:
+        meant = next((kind for kind in kinds.values() if issubclass(made, kind.layers)), None)
+    got = repr(config) if isinstance(config, str) else f"an object of type {made.__name__}"
+    got = f"the class {config.__name__}" if isinstance(config, type) else got
+    calls = [_call(kind) for kind in ([meant] if meant else kinds.values())]
+    raise TypeError(f"config must be a conversion; got {got}. Call {verb}(model, {' or '.join(calls)}).")
+
+
+def _call(kind: type[Conversion]) -> str:
+    needed = [f"{f.name}=..." for f in fields(kind) if f.default is MISSING and f.init]  # type: ignore[arg-type]
+    return f"{kind.__name__}({', '.join(needed)})"

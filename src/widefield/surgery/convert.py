@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from widefield import _checks
 from widefield.nn import SameAligned
 from widefield.report import Report
 from widefield.surgery.anatomy import Anatomy, anatomy
-from widefield.surgery.conversions import Conversion, Place
-from widefield.surgery.walk import duplicate, merge_method, replace
+from widefield.surgery.conversions import Conversion, Place, checked
+from widefield.surgery.walk import check_report, duplicate, hooked, merge_method, replace
 
 _SHOWN = 6
 """Reasons that an error lists."""
@@ -84,6 +85,7 @@ class Plan(Report):
         return text.getvalue().rstrip()
 
 
+@_checks.guided
 def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Plan:
     """Return what :func:`convert` would do, and change nothing.
 
@@ -94,26 +96,41 @@ def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Pl
             ``(module, name) -> bool``. Default: those in the backbone (:func:`anatomy`) without its stem; configs with
             ``takes_stem`` convert the stem, too.
     """
-    return Plan(tuple(step for step, _, _ in _steps(model, config, where)))
+    return Plan(tuple(step for step, _, _ in _steps(model, checked(config, "plan"), where)))
 
 
-def convert(model: nn.Module, config: Conversion, where: Where | None = None, *, inplace: bool = False) -> nn.Module:
+@_checks.guided
+def convert(
+    model: nn.Module,
+    config: Conversion,
+    where: Where | None = None,
+    *,
+    inplace: bool = False,
+    report: Callable[[Plan], object] | None = None,
+) -> nn.Module:
     """Return ``model`` with its spatial convolutions replaced as ``config`` says, weights, device and mode kept.
 
     Args:
         model, config, where: as in :func:`plan`.
         inplace: change ``model`` itself instead of a copy.
+        report: called once with the executed :class:`Plan`: ``print``, or the ``append`` of a list.
 
     Raises:
+        TypeError: a report that is not callable.
         ValueError: nothing to replace; the message lists what could be, or why nothing can.
     """
+    config = checked(config, "convert")
+    check_report(report)
     if not inplace:
         model = duplicate(model)
     steps = _steps(model, config, where)
     chosen = {module: here.replacement(module) for step, module, here in steps if step.after is not None}
     if not chosen:
         raise ValueError(_nothing_to_convert(model, config, where))
-    return replace(model, chosen)
+    model = replace(model, chosen)
+    if report is not None:
+        report(Plan(tuple(step for step, _, _ in steps)))
+    return model
 
 
 def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module, Conversion]]:
@@ -184,7 +201,7 @@ def _outside(parts: Anatomy, name: str, config: Conversion) -> str | None:
 def _untouchable(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is parametrised; remove the parametrisation first"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if hooked(module):
         return "it has hooks, which a replacement would lose; remove them first"
     return None
 

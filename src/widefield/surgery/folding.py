@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.surgery.outputs import Difference, NothingToCompareError, difference
-from widefield.surgery.walk import computed
+from widefield.surgery.compare import Difference, NothingToCompareError, difference
+from widefield.surgery.walk import computed, hooked
 
 Fold = Callable[[nn.Module, nn.Module], nn.Module]
 """(layer, the norm after it) -> the layer that is both."""
@@ -50,11 +50,6 @@ def is_norm(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Say whether this is a convolution, transposed or not, or a linear layer, of any kind."""
     return isinstance(module, (_ConvNd, nn.Linear))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Say whether a module has hooks on its forward or backward pass; weight norm and pruning are such."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def without_norm(norm: nn.Module) -> nn.Module:

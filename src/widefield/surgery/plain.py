@@ -13,8 +13,7 @@ from widefield import _checks
 from widefield.nn import DCNv3, DepthwiseConv2d, SameAligned
 from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
-from widefield.surgery.folding import hooked
-from widefield.surgery.walk import computed, replace
+from widefield.surgery.walk import computed, hooked, replace
 
 ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
 """Layers whose kernel depends on the image: torch has none."""

@@ -17,9 +17,10 @@ from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm
 from widefield.report import Report
-from widefield.surgery import outputs
-from widefield.surgery.folding import Pair, Watch, hooked, is_linear, is_norm, without_norm
-from widefield.surgery.outputs import Difference, comparable, difference
+from widefield.surgery import inputs
+from widefield.surgery.compare import Difference, comparable, difference
+from widefield.surgery.folding import Pair, Watch, is_linear, is_norm, without_norm
+from widefield.surgery.inputs import Example, place
 from widefield.surgery.plain import Changed, plain, with_numbers
 from widefield.surgery.walk import (
     COLLECTIVE,
@@ -28,6 +29,7 @@ from widefield.surgery.walk import (
     computed,
     copied,
     duplicate,
+    hooked,
     in_own_types,
     is_ours,
     merge,
@@ -149,10 +151,11 @@ class _Merge:
     """What a copy of the module became."""
 
 
+@_checks.guided
 @in_own_types
 def reparameterize(
     model: nn.Module,
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
     *,
     tolerance: float = 1e-4,
     inplace: bool = False,
@@ -195,7 +198,7 @@ def reparameterize(
     tolerance = _checks.number("tolerance", tolerance)
     begin(model, "re-parameterisation computes the evaluation-mode function", report)
     model = model.eval() if inplace else copied(model)  # frozen norms may still be in training mode
-    x = _example(model) if example_input is None else example_input
+    x = inputs.example_input(model, example_input)
     merges, left = _merges(model)
     mixtures = {tried.module: tried.name for tried in merges if takes_norm(tried.module)}
     norms = [module for module in model.modules() if is_norm(module)]
@@ -230,12 +233,12 @@ def reparameterize(
         after = _still_runs(model, x)
     apart = difference(before, after)
     worst = _worst(fused)
-    layerwise = Difference(0.0, 0.0) if worst is None or worst.difference is None else worst.difference
+    layerwise = 0.0 if worst is None or worst.difference is None else worst.difference.relative
     log.info(
         "%s: %s; outputs differ by %.1e of their scale, those of single layers by at most %.1e; left %d",
-        name, _counted(fused), apart.relative, layerwise.relative, len(left),
+        name, _counted(fused), apart.relative, layerwise, len(left),
     )  # fmt: skip
-    if not max(apart.relative, layerwise.relative) <= tolerance:
+    if not max(apart.relative, layerwise) <= tolerance:
         raise RuntimeError(_too_far(model, fused, apart, layerwise, tolerance, turned=_turned(before, after)))
     if report is not None and cost is not None:
         done = tuple(fused), tuple(left)
@@ -417,7 +420,7 @@ def _too_far(
     model: nn.Module,
     fused: list[FusedLayer],
     apart: Difference,
-    layerwise: Difference,
+    layerwise: float,
     tolerance: float,
     *,
     turned: bool,
@@ -435,23 +438,16 @@ def _too_far(
             "suppression) may have turned over near-equal scores. Try another example input, or the model without its "
             "ranking."
         )
-    dtype = outputs.place(model)[1]
+    dtype = place(model)[1]
     half = "" if dtype.itemsize > 2 else (
         f" Its parameters are {dtype}, which rounds every folded kernel anew: re-parameterise in float32 and cast "
         "after that, or allow more."
     )  # fmt: skip
     return (
         f"re-parameterisation changed the outputs by {apart.relative:.2e} of their scale "
-        f"({apart.max_abs:.2e} absolute) and those of single layers by up to {layerwise.relative:.2e}, "
+        f"({apart.max_abs:.2e} absolute) and those of single layers by up to {layerwise:.2e}, "
         f"more than tolerance={tolerance:.0e}. Look at: {', '.join(named[:5])}{more}.{grown}{half}"
     )
-
-
-def _example(model: nn.Module) -> Tensor:
-    try:
-        return outputs.example_input(model)
-    except ValueError as error:
-        raise ValueError("no example input could be made up for this model: pass example_input=.") from error
 
 
 def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:

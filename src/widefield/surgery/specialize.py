@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import Report
 from widefield.surgery import walk
-from widefield.surgery.outputs import Change, Tally, batches, check_loader, comparable, measure_change
+from widefield.surgery.compare import Difference, Tally, comparable, compare
+from widefield.surgery.inputs import batches, check_loader
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class RoutedLayer:
     """How far its routing varies: the root mean square distance of routing weights (or masks) from their mean, over
     the norm of that mean."""
     own: float | None = None
-    """What making it static changes in its own output, on its inputs in the original model: as ``Change.rms``."""
-    change: Change | None = None
+    """What making it static changes in its own output, on its inputs in the original model: as ``Difference.rms``."""
+    change: Difference | None = None
     """What making it alone static changes in the model's outputs."""
 
 
@@ -61,15 +62,15 @@ class Specialization(Report):
     tolerance: float
     layers: tuple[RoutedLayer, ...]
     """In the order of the model's modules."""
-    predicted: Change
+    predicted: Difference
     """What making all layers static would change if each moved the outputs by as much as it does alone, accuracy and
     agreement included. This leaves out that a layer reads what those before it have changed."""
     independent: float
     """The ``rms`` of the same by a coarser guess, the root of the sum of the layers' squared changes: of changes in
     directions that have nothing to do with each other."""
-    together: Change
+    together: Difference
     """What making all layers static changes, measured."""
-    measured: Change
+    measured: Difference
     """What changed in the model that was returned, measured; with policy "mean" this is ``together``."""
     before: bench.Cost
     """Of one image of the loader's first batch."""
@@ -122,6 +123,7 @@ class Specialization(Report):
         return "\n".join(lines)
 
 
+@_checks.guided
 @walk.in_own_types
 def specialize(
     model: nn.Module,
@@ -129,79 +131,66 @@ def specialize(
     *,
     policy: str = "mean",
     tolerance: float = 0.01,
+    inplace: bool = False,
     report: Callable[[Specialization], object] | None = None,
 ) -> nn.Module:
-    """Return the model with routing made static: each routed layer as the one convolution of its mean kernel.
+    """Return the model with static routing: each routed layer becomes one convolution with its mean kernel.
 
-    Routed layers are :class:`MoRFConv2d`, re-parameterised or not, and :class:`DynamicGMConv2d`. Means are taken in
-    float64 over the images, whatever batches they come in, and of the routing in the original model: a router behind
-    other routed layers would see somewhat else once these are static, and specialising layer after layer would
-    give other means. Norms stay where they are; ``reparameterize`` folds them.
+    Routed layers are :class:`MoRFConv2d`, reparameterized or not, and :class:`DynamicGMConv2d`. Means are taken in
+    float64 over all images, from the routing in the original model. Norms stay; ``reparameterize`` folds them.
 
-    The cost is two rounds over the loader, of L + 3 passes of the model for L routed layers in all. "auto" adds
-    rounds of two passes each, to measure what it chose: about three, and never more than L.
+    The loader is iterated twice, which takes L + 3 passes of the model for L routed layers. "auto" adds about three
+    rounds of two passes each, and at most L.
 
     Args:
-        model: in evaluation mode; it stays as it is.
-        loader: batches, as :func:`widefield.surgery.outputs.batches` takes them, with or without labels; the same
-            images whenever it is iterated.
-        policy: "mean": every layer that the data reach. "auto": the longest run of layers, those that matter least
-            first, whose change of the model's outputs, measured with all of the run static, is within the tolerance.
-            This may be none: a copy is then returned, the report says so, and a warning is logged.
-        tolerance: for "auto": the largest ``Change.rms``, root of the summed squares of the outputs' differences over
-            that of the outputs, on the loader.
-        report: called once with the :class:`Specialization`.
+        model: in evaluation mode.
+        loader: batches of images, with or without labels, see :func:`widefield.surgery.inputs.batches`; it must give
+            the same images each time.
+        policy: "mean": every layer that the data reach. "auto": as many layers as the tolerance allows, those that
+            matter least first. If there are none, the model keeps its layers and a warning is logged.
+        tolerance: for "auto": largest change of the model's outputs on the loader, as ``Difference.rms``.
+        inplace: change ``model`` itself instead of a copy.
+        report: called once with the :class:`Specialization`: ``print``, or the ``append`` of a list.
 
     Raises:
-        RuntimeError: a module of the model is in training mode.
+        RuntimeError: a part of the model is in training mode.
         ValueError: an unknown policy; no routed layer, or none that the data reach; a routed layer with hooks, which
-            would be lost, or that is called by keyword; a ``forward`` that was replaced on a module; no images;
-            parameters on the meta device; or outputs that are not finite, or hold no number.
-        TypeError: a loader that gives no images; a tolerance that is no number, a report that is no function.
+            would be lost, or called by keyword; a replaced ``forward``; no images; parameters on the meta device;
+            outputs that are not finite or hold no number.
+        TypeError: a loader without images; an argument of another type.
     """
     policy = _checks.choice("policy", policy, POLICIES)
     tolerance = _checks.number("tolerance", tolerance)
-    walk.begin(model, "specialisation is of the evaluation-mode function", report)
+    walk.begin(model, "specialize needs the evaluation-mode function", report)
     check_loader(loader)
     _routed_layers(model)  # refused before a large model is copied
-    result = walk.copied(model)
-    layers = _routed_layers(result)
+    work = walk.copied(model)
+    layers = _routed_layers(work)
     with torch.no_grad():
-        routing, example = _record(result, layers, loader)
+        routing, example = _record(work, layers, loader)
         reached = {name: layer for name, layer in layers.items() if routing[name].count}
         if not reached:
             raise ValueError(f"the data never reach a routed layer of {type(model).__name__}: {', '.join(layers)}.")
         statics = {name: _static(name, layer, routing[name].mean()) for name, layer in reached.items()}
         effects = _Effects(statics)
-        effects.measure(result, reached, statics, loader)
-        alone = {name: tally.change() for name, tally in effects.alone.items()}
-        together, measured, chosen = effects.together.change(), effects.together.change(), list(reached)
+        effects.measure(work, reached, statics, loader)
+        chosen, measured = list(reached), effects.together.difference()
         if policy == "auto":
-            chosen, found = _within(model, result, reached, statics, loader, tolerance, alone, together)
-            measured = found or effects.unchanged.change()
-        before = bench.cost(result, example)
-        result = walk.replace(result, {reached[name]: statics[name] for name in chosen})
+            chosen, found = _within(model, work, reached, statics, loader, tolerance, effects)
+            measured = found or effects.unchanged.difference()
+        before = bench.cost(work, example)
+        result = model if inplace else work
+        places = _routed_layers(result)
+        result = walk.replace(result, {places[name]: statics[name] for name in chosen})
         after = bench.cost(result, example)
-    found_layers = []
-    for name, layer in layers.items():
-        entry = RoutedLayer(name, type(layer).__name__, reason=UNSEEN)
-        if name in reached:
-            too_much = "outputs would change by more than the tolerance"
-            entry = replace(
-                entry,
-                reason=None if name in chosen else too_much,
-                variation=routing[name].variation(),
-                own=effects.own[name].change().rms,
-                change=alone[name],
-            )
-        found_layers.append(entry)
+    alone = effects.alone_differences()
     done = Specialization(
         policy,
         tolerance,
-        tuple(found_layers),
-        effects.predicted.change(),
+        tuple(_entry(name, layer, routing[name], effects, chosen) for name, layer in layers.items()),
+        effects.predicted.difference(),
         _independent(alone.values()),
-        together,
+        effects.together.difference(),
         measured,
         before,
         after,
@@ -210,6 +199,21 @@ def specialize(
     if report is not None:
         report(done)
     return result
+
+
+def _entry(name: str, layer: Routed, routing: _Moments, effects: _Effects, chosen: Sequence[str]) -> RoutedLayer:
+    """Return the report's entry of one layer."""
+    kind = type(layer).__name__
+    if not routing.count:
+        return RoutedLayer(name, kind, reason=UNSEEN)
+    return RoutedLayer(
+        name,
+        kind,
+        reason=None if name in chosen else "outputs would change by more than the tolerance",
+        variation=routing.variation(),
+        own=effects.own[name].difference().rms,
+        change=effects.alone[name].difference(),
+    )
 
 
 def _tell(done: Specialization) -> None:
@@ -238,16 +242,10 @@ def _routed_layers(model: nn.Module) -> dict[str, Routed]:
             f"{type(model).__name__} has no routed layer: no MoRFConv2d, FusedMoRFConv2d or DynamicGMConv2d in it, "
             "such as convert() with MoRF() or GMConv() makes."
         )
-    hooked = [name for name, layer in layers.items() if any(_has_hooks(part) for part in layer.modules())]
-    if hooked:
-        raise ValueError(f"{', '.join(hooked)} has hooks, which specialising would lose: remove them first.")
+    lost = [name for name, layer in layers.items() if any(walk.hooked(part) for part in layer.modules())]
+    if lost:
+        raise ValueError(f"{', '.join(lost)} has hooks, which specializing would lose: remove them first.")
     return layers
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _routing(layer: Routed, x: Tensor) -> Tensor:
@@ -348,6 +346,10 @@ class _Effects:
         self.alone = {name: Tally() for name in names}
         self.unchanged, self.predicted, self.together = Tally(), Tally(), Tally()
 
+    def alone_differences(self) -> dict[str, Difference]:
+        """Return what each layer changes in the model's outputs alone."""
+        return {name: tally.difference() for name, tally in self.alone.items()}
+
     def measure(self, model: nn.Module, layers: Layers, statics: Statics, loader: Iterable[Any]) -> None:
         """Run the model over a loader, and every variant of it while a batch is at hand."""
         for images, labels in batches(loader, model):
@@ -367,7 +369,7 @@ class _Effects:
             self.unchanged.add(outputs, outputs, labels, images=len(images))
 
 
-def _independent(changes: Iterable[Change]) -> float:
+def _independent(changes: Iterable[Difference]) -> float:
     return math.sqrt(sum(change.rms**2 for change in changes))
 
 
@@ -378,15 +380,15 @@ def _within(
     statics: Statics,
     loader: Iterable[Any],
     tolerance: float,
-    alone: Mapping[str, Change],
-    together: Change,
-) -> tuple[list[str], Change | None]:
+    effects: _Effects,
+) -> tuple[list[str], Difference | None]:
     """Return the layers that can be static within the tolerance, and the measured change of these (None for none).
 
     Of all layers in the order of their changes, the longest run is looked for whose measured change is within the
     tolerance: ``good`` layers are, ``bad`` are not. What to measure next is guessed from independent changes, times
     what such a guess was off by in the measurement before.
     """
+    alone, together = effects.alone_differences(), effects.together.difference()
     order = sorted((name for name in alone if alone[name].rms <= tolerance), key=lambda name: alone[name].rms)
     if not order:
         return [], None
@@ -402,7 +404,7 @@ def _within(
         fitting = sum(factor * guess <= tolerance for guess in guesses[1:])
         length = min(max(fitting, good + 1), bad - 1)
         with _swapped(work, layers, statics, order[:length]) as variant:
-            change = measure_change(model, variant, loader)
+            change = compare(model, variant, loader)
         if change.rms <= tolerance:
             good, best = length, change
         else:

@@ -93,6 +93,12 @@ def refuse_training(model: nn.Module, what: str) -> None:
         raise RuntimeError(f"{what}, but {training[0]} is in training mode: call model.eval() first.")
 
 
+def check_report(report: object) -> None:
+    """Raise TypeError unless a report is None or a callable."""
+    if report is not None and not callable(report):
+        raise TypeError(f"report must be callable, such as print or the append of a list; got {report!r}.")
+
+
 def begin(model: nn.Module, what: str, report: object) -> None:
     """Refuse, before any work, what no function that returns another model can work with.
 
@@ -106,8 +112,7 @@ def begin(model: nn.Module, what: str, report: object) -> None:
         RuntimeError: a part of the model is in training mode.
         ValueError: a parameter or buffer on the meta device.
     """
-    if report is not None and not callable(report):
-        raise TypeError(f"report must be a function of the report, such as print; got {type(report).__name__}.")
+    check_report(report)
     refuse_training(model, what)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -149,6 +154,14 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Return whether a module has forward or backward hooks, which replacing it would lose.
+
+    ``torch.nn.utils.weight_norm`` and pruning are such hooks.
+    """
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def computed(module: nn.Module) -> str | None:

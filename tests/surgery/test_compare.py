@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tolerances import FLOAT64
-from widefield.surgery.outputs import Tally, batches, compare, difference, measure_change
+from widefield.surgery.compare import Tally, compare, difference
+from widefield.surgery.inputs import batches
 
 
 def tallied(*calls, **options):
     tally = Tally()
     for call in calls:
         tally.add(*call, **options)
-    return tally.change()
+    return tally.difference()
 
 
 SCALES = st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0, 1)), min_size=1, max_size=4)
@@ -61,7 +62,7 @@ def test_labels_may_be_any_whole_numbers(labels):
     model = nn.Flatten()
     images = first.reshape(3, 3, 1, 1)
     for batch in ((images, labels), {"image": images, "label": labels}):
-        assert measure_change(model, model, [batch]).accuracy_before == 0.5
+        assert compare(model, model, [batch]).accuracy_before == 0.5
 
 
 @pytest.mark.parametrize("labels", [None, ["cat", "dog", "cow"], torch.rand(3), [{"boxes": 1}] * 3, torch.ones(3, 2)])
@@ -85,7 +86,7 @@ class Total(nn.Module):
 def test_images_are_counted_whatever_the_outputs_are():
     model = Total()
     loader = [torch.ones(3, 1, 2, 2), torch.ones(2, 1, 2, 2)]
-    assert measure_change(model, model, loader).images == 5
+    assert compare(model, model, loader).images == 5
     assert tallied((torch.tensor(2.0), torch.tensor(3.0))).images == 1
     assert tallied(((torch.tensor(2.0), torch.ones(4, 2)),) * 2).images == 4
     rows = torch.eye(6)  # two rows an image are no classes
@@ -95,7 +96,7 @@ def test_images_are_counted_whatever_the_outputs_are():
 
 def test_there_must_be_something_to_compare():
     none = {"boxes": torch.empty(0, 4), "scores": torch.empty(0)}
-    with pytest.raises(ValueError, match="nothing to compare: no output holds a single number"):
+    with pytest.raises(ValueError, match="nothing to compare: the outputs hold no numbers"):
         difference(none, none)
     with pytest.raises(ValueError, match="nothing to compare"):
         tallied((none, none), images=2)
@@ -108,5 +109,23 @@ def test_there_must_be_something_to_compare():
 
 @pytest.mark.parametrize("loader", [None, 3])
 def test_what_is_no_loader_is_told_what_one_is(loader):
-    with pytest.raises(TypeError, match=r"loader must give batches of images .* got (None|3) of type"):
+    with pytest.raises(TypeError, match=r"loader must give batches of normalized images .* got (None|3) of type"):
         next(batches(loader, nn.Flatten()))
+
+
+def test_a_tensor_and_a_loader_give_the_same_difference():
+    first, second = nn.Linear(6, 4), nn.Linear(6, 4)
+    first, second = nn.Sequential(nn.Flatten(), first), nn.Sequential(nn.Flatten(), second)
+    x = torch.randn(5, 1, 2, 3)
+    alone = compare(first, second, x)
+    split = compare(first, second, [x[:2], (x[2:], None)])
+    assert (alone.images, split.images) == (5, 5)
+    assert alone.agreement == split.agreement
+    assert alone.accuracy_before is None
+    assert split.rms == pytest.approx(alone.rms)
+    assert split.relative == pytest.approx(alone.relative)
+    labels = first(x).argmax(1)
+    labeled = compare(first, second, [(x, labels)])
+    assert (labeled.accuracy_before, labeled.accuracy_after) == (1.0, alone.agreement)
+    assert str(labeled).startswith("outputs on 5 images change by ")
+    assert f"accuracy 100.00% -> {alone.agreement:.2%}" in labeled._repr_html_().replace("&gt;", ">")

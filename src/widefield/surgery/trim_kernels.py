@@ -24,7 +24,7 @@ from widefield.nn import DepthwiseConv2d, DepthwiseConv2dSame, DynamicGMConv2d, 
 from widefield.nn.same import is_same, least_size
 from widefield.ops import fold
 from widefield.ops.crops import CropTable, cropped, crops
-from widefield.surgery.walk import copied, replace
+from widefield.surgery.walk import copied, hooked, replace
 
 Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
@@ -138,7 +138,9 @@ def _dilation(module: Any) -> Pair:
     return _checks.pair("dilation", steps)
 
 
-def layers(model: nn.Module, calls: Mapping[nn.Module, Sequence[Call]] | None, *, fixed: bool) -> list[Layer | Left]:
+def kernels_of(
+    model: nn.Module, calls: Mapping[nn.Module, Sequence[Call]] | None, *, fixed: bool
+) -> list[Layer | Left]:
     """Return the layers with spatial kernels, in the order of the model, those that can be cropped measured.
 
     Args:
@@ -171,8 +173,7 @@ def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
         return "its kernel is computed by a parametrisation: remove that first (remove_parametrizations)"
     if type(module) not in _KINDS:
         return f"it is a {type(module).__name__}, which may pad or compute its kernel in a way of its own"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if hooked(module) or "forward" in vars(module):
         return "it has hooks, which would be lost, or which compute its kernel"
     if isinstance(module, FusedMoRFConv2d):
         return None
@@ -296,15 +297,15 @@ def _meeting(
 # Layers with crops
 
 
-def build(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
-    """Return a copy of the model whose layers, by name, have kernels of these sizes."""
-    twin = copied(model)
+def crop_kernels(model: nn.Module, sizes: Mapping[str, Sizes], *, inplace: bool = False) -> nn.Module:
+    """Return a copy of the model, or the model itself, whose layers, by name, have kernels of these sizes."""
+    twin = model if inplace else copied(model)
     modules = dict(twin.named_modules())
     return replace(twin, {modules[name]: _smaller(modules[name], given) for name, given in sizes.items()})
 
 
-def mask(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
-    """Return a copy of the model with zeros for the taps that :func:`build` takes away: the same function."""
+def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
+    """Return a copy of the model with zeros for the taps that :func:`crop_kernels` removes: the same function."""
     twin = copied(model)
     modules: dict[str, Any] = dict(twin.named_modules())
     with torch.no_grad():

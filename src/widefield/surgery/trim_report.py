@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from widefield.report import Report
-from widefield.surgery.cropping import Pair
-from widefield.surgery.outputs import Change
+from widefield.surgery.compare import Difference
+from widefield.surgery.trim_kernels import Pair
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Trimming(Report):
     parameters_after: int
     macs_before: int | None
     macs_after: int | None
-    change: Change | None
+    change: Difference | None
     verified: float | None
 
     def trimmed(self) -> tuple[TrimmedKernel, ...]:

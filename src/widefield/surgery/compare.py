@@ -1,0 +1,210 @@
+"""Measure how far the outputs of two models are apart, on one tensor or over a loader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks
+from widefield.report import Report
+from widefield.surgery.answers import place_of_meant, tensors, wrapping
+from widefield.surgery.inputs import batches
+
+_NO_NUMBERS = (
+    "there is nothing to compare: the outputs hold no numbers, as those of a detector without detections. Choose other "
+    "images."
+)
+
+
+class NothingToCompareError(ValueError):
+    """Outputs that hold no number."""
+
+
+@dataclass(frozen=True)
+class Difference(Report):
+    """How far two models' outputs are apart; the first model is the reference.
+
+    In outputs of several tensors each tensor is measured against its own size, and the worst counts: small scores do
+    not hide next to large boxes. Tensors are matched by their position in the output.
+
+    Attributes:
+        images: number of images compared.
+        max_abs: largest absolute difference, in the tensor with the largest ``relative``; infinite where an output is
+            not finite.
+        scale: largest absolute value of the first model's output, in the same tensor.
+        rms: root of the sum of squared differences, over the same root for the first model's output; of several
+            tensors, the largest.
+        agreement: share of images for which both models have the same top class; None unless the output, or the tensor
+            in it that :func:`widefield.surgery.answers.meant` finds, has shape (N, classes).
+        accuracy_before: share of labeled images that the first model classifies correctly; None without labels.
+        accuracy_after: the same for the second model.
+    """
+
+    images: int
+    max_abs: float
+    scale: float
+    rms: float
+    agreement: float | None = None
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """``max_abs`` in units of ``scale``."""
+        return self.max_abs / self.scale if self.scale else self.max_abs
+
+    def summary(self) -> str:
+        """Return the difference as one clause."""
+        text = f"outputs on {self.images} images change by {self.rms:.2g} (relative RMS)"
+        if self.agreement is not None:
+            text += f", top-1 the same for {self.agreement:.2%}"
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            text += f", accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"
+        return text
+
+
+class _Sums:
+    """Running sums for one output tensor."""
+
+    def __init__(self) -> None:
+        self.max_abs = self.scale = self._squares = self._moved = 0.0
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        gap = (second.to(first.device) - first).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
+        self.max_abs = max(self.max_abs, gap.abs().amax().item())
+        self.scale = max(self.scale, first.abs().amax().item())
+        self._moved += gap.square().sum().item()
+        self._squares += first.square().sum().item()
+
+    def relative(self) -> float:
+        return self.max_abs / self.scale if self.scale else self.max_abs
+
+    def rms(self) -> float:
+        return math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0)
+
+
+def _classes(labels: Any, count: int) -> Tensor | None:
+    """Return labels as (N,) int64, or None if they are not one class per image; ValueError for another number."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # None, names and boxes each raise another one
+        return None
+    if found.ndim == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
+        return None
+    if len(found) != count:
+        raise ValueError(f"there must be one label for each image; got {len(found)} labels for {count} images.")
+    return found.long()
+
+
+class Tally:
+    """Accumulates the difference between two models' outputs, batch by batch."""
+
+    def __init__(self) -> None:
+        self._images = self._same = self._labeled = self._right = self._right_after = 0
+        self._outputs: dict[int, _Sums] = {}
+        self._ranks = True
+
+    def add(self, first: Any, second: Any, labels: Any = None, *, images: int | None = None) -> None:
+        """Add both models' outputs for one batch.
+
+        Args:
+            first, second: outputs with the same tensors, alone or in tuples, mappings and dataclasses.
+            labels: integers, (N,) or (N, 1), as a tensor, an array or a list; -1: unlabeled. Anything else is ignored.
+            images: N. Default: the length of the first output tensor that has one, or else 1.
+
+        Raises:
+            ValueError: outputs of different shapes; a first output that is not finite; another number of labels than N.
+        """
+        ours, theirs = comparable(first, second)
+        count = next((len(out) for out in ours if out.ndim), 1) if images is None else images
+        self._images += count
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a.numel():
+                self._outputs.setdefault(index, _Sums()).add(a.double(), b.double())
+        place = place_of_meant(first)
+        scores = None if place is None else ours[place]
+        self._ranks &= scores is not None and scores.ndim == 2 and len(scores) == count and scores.shape[1] > 1
+        if not self._ranks or scores is None or place is None:
+            return
+        before, after = scores.argmax(1), theirs[place].argmax(1).to(scores.device)
+        self._same += int((before == after).sum())
+        classes = _classes(labels, count)
+        if classes is not None:
+            classes = classes.to(before.device)
+            self._labeled += int((classes >= 0).sum())  # data sets use -1 for "no class"
+            self._right += int((before == classes).sum())
+            self._right_after += int((after == classes).sum())
+
+    def difference(self) -> Difference:
+        """Return the difference over all batches; raises NothingToCompareError if the outputs held no number."""
+        if not self._outputs:
+            raise NothingToCompareError(_NO_NUMBERS)
+        worst = max(self._outputs.values(), key=_Sums.relative)
+        labeled = self._labeled if self._ranks else 0
+        return Difference(
+            self._images,
+            worst.max_abs,
+            worst.scale,
+            max(sums.rms() for sums in self._outputs.values()),
+            self._same / self._images if self._ranks and self._images else None,
+            self._right / labeled if labeled else None,
+            self._right_after / labeled if labeled else None,
+        )
+
+
+@_checks.guided
+def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Difference:
+    """Run two models on the same images and return how far their outputs are apart.
+
+    Both models run in their current mode, without gradients.
+
+    Args:
+        first: the reference.
+        second: another model, or what :func:`widefield.deploy.load` returns.
+        images: one input tensor, passed as it is; or a loader, see :func:`widefield.surgery.inputs.batches`. Its labels
+            give accuracies.
+
+    Raises:
+        TypeError: a loader whose batches hold no images, or that runs out after one pass.
+        ValueError: a loader without images; outputs of different shapes; a first output that is not finite; a
+            :class:`NothingToCompareError` for outputs without a number.
+    """
+    tally = Tally()
+    with torch.no_grad():
+        if isinstance(images, Tensor):
+            tally.add(first(images), second(images))
+        else:
+            for batch, labels in batches(images, first):
+                tally.add(first(batch), second(batch), labels, images=len(batch))
+    return tally.difference()
+
+
+def difference(first: Any, second: Any) -> Difference:
+    """Return how far two outputs are apart; raises as :func:`compare` does."""
+    tally = Tally()
+    tally.add(first, second)
+    return tally.difference()
+
+
+def comparable(first: Any, second: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of both outputs in the same order.
+
+    Raises ValueError for different shapes, or a first output that is not finite.
+    """
+    ours, theirs = tensors(first), tensors(second)
+    if not ours or [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise ValueError(
+            "the outputs cannot be compared: expected the same tensors, alone or in tuples, lists, mappings and "
+            f"dataclasses; got {[tuple(t.shape) for t in ours] or type(first).__name__} and "
+            f"{[tuple(t.shape) for t in theirs] or type(second).__name__}.{wrapping(first)}"
+        )
+    if not all(tensor.isfinite().all() for tensor in ours):
+        raise ValueError("the first model's outputs are not finite, so nothing can be compared: choose another input.")
+    return ours, theirs
