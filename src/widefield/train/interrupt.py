@@ -44,6 +44,6 @@ class StopRequest:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Ignore signals in a loader worker, which terminals and schedulers signal, too; the training process handles them."""
+    """Ignore signals in a loader worker: terminals and schedulers signal workers, too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
