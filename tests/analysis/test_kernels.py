@@ -17,7 +17,7 @@ from torch import nn
 from tolerances import FLOAT32, FLOAT64, close
 from widefield import surgery
 from widefield.analysis import _stages
-from widefield.analysis.kernels import crops, kernel_energy
+from widefield.analysis.kernels import crop_table, kernel_energy
 from widefield.nn import (
     LKA,
     ConvNorm,
@@ -92,7 +92,7 @@ def lived(layer):
 @given(size=SIZES, dilation=STEPS, channels=st.tuples(st.integers(1, 3), st.integers(1, 3)))
 def test_every_crop_against_brute_force(size, dilation, channels):
     weight = torch.randn(*channels, *size).double()
-    table = crops(weight, dilation)
+    table = crop_table(weight, dilation)
     kept = windows(size, dilation)
     assert len(table.sizes) == len(table.spans) == len(kept)
     for index, mask in enumerate(kept):
@@ -114,7 +114,7 @@ def test_every_crop_against_brute_force(size, dilation, channels):
 )  # fmt: skip
 def test_no_output_moves_by_more_than_the_bound(size, dilation, stride, padding, groups, fraction):
     weight = torch.randn(4, 4 // groups, *size).double()
-    table = crops(weight, dilation)
+    table = crop_table(weight, dilation)
     index = round(fraction * (len(table.sizes) - 1))
     out = weight * ~windows(size, dilation)[index]
     high, wide = _stages.span(size, dilation)
@@ -131,7 +131,7 @@ def test_no_output_moves_by_more_than_the_bound(size, dilation, stride, padding,
 def test_a_planted_support_is_found_and_nothing_is_lost_beyond_it():
     weight = torch.zeros(5, 2, 9, 9)
     weight[..., 3:6, 3:6] = torch.randn(5, 2, 3, 3)
-    table = crops(weight)
+    table = crop_table(weight)
     for share in (0.9999, 1.0):
         assert table.sizes[table.keeping(share)] == (3, 3)
     assert table.sizes[table.within(0.0)] == (3, 3)
@@ -140,7 +140,7 @@ def test_a_planted_support_is_found_and_nothing_is_lost_beyond_it():
 
 
 def test_uniform_kernels_keep_the_share_of_their_area():
-    table = crops(torch.full((3, 2, 11, 11), -0.25))
+    table = crop_table(torch.full((3, 2, 11, 11), -0.25))
     areas = torch.arange(1, 12, 2).double().square() / 121
     close(1 - table.energy, areas, FLOAT64)
     close(1 - table.l1, areas, FLOAT64)
@@ -151,34 +151,34 @@ def test_uniform_kernels_keep_the_share_of_their_area():
 
 
 def test_even_sides_and_rectangles_stay_centered():
-    assert crops(torch.ones(1, 1, 4, 4)).sizes == ((2, 2), (4, 4))
-    assert crops(torch.ones(1, 1, 7, 3)).sizes == ((1, 1), (3, 3), (5, 3), (7, 3))
-    mixed = crops(torch.ones(1, 1, 4, 7))
+    assert crop_table(torch.ones(1, 1, 4, 4)).sizes == ((2, 2), (4, 4))
+    assert crop_table(torch.ones(1, 1, 7, 3)).sizes == ((1, 1), (3, 3), (5, 3), (7, 3))
+    mixed = crop_table(torch.ones(1, 1, 4, 7))
     assert mixed.sizes == ((2, 1), (2, 3), (4, 3), (4, 5), (4, 7))
     assert mixed.spans == (2, 3, 4, 5, 7)
     assert mixed.fitting(1) is None
-    dilated = crops(torch.ones(1, 1, 7, 7), 3)
+    dilated = crop_table(torch.ones(1, 1, 7, 7), 3)
     assert dilated.sizes == ((1, 1), (3, 3), (5, 5), (7, 7))
     assert dilated.spans == (1, 7, 13, 19)
     assert dilated.sizes[dilated.fitting(9)] == (3, 3)
-    uneven = crops(torch.ones(1, 1, 3, 3), (1, 2))
+    uneven = crop_table(torch.ones(1, 1, 3, 3), (1, 2))
     assert uneven.sizes == ((1, 1), (3, 1), (3, 3))
     assert uneven.spans == (1, 3, 5)
 
 
 def test_zeros_tiny_numbers_half_precision_and_chunks(monkeypatch):
-    zero = crops(torch.zeros(2, 2, 5, 5))
+    zero = crop_table(torch.zeros(2, 2, 5, 5))
     assert zero.keeping(1.0) == zero.within(0.0) == 0
     silent = torch.randn(2, 2, 5, 5).double()
     silent[0] = 0
-    close(crops(silent).l1, crops(silent[1:]).l1, FLOAT64)
+    close(crop_table(silent).l1, crop_table(silent[1:]).l1, FLOAT64)
     weight = torch.randn(7, 3, 5, 6).double()
-    whole = crops(weight)
-    close(crops(weight * 1e-200).energy, whole.energy, FLOAT64)  # whose squares are 0
-    close(crops(weight * 1e200).bound / 1e200, whole.bound, FLOAT64)
-    same(crops(weight.half()), crops(weight.half().double()))
-    monkeypatch.setattr("widefield.ops.crops._CHUNK", 1)
-    same(crops(weight), whole)
+    whole = crop_table(weight)
+    close(crop_table(weight * 1e-200).energy, whole.energy, FLOAT64)  # whose squares are 0
+    close(crop_table(weight * 1e200).bound / 1e200, whole.bound, FLOAT64)
+    same(crop_table(weight.half()), crop_table(weight.half().double()))
+    monkeypatch.setattr("widefield.ops.crop_table._CHUNK", 1)
+    same(crop_table(weight), whole)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,11 @@ def test_zeros_tiny_numbers_half_precision_and_chunks(monkeypatch):
 )
 def test_what_is_no_kernel_is_refused(weight, error, message):
     with pytest.raises(error, match=message):
-        crops(weight)
+        crop_table(weight)
 
 
 def test_questions_out_of_range_are_refused():
-    table = crops(torch.ones(1, 1, 3, 3))
+    table = crop_table(torch.ones(1, 1, 3, 3))
     for ask, value in ((table.keeping, 1.1), (table.within, -0.1), (table.fitting, 0)):
         with pytest.raises(ValueError, match=str(value)):
             ask(value)
@@ -210,10 +210,10 @@ def test_questions_out_of_range_are_refused():
 @pytest.mark.parametrize(
     "layer",
     [
-        LargeKernelConv2d(4, 9, small=3),
-        LargeKernelConv2d(4, (9, 5), small=3, norm=False),
-        DilatedReparamConv2d(4, 9),
-        ConvNorm(DepthwiseConv2d(4, 5, bias=False)),
+        LargeKernelConv2d(4, 4, 9, small=3),
+        LargeKernelConv2d(4, 4, (9, 5), small=3, norm=False),
+        DilatedReparamConv2d(4, 4, 9),
+        ConvNorm(DepthwiseConv2d(4, 4, 5, padding="same", bias=False)),
         GMConv2d(4, 4, 7, padding=3, groups=4, sigma=1.3),
         StdConv2d(4, 4, 5, padding=2, groups=4),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 5, padding=2, groups=4)),
@@ -230,11 +230,11 @@ def test_kernels_are_those_that_the_layer_convolves_with(layer):
     kernel = response[..., down : 11 - down, right : 11 - right]
     close(kernel.abs().sum(), response.abs().sum(), FLOAT64)  # which is all of it
     close(torch.from_numpy(found.magnitude), kernel.abs().mean((0, 1)), FLOAT64)
-    same(found.table, crops(kernel))
+    same(found.table, crop_table(kernel))
 
 
 def test_bands_stay_two_kernels_whose_sum_is_the_layer():
-    layer = lived(DecomposedConv2d(3, 9, 3))
+    layer = lived(DecomposedConv2d(3, 3, 9, small=3))
     found = kernel_energy(nn.Sequential(layer)).layers
     assert [(x.name, x.size) for x in found] == [("0.LoRA1", (9, 3)), ("0.LoRA2", (3, 9))]
     merged = layer.fuse()
@@ -243,7 +243,7 @@ def test_bands_stay_two_kernels_whose_sum_is_the_layer():
     total[..., 3:6, :] += merged.LoRA2.weight.detach()
     close(total, impulse_response(layer, 3, 9), FLOAT64)
     for one, band in zip(found, (merged.LoRA1, merged.LoRA2), strict=True):
-        same(one.table, crops(band.weight))
+        same(one.table, crop_table(band.weight))
 
 
 def test_transposed_convolutions_count_by_their_outputs():
@@ -258,7 +258,7 @@ def test_transposed_convolutions_count_by_their_outputs():
     assert 0 < change <= found.table.bound[1]
     one = nn.ConvTranspose2d(1, 2, 3).double()
     (found,) = kernel_energy(one).layers
-    same(found.table, crops(one.weight.transpose(0, 1)))
+    same(found.table, crop_table(one.weight.transpose(0, 1)))
 
 
 def test_a_mixture_has_a_bank_and_its_experts_before_and_after_merging():
@@ -271,7 +271,7 @@ def test_a_mixture_has_a_bank_and_its_experts_before_and_after_merging():
         ("0[0]", (3, 3), (3, 3)), ("0[1]", (5, 5), (5, 5)), ("0[2]", (3, 3), (7, 7))
     ]  # fmt: skip
     for one, weight, dilation in zip(experts, layer.kernels(), (1, 1, 3), strict=True):
-        same(one.table, crops(weight, dilation))
+        same(one.table, crop_table(weight, dilation))
     energies = [weight.detach().double().square() for weight in layer.kernels()]
     outside = sum(e.sum() for e in energies) - energies[0].sum() - energies[1][..., 1:4, 1:4].sum()
     outside -= energies[2][..., 1, 1].sum()
@@ -286,7 +286,7 @@ def test_a_mask_that_waits_for_an_image_and_a_dilated_kernel():
     layer = DynamicGMConv2d(3, 4, 5, sigma=0.8)
     (found,) = kernel_energy(layer).layers
     assert (found.kind, found.name) == ("masked", "")
-    same(found.table, crops(layer.weight * layer.mask()), FLOAT32)
+    same(found.table, crop_table(layer.weight * layer.mask()), FLOAT32)
     conv0, spatial = kernel_energy(LKA(4)).layers
     assert (conv0.size, spatial.size, spatial.dilation, spatial.span) == ((5, 5), (7, 7), (3, 3), (19, 19))
 
@@ -333,7 +333,7 @@ def test_stages_and_rows_of_a_network():
 
 
 def test_the_model_is_only_read():
-    model = nn.Sequential(LargeKernelConv2d(4, 7, small=3), StdConv2d(4, 4, 3), MoRFConv2d(4, 4, (3, 5)), repvgg())
+    model = nn.Sequential(LargeKernelConv2d(4, 4, 7, small=3), StdConv2d(4, 4, 3), MoRFConv2d(4, 4, (3, 5)), repvgg())
     model.train()
     model[1].eval()
     model[0].lkb_origin.conv.weight.requires_grad_(False)

@@ -30,7 +30,7 @@ def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
     for words in (
         "specialised 4 of 4",
         "kernels cropped",
-        "For images of 32x32 pixels only",
+        "Only for images of 32x32 pixels",
         "as it came: outputs on 8",
     ):
         assert words in out

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from tolerances import FLOAT32
-from widefield import data, deploy, reparameterize
+from widefield import data, deploy, reparameterize, report
 
 
 def pictures(count=8, size=16, channels=3):
@@ -230,7 +230,7 @@ def test_records_share_their_fields_and_show_themselves(tmp_path):
         assert json.loads((tmp_path / f"{done.path}.json").read_text()) == done.to_dict()
         assert done._repr_html_().startswith(f"<p>{done.path}: 0.0")
         assert "<table>" in done._repr_html_()
-        assert str(done).count("| --- |") == 1
+        assert str(done) == f"{done.summary()}\n\n{report.markdown(done.rows()).rstrip()}"
     assert exported.summary().startswith("b.onnx: 0.0 MiB, within ")
     shared = {field.name for field in dataclasses.fields(deploy.Deployed)}
     assert shared == {"path", "files", "bytes", "input", "outputs", "classes", "environment"}

@@ -21,6 +21,7 @@ from torch import nn
 import widefield
 from tolerances import FLOAT32, close
 from train.helpers import log, same_weights
+from widefield.runs import load_trained
 from widefield.tasks import Classification
 from widefield.train import (
     CheckpointSpec,
@@ -34,10 +35,8 @@ from widefield.train import (
     RunResult,
     ScheduleSpec,
     build_model,
-    learner,
-    load_trained,
 )
-from widefield.train.optimisation import create_optimizer, freeze
+from widefield.train.optimization import create_optimizer, freeze
 from widefield.train.pretrained import classes_of
 
 Run = Callable[..., RunResult]
@@ -66,7 +65,7 @@ class TestWhatDoesNotFit:
 
     def test_looking_changes_no_random_number(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         loss = run(epochs=1).metrics["train_loss"]
-        monkeypatch.setattr(learner, "count_outputs", lambda *args: torch.rand(1).numel() * 8)
+        monkeypatch.setattr(Classification, "check", lambda *args: torch.rand(1))
         assert run(epochs=1, name="other").metrics["train_loss"] == loss
 
     @pytest.mark.skipif(torch.accelerator.is_available(), reason="trains on the accelerator")
@@ -125,16 +124,60 @@ class TestGroups:
         assert torch.equal(model[0].weight, before[0])
         assert not torch.equal(model[1].weight, before[1])
 
+    def test_layer_decay_follows_the_backbone_inside_a_model(self) -> None:
+        spec = OptimizerSpec(args={"layer_decay": 0.5})
+        bare, inner = timm.create_model("test_convnext"), timm.create_model("test_convnext")
+        alone = {n: lr for lr, _, members in names(create_optimizer(bare, spec, 1.0), bare) for n in members}
+        nested = Nested(inner)
+        found = {n: lr for lr, _, members in names(create_optimizer(nested, spec, 1.0), nested) for n in members}
+        heads = {"top.weight": 1.0, "top.bias": 1.0}  # one layer more, which learns at the full rate
+        assert found == {**{f"body.{name}": lr / 2 for name, lr in alone.items()}, **heads}
+        assert not hasattr(nested, "group_matcher")
+
+    def test_layer_decay_follows_stages_where_timm_gives_no_layers(self) -> None:
+        nested = Nested(timm.create_model("test_convnext", features_only=True))
+        optimizer = create_optimizer(nested, OptimizerSpec(args={"layer_decay": 0.5}), 1.0)
+        found = {name: lr for lr, _, members in names(optimizer, nested) for name in members}
+        stages = {f"body.stages_{stage}.": 0.5 ** (4 - stage) for stage in range(4)}
+        expected = {"body.stem_": 0.5**5, **stages, "top.": 1.0}
+        for start, lr in expected.items():
+            assert {rate for name, rate in found.items() if name.startswith(start)} == {lr}, start
+        assert all(name.startswith(tuple(expected)) for name in found)
+
     def test_a_glob_without_a_match_is_named(self) -> None:
         spec = OptimizerSpec(groups=[GroupSpec(["fc.*", "router"])])
         with pytest.raises(ValueError, match=r"optimizer.groups\[0\].where: 'router' matches no parameter"):
             create_optimizer(timm.create_model("test_resnet"), spec, 0.1)
 
 
+class Nested(nn.Module):
+    """A network in another module, with a layer of its own."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.top = body, nn.Linear(4, 2)
+
+
 class TestFreezing:
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_parts_of_a_model_are_known_by_name(self, nested: bool) -> None:
+        def learning(where: str | list[str]) -> set[str]:
+            network = timm.create_model("test_resnet", num_classes=0 if nested else 3)
+            model = Nested(network) if nested else network
+            freeze(model, where)
+            learn = {name.removeprefix("body.") for name, p in model.named_parameters() if p.requires_grad}
+            return {name.partition(".")[0] for name in learn}
+
+        head = "top" if nested else "fc"
+        assert learning("backbone") == {head}
+        assert learning("stem") == {"layer1", "layer2", "layer3", "layer4", head}
+        assert learning(["stem", "*layer1.*", "head"]) == {"layer2", "layer3", "layer4"}
+        with pytest.raises(ValueError, match=r"freeze: (ResNet|Nested) has no neck with parameters that learn"):
+            learning("neck")
+
     def test_frozen_parameters_and_their_norms_stay(self, run: Run) -> None:
         model = ModelSpec("test_resnet")
-        start = build_model(Recipe("r", model, DataSpec("scales")), {"num_classes": 8}).state_dict()
+        start = build_model(Recipe("r", model, DataSpec("scales")), Classification(8)).state_dict()
         torch.manual_seed(0)
         result = run(model=model, freeze=["conv1.*", "bn1.*", "layer1.*"], epochs=1, seed=0)
         trained = result.model.state_dict()
@@ -184,10 +227,10 @@ class TestAccumulation:
 class TestRepeats:
     def test_each_image_comes_as_often_augmented_anew(self) -> None:
         from widefield.data import create
-        from widefield.train.loading import batches, train_loader
+        from widefield.train.loaders import batches, train_loader
 
         digits = create("digits", "train", size=16, augment=True)
-        loader = train_loader(digits, 60, 0, seed=0, repeats=3)
+        loader = train_loader(digits, Classification(10).collate, 60, 0, seed=0, repeats=3)
         taken = list(batches(loader))
         images = torch.cat([batch["image"] for batch in taken])
         seen = list(zip(torch.cat([batch["index"] for batch in taken]).tolist(), images, strict=True))
@@ -259,7 +302,7 @@ class TestNotFinite:
 
     def test_weights_that_are_no_numbers_are_never_saved(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         spoil(monkeypatch, {4}, gradient=True)
-        with pytest.raises(FloatingPointError, match="the weights are no numbers after step 4 of 12") as caught:
+        with pytest.raises(FloatingPointError, match="weights are NaN or infinite after step 4 of 12") as caught:
             run(checkpoint=CheckpointSpec(keep=1, every=1))
         folder = Path(re.search(r"is in (\S+)/checkpoints", str(caught.value))[1])  # type: ignore[index]
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
@@ -305,21 +348,21 @@ def test_checkpoints_within_epochs_are_pruned_by_the_rule(run: Run) -> None:
 
 class TestPretrained:
     def test_a_file_gives_its_weights_and_a_fresh_head(self, recipe: Recipe, tmp_path: Path) -> None:
-        source = build_model(recipe, {"num_classes": 5}).eval()
+        source = build_model(recipe, Classification(5)).eval()
         for name, save in (("w.safetensors", save_file), ("w.pth", torch.save)):
             save(source.state_dict(), tmp_path / name)
             start = replace(recipe, model=replace(recipe.model, pretrained=str(tmp_path / name)))
-            model = build_model(start, {"num_classes": 8}).eval()
+            model = build_model(start, Classification(8)).eval()
             x = torch.randn(2, 3, 32, 32)
             assert torch.equal(model.forward_features(x), source.forward_features(x))
             assert model(x).shape == (2, 8)
-            assert torch.equal(build_model(start, {"num_classes": 5}).eval()(x), source(x))
+            assert torch.equal(build_model(start, Classification(5)).eval()(x), source(x))
 
     def test_a_conversion_keeps_the_function_of_plain_weights(self, recipe: Recipe, tmp_path: Path) -> None:
-        source = build_model(recipe, {"num_classes": 8}).eval()
+        source = build_model(recipe, Classification(8)).eval()
         save_file(source.state_dict(), tmp_path / "w.safetensors")
         spec = replace(recipe.model, pretrained=str(tmp_path / "w.safetensors"))
-        model = build_model(replace(recipe, model=spec, conversion=MORF), {"num_classes": 8}).eval()
+        model = build_model(replace(recipe, model=spec, conversion=MORF), Classification(8)).eval()
         x = torch.randn(2, 3, 32, 32)
         close(model(x), source(x), FLOAT32)
         assert any("router" in name for name, _ in model.named_parameters())
@@ -327,7 +370,7 @@ class TestPretrained:
     def test_a_run_is_a_start_too(self, run: Run, recipe: Recipe) -> None:
         first = run(name="first", conversion=MORF, epochs=1)
         start = replace(recipe, model=replace(recipe.model, pretrained=str(first.folder)), conversion=MORF)
-        model = build_model(start, {"num_classes": 3}).eval()
+        model = build_model(start, Classification(3)).eval()
         x = torch.randn(2, 3, 32, 32)
         assert torch.equal(model.forward_features(x), first.model.forward_features(x))  # type: ignore[operator]
         second = run(name="second", conversion=MORF, epochs=1, model=start.model)
@@ -359,7 +402,7 @@ class TestPretrained:
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(error, match=re.escape(message)):
-            build_model(replace(recipe, model=replace(recipe.model, pretrained=str(path))), {"num_classes": 8})
+            build_model(replace(recipe, model=replace(recipe.model, pretrained=str(path))), Classification(8))
 
 
 def test_gradient_checkpointing_changes_no_number(run: Run) -> None:

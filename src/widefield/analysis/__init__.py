@@ -10,7 +10,7 @@ from widefield.analysis.routing import Routing, RoutingStatistics, routing_stati
 from widefield.analysis.shape_bias import ShapeBias, shape_bias
 from widefield.analysis.stability import TranslationStability, translation_stability
 from widefield.analysis.theoretical import Field, theoretical_receptive_field
-from widefield.ops.crops import CropTable, crops
+from widefield.ops.crop_table import CropTable, crop_table
 
 __all__ = [
     "ClassActivation",
@@ -28,7 +28,7 @@ __all__ = [
     "ShapeBias",
     "TranslationStability",
     "class_activation",
-    "crops",
+    "crop_table",
     "effective_receptive_field",
     "interactions",
     "kernel_energy",

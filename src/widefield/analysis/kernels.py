@@ -1,6 +1,6 @@
 """How far the kernels of a model reach: energy by radius, and the smallest crop that keeps a share of it.
 
-A large kernel is worth its price where its outer taps do something. :func:`crops` measures that of one kernel, for
+A large kernel is worth its price where its outer taps do something. :func:`crop_table` measures that of one kernel, for
 every centered crop of it; :func:`kernel_energy` does so for all kernels of a model, in the form in which they compute.
 """
 
@@ -25,7 +25,7 @@ from widefield.analysis._result import Result
 from widefield.analysis._stages import Pair
 from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
-from widefield.ops.crops import CropTable, crops
+from widefield.ops.crop_table import CropTable, crop_table
 from widefield.surgery import fuse_layers
 from widefield.surgery.anatomy import anatomy
 from widefield.surgery.inputs import place
@@ -231,7 +231,7 @@ class _Kernel:
 def _measured(kernel: _Kernel, shares: Sequence[float], limit: int | None) -> dict[str, Any]:
     """Return the fields of a :class:`LayerKernel`, but for the stage."""
     try:
-        table = crops(kernel.weight, kernel.dilation)
+        table = crop_table(kernel.weight, kernel.dilation)
     except ValueError as error:
         raise ValueError(f"{kernel.name or 'the model'}: {error}") from error
     lost = lost_l1 = None

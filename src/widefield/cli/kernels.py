@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             costs[view.name] = _trimmed(found.model, _subjects.labeled_batches(shown), args.limit)
     _subjects.write(results, args)
     if args.cost:
-        print_table([_row(name, cost) for name, cost in costs.items()])
+        print_table([{"model": name, **cost.totals()} for name, cost in costs.items()])
         path = args.out / f"{args.command}-cost.json"
         write_whole(path, (json.dumps({name: cost.to_dict() for name, cost in costs.items()}) + "\n").encode())
         print(f"wrote {path}")
@@ -71,21 +71,3 @@ def _trimmed(model: nn.Module, images: list[tuple[Tensor, ...]], limit: int) -> 
     reports: list[Trimming] = []
     trim(model.eval(), 0.0, loader=images, limit=limit, report=reports.append)
     return reports[0]
-
-
-def _row(name: str, cost: Trimming) -> dict[str, str]:
-    macs = [f"{(count or 0) / 1e6:.4g}M" for count in (cost.macs_before, cost.macs_after)]
-    row = {
-        "model": name,
-        f"cropped to {cost.limit}": f"{len(cost.trimmed())} of {len(cost.kernels)}",
-        "still larger": str(len(cost.beyond())),
-        "parameters": f"{cost.parameters_before:,} -> {cost.parameters_after:,}",
-        "MACs": " -> ".join(macs),
-    }
-    change = cost.change
-    if change is not None:
-        accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
-        row["change (RMS)"] = f"{change.rms:.2g}"
-        row["same class"] = "-" if change.agreement is None else f"{change.agreement:.1%}"
-        row["top-1"] = " -> ".join(f"{value:.1%}" for value in accuracy) or "-"
-    return row

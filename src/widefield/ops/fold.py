@@ -43,14 +43,27 @@ def pad(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.pad(kernel, (right, right, down, down)) if down or right else kernel
 
 
-def crop(kernel: Tensor, size: int) -> Tensor:
-    """Keep the central (size, size) taps of (..., K, K); a view.
+def crop(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Return the centered crop of a kernel (..., K_h, K_w); a view.
 
-    Exact when the taps cut off are zero, or never meet the map: on an (H, W) map with "same" padding no tap further
-    than max(H, W) - 1 from the centre does, so ``size = 2 * max(H, W) - 1`` always suffices.
+    This is exact if the removed taps are zero or never meet the map. On an (H, W) map with "same" padding no tap
+    further than max(H, W) - 1 from the center does, so ``size = 2 * max(H, W) - 1`` is always enough.
+
+    Args:
+        kernel: square, unless ``size`` is a tuple, in which case sides of any parity are allowed.
+        size: (rows, columns), or one number to crop both sides to; a kernel that is not larger stays whole.
+
+    Raises:
+        ValueError: (rows, columns) larger than the kernel, of another parity, or below 1.
     """
-    margin = (size_of(kernel)[-1] - size) // 2
-    return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
+    if not isinstance(size, tuple):  # the size of a map, which may be symbolic
+        margin = (size_of(kernel)[-1] - size) // 2
+        return kernel[..., margin : margin + size, margin : margin + size] if margin > 0 else kernel
+    rows, columns = size
+    down, right = (whole - side for whole, side in zip(kernel.shape[-2:], size, strict=True))
+    if min(down, right) < 0 or down % 2 or right % 2 or min(size) < 1:
+        raise ValueError(f"a kernel of {tuple(kernel.shape[-2:])} taps has no centered crop of {size}.")
+    return kernel[..., down // 2 : down // 2 + rows, right // 2 : right // 2 + columns]
 
 
 def common_dilation(dilations: Sequence[int]) -> int:
@@ -65,9 +78,24 @@ def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
     Differentiable with respect to every kernel.
     """
     step = common_dilation(dilations)
-    spread = [dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
-    size = max(size_of(k)[-1] for k in spread)
-    return torch.stack([pad(k, size) for k in spread])
+    spread = [k if d == step else dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
+    sides = [size_of(k)[-1] for k in spread]
+    largest = max(sides)
+    return torch.stack(
+        [k if s == largest else F.pad(k, ((largest - s) // 2,) * 4) for k, s in zip(spread, sides, strict=True)]
+    )
+
+
+def taps(experts: Sequence[tuple[int, int]], bank: Tensor) -> Tensor:
+    """Return a mask (n, 1, 1, K, K) of the taps that each expert of a bank has, in its dtype.
+
+    ``experts``: (kernel size, dilation) of each.
+    """
+    step = common_dilation([dilation for _, dilation in experts])
+    mask = bank.new_zeros((len(experts), 1, 1, *size_of(bank)[-2:]))
+    for r, (size, dilation) in enumerate(experts):
+        expert(mask, r, size, dilation, step).fill_(1)
+    return mask
 
 
 def expert(bank: Tensor, index: int, size: int, dilation: int, step: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, bench
-from widefield.ops.crops import CropTable
+from widefield.ops.crop_table import CropTable
 from widefield.surgery.anatomy import anatomy
 from widefield.surgery.compare import Difference, NothingToCompareError, difference
 from widefield.surgery.inputs import Example, batches, check_loader, pixels

@@ -23,7 +23,7 @@ from widefield import _checks
 from widefield.nn import DepthwiseConv2d, DepthwiseConv2dSame, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.nn.same import is_same, least_size
 from widefield.ops import fold
-from widefield.ops.crops import CropTable, cropped, crops
+from widefield.ops.crop_table import CropTable, crop_table
 from widefield.surgery.walk import copied, hooked, replace
 
 Pair = tuple[int, int]
@@ -223,12 +223,12 @@ def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
 
 def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: bool = False) -> Kernel:
     size = weight.shape[-2], weight.shape[-1]
-    crops(weight, dilation)  # which says what is no kernel
+    crop_table(weight, dilation)  # which says what is no kernel
     used = (weight != 0).any(1).any(0)
     box = _around(used.any(1), least[0]), _around(used.any(0), least[1])
     if square:
         box = max(box), max(box)
-    return Kernel(name, size, dilation, crops(cropped(weight, box), dilation, least=least))
+    return Kernel(name, size, dilation, crop_table(fold.crop(weight, box), dilation, least=least))
 
 
 def _around(used: Tensor, least: int) -> int:
@@ -248,7 +248,7 @@ def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tupl
         kernels.append(_kernel(f"{name}[{index}]", weight, (1, 1), (dilation, dilation), square=True))
         weights.append(weight)
     bank = fold.kernel_bank(weights, mixture.dilations)
-    return tuple(kernels), crops(bank.flatten(0, 1), step)
+    return tuple(kernels), crop_table(bank.flatten(0, 1), step)
 
 
 # Taps that meet the map
@@ -315,7 +315,7 @@ def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
                 kept = [fold.pad(w, k) for w, k in zip(_kept(module, given), module.kernel_sizes, strict=True)]
                 module.bank.copy_(fold.kernel_bank(kept, module.dilations))
             else:
-                module.weight.copy_(fold.pad(cropped(module.weight, given[0]), _size(module)))
+                module.weight.copy_(fold.pad(fold.crop(module.weight, given[0]), _size(module)))
     return twin
 
 
@@ -336,8 +336,8 @@ def _smaller(module: Any, sizes: Sizes) -> nn.Module:
     layer: Any
     given = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "bias": module.bias is not None}
     if isinstance(module, DepthwiseConv2d):
-        mode, backend = module.padding_mode, module.backend
-        layer = DepthwiseConv2d(module.in_channels, size, **given, padding_mode=mode, backend=backend, device="meta")
+        given |= {"padding_mode": module.padding_mode, "backend": module.backend}
+        layer = DepthwiseConv2d(module.in_channels, module.out_channels, size, **given, device="meta")
     else:
         if isinstance(module, nn.ConvTranspose2d):
             given["output_padding"] = module.output_padding
@@ -353,7 +353,7 @@ def _same_of(module: Any, size: Pair) -> nn.Module:
     if isinstance(module, DepthwiseConv2dSame):
         channels, stride, dilation = module.in_channels, module.stride, module.dilation
         given: Any = {"bias": bias, "backend": module.backend, "device": "meta"}
-        return DepthwiseConv2dSame(channels, size, stride, dilation, **given)  # type: ignore[arg-type]
+        return DepthwiseConv2dSame(channels, channels, size, stride, dilation=dilation, **given)  # type: ignore[arg-type]
     make: Any = Conv2dSame
     widths = module.in_channels, module.out_channels
     layer: nn.Module = make(*widths, size, module.stride, 0, module.dilation, module.groups, bias, device="meta")
@@ -364,7 +364,7 @@ def _with_weight(module: Any, layer: Any, size: Pair) -> nn.Module:
     """Give ``layer`` the cropped kernel and the bias of ``module``."""
     old = module.weight
     wide = old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous()
-    weight = cropped(old.detach(), size).clone(memory_format=torch.channels_last if wide else torch.contiguous_format)
+    weight = fold.crop(old.detach(), size).clone(memory_format=torch.channels_last if wide else torch.contiguous_format)
     layer.weight, layer.bias = nn.Parameter(weight, old.requires_grad), module.bias
     return layer.train(module.training)  # type: ignore[no-any-return]
 
@@ -374,4 +374,4 @@ def _kept(mixture: FusedMoRFConv2d, sizes: Sizes) -> list[Tensor]:
     step = fold.common_dilation(mixture.dilations)
     whole = zip(mixture.kernel_sizes, mixture.dilations, strict=True)
     experts = [fold.expert(mixture.bank, index, size, dilation, step) for index, (size, dilation) in enumerate(whole)]
-    return [cropped(weight, size) for weight, size in zip(experts, sizes, strict=True)]
+    return [fold.crop(weight, size) for weight, size in zip(experts, sizes, strict=True)]

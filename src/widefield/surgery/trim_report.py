@@ -1,4 +1,4 @@
-"""What became of the kernels of a model: the report of :func:`widefield.surgery.trim.trim`."""
+"""Report what :func:`widefield.surgery.trim.trim` did to the kernels of a model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from widefield.surgery.trim_kernels import Pair
 
 @dataclass(frozen=True)
 class TrimmedKernel:
-    """What became of one kernel.
+    """What happened to one kernel.
 
     Attributes:
-        name: of the layer; an expert of a mixture has its index in brackets.
-        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
+        name: name of the layer; an expert of a mixture has its index in brackets.
+        stage: index from 0, see :meth:`widefield.surgery.Anatomy.count_stages`.
         before, after: (rows, columns) in taps.
         dilation: (rows, columns) in pixels.
-        energy: share of the sum of squares that was cut off, of the taps that meet the map.
-        l1: likewise of the sum of absolute values, of the output channel that lost most.
-        left: why it stays as it is, or larger than the limit; None: for no other reason than what it would lose.
+        energy: share of the sum of squares that was cut off, over the taps that meet the map.
+        l1: share of the sum of absolute values, for the output channel that lost most.
+        left: why the kernel was not cropped, or not to the limit; None if the tolerance alone decided.
     """
 
     name: str
@@ -36,7 +36,7 @@ class TrimmedKernel:
 
     @property
     def span(self) -> int:
-        """The longer side in pixels that is left."""
+        """The longer side after cropping, in pixels."""
         return max(d * (k - 1) + 1 for k, d in zip(self.after, self.dilation, strict=True))
 
 
@@ -45,15 +45,14 @@ class Trimming(Report):
     """What :func:`trim` did.
 
     Attributes:
-        kernels: every kernel of more than one tap, in the order of the model.
-        tolerance, limit: as asked for.
-        input_size: (H, W) of the images that the trimmed model is for, and no others; None: for all.
-        parameters_before, parameters_after: numbers in the model.
-        macs_before, macs_after: multiply-accumulates for one image of the loader, or of ``input_size``; None: no size
-            was given.
-        change: of the outputs on the loader's images; None: there was no loader, and ``tolerance`` is each layer's.
-        verified: largest difference between the trimmed model and the model with zeros for the same taps, in units of
-            the outputs' scale; None: no input is known on which the model runs.
+        kernels: every kernel with more than one tap, in the order of the model.
+        tolerance, limit: the arguments.
+        input_size: (H, W) of the only images that the trimmed model is for; None: any size.
+        parameters_before, parameters_after: number of parameters of the model.
+        macs_before, macs_after: multiply-accumulates for one image; None without a loader or an example input.
+        change: of the outputs on the loader's images; None without a loader, when ``tolerance`` is for each layer.
+        verified: largest difference between the trimmed model and the model with zeros in the same taps, relative to
+            the scale of the outputs; None if the model ran on no input.
     """
 
     kernels: tuple[TrimmedKernel, ...]
@@ -68,15 +67,34 @@ class Trimming(Report):
     verified: float | None
 
     def trimmed(self) -> tuple[TrimmedKernel, ...]:
-        """Return the kernels that have become smaller."""
+        """Return the kernels that became smaller."""
         return tuple(kernel for kernel in self.kernels if kernel.after != kernel.before)
 
     def beyond(self) -> tuple[TrimmedKernel, ...]:
-        """Return the kernels that still span more than the limit; none if there is no limit."""
+        """Return the kernels that still exceed the limit; none without a limit."""
         return tuple(kernel for kernel in self.kernels if self.limit is not None and kernel.span > self.limit)
 
+    def totals(self) -> dict[str, str]:
+        """Return the cost and gain for the whole model as one table row."""
+        row = {
+            "cropped" if self.limit is None else f"cropped to {self.limit}": (
+                f"{len(self.trimmed())} of {len(self.kernels)}"
+            ),
+            "still larger": str(len(self.beyond())),
+            "parameters": f"{self.parameters_before:,} -> {self.parameters_after:,}",
+        }
+        if self.macs_before is not None and self.macs_after is not None:
+            row["MACs"] = f"{self.macs_before / 1e6:.4g}M -> {self.macs_after / 1e6:.4g}M"
+        if self.change is not None:
+            change = self.change
+            accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
+            row["change (RMS)"] = f"{change.rms:.2g}"
+            row["same class"] = "-" if change.agreement is None else f"{change.agreement:.1%}"
+            row["top-1"] = " -> ".join(f"{value:.1%}" for value in accuracy) or "-"
+        return row
+
     def rows(self) -> list[dict[str, str]]:
-        """Return one row a kernel."""
+        """Return one table row per kernel."""
         return [
             {
                 "layer": kernel.name or "(the model itself)",
@@ -91,11 +109,11 @@ class Trimming(Report):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, nested dataclasses included, as mappings, which JSON can hold."""
+        """Return the fields as mappings and lists for JSON, nested dataclasses included."""
         return dataclasses.asdict(self)
 
     def summary(self) -> str:
-        """Return what was done in a few sentences."""
+        """Return the result in a few sentences."""
         parts = [f"{len(self.trimmed())} of {len(self.kernels)} kernels cropped"]
         parts.append(f"parameters {_from_to(self.parameters_before, self.parameters_after)}")
         if self.macs_before is not None and self.macs_after is not None:
@@ -107,10 +125,10 @@ class Trimming(Report):
         else:
             text += f" Measured: {self.change}. Other images may change more."
         if self.input_size is not None:
-            text += " For images of {}x{} pixels only.".format(*self.input_size)
+            text += " Only for images of {}x{} pixels.".format(*self.input_size)
         if self.beyond():
             names = ", ".join(kernel.name for kernel in self.beyond())
-            text += f" Beyond {self.limit}x{self.limit} all the same: {names}."
+            text += f" Still larger than {self.limit}x{self.limit}: {names}."
         return text
 
 

@@ -1,7 +1,7 @@
-"""Recipes <-> YAML and the command line; an unknown key is an error that names the nearest one.
+"""Recipes <-> YAML and the command line; an unknown key is an error that suggests the nearest one.
 
-jsonargparse decides whether a value is of a key's type. What it lacks is here: suggestions for unknown keys, null
-only where a key admits it, errors in one line, and a YAML dialect that reads back exactly what it wrote.
+jsonargparse decides whether a value has the type of its key. This module adds bases, suggestions for unknown keys, null
+only where a key allows it, one-line errors, and a YAML dialect that reads back exactly what it wrote.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,17 @@ from widefield import _checks
 from widefield.train.recipe import Recipe
 
 SHIPPED = Path(__file__).with_name("recipes")
+BASE = "base"
+"""The key of a recipe file that names the recipe to inherit from."""
 DATA_FILE = "data.json"
-"""What a run knows of its data, beside its ``config.yaml``; older runs have none."""
+"""A run's record of its data, next to its ``config.yaml``."""
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe, merge it into its base if it names one, and apply overrides.
+
+    ``base:`` in a recipe file is the name of a shipped recipe, or a path relative to the file. Bases may have bases.
+    Mappings merge key by key; all other values, lists among them, replace those of the base.
 
     Args:
         path_or_name: a YAML file, the folder of a run (its ``config.yaml``), or the name of a shipped recipe, see
@@ -37,28 +42,61 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
             YAML. ``--conversion null`` and ``--ema null`` drop the section.
 
     Raises:
-        FileNotFoundError: no such file or shipped recipe.
-        ValueError: not YAML, an unknown or missing key, or a value out of range; the message names key and source.
+        FileNotFoundError: there is no such file, shipped recipe or base.
+        ValueError: not YAML, an unknown or missing key, a value out of range, or bases that form a cycle; the message
+            names key and source.
         TypeError: a value of the wrong type; the message names key, type and value.
     """
-    source = _find(path_or_name)
-    try:
-        content = read_yaml(source.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{source} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} must hold the keys of a recipe, such as 'name: my_run'; got {content!r}.")
-    _check_keys(Recipe, content, "", f"in {source}")
-    if Path(path_or_name).expanduser().is_dir() and not source.with_name(DATA_FILE).is_file():
-        _drop_none(content)
+    content = _content(_find(path_or_name))
     for key, text in _pairs(overrides):
         _override(Recipe, content, key.split("."), text)
     recipe: Recipe = _build(Recipe, content, "")
     return recipe
 
 
+def _content(source: Path, above: Sequence[Path] = ()) -> dict[Any, Any]:
+    """Return the keys of a recipe file, merged into those of its ``base``, and so on down the chain."""
+    try:
+        content = read_yaml(source.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} must hold the keys of a recipe, such as 'name: my_run'; got {content!r}.")
+    base = content.pop(BASE, None)
+    _check_keys(Recipe, content, "", f"in {source}")
+    if base is None:
+        return content
+    chain = (*above, source.resolve())
+    below = _find_base(base, source)
+    if below.resolve() in chain:
+        names = " -> ".join(path.name for path in (*chain, below))
+        raise ValueError(f"{BASE}: {names} is a cycle; remove one of these bases. It stands in {source}.")
+    return _merged(_content(below, chain), content)
+
+
+def _find_base(base: Any, source: Path) -> Path:
+    if not isinstance(base, str):
+        raise TypeError(f"{BASE} must be the name of a shipped recipe or a path; got {base!r}, in {source}.")
+    for path in (source.parent / Path(base).expanduser(), SHIPPED / f"{base}.yaml"):
+        if path.is_file():
+            return path
+    known = [path.stem for path in SHIPPED.glob("*.yaml")]
+    raise FileNotFoundError(
+        f"{BASE}: {base!r} is neither a file next to {source} nor a shipped recipe.{_checks.did_you_mean(base, known)}"
+    )
+
+
+def _merged(base: Mapping[Any, Any], content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return ``base`` with the keys of ``content``; mappings merge, all other values replace."""
+    both = {
+        key: _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        for key, value in content.items()
+    }
+    return {**base, **both}
+
+
 def read_yaml(text: str) -> Any:
-    """Read YAML as recipes are written in, where 1e-3 is a number and ``no`` a word; raises ValueError."""
+    """Read the YAML dialect of recipes, in which 1e-3 is a number and ``no`` a string; raises ValueError."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -66,7 +104,7 @@ def read_yaml(text: str) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe with all its keys; ``load_recipe(path) == recipe``. Raises OSError where it cannot."""
+    """Write a recipe with all its keys, so that ``load_recipe(path) == recipe``; raises OSError."""
     Path(path).write_text(recipe_text(recipe), encoding="utf-8")
 
 
@@ -77,12 +115,12 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def shipped_recipes() -> list[str]:
-    """Return the names of the recipes that come with widefield."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Return the names of the recipes that come with widefield, without the bases, which start with an underscore."""
+    return sorted(path.stem for path in SHIPPED.glob("[!_]*.yaml"))
 
 
 def describe_keys() -> str:
-    """Return one line per key of a recipe, as the command line takes it: name, type, meaning, default."""
+    """Return one line per key of a recipe for the command line: name, type, default, meaning."""
     lines = []
     for leaf in _leaves(Recipe, ""):
         default = leaf.field.default
@@ -93,13 +131,6 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
-def _drop_none(content: dict[Any, Any]) -> None:
-    """Drop the model's arguments that are None from the recipe of an older run, as timm did when it was trained."""
-    model = content.get("model")
-    if isinstance(model, dict) and isinstance(model.get("args"), dict):
-        model["args"] = {key: value for key, value in model["args"].items() if value is not None}
-
-
 class _Leaf(NamedTuple):
     key: str
     type: Any
@@ -108,11 +139,11 @@ class _Leaf(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number and ``no`` a word; YAML 1.1 takes the first for a string, the second for false."""
+    """YAML with 1e-3 as a number and ``no`` as a string; YAML 1.1 reads a string and false."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that ``_Loader``, or a reader of YAML 1.1, would take for something else."""
+    """Quotes strings that ``_Loader`` or a YAML 1.1 reader would not read as strings."""
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -134,7 +165,7 @@ def _find(path_or_name: str | Path) -> Path:
         return path
     if (path / "failed.yaml").is_file():
         raise FileNotFoundError(
-            f"the run in {path} failed before its first checkpoint, so nothing of it can be used or resumed. Start it "
+            f"the run in {path} failed before its first checkpoint, so it cannot be used or resumed. Start it "
             f"again: widefield train {path / 'failed.yaml'}."
         )
     shipped = SHIPPED / f"{path_or_name}.yaml"
@@ -153,14 +184,14 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _section(hint: Any) -> tuple[Any, bool]:
-    """Return the dataclass that a type hint stands for, or None, and whether the hint admits None."""
+    """Return the dataclass in a type hint, or None, and whether the hint allows None."""
     members = _members(hint)
     section = next((member for member in members if dataclasses.is_dataclass(member)), None)
     return section, type(None) in members
 
 
 def _entries(hint: Any) -> Any:
-    """Return the dataclass that a type hint admits a list of, or None."""
+    """Return the dataclass of the entries if a type hint is a list of one, or None."""
     inner = typing.get_args(hint)[:1] if typing.get_origin(hint) is list else ()
     return next((entry for entry in inner if dataclasses.is_dataclass(entry)), None)
 
@@ -172,7 +203,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 @cache
 def _help(cls: Any) -> dict[str, str]:
-    """Return the meaning of each key: the text beside its type."""
+    """Return the meaning of each key: the text next to its type."""
     return {name: hint.__metadata__[0] for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 
@@ -230,9 +261,9 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str, prefix: str = "") -> None:
-    """Set one key, given as its path, of the content of a recipe from the text of its value.
+    """Set one key of a recipe's content, given as its path, from the text of its value.
 
-    ``cls`` says which keys there are; None, inside the arguments of something, leaves them open.
+    ``cls`` defines the known keys; None, inside arguments, allows any key.
     """
     name, *rest = names
     if cls and name not in _hints(cls):
@@ -256,7 +287,7 @@ def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str
 
 
 def _value(hint: Any, key: str, text: str) -> Any:
-    """Read the text of a value as YAML, and where a string will do, take it for one: ``--name 3`` names a run "3"."""
+    """Read the text of a value as YAML, or keep it if the key takes a string: ``--name 3`` names a run "3"."""
     textual = str in _members(hint)
     words = (list, type(None), bool) if bool in _members(hint) else (list, type(None))
     try:
@@ -297,11 +328,11 @@ def _parser(hint: Any) -> Any:
 
 
 def _typed(key: str, hint: Any, optional: bool, value: Any) -> Any:
-    """Return a value in the type of its key, converted where nothing is lost; raises TypeError."""
+    """Return a value in the type of its key, converted if that is lossless; raises TypeError."""
     if (value is None and optional) or typing.get_origin(hint) is dict:
-        return value  # jsonargparse would turn the strings in a mapping to numbers; the mapping checks itself
+        return value  # jsonargparse would turn strings in a mapping into numbers; the dataclass checks the mapping
     try:
-        if value is None:  # jsonargparse takes null for any type
+        if value is None:  # jsonargparse accepts null for any type
             raise ArgumentError(None, "null")
         return _parser(hint).parse_object({"value": value})["value"]
     except ArgumentError:

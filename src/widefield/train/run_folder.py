@@ -1,6 +1,6 @@
-"""The folder of a run: claimed before anything is built, then ``config.yaml``, ``metrics.jsonl`` and the rest.
+"""The folder of a run: it is claimed before anything is built, then filled with ``config.yaml`` and so on.
 
-A run that fails before its first checkpoint leaves ``failed.yaml`` in place of ``config.yaml``, and its name free.
+A run that fails before its first checkpoint leaves ``failed.yaml`` instead of ``config.yaml``, and its name stays free.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from widefield.train.run_data import RunData
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers")
-"""Keys that do not alter the numbers of a run, and so may differ when it is resumed."""
+"""Keys that do not change the numbers of a run, so that they may differ when it is resumed."""
 _PLACES = ("name", "output")
-"""Keys that say where a run is; a resumed one stays in its folder, wherever that was moved."""
+"""Keys that say where a run is; a resumed run stays in its folder, even if that was moved."""
 _DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
-"""Keys that say where the data are; they may differ where it is known that the data are the same."""
+"""Keys that say where the data are. They may change: ``check_data`` has found the data to be the same."""
 
 
 class RunFolder:
@@ -45,10 +45,10 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     def claim(self) -> None:
-        """Make the folder of a new run, or clear that of one that failed before its first checkpoint.
+        """Make the folder of a new run, or clear the folder of a run that failed before its first checkpoint.
 
         Raises:
-            OSError: it cannot be written; the message names it.
+            OSError: the folder cannot be written; the message names it.
             FileExistsError: it holds something else.
         """
         resumable = bool(checkpoint.checkpoints(self.checkpoints))
@@ -68,9 +68,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path} holds a run already. {mend}, or choose another --name.")
 
     def check_space(self, model: nn.Module, recipe: Recipe) -> None:
-        """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, one more being written.
+        """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, and one more being written.
 
-        An optimiser is taken to keep two numbers a parameter, as Adam does.
+        The estimate assumes two numbers per parameter in the optimizer, as in Adam.
         """
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         one = weights * (3 + (recipe.ema is not None))
@@ -85,12 +85,12 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        """Delete what a run writes before its first checkpoint, and nothing else."""
+        """Delete only what a run writes before its first checkpoint."""
         checkpoint.sweep(self.checkpoints)
         for file in (self.log, self.data, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
-            with suppress(OSError):  # not there, or something else in it
+            with suppress(OSError):  # missing, or not empty
                 folder.rmdir()
 
     def last(self) -> checkpoint.Checkpoint:
@@ -101,10 +101,9 @@ class RunFolder:
         return found[-1]
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise ValueError naming the keys in which ``recipe`` would not continue the run as it was."""
-        before, now = (_flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
-        same_data = self.data.is_file()  # and they have been checked; nothing is known of an older run's
-        free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if same_data and key in now)}
+        """Raise ValueError naming the keys that ``recipe`` must not change in a resumed run."""
+        before, now = (flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
+        free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if key in now)}
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in dict.fromkeys([*before, *now])
@@ -118,9 +117,8 @@ class RunFolder:
             )
 
     def check_data(self, now: RunData) -> None:
-        """Raise ValueError if the data are not those that the run began with, saying what changed; older runs pass."""
-        before = run_data.stored(self.path)
-        changed = run_data.changes(before, now) if before else []
+        """Raise ValueError naming the changes if the data are not those that the run began with."""
+        changed = run_data.changes(run_data.read(self.path), now)
         if changed:
             raise ValueError(
                 f"the run in {self.path} can only be resumed on the data it began with, and {'; '.join(changed)}. "
@@ -130,7 +128,7 @@ class RunFolder:
 
     @contextmanager
     def occupied(self, recipe: Recipe, found: RunData) -> Iterator[None]:
-        """Write ``config.yaml`` and ``data.json``; if the block fails before the first checkpoint, free the folder."""
+        """Write ``config.yaml`` and ``data.json``; free the folder if the block fails before the first checkpoint."""
         checkpoint.write_text(self.config, recipe_text(recipe))
         run_data.store(self.path, found)
         try:
@@ -142,7 +140,7 @@ class RunFolder:
 
     @contextmanager
     def explaining_a_full_disk(self) -> Iterator[None]:
-        """Say of a disk that is full in the block which checkpoint is left, and how to go on."""
+        """Add the last checkpoint and how to continue to the error of a full disk in the block."""
         try:
             yield
         except OSError as error:
@@ -161,18 +159,19 @@ class RunFolder:
             raise full from None
 
     def rewind(self, step: int, evaluated: bool) -> None:
-        """Drop the log entries after a checkpoint, which a run that was killed may have written."""
+        """Drop the log entries after a checkpoint, which a killed run may have written."""
         if not self.log.is_file():
             return
         kept = [
             line
-            for line, entry in _entries(self.log)
+            for line, entry in log_entries(self.log)
             if entry["step"] < step or (entry["step"] == step and (evaluated or entry["kind"] == "step"))
         ]
         checkpoint.write_text(self.log, "".join(f"{line}\n" for line in kept))
 
 
-def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def log_entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of ``metrics.jsonl`` and their entries, up to one that a killed run left unfinished."""
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             yield line, json.loads(line)
@@ -180,11 +179,12 @@ def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys joined by dots, such as ``optimizer.lr``, with their values."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -1,9 +1,8 @@
-"""What a kernel loses when it is cropped: energy by radius, and a bound of what the outputs move by.
+"""Measure what each centered crop of a kernel loses.
 
-**A crop** of side k keeps the taps inside a centred window of k x k pixels. As many taps are cut off at one end as at
-the other, so that a cropped kernel stays where it is with less padding, and a side keeps its parity: of four taps four
-or two are kept, whose centre lies between the middle ones, as that of the kernel does. Of a rectangle, the shorter side
-stays whole until the window is as small. With a dilation the window is one of pixels, and sizes are still in taps.
+A crop of side k keeps the taps inside a centered window of k x k pixels. It removes as many taps at one end of an axis
+as at the other, so the kernel stays in place with less padding, and each side keeps its parity. The shorter side of a
+rectangle stays whole until the window is as small. With a dilation the window is in pixels and sizes are in taps.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class CropTable:
         return index if index >= 0 else None
 
 
-def crops(weight: Tensor, dilation: int | Pair = 1, *, least: int | Pair = 1) -> CropTable:
+def crop_table(weight: Tensor, dilation: int | Pair = 1, *, least: int | Pair = 1) -> CropTable:
     """Measure what every centred crop of a convolution's kernel leaves outside; see this module for what a crop is.
 
     For a convolution y with this kernel and y' with a crop of it, of an input no larger than x in absolute value:
@@ -121,18 +120,6 @@ def crops(weight: Tensor, dilation: int | Pair = 1, *, least: int | Pair = 1) ->
         l1=torch.where(whole > 0, outside / whole, 0.0).amax(0),
         bound=outside.amax(0) * scale,
     )
-
-
-def cropped(weight: Tensor, size: Pair) -> Tensor:
-    """Return the centred crop (..., rows, columns) of a kernel; a view. ``size``: no more taps, and the same parities.
-
-    Raises ValueError for another size.
-    """
-    margins = [whole - side for whole, side in zip(weight.shape[-2:], size, strict=True)]
-    if any(margin < 0 or margin % 2 or side < 1 for margin, side in zip(margins, size, strict=True)):
-        raise ValueError(f"a kernel of {tuple(weight.shape[-2:])} taps has no centred crop of {tuple(size)}.")
-    down, right = (margin // 2 for margin in margins)
-    return weight[..., down : down + size[0], right : right + size[1]]
 
 
 def _chain(size: Pair, least: Pair, dilation: Pair) -> tuple[tuple[Pair, ...], tuple[int, ...]]:

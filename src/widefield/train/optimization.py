@@ -1,0 +1,242 @@
+"""Frozen parameters, optimizers, schedules, and parameter groups with their own rates, on top of timm.
+
+timm drops arguments that an optimizer or a schedule does not read; here they are errors.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from widefield import _checks
+from widefield.surgery import Anatomy, anatomy
+from widefield.surgery.anatomy import is_inside
+from widefield.train.recipe import OptimizerSpec, ScheduleSpec
+
+
+def _in_stem(parts: Anatomy, name: str) -> bool:
+    """Return whether a parameter comes before the first stage, such as that of the norm after a stem's convolution."""
+    before = parts.stage_of(name) == 0 and not any(is_inside(name, stage.name) for stage in parts.stages)
+    return parts.part(name) == "stem" or before
+
+
+PARTS: dict[str, Callable[[Anatomy, str], bool]] = {
+    "backbone": lambda parts, name: parts.in_backbone(name),
+    "stem": _in_stem,
+    "neck": lambda parts, name: parts.part(name) == "neck",
+    "head": lambda parts, name: parts.part(name) == "head",
+}
+"""Parts of a model that recipes name next to globs -> whether a parameter belongs to it."""
+_DROPPED = {"betas": "has_betas", "eps": "has_eps", "momentum": "has_momentum"}
+"""Arguments that timm drops for optimizers without them -> the flag in timm's description of an optimizer."""
+_NOISE = ("noise", "noise_pct", "noise_std", "noise_seed")
+_CYCLES = ("cycle_mul", "cycle_decay", "cycle_limit", "cooldown_epochs")
+_READ = {
+    "cosine": ("k_decay", *_CYCLES, "warmup_prefix", *_NOISE),
+    "tanh": (*_CYCLES, "warmup_prefix", *_NOISE),
+    "poly": ("decay_rate", "k_decay", *_CYCLES, "warmup_prefix", *_NOISE),
+    "step": ("decay_epochs", "decay_rate", "warmup_prefix", *_NOISE),
+    "multistep": ("decay_milestones", "decay_rate", "warmup_prefix", *_NOISE),
+    "none": (),
+}
+"""Schedule -> the arguments that ``create_scheduler_v2`` reads for it."""
+
+
+def matching(key: str, where: str | Sequence[str], model: nn.Module) -> set[str]:
+    """Return the names of the parameters that learn and that ``where`` selects.
+
+    Args:
+        key: the recipe's key, for messages.
+        where: a glob over names, one of ``PARTS``, or several of both.
+        model: whose parameters.
+
+    Raises:
+        ValueError: a glob or a part selects nothing.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found: set[str] = set()
+    for pattern in [where] if isinstance(where, str) else where:
+        if pattern in PARTS:
+            parts = anatomy(model)
+            selected = [name for name in names if PARTS[pattern](parts, name)]
+            if not selected:
+                raise ValueError(f"{key}: {type(model).__name__} has no {pattern} with parameters that learn.")
+        else:
+            selected = fnmatch.filter(names, pattern)
+            if not selected:
+                raise ValueError(
+                    f"{key}: {pattern!r} matches no parameter.{_checks.did_you_mean(pattern, [*PARTS, *names])} "
+                    f"There are, for example, {', '.join(names[:: max(1, len(names) // 5)][:5])}; "
+                    f"{', '.join(PARTS)} select parts of the model."
+                )
+        found.update(selected)
+    return found
+
+
+def freeze(model: nn.Module, where: str | Sequence[str]) -> list[nn.Module]:
+    """Freeze parameters, and return the norms that are frozen with them.
+
+    A norm with running statistics is frozen if all of its own parameters are: keep it in evaluation mode.
+
+    Args:
+        model: changed in place.
+        where: see :func:`matching`.
+
+    Raises:
+        ValueError: a glob or a part selects nothing, or nothing would be left to learn.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = matching("freeze", where, model)
+    if len(frozen) == len(parameters):
+        raise ValueError(f"freeze: {where!r} matches every parameter; nothing is left to learn.")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        and any(True for _ in module.parameters())
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
+@contextmanager
+def _layers_by_depth(model: nn.Module) -> Iterator[None]:
+    """Give a model without timm's ``group_matcher`` one for a block, so that layer-wise decay follows its backbone.
+
+    The layers are those of the backbone's own matcher, or else its stem and its stages. Necks and heads outside of the
+    backbone come last. If no stages are known, timm groups parameters by their order.
+    """
+    ordinal = None if hasattr(model, "group_matcher") else _depths(model)
+    if ordinal is None:
+        yield
+        return
+    vars(model)["group_matcher"] = lambda coarse: ordinal
+    try:
+        yield
+    finally:
+        del vars(model)["group_matcher"]
+
+
+def _depths(model: nn.Module) -> Callable[[str], float] | None:
+    """Return what maps a parameter's name to the depth of its layer, or None if the stages are unknown."""
+    parts = anatomy(model)
+    backbone: Any = model.get_submodule(parts.backbone)
+    if hasattr(backbone, "group_matcher"):
+        layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+        prefix = f"{parts.backbone}."
+        return lambda name: float(layers.get(name.removeprefix(prefix), "inf") if name.startswith(prefix) else "inf")
+    if not parts.stages:
+        return None
+
+    def depth(name: str) -> float:
+        if not parts.in_backbone(name):
+            return float("inf")
+        stage = parts.stage_of(name)
+        return 0.0 if stage is None or _in_stem(parts, name) else stage + 1.0
+
+    return depth
+
+
+def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.optim.Optimizer:
+    """Build timm's optimizer for the parameters that learn.
+
+    Parameters that an entry of ``spec.groups`` selects get groups of their own; the first matching entry wins. Its
+    ``lr_scale`` multiplies that of layer-wise decay, which follows the backbone's layers if the model has one inside.
+
+    Args:
+        model: its frozen parameters are left out.
+        spec: the recipe's section.
+        lr: peak learning rate.
+
+    Raises:
+        ValueError, TypeError: a name or an argument that timm does not know, an argument that the optimizer does not
+            read, or a glob without a match.
+    """
+    betas = {} if spec.betas is None else {"betas": spec.betas}
+    for key, has in _DROPPED.items():
+        where = "optimizer.betas" if key in betas else f"optimizer.args.{key}"
+        if key in {**betas, **spec.args} and not getattr(get_optimizer_info(spec.name.lower().split("_")[-1]), has):
+            raise ValueError(f"{where}: the optimizer {spec.name!r} has no {key}; leave it out.")
+    try:
+        with _layers_by_depth(model):
+            optimizer: torch.optim.Optimizer = create_optimizer_v2(
+                model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **betas, **spec.args
+            )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"optimizer: {spec.name!r} refuses its args {spec.args}: {error}.") from error
+    parameters = dict(model.named_parameters())
+    home: dict[int, int] = {}
+    for number, group in enumerate(spec.groups):
+        for name in matching(f"optimizer.groups[{number}].where", group.where, model):
+            home.setdefault(id(parameters[name]), number)
+    split: list[dict[str, Any]] = []
+    for given in optimizer.param_groups:
+        homes = [home.get(id(parameter)) for parameter in given["params"]]
+        for there in dict.fromkeys(homes):  # in the order in which they come
+            own = {**given, "params": [p for p, place in zip(given["params"], homes, strict=True) if place == there]}
+            if there is not None:
+                group = spec.groups[there]
+                own["lr_scale"] = own.get("lr_scale", 1.0) * group.lr_scale
+                if group.weight_decay is not None:
+                    own["weight_decay"] = group.weight_decay
+            split.append(own)
+    optimizer.param_groups[:] = split  # in place: wrappers such as Lookahead share the list
+    for own in split:
+        own["lr"] = lr * own.get("lr_scale", 1.0)
+        # Schedules start from this, and multiply by the scale themselves.
+        own["initial_lr"] = lr
+    return optimizer
+
+
+def create_schedule(
+    optimizer: torch.optim.Optimizer, spec: ScheduleSpec, epochs: int, steps_per_epoch: int
+) -> tuple[Any, int]:
+    """Build timm's schedule, stepped at every update, or None for "none"; return it and its number of epochs.
+
+    Raises:
+        ValueError, TypeError: an argument that the schedule does not read, or a wrong value.
+    """
+    _check_read(spec)
+    # Do not prepare it: accelerate would step it once per process, and timm's schedules count updates themselves.
+    try:
+        schedule: tuple[Any, int] = create_scheduler_v2(
+            optimizer,
+            sched=spec.name,
+            num_epochs=epochs,
+            warmup_epochs=spec.warmup_epochs,
+            warmup_lr=spec.warmup_lr,
+            min_lr=spec.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **spec.args,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"schedule: {spec.name!r} refuses its args {spec.args}: {error}.") from error
+    return schedule
+
+
+def _check_read(spec: ScheduleSpec) -> None:
+    read = _READ[spec.name]
+    for key in spec.args:
+        if key not in read:
+            listed = f"It reads {', '.join(read)}." if read else "It reads none."
+            raise ValueError(
+                f"schedule.args.{key}: the schedule {spec.name!r} does not read it; leave it out."
+                f"{_checks.did_you_mean(key, read)} {listed}"
+            )
+        if spec.args[key] is None and key != "noise":
+            raise ValueError(f"schedule.args.{key}: null is not a value of it; leave it out.")
+    if spec.min_lr and spec.name not in ("cosine", "tanh", "poly"):
+        raise ValueError(f"schedule.min_lr: the schedule {spec.name!r} has no lowest rate; leave it out.")
+    if spec.warmup_epochs and spec.name == "none":
+        raise ValueError("schedule.warmup_epochs: the schedule 'none' has no warm-up; leave it out.")
