@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from widefield import data, report
 from widefield.models.replknet import RepLKNet
 from widefield.nn import LargeKernelConv2d
-from widefield.nn.reparam import fold_norm, merged
+from widefield.nn.fusing import fold_norm
+from widefield.nn.reparam import merged
 from widefield.ops import fold
 
 ROOT = Path(__file__).parent.parent

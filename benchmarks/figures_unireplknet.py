@@ -32,7 +32,7 @@ def start(size: int) -> Tensor:
 
     Kernels are drawn as UniRepLKNet draws them, and the batch norms have seen white noise.
     """
-    layer = DilatedReparamConv2d(CHANNELS, size)
+    layer = DilatedReparamConv2d(CHANNELS, CHANNELS, size)
     for conv, norm in layer.branches():
         torch.nn.init.trunc_normal_(conv.weight, std=0.02)
         norm.momentum = 1.0  # use the statistics of the one batch they see

@@ -23,7 +23,7 @@ from timm.scheduler import create_scheduler_v2
 from widefield import data, report, tasks
 from widefield.benchmarks.record import publish
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, create_model, engine, train
-from widefield.train.loading import batches, train_loader
+from widefield.train.loaders import batches, train_loader
 
 RECIPES = {
     "convnext_atto, 64 px, batch 32": (ModelSpec("convnext_atto"), {"size": 64, "count": 960}, 32),
@@ -57,7 +57,7 @@ def bare(recipe: Recipe) -> float:
     task = tasks.create("classification", dataset)
     model = create_model(recipe.model, task.model_args)
     optimizer = create_optimizer_v2(model, "adamw", recipe.optimizer.lr, recipe.optimizer.weight_decay)
-    loader = train_loader(dataset, recipe.batch_size, 0, recipe.seed)
+    loader = train_loader(dataset, task.collate, recipe.batch_size, 0, recipe.seed)
     scheduler, _ = create_scheduler_v2(
         optimizer, "cosine", recipe.epochs, step_on_epochs=False, updates_per_epoch=len(loader)
     )

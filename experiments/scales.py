@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 from widefield import data, report
 from widefield.analysis import routing_weights
 from widefield.benchmarks.record import publish
-from widefield.train import ConversionSpec, Recipe, load_recipe, load_trained, train
+from widefield.runs import load_trained
+from widefield.train import ConversionSpec, Recipe, load_recipe, train
 
 DESIGNS = {
     "3x3": {"kernel_sizes": 3},
@@ -55,7 +56,7 @@ def trained(plan: Recipe) -> nn.Module:
     return load_trained(plan.folder, "last")
 
 
-def hits(model: nn.Module, validation: data.ImageSet) -> Tensor:
+def hits(model: nn.Module, validation: data.LabeledImages) -> Tensor:
     with torch.no_grad():
         batches = DataLoader(validation, batch_size=250, collate_fn=data.collate)
         return torch.cat([model(batch["image"]).argmax(1) == batch["label"] for batch in batches]).float()
@@ -67,7 +68,7 @@ def ranks(values: Tensor) -> Tensor:
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
 
 
-def size_wanted(model: nn.Module, validation: data.ImageSet, sizes: Tensor) -> list[dict]:
+def size_wanted(model: nn.Module, validation: data.LabeledImages, sizes: Tensor) -> list[dict]:
     """Return, for each block, how its mixed kernel size correlates with the size of the object."""
     found = []
     batches = [batch["image"] for batch in DataLoader(validation, batch_size=250, collate_fn=data.collate)]

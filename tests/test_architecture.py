@@ -18,10 +18,9 @@ LEVELS = {
     "surgery": 3, "data": 3,
     "models": 4, "analysis": 4, "tasks": 4, "deploy": 4,
     "train": 5,
-    "subjects": 6,
-    "run_report": 7,
-    "demo": 8, "benchmarks": 8,
-    "cli": 9, "__main__": 10,
+    "runs": 6,
+    "demo": 7, "benchmarks": 7,
+    "cli": 8, "__main__": 9,
 }  # fmt: skip
 OPEN = {"_checks", "_files", "bench", "report"}  # level 0 is open to all
 THIRD_PARTY = {
@@ -118,7 +117,7 @@ def test_public_names_resolve():
     for name in widefield.__all__:
         assert getattr(widefield, name) is not None
         assert name in dir(widefield)
-    for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models"):
+    for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models", "runs"):
         assert getattr(widefield, name).__name__ == f"widefield.{name}"
 
 

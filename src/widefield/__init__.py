@@ -50,7 +50,7 @@ __all__ = [
     "trim",
 ]
 
-_ROOMS = ("nn", "ops", "surgery", "models", "data", "deploy", "tasks", "analysis", "train", "bench", "report")
+_ROOMS = ("nn", "ops", "surgery", "models", "data", "deploy", "tasks", "analysis", "train", "runs", "bench", "report")
 
 
 def __getattr__(name: str) -> Any:

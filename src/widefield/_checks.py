@@ -15,8 +15,14 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Pair = tuple[int, int]
+"""(rows, columns)."""
+
 Expert = tuple[int, int]
 """(kernel size, dilation) of one expert."""
+
+INIT = ("preserve", "random")
+"""How a layer made from a convolution starts: with the function of the convolution, or afresh."""
 
 
 def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str:
@@ -160,6 +166,25 @@ def conv_channels(in_channels: object, out_channels: object, groups: object) -> 
         if channels % g:
             raise ValueError(f"{name} must be divisible by groups; got {name}={channels} and groups={g}.")
     return c_in, c_out, g
+
+
+def depthwise_channels(in_channels: object, out_channels: object, groups: object = None) -> int:
+    """Return the channels of a depthwise layer, for which all three numbers are equal; raises ValueError.
+
+    ``groups`` may be None, which stands for the channels.
+    """
+    c_in, c_out = integer("in_channels", in_channels), integer("out_channels", out_channels)
+    if c_in != c_out or (groups is not None and groups != c_in):
+        raise ValueError(
+            f"a depthwise layer has in_channels == out_channels == groups; got in_channels={c_in}, "
+            f"out_channels={c_out} and groups={groups}. Use torch.nn.Conv2d for others."
+        )
+    return c_in
+
+
+def init(value: object) -> str:
+    """Return ``value`` if it is one of :data:`INIT`; raises ValueError."""
+    return choice("init", value, INIT)
 
 
 def images(shape: Sequence[int], channels: int) -> None:

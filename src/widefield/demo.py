@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from widefield import bench, data, report, run_report, tasks
+from widefield import bench, data, report, tasks
 from widefield.analysis.routing import RoutingStatistics, routing_statistics
+from widefield.runs import write_report
 from widefield.surgery import Difference, compare, reparameterize
 from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
 
@@ -74,7 +75,7 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
     validation = data.create(recipe.data.name, "val", **recipe.data.args)
     task = tasks.create(recipe.task.name, validation, **recipe.task.args)
     for variant, mixture in VARIANTS.items():  # what cannot be built is found before the first is trained
-        build_model(_variant(recipe, variant, mixture), task.model_args)
+        build_model(_variant(recipe, variant, mixture), task)
     for variant in VARIANTS:
         shutil.rmtree(folder / _slug(variant), ignore_errors=True)
     console = Console(stderr=True)
@@ -90,7 +91,7 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
     batches = list(DataLoader(validation, batch_size=250, collate_fn=data.collate))
     images: Tensor = torch.cat([batch["image"] for batch in batches])
     console.print("re-parameterising and measuring")
-    entries = _measure(models, accuracies, images, task)
+    entries = _measure(models, accuracies, images, task, len(validation.classes))
     routings = {
         v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch_size=len(images))
         for v in VARIANTS
@@ -109,10 +110,10 @@ def _variant(recipe: Recipe, variant: str, mixture: Mapping[str, Any] | None) ->
 
 
 def _measure(
-    models: Mapping[str, nn.Module], accuracies: Mapping[str, float], images: Tensor, task: tasks.Task
+    models: Mapping[str, nn.Module], accuracies: Mapping[str, float], images: Tensor, task: tasks.Task, classes: int
 ) -> dict[str, Entry]:
     x = images[torch.arange(MEASURED_BATCH) % len(images)]
-    batch = {"image": x, "label": torch.arange(MEASURED_BATCH) % task.model_args["num_classes"]}
+    batch = {"image": x, "label": torch.arange(MEASURED_BATCH) % classes}
 
     def step(model: nn.Module) -> None:
         model.train()
@@ -175,7 +176,7 @@ def _write(
     recipe: Recipe,
     entries: Mapping[str, Entry],
     routings: Mapping[str, RoutingStatistics],
-    validation: data.ImageSet,
+    validation: data.SampleSet,
     batches: Sequence[Mapping[str, Any]],
 ) -> Path:
     environment = bench.environment()
@@ -217,7 +218,7 @@ def _write(
         f"A narrow ConvNeXt on {name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a router "
         "weighs for each image."
     )
-    run_report.write(
+    write_report(
         [folder / _slug(variant) for variant in VARIANTS],
         page,
         title="A mixture of receptive fields",
@@ -235,7 +236,7 @@ def _block(name: str) -> str:
 
 
 def _examples(
-    variant: str, found: RoutingStatistics, validation: data.ImageSet, batches: Sequence[Mapping[str, Any]]
+    variant: str, found: RoutingStatistics, validation: data.SampleSet, batches: Sequence[Mapping[str, Any]]
 ) -> Any:
     labels = torch.cat([batch["label"] for batch in batches])
     if "size" in batches[0]:  # the smallest to the largest object

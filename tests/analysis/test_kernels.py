@@ -210,10 +210,10 @@ def test_questions_out_of_range_are_refused():
 @pytest.mark.parametrize(
     "layer",
     [
-        LargeKernelConv2d(4, 9, small=3),
-        LargeKernelConv2d(4, (9, 5), small=3, norm=False),
-        DilatedReparamConv2d(4, 9),
-        ConvNorm(DepthwiseConv2d(4, 5, bias=False)),
+        LargeKernelConv2d(4, 4, 9, small=3),
+        LargeKernelConv2d(4, 4, (9, 5), small=3, norm=False),
+        DilatedReparamConv2d(4, 4, 9),
+        ConvNorm(DepthwiseConv2d(4, 4, 5, padding="same", bias=False)),
         GMConv2d(4, 4, 7, padding=3, groups=4, sigma=1.3),
         StdConv2d(4, 4, 5, padding=2, groups=4),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 5, padding=2, groups=4)),
@@ -234,7 +234,7 @@ def test_kernels_are_those_that_the_layer_convolves_with(layer):
 
 
 def test_bands_stay_two_kernels_whose_sum_is_the_layer():
-    layer = lived(DecomposedConv2d(3, 9, 3))
+    layer = lived(DecomposedConv2d(3, 3, 9, small=3))
     found = kernel_energy(nn.Sequential(layer)).layers
     assert [(x.name, x.size) for x in found] == [("0.LoRA1", (9, 3)), ("0.LoRA2", (3, 9))]
     merged = layer.fuse()
@@ -333,7 +333,7 @@ def test_stages_and_rows_of_a_network():
 
 
 def test_the_model_is_only_read():
-    model = nn.Sequential(LargeKernelConv2d(4, 7, small=3), StdConv2d(4, 4, 3), MoRFConv2d(4, 4, (3, 5)), repvgg())
+    model = nn.Sequential(LargeKernelConv2d(4, 4, 7, small=3), StdConv2d(4, 4, 3), MoRFConv2d(4, 4, (3, 5)), repvgg())
     model.train()
     model[1].eval()
     model[0].lkb_origin.conv.weight.requires_grad_(False)

@@ -63,7 +63,7 @@ def stack(specifications):
         if kind == "convolution":
             layers.append(nn.Conv2d(2, 2, kernel, stride, padding, dilation))
         elif kind == "depthwise":
-            layers.append(DepthwiseConv2d(2, kernel, stride, padding, dilation))
+            layers.append(DepthwiseConv2d(2, 2, kernel, stride, padding, dilation))
         elif kind == "max":
             layers.append(nn.MaxPool2d(kernel, stride, padding, dilation))
         else:
@@ -278,7 +278,7 @@ def test_attention_reaches_every_place():
 
 
 def test_operators_of_widefield():
-    field = look(lambda m, x: m.conv(x), conv=DepthwiseConv2d(3, (21, 5), padding="same"))
+    field = look(lambda m, x: m.conv(x), conv=DepthwiseConv2d(3, 3, (21, 5), padding="same"))
     assert field.size == (21, 5)
     morf = MoRFConv2d(3, 3, (3, 5, (3, 4)), groups=3)
     field = look(lambda m, x: m.conv(x), conv=morf)

@@ -292,9 +292,9 @@ def test_a_run_without_average_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_nothing_is_judged_before_all_is_known_to_fit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from widefield.train import evaluation
+    from widefield.runs import judging
 
     calls: list[Any] = []
-    monkeypatch.setattr(evaluation, "evaluate_model", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr(judging, "evaluate_model", lambda *args, **options: calls.append(args))
     assert cli.main(["eval", str(trained), "test_resnet", "--data", "digits"]) == 1
     assert calls == []

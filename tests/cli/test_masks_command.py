@@ -27,7 +27,7 @@ def test_a_run_that_learned_masks(tmp_path, capsys, monkeypatch):
     assert main(["masks", str(run), "--count", "4", "--batch-size", "3", "--out", str(tmp_path)]) == 0
     assert "1 dynamic" in capsys.readouterr().out
     found = json.loads((tmp_path / "masks.json").read_text())["results"]["gm"]
-    assert found["about"]["weights"] == "trained in this run"
+    assert found["about"]["weights"].startswith("model, best (step ")
     assert found["about"]["source"] == "digits"
     assert found["about"]["dynamic masks"] == "mean over 4 images"
     stem, *body = found["layers"]

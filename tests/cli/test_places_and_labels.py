@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 
-import widefield.subjects
-from widefield import cli, run_report
+import widefield.runs.report
+from widefield import cli
 from widefield._files import check_place
 
 COMMANDS = ["erf", "cam", "kernels", "masks", "routing", "interactions", "stability", "export"]
@@ -20,8 +20,8 @@ def _no_models(monkeypatch):
     def build(*args, **options):
         raise AssertionError("a model was loaded before the place to write to was looked at")
 
-    monkeypatch.setattr(widefield.subjects, "load", build)
-    monkeypatch.setattr(run_report, "load", build)
+    monkeypatch.setattr(widefield.runs, "load", build)
+    monkeypatch.setattr(widefield.runs.report, "load", build)
 
 
 @pytest.mark.usefixtures("_no_models")

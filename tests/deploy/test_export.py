@@ -114,8 +114,11 @@ def test_masks_that_depend_on_the_image_and_other_peoples_routing(tmp_path):
 
 
 def test_operators_of_ours_become_plain_nodes(tmp_path):
-    model = nn.Sequential(DepthwiseConv2d(4, 13, backend="direct"), DepthwiseConv2d(4, 31, backend="fft")).eval()
-    twin = nn.Sequential(DepthwiseConv2d(4, 13), DepthwiseConv2d(4, 31)).eval()
+    model = nn.Sequential(
+        DepthwiseConv2d(4, 4, 13, padding="same", backend="direct"),
+        DepthwiseConv2d(4, 4, 31, padding="same", backend="fft"),
+    ).eval()
+    twin = nn.Sequential(DepthwiseConv2d(4, 4, 13, padding="same"), DepthwiseConv2d(4, 4, 31, padding="same")).eval()
     twin.load_state_dict(model.state_dict())
     assert deploy.export(twin, tmp_path / "a.onnx", torch.randn(2, 4, 9, 9)).operators == {"Conv": 2}
     archive = deploy.export(twin, tmp_path / "a.pt2", torch.randn(2, 4, 9, 9))

@@ -26,11 +26,11 @@ def shaken(layer):
 
 LAYERS = {
     "conv": lambda: nn.Conv2d(2, 2, 3, padding=1, groups=2),
-    "depthwise 3": lambda: DepthwiseConv2d(2, 3),
-    "depthwise even": lambda: DepthwiseConv2d(2, 4),
-    "depthwise 15": lambda: DepthwiseConv2d(2, 15),
-    "depthwise fft": lambda: DepthwiseConv2d(2, 7, backend="fft"),
-    "depthwise strided": lambda: DepthwiseConv2d(2, 5, stride=2, padding=2),
+    "depthwise 3": lambda: DepthwiseConv2d(2, 2, 3, padding="same"),
+    "depthwise even": lambda: DepthwiseConv2d(2, 2, 4, padding="same"),
+    "depthwise 15": lambda: DepthwiseConv2d(2, 2, 15, padding="same"),
+    "depthwise fft": lambda: DepthwiseConv2d(2, 2, 7, padding="same", backend="fft"),
+    "depthwise strided": lambda: DepthwiseConv2d(2, 2, 5, stride=2, padding=2),
     "soft": lambda: MoRFConv2d(2, 2, (3, 5, 7), groups=2),
     "strided": lambda: MoRFConv2d(2, 2, (3, 5), stride=2, groups=2),
     "dilated": lambda: MoRFConv2d(2, 2, (3, (3, 2)), groups=2, attention="sigmoid"),

@@ -182,7 +182,7 @@ CONVOLUTIONS = [
     nn.Conv2d(16, 16, 7, padding=3, groups=16),
     nn.Conv2d(16, 8, 3),
     nn.Conv2d(3, 8, 5, stride=3, padding="valid"),
-    DepthwiseConv2d(32, 3, stride=2, padding=1),
+    DepthwiseConv2d(32, 32, 3, stride=2, padding=1),
 ]
 
 

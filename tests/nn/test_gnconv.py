@@ -235,7 +235,7 @@ def test_takes_the_place_of_a_depthwise_convolution(kind, kernel):
     if kind is nn.Conv2d:
         conv = nn.Conv2d(24, 24, kernel, padding=padding, groups=24, dtype=torch.double)
     else:
-        conv = DepthwiseConv2d(24, kernel, padding=padding, backend="aten", dtype=torch.double)
+        conv = DepthwiseConv2d(24, 24, kernel, padding=padding, backend="aten", dtype=torch.double)
     conv.eval().requires_grad_(False)
     assert why_not(conv) is None
     layer = GnConv.from_conv2d(conv, scale=1 / 3)

@@ -95,7 +95,7 @@ def test_a_split_keeps_the_weights_that_remain(kind, dilation):
     conv = (
         nn.Conv2d(18, 18, 7, groups=18, **options)
         if kind is nn.Conv2d
-        else DepthwiseConv2d(18, 7, backend="aten", **options)
+        else DepthwiseConv2d(18, 18, 7, backend="aten", **options)
     )
     conv.eval()
     assert why_not(conv) is None
@@ -152,7 +152,7 @@ def test_takes_the_weights_of_timm_s_networks():
         (nn.Conv2d(8, 8, 3, padding=1, dilation=(1, 2), groups=8), "differs between the axes"),
         (nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="reflect"), "its padding mode is 'reflect'"),
         (nn.Conv2d(8, 8, 3, groups=8), r"its padding is \(0, 0\), and 1"),
-        (DepthwiseConv2d(8, 3, 2, 1), "its stride"),
+        (DepthwiseConv2d(8, 8, 3, 2, 1), "its stride"),
     ],
 )
 def test_says_why_not(conv, reason):

@@ -164,7 +164,7 @@ def depthwise(**options):
         (depthwise(dilation=3, padding=9), 23),  # 19 pixels
         (depthwise(kernel_size=(3, 21), padding=(1, 10), padding_mode="reflect"), 23),
         (depthwise(kernel_size=1, padding="valid"), 5),
-        (DepthwiseConv2d(6, 21), 23),
+        (DepthwiseConv2d(6, 6, 21, padding="same"), 23),
     ],
     ids=str,
 )

@@ -187,7 +187,7 @@ def test_small_scales_count_under_autocast():
 @pytest.mark.parametrize("size", [3, 7])
 def test_takes_the_place_of_a_depthwise_convolution(kind, size):
     options = {"padding": 2 * (size // 2), "dilation": 2, "dtype": torch.double}
-    conv = nn.Conv2d(12, 12, size, groups=12, **options) if kind is nn.Conv2d else kind(12, size, **options)
+    conv = nn.Conv2d(12, 12, size, groups=12, **options) if kind is nn.Conv2d else kind(12, 12, size, **options)
     conv.eval().weight.requires_grad_(False)
     assert why_not(conv) is None
     layer = MultiOrderGatedAggregation.from_conv2d(conv, dilations=(1, 1, 2), split=(1, 1, 2))
@@ -199,7 +199,7 @@ def test_takes_the_place_of_a_depthwise_convolution(kind, size):
     x = torch.randn(2, 12, 15, 14, dtype=torch.double)
     assert layer(x).shape == conv(x).shape
     assert not torch.allclose(layer(x), conv(x), atol=1e-2)  # the function is not kept, and the docs say so
-    fast = MultiOrderGatedAggregation.from_conv2d(DepthwiseConv2d(8, 3, backend="aten"))
+    fast = MultiOrderGatedAggregation.from_conv2d(DepthwiseConv2d(8, 8, 3, padding="same", backend="aten"))
     assert fast.value.DW_conv1.backend == "aten"
     assert fast.training
 

@@ -10,6 +10,7 @@ from torch import nn
 import widefield
 from tolerances import FLOAT32, FLOAT64, close
 from widefield.nn import DepthwiseConv2d, MoRFConv2d
+from widefield.ops import fold
 
 
 def branches(layer, x):
@@ -47,7 +48,7 @@ def test_outputs_and_all_gradients_equal_the_branches(
     groups, per_in, per_out, experts, stride, bias, attention, routing, n, height, width, train
 ):
     layer = MoRFConv2d(
-        groups * per_in, groups * per_out, experts, stride, groups, bias,
+        groups * per_in, groups * per_out, experts, stride, groups=groups, bias=bias,
         routing=routing, attention=attention, top_k=min(2, len(experts)),
     ).double().train(train)  # fmt: skip
     x = torch.randn(n, groups * per_in, height, width).double().requires_grad_()
@@ -68,7 +69,7 @@ def test_fused_equals_unfused_with_and_without_batch_norm(
     groups, per_in, per_out, experts, stride, bias, attention, routing, n, height, width
 ):
     layer = MoRFConv2d(
-        groups * per_in, groups * per_out, experts, stride, groups, bias,
+        groups * per_in, groups * per_out, experts, stride, groups=groups, bias=bias,
         routing=routing, attention=attention, top_k=min(2, len(experts)),
     ).double().eval()  # fmt: skip
     norm = nn.BatchNorm2d(layer.out_channels).double().eval()
@@ -86,7 +87,7 @@ def test_a_collapsed_mixture_is_the_mixture_of_fixed_weights(
     groups, per_in, per_out, experts, stride, bias, attention, routing, n, height, width
 ):
     layer = MoRFConv2d(
-        groups * per_in, groups * per_out, experts, stride, groups, bias, routing=routing, top_k=1
+        groups * per_in, groups * per_out, experts, stride, groups=groups, bias=bias, routing=routing, top_k=1
     ).double().eval()  # fmt: skip
     norm = nn.BatchNorm2d(layer.out_channels).double().eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean):
@@ -117,7 +118,7 @@ def test_a_collapsed_mixture_is_finished_and_keeps_dtype_and_what_is_frozen():
     layer.expert_biases.requires_grad_(False)
     assert [p.requires_grad for p in layer.collapse(weights).parameters()] == [True, False]
     fused = layer.eval().fuse()
-    assert not any(p.requires_grad for p in fused.collapse(weights).parameters())
+    assert [p.requires_grad for p in fused.collapse(weights).parameters()] == [True, False]
     with torch.no_grad():
         conv.weight.zero_()  # it shares nothing with the mixture
     assert all(kernel.abs().min() > 0 for kernel in layer.kernels())
@@ -295,10 +296,22 @@ def test_what_only_a_single_kernel_has_is_refused_with_the_mend():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_frozen_convolutions_stay_frozen_and_fused_layers_are_finished(frozen):
+def test_frozen_convolutions_stay_frozen_when_they_are_fused(frozen):
     layer = MoRFConv2d.from_conv2d(nn.Conv2d(4, 4, 3, padding=1).requires_grad_(not frozen), (3, 5))
     assert all(p.requires_grad != frozen for p in layer.parameters())
-    assert not any(p.requires_grad for p in layer.eval().fuse().parameters())
+    assert all(p.requires_grad != frozen for p in layer.eval().fuse().parameters())
+
+
+def test_a_fused_layer_learns_and_its_padding_stays_zero():
+    layer = MoRFConv2d(4, 4, (3, (3, 2), 7), groups=4).eval()
+    fused, x = layer.fuse(), torch.randn(3, 4, 9, 8)
+    y = (layer(x).square().sum(), fused(x).square().sum())
+    expected = torch.autograd.grad(y[0], [*layer.kernels(), *layer.biases()])
+    of_bank, of_biases = torch.autograd.grad(y[1], [fused.bank, fused.bias_bank])
+    close(of_bank, fold.kernel_bank(expected[:3], layer.dilations), FLOAT32)
+    close(of_biases, torch.stack(expected[3:]), FLOAT32)
+    torch.optim.SGD(fused.parameters(), 0.1, weight_decay=0.1).step()
+    assert torch.equal(of_bank != 0, fused.bank != 0)
 
 
 def test_fusing_keeps_the_dtype_of_the_layer():

@@ -14,8 +14,9 @@ import widefield
 from tolerances import BFLOAT16, FLOAT32, FLOAT64, close
 from widefield.nn import reparam
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.fusing import fold_norm
 from widefield.nn.large_kernel import DILATED_BRANCHES, DecomposedConv2d, DilatedReparamConv2d, LargeKernelConv2d
-from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm, merged
+from widefield.nn.reparam import ConvNorm, ReparamConv2d, merged
 
 ODD = st.integers(0, 8).map(lambda n: 2 * n + 1)
 
@@ -34,12 +35,12 @@ def settled(module):
 
 def layers():
     return [
-        LargeKernelConv2d(4, 9, small=3),
-        LargeKernelConv2d(4, (5, 11), stride=2, small=None),
-        LargeKernelConv2d(4, 7, norm=False),
-        DilatedReparamConv2d(4, 7),
-        DecomposedConv2d(4, 9, 3),
-        DecomposedConv2d(4, 3, 5),
+        LargeKernelConv2d(4, 4, 9, small=3),
+        LargeKernelConv2d(4, 4, (5, 11), stride=2, small=None),
+        LargeKernelConv2d(4, 4, 7, norm=False),
+        DilatedReparamConv2d(4, 4, 7),
+        DecomposedConv2d(4, 4, 9, small=3),
+        DecomposedConv2d(4, 4, 3, small=5),
     ]
 
 
@@ -47,12 +48,17 @@ def named(layer):
     return f"{type(layer).__name__}({layer.extra_repr()})"
 
 
+def large(case, kind=LargeKernelConv2d):
+    return kind(case["dim"], case["dim"], case["large_kernel"], small=case["small_kernel"])
+
+
 CASES = {
-    "replknet_large_kernel": lambda c: LargeKernelConv2d(c["dim"], c["large_kernel"], small=c["small_kernel"]),
-    "slak_undecomposed_depthwise": lambda c: LargeKernelConv2d(c["dim"], c["large_kernel"], small=c["small_kernel"]),
-    "slak_decomposed_depthwise": lambda c: DecomposedConv2d(c["dim"], c["large_kernel"], c["small_kernel"]),
+    "replknet_large_kernel": lambda c: large(c),
+    "slak_undecomposed_depthwise": lambda c: large(c),
+    "slak_decomposed_depthwise": lambda c: large(c, DecomposedConv2d),
     **{
-        f"unireplknet_dilated_k{k}": lambda c: DilatedReparamConv2d(c["dim"], c["kernel"]) for k in DILATED_BRANCHES
+        f"unireplknet_dilated_k{k}": lambda c: DilatedReparamConv2d(c["dim"], c["dim"], c["kernel"])
+        for k in DILATED_BRANCHES
     },
 }  # fmt: skip
 
@@ -87,7 +93,7 @@ def test_default_branches_are_the_papers(k):
 def test_a_fused_large_kernel_is_exact(rows, columns, small, stride, norm, outer, n, height, width):
     if small is not None:
         small = min(small, max(rows, columns))
-    layer = settled(LargeKernelConv2d(3, (rows, columns), stride, small, norm=norm))
+    layer = settled(LargeKernelConv2d(3, 3, (rows, columns), stride, small=small, norm=norm))
     x = torch.randn(n, 3, height, width).double()
     expected = layer(x)
     steps = (stride, stride) if isinstance(stride, int) else stride
@@ -105,7 +111,7 @@ def test_a_fused_large_kernel_is_exact(rows, columns, small, stride, norm, outer
     width=st.integers(1, 12),
 )
 def test_fused_dilated_branches_are_exact(branches, height, width):
-    layer = settled(DilatedReparamConv2d(2, 13, branches))
+    layer = settled(DilatedReparamConv2d(2, 2, 13, branches=branches))
     x = torch.randn(2, 2, height, width).double()
     expected = layer.origin_bn(layer.lk_origin(x))
     for k, d in branches:
@@ -118,7 +124,7 @@ def test_fused_dilated_branches_are_exact(branches, height, width):
 @settings(max_examples=40, deadline=None)
 @given(long=ODD, short=ODD, height=st.integers(1, 12), width=st.integers(1, 12))
 def test_fused_bands_are_exact_and_so_is_one_square_kernel(long, short, height, width):
-    layer = settled(DecomposedConv2d(2, long, short))
+    layer = settled(DecomposedConv2d(2, 2, long, small=short))
     assert hasattr(layer, "small_conv") is (short < long)
     x = torch.randn(2, 2, height, width).double()
     expected = sum(part.bn(part.conv(x)) for part in layer.children())
@@ -130,7 +136,8 @@ def test_fused_bands_are_exact_and_so_is_one_square_kernel(long, short, height, 
 
 @pytest.mark.parametrize("activation", [None, nn.ReLU()])
 @pytest.mark.parametrize(
-    "conv", [nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.Conv2d(4, 6, 1, groups=2), DepthwiseConv2d(6, 3)]
+    "conv",
+    [nn.Conv2d(4, 6, 3, 2, 1, bias=False), nn.Conv2d(4, 6, 1, groups=2), DepthwiseConv2d(6, 6, 3, padding="same")],
 )
 def test_a_convolution_and_its_norm_fuse_exactly(conv, activation):
     layer = settled(ConvNorm(copy.deepcopy(conv), activation))
@@ -193,12 +200,12 @@ def test_the_authors_scripts_merge_in_place(layer, name):
 
 
 def test_one_part_in_training_mode_is_enough_to_refuse():
-    layer = LargeKernelConv2d(4, 7).eval()
+    layer = LargeKernelConv2d(4, 4, 7).eval()
     layer.small_conv.bn.train()
     with pytest.raises(RuntimeError, match=r"call model.eval\(\) first"):
         layer.fuse()
     with pytest.raises(RuntimeError, match=r"call model.eval\(\) first"):
-        merged(LargeKernelConv2d(4, 7))
+        merged(LargeKernelConv2d(4, 4, 7))
 
 
 @pytest.mark.parametrize("layer", layers(), ids=named)
@@ -231,21 +238,21 @@ def test_what_cannot_be_folded_is_refused():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: LargeKernelConv2d(4, 8), ValueError, "kernel_size must be odd.*; got 8"),
-        (lambda: LargeKernelConv2d(4, (7, 6)), ValueError, "kernel_size must be odd.*; got 6"),
-        (lambda: LargeKernelConv2d(4, (7, 7, 7)), ValueError, r"one integer or two \(rows, columns\); got \(7, 7, 7\)"),
-        (lambda: LargeKernelConv2d(4, 7.0), TypeError, "kernel_size must be an integer; got 7.0"),
-        (lambda: LargeKernelConv2d(4, 7, small=4), ValueError, "small must be odd.*; got 4"),
-        (lambda: LargeKernelConv2d(4, 7, small=9), ValueError, "small must not exceed the kernel of 7x7; got 9"),
-        (lambda: LargeKernelConv2d(4, 7, 0), ValueError, "stride must be at least 1; got 0"),
-        (lambda: LargeKernelConv2d(4, 7, backend="atan"), ValueError, "Did you mean 'aten'"),
-        (lambda: DilatedReparamConv2d(4, 19), ValueError, "5, 7, 9, 11, 13, 15, 17; got 19: give branches="),
-        (lambda: DilatedReparamConv2d(4, (7, 9)), ValueError, r"one integer or two equal ones; got \(7, 9\)"),
-        (lambda: DilatedReparamConv2d(4, 7, [(3, 4)]), ValueError, "spans 9 pixels, more than the kernel of 7x7"),
-        (lambda: DilatedReparamConv2d(4, 7, [(3, 2), (3, 2)]), ValueError, "size 3 with dilation 2 more than once"),
-        (lambda: DilatedReparamConv2d(4, 7, [(4, 1)]), ValueError, "must be odd.*; got 4"),
-        (lambda: DecomposedConv2d(4, 50), ValueError, "kernel_size must be odd.*; got 50"),
-        (lambda: DecomposedConv2d(4, 51, 0), ValueError, "small must be at least 1; got 0"),
+        (lambda: LargeKernelConv2d(4, 4, 8), ValueError, "kernel_size must be odd.*; got 8"),
+        (lambda: LargeKernelConv2d(4, 4, (7, 6)), ValueError, "kernel_size must be odd.*; got 6"),
+        (lambda: LargeKernelConv2d(4, 4, (7, 7, 7)), ValueError, r"two \(rows, columns\); got \(7, 7, 7\)"),
+        (lambda: LargeKernelConv2d(4, 4, 7.0), TypeError, "kernel_size must be an integer; got 7.0"),
+        (lambda: LargeKernelConv2d(4, 4, 7, small=4), ValueError, "small must be odd.*; got 4"),
+        (lambda: LargeKernelConv2d(4, 4, 7, small=9), ValueError, "small must not exceed the kernel of 7x7; got 9"),
+        (lambda: LargeKernelConv2d(4, 4, 7, 0), ValueError, "stride must be at least 1; got 0"),
+        (lambda: LargeKernelConv2d(4, 4, 7, backend="atan"), ValueError, "Did you mean 'aten'"),
+        (lambda: DilatedReparamConv2d(4, 4, 19), ValueError, "5, 7, 9, 11, 13, 15, 17; got 19: give branches="),
+        (lambda: DilatedReparamConv2d(4, 4, (7, 9)), ValueError, r"one integer or two equal ones; got \(7, 9\)"),
+        (lambda: DilatedReparamConv2d(4, 4, 7, branches=[(3, 4)]), ValueError, "spans 9 pixels, more than"),
+        (lambda: DilatedReparamConv2d(4, 4, 7, branches=[(3, 2), (3, 2)]), ValueError, "dilation 2 more than once"),
+        (lambda: DilatedReparamConv2d(4, 4, 7, branches=[(4, 1)]), ValueError, "must be odd.*; got 4"),
+        (lambda: DecomposedConv2d(4, 4, 50), ValueError, "kernel_size must be odd.*; got 50"),
+        (lambda: DecomposedConv2d(4, 4, 51, small=0), ValueError, "small must be at least 1; got 0"),
     ],
 )  # fmt: skip
 def test_bad_sizes_are_refused(build, error, message):
@@ -271,7 +278,7 @@ def test_layouts_half_precision_and_empty_batches(layer):
 
 
 def test_kernels_of_63_taps():
-    layer = settled(LargeKernelConv2d(2, 63))
+    layer = settled(LargeKernelConv2d(2, 2, 63))
     x = torch.randn(1, 2, 40, 33).double()
     close(layer.fuse()(x), layer(x), FLOAT64)
     assert "63x63 + 5x5" in repr(layer)
@@ -335,15 +342,17 @@ def test_every_branch_learns_from_the_first_step(norm, size, old):
 
 
 def test_a_fresh_start_and_what_is_taken_over():
-    conv = DepthwiseConv2d(4, 7, backend="aten", dtype=torch.double).eval().requires_grad_(False)
+    conv = DepthwiseConv2d(4, 4, 7, padding="same", backend="aten", dtype=torch.double).eval().requires_grad_(False)
     torch.manual_seed(1)
     layer = LargeKernelConv2d.from_conv2d(conv, 5, small=3, init="random")
     assert [part.backend for part, _ in layer.branches()] == ["aten", "aten"]
     assert not layer.training
     assert not any(p.requires_grad for p in layer.parameters())
     torch.manual_seed(1)
-    for (ours, _), (fresh, _) in zip(layer.branches(), LargeKernelConv2d(4, 5, small=3).branches(), strict=True):
-        close(ours.weight, fresh.weight.double(), FLOAT64)
+    for (ours, _), (fresh, _) in zip(
+        layer.branches(), LargeKernelConv2d(4, 4, 5, small=3, dtype=torch.double).branches(), strict=True
+    ):
+        close(ours.weight, fresh.weight, FLOAT64)
     planned = LargeKernelConv2d.from_conv2d(nn.Conv2d(4, 4, 7, padding=3, groups=4, device="meta"), 31)
     assert all(p.is_meta for p in planned.parameters())
 
@@ -386,7 +395,7 @@ def test_a_kernel_that_does_not_fit_is_refused_unless_nothing_is_kept():
     with pytest.raises(ValueError, match="its 7x7 kernel does not fit into one of 5x31"):
         LargeKernelConv2d.from_conv2d(conv, (5, 31))
     with pytest.raises(ValueError, match="its 7x7 kernel does not fit into one of 5x5"):
-        LargeKernelConv2d(4, 5).absorb(conv)
+        LargeKernelConv2d(4, 4, 5).absorb(conv)
     assert LargeKernelConv2d.from_conv2d(conv, 5, small=3, init="random").lkb_origin.conv.kernel_size == (5, 5)
     with pytest.raises(ValueError, match=r"init must be one of .* Did you mean 'random'"):
         LargeKernelConv2d.from_conv2d(conv, 13, init="randon")

@@ -25,10 +25,10 @@ from widefield.nn import (
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 
 LAYERS = {
-    "depthwise": lambda: DepthwiseConv2d(8, 7),
-    "depthwise even": lambda: DepthwiseConv2d(8, 4),
-    "depthwise strided": lambda: DepthwiseConv2d(8, 15, stride=2, padding=7),
-    "reflected": lambda: DepthwiseConv2d(8, 5, padding=2, padding_mode="reflect"),
+    "depthwise": lambda: DepthwiseConv2d(8, 8, 7, padding="same"),
+    "depthwise even": lambda: DepthwiseConv2d(8, 8, 4, padding="same"),
+    "depthwise strided": lambda: DepthwiseConv2d(8, 8, 15, stride=2, padding=7),
+    "reflected": lambda: DepthwiseConv2d(8, 8, 5, padding=2, padding_mode="reflect"),
     "soft": lambda: MoRFConv2d(8, 8, (3, 5, 31), groups=8),
     "dense": lambda: MoRFConv2d(8, 12, (3, 5), groups=2, stride=2),
     "of one kind": lambda: MoRFConv2d(8, 8, (3, 3, 3, 3), groups=8),

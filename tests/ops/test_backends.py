@@ -1,49 +1,44 @@
 """Each backend against the oracle, and the choice between them."""
 
-import contextlib
+import dataclasses
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layouts import LAYOUTS, lay_out
 from tolerances import FLOAT32, OF_DTYPE, close
-from widefield.ops import _aten, _backend, _fft, _onednn, depthwise, depthwise_conv2d, explain
-from widefield.ops._problem import STEPS, Problem, fold, is_channels_last, memory_format, output_size, problem_of, trim
+from widefield.ops import _aten, _backend, _fft, _limits, _onednn, _operators, depthwise, depthwise_conv2d, explain
+from widefield.ops._limits import Limits
+from widefield.ops._problem import (
+    STEPS,
+    Problem,
+    fold,
+    idle_taps,
+    is_channels_last,
+    memory_format,
+    output_size,
+    problem_of,
+)
 
 MODULES = {"aten": _aten, "onednn": _onednn, "fft": _fft}
 
 
-@contextlib.contextmanager
 def limits(changed):
     """Move the limits beyond which a backend takes another way, so that small shapes take every one."""
-    homes = {"_onednn": _onednn, "_fft": _fft}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in changed.items():
-            place, limit = name.split(" ")
-            patch.setattr(homes[place], limit, value)
-        _backend._on_cpu.cache_clear()
-        yield
-    _backend._on_cpu.cache_clear()
+    return mock.patch.object(_limits, "LIMITS", changed)
 
 
-SMALL = {
-    "_onednn _CACHED": 64,
-    "_onednn _SLAB": 64,
-    "_onednn _FEW": 1,
-    "_onednn _FEW_EACH": 1,
-    "_onednn _FEW_AT_ONCE": 1,
-    "_onednn SOME_PIXELS": 1,
-    "_fft _CACHED": 1500,
-    "_fft work": lambda posed: 2.0 * posed.pixels,
-}
-BY_THREES = {**SMALL, "_onednn _gains_by_threes": lambda x, columns: columns <= 9 and x.shape[1] > 1}
-AS_THEY_ARE = {}
+SMALL = Limits(cached=64, slab=64, few=1, each=1, at_once=1, pixels=1, transformed=1500, spectra=0.05)
+BY_THREES = dataclasses.replace(SMALL, threes=1, threes_of_few=1)
+AS_THEY_ARE = Limits()
 WAYS = pytest.mark.parametrize(
     "changed", [AS_THEY_ARE, SMALL, BY_THREES], ids=["limits as they are", "small limits", "columns by threes"]
 )
@@ -209,14 +204,32 @@ def test_columns_are_divided_by_threes(columns, widths):
 )
 def test_weight_gradients_of_many_numbers_go_by_threes(batch, channels, size, kernel):
     case = geometry((size, size), kernel, padding=(kernel[0] // 2, kernel[1] // 2), batch=batch, channels=channels)
-    calls, by_threes = [], _onednn._by_threes
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_onednn, "_by_threes", lambda *args: calls.append(args) or by_threes(*args))
-        check_all_passes("onednn", case, False, torch.float32, "channels_last")
-        assert calls
-        calls.clear()
-        check_all_passes("onednn", case, False, torch.float32, "contiguous")
-        assert not calls
+    for layout, widest in (("channels_last", 3), ("contiguous", kernel[1])):
+        x, weight, _, grad = tensors(case, False, torch.float32, layout)
+        with WeightGradients() as gradients:
+            module = MODULES["onednn"]
+            module.weight_grad(grad, x, tuple(weight.shape), case[4], case[6], case[5])
+        assert (max(gradients.columns, default=kernel[1])) == widest
+        check_all_passes("onednn", case, False, torch.float32, layout)
+
+
+class WeightGradients(TorchDispatchMode):
+    """Notes the columns of the kernels whose gradients PyTorch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.columns.append(args[2].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def forget_choices():
+    depthwise._calls.clear()
+    for ways in _operators.ways_of.values():
+        ways.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -229,13 +242,13 @@ def test_without_arithmetic_of_its_own_a_cpu_computes_in_32_bits(dtype, case, ch
     inputs = [x, weight.transpose(0, 1).contiguous(), bias[0]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backend, "computes_in", lambda d: d == torch.float32)
-        depthwise._calls.clear()
+        forget_choices()
         results = []
         for wide in (False, True):
             leaves = [(t.float() if wide else t).requires_grad_() for t in (t.clone() for t in inputs)]
             y = depthwise_conv2d(*leaves, **options)
             results.append([y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))])
-        depthwise._calls.clear()
+    forget_choices()
     (y, dx, dw, _), wide = results[0], results[1]
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip((y, dx, dw), wide, strict=False))
 
@@ -295,9 +308,9 @@ def test_results_depend_on_the_number_of_threads_by_rounding_only(name, per_samp
 
 @settings(max_examples=300, deadline=None)
 @given(geometries())
-def test_trimmed_taps_never_meet_the_map_and_no_more_could_be_cut(case):
+def test_idle_taps_never_meet_the_map_and_no_more_could_be_cut(case):
     _, _, size, kernel, stride, dilation, padding = case
-    cuts = trim(size, kernel, stride, padding, dilation)
+    cuts = idle_taps(size, kernel, stride, padding, dilation)
     out = output_size(size, kernel, stride, padding, dilation)
     for n, k, s, d, p, rows, cut in zip(size, kernel, stride, dilation, padding, out, cuts, strict=True):
         meets = [any(0 <= s * i + d * tap - p < n for i in range(rows)) for tap in range(k)]
@@ -305,7 +318,7 @@ def test_trimmed_taps_never_meet_the_map_and_no_more_could_be_cut(case):
         assert not any(meets[k - cut :])
         assert p - d * cut >= 0
         assert k - 2 * cut >= 1
-        if s == 1:  # a stride may step over a small map, which trim does not look for
+        if s == 1:  # a stride may step over a small map, which idle_taps does not look for
             stuck = p < d * (cut + 1) or k < 2 * cut + 3
             assert stuck or meets[cut] or meets[k - 1 - cut]
 
@@ -458,19 +471,20 @@ def test_what_is_explained_is_what_runs(dtype, case, channels_last):
     options = {"stride": case[4], "dilation": case[5], "padding": case[6]}
     kernel = weight.transpose(0, 1).contiguous().requires_grad_()
     explained = [choice.backend for choice in explain(depthwise_conv2d, x, kernel, **options).choices]
-    ran, module = [], _backend.module
+    ran = []
 
-    def watched(name):
-        found = module(name)
-        spied = {
-            step: (lambda *args, step=step: ran.append((step, name)) or getattr(found, step)(*args)) for step in STEPS
-        }
-        return SimpleNamespace(why_not=found.why_not, **spied)
+    def watch(frame, event, _):
+        file, name = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if event == "call" and name in STEPS and file.stem.removeprefix("_") in MODULES:
+            ran.append((name, file.stem.removeprefix("_"), frame.f_back.f_code.co_filename))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_backend, "module", watched)
+    sys.setprofile(watch)
+    try:
         depthwise_conv2d(x.requires_grad_(), kernel, **options).sum().backward()
-    if ran:
-        assert sorted(ran) == sorted(zip(STEPS, explained, strict=True))
+    finally:
+        sys.setprofile(None)
+    called = [(step, backend) for step, backend, caller in ran if Path(caller).stem == "_operators"]
+    if called:
+        assert sorted(called) == sorted(zip(STEPS, explained, strict=True))
     else:  # F.conv2d itself
         assert explained == ["aten"] * 3

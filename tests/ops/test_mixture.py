@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tolerances import BFLOAT16, FLOAT32, FLOAT64, close
-from widefield.ops import bank_conv2d, explain, fold, mixture, mixture_conv2d
+from widefield.ops import _sparse, bank_conv2d, explain, fold, mixture_conv2d
 
 
 def oracle(x, kernels, biases, weights, stride, groups, dilations):
@@ -77,7 +77,8 @@ def test_outputs_and_all_gradients_equal_the_sum_of_branches(
 
 def sorting(*, is_free):
     """Make samples be sorted by the size of kernel that they need whatever it saves, or never."""
-    return mock.patch.multiple(mixture, _TO_MOVE=0 if is_free else math.inf, _TO_CALL=0 if is_free else math.inf)
+    cost = 0 if is_free else math.inf
+    return mock.patch.object(_sparse, "COSTS", _sparse.Costs(move=cost, call=cost))
 
 
 @pytest.mark.parametrize("way", ["sorted", "together", "branches"])
@@ -397,6 +398,61 @@ def test_an_explanation_of_a_mixture():
     assert asked["mixture"].reason == "asked for"
     with pytest.raises(ValueError, match="Did you mean 'merged'"):
         explain(mixture_conv2d, x, kernels, biases, weights, groups=4, backend="merge")
+
+
+class Passes(TorchDispatchMode):
+    """Notes how many samples are convolved with depthwise kernels of which size."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.widefield.depthwise.default:
+            self.seen.append((args[0].shape[0], args[1].shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+SPARSE = {
+    "sorted": ([[1.0, 0, 0], [0, 0, 1.0], [0.5, 0.5, 0]], "sorted", [(1, 3), (1, 5), (1, 15)]),
+    "small experts only": ([[1.0, 0, 0], [0.2, 0.8, 0], [0.5, 0.5, 0]], "sorted", [(1, 3), (2, 5)]),
+    "one bucket": ([[0.0, 0, 1.0]] * 3, "together", [(3, 15)]),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_the_explanation_of_a_sparse_call_is_what_runs(name):
+    routing, grouping, expected = SPARSE[name]
+    x, kernels, _, _ = case(3, 4, 1, 1, 40, 40, [(3, 1), (5, 1), (15, 1)], False, dtype=torch.float32)
+    weights, bank = torch.tensor(routing), fold.kernel_bank(kernels, (1, 1, 1))
+    experts = [(3, 1), (5, 1), (15, 1)]
+    with sorting(is_free=True), torch.no_grad():
+        explained = explain(mixture_conv2d, x, kernels, None, weights, groups=4, sparse=True)
+        of_bank = explain(bank_conv2d, x, bank, None, weights, experts=experts, groups=4, sparse=True)
+        with Passes() as passes:
+            mixture_conv2d(x, kernels, None, weights, groups=4, sparse=True)
+    assert explained.choices == of_bank.choices
+    assert explained["samples"].backend == grouping
+    assert sorted(passes.seen) == sorted(expected)
+    if len(expected) > 1:
+        steps = [f"forward {taps}x{taps}" for _, taps in expected]
+        assert [c.step for c in explained.choices if c.step.startswith("forward")] == steps
+        assert ", ".join(f"{count} with {taps}x{taps}" for count, taps in expected) in explained["samples"].reason
+    dense = explain(mixture_conv2d, x, kernels, None, weights, groups=4)
+    assert str(dense) != str(explained)
+    with pytest.raises(KeyError):
+        dense["samples"]
+
+
+def test_an_explanation_tells_what_sorting_would_cost_and_where_values_are_hidden():
+    x, kernels, _, _ = case(3, 4, 1, 1, 9, 9, [(3, 1), (5, 1)], False, dtype=torch.float32)
+    weights = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0]])
+    dear = explain(mixture_conv2d, x, kernels, None, weights, groups=4, sparse=True)["samples"]
+    assert (dear.backend, dear.others["sorted"]) == ("together", "it would cost more than it saves")
+    hidden = explain(mixture_conv2d, x, kernels, None, weights.to("meta"), groups=4, sparse=True)["samples"]
+    assert (hidden.backend, hidden.reason) == ("together", "the routing weights have no values here")
+    branches = explain(mixture_conv2d, x, kernels, None, weights, groups=4, sparse=True, backend="branches")
+    assert branches["samples"].reason == "experts compute 2, 1 of 3 samples"
 
 
 def test_an_explanation_of_a_mixture_that_is_not_depthwise_has_no_passes():

@@ -49,7 +49,7 @@ CONVOLUTIONS = {
     "dense": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1),
     "no bias, reflected": lambda: nn.Conv2d(4, 6, 3, padding=1, bias=False, padding_mode="reflect"),
     "grouped, dilated": lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2),
-    "depthwise": lambda: DepthwiseConv2d(4, 5, bias=False),
+    "depthwise": lambda: DepthwiseConv2d(4, 4, 5, padding="same", bias=False),
     "TensorFlow's padding": lambda: Conv2dSame(4, 6, 3, stride=2),
     "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, bias=False),
     "transposed, grouped": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2),

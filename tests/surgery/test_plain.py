@@ -155,7 +155,9 @@ def test_torchs_own_tools_take_what_is_left(name):
     assert quantize_fx.convert_fx(observed)(x).shape == expected.shape
 
 
-@pytest.mark.parametrize("make", [lambda: LKA(8), lambda: MultiOrderGatedAggregation(8), lambda: DepthwiseConv2d(8, 5)])
+@pytest.mark.parametrize(
+    "make", [lambda: LKA(8), lambda: MultiOrderGatedAggregation(8), lambda: DepthwiseConv2d(8, 8, 5, padding="same")]
+)
 def test_the_root_keeps_its_keys(make):
     layer, x = make().eval(), torch.randn(2, 8, 12, 12)
     fused = widefield.reparameterize(layer, x)

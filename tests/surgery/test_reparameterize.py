@@ -187,7 +187,7 @@ def test_hooks_are_not_lost_in_silence():
     model[0].register_forward_hook(lambda *a: None)
     with pytest.raises(ValueError, match="0 has hooks"):
         widefield.reparameterize(model)
-    model = nn.Sequential(LargeKernelConv2d(4, 5, small=3)).eval()
+    model = nn.Sequential(LargeKernelConv2d(4, 4, 5, small=3)).eval()
     model[0].lkb_origin.conv.register_forward_pre_hook(lambda *a: None)
     with pytest.raises(ValueError, match=r"0\.lkb_origin\.conv has hooks"):
         widefield.reparameterize(model)

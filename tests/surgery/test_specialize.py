@@ -100,7 +100,7 @@ def routed(model):
 def test_a_constant_router_is_exact(groups, per, experts, stride, bias, how, form):
     options = {"routing": "hard", "top_k": 1} if how == "hard" else {"attention": how}
     channels = groups * per
-    mixture = MoRFConv2d(channels, channels, experts, stride, groups, bias, **options).double().eval()
+    mixture = MoRFConv2d(channels, channels, experts, stride, groups=groups, bias=bias, **options).double().eval()
     norm = nn.BatchNorm2d(channels).double().eval()
     nn.init.normal_(norm.running_mean)
     nn.init.uniform_(norm.running_var, 0.5, 2)

@@ -155,7 +155,7 @@ def test_transposed_convolutions_keep_the_guarantee(size, stride, padding, dilat
 )  # fmt: skip
 @settings(max_examples=30)
 def test_a_mixture_is_bounded_by_its_routing_weights(weights, tolerance, sigma, groups, stride):
-    mixture = MoRFConv2d(4, 4, (3, 7, (5, 2)), stride, groups).double().eval()
+    mixture = MoRFConv2d(4, 4, (3, 7, (5, 2)), stride, groups=groups).double().eval()
     with torch.no_grad():
         for kernel in mixture.expert_weights:
             kernel.mul_(gaussian_mask(kernel.shape[2:], torch.tensor(sigma).double()))
@@ -201,7 +201,7 @@ def test_taps_that_never_meet_the_map_are_cut_off_exactly(size, image, stride, d
     assume(size != (1, 1))
     padding = tuple(dilation * (k // 2) + spare for k in size)
     arguments = (size, stride, padding, dilation)
-    conv = DepthwiseConv2d(4, *arguments) if depthwise else nn.Conv2d(4, 3, *arguments)
+    conv = DepthwiseConv2d(4, 4, *arguments) if depthwise else nn.Conv2d(4, 3, *arguments)
     conv = conv.double().eval()
     trimmed, report = reported(conv, 0, example_input=image)
     x = torch.randn(2, 4, *image).double()
@@ -407,7 +407,7 @@ def test_modules_that_read_convolutions_by_themselves_are_found_out():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_layers_keep_their_type_and_all_that_belongs_to_it(dtype):
-    depthwise = DepthwiseConv2d(4, 9, stride=2, padding=5, backend="aten")
+    depthwise = DepthwiseConv2d(4, 4, 9, stride=2, padding=5, backend="aten")
     dense = nn.Conv2d(4, 6, 9, padding=4, bias=False).requires_grad_(False)
     model = stack(depthwise, dense, nn.ConvTranspose2d(6, 4, 6, 2, 2, groups=2)).to(dtype)
     model[1].to(memory_format=torch.channels_last)
@@ -438,7 +438,7 @@ def test_layers_keep_their_type_and_all_that_belongs_to_it(dtype):
 
 
 @pytest.mark.parametrize(
-    "layer", [GMConv2d(4, 4, 5, padding=2), MoRFConv2d(4, 4, (3, 5)), LargeKernelConv2d(4, 9, small=3)],
+    "layer", [GMConv2d(4, 4, 5, padding=2), MoRFConv2d(4, 4, (3, 5)), LargeKernelConv2d(4, 4, 9, small=3)],
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip
 def test_what_is_not_merged_is_sent_to_be_merged(layer):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from widefield import tasks
-from widefield.tasks import Classification
+from widefield.tasks import Classification, count_outputs
 
 CLASSES = 10
 
@@ -163,3 +163,15 @@ def test_a_batch_of_one_before_a_batch_norm_is_explained() -> None:
 class Failing(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         raise ValueError("another")
+
+
+def test_only_a_vector_per_image_counts_as_outputs() -> None:
+    assert count_outputs(Linear(7), (3, 8, 8)) == 7
+    with pytest.raises(ValueError, match=r"Conv2d gives no logits .*gives \(1, 4, 6, 6\)"):
+        count_outputs(nn.Conv2d(3, 4, 3), (3, 8, 8))
+
+
+def test_a_model_with_other_outputs_than_classes_is_refused() -> None:
+    Classification(7).check(Linear(7), (3, 8, 8))
+    with pytest.raises(ValueError, match="it gives 7 outputs, and the task needs 5, one for each class"):
+        Classification(5).check(Linear(7), (3, 8, 8))

@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from train.helpers import QUIET, log
 from widefield import data, tasks
 from widefield.nn import MoRFConv2d
+from widefield.runs import load_trained
+from widefield.tasks import Classification
 from widefield.train import (
     CheckpointSpec,
     ConversionSpec,
@@ -36,11 +38,10 @@ from widefield.train import (
     build_model,
     evaluate,
     load_recipe,
-    load_trained,
     save_recipe,
     train,
 )
-from widefield.train.loading import EpochSampler, shut_down, val_loader
+from widefield.train.loaders import EpochSampler, shut_down, val_loader
 
 Run = Callable[..., RunResult]
 
@@ -218,7 +219,7 @@ def test_recipes_that_cannot_work(run: Run, changes: dict[str, Any], error: type
 
 
 def test_build_model_alone(recipe: Recipe) -> None:
-    model = build_model(recipe, {"num_classes": 3})
+    model = build_model(recipe, Classification(3))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
@@ -232,7 +233,7 @@ def test_load_trained_refuses(tmp_path: Path) -> None:
 # Odd data
 
 
-class Noise(data.ImageSet):
+class Noise(data.LabeledImages):
     """Noise with labels; ``poison`` and ``gone`` say at which (split, index) an image is NaN or unreadable."""
 
     classes = ("a", "b", "c")
@@ -385,7 +386,7 @@ def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -
     """As one that hangs in a file system would be; torch asks it by a queue and by SIGTERM, which workers ignore."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     before, dataset = multiprocessing.active_children(), Stuck()
-    loader = val_loader(dataset, 1, 1)
+    loader = val_loader(dataset, data.collate, 1, 1)
     iter(loader)
     assert dataset.reached.wait(60)
     (worker,) = set(multiprocessing.active_children()) - set(before)

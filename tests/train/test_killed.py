@@ -17,7 +17,8 @@ import pytest
 from test_resume import BUSY
 
 from train.helpers import log, same_weights
-from widefield.train import CheckpointSpec, Recipe, RunResult, load_recipe, load_trained, save_recipe
+from widefield.runs import load_trained
+from widefield.train import CheckpointSpec, Recipe, RunResult, load_recipe, save_recipe
 from widefield.train.checkpoint import checkpoints
 
 EVERY = 2

@@ -21,6 +21,7 @@ from torch import nn
 import widefield
 from tolerances import FLOAT32, close
 from train.helpers import log, same_weights
+from widefield.runs import load_trained
 from widefield.tasks import Classification
 from widefield.train import (
     CheckpointSpec,
@@ -34,10 +35,8 @@ from widefield.train import (
     RunResult,
     ScheduleSpec,
     build_model,
-    learner,
-    load_trained,
 )
-from widefield.train.optimisation import create_optimizer, freeze
+from widefield.train.optimization import create_optimizer, freeze
 from widefield.train.pretrained import classes_of
 
 Run = Callable[..., RunResult]
@@ -66,7 +65,7 @@ class TestWhatDoesNotFit:
 
     def test_looking_changes_no_random_number(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         loss = run(epochs=1).metrics["train_loss"]
-        monkeypatch.setattr(learner, "count_outputs", lambda *args: torch.rand(1).numel() * 8)
+        monkeypatch.setattr(Classification, "check", lambda *args: torch.rand(1))
         assert run(epochs=1, name="other").metrics["train_loss"] == loss
 
     @pytest.mark.skipif(torch.accelerator.is_available(), reason="trains on the accelerator")
@@ -134,7 +133,7 @@ class TestGroups:
 class TestFreezing:
     def test_frozen_parameters_and_their_norms_stay(self, run: Run) -> None:
         model = ModelSpec("test_resnet")
-        start = build_model(Recipe("r", model, DataSpec("scales")), {"num_classes": 8}).state_dict()
+        start = build_model(Recipe("r", model, DataSpec("scales")), Classification(8)).state_dict()
         torch.manual_seed(0)
         result = run(model=model, freeze=["conv1.*", "bn1.*", "layer1.*"], epochs=1, seed=0)
         trained = result.model.state_dict()
@@ -184,10 +183,10 @@ class TestAccumulation:
 class TestRepeats:
     def test_each_image_comes_as_often_augmented_anew(self) -> None:
         from widefield.data import create
-        from widefield.train.loading import batches, train_loader
+        from widefield.train.loaders import batches, train_loader
 
         digits = create("digits", "train", size=16, augment=True)
-        loader = train_loader(digits, 60, 0, seed=0, repeats=3)
+        loader = train_loader(digits, Classification(10).collate, 60, 0, seed=0, repeats=3)
         taken = list(batches(loader))
         images = torch.cat([batch["image"] for batch in taken])
         seen = list(zip(torch.cat([batch["index"] for batch in taken]).tolist(), images, strict=True))
@@ -305,21 +304,21 @@ def test_checkpoints_within_epochs_are_pruned_by_the_rule(run: Run) -> None:
 
 class TestPretrained:
     def test_a_file_gives_its_weights_and_a_fresh_head(self, recipe: Recipe, tmp_path: Path) -> None:
-        source = build_model(recipe, {"num_classes": 5}).eval()
+        source = build_model(recipe, Classification(5)).eval()
         for name, save in (("w.safetensors", save_file), ("w.pth", torch.save)):
             save(source.state_dict(), tmp_path / name)
             start = replace(recipe, model=replace(recipe.model, pretrained=str(tmp_path / name)))
-            model = build_model(start, {"num_classes": 8}).eval()
+            model = build_model(start, Classification(8)).eval()
             x = torch.randn(2, 3, 32, 32)
             assert torch.equal(model.forward_features(x), source.forward_features(x))
             assert model(x).shape == (2, 8)
-            assert torch.equal(build_model(start, {"num_classes": 5}).eval()(x), source(x))
+            assert torch.equal(build_model(start, Classification(5)).eval()(x), source(x))
 
     def test_a_conversion_keeps_the_function_of_plain_weights(self, recipe: Recipe, tmp_path: Path) -> None:
-        source = build_model(recipe, {"num_classes": 8}).eval()
+        source = build_model(recipe, Classification(8)).eval()
         save_file(source.state_dict(), tmp_path / "w.safetensors")
         spec = replace(recipe.model, pretrained=str(tmp_path / "w.safetensors"))
-        model = build_model(replace(recipe, model=spec, conversion=MORF), {"num_classes": 8}).eval()
+        model = build_model(replace(recipe, model=spec, conversion=MORF), Classification(8)).eval()
         x = torch.randn(2, 3, 32, 32)
         close(model(x), source(x), FLOAT32)
         assert any("router" in name for name, _ in model.named_parameters())
@@ -327,7 +326,7 @@ class TestPretrained:
     def test_a_run_is_a_start_too(self, run: Run, recipe: Recipe) -> None:
         first = run(name="first", conversion=MORF, epochs=1)
         start = replace(recipe, model=replace(recipe.model, pretrained=str(first.folder)), conversion=MORF)
-        model = build_model(start, {"num_classes": 3}).eval()
+        model = build_model(start, Classification(3)).eval()
         x = torch.randn(2, 3, 32, 32)
         assert torch.equal(model.forward_features(x), first.model.forward_features(x))  # type: ignore[operator]
         second = run(name="second", conversion=MORF, epochs=1, model=start.model)
@@ -359,7 +358,7 @@ class TestPretrained:
         elif content is not None:
             torch.save(content, path)
         with pytest.raises(error, match=re.escape(message)):
-            build_model(replace(recipe, model=replace(recipe.model, pretrained=str(path))), {"num_classes": 8})
+            build_model(replace(recipe, model=replace(recipe.model, pretrained=str(path))), Classification(8))
 
 
 def test_gradient_checkpointing_changes_no_number(run: Run) -> None:

@@ -14,7 +14,8 @@ from timm.models import build_model_with_cfg
 from timm.models._registry import _model_entrypoints
 from torch import nn
 
-from widefield.subjects import load
+from widefield.runs.subjects import load
+from widefield.tasks import Classification
 from widefield.train import (
     ModelSpec,
     OptimizerSpec,
@@ -25,7 +26,7 @@ from widefield.train import (
     load_recipe,
     shipped_recipes,
 )
-from widefield.train.optimisation import create_optimizer, create_schedule
+from widefield.train.optimization import create_optimizer, create_schedule
 
 SMALL = {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
 
@@ -54,7 +55,7 @@ class TestNone:
     def test_in_a_recipe_and_in_a_word(self, recipe: Recipe) -> None:
         assert not scales(load("convnext_tiny{ls_init_value: null, depths: [1, 1, 1, 1], dims: [4, 4, 8, 8]}").model)
         spec = replace(recipe.model, args={**recipe.model.args, "ls_init_value": None})
-        assert not scales(build_model(replace(recipe, model=spec), {"num_classes": 3}))
+        assert not scales(build_model(replace(recipe, model=spec), Classification(3)))
 
     def test_changes_nothing_where_it_is_the_default(self) -> None:
         torch.manual_seed(0)
@@ -141,7 +142,7 @@ class TestIgnored:
     def test_two_sources_of_weights_are_refused(self, recipe: Recipe) -> None:
         spec = replace(recipe.model, args={**recipe.model.args, "checkpoint_path": "a.pth"}, pretrained="b.pth")
         with pytest.raises(ValueError, match=r"both name weights to start from \('a.pth', 'b.pth'\); leave out one"):
-            build_model(replace(recipe, model=spec), {"num_classes": 3})
+            build_model(replace(recipe, model=spec), Classification(3))
 
     def test_looking_draws_no_random_number(self) -> None:
         torch.manual_seed(0)

@@ -16,7 +16,8 @@ from PIL import Image
 
 from tolerances import NETWORK, close
 from train.helpers import log, same_weights
-from widefield.train import CheckpointSpec, DataSpec, EmaSpec, ModelSpec, Recipe, RunResult, load_trained, save_recipe
+from widefield.runs import load_trained
+from widefield.train import CheckpointSpec, DataSpec, EmaSpec, ModelSpec, Recipe, RunResult, save_recipe
 
 
 def launch(recipe: Recipe, path: Path, processes: int, *more: str) -> None:

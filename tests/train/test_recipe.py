@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from widefield.train import (
     save_recipe,
     shipped_recipes,
 )
+from widefield.train.recipe_io import SHIPPED
 
 YAML = """
 name: tiny
@@ -234,6 +238,71 @@ def test_recipes_are_found_by_name_and_by_run(tmp_path: Path) -> None:
         load_recipe("digit_morf")
     with pytest.raises(FileNotFoundError):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+class TestBase:
+    @pytest.fixture
+    def write(self, tmp_path: Path) -> Callable[[str, str], Path]:
+        def to(name: str, text: str) -> Path:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            return path
+
+        return to
+
+    def test_a_variant_states_its_difference(self, write: Callable[[str, str], Path], tmp_path: Path) -> None:
+        write("tiny.yaml", YAML)
+        write(
+            "more/second.yaml",
+            "base: ../tiny.yaml\nname: second\noptimizer: {betas: [0.8, 0.9]}\nmodel: {args: {a: 1}}\n",
+        )
+        third = load_recipe(write("third.yaml", "base: more/second.yaml\nema: null\nmodel: {args: {a: null, b: 2}}\n"))
+        first, second = load_recipe(tmp_path / "tiny.yaml"), load_recipe(tmp_path / "more/second.yaml")
+        changed = replace(first.model, args={**first.model.args, "a": 1})
+        optimizer = replace(first.optimizer, betas=(0.8, 0.9))
+        assert second == replace(first, name="second", model=changed, optimizer=optimizer)
+        assert third == replace(second, ema=None, model=replace(changed, args={**changed.args, "a": None, "b": 2}))
+
+    def test_the_command_line_goes_last_and_a_run_stores_the_result(
+        self, write: Callable[[str, str], Path], tmp_path: Path
+    ) -> None:
+        path = write("mine.yaml", "base: digits_morf\nname: mine\nepochs: 3\n")
+        recipe = load_recipe(path, ["--epochs", "5", "--model.args.drop_rate", "0.2"])
+        shipped = load_recipe("digits_morf")
+        args = {**shipped.model.args, "drop_rate": 0.2}
+        assert recipe == replace(shipped, name="mine", epochs=5, model=replace(shipped.model, args=args))
+        save_recipe(recipe, tmp_path / "config.yaml")
+        assert "base:" not in (tmp_path / "config.yaml").read_text()
+        assert load_recipe(tmp_path) == recipe
+
+    @pytest.mark.parametrize(
+        ("text", "error", "message"),
+        [
+            ("base: digits_mrf", FileNotFoundError, "base: 'digits_mrf' is neither a file next to"),
+            ("base: digits_mrf", FileNotFoundError, "nor a shipped recipe. Did you mean 'digits_morf'?"),
+            ("base: [a]", TypeError, "base must be the name of a shipped recipe or a path; got ['a']"),
+            ("base: mine.yaml", ValueError, "base: mine.yaml -> mine.yaml is a cycle; remove one of these bases"),
+            ("base: other.yaml", ValueError, "base: mine.yaml -> other.yaml -> mine.yaml is a cycle"),
+            ("base: broken.yaml", ValueError, "broken.yaml"),
+            ("base: _imagenet", ValueError, "name: missing; it is name of the run"),
+            ("base: digits_morf\nmodel: {base: a}", ValueError, "model.base: unknown key"),
+        ],
+    )
+    def test_a_wrong_one_is_named(
+        self, write: Callable[[str, str], Path], text: str, error: type[Exception], message: str
+    ) -> None:
+        path = write("mine.yaml", text)
+        write("other.yaml", "base: mine.yaml")
+        write("broken.yaml", "epoch: 3")  # whose message names the file that the key is in
+        with pytest.raises(error, match=re.escape(message)):
+            load_recipe(path)
+
+    def test_shipped_bases_are_not_listed(self) -> None:
+        files = {path.stem for path in SHIPPED.glob("*.yaml")}
+        bases = {name for name in files if name.startswith("_")}
+        assert bases
+        assert set(shipped_recipes()) == files - bases
 
 
 def test_shipped_recipes_read() -> None:

@@ -19,7 +19,7 @@ from train.helpers import log, same_weights
 from widefield.tasks import Classification
 from widefield.train import EmaSpec, Recipe, RunResult, TaskSpec, load_recipe, save_recipe
 from widefield.train.interrupt import StopRequest
-from widefield.train.loading import EpochSampler
+from widefield.train.loaders import EpochSampler
 
 Run = Callable[..., RunResult]
 

@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from train import made_data
 from train.helpers import QUIET, log
 from widefield import data, tasks
-from widefield.train import Recipe, build_model, load_recipe, load_trained, shipped_recipes, train
+from widefield.runs import load_trained
+from widefield.tasks import Classification
+from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
 from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import SHIPPED
 
@@ -248,7 +250,7 @@ def test_two_steps_of_every_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -
         if recipe.model.pretrained:
             # Weights of other classes from ImageNet-22K, of the same ones from ImageNet-1k.
             fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
-            model = build_model(fresh, {"num_classes": 5 if "in22k" in name else len(made_data.WNIDS)})
+            model = build_model(fresh, Classification(5 if "in22k" in name else len(made_data.WNIDS)))
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, place / "w.safetensors")
             del model
             recipe = replace(recipe, model=replace(recipe.model, pretrained=str(place / "w.safetensors")))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from widefield.analysis import Result
     from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
-    from widefield.subjects import Subject
+    from widefield.runs import Subject
 
 MODEL_HELP = (
     "a timm model (resnet50), a torchvision model (torchvision:resnet50), or the folder of a run of `widefield train`; "
@@ -58,6 +58,7 @@ def arguments(
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder ({out})")
+    parser.set_defaults(writes={"out": True})
     if figures and models == "+":
         parser.add_argument(
             "--label", nargs="+", metavar="TEXT", help="what to call each model in figures and tables (its word)"
@@ -67,8 +68,8 @@ def arguments(
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:
-    """Build or load the model that a word of the command line names; see :func:`widefield.subjects.load`."""
-    from widefield.subjects import load
+    """Build or load the model that a word of the command line names; see :func:`widefield.runs.load`."""
+    from widefield.runs import load
 
     labels = check_labels(args)
     found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)

@@ -7,9 +7,9 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,9 @@ from widefield.cli._tables import print_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch import nn
 
-    from widefield.data import ImageSet
-    from widefield.train import Recipe, RunData
-    from widefield.train.evaluation import Evaluation
-    from widefield.train.labels import Judged
+    from widefield.data import LabeledImages
+    from widefield.runs import Evaluation, Judged, Subject
 
 SUMMARY = "accuracy and throughput of models: of runs, of timm's, of torchvision's"
 
@@ -73,26 +70,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A model of the command line, on the CPU."""
-
-    name: str
-    model: nn.Module
-    weights: str
-    expects: Callable[[int | None], dict[str, Any]]
-    """Side of the images asked for, or None -> options of a set of image files."""
-    recipe: Recipe | None = None
-    """Of a run."""
-    trained_on: RunData | None = None
-    """Of a run: what its outputs are called, among other things."""
-
-
-@dataclass(frozen=True)
 class _Job:
     """A model and what to judge it on."""
 
-    model: _Model
-    dataset: ImageSet
+    subject: Subject
+    dataset: LabeledImages
     source: dict[str, Any]
     """How the data set was made."""
     task: Judged
@@ -103,7 +85,7 @@ class _Job:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.train.evaluation import evaluate_model, processes
+    from widefield.runs.judging import evaluate_model, processes
 
     state = processes()
     # All of them, and the place of the file, first: what cannot work is found before hours have gone.
@@ -117,15 +99,15 @@ def run(args: argparse.Namespace) -> int:
     with _bar(visible=state.is_main_process) as bar:
         for job in jobs:
             found = evaluate_model(
-                job.model.model,
+                job.subject.model,
                 job.dataset,
                 job.task,
                 device=args.device,
                 throughput=args.throughput,
-                progress=partial(bar.track, description=f"{job.model.name} {job.dataset.image_size}"),
+                progress=partial(bar.track, description=f"{job.subject.name} {job.dataset.image_size}"),
                 **job.how,
             )
-            job.model.model.cpu()  # the next one needs the room
+            job.subject.model.cpu()  # the next one needs the room
             done.append((job, found))
     if state.is_main_process:
         _show(done)
@@ -139,122 +121,82 @@ def run(args: argparse.Namespace) -> int:
 def _found(job: _Job, args: argparse.Namespace) -> Iterator[str]:
     """Yield what there is to judge on, and how it differs from what a run was judged on before."""
     yield job.dataset.found()
-    note = job.model.trained_on.note(job.dataset) if job.model.trained_on and args.data is None else ""
+    note = job.subject.trained_on.note(job.dataset) if job.subject.trained_on and args.data is None else ""
     if note:
-        yield f"the data of {job.model.name} have {note}"
+        yield f"the data of {job.subject.name} have {note}"
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
-    from widefield.train import labels
+    from widefield.runs import labels
 
     if (args.weights or args.which) and not any(map(_is_run, args.models)):
         raise ValueError("--weights and --which choose among the checkpoints of runs, and none of the models is a run.")
     real = labels.real_labels(None if args.real is True else args.real) if args.real else None
-    models = [model for word in args.models for model in _models(word, args)]
-    return [_job(model, size, real, args) for model in models for size in args.size]
+    subjects = [subject for word in args.models for subject in _subjects(word, args)]
+    return [_job(subject, size, real, args) for subject in subjects for size in args.size]
 
 
 def _is_run(word: str) -> bool:
     return Path(word).expanduser().is_dir()
 
 
-def _models(word: str, args: argparse.Namespace) -> list[_Model]:
-    if _is_run(word):
-        return _of_run(word, args)
-    from widefield.subjects import load
+def _subjects(word: str, args: argparse.Namespace) -> list[Subject]:
+    """Return the model that a word names, one for each kind of weights that is asked for."""
+    from widefield.runs import load
+    from widefield.runs.trained import weights_in
 
-    found = load(word, pretrained=args.pretrained, seed=args.seed)
-    make = _torchvision_expects if word.startswith("torchvision:") else _timm_expects
-    return [_Model(word, found.model, found.weights, partial(make, word, found.model))]
-
-
-def _timm_expects(word: str, model: nn.Module, size: int | None) -> dict[str, Any]:
-    from timm.data import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    if size not in (None, config["input_size"][-1]):
-        # What its authors, or timm's, found best for larger images than those of training.
-        config = {**resolve_model_data_config(model, use_test_size=True), "input_size": (size,)}
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {"size": config["input_size"][-1], **{name: config[name] for name in names}}
+    if not _is_run(word):
+        return [load(word, pretrained=args.pretrained, seed=args.seed)]
+    which = args.which or "best"
+    kinds = weights_in(word, which) if args.weights == "both" else [args.weights]
+    return [replace(load(word, which=which, weights=kind), name=word) for kind in kinds]
 
 
-def _torchvision_expects(word: str, model: nn.Module, size: int | None) -> dict[str, Any]:
-    import torchvision.models as tv
-
-    shown = tv.get_model_weights(word.removeprefix("torchvision:").partition("{")[0].strip()).DEFAULT.transforms()
-    return {
-        "size": size or shown.crop_size[0],
-        "mean": tuple(shown.mean),
-        "std": tuple(shown.std),
-        "interpolation": shown.interpolation.value,
-        "crop_pct": shown.crop_size[0] / shown.resize_size[0],
-    }
-
-
-def _of_run(word: str, args: argparse.Namespace) -> list[_Model]:
-    from widefield.train import checkpoint, load_recipe, load_trained, run_data
-
-    folder, which = Path(word).expanduser(), args.which or "best"
-    found = checkpoint.chosen(folder, which)
-    files = {"ema": found.path / "ema.safetensors", "model": found.path / "model.safetensors"}
-    if args.weights == "ema" and not files["ema"].is_file():
-        raise ValueError(f"the run in {folder} keeps no moving average; --weights model takes its weights as they are.")
-    kinds = [kind for kind in files if files[kind].is_file() and args.weights in (None, "both", kind)]
-    if args.weights is None:
-        kinds = kinds[:1]
-    recipe, trained_on = load_recipe(folder), run_data(folder)
-
-    def expects(size: int | None) -> dict[str, Any]:
-        known = {"size": trained_on.size, "mean": trained_on.mean, "std": trained_on.std}
-        shown = ("size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        kept = {*shown, "corrupt", "max_corrupt", "exif_orientation", "max_pixels"}
-        given = {key: value for key, value in recipe.data.args.items() if key in kept}
-        return {**known, **given, **({"size": size} if size else {})}
-
-    models = []
-    for kind in kinds:
-        model = load_trained(folder, which)
-        checkpoint.load_weights(files[kind], model)
-        weights = f"{kind}, {which} (step {found.step})"
-        models.append(_Model(word, model, weights, expects, recipe, trained_on))
-    return models
-
-
-def _job(model: _Model, size: int | None, real: Mapping[str, Sequence[int]] | None, args: argparse.Namespace) -> _Job:
+def _job(
+    subject: Subject, size: int | None, real: Mapping[str, Sequence[int]] | None, args: argparse.Namespace
+) -> _Job:
     from widefield import data
-    from widefield.train import labels
-    from widefield.train.evaluation import count_outputs
+    from widefield.runs import labels
+    from widefield.tasks import count_outputs
 
-    source = _source(model, size, args)
-    name, options = source["name"], {key: value for key, value in source.items() if key != "name"}
-    try:
-        dataset = data.create(name, "val", **options)
-    except FileNotFoundError as error:
-        if model.recipe is None or args.data is not None:
-            raise
-        raise FileNotFoundError(
-            f"the data of the run {model.name} are not at hand: {error} --data SOURCE judges it on others."
-        ) from error
+    source = _source(subject, size, args)
+    dataset = _dataset(subject, source, args)
     try:
         if not args.all_outputs:
             data.check_classes(dataset)
-        outputs = count_outputs(model.model, len(dataset.mean), dataset.image_size)
-        names = model.trained_on.classes if model.trained_on else labels.imagenet_names(outputs)
-        if model.trained_on and args.data is None and args.class_map == "auto":
-            model.trained_on.check_classes(dataset.classes)
+        outputs = count_outputs(subject.model, (len(dataset.mean), dataset.image_size, dataset.image_size))
+        names = subject.trained_on.classes if subject.trained_on else labels.imagenet_names(outputs)
+        if subject.trained_on and args.data is None and args.class_map == "auto":
+            subject.trained_on.check_classes(dataset.classes)
         places = labels.output_places(dataset.classes, outputs, names, args.class_map)
     except ValueError as error:
-        raise ValueError(f"{model.name} on {_called(source)}: {error}") from error
+        raise ValueError(f"{subject.name} on {_called(source)}: {error}") from error
     task = labels.Judged(places, outputs, restrict=not args.all_outputs, real=real)
-    recipe = model.recipe
+    recipe = subject.recipe
     how = {
         "batch_size": (recipe.batch_size if recipe else 128) if args.batch_size is None else args.batch_size,
         "workers": (recipe.workers if recipe else _readers()) if args.workers is None else args.workers,
         "mixed_precision": args.precision or (recipe.mixed_precision if recipe else "no"),
         "channels_last": args.channels_last or (recipe is not None and recipe.channels_last),
     }
-    return _Job(model, dataset, source, task, outputs, how)
+    return _Job(subject, dataset, source, task, outputs, how)
+
+
+def _dataset(subject: Subject, source: Mapping[str, Any], args: argparse.Namespace) -> LabeledImages:
+    from widefield import data
+
+    options = {key: value for key, value in source.items() if key != "name"}
+    try:
+        dataset = data.create(source["name"], "val", **options)
+    except FileNotFoundError as error:
+        if subject.recipe is None or args.data is not None:
+            raise
+        raise FileNotFoundError(
+            f"the data of the run {subject.name} are missing: {error} --data SOURCE evaluates it on others."
+        ) from error
+    if not isinstance(dataset, data.LabeledImages):
+        raise ValueError(f"{source['name']} has no labeled images, and widefield eval measures classifiers only.")
+    return dataset
 
 
 def _readers() -> int:
@@ -262,16 +204,16 @@ def _readers() -> int:
     return min(4, len(allowed))
 
 
-def _source(model: _Model, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the name and the options of the data set that a model is to be judged on."""
+def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the name and the options of the data set to evaluate a model on."""
     from widefield.data.catalog import SETS
     from widefield.data.image_files import ImageFiles
 
     asked = {key: value for key, value in (("size", size), ("crop_pct", args.crop_pct)) if value is not None}
-    own = {"name": model.recipe.data.name, **model.recipe.data.args} if model.recipe else None
+    own = {"name": subject.recipe.data.name, **subject.recipe.data.args} if subject.recipe else None
     if args.data is None:
         if own is None:
-            raise ValueError(f"{model.name} is not a run, which would have data of its own: give --data.")
+            raise ValueError(f"{subject.name} is not a run, which would have data of its own: give --data.")
         name, root = own["name"], ""
     else:
         name, colon, root = args.data.partition(":")
@@ -290,7 +232,7 @@ def _source(model: _Model, size: int | None, args: argparse.Namespace) -> dict[s
         asked["corrupt"] = "skip"
     if own and name == own["name"] and not root:
         return {**own, **asked}
-    return {"name": name, **(model.expects(size) if files else {}), **asked, **({"root": root} if root else {})}
+    return {"name": name, **(subject.image_options(size) if files else {}), **asked, **({"root": root} if root else {})}
 
 
 def _called(source: Mapping[str, Any]) -> str:
@@ -308,13 +250,13 @@ def _bar(*, visible: bool) -> Iterator[Progress]:
 
 
 def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
-    from widefield.train.runs import shown
+    from widefield.runs.records import shown
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     rows = []
     for job, found in done:
         chosen = len(job.task.places)
-        row = {"model": job.model.name, "weights": job.model.weights, "data": _called(job.source)}
+        row = {"model": job.subject.name, "weights": str(job.subject.weights), "data": _called(job.source)}
         row |= {"size": str(found.size), "images": str(found.images)}
         row["classes"] = str(chosen) if chosen == job.outputs else f"{chosen} of {job.outputs}"
         row |= {name: shown(name, found.metrics.get(name)) for name in metrics}
@@ -329,7 +271,7 @@ def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) ->
 
     results = []
     for job, found in done:
-        about: dict[str, Any] = {"model": job.model.name, "weights": job.model.weights, "data": job.source}
+        about: dict[str, Any] = {"model": job.subject.name, "weights": str(job.subject.weights), "data": job.source}
         about |= {"outputs": job.outputs, "classes": len(job.task.places)}
         results.append({**about, **found.to_dict()})
     content = {

@@ -14,15 +14,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the run's folder)")
     parser.add_argument("--count", type=int, default=32, metavar="N", help="images to look at (32)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
+    parser.set_defaults(writes={"out": False})
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from rich.console import Console
 
-    from widefield.run_report import write
+    from widefield.runs import write_report
 
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    page = write(args.runs, args.out, count=args.count, device=args.device, say=console.print)
+    page = write_report(args.runs, args.out, count=args.count, device=args.device, say=console.print)
     print(f"wrote {page}")
     return 0

@@ -28,12 +28,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw metrics over epochs: .png, .pdf or .svg")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write recipes and logs of the runs as JSON")
+    parser.set_defaults(writes={"out": False, "plot": False})
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield import _checks, report
-    from widefield.train import runs
+    from widefield import _checks, report, runs
 
     if args.plot:
         _checks.choice("the suffix of --plot", args.plot.suffix, _DRAWINGS)

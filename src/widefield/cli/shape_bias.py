@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield.data import ConflictImages, Scales, write_conflicts
-    from widefield.train.labels import imagenet_names
+    from widefield.runs.labels import imagenet_names
 
     results = {}
     for word in args.models:

@@ -1,6 +1,7 @@
 """Data sets of one form: embedded (`Digits`), generated (`Scales`), CIFAR, and yours (`Folder`, `Shards` and more)."""
 
-from widefield.data.catalog import create, create_both
+from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
+from widefield.data.catalog import SETS, create, create_both
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
 from widefield.data.decoding import CorruptImageError, UnsupportedImageError
@@ -8,13 +9,13 @@ from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.image_files import CorruptImagesError
-from widefield.data.loading import ImageSet, Sample, check_classes, collate, seeded, summarize
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.shards import Shards
 
 __all__ = [
     "PHOTOGRAPHS",
+    "SETS",
     "SIXTEEN",
     "Cifar10",
     "Cifar100",
@@ -24,9 +25,10 @@ __all__ = [
     "Digits",
     "Folder",
     "HuggingFace",
-    "ImageSet",
+    "LabeledImages",
     "Pictures",
     "Sample",
+    "SampleSet",
     "Scales",
     "Shards",
     "UnsupportedImageError",

@@ -6,16 +6,16 @@ import inspect
 from typing import Any
 
 from widefield import _checks
+from widefield.data.base import LabeledImages, SampleSet, check_classes
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.class_map import alike, listed
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
-from widefield.data.loading import ImageSet, check_classes
 from widefield.data.scales import Scales
 from widefield.data.shards import Shards
 
-SETS: dict[str, type[ImageSet]] = {
+SETS: dict[str, type[SampleSet]] = {
     "digits": Digits,
     "scales": Scales,
     "cifar10": Cifar10,
@@ -24,19 +24,21 @@ SETS: dict[str, type[ImageSet]] = {
     "shards": Shards,
     "hfds": HuggingFace,
 }
+"""Data sets by the name that recipes use. Add a class of your own to train on it from a recipe."""
 
 
-def create(name: str, split: str, **options: Any) -> ImageSet:
+def create(name: str, split: str, **options: Any) -> SampleSet:
     """Build the data set ``name``.
 
     Args:
-        name: ``"digits"``, ``"scales"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``, ``"shards"`` or ``"hfds"``.
+        name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``, ``"shards"``,
+            ``"hfds"`` or one of yours.
         split: ``"train"`` or ``"val"``.
-        options: keyword arguments of `Digits`, `Scales`, `Cifar`, `Folder`, `Shards` or `HuggingFace`.
+        options: keyword arguments of the set's class: `Digits`, `Scales`, `Cifar`, `Folder`, `Shards`, `HuggingFace`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.
-        TypeError: unknown or missing option, or one of the wrong kind.
+        TypeError: unknown or missing option, or one of the wrong type.
         OSError: the files of the set are missing or cannot be read.
         ModuleNotFoundError: the package that reads the set is not installed.
     """
@@ -54,11 +56,11 @@ def create(name: str, split: str, **options: Any) -> ImageSet:
     return make(split, **options)
 
 
-def create_both(name: str, **options: Any) -> tuple[ImageSet, ImageSet]:
+def create_both(name: str, **options: Any) -> tuple[SampleSet, SampleSet]:
     """Build the train and the val split of the data set ``name``; arguments and errors as of ``create``.
 
-    Raises ValueError if a label means different classes in the two, or there is only one class. Val may lack the last
-    classes.
+    Raises ValueError if a label means different classes in the two, or if labeled images have only one class. Val may
+    lack the last classes.
     """
     train, val = create(name, "train", **options), create(name, "val", **options)
     for label, there in enumerate(val.classes):
@@ -68,12 +70,13 @@ def create_both(name: str, **options: Any) -> tuple[ImageSet, ImageSet]:
                 f"the splits of {name!r} differ in classes: label {label} is {listed([there])} in val, and in train "
                 f"{'there is no such label' if here is None else listed([here])}.{alike({here or there, there})}"
             )
-    check_classes(train)
+    if isinstance(train, LabeledImages):
+        check_classes(train)
     return train, val
 
 
-def options_of(make: type[ImageSet]) -> list[str]:
-    """Return the names of a data set's options, with those that it passes on to its base class."""
+def options_of(make: type[SampleSet]) -> list[str]:
+    """Return the names of a data set's options, including those that it passes to its base class."""
     names: list[str] = []
     for base in make.__mro__:
         if "__init__" in vars(base):

@@ -17,12 +17,12 @@ from PIL import Image
 from widefield import _checks
 from widefield.data import transforms
 from widefield.data._cifar_files import CIFAR10, CIFAR100, Files, read_files
-from widefield.data.loading import ImageSet, Sample, seeded
+from widefield.data.base import LabeledImages, Sample, seeded
 
 _SIDE = 32
 
 
-class Cifar(ImageSet):
+class Cifar(LabeledImages):
     """What `Cifar10` and `Cifar100` share: images kept as bytes; ``val`` is the test part, as papers use it.
 
     Samples: ``image`` float32 (3, size, size), ``label`` int.

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from widefield import _checks
+from widefield.data.base import Sample, collate
 from widefield.data.decoding import read
 from widefield.data.listing import Skipped, counted, folders_in, images_in
-from widefield.data.loading import Sample, collate
 from widefield.data.scales import _CELLS, _OUTLINES, _REACH, Scales, _colours, _interpolate
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation, statistics
 

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from widefield import _checks
-from widefield.data.loading import ImageSet, Sample, normalise, seeded
+from widefield.data.base import LabeledImages, Sample, normalize, seeded
 
 _MEAN, _STD = 0.305, 0.376  # of the pixels of the train split, scaled to [0, 1]
 _HELD_OUT = 5  # one image in so many of each class is for validation
 
 
-class Digits(ImageSet):
+class Digits(LabeledImages):
     """Handwritten digits 0 to 9; 1,442 for training, 355 for validation, whatever the seed.
 
     Samples: ``image`` float32 (channels, size, size), ``label`` int.
@@ -51,7 +51,7 @@ class Digits(ImageSet):
         chosen = _held_out(labels) == (split == "val")
         pixels = torch.as_tensor(images[chosen] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
         self._pixels = interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-        self._images = normalise(self._pixels, (_MEAN,), (_STD,))
+        self._images = normalize(self._pixels, (_MEAN,), (_STD,))
         self._labels: list[int] = labels[chosen].tolist()
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class Digits(ImageSet):
         )
         with seeded(self.key(index)):
             moved: torch.Tensor = move(self._pixels[index])  # before normalising: the paper is 0
-        return normalise(moved, (_MEAN,), (_STD,))
+        return normalize(moved, (_MEAN,), (_STD,))
 
 
 def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:

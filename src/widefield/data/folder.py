@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from widefield.data.base import SPLITS
 from widefield.data.class_map import alike, classes_of, listed, shown
 from widefield.data.image_files import ImageFiles
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, folders_in, images_in, is_hidden, is_image
-from widefield.data.loading import SPLITS
 
 _LAYOUT = "Expected root/train/<class>/<image> and root/val/<class>/<image>."
 

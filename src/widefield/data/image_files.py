@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from widefield import _checks
 from widefield.data import transforms
+from widefield.data.base import LabeledImages, Sample, seeded, shared
 from widefield.data.class_map import alike
 from widefield.data.decoding import CorruptImageError, UnsupportedImageError, decoding_options, read
 from widefield.data.listing import Skipped
-from widefield.data.loading import ImageSet, Sample, seeded, shared
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 _LISTED = 100  # names in the message of CorruptImagesError; each was in a warning before
 
 
-class ImageFiles(ImageSet):
+class ImageFiles(LabeledImages):
     """Images of any size, decoded when they are asked for.
 
     Samples: ``image`` float32 (3, size, size), ``label`` int, and with ``names`` the file's name, str, as ``name``.

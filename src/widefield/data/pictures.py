@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from widefield import _checks
+from widefield.data.base import LabeledImages, Sample, SampleSet, collate, normalize, seeded
 from widefield.data.catalog import SETS, create
 from widefield.data.decoding import decoding_options, read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
-from widefield.data.loading import ImageSet, Sample, collate, normalise, seeded
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOGRAPHS = "photographs"
@@ -27,7 +27,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
 _SMALLEST_CROP = 0.35  # of a photograph's shorter side
 
 
-class Pictures(ImageSet):
+class Pictures(LabeledImages):
     """Images (C, size, size), float32 and normalised, drawn once by a seed; read when they are asked for.
 
     C is 3, or what the data set gives and ``mean`` and ``std`` do not widen. Samples: ``image``, ``label`` (-1 where
@@ -66,7 +66,7 @@ class Pictures(ImageSet):
         super().__init__("val", size, seed)
         self.source = str(source)
         self.classes = ()
-        self._from: ImageSet | None = None
+        self._from: SampleSet | None = None
         self._files: list[Path] = []
         self._skipped = Skipped()
         self._decoding = decoding_options(exif_orientation, max_pixels)
@@ -143,7 +143,7 @@ class Pictures(ImageSet):
         channels = len(self.mean)
         if len(pixels) == 3 and channels == 1:
             pixels = (pixels * pixels.new_tensor(_LUMA)[:, None, None]).sum(0, keepdim=True)
-        return normalise(pixels.expand(channels, -1, -1), self.mean, self.std)
+        return normalize(pixels.expand(channels, -1, -1), self.mean, self.std)
 
     def _crop(self, index: int) -> Tensor:
         """Return crop ``index`` of one of the two photographs, of random place, side and direction."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from widefield import _checks
-from widefield.data.loading import SPLITS, ImageSet, Sample, normalise
+from widefield.data.base import SPLITS, LabeledImages, Sample, normalize
 
 _REACH = 0.55  # no shape leaves the circle of this radius, in units of the object's side
 _CELLS = (1, 2, 4, 8)  # sides in pixels of the cells of the texture's layers
@@ -86,7 +86,7 @@ Areas are 0.34 to 0.57 of the square of the side.
 """
 
 
-class Scales(ImageSet):
+class Scales(LabeledImages):
     """Images of one shape each, of very different sizes, on a mild texture; 8 balanced classes.
 
     An image is a function of (seed, split, index) and of the drawing options, whatever ``count`` is and whichever
@@ -145,7 +145,7 @@ class Scales(ImageSet):
     def sample(self, index: int) -> Sample:
         """Return sample ``index``; its tensors are the caller's own."""
         return {
-            "image": normalise(self._images[index] / 255, self.mean, self.std),
+            "image": normalize(self._images[index] / 255, self.mean, self.std),
             "label": int(self._labels[index]),
             "size": self._sizes[index].clone(),
             "mask": self._masks[index].clone(),

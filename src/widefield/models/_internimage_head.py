@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield.nn.deform import keyed
-from widefield.nn.reparam import fold_norm, refuse_training
+from widefield.nn.fusing import fold_norm, refuse_training
 
 
 def layer_norm(width: int) -> nn.Sequential:

@@ -19,10 +19,11 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.models._backbone import NormedBackbone, initialize_truncated
 from widefield.models._registry import Stated, build, cfg
+from widefield.nn.fusing import refuse_training
 from widefield.nn.gnconv import GlobalLocalFilter, GnConv
-from widefield.nn.reparam import Pair, refuse_training
 
 __all__ = ["HorNet"]
 

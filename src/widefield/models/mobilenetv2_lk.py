@@ -91,7 +91,9 @@ def _enlarged(block: nn.Module, size: int, small: int) -> dict[nn.Module, nn.Mod
                 own.eps, own.momentum = norm.eps, norm.momentum
         exchanged = {conv: layer, norm: norm.act}
     else:
-        layer = DepthwiseConv2d(conv.in_channels, size, conv.stride, size // 2, bias=False).to(conv.weight)
+        layer = DepthwiseConv2d(conv.in_channels, conv.in_channels, size, conv.stride, size // 2, bias=False).to(
+            conv.weight
+        )
         exchanged = {conv: layer}
     efficientnet_init_weights(layer)
     return exchanged

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from widefield import _checks
 from widefield.models._backbone import Backbone, initialize_fan_out
 from widefield.models._registry import Stated, build, cfg
+from widefield.nn.fusing import fold_norm, norm_affine, refuse_training
 from widefield.nn.moga import DILATIONS, SPLIT, ChannelAggregationFFN, MultiOrderGatedAggregation
-from widefield.nn.reparam import fold_norm, norm_affine, refuse_training
 
 __all__ = ["MogaNet"]
 

@@ -39,7 +39,7 @@ class RepLKBlock(nn.Module):
         super().__init__()
         self.pw1 = ConvNorm(nn.Conv2d(width, inner, 1, bias=False), nn.ReLU())
         self.pw2 = ConvNorm(nn.Conv2d(inner, width, 1, bias=False))
-        self.large_kernel = LargeKernelConv2d(inner, kernel_size, small=small)
+        self.large_kernel = LargeKernelConv2d(inner, inner, kernel_size, small=small)
         self.lk_nonlinear = nn.ReLU()
         self.prelkb_bn = nn.BatchNorm2d(width)
         self.drop_path = DropPath(drop_path)
@@ -128,9 +128,9 @@ class RepLKNet(Backbone):
         first = widths[0]
         self.stem = nn.Sequential(
             ConvNorm(nn.Conv2d(in_chans, first, 3, 2, 1, bias=False), nn.ReLU()),
-            ConvNorm(DepthwiseConv2d(first, 3, padding=1, bias=False), nn.ReLU()),
+            ConvNorm(DepthwiseConv2d(first, first, 3, padding=1, bias=False), nn.ReLU()),
             ConvNorm(nn.Conv2d(first, first, 1, bias=False), nn.ReLU()),
-            ConvNorm(DepthwiseConv2d(first, 3, 2, 1, bias=False), nn.ReLU()),
+            ConvNorm(DepthwiseConv2d(first, first, 3, 2, 1, bias=False), nn.ReLU()),
         )
         self.stages = nn.ModuleList(
             nn.ModuleDict({"blocks": nn.Sequential(*blocks(*stage))})
@@ -139,7 +139,7 @@ class RepLKNet(Backbone):
         self.transitions = nn.ModuleList(
             nn.Sequential(
                 ConvNorm(nn.Conv2d(before, width, 1, bias=False), nn.ReLU()),
-                ConvNorm(DepthwiseConv2d(width, 3, 2, 1, bias=False), nn.ReLU()),
+                ConvNorm(DepthwiseConv2d(width, width, 3, 2, 1, bias=False), nn.ReLU()),
             )
             for before, width in pairwise(widths)
         )

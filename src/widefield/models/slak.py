@@ -174,8 +174,8 @@ class SLaK(NormedBackbone):
 
 def _large_kernel(width: int, kernel_size: int, small_kernel: int, decomposed: bool) -> ReparamConv2d:
     if decomposed:
-        return DecomposedConv2d(width, kernel_size, small_kernel)
-    return LargeKernelConv2d(width, kernel_size, small=small_kernel if small_kernel < kernel_size else None)
+        return DecomposedConv2d(width, width, kernel_size, small=small_kernel)
+    return LargeKernelConv2d(width, width, kernel_size, small=small_kernel if small_kernel < kernel_size else None)
 
 
 default_cfgs = generate_default_cfgs({name: cfg("downsample_layers.0.0") for name in STATED})

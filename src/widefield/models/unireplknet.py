@@ -23,9 +23,10 @@ from widefield import _checks
 from widefield.models._backbone import NormedBackbone, initialize_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.fusing import fold_norm, refuse_training
 from widefield.nn.grn import GRN
 from widefield.nn.large_kernel import DILATED_BRANCHES, DilatedReparamConv2d
-from widefield.nn.reparam import fold_norm, merged, refuse_training
+from widefield.nn.reparam import merged
 from widefield.surgery.walk import fuse_layers
 
 __all__ = ["UniRepLKNet"]
@@ -109,9 +110,9 @@ class UniRepLKNetBlock(nn.Module):
             "gamma", nn.Parameter(torch.full((channels,), layer_scale_init)) if layer_scale_init else None
         )
         self.dwconv = (
-            DilatedReparamConv2d(channels, kernel_size)
+            DilatedReparamConv2d(channels, channels, kernel_size)
             if kernel_size >= DILATED_FROM
-            else DepthwiseConv2d(channels, kernel_size, bias=False)
+            else DepthwiseConv2d(channels, channels, kernel_size, padding="same", bias=False)
         )
         self.norm = nn.BatchNorm2d(channels)
         self.se = SqueezeExcite(channels)

@@ -22,8 +22,8 @@ from widefield import _checks
 from widefield.models._backbone import Backbone, initialize_fan_out
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.depthwise import DepthwiseConv2d, bare
+from widefield.nn.fusing import fold_norm, norm_affine, refuse_training
 from widefield.nn.lka import LKAAttention
-from widefield.nn.reparam import fold_norm, norm_affine, refuse_training
 
 __all__ = ["VAN"]
 
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             OrderedDict(
                 fc1=nn.Conv2d(width, hidden, 1),
-                dwconv=nn.Sequential(OrderedDict(dwconv=DepthwiseConv2d(hidden, 3))),
+                dwconv=nn.Sequential(OrderedDict(dwconv=DepthwiseConv2d(hidden, hidden, 3, padding="same"))),
                 act=nn.GELU(),
                 fc2=nn.Conv2d(hidden, width, 1),
             )

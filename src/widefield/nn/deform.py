@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops._problem import channels_first, is_channels_last, laid_out, size_of
 from widefield.ops.deform import BACKENDS, Sampling, dcnv3, grid_sampled, sampling_points
@@ -70,8 +71,11 @@ class DCNv3(nn.Module):
         norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
         act_layer: Callable[[], nn.Module] = nn.GELU,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = _checks.integer("channels", channels)
         self.out_channels = _checks.integer("out_channels", channels if out_channels is None else out_channels)
         self.backend = _checks.choice("backend", backend, BACKENDS)
@@ -85,19 +89,19 @@ class DCNv3(nn.Module):
             raise ValueError(f"channels must be divisible by groups; got channels={channels} and groups={groups}.")
         dw_size = size if dw_kernel_size is None else dw_kernel_size
         self.dw_conv = nn.Sequential(
-            DepthwiseConv2d(channels, dw_size, stride=stride, padding=_depthwise_padding(dw_size, self.sampling)),
-            keyed(1, norm_layer(channels)),
+            DepthwiseConv2d(channels, channels, dw_size, stride, _depthwise_padding(dw_size, self.sampling), **where),
+            keyed(1, norm_layer(channels).to(device, dtype)),
             act_layer(),
         )
         count = groups * self.sampling.points
-        self.offset = nn.Linear(channels, 2 * count)
-        self.mask = nn.Linear(channels, count)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, self.out_channels)
+        self.offset = nn.Linear(channels, 2 * count, **where)
+        self.mask = nn.Linear(channels, count, **where)
+        self.input_proj = nn.Linear(channels, channels, **where)
+        self.output_proj = nn.Linear(channels, self.out_channels, **where)
         self.center_feature_scale = bool(center_feature_scale)
         if self.center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups))
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(groups, channels, **where))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(groups, **where))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,6 +130,7 @@ class DCNv3(nn.Module):
         places = sampling_points(offset, (x.shape[1], x.shape[2]), self.sampling)
         return places, mask.unflatten(-1, (self.sampling.groups, -1))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, Ho, Wo, C_out)."""
         features = self._features(x)
@@ -192,7 +197,7 @@ class DeformConv2d(DCNv3):
         in_channels, out_channels, kernel_size, stride, padding, dilation: as in Conv2d, one number each.
         groups: not Conv2d's: how many sets of points there are; by default groups of 16 channels as in the paper, or
             as few more as divide the channels.
-        options: further ones of :class:`DCNv3`, by name.
+        options: further ones of :class:`DCNv3`, by name; also ``device`` and ``dtype``.
     """
 
     def __init__(
@@ -231,20 +236,21 @@ class DeformConv2d(DCNv3):
         reason = why_not(conv)
         if reason is not None:
             raise ValueError(f"{conv} cannot become a DeformConv2d: {reason}.")
-        with conv.weight.device:
-            layer = cls(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size[0],
-                conv.stride[0],
-                _padding(conv),
-                conv.dilation[0],
-                groups,
-                **options,
-            )
-        layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad)
-        return layer.train(conv.training)
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size[0],
+            conv.stride[0],
+            _padding(conv),
+            conv.dilation[0],
+            groups,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, Ho, Wo)."""
         _checks.images(size_of(x), self.channels)

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield._checks import Pair
+from widefield.nn._leaf import leaf
+from widefield.nn.fusing import learns, refuse_training
 from widefield.ops import depthwise_conv2d
 from widefield.ops._backend import BACKENDS
 from widefield.ops._problem import size_of
 
 _Conv = TypeVar("_Conv", bound=nn.Conv2d)
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _ARGUMENTS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
@@ -22,32 +27,35 @@ _ARGUMENTS = (
 class DepthwiseConv2d(nn.Conv2d):
     """A ``torch.nn.Conv2d`` with ``groups == in_channels == out_channels`` that runs :func:`ops.depthwise_conv2d`.
 
-    Same arguments, parameters, keys, initialisation and ``isinstance``; the same output to rounding.
+    Same arguments, parameters, keys, initialization and ``isinstance``; the same output to rounding.
 
     Args:
-        channels: of input and output.
-        kernel_size, stride, dilation, bias, padding_mode, device, dtype: as in Conv2d.
-        padding: as in Conv2d; "same" by default, which needs stride 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype: as in
+            Conv2d.
+        groups: as in Conv2d, but the channels by default, and no other number.
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: different numbers of channels and groups, an unknown backend.
     """
 
     def __init__(
         self,
-        channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = "same",
-        dilation: int | tuple[int, int] = 1,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int | None = None,
         bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
         *,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        channels = _checks.depthwise_channels(in_channels, out_channels, groups)
         self.backend = _checks.choice("backend", backend, BACKENDS)
         super().__init__(
             channels, channels, kernel_size, stride, padding, dilation, channels, bias, padding_mode,
@@ -56,41 +64,48 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, backend: str = "auto") -> DepthwiseConv2d:
-        """Return this layer in place of ``conv``, with its very parameters, mode and padding.
+        """Return this layer in place of ``conv``, with its mode and padding. It shares the parameters of ``conv``.
 
         Raises:
-            ValueError: ``conv`` is no depthwise convolution; the message is that of :func:`why_not`.
+            ValueError: ``conv`` is not a depthwise convolution; the message is that of :func:`why_not`.
         """
         reason = why_not(conv)
         if reason is not None:
             raise ValueError(f"cannot be a DepthwiseConv2d: {reason}.")
-        layer = cls(
-            conv.in_channels,
-            _pair(conv.kernel_size),
-            stride=_pair(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            dilation=_pair(conv.dilation),
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            backend=backend,
-            device="meta",
-        )
-        return _hand_over(conv, layer)
+        make: Any = cls
+        arguments = {name: getattr(conv, name) for name in _ARGUMENTS}
+        layer: DepthwiseConv2d = make(**arguments, bias=conv.bias is not None, backend=backend, device="meta")
+        layer.weight, layer.bias = conv.weight, conv.bias
+        return layer.train(conv.training)
 
     def fuse(self) -> nn.Conv2d:
-        """Return the plain ``torch.nn.Conv2d`` with these very parameters. Exact in any mode: nothing is merged."""
-        return _hand_over(self, bare(self, bias=self.bias is not None))
+        """Return a plain ``torch.nn.Conv2d`` with copies of the parameters. Exact.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        refuse_training(self)
+        return copied_into(bare(self, bias=self.bias is not None), self)
+
+    @leaf
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W) -> as Conv2d's; ValueError for an input of another shape."""
+        return self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if input.ndim == 3:  # an image without a batch, as Conv2d takes it
             return self._conv_forward(input[None], weight, bias)[0]
-        _checks.images(size_of(input), self.in_channels)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
+            _checks.images(size_of(input), self.in_channels)
             input, padding = nn.functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        return depthwise_conv2d(
-            input, weight, bias, stride=self.stride, padding=padding, dilation=self.dilation, backend=self.backend
-        )
+        try:
+            return depthwise_conv2d(
+                input, weight, bias, stride=self.stride, padding=padding, dilation=self.dilation, backend=self.backend
+            )
+        except ValueError:
+            _checks.images(size_of(input), self.in_channels)  # in the words of the layer if the input is at fault
+            raise
 
 
 def bare(conv: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
@@ -116,11 +131,9 @@ def not_depthwise(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    rows, columns = sizes
-    return rows, columns
-
-
-def _hand_over(source: nn.Conv2d, target: _Conv) -> _Conv:
-    target.weight, target.bias = source.weight, source.bias
-    return target.train(source.training)
+def copied_into(target: _Conv, source: nn.Conv2d) -> _Conv:
+    """Return ``target`` with copies of the parameters of ``source``, in evaluation mode."""
+    target.weight = nn.Parameter(source.weight.detach().clone(), learns([source.weight]))
+    if source.bias is not None:
+        target.bias = nn.Parameter(source.bias.detach().clone(), learns([source.bias]))
+    return target.eval()

@@ -18,24 +18,21 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.nn._leaf import is_symbolic, recorded
-from widefield.nn.depthwise import DepthwiseConv2d, bare
-from widefield.nn.reparam import fold_norm, refuse_training
+from widefield._checks import Pair
+from widefield.nn._leaf import leaf
+from widefield.nn.depthwise import DepthwiseConv2d, PaddingMode, bare
+from widefield.nn.fusing import fold_norm, learns, refuse_training
 from widefield.ops import depthwise_conv2d, per_sample_conv2d
 from widefield.ops._autocast import without_autocast
 from widefield.ops._problem import size_of
 
-Pair = tuple[int, int]
-Padding = Literal["zeros", "reflect", "replicate", "circular"]
-
-INIT = ("preserve", "random")
 PREDICT = {"sigma": 1, "sigma1_sigma2": 2, "sigma1_ratio": 2}
 """What a dynamic layer predicts (table IV), and how many numbers that is."""
 
@@ -89,7 +86,7 @@ class _MaskedConv2d(nn.Module):
         dilation: int | Pair,
         groups: int,
         bias: bool,
-        padding_mode: Padding,
+        padding_mode: PaddingMode,
         sigma: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -133,7 +130,7 @@ class _MaskedConv2d(nn.Module):
         Raises:
             ValueError: ``conv`` cannot be replaced, or its kernel divided by the mask; the message says why.
         """
-        preserve = _checks.choice("init", init, INIT) == "preserve"
+        preserve = _checks.init(init) == "preserve"
         reason = why_not(conv) or (fades_out(conv, sigma) if preserve else None)
         if reason:
             raise ValueError(f"{conv} cannot become a {cls.__name__}: {reason}.")
@@ -218,7 +215,7 @@ class GMConv2d(_MaskedConv2d):
         dilation: int | Pair = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: Padding = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         sigma: float = 5.0,
         device: torch.device | str | None = None,
@@ -244,6 +241,7 @@ class GMConv2d(_MaskedConv2d):
         """Return the kernel that convolves (C_out, C_in/groups, KH, KW): ``weight`` under the mask."""
         return self._under(self.mask())
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
         if x.ndim == 3:
@@ -267,7 +265,7 @@ class GMConv2d(_MaskedConv2d):
             ValueError: ``norm`` has no running statistics, or another number of channels.
         """
         refuse_training(self)
-        return _folded(self, self.kernel().detach(), norm)
+        return _folded(self, self.kernel().detach(), norm, trained=learns([self.weight, self.sigma]))
 
 
 class DynamicGMConv2d(_MaskedConv2d):
@@ -301,7 +299,7 @@ class DynamicGMConv2d(_MaskedConv2d):
         dilation: int | Pair = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: Padding = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         sigma: float = 5.0,
         predict: str = "sigma1_ratio",
@@ -338,10 +336,9 @@ class DynamicGMConv2d(_MaskedConv2d):
         """Return the mask (KH, KW) of an image that excites no hidden unit, as all masks are before training."""
         return gaussian_mask(self.kernel_size, *self._sigmas(self.predictor.out.bias).unbind(-1))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
-        if is_symbolic(x):
-            return recorded(self, x)
         if x.ndim == 3:
             return self.forward(x[None])[0]
         kernels = self._under(self.masks(x)[:, None, None])
@@ -365,7 +362,7 @@ class DynamicGMConv2d(_MaskedConv2d):
             ValueError: ``norm`` has no running statistics, or another number of channels.
         """
         refuse_training(self)
-        conv = _folded(self, self.weight.detach().clone(), norm)
+        conv = _folded(self, self.weight.detach().clone(), norm, trained=learns([self.weight]))
         twin = self._shaped_as(conv, self.start, predict=self.predict, device="meta")
         twin.weight, twin.bias = conv.weight, conv.bias  # type: ignore[assignment]
         twin.predictor = copy.deepcopy(self.predictor)
@@ -381,7 +378,8 @@ class DynamicGMConv2d(_MaskedConv2d):
             raise ValueError(f"mask must be (KH, KW) = {self.kernel_size}; got shape {tuple(mask.shape)}.")
         if not mask.isfinite().all():
             raise ValueError("mask must be finite, and holds NaN or infinity.")
-        return _folded(self, self._under(mask.to(self.weight.device)).detach(), None)
+        kernel = self._under(mask.to(self.weight.device)).detach()
+        return _folded(self, kernel, None, trained=learns([self.weight]))
 
     def _sigmas(self, predicted: Tensor) -> Tensor:
         """(..., n) as predicted -> (..., 2) as read."""
@@ -470,10 +468,10 @@ def fades_out(conv: nn.Conv2d, sigma: float | None = None) -> str | None:
     )
 
 
-def _folded(layer: _MaskedConv2d, kernel: Tensor, norm: nn.Module | None) -> nn.Conv2d:
+def _folded(layer: _MaskedConv2d, kernel: Tensor, norm: nn.Module | None, *, trained: bool) -> nn.Conv2d:
     """Return the convolution that ``layer`` would be with this kernel, and ``norm`` after it."""
     plain = bare(layer, bias=layer.bias is not None)  # type: ignore[arg-type]
-    plain.weight = nn.Parameter(kernel, layer.weight.requires_grad)
+    plain.weight = nn.Parameter(kernel, trained)
     if layer.bias is not None:
         plain.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     plain.eval()

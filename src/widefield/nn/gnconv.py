@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import reparam
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.nn.reparam import Pair, odd_pair, refuse_training
+from widefield.nn.fusing import refuse_training
+from widefield.nn.reparam import odd_pair
 from widefield.ops._problem import size_of
 
 HIGHEST_ORDER = 5
@@ -48,18 +51,28 @@ class GlobalLocalFilter(nn.Module):
         TypeError, ValueError: numbers that are no positive integers, odd channels.
     """
 
-    def __init__(self, channels: int, height: int = 14, width: int = 8) -> None:
+    def __init__(
+        self,
+        channels: int,
+        height: int = 14,
+        width: int = 8,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = _checks.integer("channels", channels)
         if channels % 2:
             raise ValueError(f"channels must be even, half for each kind of filter; got {channels}.")
         size = _checks.integer("height", height), _checks.integer("width", width)
-        self.dw = DepthwiseConv2d(channels // 2, 3, bias=False)
-        self.complex_weight = nn.Parameter(torch.empty(channels // 2, *size, 2))
+        self.dw = DepthwiseConv2d(channels // 2, channels // 2, 3, padding="same", bias=False, **where)
+        self.complex_weight = nn.Parameter(torch.empty(channels // 2, *size, 2, **where))
         trunc_normal_(self.complex_weight, std=0.02)
-        self.pre_norm = LayerNorm2d(channels, eps=1e-6)
-        self.post_norm = LayerNorm2d(channels, eps=1e-6)
+        self.pre_norm = LayerNorm2d(channels, eps=1e-6, **where)
+        self.post_norm = LayerNorm2d(channels, eps=1e-6, **where)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)
@@ -126,6 +139,7 @@ class GatedRecursion(nn.Module):
         y: Tensor = self.dwconv(x)
         return y
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.widths[-1])
@@ -169,7 +183,10 @@ class GnConv(GatedRecursion):
         global_filter: Pair | None = None,
         *,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         channels, order = _checks.integer("channels", channels), _checks.integer("order", order)
         if channels % 2 ** (order - 1):
             raise ValueError(
@@ -180,16 +197,16 @@ class GnConv(GatedRecursion):
         size = odd_pair("kernel_size", kernel_size)
         mixer: nn.Module
         if global_filter is None:
-            mixer = DepthwiseConv2d(sum(widths), size, backend=backend)
+            mixer = DepthwiseConv2d(sum(widths), sum(widths), size, padding="same", backend=backend, **where)
         elif widths[0] % 2:
             raise ValueError(
                 f"a global filter takes half of {sum(widths)} channels: channels must be divisible by {2**order} for "
                 f"order={order}; got {channels}."
             )
         else:
-            mixer = GlobalLocalFilter(sum(widths), *_checks.pair("global_filter", global_filter))
-        pws = nn.ModuleList(nn.Conv2d(width, 2 * width, 1) for width in widths[:-1])
-        ends = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
+            mixer = GlobalLocalFilter(sum(widths), *_checks.pair("global_filter", global_filter), **where)
+        pws = nn.ModuleList(nn.Conv2d(width, 2 * width, 1, **where) for width in widths[:-1])
+        ends = nn.Conv2d(channels, 2 * channels, 1, **where), nn.Conv2d(channels, channels, 1, **where)
         super().__init__(widths, OrderedDict(proj_in=ends[0], dwconv=mixer, proj_out=ends[1], pws=pws))
         self.scale = _checks.number("scale", scale)
 
@@ -200,7 +217,7 @@ class GnConv(GatedRecursion):
 
     @torch.no_grad()
     def fuse(self) -> GatedRecursion:
-        """Return the layer with its scale in the weights of ``dwconv``. Exact; its parameters are new ones.
+        """Return the layer with its scale in the weights of ``dwconv``. Exact.
 
         The depthwise convolution, or the last norm of the filter, becomes ``dwconv.scaled``, so that the weights are
         not taken for those of a layer that scales once more.
@@ -238,10 +255,8 @@ class GnConv(GatedRecursion):
             raise ValueError(f"{conv} cannot become a {cls.__name__}: {reason}.")
         order = highest_order(conv.in_channels) if order is None else order
         options = {"kernel_size": conv.kernel_size, "backend": getattr(conv, "backend", "auto"), **options}
-        with conv.weight.device:
-            layer = cls(conv.in_channels, order, **options)
-        layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad)
-        return layer.train(conv.training)
+        layer = cls(conv.in_channels, order, device=conv.weight.device, dtype=conv.weight.dtype, **options)
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
     def extra_repr(self) -> str:
         """Show the channels of each order and the scale."""

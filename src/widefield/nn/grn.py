@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.nn._leaf import leaf
 from widefield.ops._problem import size_of
 
 
@@ -36,13 +37,22 @@ class GRN(nn.Module):
 
     beta: nn.Parameter | None
 
-    def __init__(self, channels: int, use_bias: bool = True, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        channels: int,
+        use_bias: bool = True,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.channels = _checks.integer("channels", channels)
         self.eps = _checks.number("eps", eps)
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, self.channels))
-        self.register_parameter("beta", nn.Parameter(torch.zeros(1, 1, 1, self.channels)) if use_bias else None)
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, self.channels, device=device, dtype=dtype))
+        self.register_parameter("beta", nn.Parameter(torch.zeros_like(self.gamma)) if use_bias else None)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C); raises ValueError for another shape."""
         if x.ndim != 4 or size_of(x)[-1] != self.channels:

@@ -6,12 +6,15 @@ and of timm's ``inception_next_*``, which are the networks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.nn import depthwise
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops._problem import size_of
 
@@ -65,15 +68,15 @@ class InceptionDWConv2d(nn.Module):
             raise ValueError(f"branch_ratio={branch_ratio} does not fit {channels} channels: {reason}.")
         group = int(channels * branch_ratio)
         self.splits = (channels - 3 * group, group, group, group)
+        options: dict[str, Any] = {
+            "padding": "same", "bias": bias, "backend": backend, "device": device, "dtype": dtype,
+        }  # fmt: skip
         for name, kernel, steps in (
             ("dwconv_hw", (square, square), (dilation, dilation)),
             ("dwconv_w", (1, band), (1, dilation)),
             ("dwconv_h", (band, 1), (dilation, 1)),
         ):
-            conv = DepthwiseConv2d(
-                group, kernel, dilation=steps, bias=bias, backend=backend, device=device, dtype=dtype
-            )
-            self.add_module(name, conv)
+            self.add_module(name, DepthwiseConv2d(group, group, kernel, dilation=steps, **options))
 
     @classmethod
     def from_conv2d(
@@ -125,6 +128,7 @@ class InceptionDWConv2d(nn.Module):
         """Return the convolutions, in the order of their channels."""
         return self.dwconv_hw, self.dwconv_w, self.dwconv_h
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)

@@ -13,23 +13,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.fusing import add_parameter, fold_norm, refuse_training
 from widefield.nn.reparam import (
     Branch,
     ConvNorm,
-    Pair,
     ReparamConv2d,
     depthwise_same,
-    fold_norm,
     merged,
     odd_pair,
-    refuse_training,
 )
 from widefield.ops import fold
 
@@ -49,7 +49,7 @@ class LargeKernelConv2d(ReparamConv2d):
     """RepLKNet's: a large kernel and a small one, each with batch norm. ``lkb_origin``, ``small_conv``.
 
     Args:
-        channels: of input and output.
+        in_channels, out_channels: the same number.
         kernel_size: odd, or (rows, columns) both odd.
         stride: of both; one number or (rows, columns).
         small: size of the small kernel, no larger than the large one, or None for none. Where a side of the large
@@ -64,23 +64,28 @@ class LargeKernelConv2d(ReparamConv2d):
 
     def __init__(
         self,
-        channels: int,
+        in_channels: int,
+        out_channels: int,
         kernel_size: int | Pair,
         stride: int | Pair = 1,
-        small: int | None = 5,
         *,
+        small: int | None = 5,
         norm: bool = True,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        channels = _checks.depthwise_channels(in_channels, out_channels)
+        options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         size, steps = odd_pair("kernel_size", kernel_size), _checks.pair("stride", stride)
-        self.lkb_origin = _part(depthwise_same(channels, size, steps, bias=not norm, backend=backend), norm)
+        self.lkb_origin = _part(depthwise_same(channels, size, steps, bias=not norm, **options), norm)
         if small is not None:
             side = _odd("small", small)
             if side > max(size):
                 raise ValueError(f"small must not exceed the kernel of {size[0]}x{size[1]}; got {small}.")
             beside = min(side, size[0]), min(side, size[1])
-            self.small_conv = _part(depthwise_same(channels, beside, steps, backend=backend), norm)
+            self.small_conv = _part(depthwise_same(channels, beside, steps, **options), norm)
 
     def branches(self) -> list[Branch]:
         """Return the large kernel, and the small one if there is one."""
@@ -104,10 +109,10 @@ class DilatedReparamConv2d(ReparamConv2d):
     """UniRepLKNet's: a large kernel, and dilated ones beside it. ``lk_origin``, ``origin_bn``, ``dil_conv_k3_2``, ...
 
     Args:
-        channels: of input and output.
+        in_channels, out_channels: the same number.
         kernel_size: odd.
-        branches: (kernel size, dilation) of each one beside it; by default UniRepLKNet's for this size.
         stride, backend: of all, as in :class:`LargeKernelConv2d`.
+        branches: (kernel size, dilation) of each dilated kernel; by default UniRepLKNet's for this size.
 
     Raises:
         TypeError, ValueError: sizes that are no odd integers; no default for this size; a branch that spans more, or
@@ -116,22 +121,27 @@ class DilatedReparamConv2d(ReparamConv2d):
 
     def __init__(
         self,
-        channels: int,
+        in_channels: int,
+        out_channels: int,
         kernel_size: int,
-        branches: Sequence[Pair] | None = None,
-        *,
         stride: int | Pair = 1,
+        *,
+        branches: Sequence[Pair] | None = None,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        channels = _checks.depthwise_channels(in_channels, out_channels)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         size = _odd("kernel_size", kernel_size)
         if branches is None:
             if size not in DILATED_BRANCHES:
                 known = ", ".join(map(str, DILATED_BRANCHES))
                 raise ValueError(f"UniRepLKNet has branches for kernels of {known}; got {size}: give branches=.")
             branches = DILATED_BRANCHES[size]
-        self.lk_origin = depthwise_same(channels, (size, size), stride, backend=backend)
-        self.origin_bn = nn.BatchNorm2d(channels)
+        self.lk_origin = depthwise_same(channels, (size, size), stride, backend=backend, **where)
+        self.origin_bn = nn.BatchNorm2d(channels, **where)
         self._branches = _checks.experts(branches) if branches else ()
         for k, d in self._branches:
             if self._branches.count((k, d)) > 1:
@@ -141,8 +151,8 @@ class DilatedReparamConv2d(ReparamConv2d):
                     f"a branch of kernel size {k} and dilation {d} spans {fold.effective_size(k, d)} pixels, "
                     f"more than the kernel of {size}x{size}."
                 )
-            self.add_module(f"dil_conv_k{k}_{d}", depthwise_same(channels, (k, k), stride, d, backend=backend))
-            self.add_module(f"dil_bn_k{k}_{d}", nn.BatchNorm2d(channels))
+            self.add_module(f"dil_conv_k{k}_{d}", depthwise_same(channels, (k, k), stride, d, backend=backend, **where))
+            self.add_module(f"dil_bn_k{k}_{d}", nn.BatchNorm2d(channels, **where))
 
     def branches(self) -> list[Branch]:
         """Return the large kernel and the dilated ones."""
@@ -162,24 +172,35 @@ class DecomposedConv2d(ReparamConv2d):
     """SLaK's: bands of KxN and NxK and a square of NxN, each with batch norm. ``LoRA1``, ``LoRA2``, ``small_conv``.
 
     Args:
-        channels: of input and output.
+        in_channels, out_channels: the same number.
         kernel_size: K, odd.
-        small: N, odd. The square is left out where N is not below K.
         stride, backend: of all, as in :class:`LargeKernelConv2d`.
+        small: N, odd. The square is left out where N is not below K.
 
     Raises:
         TypeError, ValueError: sizes that are no odd integers.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, small: int = 5, *, stride: int | Pair = 1, backend: str = "auto"
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int | Pair = 1,
+        *,
+        small: int = 5,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        channels = _checks.depthwise_channels(in_channels, out_channels)
+        options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         long, short = _odd("kernel_size", kernel_size), _odd("small", small)
-        self.LoRA1 = ConvNorm(depthwise_same(channels, (long, short), stride, backend=backend))
-        self.LoRA2 = ConvNorm(depthwise_same(channels, (short, long), stride, backend=backend))
+        self.LoRA1 = ConvNorm(depthwise_same(channels, (long, short), stride, **options))
+        self.LoRA2 = ConvNorm(depthwise_same(channels, (short, long), stride, **options))
         if short < long:
-            self.small_conv = ConvNorm(depthwise_same(channels, (short, short), stride, backend=backend))
+            self.small_conv = ConvNorm(depthwise_same(channels, (short, short), stride, **options))
 
     def branches(self) -> list[Branch]:
         """Return the two bands and the square."""
@@ -195,11 +216,10 @@ class DecomposedConv2d(ReparamConv2d):
         """
         refuse_training(self)
         first, second, *square = (fold_norm(conv, norm) for conv, norm in self.branches())
-        with torch.no_grad():
-            for conv in square:
-                first.weight += fold.pad(conv.weight, first.kernel_size)  # type: ignore[arg-type]
-                first.bias += conv.bias  # type: ignore[operator]
-            first.bias += second.bias  # type: ignore[operator]
+        for conv in square:
+            add_parameter(first.weight, conv.weight, fold.pad(conv.weight, first.kernel_size))  # type: ignore[arg-type]
+        for conv in (*square, second):
+            add_parameter(cast(Tensor, first.bias), cast(Tensor, conv.bias))
         second.bias = None
         return DecomposedKernel(first, second)
 

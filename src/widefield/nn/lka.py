@@ -8,6 +8,7 @@ gate. Keys are those of the official code (github.com/Visual-Attention-Network/V
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,11 @@ class LKA(nn.Module):
         dilation = _checks.integer("dilation", dilation)
         taps = -(-kernel_size // dilation)
         taps += fold.effective_size(taps, dilation) % 2 == 0
-        self.conv0 = DepthwiseConv2d(channels, 2 * dilation - 1, backend=backend, device=device, dtype=dtype)
-        self.conv_spatial = DepthwiseConv2d(
-            channels, taps, dilation=dilation, backend=backend, device=device, dtype=dtype
-        )
-        self.conv1 = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        near: dict[str, Any] = {"padding": "same", "backend": backend, **where}
+        self.conv0 = DepthwiseConv2d(channels, channels, 2 * dilation - 1, **near)
+        self.conv_spatial = DepthwiseConv2d(channels, channels, taps, dilation=dilation, **near)
+        self.conv1 = nn.Conv2d(channels, channels, 1, **where)
 
     @classmethod
     def from_conv2d(
@@ -120,14 +121,24 @@ class LKAAttention(nn.Sequential):
     spatial_gating_unit: LKA
     proj_2: nn.Conv2d
 
-    def __init__(self, channels: int, kernel_size: int = 21, dilation: int = 3, *, backend: str = "auto") -> None:
-        gate = LKA(channels, kernel_size, dilation, backend=backend)  # which checks
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 21,
+        dilation: int = 3,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        gate = LKA(channels, kernel_size, dilation, backend=backend, **where)  # which checks
         super().__init__(
             OrderedDict(
-                proj_1=nn.Conv2d(channels, channels, 1),
+                proj_1=nn.Conv2d(channels, channels, 1, **where),
                 activation=nn.GELU(),
                 spatial_gating_unit=gate,
-                proj_2=nn.Conv2d(channels, channels, 1),
+                proj_2=nn.Conv2d(channels, channels, 1, **where),
             )
         )
 

@@ -23,12 +23,12 @@ from widefield.nn.morf import MoRFConv2d
 
 TOKEN_MIXERS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "attention": lambda width, stage: Attention2d(width, num_heads=_heads(width)),
-    "conv": lambda width, stage: DepthwiseConv2d(width, 7),
+    "conv": lambda width, stage: DepthwiseConv2d(width, width, 7, padding=3),
     "deformable": lambda width, stage: DeformConv2d(width, width, 3),
     "focal": lambda width, stage: FocalModulation(width, focal_window=3, focal_level=3),
     "gmconv": lambda width, stage: GMConv2d(width, width, 7, padding=3, groups=width),
     "gnconv": lambda width, stage: GnConv(width, order=min(2 + stage, highest_order(width))),
-    "large_kernel": lambda width, stage: LargeKernelConv2d(width, (31, 29, 27, 13)[min(stage, 3)]),
+    "large_kernel": lambda width, stage: LargeKernelConv2d(width, width, (31, 29, 27, 13)[min(stage, 3)]),
     "lka": lambda width, stage: LKAAttention(width),
     "moga": lambda width, stage: MultiOrderGatedAggregation(width),
     "morf": lambda width, stage: MoRFConv2d(width, width, (3, 5, 7, 9, 11), groups=width),

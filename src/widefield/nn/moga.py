@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import depthwise
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.nn.reparam import Pair, odd_pair, refuse_training
+from widefield.nn.fusing import learns, refuse_training
+from widefield.nn.reparam import odd_pair
 from widefield.ops._problem import size_of
 
 KERNEL_SIZES = (5, 5, 7)
@@ -36,9 +40,11 @@ class Decomposition(nn.Module):
         channels: of x.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5))
+        self.scale = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, common: Tensor) -> Tensor:
         """(N, C, H, W), and what broadcasts to it -> (N, C, H, W)."""
@@ -69,8 +75,11 @@ class MultiOrderDWConv(nn.Module):
         split: Sequence[int] = SPLIT,
         *,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = _checks.integer("channels", channels)
         self.splits = _shares(self.channels, split)
         if not all(self.splits[1:]):
@@ -82,9 +91,11 @@ class MultiOrderDWConv(nn.Module):
         for index, (width, size, d) in enumerate(
             zip(widths, KERNEL_SIZES, _three("dilations", dilations), strict=True)
         ):
-            self.add_module(f"DW_conv{index}", DepthwiseConv2d(width, size, dilation=d, backend=backend))
-        self.PW_conv = nn.Conv2d(self.channels, self.channels, 1)
+            conv = DepthwiseConv2d(width, width, size, padding="same", dilation=d, backend=backend, **where)
+            self.add_module(f"DW_conv{index}", conv)
+        self.PW_conv = nn.Conv2d(self.channels, self.channels, 1, **where)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)
@@ -121,14 +132,17 @@ class MultiOrderGatedAggregation(nn.Module):
         split: Sequence[int] = SPLIT,
         *,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = _checks.integer("channels", channels)
-        self.proj_1 = nn.Conv2d(channels, channels, 1)
-        self.gate = nn.Conv2d(channels, channels, 1)
-        self.value = MultiOrderDWConv(channels, dilations, split, backend=backend)
-        self.proj_2 = nn.Conv2d(channels, channels, 1)
-        self.sigma = Decomposition(channels)
+        self.proj_1 = nn.Conv2d(channels, channels, 1, **where)
+        self.gate = nn.Conv2d(channels, channels, 1, **where)
+        self.value = MultiOrderDWConv(channels, dilations, split, backend=backend, **where)
+        self.proj_2 = nn.Conv2d(channels, channels, 1, **where)
+        self.sigma = Decomposition(channels, **where)
 
     @classmethod
     def from_conv2d(
@@ -150,10 +164,11 @@ class MultiOrderGatedAggregation(nn.Module):
         reason = why_not(conv, split)
         if reason is not None:
             raise ValueError(f"{conv} cannot become a MultiOrderGatedAggregation: {reason}.")
-        with conv.weight.device:
-            layer = cls(conv.in_channels, dilations, split, backend=getattr(conv, "backend", "auto"))
-        return layer.to(conv.weight.dtype).requires_grad_(conv.weight.requires_grad).train(conv.training)
+        where: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        layer = cls(conv.in_channels, dilations, split, backend=getattr(conv, "backend", "auto"), **where)
+        return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         return x + self.aggregate(x)
@@ -184,16 +199,27 @@ class ChannelAggregationFFN(nn.Module):
         TypeError, ValueError: numbers that are no positive integers, an even kernel size.
     """
 
-    def __init__(self, channels: int, hidden: int, kernel_size: int | Pair = 3, *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        kernel_size: int | Pair = 3,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, hidden = _checks.integer("channels", channels), _checks.integer("hidden", hidden)
         size = odd_pair("kernel_size", kernel_size)
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.dwconv = DepthwiseConv2d(hidden, size, backend=backend)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-        self.decompose = nn.Conv2d(hidden, 1, 1)
-        self.sigma = Decomposition(hidden)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, **where)
+        self.dwconv = DepthwiseConv2d(hidden, hidden, size, padding="same", backend=backend, **where)
+        self.fc2 = nn.Conv2d(hidden, channels, 1, **where)
+        self.decompose = nn.Conv2d(hidden, 1, 1, **where)
+        self.sigma = Decomposition(hidden, **where)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.channels)
@@ -228,7 +254,8 @@ class FusedChannelAggregationFFN(nn.Module):
         )
         weight, scale = layer.fc2.weight, layer.sigma.scale
         self.fc2.weight.mul_(1 + scale)
-        self.common = nn.Parameter(-(weight * scale).sum((1, 2, 3)).view(1, -1, 1, 1), weight.requires_grad)
+        self.fc2.weight.requires_grad_(learns([weight, scale]))
+        self.common = nn.Parameter(-(weight * scale).sum((1, 2, 3)).view(1, -1, 1, 1), learns([weight, scale]))
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

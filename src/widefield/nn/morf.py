@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield._checks import Expert, Pair
 from widefield.nn import depthwise
-from widefield.nn._leaf import is_symbolic, recorded
+from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
-from widefield.nn.reparam import exact_affine, refuse_training
+from widefield.nn.fusing import exact_affine, learns, refuse_training
 from widefield.nn.router import Router
 from widefield.ops import bank_conv2d, fold, mixture_conv2d
-from widefield.ops._problem import size_of
+from widefield.ops._problem import is_traced, size_of
 from widefield.ops.mixture import BACKENDS
-
-INIT = ("preserve", "random")
 
 
 class MoRFConv2d(nn.Module):
@@ -57,11 +56,11 @@ class MoRFConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5, 7, 9, 11),
-        stride: int | tuple[int, int] = 1,
+        kernel_sizes: Sequence[int | Expert] = (3, 5, 7, 9, 11),
+        stride: int | Pair = 1,
+        *,
         groups: int = 1,
         bias: bool = True,
-        *,
         routing: str = "soft",
         attention: str = "none",
         top_k: int = 2,
@@ -108,7 +107,7 @@ class MoRFConv2d(nn.Module):
     def from_conv2d(
         cls,
         conv: nn.Conv2d,
-        kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5, 7, 9, 11),
+        kernel_sizes: Sequence[int | Expert] = (3, 5, 7, 9, 11),
         *,
         init: str = "preserve",
         **options: Any,
@@ -130,7 +129,7 @@ class MoRFConv2d(nn.Module):
             ValueError: ``conv`` cannot be replaced (the message says why), or with ``init="preserve"`` no expert can
                 hold its kernel.
         """
-        check_init(init)
+        _checks.init(init)
         reason = why_not(conv) or (lacks_room(conv, kernel_sizes) if init == "preserve" else None)
         if reason:
             raise ValueError(f"{conv} cannot become a mixture: {reason}.")
@@ -197,16 +196,15 @@ class MoRFConv2d(nn.Module):
 
     def kernels(self) -> list[Tensor]:
         """Return the experts' kernels: n parameters (C_out, C_in/groups, K_r, K_r), not dilated."""
-        return list(self.expert_weights)
+        return _listed(self.expert_weights)
 
     def biases(self) -> list[Tensor] | None:
         """Return the experts' biases: n parameters (C_out,), or None."""
-        return None if self.expert_biases is None else list(self.expert_biases)
+        return None if self.expert_biases is None else _listed(self.expert_biases)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
-        if is_symbolic(x):
-            return recorded(self, x)
         return mixture_conv2d(
             x,
             self.kernels(),
@@ -260,9 +258,9 @@ class MoRFConv2d(nn.Module):
             conv = _collapsed(self, weights, bank, None if biases is None else torch.stack(biases), None)
             if any(_channels_last(kernel) for kernel in self.kernels()):
                 conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-        conv.weight.requires_grad_(any(kernel.requires_grad for kernel in self.kernels()))
+        conv.weight.requires_grad_(learns(self.kernels()))
         if conv.bias is not None and biases is not None:
-            conv.bias.requires_grad_(any(bias.requires_grad for bias in biases))
+            conv.bias.requires_grad_(learns(biases))
         return conv
 
     def extra_repr(self) -> str:
@@ -276,12 +274,11 @@ class MoRFConv2d(nn.Module):
 
 
 class FusedMoRFConv2d(nn.Module):
-    """The re-parameterised :class:`MoRFConv2d` (eq. 7): mixes one kernel per sample from one bank. Made by ``fuse()``.
-
-    A finished module: its parameters do not ask for gradients, as training would fill the padding of the bank.
+    """The re-parameterized :class:`MoRFConv2d` (eq. 7): mixes one kernel per sample from one bank. Made by ``fuse()``.
 
     Attributes:
-        bank: parameter (n, C_out, C_in/groups, K, K), see :func:`widefield.ops.fold.kernel_bank`.
+        bank: parameter (n, C_out, C_in/groups, K, K), see :func:`widefield.ops.fold.kernel_bank`. Its padding gets no
+            gradients, so that it stays zero in training.
         bias_bank: parameter (n, C_out) or None.
         shift: parameter (C_out,) or None: the part of a folded batch norm that is not mixed.
         kernel_sizes, dilations, router: as in the mixture.
@@ -307,22 +304,25 @@ class FusedMoRFConv2d(nn.Module):
                 bank = (bank * scale[:, None, None, None]).to(dtype)
                 bias_bank = None if bias_bank is None else (bias_bank * scale).to(dtype)
                 shift = shift.to(dtype)
-        self.bank = nn.Parameter(bank)
-        self.bias_bank = None if bias_bank is None else nn.Parameter(bias_bank)
-        self.shift = None if shift is None else nn.Parameter(shift)
-        self.requires_grad_(False).eval()
+        self.bank = nn.Parameter(bank, learns(layer.kernels()))
+        self.bias_bank = None if bias_bank is None else nn.Parameter(bias_bank, learns(biases or ()))
+        self.shift = None if shift is None else nn.Parameter(shift, self.bank.requires_grad)
+        self.eval()
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
-        if is_symbolic(x):
-            return recorded(self, x)
         _checks.images(size_of(x), self.in_channels)
+        experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
+        bank: Tensor = self.bank
+        if bank.requires_grad and torch.is_grad_enabled() and not is_traced():  # traces serve, and are checked without
+            bank = bank * fold.taps(experts, bank)
         y = bank_conv2d(
             x,
-            self.bank,
+            bank,
             self.bias_bank,
             self.router(x),
-            experts=tuple(zip(self.kernel_sizes, self.dilations, strict=True)),
+            experts=experts,
             stride=self.stride,
             groups=self.groups,
             sparse=self.router.routing == "hard",
@@ -333,10 +333,14 @@ class FusedMoRFConv2d(nn.Module):
     def collapse(self, weights: Tensor) -> nn.Conv2d:
         """Return the one convolution of fixed routing weights, with a folded norm in it; see :class:`MoRFConv2d`.
 
-        Its parameters ask for gradients no more than those of this layer do.
+        Its parameters require gradients if those of this layer do that they are computed from.
         """
         with torch.no_grad():
-            return _collapsed(self, weights, self.bank, self.bias_bank, self.shift)
+            conv = _collapsed(self, weights, self.bank, self.bias_bank, self.shift)
+        conv.weight.requires_grad_(self.bank.requires_grad)
+        if conv.bias is not None:
+            conv.bias.requires_grad_(learns([self.bias_bank, self.shift]))
+        return conv
 
     def extra_repr(self) -> str:
         """Show the bank's shape."""
@@ -368,13 +372,17 @@ def _collapsed(
     return conv if depthwise.why_not(conv) else DepthwiseConv2d.from_conv2d(conv)
 
 
+def _listed(parameters: nn.ParameterList) -> list[Tensor]:
+    """Return the items, without the ten calls in Python that a ParameterList makes for each."""
+    held = parameters._parameters
+    try:
+        return [held[str(index)] for index in range(len(parameters))]  # type: ignore[misc]
+    except KeyError:  # an item is computed, by torch.nn.utils.parametrize for example
+        return list(parameters)
+
+
 def _channels_last(kernel: Tensor) -> bool:
     return kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
-
-
-def check_init(init: str) -> str:
-    """Return ``init`` if :meth:`MoRFConv2d.from_conv2d` knows it; raises ValueError."""
-    return _checks.choice("init", init, INIT)
 
 
 def why_not(conv: nn.Module) -> str | None:
@@ -396,7 +404,7 @@ def why_not(conv: nn.Module) -> str | None:
     return None
 
 
-def lacks_room(conv: nn.Conv2d, kernel_sizes: Sequence[int | tuple[int, int]]) -> str | None:
+def lacks_room(conv: nn.Conv2d, kernel_sizes: Sequence[int | Expert]) -> str | None:
     """Return why no expert can hold the kernel of ``conv`` (one that passed :func:`why_not`), or None."""
     size = conv.kernel_size[0]
     if _keeper(_checks.experts(kernel_sizes), size, 1) is not None:
@@ -404,11 +412,11 @@ def lacks_room(conv: nn.Conv2d, kernel_sizes: Sequence[int | tuple[int, int]]) -
     return f"no expert of {tuple(kernel_sizes)} can hold its {size}x{size} kernel"
 
 
-def _inherit(kernel_sizes: Sequence[int | tuple[int, int]], dilation: int) -> tuple[tuple[int, int], ...]:
+def _inherit(kernel_sizes: Sequence[int | Expert], dilation: int) -> tuple[Expert, ...]:
     return tuple((size, own * dilation) for size, own in _checks.experts(kernel_sizes))
 
 
-def _keeper(experts: Sequence[tuple[int, int]], size: int, dilation: int) -> int | None:
+def _keeper(experts: Sequence[Expert], size: int, dilation: int) -> int | None:
     """Return the index of the smallest expert whose taps include those of a kernel of (size, dilation), or None."""
     reach = dilation * (size // 2)
     fits = [
@@ -419,7 +427,7 @@ def _keeper(experts: Sequence[tuple[int, int]], size: int, dilation: int) -> int
     return min(fits)[1] if fits else None
 
 
-def _regrid(kernel: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def _regrid(kernel: Tensor, source: Expert, target: Expert) -> Tensor:
     """Move a kernel from the taps of one (size, dilation) to those of another; taps that the target lacks are lost."""
     kernel = fold.dilate(kernel, source[1])
     size = fold.effective_size(*target)

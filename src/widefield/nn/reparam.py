@@ -2,38 +2,26 @@
 has the kinds of them.
 
 Convolution is linear, and so is batch norm in evaluation: a sum of both is one convolution with the sum of the
-kernels, each spread by its dilation, padded with zeros to the largest and scaled by its norm. What ``fuse()`` returns
-has parameters of its own and is in evaluation mode; they are those of plain convolutions, and train on where the
-branches' kernels did.
+kernels, each spread by its dilation, padded with zeros to the largest and scaled by its norm.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import FrozenBatchNormAct2d
-from timm.layers.norm_act import FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import depthwise
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.fusing import add_parameter, fold_norm, refuse_training
 from widefield.ops import fold
-
-INIT = ("preserve", "random")
-
-FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-"""Batch norms of torchvision and timm that compute the same in training and evaluation mode."""
-
-Pair = tuple[int, int]
-
-_Conv = TypeVar("_Conv", bound=nn.Module)
 
 Branch = tuple[nn.Conv2d, _BatchNorm | None]
 """A convolution and the norm after it, if there is one."""
@@ -43,7 +31,7 @@ class ConvNorm(nn.Sequential):
     """A convolution without bias, batch norm, and perhaps an activation: ``conv``, ``bn``, ``nonlinear``.
 
     Args:
-        conv: the convolution; its channels are the norm's.
+        conv: the convolution; the norm has its channels, device and dtype.
         activation: applied last, or None.
     """
 
@@ -51,19 +39,20 @@ class ConvNorm(nn.Sequential):
     bn: _BatchNorm
 
     def __init__(self, conv: nn.Conv2d, activation: nn.Module | None = None) -> None:
-        parts = OrderedDict(conv=conv, bn=nn.BatchNorm2d(conv.out_channels))
+        norm = nn.BatchNorm2d(conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+        parts: OrderedDict[str, nn.Module] = OrderedDict(conv=conv, bn=norm)
         super().__init__(parts if activation is None else OrderedDict(**parts, nonlinear=activation))
 
     def fuse(self) -> nn.Sequential:
-        """Return ``conv``, now with a bias, and the activation. Exact in evaluation mode.
+        """Return ``conv``, now with a bias, and a copy of the activation. Exact in evaluation mode.
 
         Raises:
             RuntimeError: in training mode.
         """
         refuse_training(self)
         conv = fold_norm(self.conv, self.bn)
-        rest = OrderedDict((name, part) for name, part in self.named_children() if name not in ("conv", "bn"))
-        return nn.Sequential(OrderedDict(conv=conv, **rest)).eval()
+        rest = {name: part for name, part in self.named_children() if name not in ("conv", "bn")}
+        return nn.Sequential(OrderedDict(conv=conv, **copy.deepcopy(rest))).eval()
 
 
 class ReparamConv2d(nn.Module):
@@ -125,13 +114,14 @@ class ReparamConv2d(nn.Module):
             ValueError: ``conv`` cannot be replaced (the message says why), or with ``init="preserve"`` the first branch
                 cannot hold its kernel.
         """
-        check_init(init)
+        _checks.init(init)
         reason = why_not(conv)
         if reason:
             raise ValueError(f"{conv} cannot become a {cls.__name__}: {reason}.")
         make: Any = cls
         stride, backend = _checks.pair("stride", conv.stride), getattr(conv, "backend", "auto")
-        layer: Self = make(conv.in_channels, kernel_size, stride=stride, backend=backend, **options).to(conv.weight)
+        channels, where = (conv.in_channels,) * 2, {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        layer: Self = make(*channels, kernel_size, stride, backend=backend, **where, **options)
         if init == "preserve":
             layer.absorb(conv)
         return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
@@ -191,82 +181,11 @@ def merged(layer: ReparamConv2d) -> nn.Conv2d:
     branches = [fold_norm(conv, norm) for conv, norm in layer.branches()]
     largest, *others = branches
     rows, columns = largest.kernel_size
-    with torch.no_grad():
-        for conv in others:
-            largest.weight += fold.pad(fold.dilate(conv.weight, conv.dilation[0]), (rows, columns))
-            largest.bias += conv.bias  # type: ignore[operator]
+    for conv in others:
+        spread = fold.pad(fold.dilate(conv.weight, conv.dilation[0]), (rows, columns))
+        add_parameter(largest.weight, conv.weight, spread)
+        add_parameter(cast(Tensor, largest.bias), cast(Tensor, conv.bias))
     return largest
-
-
-def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift), each (C,) and of the norm's dtype, such that ``norm`` evaluates to ``scale * x + shift``.
-
-    Raises:
-        RuntimeError: in training mode.
-        ValueError: no running statistics.
-    """
-    scale, shift = exact_affine(norm)
-    dtype = cast(Tensor, norm.running_mean).dtype
-    return scale.to(dtype), shift.to(dtype)
-
-
-@torch.no_grad()
-def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
-    """Return the layer, of the same kind and with a bias, that ``conv`` and ``norm`` are in evaluation mode.
-
-    Its parameters are new ones, and ask for gradients where the kernel of ``conv`` does. They are computed in float64
-    and rounded once. Without a norm: copies.
-
-    Args:
-        conv: a convolution, transposed or not, of any number of dimensions and groups, or a linear layer, which
-            computes with its ``weight`` as it is.
-        norm: a batch norm, frozen or not.
-
-    Raises:
-        RuntimeError: one of the two is in training mode.
-        ValueError: ``norm`` has no running statistics, or another number of channels.
-    """
-    refuse_training(conv)
-    old: Any = conv
-    outputs = conv.out_features if isinstance(conv, nn.Linear) else old.out_channels
-    if norm is None:
-        weight, bias = old.weight.clone(), None if old.bias is None else old.bias.clone()
-    else:
-        scale, shift = exact_affine(norm)
-        if len(scale) != outputs:
-            raise ValueError(f"cannot fold a batch norm of {len(scale)} channels into {outputs} outputs.")
-        transposed = old.groups if isinstance(conv, _ConvTransposeNd) else None
-        weight, bias = fold.scale_outputs(old.weight, old.bias, scale, shift, transposed=transposed)
-    if bias is None:
-        bias = weight.new_zeros(outputs)
-    learns = old.weight.requires_grad
-    parameters = nn.Parameter(weight, learns), nn.Parameter(bias, learns)
-    known = {id(old.weight): parameters[0]}  # a copy of whatever a kind of convolution holds, but for the old kernel
-    if old.bias is not None:
-        known[id(old.bias)] = parameters[1]
-    twin: Any = copy.deepcopy(conv, known)
-    twin.weight, twin.bias = parameters
-    return twin  # type: ignore[no-any-return]
-
-
-def exact_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift) of a batch norm in evaluation mode, frozen or not; see :func:`fold.batch_norm_affine`."""
-    refuse_training(norm)
-    bn: Any = norm
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError("cannot fold a batch norm without running statistics (track_running_stats=False).")
-    return fold.batch_norm_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-
-
-def refuse_training(module: nn.Module) -> None:
-    """Raise RuntimeError for a layer that is to be fused in training mode; the mode of a frozen norm does not count."""
-    if module.training and not isinstance(module, FROZEN_NORMS):
-        raise RuntimeError("fuse() computes the evaluation-mode function: call model.eval() first.")
-
-
-def check_init(init: str) -> str:
-    """Return ``init`` if :meth:`LargeKernelConv2d.from_conv2d` knows it; raises ValueError."""
-    return _checks.choice("init", init, INIT)
 
 
 def why_not(conv: nn.Module) -> str | None:
@@ -296,11 +215,11 @@ def lacks_room(conv: nn.Conv2d, kernel_size: int | Pair) -> str | None:
 
 
 def depthwise_same(
-    channels: int, size: Pair, stride: int | Pair = 1, dilation: int = 1, bias: bool = False, backend: str = "auto"
+    channels: int, size: Pair, stride: int | Pair = 1, dilation: int = 1, *, bias: bool = False, **options: Any
 ) -> DepthwiseConv2d:
-    """Return a depthwise convolution that is centred on its pixel."""
+    """Return a depthwise convolution that is centered on its pixel. ``options``: backend, device and dtype."""
     padding = (dilation * (size[0] // 2), dilation * (size[1] // 2))
-    return DepthwiseConv2d(channels, size, stride, padding, dilation, bias, backend=backend)
+    return DepthwiseConv2d(channels, channels, size, stride, padding, dilation, bias=bias, **options)
 
 
 def _centred(kernel: Tensor, size: tuple[int, ...]) -> Tensor:

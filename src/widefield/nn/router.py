@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.nn._leaf import leaf
 from widefield.ops._autocast import without_autocast
 
 ROUTING = ("soft", "hard")
@@ -128,6 +129,7 @@ class Router(nn.Module):
                 self.noise.bias.zero_()
             return self._weigh(self.gate.bias[None])[0]
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the experts for each image: (N, C, H, W) -> (N, n) in the parameters' dtype."""
         with without_autocast(x):

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from timm.layers import pad_same
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
-from widefield.nn.depthwise import DepthwiseConv2d, not_depthwise
+from widefield._checks import Pair
+from widefield.nn.depthwise import DepthwiseConv2d, copied_into, not_depthwise
+from widefield.nn.fusing import fold_norm, refuse_training
 from widefield.nn.large_kernel import DecomposedKernel
 from widefield.ops import fold
-
-Pair = tuple[int, int]
 
 
 class DepthwiseConv2dSame(DepthwiseConv2d):
@@ -29,17 +30,32 @@ class DepthwiseConv2dSame(DepthwiseConv2d):
     Same parameters, keys and function.
 
     Args:
-        channels, kernel_size, stride, dilation, bias, backend, device, dtype: as in :class:`DepthwiseConv2d`.
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias, backend, device, dtype: as in
+            :class:`DepthwiseConv2d`.
+        padding: not used, as in Conv2dSame.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int | Pair, stride: int | Pair = 1, dilation: int | Pair = 1, **options: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, kernel_size, stride, 0, dilation, **options)
+        size: Any = (kernel_size, stride, 0, dilation, groups, bias)
+        super().__init__(in_channels, out_channels, *size, backend=backend, device=device, dtype=dtype)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, backend: str = "auto") -> DepthwiseConv2dSame:
-        """Return this layer in place of a depthwise ``Conv2dSame``, with its very parameters and mode.
+        """Return this layer in place of a depthwise ``Conv2dSame``, with its mode. It shares the parameters.
 
         Raises:
             ValueError: ``conv`` is not a depthwise ``Conv2dSame``.
@@ -48,14 +64,18 @@ class DepthwiseConv2dSame(DepthwiseConv2d):
         reason = kind or not_depthwise(conv)
         if reason is not None:
             raise ValueError(f"cannot be a DepthwiseConv2dSame: {reason}.")
-        bias = conv.bias is not None
-        sizes: Any = conv.kernel_size, conv.stride, conv.dilation
-        layer = cls(conv.in_channels, *sizes, bias=bias, backend=backend, device="meta")
+        size: Any = conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, conv.bias is not None
+        layer = cls(conv.in_channels, conv.out_channels, *size, backend=backend, device="meta")
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
     def fuse(self) -> Conv2dSame:
-        """Return the ``timm.layers.Conv2dSame`` with these very parameters. Exact in any mode: nothing is merged."""
+        """Return a ``timm.layers.Conv2dSame`` with copies of the parameters. Exact.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        refuse_training(self)
         return conv2d_same(self)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,18 +114,22 @@ class SameAligned(nn.Module):
         return _is_plain(self.layer) or hasattr(self.layer, "fuse")
 
     def fuse(self, norm: nn.Module | None = None) -> nn.Module:
-        """Return the merged layer, of ``timm.layers.Conv2dSame`` where it is of convolutions. Exact in evaluation mode.
+        """Return the merged layer, made of ``timm.layers.Conv2dSame`` where it is convolutions. Exact.
 
         Args:
-            norm: a batch norm that directly follows this layer, to be folded in; for layers whose ``fuse`` takes one.
+            norm: a batch norm that directly follows this layer, to be folded in; for convolutions, and for layers whose
+                ``fuse`` takes one.
 
         Raises:
             RuntimeError: in training mode.
         """
+        refuse_training(self)
         layer: Any = self.layer
-        merged: nn.Module = layer
+        merged: nn.Module
         if not _is_plain(layer):
             merged = layer.fuse() if norm is None else layer.fuse(norm)
+        else:
+            merged = layer if norm is None else fold_norm(layer, norm)
         if isinstance(merged, nn.Sequential) and len(merged) == 1:
             merged = merged[0]
         if _is_plain(merged):
@@ -138,7 +162,7 @@ def least_size(stride: int, dilation: int, parity: int) -> int:
 def centered(conv: nn.Module) -> nn.Conv2d | str:
     """Return the convolution with a centered kernel that a ``Conv2dSame`` is but for its alignment, or why it has none.
 
-    It holds the very parameters of ``conv``; inside :class:`SameAligned` it computes what ``conv`` does.
+    It shares the parameters of ``conv``; inside :class:`SameAligned` it computes what ``conv`` does.
     """
     same = cast(nn.Conv2d, conv)
     shown = "x".join(map(str, same.kernel_size))
@@ -170,11 +194,10 @@ def is_same(module: nn.Module) -> bool:
 
 
 def conv2d_same(conv: nn.Conv2d) -> Conv2dSame:
-    """Return a ``timm.layers.Conv2dSame`` with the parameters and arguments of a convolution, its padding aside."""
+    """Return a ``timm.layers.Conv2dSame`` with copies of a convolution's parameters, and its arguments but padding."""
     make: Any = Conv2dSame
     channels, bias = (conv.in_channels, conv.out_channels), conv.bias is not None
     layer: Conv2dSame = make(
         *channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, bias, device="meta"
     )
-    layer.weight, layer.bias = conv.weight, conv.bias
-    return layer.train(conv.training)
+    return copied_into(layer, conv)

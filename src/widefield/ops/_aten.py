@@ -1,4 +1,4 @@
-"""PyTorch's own convolution, whatever it is made of on this device. The oracle, and the backend without conditions."""
+"""PyTorch's own convolution on any device. The oracle for the other backends, and the fallback."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, fold, is_channels_last, laid_out, memory_format
+from widefield._checks import Pair
+from widefield.ops._problem import Problem, fold, is_channels_last, memory_format
 
 
 def why_not(problem: Problem) -> str | None:
-    """It computes everything."""
+    """Return None: this backend computes every problem."""
     return None
 
 
@@ -25,7 +26,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
             fold(x), weight.reshape(-1, 1, *weight.shape[2:]), bias, stride, padding, dilation, x.shape[1] * groups
         )
         y = y.view(groups, channels, *y.shape[2:])
-    return laid_out(y, is_channels_last(x))
+    return y
 
 
 def input_grad(
@@ -35,7 +36,7 @@ def input_grad(
     layout = memory_format(is_channels_last(grad))
     x = torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=layout)  # only its size is read
     dx, _ = _backward(grad, x, weight, stride, padding, dilation, (True, False, False))
-    return laid_out(dx, is_channels_last(grad))
+    return dx
 
 
 def weight_grad(

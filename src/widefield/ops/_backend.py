@@ -15,9 +15,11 @@ from types import ModuleType
 import torch
 
 from widefield import _checks
-from widefield.ops import _fft, _timed
+from widefield._checks import Pair
+from widefield.ops import _fft, _limits, _timed
+from widefield.ops._limits import Limits
 from widefield.ops._onednn import WIDEST, computes_in, is_slow_in_channels_last, leaves_cache, never_returns
-from widefield.ops._problem import Pair, Problem, trim
+from widefield.ops._problem import Problem, idle_taps
 
 _HOMES = {
     "aten": "widefield.ops._aten",
@@ -66,8 +68,8 @@ def check(backend: str, problem: Problem) -> None:
         )
 
 
-def resolve(backend: str, problem: Problem, run: Callable[[ModuleType], object]) -> ModuleType:
-    """Return the module to compute ``problem`` with. ``run`` computes it with a given one, to be timed."""
+def resolve(backend: str, problem: Problem, run: Callable[[ModuleType], object] | None = None) -> ModuleType:
+    """Return the module to compute ``problem`` with. ``run`` computes it with a given module, to be timed."""
     if backend != "auto":
         check(backend, problem)
         return module(backend)
@@ -78,9 +80,9 @@ def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) 
     """Return what "auto" takes for ``problem``, and why. Without ``run`` nothing new is timed."""
     if problem.device.type == "cpu":
         if widens("auto", problem):
-            name, reason = _on_cpu(problem._replace(dtype=torch.float32))
+            name, reason = _on_cpu(problem._replace(dtype=torch.float32), _limits.LIMITS)
             return name, f"this CPU has no {problem.dtype} arithmetic of its own: in 32 bits, {reason}"
-        return _on_cpu(problem)
+        return _on_cpu(problem, _limits.LIMITS)
     if problem.device.type != "cuda":
         return "aten", f"nothing else computes on {problem.device.type}"
     able = [name for name in ("direct", "gemm") if why_not(name, problem) is None]
@@ -109,13 +111,14 @@ def widens(backend: str, problem: Problem) -> bool:
 def is_stock(problems: Sequence[Problem]) -> bool:
     """Say whether "auto" would take PyTorch's own kernels for all of these, which needs no operator around them."""
     return all(
-        problem.device.type == "cpu" and not widens("auto", problem) and _on_cpu(problem)[0] == "aten"
+        problem.device.type == "cpu" and not widens("auto", problem) and _on_cpu(problem, _limits.LIMITS)[0] == "aten"
         for problem in problems
     )
 
 
 @functools.lru_cache(4096)
-def _on_cpu(problem: Problem) -> tuple[str, str]:
+def _on_cpu(problem: Problem, limits: Limits) -> tuple[str, str]:
+    """Return what "auto" takes. ``limits`` are those in use, here as a part of the cache's key."""
     if why_not("onednn", problem) is not None:
         return "aten", str(why_not("onednn", problem))
     if why_not("fft", problem) is None and _is_for_spectra(problem):
@@ -137,12 +140,12 @@ def _is_for_spectra(problem: Problem) -> bool:
         factor = 20 if problem.channels_last else 14
     kernels_per_map = 1 if problem.per_sample else 1 / max(problem.batch, 1)
     transforms = 1 + kernels_per_map / 2  # in pairs: a map there and back, and its part of a kernel
-    return problem.multiply_adds > factor * transforms * _fft.work(problem)
+    return problem.multiply_adds > factor * transforms * _limits.LIMITS.spectra * _fft.work(problem)
 
 
 def _cut(problem: Problem) -> Pair:
     size = (problem.height, problem.width)
-    return trim(size, problem.kernel, problem.stride, problem.padding, problem.dilation)
+    return idle_taps(size, problem.kernel, problem.stride, problem.padding, problem.dilation)
 
 
 def _extent(problem: Problem) -> int:

@@ -13,16 +13,13 @@ from math import log2
 import torch
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, is_channels_last, memory_format
+from widefield._checks import Pair
+from widefield.ops import _limits
+from widefield.ops._problem import Problem, is_channels_last, memory_format
 
 _LENGTHS = (16, 20, 24, 32, 36, 40, 44, 48, 64, 80, 96, 112, 128)
 """Lengths that transforms are fast for; the ones between cost more than the next of these (MKL, on Zen 4 and Cascade
 Lake: 64x64 takes less time than 50x50)."""
-
-_CACHED = 2**17
-"""Numbers of padded maps that a thread transforms at once: with spectrum and product about 2 MiB. Half of it would stay
-in a core's own cache, and costs more in calls than that saves.
-"""
 
 
 def why_not(problem: Problem) -> str | None:
@@ -120,7 +117,7 @@ def _good(least: int) -> int:
 
 
 def _parts(channels: int, lengths: Pair) -> Iterator[slice]:
-    count = max(1, torch.get_num_threads() * _CACHED // (lengths[0] * lengths[1]))
+    count = max(1, torch.get_num_threads() * _limits.LIMITS.transformed // (lengths[0] * lengths[1]))
     count = -(-channels // -(-channels // count))  # parts of one size
     return (slice(i, i + count) for i in range(0, channels, count))
 

@@ -23,33 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, Sizes, fold, is_channels_last, memory_format, trim
+from widefield._checks import Pair
+from widefield.ops import _limits
+from widefield.ops._problem import Problem, Sizes, fold, idle_taps, is_channels_last, memory_format
 
 WIDEST = 13
 """Columns up to which oneDNN's NCHW kernels go (jit_dw; oneDNN 3.12, ONEDNN_VERBOSE=dispatch)."""
-
-_SLAB = 500_000
-"""Numbers of x that one call of the weight gradient takes: about what a core's cache holds beside its kernels."""
-
-_FEW_AT_ONCE = 200_000
-"""Numbers of a sample from which, up to _SLAB, the weight gradient moves the whole batch to channels_last at once."""
-
-_FEW_EACH = 100_000
-"""Numbers of a sample below which a loop over samples with kernels of their own costs more than moving to NCHW."""
-
-_FEW = 16_000
-"""The same where all samples share their kernels, for the weight gradient."""
-
-_CACHED = 2**17
-"""Taps of all channels beyond which they are taken some at a time: 512 KiB, half of a core's second-level cache."""
 
 _WIDTHS = {
     1: (1,), 2: (2,), 3: (3,), 4: (2, 2), 5: (3, 2), 6: (3, 3), 7: (2, 3, 2), 8: (3, 3, 2), 9: (3, 3, 3),
 }  # fmt: skip
 """Columns of a kernel -> the widths that their gradients are taken in: three in the middle needs no copy of x."""
-
-SOME_PIXELS = 400
-"""Pixels of a map below which taking channels some at a time costs more than it saves."""
 
 
 def why_not(problem: Problem) -> str | None:
@@ -85,7 +69,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
     run = _wide if extent > WIDEST else _narrow
     if weight.shape[0] == 1:
         return run(x, weight, bias, stride, padding, dilation)
-    if is_channels_last(x) and x[0].numel() >= _FEW_EACH:
+    if is_channels_last(x) and x[0].numel() >= _limits.LIMITS.each:
         samples = [
             run(x[n : n + 1], weight[n : n + 1], None if bias is None else bias[n : n + 1], stride, padding, dilation)
             for n in range(len(x))
@@ -121,11 +105,11 @@ def weight_grad(
     if stride != (1, 1):
         return _strided_weight_grad(grad, x, weight_size, stride, padding)
     groups, channels, kh, kw = weight_size
-    cut_h, cut_w = trim(x.shape[2:], (kh, kw), stride, padding, dilation)
+    cut_h, cut_w = idle_taps(x.shape[2:], (kh, kw), stride, padding, dilation)
     kh, kw = kh - 2 * cut_h, kw - 2 * cut_w
     padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
     if groups == 1 and dilation == (1, 1) and is_channels_last(x) and _gains_by_threes(x, kw):
-        few = _share(len(x), round(x.numel() / _SLAB))
+        few = _share(len(x), round(x.numel() / _limits.LIMITS.slab))
         pairs = zip(grad.split(few), x.split(few), strict=True)
         dw = functools.reduce(torch.add, (_by_threes(*pair, (kh, kw), padding) for pair in pairs))
     else:
@@ -146,7 +130,7 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
     channels_last = grad.shape[3] > WIDEST
 
     def correlate(image: Tensor, kernel: Tensor) -> Tensor:
-        count = _share(len(kernel), -(-len(kernel) * x.shape[2] * x.shape[3] // _SLAB), 32)
+        count = _share(len(kernel), -(-len(kernel) * x.shape[2] * x.shape[3] // _limits.LIMITS.slab), 32)
         parts = [
             F.conv2d(
                 image[:, i : i + count].float().contiguous(memory_format=memory_format(channels_last)),
@@ -159,9 +143,9 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    if channels_last and _FEW_AT_ONCE <= x[0].numel() <= _SLAB:
+    if channels_last and _limits.LIMITS.at_once <= x[0].numel() <= _limits.LIMITS.slab:
         x = x.float().contiguous(memory_format=torch.channels_last)
-    if is_channels_last(x) and x[0].numel() >= (_FEW if groups == 1 else _FEW_EACH):
+    if is_channels_last(x) and x[0].numel() >= (_limits.LIMITS.few if groups == 1 else _limits.LIMITS.each):
         grad = grad.contiguous()  # kernels are read plane by plane
         each = (correlate(x[n : n + 1], grad[n].unsqueeze(1)) for n in range(len(x)))
         return functools.reduce(torch.add, each) if groups == 1 else torch.cat(list(each))
@@ -171,7 +155,7 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
 
 def _gains_by_threes(x: Tensor, columns: int) -> bool:
     """Say whether three columns at a time are faster than every sample by itself: for few columns of many numbers."""
-    least = 100_000 if len(x) >= 4 else 1_000_000
+    least = _limits.LIMITS.threes if len(x) >= 4 else _limits.LIMITS.threes_of_few
     return columns in _WIDTHS and x.shape[1] > 1 and x.numel() >= least
 
 
@@ -222,14 +206,14 @@ def leaves_cache(channels: int, rows: int, columns: int, dtype: torch.dtype) -> 
     """Say whether so many kernels leave no room in a core's cache for the map that they are applied to. In 16 bits
     taking them some at a time has not paid.
     """
-    return dtype == torch.float32 and channels * rows * columns > _CACHED
+    return dtype == torch.float32 and channels * rows * columns > _limits.LIMITS.cached
 
 
 def is_slow_in_channels_last(rows: int, columns: int, pixels: int) -> bool:
     """Say whether oneDNN falls back to small matrix products in channels_last, as it does not for two columns more: by
     so much that four columns of zeros pay for 11, too, in kernels of several rows on maps that are not small.
     """
-    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and rows >= 7 and pixels >= SOME_PIXELS)
+    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and rows >= 7 and pixels >= _limits.LIMITS.pixels)
 
 
 def computes_in(dtype: torch.dtype) -> bool:
@@ -248,7 +232,7 @@ def never_returns(dtype: torch.dtype, channels: int, columns: int) -> bool:
 
 def _trimmed(weight: Tensor, size: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> tuple[Tensor, Pair]:
     kh, kw = weight.shape[2:]
-    cut_h, cut_w = trim(size, (kh, kw), stride, padding, dilation)
+    cut_h, cut_w = idle_taps(size, (kh, kw), stride, padding, dilation)
     padding = (padding[0] - dilation[0] * cut_h, padding[1] - dilation[1] * cut_w)
     return weight[:, :, cut_h : kh - cut_h, cut_w : kw - cut_w], padding
 
@@ -279,11 +263,11 @@ def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding:
     kernel = weight.transpose(0, 1)
     channels_last = is_channels_last(x)
     count = channels
-    if x.shape[2] * x.shape[3] >= SOME_PIXELS:
+    if x.shape[2] * x.shape[3] >= _limits.LIMITS.pixels:
         if leaves_cache(channels, kh, kw, x.dtype):
-            count = max(32, 32 * (_CACHED // (4 * 32 * kh * kw)))
+            count = max(32, 32 * (_limits.LIMITS.cached // (4 * 32 * kh * kw)))
         if not channels_last:
-            count = min(count, max(32, 32 * (4 * _CACHED // (32 * x[:, 0].numel()))))
+            count = min(count, max(32, 32 * (4 * _limits.LIMITS.cached // (32 * x[:, 0].numel()))))
 
     def part(i: int) -> Tensor:
         some, taps, more = x[:, i : i + count], kernel[i : i + count], None if bias is None else bias[i : i + count]

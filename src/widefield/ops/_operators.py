@@ -13,21 +13,22 @@ import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from widefield._checks import Pair
 from widefield.ops import _backend
 from widefield.ops._autocast import without_autocast
 from widefield.ops._problem import (
-    Pair,
+    PLAIN,
+    Problem,
     is_batch_of_gradients,
     is_channels_last,
-    is_traced,
     laid_out,
     memory_format,
     output_size,
@@ -52,55 +53,56 @@ _library.define(
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, backend: str
 ) -> Tensor:
-    """Convolve (N, C, H, W) with weights (G, C, KH, KW); differentiable. Arguments are taken to be checked."""
+    """Convolve (N, C, H, W) with weights (G, C, KH, KW); differentiable. The caller has checked the arguments."""
     return _call("depthwise", x, weight, bias, stride, padding, dilation, backend)
 
 
-def _call(name: str, *args: Any) -> Tensor:
-    """Compute what an operator computes, and let it be differentiated, by the shortest way that still shows all of it.
+def _call(name: str, first: Tensor, second: Tensor, third: Any, *rest: Any) -> Tensor:
+    """Run an operator, recorded for autograd, by the shortest way that all observers of the call still see.
 
-    PyTorch's dispatch of an operator written in Python takes longer than a small convolution. Needed only by compilers,
-    tracers, dispatch modes, tensor subclasses and dual numbers.
+    PyTorch's dispatch of an operator written in Python takes longer than a small convolution. It is needed only by
+    compilers, tracers, dispatch modes, tensor subclasses and dual numbers.
     """
     if torch._C._are_functorch_transforms_active():
-        result = _transformed(name, args)
-    elif _is_watched(args):
-        result = _operate(name, *args)
+        result = _transformed(name, (first, second, third, *rest))
+    elif _is_watched(first, second, third):
+        result = _operate(name, first, second, third, *rest)
     elif torch.is_grad_enabled():
-        result = _EAGER[name].apply(*args)
+        result = _EAGER[name].apply(first, second, third, *rest)
     else:
-        result = _RUN[name](*args)
+        result = _RUN[name](first, second, third, *rest)
     return result
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
+def _is_watched(first: Tensor, second: Tensor, third: Any) -> bool:
+    """Return whether something other than eager autograd has to see the operator."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_compiling()  # first: compilers do not trace what follows
         or torch._C._len_torch_dispatch_stack() > 0
-        or is_traced()
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or any(isinstance(arg, Tensor) and _is_special(arg) for arg in args)
+        or type(first) not in PLAIN
+        or type(second) not in PLAIN
+        or (isinstance(third, Tensor) and (type(third) not in PLAIN or _functorch.is_legacy_batchedtensor(third)))
+        or _functorch.is_legacy_batchedtensor(first)
+        or _functorch.is_legacy_batchedtensor(second)
     )
 
 
-def _is_special(x: Tensor) -> bool:
-    return type(x) not in (Tensor, nn.Parameter) or is_batch_of_gradients(x)
-
-
 def _transformed(name: str, args: tuple[Any, ...]) -> Tensor:
-    """Compute under torch.func's transforms: they do not see the derivatives of operators, and get a Function."""
+    """Compute under torch.func's transforms, which need a Function: they do not see the derivatives of operators."""
     result: Tensor = _plain(name, *args) if _is_functionalized() else _FUNCTIONS[name].apply(*args)
     return result
 
 
 def _is_functionalized() -> bool:
-    """Return whether torch.func.functionalize is at work, which refuses Functions of any kind."""
+    """Return whether torch.func.functionalize is active, which does not support autograd Functions."""
     stack = _functorch.get_interpreter_stack() or ()
     return any(interpreter.key() == _functorch.TransformType.Functionalize for interpreter in stack)
 
 
 def _plain(name: str, *args: Any) -> Tensor:
-    """Compute with operators of PyTorch's own, which every transform knows."""
+    """Compute with PyTorch's own operators, which every transform supports."""
     *inputs, _ = args
     result: Tensor = getattr(_backend.module("aten"), _PARTS[name][0])(*inputs)
     return result
@@ -111,11 +113,55 @@ def _operate(name: str, *args: Any) -> Tensor:
     return result
 
 
-def _implementation(name: str, step: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return what an operator does: pose the problem, have a backend chosen, run it.
+class _Way(NamedTuple):
+    """How one pass of one shape is computed."""
 
-    The arguments are those of the backends' functions. The third is the bias of the forward pass, and of the others the
-    size of what they return.
+    problem: Problem
+    dtype: torch.dtype
+    """Of the result."""
+    widens: bool
+    layout: torch.memory_format
+    compute: Callable[..., Tensor] | None
+    """The backend's function. None where timings decide, as they may change from call to call."""
+
+
+ways_of: dict[str, dict[Any, _Way]] = {}
+"""Passes that came up before, by operator: choosing anew takes as long as a small convolution."""
+
+
+def _way(step: str, first: Tensor, second: Tensor, third: Any, geometry: tuple[Pair, Pair, Pair], backend: str) -> _Way:
+    like = second if step == "weight_grad" else first
+    if step == "weight_grad":
+        input_size, weight_size = second.shape, third
+    else:
+        input_size, weight_size = third if step == "input_grad" else first.shape, second.shape
+    problem = problem_of(step, like, tuple(input_size), tuple(weight_size), *geometry)
+    widens = _backend.widens(backend, problem)
+    if widens:
+        problem = problem._replace(dtype=torch.float32)
+    layout = memory_format(problem.channels_last and step != "weight_grad")
+    compute = None
+    if problem.device.type == "cpu":
+        compute = getattr(_backend.resolve(backend, problem), step)
+    return _Way(problem, like.dtype, widens, layout, compute)
+
+
+def _chosen_now(way: _Way, backend: str, args: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """Return the function of the backend that is the choice at present. Timed with ``args`` if it has to be."""
+
+    def run(module: ModuleType) -> object:
+        result: Tensor = getattr(module, way.problem.step)(*args)
+        return result.to(way.dtype).contiguous(memory_format=way.layout)
+
+    chosen: Callable[..., Tensor] = getattr(_backend.resolve(backend, way.problem, run), way.problem.step)
+    return chosen
+
+
+def _implementation(name: str, step: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the function behind an operator: it describes the problem, has a backend chosen, and runs it.
+
+    The arguments are those of the backends' functions. The third is the bias in the forward pass, and the size of the
+    result in the other two.
     """
 
     def run(
@@ -127,37 +173,29 @@ def _implementation(name: str, step: str, fake: Callable[..., Tensor]) -> Callab
         dilation: Sequence[int],
         backend: str,
     ) -> Tensor:
-        geometry = _pair(stride), _pair(padding), _pair(dilation)  # PyTorch hands over lists, which are no keys
-        if step == "weight_grad":
-            input_size, weight_size = second.shape, third
-        else:
-            input_size, weight_size = third if step == "input_grad" else first.shape, second.shape
-        if input_size[0] == 0:
+        # PyTorch passes lists, which cannot be keys.
+        geometry: Any = (tuple(stride), tuple(padding), tuple(dilation))
+        size = None if third is None or isinstance(third, Tensor) else tuple(third)
+        if first.shape[0] == 0:
             return fake(first, second, third, *geometry, backend).zero_()
         like = second if step == "weight_grad" else first
-        problem = problem_of(step, like, tuple(input_size), tuple(weight_size), *geometry)
-        inputs: list[Any] = [first, second, third if third is None or isinstance(third, Tensor) else tuple(third)]
-        if _backend.widens(backend, problem):
-            problem = problem._replace(dtype=torch.float32)
-            inputs = [value.float() if isinstance(value, Tensor) else value for value in inputs]
-
-        def compute(module: ModuleType) -> Tensor:
-            result: Tensor = getattr(module, step)(*inputs, *geometry)
-            return result
-
-        channels_last = problem.channels_last and step != "weight_grad"
+        key = (first.shape, second.shape, size, like.stride(), like.dtype, like.device, geometry, backend)
+        way = ways.get(key)
+        if way is None:
+            way = _way(step, first, second, third, geometry, backend)
+            if len(ways) < 4096:
+                ways[key] = way
+        inputs: tuple[Any, ...] = (first, second, third if size is None else size)
+        if way.widens:
+            inputs = tuple([value.float() if isinstance(value, Tensor) else value for value in inputs])
         # Below the dispatch key that tracks views: a view made here could not be changed in place by who gets it.
         with torch._C._AutoDispatchBelowADInplaceOrView(), without_autocast(first):
-            result = compute(_backend.resolve(backend, problem, compute)).to(like.dtype)
-            return result.contiguous(memory_format=memory_format(channels_last))
+            compute = way.compute or _chosen_now(way, backend, (*inputs, *geometry))
+            return compute(*inputs, *geometry).to(way.dtype).contiguous(memory_format=way.layout)
 
+    ways = ways_of.setdefault(name, {})
     run.__name__ = name
     return run
-
-
-def _pair(sizes: Sequence[int]) -> Pair:
-    rows, columns = sizes
-    return rows, columns
 
 
 def _empty(like: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -1,10 +1,10 @@
-"""What every backend of the depthwise convolution is told: the problem, and helpers on its shapes and layouts.
+"""The problem that a backend of the depthwise convolution solves, and helpers on shapes, layouts and tracing.
 
-The primitive that all of them compute is ``y[n, c] = sum_k weight[g, c, k] x[n, c, .]`` with weights (G, C, KH, KW),
-where G is 1 (kernels shared by the batch) or N (kernels of its own for every sample, as a mixture has them).
+All backends compute ``y[n, c] = sum_k weight[g, c, k] x[n, c, .]`` with weights (G, C, KH, KW). G is 1 (the batch
+shares its kernels) or N (every sample has its own kernels, as in a mixture).
 A backend is a module with four functions: ``why_not(problem)``, ``forward(x, weight, bias, stride, padding,
-dilation)``, ``input_grad(grad, weight, input_size, ...)`` and ``weight_grad(grad, x, weight_size, ...)``. All of them
-return what they are asked for in the memory format of ``x`` (``input_grad``: of ``grad``).
+dilation)``, ``input_grad(grad, weight, input_size, ...)`` and ``weight_grad(grad, x, weight_size, ...)``. They may
+return any memory format: the caller converts the result to that of ``x`` (``input_grad``: of ``grad``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-Pair = tuple[int, int]
+from widefield._checks import Pair
+
 Sizes = Sequence[int]
 
 _tracer: Any = torch._C
@@ -28,7 +29,7 @@ STEPS = ("forward", "input_grad", "weight_grad")
 
 
 class Problem(NamedTuple):
-    """One pass of one depthwise convolution, by all that a choice of backend may look at."""
+    """One pass of one depthwise convolution: everything that the choice of a backend may depend on."""
 
     step: str
     """"forward", "input_grad" or "weight_grad"."""
@@ -77,14 +78,14 @@ def problem_of(
     padding: Pair,
     dilation: Pair,
 ) -> Problem:
-    """Describe a pass. ``x`` is the tensor whose layout the result takes: the input, or its gradient's source. One on
-    the meta device stands for a CPU's.
+    """Describe a pass. ``x`` is the tensor whose layout the result has: the input or the output's gradient. A tensor on
+    the meta device is treated as one on the CPU.
     """
     batch, channels, height, width = input_size
     groups, _, kh, kw = weight_size
     channels_last = is_channels_last(x)
     if step == "input_grad" and output_size((height, width), (kh, kw), stride, padding, dilation) == (1, 1):
-        channels_last = False  # a pass is told by the gradient, and no strides tell the layout of one pixel
+        channels_last = False  # x is the gradient here, and the strides of a single pixel do not tell its layout
     return Problem(
         step, batch, channels, height, width, (kh, kw), stride, padding, dilation,
         groups != 1, x.dtype, torch.device("cpu") if x.is_meta else x.device, channels_last,
@@ -101,6 +102,27 @@ def size_of(x: Tensor) -> torch.Size:
         return x.shape
     finally:
         _tracer._set_tracing_state(state)
+
+
+def is_eager(x: Tensor) -> bool:
+    """Return whether x is an ordinary tensor and nothing records or transforms the call.
+
+    Only then may a decision for the shape of x be remembered: tracers and transforms may hide sizes and values.
+    """
+    return not (
+        torch.compiler.is_compiling()  # first: compilers do not trace what follows
+        or type(x) not in PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _tracer._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+        or x.is_meta
+    )
+
+
+PLAIN = (Tensor, nn.Parameter)
+"""Types without a ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
 
 
 def is_traced() -> bool:
@@ -121,20 +143,20 @@ def is_scripted_for_onnx() -> bool:
 
 
 def has_numbers(x: Tensor) -> bool:
-    """Return whether what a call does may depend on the values of x: not where it is recorded or transformed."""
+    """Return whether a call may depend on the values of x. It may not where the call is recorded or transformed."""
     hidden = torch.compiler.is_compiling() or is_exported() or torch._C._are_functorch_transforms_active()
     return not (hidden or x.is_meta or isinstance(x, FakeTensor) or is_batch_of_gradients(x))
 
 
 def is_batch_of_gradients(x: Tensor) -> bool:
-    """Return whether x is hidden in torch.autograd's own vmap, behind ``is_grads_batched`` and ``vectorize``."""
+    """Return whether x is inside torch.autograd's own vmap, used by ``is_grads_batched`` and ``vectorize``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Say whether the channels of (N, C, H, W) are next to each other in memory; where all readings hold, they are not.
+    """Return whether the channels of (N, C, H, W) are adjacent in memory. False if the strides fit both layouts.
 
-    It looks at strides instead of asking ``is_contiguous``, which vmap does not know and slices do not fulfil.
+    It reads strides, because vmap does not support ``is_contiguous`` and slices are not contiguous.
     """
     if x.stride(1) != 1:
         return False
@@ -148,7 +170,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """Return x in that layout; as it is under vmap and other transforms, within which layouts cannot be chosen."""
+    """Return x in that layout, or unchanged under vmap and other transforms, which do not support layouts."""
     if torch._C._are_functorch_transforms_active() or is_batch_of_gradients(x):
         return x
     return x.contiguous(memory_format=memory_format(channels_last))
@@ -160,10 +182,11 @@ def output_size(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilatio
     return rows, columns
 
 
-def trim(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Return how many taps may be cut off on either side of each axis because they only ever meet padding.
+@functools.lru_cache(4096)
+def idle_taps(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Return the number of taps on either side of each axis that only ever meet padding.
 
-    Cutting t taps at both ends and ``dilation * t`` of the padding leaves every output as it was.
+    Removing t taps at both ends and ``dilation * t`` of the padding does not change the output.
     """
     out = output_size(size, kernel, stride, padding, dilation)
     cuts = []
@@ -178,7 +201,7 @@ def trim(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair
 
 @functools.lru_cache(4096)
 def multiply_adds(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> int:
-    """Return how many products of a tap with a pixel of the map, not of the padding, one map of one sample takes."""
+    """Return the products of a tap and a pixel that one map of one sample takes. Padding does not count."""
     total = 1
     out = output_size(size, kernel, stride, padding, dilation)
     for i in range(2):
@@ -195,11 +218,11 @@ def channels_first(x: Tensor) -> Tensor:
     """Return (N, H, W, C) as (N, C, H, W), without a copy."""
     if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not has_numbers(x):
         return x.permute(0, 3, 1, 2)
-    # Below the dispatch key that tracks views: one made under no_grad could not be changed in place by what learns.
+    # Below the dispatch key that tracks views: a view made under no_grad cannot be modified in place with gradients on.
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return x.permute(0, 3, 1, 2)
 
 
 def fold(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (1, N*C, H, W): a batch with kernels of its own for each sample is one image of many channels."""
+    """(N, C, H, W) -> (1, N*C, H, W): a batch with per-sample kernels is one image of many channels."""
     return x.reshape(1, -1, *x.shape[2:])

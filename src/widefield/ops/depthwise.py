@@ -18,10 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.ops import _backend
 from widefield.ops._autocast import autocast_dtype
 from widefield.ops._operators import depthwise
-from widefield.ops._problem import STEPS, Pair, Problem, is_channels_last, is_exported, output_size, problem_of, size_of
+from widefield.ops._problem import (
+    STEPS,
+    Problem,
+    is_channels_last,
+    is_eager,
+    is_exported,
+    output_size,
+    problem_of,
+    size_of,
+)
 
 
 def depthwise_conv2d(
@@ -83,11 +93,10 @@ _calls: dict[Any, _Call] = {}
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, backend: str) -> Any:
-    """Return what tells apart calls that take different ways or are to be refused, or None where that is not plain:
-    under transforms and autocast, and for arguments that are only equal to numbers that were checked, such as 1.0.
+    """Return a key that calls share only if they are computed, or refused, alike. None: do not remember this call.
+
+    Arguments that merely equal a number that was checked, such as 1.0, get no key.
     """
-    if torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling() or x.is_meta:
-        return None
     for value in (stride, padding, dilation):
         kind = type(value)
         if kind is tuple:
@@ -95,11 +104,10 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
                 return None
         elif kind is not int and kind is not str:
             return None
-    size = x.shape
-    if len(size) != 4 or type(size[0]) is not int:  # a symbol
+    if torch._C._is_any_autocast_enabled() or not is_eager(x):
         return None
     return (
-        size, weight.shape, x.stride(), weight.stride(), x.dtype, weight.dtype, x.device,
+        x.shape, weight.shape, x.stride(), weight.stride(), x.dtype, weight.dtype, x.device,
         x.requires_grad, weight.requires_grad, torch.is_grad_enabled(), stride, padding, dilation, backend,
         None if bias is None else (bias.shape, bias.dtype),
     )  # fmt: skip

@@ -78,9 +78,24 @@ def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
     Differentiable with respect to every kernel.
     """
     step = common_dilation(dilations)
-    spread = [dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
-    size = max(size_of(k)[-1] for k in spread)
-    return torch.stack([pad(k, size) for k in spread])
+    spread = [k if d == step else dilate(k, d // step) for k, d in zip(kernels, dilations, strict=True)]
+    sides = [size_of(k)[-1] for k in spread]
+    largest = max(sides)
+    return torch.stack(
+        [k if s == largest else F.pad(k, ((largest - s) // 2,) * 4) for k, s in zip(spread, sides, strict=True)]
+    )
+
+
+def taps(experts: Sequence[tuple[int, int]], bank: Tensor) -> Tensor:
+    """Return a mask (n, 1, 1, K, K) of the taps that each expert of a bank has, in its dtype.
+
+    ``experts``: (kernel size, dilation) of each.
+    """
+    step = common_dilation([dilation for _, dilation in experts])
+    mask = bank.new_zeros((len(experts), 1, 1, *size_of(bank)[-2:]))
+    for r, (size, dilation) in enumerate(experts):
+        expert(mask, r, size, dilation, step).fill_(1)
+    return mask
 
 
 def expert(bank: Tensor, index: int, size: int, dilation: int, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolution with a kernel of its own for every sample: what a mixture, or a dynamic mask, comes down to."""
+"""Convolution with per-sample kernels, as mixtures and dynamic masks need it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widefield._checks import Pair
 from widefield.ops._autocast import autocast_dtype, without_autocast
 from widefield.ops._operators import depthwise
 from widefield.ops._problem import (
@@ -21,8 +22,6 @@ from widefield.ops._problem import (
     output_size,
     size_of,
 )
-
-Pair = tuple[int, int]
 
 
 def per_sample_conv2d(
@@ -59,11 +58,19 @@ def per_sample_conv2d(
         )
     if biases is not None and size_of(biases) != (batch, c_out):
         raise ValueError(f"biases must be (N, C_out) = ({batch}, {c_out}) or None; got shape {tuple(biases.shape)}.")
+    return convolve_samples(x, kernels, biases, stride, padding, dilation, groups)
+
+
+def convolve_samples(
+    x: Tensor, kernels: Tensor, biases: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """Compute :func:`per_sample_conv2d` from arguments that are known to fit together."""
+    c_out, c_group = size_of(kernels)[1:3]
     dtype = autocast_dtype(x) or x.dtype
     x, kernels, biases = x.to(dtype), kernels.to(dtype), None if biases is None else biases.to(dtype)
     if c_group == 1 and c_out == groups and not is_exported():
         return depthwise(x, kernels.squeeze(2), biases, stride, padding, dilation, "auto")
-    if batch == 0:  # grouped convolution refuses zero groups
+    if size_of(x)[0] == 0:  # grouped convolution refuses zero groups
         with without_autocast(x):
             y = F.conv2d(x, kernels.sum(0), None, stride, padding, dilation, groups)
         return laid_out(y, is_channels_last(x))
@@ -114,8 +121,8 @@ def _unfolded(
 
 @functools.cache
 def _scripted() -> Callable[..., Tensor]:
-    """Return the same for torch.jit.trace, which would keep the number of groups, and with it the size of the batch."""
+    """Return :func:`_as_one_image` for torch.jit.trace, which would fix the number of groups and so the batch size."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scripting is deprecated; what asks for it is a trace, which is as well
+        warnings.simplefilter("ignore")  # scripting is deprecated, but so is the trace that needs it
         scripted: Callable[..., Tensor] = torch.jit.script(_as_one_image)
     return scripted

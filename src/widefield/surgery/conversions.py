@@ -134,7 +134,7 @@ class MoRF(Conversion):
 
     def __post_init__(self) -> None:
         MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self._options(), "init": "random"})
-        morf.check_init(self.init)
+        _checks.init(self.init)
         sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
         object.__setattr__(self, "kernel_sizes", sizes)  # lists, from YAML say, would not hash
 
@@ -164,7 +164,7 @@ class FastDepthwise(Conversion):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        DepthwiseConv2d(1, 1, backend=self.backend, device="meta")
+        DepthwiseConv2d(1, 1, 1, backend=self.backend, device="meta")
 
     def replacement(self, module: nn.Module) -> nn.Module:
         """Return what to put in the place of a convolution, with its parameters, keys and padding."""
@@ -217,7 +217,7 @@ class GMConv(Conversion):
             _checks.choice(name, getattr(self, name), ("static", "dynamic", "none"))
         conv = nn.Conv2d(1, 1, 3, device="meta")
         for kind in ("static", "dynamic"):
-            self._layer(conv, kind, _checks.choice("init", self.init, gmconv.INIT) and "random")
+            self._layer(conv, kind, _checks.init(self.init) and "random")
 
     def at(self, place: Place) -> Conversion:
         """Return the config of one kind, the one for this place."""
@@ -281,7 +281,7 @@ class LargeKernel(Conversion):
     init: str = "preserve"
 
     def __post_init__(self) -> None:
-        reparam.check_init(self.init)
+        _checks.init(self.init)
         _checks.choice("branches", self.branches, tuple(_LARGE))
         if not self.norm and self.branches != "small":
             raise ValueError(f"norm=False is for branches='small'; got branches={self.branches!r}.")
@@ -292,7 +292,7 @@ class LargeKernel(Conversion):
             object.__setattr__(self, "kernel_sizes", sizes)
         for size in self._sizes():
             make: Any = _LARGE[self.branches]
-            make(1, size, **self._arguments())
+            make(1, 1, size, **self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
         options = {"small": {"small": self.small, "norm": self.norm}, "dilated": {}, "bands": {"small": self.small}}

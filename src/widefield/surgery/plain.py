@@ -156,6 +156,8 @@ def with_numbers(conv: nn.Module) -> nn.Module:
 class _Tracer(fx.Tracer):
     """Traces through layers of ours alone; all other modules are parts of the graph as they are."""
 
+    enters_widefield_layers = True
+
     def __init__(self) -> None:
         super().__init__(autowrap_modules=(math, _checks))  # type: ignore[arg-type]
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from widefield import _checks, bench
 from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
+from widefield.nn.fusing import fold_norm
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
-from widefield.nn.reparam import ConvNorm, ReparamConv2d, fold_norm
+from widefield.nn.reparam import ConvNorm, ReparamConv2d
 from widefield.surgery import inputs
 from widefield.surgery.compare import Difference, comparable, difference
 from widefield.surgery.folding import Pair, Watch, is_linear, is_norm, without_norm

@@ -336,8 +336,8 @@ def _smaller(module: Any, sizes: Sizes) -> nn.Module:
     layer: Any
     given = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "bias": module.bias is not None}
     if isinstance(module, DepthwiseConv2d):
-        mode, backend = module.padding_mode, module.backend
-        layer = DepthwiseConv2d(module.in_channels, size, **given, padding_mode=mode, backend=backend, device="meta")
+        given |= {"padding_mode": module.padding_mode, "backend": module.backend}
+        layer = DepthwiseConv2d(module.in_channels, module.out_channels, size, **given, device="meta")
     else:
         if isinstance(module, nn.ConvTranspose2d):
             given["output_padding"] = module.output_padding
@@ -353,7 +353,7 @@ def _same_of(module: Any, size: Pair) -> nn.Module:
     if isinstance(module, DepthwiseConv2dSame):
         channels, stride, dilation = module.in_channels, module.stride, module.dilation
         given: Any = {"bias": bias, "backend": module.backend, "device": "meta"}
-        return DepthwiseConv2dSame(channels, size, stride, dilation, **given)  # type: ignore[arg-type]
+        return DepthwiseConv2dSame(channels, channels, size, stride, dilation=dilation, **given)  # type: ignore[arg-type]
     make: Any = Conv2dSame
     widths = module.in_channels, module.out_channels
     layer: nn.Module = make(*widths, size, module.stride, 0, module.dilation, module.groups, bias, device="meta")

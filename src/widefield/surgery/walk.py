@@ -19,7 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from widefield.nn.reparam import FROZEN_NORMS
+from widefield.nn.fusing import FROZEN_NORMS
 from widefield.nn.same import SameAligned
 from widefield.ops._autocast import without_autocast
 

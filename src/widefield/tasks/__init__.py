@@ -1,4 +1,4 @@
-"""Tasks: how a batch becomes a loss, and how a model is judged. The training loop knows nothing else of the work."""
+"""Tasks: the model that is trained, its batches, its loss and its metrics."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import inspect
 from typing import Any
 
 from widefield import _checks
-from widefield.tasks.base import Batch, Labelled, Task
-from widefield.tasks.classification import Classification
+from widefield.tasks.base import Batch, Labeled, Task
+from widefield.tasks.classification import Classification, count_outputs
 
-__all__ = ["Batch", "Classification", "Labelled", "Task", "create"]
+__all__ = ["TASKS", "Batch", "Classification", "Labeled", "Task", "count_outputs", "create"]
 
-_TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification}
+"""Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 
 
-def create(name: str, dataset: Labelled, **options: Any) -> Task:
+def create(name: str, dataset: Labeled, **options: Any) -> Task:
     """Build the task called ``name`` for a data set.
 
     Args:
-        name: ``"classification"``.
-        dataset: what the task is trained on; classification reads its ``classes``.
+        name: a key of ``TASKS``, such as ``"classification"``.
+        dataset: what the task is trained on, or a run's record of it; classification reads its ``classes``.
         options: the other arguments of the task's constructor.
 
     Raises:
-        ValueError: the name is unknown, or an option out of range.
-        TypeError: the task has no such option, or it is of the wrong kind.
+        ValueError: the name is unknown, or an option is out of range.
+        TypeError: the task has no such option, or it is of the wrong type.
     """
-    kind = _TASKS[_checks.choice("the task", name, tuple(_TASKS))]
+    kind = TASKS[_checks.choice("the task", name, tuple(TASKS))]
     known = [p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:

@@ -1,27 +1,33 @@
-"""What a task is: how a batch becomes a loss, and how a model is judged."""
+"""The interface of a task: the model it trains, its batches, its loss and its metrics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 
+from widefield.data import Sample
+
 Batch = dict[str, Any]
-"""What a loader gives: ``image`` float32 (N, C, H, W), and what else the task needs. Entries it does not know stay."""
+"""A batch by entry, as ``Task.collate`` makes it. The training loop adds ``index`` int64 (N,): the samples' places in
+the data set."""
 
 
 @contextmanager
 def training_on(image: Tensor) -> Iterator[None]:
-    """Explain, in place of PyTorch's sentence, that a batch norm cannot be trained on a batch of one.
+    """Explain PyTorch's error about a batch norm that is trained on a batch of one.
 
     Args:
         image: the batch, (N, C, H, W).
 
-    Raises ValueError: a batch norm got one value per channel, as of one image with a map of one pixel.
+    Raises:
+        ValueError: a batch norm got one value per channel, such as one image with a one-pixel map.
     """
     try:
         yield
@@ -34,8 +40,20 @@ def training_on(image: Tensor) -> Iterator[None]:
         ) from error
 
 
-class Labelled(Protocol):
-    """A data set that names the classes of its labels."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for one block; each module gets its own mode back."""
+    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Labeled(Protocol):
+    """A data set that names the classes of its labels, or a run's record of one."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -43,34 +61,61 @@ class Labelled(Protocol):
 
 
 class Task(ABC):
-    """A kind of work: what the training loop needs to know of it, and no more.
+    """A kind of work. The training loop knows these methods and nothing else about it.
 
-    The loop calls :meth:`loss` with a model in training mode, and, with a model in evaluation mode and without
-    gradients, ``metrics.update(**task.outputs(model, batch))`` on one ``metrics = task.metrics()`` for all batches.
+    The loop collates samples with :meth:`collate`, calls :meth:`loss` with a model in training mode and, with a model
+    in evaluation mode and without gradients, ``metrics.update(**task.outputs(model, batch))`` on one
+    ``metrics = task.metrics()`` for all batches.
 
     Attributes:
-        headline: name of the metric by which checkpoints are ranked; one of those of :meth:`metrics`.
-        higher_is_better: whether a larger headline is the better one.
-        model_args: what the task decides about ``timm.create_model``, such as ``{"num_classes": 10}``.
+        headline: name of the metric that ranks checkpoints; one of those of :meth:`metrics`.
+        higher_is_better: whether a larger headline is better.
+        model_args: arguments of ``timm.create_model`` that the task decides, such as ``{"num_classes": 10}`` or
+            ``{"features_only": True}``.
     """
 
     headline: str
     higher_is_better: bool
-    model_args: Mapping[str, Any]
+    model_args: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     @abstractmethod
-    def for_data(cls, dataset: Labelled, **options: Any) -> Task:
-        """Build the task for a data set; ``options`` are the other arguments of the constructor."""
+    def for_data(cls, dataset: Labeled, **options: Any) -> Task:
+        """Build the task for a data set; ``options`` are the constructor's other arguments."""
+
+    def model(self, backbone: nn.Module) -> nn.Module:
+        """Return the model to train, built from a backbone; default: the backbone itself.
+
+        Args:
+            backbone: the recipe's network, built with ``model_args`` and converted.
+        """
+        return backbone
+
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:  # noqa: B027 (most tasks accept any model)
+        """Raise ValueError if a model does not fit the task.
+
+        Args:
+            model: in any mode, which is left as it was.
+            shape: (C, H, W) of the images.
+        """
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Return samples as a batch; default: every entry stacked, as PyTorch's ``default_collate`` does.
+
+        Args:
+            samples: at least one. Unreadable ones have been dropped.
+        """
+        batch: Batch = default_collate(list(samples))
+        return batch
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the training loss of a batch, a scalar with gradients; leaves the batch as it is."""
+        """Return the training loss of a batch, a scalar with gradients; leaves the batch unchanged."""
 
     @abstractmethod
-    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return the keyword arguments of the metrics' ``update``, each (N, ...) for N images."""
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return the keyword arguments of the metrics' ``update``: tensors (N, ...) or lists of N entries."""
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
-        """Return fresh metrics, each a scalar, that do not synchronise by themselves (``sync_on_compute=False``)."""
+        """Return fresh metrics, each a scalar, that do not synchronize by themselves (``sync_on_compute=False``)."""

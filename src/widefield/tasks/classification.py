@@ -1,7 +1,7 @@
-"""One label per image: cross-entropy with the usual regularisers, judged by top-1 and top-5 accuracy.
+"""Classification: one label per image, cross-entropy, top-1 and top-5 accuracy.
 
-Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019) and label smoothing (Szegedy et al. 2016) are timm's, with its
-defaults where the recipes of DeiT and ConvNeXt take them.
+Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019) and label smoothing (Szegedy et al. 2016) are timm's. Their
+defaults are those of the recipes of DeiT and ConvNeXt.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from widefield import _checks
-from widefield.tasks.base import Batch, Labelled, Task, training_on
+from widefield.surgery.answers import described, wrapping
+from widefield.tasks.base import Batch, Labeled, Task, evaluating, training_on
 
 
 class Classification(Task):
-    """Classification of images; the model maps (N, C, H, W) to logits (N, num_classes).
+    """Classification of images by a model that maps (N, C, H, W) to logits (N, num_classes).
 
-    Batches hold ``image`` float32 (N, C, H, W) and ``label`` int64 (N,) in [0, num_classes). Metrics: ``top1`` and,
-    with more than five classes, ``top5`` (fractions of the images), and ``loss`` (plain cross-entropy in nats, without
-    smoothing or mixing).
+    Batches hold ``image`` float32 (N, C, H, W) and ``label`` int64 (N,) in [0, num_classes). The metrics are ``top1``
+    and, with more than five classes, ``top5`` (fractions of the images), and ``loss`` (plain cross-entropy in nats,
+    without smoothing or mixing).
 
     Args:
         num_classes: number of classes, at least 2.
         label_smoothing: share of the target spread evenly over all classes, from 0 to 1.
         mixup: alpha of mixup's Beta(alpha, alpha); 0 is off.
         cutmix: alpha of CutMix's; 0 is off.
-        mix_prob: probability that a batch is mixed at all.
-        switch_prob: probability of CutMix rather than mixup, where both are on.
-        mix_mode: what is mixed with one lambda: the ``"batch"``, each ``"pair"``, or each element, ``"elem"``.
+        mix_prob: probability that a batch is mixed.
+        switch_prob: probability of CutMix instead of mixup, if both are on.
+        mix_mode: what shares one lambda: the ``"batch"``, each ``"pair"``, or each element, ``"elem"``.
 
     Mixing draws from numpy's global generator, as timm does.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind or out of range; the message says which.
+        TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
     headline = "top1"
@@ -60,7 +61,7 @@ class Classification(Task):
         self.model_args = {"num_classes": self.num_classes}
         smoothing = _checks.number("label_smoothing", label_smoothing, maximum=1.0)
         if smoothing == 1:
-            raise ValueError("label_smoothing must be below 1; at 1 the targets say nothing of the labels.")
+            raise ValueError("label_smoothing must be below 1; at 1 the targets no longer depend on the labels.")
         mixup, cutmix = _checks.number("mixup", mixup), _checks.number("cutmix", cutmix)
         mixer = Mixup(
             mixup_alpha=mixup,
@@ -75,12 +76,18 @@ class Classification(Task):
         self._criterion = SoftTargetCrossEntropy() if self._mixer else LabelSmoothingCrossEntropy(smoothing)
 
     @classmethod
-    def for_data(cls, dataset: Labelled, **options: Any) -> Self:
+    def for_data(cls, dataset: Labeled, **options: Any) -> Self:
         """Build the task for a data set with ``classes``."""
         return cls(len(dataset.classes), **options)
 
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless a model gives a logit for each class."""
+        outputs = count_outputs(model, shape)
+        if outputs != self.num_classes:
+            raise ValueError(f"it gives {outputs} outputs, and the task needs {self.num_classes}, one for each class.")
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the batch, a scalar, after mixing and smoothing."""
+        """Return the mean cross-entropy of the batch after mixing and smoothing, a scalar."""
         image, target = batch["image"], batch["label"]
         if self._mixer:
             image, target = self._mixer(*_even(image, target))
@@ -88,7 +95,7 @@ class Classification(Task):
             loss: Tensor = self._criterion(model(image).float(), target)
         return loss
 
-    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return ``preds`` (N, num_classes), ``target`` (N,) and ``value`` (N,), the cross-entropy of each image."""
         logits = model(batch["image"]).float()
         label = batch["label"]
@@ -101,8 +108,8 @@ class Classification(Task):
             for k in (1, 5)
             if k == 1 or self.num_classes > k
         }
-        # Without compute groups: torchmetrics merges metrics whose states agree after the first batch, and top-1 and
-        # top-5 do agree there whenever a good model makes no mistake in it.
+        # Without compute groups: torchmetrics merges metrics whose states agree after the first batch. Top-1 and top-5
+        # agree there if the model makes no mistake.
         return MetricCollection(
             {"loss": MeanMetric(sync_on_compute=False), **accuracies},
             compute_groups=False,
@@ -110,10 +117,38 @@ class Classification(Task):
 
 
 def _even(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Return copies, as timm mixes in place, of an even length, as it mixes in pairs: an odd batch repeats its last.
+    """Return copies of an even length, because timm mixes in place and in pairs.
 
-    Odd batches come from data sets that leave out unreadable images.
+    A batch of odd length, from a data set that leaves out unreadable images, repeats its last image.
     """
     if len(image) % 2:
         return torch.cat([image, image[-1:]]), torch.cat([label, label[-1:]])
     return image.clone(), label
+
+
+def count_outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return how many logits a model gives for an image, from one forward pass in evaluation mode.
+
+    Args:
+        model: left in its mode.
+        shape: (C, H, W) of the image.
+
+    Raises:
+        ValueError: the model refuses such images, or does not return one vector per image.
+    """
+    first = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
+    try:
+        with evaluating(model), torch.no_grad():
+            logits = model(image)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{type(model).__name__} refuses images of {'x'.join(map(str, shape))} (channels, height, width): {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError(
+            f"{type(model).__name__} gives no logits (N, classes) for images; it gives {described(logits)}."
+            f"{wrapping(logits)}"
+        )
+    return logits.shape[1]

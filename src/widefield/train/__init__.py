@@ -1,8 +1,8 @@
 """Training: recipes, the loop, checkpoints."""
 
-from widefield.train.build import build_model, load_trained
 from widefield.train.engine import RunResult, train
 from widefield.train.evaluation import evaluate
+from widefield.train.model import build_model
 from widefield.train.networks import create_model
 from widefield.train.recipe import (
     CheckpointSpec,
@@ -18,7 +18,7 @@ from widefield.train.recipe import (
     TaskSpec,
 )
 from widefield.train.recipe_io import describe_keys, load_recipe, save_recipe, shipped_recipes
-from widefield.train.run_data import RunData, run_data
+from widefield.train.run_data import RunData
 
 __all__ = [
     "CheckpointSpec",
@@ -39,8 +39,6 @@ __all__ = [
     "describe_keys",
     "evaluate",
     "load_recipe",
-    "load_trained",
-    "run_data",
     "save_recipe",
     "shipped_recipes",
     "train",

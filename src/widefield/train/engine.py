@@ -33,7 +33,7 @@ from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import Share, evaluate
 from widefield.train.interrupt import StopRequest
 from widefield.train.learner import Learner
-from widefield.train.loading import EpochSampler, batches, collate, shut_down, train_loader, val_loader
+from widefield.train.loaders import EpochSampler, batches, first_batch, shut_down, train_loader, val_loader
 from widefield.train.logs import Logs, check_trackers
 from widefield.train.processes import largest
 from widefield.train.progress import Reporter, numbers, reporter
@@ -124,7 +124,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
     return run.result()
 
 
-def _both_splits(recipe: Recipe, *, fresh: bool) -> tuple[data.ImageSet, data.ImageSet]:
+def _both_splits(recipe: Recipe, *, fresh: bool) -> tuple[data.SampleSet, data.SampleSet]:
     try:
         return data.create_both(recipe.data.name, **recipe.data.args)
     except FileNotFoundError as error:
@@ -161,22 +161,24 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, *, fresh: bool) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
         set_seed(recipe.seed)
-        self.train_set, val_set = _both_splits(recipe, fresh=fresh)
-        self.found = data.summarize(self.train_set, val_set)
+        self.train_set, self.val_set = _both_splits(recipe, fresh=fresh)
+        self.found = data.summarize(self.train_set, self.val_set)
         self.task = tasks.create(recipe.task.name, self.train_set, **recipe.task.args)
-        self.data = record(self.train_set, val_set)
+        self.data = record(self.train_set, self.val_set)
         if not fresh:
             folder.check_data(self.data)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
-        shape = self._shape = (len(val_set.mean), val_set.image_size, val_set.image_size)
+        channels, size = len(self.val_set.mean), self.val_set.image_size
+        shape = (channels, size, size) if channels and size else None
         self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes, shape)
         self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
-        loader = train_loader(self.train_set, recipe.batch_size, recipe.workers, recipe.seed, recipe.repeats)
+        collate, size = self.task.collate, recipe.batch_size
+        loader = train_loader(self.train_set, collate, size, recipe.workers, recipe.seed, recipe.repeats)
         self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
         self.train_batches = accelerator.prepare(loader)
-        share = Share(val_set, accelerator.process_index, accelerator.num_processes)
-        self.val_batches = val_loader(share, recipe.batch_size, recipe.workers)
+        share = Share(self.val_set, accelerator.process_index, accelerator.num_processes)
+        self.val_batches = val_loader(share, collate, size, recipe.workers)
         self.steps_per_epoch: int = len(self.train_batches) // recipe.accumulate
         if not self.steps_per_epoch:
             raise ValueError(
@@ -190,6 +192,7 @@ class _Run:
         self.epoch = self.position = 0
         self.metrics: dict[str, float] = {}
         self._warnings: list[str] = []
+        self._spare: Batch = {}
         self._loss_sum, self._loss_count = 0.0, 0
         self._pending: list[_Pending] = []
         self._skipped = 0
@@ -214,9 +217,10 @@ class _Run:
         if self.accelerator.is_main_process:
             self.folder.check_space(self.learner.raw, self.recipe)
         if self.learner.is_sparse:
-            first = self.accelerator.process_index * self.recipe.batch_size
-            order = list(self.sampler)[first : first + self.recipe.batch_size]
-            batch = next(batches([collate([self.train_batches.dataset[index] for index in order])]))
+            size = self.recipe.batch_size
+            first = self.accelerator.process_index * size
+            order = list(self.sampler)[first : first + size]
+            batch = first_batch(self.train_set, self.task.collate, order, size)
             if not batch:
                 raise ValueError(f"sparsity: none of the first images of the train split ({order[:8]}...) can be read.")
             self.learner.start(send_to_device(batch, self.accelerator.device))
@@ -354,8 +358,17 @@ class _Run:
             if batch:
                 yield batch
             elif self.learner.is_sharded:
-                self.learner.model(torch.zeros(1, *self._shape, device=self.accelerator.device))
+                self.task.outputs(self.learner.model, self._spare_batch())
         raise _Stopped
+
+    def _spare_batch(self) -> Batch:
+        """Return a batch of one image for a forward pass whose result is discarded."""
+        if not self._spare:
+            found = first_batch(self.val_set, self.task.collate, range(len(self.val_set)), 1)
+            if not found:
+                raise ValueError("there is nothing to evaluate: no image of the val split can be read.")
+            self._spare = send_to_device(found, self.accelerator.device)
+        return self._spare
 
     def _finish_epoch(self, saved: Checkpoint, seconds: float) -> None:
         about = {"step": self.step, "epoch": self.epoch, "lr": self.learner.lr, "seconds": seconds}
@@ -418,7 +431,6 @@ class _Run:
             "position": self.position,
             "processes": self.accelerator.num_processes,
             "model": self.recipe.model.name,
-            "model_args": dict(self.task.model_args),
             "headline": self.headline,
             "higher_is_better": self.task.higher_is_better,
             "recipe": recipe_hash(self.recipe),

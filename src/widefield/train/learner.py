@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,8 @@ from widefield.nn import load_balancing
 from widefield.surgery import DynamicSparsity
 from widefield.tasks import Batch, Task
 from widefield.train import checkpoint
-from widefield.train.build import build_model
-from widefield.train.evaluation import count_outputs
-from widefield.train.optimisation import create_optimizer, create_schedule, freeze
+from widefield.train.model import build_model
+from widefield.train.optimization import create_optimizer, create_schedule, freeze
 from widefield.train.processes import largest
 from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
@@ -39,8 +38,12 @@ class Step(NamedTuple):
 class Learner:
     """The model of a recipe with its optimiser, schedule, average and sparsity, on accelerate's device.
 
-    ``classes`` are the names of its outputs; see :func:`widefield.train.build_model`. ``shape`` is that of an image,
-    (C, H, W): the model is tried on one.
+    Args:
+        recipe: describes it.
+        task: what it learns.
+        accelerator: where it runs.
+        classes: names of its outputs; see :func:`widefield.train.build_model`.
+        shape: (C, H, W) of the images, if they are of one size: the model is tried on one.
 
     Attributes:
         raw: the model without wrappers.
@@ -60,15 +63,15 @@ class Learner:
         shape: tuple[int, int, int] | None = None,
     ) -> None:
         self._recipe, self._task, self._accelerator = recipe, task, accelerator
-        model = build_model(recipe, task.model_args, classes).to(accelerator.device)
+        model = build_model(recipe, task, classes).to(accelerator.device)
         if shape is not None:
-            _check_outputs(model, recipe.model.name, shape, task.model_args)
+            _check_fit(task, model, recipe.model.name, shape)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
             _checkpoint_blocks(model)
         if recipe.sync_batchnorm:
-            model = _synchronised(model, accelerator)
+            model = _synchronized(model, accelerator)
         self._resting = freeze(model, recipe.freeze) if recipe.freeze else []
         self.raw = model
         # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
@@ -171,8 +174,9 @@ class Learner:
         return Step(loss, skipped=False)
 
     def _loss(self, batch: Batch) -> Tensor:
-        if self._recipe.channels_last:
-            batch = {**batch, "image": batch["image"].contiguous(memory_format=torch.channels_last)}
+        image = batch.get("image")
+        if self._recipe.channels_last and isinstance(image, Tensor):  # not a list of images of several sizes
+            batch = {**batch, "image": image.contiguous(memory_format=torch.channels_last)}
         if not self._recipe.balance:
             return self._task.loss(self.model, batch)
         with load_balancing(self.raw) as balance:
@@ -258,18 +262,15 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
 
 
-def _check_outputs(model: nn.Module, name: str, shape: tuple[int, int, int], decided: Mapping[str, Any]) -> None:
-    """Raise ValueError for a model that refuses the images, or gives something else than a logit for each class."""
+def _check_fit(task: Task, model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError for a model that does not fit the task; draws no random number."""
     before = random_state()
     try:
-        outputs = count_outputs(model, shape[0], shape[1])
+        task.check(model, shape)
     except ValueError as error:
         raise ValueError(f"model: {name} does not fit the task: {error}") from error
     finally:
         restore_random_state(before)
-    wanted = decided.get("num_classes", outputs)
-    if outputs != wanted:
-        raise ValueError(f"model: {name} gives {outputs} outputs, and the task needs {wanted}, one for each class.")
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:
@@ -281,7 +282,7 @@ def _checkpoint_blocks(model: nn.Module) -> None:
         ) from error
 
 
-def _synchronised(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def _synchronized(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1:
         return model
     if accelerator.device.type == "cpu":

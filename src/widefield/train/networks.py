@@ -21,6 +21,9 @@ from widefield import _checks
 from widefield.train.recipe import ModelSpec
 
 TORCHVISION = "torchvision:"
+"""Prefix of the names of torchvision's models."""
+HEAD = "num_classes"
+"""The argument of timm and torchvision that sizes a network's head."""
 _AUXILIARY = ("googlenet", "inception_v3")
 """Networks of torchvision that in training give several outputs, unless told not to."""
 _LAYER_CONFIG = ("scriptable", "exportable", "no_jit")

@@ -1,9 +1,10 @@
-"""Weights to start from: read from a file or a run, and put into a model whole, or not at all."""
+"""Weights to start from: read from a file or a run, and loaded into a model in full or not at all."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield.train import checkpoint
+from widefield.train.networks import HEAD
 
 _HEADS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight", "head.l.weight")
 
@@ -18,12 +20,12 @@ _HEADS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight", "he
 def read_weights(source: str) -> dict[str, Tensor]:
     """Return the weights in a file (safetensors, or what torch saved), or the best ones of a run, on the CPU.
 
-    Of a training script's checkpoint the moving average is taken, if it holds one. Nothing is unpickled but tensors and
-    plain values.
+    The moving average is preferred if a training script's checkpoint holds one. Only tensors and plain values are
+    unpickled.
 
     Raises:
-        FileNotFoundError: neither a file nor a run.
-        ValueError: a file that holds something else.
+        FileNotFoundError: there is neither a file nor a run.
+        ValueError: the file holds something else.
     """
     from timm.models import load_state_dict
 
@@ -42,85 +44,115 @@ def read_weights(source: str) -> dict[str, Tensor]:
 
 
 def classes_of(weights: Mapping[str, Tensor], heads: Sequence[str] = ()) -> int:
-    """Return how many classes weights tell apart, or 0 if they have no head.
+    """Return the number of classes of the head among weights, or 0 if there is none.
 
-    ``heads`` are names of the last layer, such as timm's configurations give; usual ones are tried after them.
+    Args:
+        weights: a state dict.
+        heads: names of the last layer, as in timm's configurations; common names are tried after them.
     """
     known = [f"{head}{inner}.weight" for head in heads for inner in ("", ".l", ".linear")]
     return next((len(weights[name]) for name in (*known, *_HEADS) if name in weights), 0)
 
 
-def start_from(
-    source: str,
-    build: Callable[[dict[str, Any]], nn.Module],
-    convert: Callable[[nn.Module], nn.Module],
-    classes: int,
-    heads: Sequence[str] = (),
-    *,
-    fresh_head: bool = False,
-) -> nn.Module:
-    """Return a network with the weights of ``source``, and a fresh head if its classes are others.
+@dataclass(frozen=True)
+class Assembly:
+    """The steps from a network's arguments to the model of a recipe.
 
-    The weights may be those of the plain network, in any form that timm reads for it: then they are loaded first, and
-    the conversion keeps their function. Or they are those of the converted one.
+    Attributes:
+        build: makes the network from arguments that go before the recipe's, such as the size of its head.
+        convert: makes the converted network of it; the identity without a conversion.
+        adapt: makes the task's model of that; the identity for classification.
+        classes: size of the network's head, or None if the task does not decide it.
+    """
+
+    build: Callable[[dict[str, Any]], nn.Module]
+    convert: Callable[[nn.Module], nn.Module]
+    adapt: Callable[[nn.Module], nn.Module]
+    classes: int | None
+
+    def whole(self) -> nn.Module:
+        """Return the model with fresh weights."""
+        return self.adapt(self.convert(self.build({})))
+
+
+def _head(classes: int | None) -> dict[str, Any]:
+    return {} if classes is None else {HEAD: classes}
+
+
+def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fresh_head: bool = False) -> nn.Module:
+    """Return a model of timm with the weights of ``source``, and a fresh head if its classes differ.
+
+    The weights may be those of the plain network, in any form that timm reads: they are loaded before the conversion,
+    which keeps their function. Or they are those of the converted network, or of the task's whole model.
 
     Args:
         source: see :func:`read_weights`.
-        build: makes the plain network from arguments of ``timm.create_model``.
-        convert: makes the converted network of the plain one.
-        classes: of the network that is returned.
+        assembly: how to build the model.
         heads: see :func:`classes_of`.
-        fresh_head: start the head afresh though its classes are as many, as they are others.
+        fresh_head: start with a fresh head although the number of classes is the same.
 
     Raises:
-        ValueError: the weights are neither's; the message names keys that differ.
+        ValueError: the weights fit none of these; the message names keys that differ.
     """
     weights = read_weights(source)
-    theirs = classes_of(weights, heads)
-    # timm looks at a source before it looks at weights that it was handed.
-    overlay = {"state_dict": dict(weights), "num_classes": theirs, "label_offset": 0, "source": ""}
-    try:  # with their own number of classes, as timm is lenient with every key where the numbers differ
-        model = build({"num_classes": theirs, "pretrained": True, "pretrained_cfg_overlay": overlay})
+    theirs = None if assembly.classes is None else classes_of(weights, heads)
+    # timm reads a source before weights that are given to it.
+    overlay = {"state_dict": dict(weights), "label_offset": 0, "source": "", **_head(theirs)}
+    given = _head(theirs)
+    try:  # with their own number of classes: timm ignores missing keys of any kind if the numbers differ
+        model = assembly.build({**given, "pretrained": True, "pretrained_cfg_overlay": overlay})
     except ValueError as plain:
-        model = _filled(convert(build({"num_classes": theirs})), weights, source, plain)
+        model = assembly.convert(assembly.build(given))
+        whole = assembly.adapt(model)
+        if whole is not model:
+            return _filled_either(model, whole, weights, source, plain)
+        model = _filled(model, weights, source, plain)
     else:
-        model = convert(model)
-    if theirs != classes or fresh_head:
-        model.reset_classifier(classes)  # type: ignore[operator]
-    return model
+        model = assembly.convert(model)
+    if theirs != assembly.classes or fresh_head:
+        model.reset_classifier(assembly.classes)  # type: ignore[operator]
+    return assembly.adapt(model)
 
 
-def load_whole(
-    source: str,
-    build: Callable[[dict[str, Any]], nn.Module],
-    convert: Callable[[nn.Module], nn.Module],
-    classes: int,
-    *,
-    fresh_head: bool = False,
+def _filled_either(
+    network: nn.Module, whole: nn.Module, weights: Mapping[str, Tensor], source: str, plain: Exception
 ) -> nn.Module:
+    """Load weights into the task's whole model or, if they do not fit, into the network in it."""
+    try:
+        return _filled(whole, weights, source, plain)
+    except ValueError:
+        _filled(network, weights, source, plain)
+        return whole
+
+
+def load_whole(source: str, assembly: Assembly, *, fresh_head: bool = False) -> nn.Module:
     """Do what :func:`start_from` does, for models that timm does not know.
 
-    Without ``fresh_head`` the head must be of as many classes. It is the weights whose shape goes by their number.
+    Without ``fresh_head`` the head must have the same number of classes. The head is found as the weights whose shape
+    depends on that number.
     """
     weights = read_weights(source)
-    heads = _class_dependent(build, classes) if fresh_head else []
-    theirs = next((len(weights[name]) for name in heads if name in weights), classes)
-    given = {"num_classes": theirs}
+    heads = _class_dependent(assembly) if fresh_head else []
+    theirs = next((len(weights[name]) for name in heads if name in weights), assembly.classes)
+    given = _head(theirs)
     try:
-        model = convert(_filled(build(given), weights, source, None))
+        model = assembly.convert(_filled(assembly.build(given), weights, source, None))
     except ValueError as plain:
-        model = _filled(convert(build(given)), weights, source, plain)
+        model = _filled(assembly.convert(assembly.build(given)), weights, source, plain)
     if not fresh_head:
-        return model
-    fresh = convert(build({"num_classes": classes}))
+        return assembly.adapt(model)
+    fresh = assembly.convert(assembly.build({}))
     fresh.load_state_dict({key: value for key, value in model.state_dict().items() if key not in heads}, strict=False)
-    return fresh
+    return assembly.adapt(fresh)
 
 
-def _class_dependent(build: Callable[[dict[str, Any]], nn.Module], classes: int) -> list[str]:
-    """Return the names of the weights whose shape goes by the number of classes."""
+def _class_dependent(assembly: Assembly) -> list[str]:
+    """Return the names of the weights whose shape depends on the number of classes."""
+    if assembly.classes is None:
+        return []
     with torch.device("meta"):
-        one, other = (build({"num_classes": count}).state_dict() for count in (classes, classes + 1))
+        sizes = assembly.classes, assembly.classes + 1
+        one, other = (assembly.build(_head(size)).state_dict() for size in sizes)
     return [name for name, value in one.items() if value.shape != other[name].shape]
 
 

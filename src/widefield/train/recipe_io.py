@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,17 @@ from widefield import _checks
 from widefield.train.recipe import Recipe
 
 SHIPPED = Path(__file__).with_name("recipes")
+BASE = "base"
+"""The key of a recipe file that names the recipe to inherit from."""
 DATA_FILE = "data.json"
-"""What a run knows of its data, beside its ``config.yaml``; older runs have none."""
+"""A run's record of its data, next to its ``config.yaml``."""
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe, merge it into its base if it names one, and apply overrides.
+
+    ``base:`` in a recipe file is the name of a shipped recipe, or a path relative to the file. Bases may have bases.
+    Mappings merge key by key; all other values, lists among them, replace those of the base.
 
     Args:
         path_or_name: a YAML file, the folder of a run (its ``config.yaml``), or the name of a shipped recipe, see
@@ -37,24 +42,57 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
             YAML. ``--conversion null`` and ``--ema null`` drop the section.
 
     Raises:
-        FileNotFoundError: no such file or shipped recipe.
-        ValueError: not YAML, an unknown or missing key, or a value out of range; the message names key and source.
+        FileNotFoundError: there is no such file, shipped recipe or base.
+        ValueError: not YAML, an unknown or missing key, a value out of range, or bases that form a cycle; the message
+            names key and source.
         TypeError: a value of the wrong type; the message names key, type and value.
     """
-    source = _find(path_or_name)
+    content = _content(_find(path_or_name))
+    for key, text in _pairs(overrides):
+        _override(Recipe, content, key.split("."), text)
+    recipe: Recipe = _build(Recipe, content, "")
+    return recipe
+
+
+def _content(source: Path, above: Sequence[Path] = ()) -> dict[Any, Any]:
+    """Return the keys of a recipe file, merged into those of its ``base``, and so on down the chain."""
     try:
         content = read_yaml(source.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{source} must hold the keys of a recipe, such as 'name: my_run'; got {content!r}.")
+    base = content.pop(BASE, None)
     _check_keys(Recipe, content, "", f"in {source}")
-    if Path(path_or_name).expanduser().is_dir() and not source.with_name(DATA_FILE).is_file():
-        _drop_none(content)
-    for key, text in _pairs(overrides):
-        _override(Recipe, content, key.split("."), text)
-    recipe: Recipe = _build(Recipe, content, "")
-    return recipe
+    if base is None:
+        return content
+    chain = (*above, source.resolve())
+    below = _find_base(base, source)
+    if below.resolve() in chain:
+        names = " -> ".join(path.name for path in (*chain, below))
+        raise ValueError(f"{BASE}: {names} is a cycle; remove one of these bases. It stands in {source}.")
+    return _merged(_content(below, chain), content)
+
+
+def _find_base(base: Any, source: Path) -> Path:
+    if not isinstance(base, str):
+        raise TypeError(f"{BASE} must be the name of a shipped recipe or a path; got {base!r}, in {source}.")
+    for path in (source.parent / Path(base).expanduser(), SHIPPED / f"{base}.yaml"):
+        if path.is_file():
+            return path
+    known = [path.stem for path in SHIPPED.glob("*.yaml")]
+    raise FileNotFoundError(
+        f"{BASE}: {base!r} is neither a file next to {source} nor a shipped recipe.{_checks.did_you_mean(base, known)}"
+    )
+
+
+def _merged(base: Mapping[Any, Any], content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return ``base`` with the keys of ``content``; mappings merge, all other values replace."""
+    both = {
+        key: _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        for key, value in content.items()
+    }
+    return {**base, **both}
 
 
 def read_yaml(text: str) -> Any:
@@ -77,8 +115,8 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def shipped_recipes() -> list[str]:
-    """Return the names of the recipes that come with widefield."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Return the names of the recipes that come with widefield, without the bases, which start with an underscore."""
+    return sorted(path.stem for path in SHIPPED.glob("[!_]*.yaml"))
 
 
 def describe_keys() -> str:
@@ -91,13 +129,6 @@ def describe_keys() -> str:
         shown = "null" if default is None else default
         lines.append(f"  --{leaf.key} ({_type_name(leaf.type)}, {shown}): {leaf.help}")
     return "\n".join(lines)
-
-
-def _drop_none(content: dict[Any, Any]) -> None:
-    """Drop the model's arguments that are None from the recipe of an older run, as timm did when it was trained."""
-    model = content.get("model")
-    if isinstance(model, dict) and isinstance(model.get("args"), dict):
-        model["args"] = {key: value for key, value in model["args"].items() if value is not None}
 
 
 class _Leaf(NamedTuple):

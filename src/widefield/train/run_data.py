@@ -1,98 +1,83 @@
-"""What a run knows of its data: ``data.json`` in its folder. With it a run is usable where its data are not."""
+"""A run's record of its data, ``data.json`` in its folder. It makes a run usable where its data are missing."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from widefield import data
-from widefield.data.catalog import SETS
 from widefield.data.class_map import alike, listed
 from widefield.train import checkpoint
-from widefield.train.recipe import DataSpec
-from widefield.train.recipe_io import DATA_FILE, load_recipe
+from widefield.train.recipe_io import DATA_FILE
 
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """What a split of a data set held."""
+    """The samples of one split."""
 
     images: int
     fingerprint: str
-    """``ImageSet.fingerprint()``: of names and labels, not of pixels."""
+    """``SampleSet.fingerprint()``: of names and labels, not of pixels."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run was trained on, and what it expects of images."""
+    """What a run was trained on, and how its model expects images."""
 
-    classes: tuple[str, ...] | None
-    """Names of the model's outputs. None: of an older run whose data are not at hand."""
-    size: int
-    """Side of the images in pixels."""
+    classes: tuple[str, ...]
+    """Names of the classes; empty if the data have none."""
+    size: int | None
+    """Side of the images in pixels; None if they differ."""
     mean: tuple[float, ...]
     """Of each channel for pixels in [0, 1]; subtracted from every image."""
     std: tuple[float, ...]
     """Of each channel; every image is divided by it."""
-    splits: Mapping[str, SplitRecord] = field(default_factory=dict)
-    """Of train and val. Empty for an older run, which has recorded nothing."""
+    splits: Mapping[str, SplitRecord]
+    """Of train and val."""
 
     def check_classes(self, classes: Sequence[str]) -> None:
-        """Raise ValueError if the data now have a class that the run does not know, naming what changed."""
-        if self.classes is not None and not set(classes) <= set(self.classes):
+        """Raise ValueError naming the changes if the data have a class that the run does not know."""
+        if not set(classes) <= set(self.classes):
             changed = "; ".join(_class_changes(self.classes, classes))
             raise ValueError(
                 f"the classes of the data have changed since the run: {changed}. "
                 f"Give the data their old class names, or use other data or images (--data, --images)."
             )
 
-    def note(self, now: data.ImageSet) -> str:
-        """Return how a split differs from what the run was trained or judged on, or an empty string."""
-        was = self.splits.get(now.split)
-        if was is None:
-            return ""
+    def note(self, now: data.SampleSet) -> str:
+        """Return how a split differs from the one that the run was trained or evaluated on, or an empty string."""
+        was = self.splits[now.split]
         there = {now.split: SplitRecord(len(now), now.fingerprint())}
         before = replace(self, splits={now.split: was})
         changed = changes(before, replace(self, classes=tuple(now.classes), splits=there))
         return f"changed since the run: {'; '.join(changed)}" if changed else ""
 
 
-def record(train: data.ImageSet, val: data.ImageSet) -> RunData:
+def record(train: data.SampleSet, val: data.SampleSet) -> RunData:
     """Describe the two splits that a run is trained and evaluated on."""
     splits = {part.split: SplitRecord(len(part), part.fingerprint()) for part in (train, val)}
     return RunData(tuple(train.classes), val.image_size, tuple(val.mean), tuple(val.std), splits)
 
 
-def run_data(run: str | Path) -> RunData:
-    """Return class names, image size, normalization and number of images of a run, without opening its data.
-
-    An older run, which has stored none of this, is described by its recipe and, where they are at hand, by its data.
-
-    Args:
-        run: the run's folder, ``runs/NAME``.
+def read(folder: Path) -> RunData:
+    """Return the record in a run's folder.
 
     Raises:
-        FileNotFoundError: it is not the folder of a run.
-        ValueError: its ``data.json`` cannot be read.
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
     """
-    found = stored(Path(run).expanduser())
-    return _of_recipe(load_recipe(run).data) if found is None else found
-
-
-def stored(folder: Path) -> RunData | None:
-    """Return what a run's folder holds, or None if it is older than ``data.json``; raises ValueError."""
     file = folder / DATA_FILE
     if not file.is_file():
-        return None
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a run: it has no {DATA_FILE}, the record of the run's data."
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         splits = {name: SplitRecord(**split) for name, split in content["splits"].items()}
-        mean, std = tuple(content["mean"]), tuple(content["std"])
-        return RunData(tuple(content["classes"]), content["size"], mean, std, splits)
+        classes, mean, std = (tuple(content[key]) for key in ("classes", "mean", "std"))
+        return RunData(classes, content["size"], mean, std, splits)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not as a run writes it: {type(error).__name__}: {error}.") from error
 
@@ -103,8 +88,8 @@ def store(folder: Path, found: RunData) -> None:
 
 
 def changes(before: RunData, now: RunData) -> list[str]:
-    """Return a clause for everything in which the data differ; empty: exactly the same images, names and labels."""
-    found = _class_changes(before.classes or (), now.classes or ())
+    """Return one clause for each difference between data; empty if images, names and labels are the same."""
+    found = _class_changes(before.classes, now.classes)
     for name, was in before.splits.items():
         split = now.splits[name]
         if split.images != was.images:
@@ -129,26 +114,3 @@ def _class_changes(before: Sequence[str], now: Sequence[str]) -> list[str]:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"class{'es' if len(names) > 1 else ''} {listed(names[:3])}{more}"
-
-
-def _of_recipe(spec: DataSpec) -> RunData:
-    """Describe the data of an older run: by opening them, or by what the recipe says where they are not at hand."""
-    try:
-        val = data.create(spec.name, "val", **spec.args)
-    except (OSError, ImportError):
-        made = SETS[spec.name]
-        given = {**_defaults(made), **spec.args}
-        usual: Any = getattr(made, "statistics", (None, None))
-        mean, std = (given[key] or usual[i] for i, key in enumerate(("mean", "std")))
-        return RunData(None, given["size"], tuple(mean), tuple(std))
-    return RunData(tuple(val.classes), val.image_size, tuple(val.mean), tuple(val.std))
-
-
-def _defaults(made: type[data.ImageSet]) -> dict[str, Any]:
-    """Return the options of a data set that have a default, with it; a class's own go before those of its base."""
-    found: dict[str, Any] = {}
-    for base in reversed(made.__mro__):
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            found |= {p.name: p.default for p in parameters if p.default is not p.empty}
-    return found

@@ -29,7 +29,7 @@ _MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers")
 _PLACES = ("name", "output")
 """Keys that say where a run is; a resumed one stays in its folder, wherever that was moved."""
 _DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
-"""Keys that say where the data are; they may differ where it is known that the data are the same."""
+"""Keys that say where the data are. They may change: ``check_data`` has found the data to be the same."""
 
 
 class RunFolder:
@@ -102,9 +102,8 @@ class RunFolder:
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise ValueError naming the keys in which ``recipe`` would not continue the run as it was."""
-        before, now = (_flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
-        same_data = self.data.is_file()  # and they have been checked; nothing is known of an older run's
-        free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if same_data and key in now)}
+        before, now = (flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
+        free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if key in now)}
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in dict.fromkeys([*before, *now])
@@ -118,9 +117,8 @@ class RunFolder:
             )
 
     def check_data(self, now: RunData) -> None:
-        """Raise ValueError if the data are not those that the run began with, saying what changed; older runs pass."""
-        before = run_data.stored(self.path)
-        changed = run_data.changes(before, now) if before else []
+        """Raise ValueError naming the changes if the data are not those that the run began with."""
+        changed = run_data.changes(run_data.read(self.path), now)
         if changed:
             raise ValueError(
                 f"the run in {self.path} can only be resumed on the data it began with, and {'; '.join(changed)}. "
@@ -166,13 +164,14 @@ class RunFolder:
             return
         kept = [
             line
-            for line, entry in _entries(self.log)
+            for line, entry in log_entries(self.log)
             if entry["step"] < step or (entry["step"] == step and (evaluated or entry["kind"] == "step"))
         ]
         checkpoint.write_text(self.log, "".join(f"{line}\n" for line in kept))
 
 
-def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def log_entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of ``metrics.jsonl`` and their entries, up to one that a killed run left unfinished."""
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             yield line, json.loads(line)
@@ -180,11 +179,12 @@ def _entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys joined by dots, such as ``optimizer.lr``, with their values."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def recipe_hash(recipe: Recipe) -> str:

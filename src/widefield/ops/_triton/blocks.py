@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from widefield.ops._problem import Pair
+from widefield._checks import Pair
 from widefield.ops._triton.host import even_parts, power_of_two
 from widefield.ops._triton.tune import Config
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, is_channels_last, output_size
+from widefield._checks import Pair
+from widefield.ops._problem import Problem, is_channels_last, output_size
 from widefield.ops._triton import tune
 from widefield.ops._triton.blocks import forward_configs, strided_configs, weight_grad_configs
 from widefield.ops._triton.host import (

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield.ops._problem import Pair, Problem, is_channels_last, output_size
+from widefield._checks import Pair
+from widefield.ops._problem import Problem, is_channels_last, output_size
 from widefield.ops._triton import tune
 from widefield.ops._triton.blocks import band_configs, band_weight_grad_configs
 from widefield.ops._triton.host import (

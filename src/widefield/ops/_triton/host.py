@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from widefield.ops._problem import Pair, memory_format
+from widefield._checks import Pair
+from widefield.ops._problem import memory_format
 
 # Kernels that were decorated under TRITON_INTERPRET=1 run on the CPU, slowly; that is how they are tested.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from widefield.ops._problem import Pair, is_channels_last
+from widefield._checks import Pair
+from widefield.ops._problem import is_channels_last
 from widefield.ops._triton import direct, gemm, tune
 from widefield.ops._triton.blocks import mixture_configs
 from widefield.ops._triton.host import dense, device_reason, empty, power_of_two

@@ -1,7 +1,7 @@
-"""What every data set shares: the form of a sample, batches, and augmentation that repeats to the bit.
+"""The base classes of data sets: seeded samples, labeled images, and how samples become batches.
 
-The randomness of a sample is a function of (seed, epoch, index) and of nothing else: not of the number of loader
-workers, not of the samples read before, not of the global generators. A run resumed in the middle of an epoch
+The randomness of a sample is a function of (seed, epoch, index) alone. It does not depend on the number of loader
+workers, on the samples read before, or on the global generators. A run that resumes in the middle of an epoch
 therefore sees exactly the images it would have seen.
 """
 
@@ -22,35 +22,39 @@ from widefield import _checks
 from widefield.data.listing import counted
 
 Sample = dict[str, Any]
-"""One sample: ``image`` float32 (C, H, W), normalised; ``label`` int; whatever else the set knows."""
+"""One sample by entry, such as ``image`` float32 (C, H, W) and ``label`` int."""
 
 SPLITS = ("train", "val")
 
 
-class ImageSet(Dataset[Sample | None], ABC):
-    """A map-style data set of labelled images; a subclass gives ``__len__`` and ``sample``.
+class SampleSet(Dataset[Sample | None], ABC):
+    """A map-style data set of samples whose randomness repeats; a subclass gives ``__len__`` and ``sample``.
+
+    Samples may hold anything: images of any size, masks, boxes, texts. A set of images with one label each is
+    a `LabeledImages`.
 
     Attributes:
-        classes: names of the classes; a sample's label is an index into them.
-        mean: mean of each channel for pixels in [0, 1]; it has been subtracted from every image.
-        std: standard deviation of each channel; every image has been divided by it.
-        image_size: side of the square images, in pixels.
         split: ``"train"`` or ``"val"``.
         seed: first word of the key to every random choice.
+        classes: names of the classes that labels point to; empty if there are none.
+        mean: mean of each channel for pixels in [0, 1], subtracted from every image; empty if the samples are not
+            normalized images.
+        std: standard deviation of each channel, which every image is divided by.
+        image_size: side of the images in pixels, if all are squares of one size, else None.
     """
 
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    image_size: int | None = None
     place = ""
-    """Where the images are, for messages; empty for sets that have no files."""
+    """Where the files are, for messages; empty for sets without files."""
     needs: ClassVar[dict[str, str]] = {}
-    """What to give for each option that has no default, for the message where it is missing."""
+    """Required options -> what to give for each, for the message about a missing one."""
     _visit = 0
 
-    def __init__(self, split: str, image_size: int, seed: int) -> None:
+    def __init__(self, split: str, seed: int) -> None:
         self.split = _checks.choice("split", split, SPLITS)
-        self.image_size = _checks.integer("size", image_size)
         self.seed = _checks.integer("seed", seed, minimum=0, maximum=2**32 - 1)
         # In shared memory, so that workers that outlive an epoch (persistent_workers) see it change.
         self._epoch = shared(torch.zeros((), dtype=torch.int64))
@@ -60,7 +64,7 @@ class ImageSet(Dataset[Sample | None], ABC):
         shared(self._epoch)  # a copied or unpickled set reaches its workers as well
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, whose random choices the next samples get; call it before iterating a loader.
+        """Set the epoch, from 0, that seeds the next samples; call it before iterating over a loader.
 
         Raises TypeError or ValueError unless ``epoch`` is an integer of at least 0.
         """
@@ -69,18 +73,6 @@ class ImageSet(Dataset[Sample | None], ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def fingerprint(self) -> str:
-        """Return a hash of which images the split holds, and of their labels; of pixels it knows nothing.
-
-        It does not change when the files move to another folder as they are. A set that is always the same is known by
-        its number of images.
-        """
-        return hashlib.sha256(b"\0".join([str(len(self)).encode(), *self._identity()])).hexdigest()
-
-    def _identity(self) -> Iterable[bytes]:
-        """Yield what tells the images of a set from those of another: names relative to its root, labels."""
-        return ()
-
     @abstractmethod
     def sample(self, index: int) -> Sample | None:
         """Return sample ``index``, an int in [0, len(self)), or None to leave it out of its batch."""
@@ -88,11 +80,22 @@ class ImageSet(Dataset[Sample | None], ABC):
     def __getitem__(self, index: int) -> Sample | None:
         return self.sample(range(len(self))[index])  # range knows negative indices and raises IndexError
 
+    def fingerprint(self) -> str:
+        """Return a hash of the names and labels of the split's samples; pixels are not read.
+
+        The hash stays the same when the files move to another folder unchanged. A generated or embedded set is
+        identified by its number of samples.
+        """
+        return hashlib.sha256(b"\0".join([str(len(self)).encode(), *self._identity()])).hexdigest()
+
+    def _identity(self) -> Iterable[bytes]:
+        """Yield what distinguishes this set's samples from another's: names relative to its root, labels."""
+        return ()
+
     def found(self) -> str:
-        """Return one line about what there is: images and classes of the split, and what was left out, and why."""
+        """Return one line: the number of samples, where they are, and what was left out and why."""
         where = f" in {self.place}" if self.place else ""
-        classes = counted(len(self.classes), "class", "classes")
-        return f"{self.split}: {counted(len(self), 'image')}{where}, {classes}"
+        return f"{self.split}: {counted(len(self), 'image')}{where}"
 
     @contextmanager
     def visited(self, visit: int) -> Iterator[None]:
@@ -109,7 +112,25 @@ class ImageSet(Dataset[Sample | None], ABC):
         return (*key, self._visit) if self._visit else key
 
 
-def check_classes(dataset: ImageSet) -> None:
+class LabeledImages(SampleSet):
+    """Square images of one size with one label each; a subclass gives ``__len__``, ``sample`` and the attributes.
+
+    Samples: ``image`` float32 (C, image_size, image_size), normalized by ``mean`` and ``std``; ``label`` int, an index
+    into ``classes``; whatever else the set knows.
+    """
+
+    image_size: int
+
+    def __init__(self, split: str, size: int, seed: int) -> None:
+        super().__init__(split, seed)
+        self.image_size = _checks.integer("size", size)
+
+    def found(self) -> str:
+        """Return one line: images and classes of the split, and what was left out and why."""
+        return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
+
+
+def check_classes(dataset: LabeledImages) -> None:
     """Raise ValueError for a data set of one class, from which a classifier learns nothing."""
     if len(dataset.classes) < 2:
         where = f" in {dataset.place!r}" if dataset.place else ""
@@ -117,8 +138,8 @@ def check_classes(dataset: ImageSet) -> None:
         raise ValueError(f"the {dataset.split} split{where} has {named}; a classifier needs at least two.")
 
 
-def summarize(*datasets: ImageSet) -> str:
-    """Return a line for each data set: its images and classes, and what was left out, and why."""
+def summarize(*datasets: SampleSet) -> str:
+    """Return one line for each data set; see `SampleSet.found`."""
     return "\n".join(dataset.found() for dataset in datasets)
 
 
@@ -157,6 +178,6 @@ def collate(samples: Sequence[Sample | None]) -> Sample:
     return batch
 
 
-def normalise(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Return (``image`` - ``mean``) / ``std`` by channel for images float32 (..., C, H, W) in [0, 1]."""
     return (image - image.new_tensor(mean)[:, None, None]) / image.new_tensor(std)[:, None, None]

@@ -1,4 +1,4 @@
-"""What a run knows of its data: its classes by name, and enough to be used where the data are not."""
+"""A run's record of its data: its classes by name, and what is needed to use it without the data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from train.helpers import QUIET, log, same_weights
-from train.made_data import cifar
-from widefield import cli, data, run_report
+from widefield import cli, data
 from widefield.analysis.cam import class_activation
-from widefield.subjects import MissingDataError, load
+from widefield.runs import MissingDataError, load, load_trained, read_run_data, write_report
+from widefield.tasks import Classification
 from widefield.train import (
     DataSpec,
     ModelSpec,
@@ -27,9 +27,6 @@ from widefield.train import (
     Recipe,
     build_model,
     load_recipe,
-    load_trained,
-    run_data,
-    save_recipe,
     train,
 )
 from widefield.train.engine import _Run
@@ -105,7 +102,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 class TestRecord:
     def test_is_what_the_data_set_says(self, here: Path) -> None:
-        found = run_data("runs/run")
+        found = read_run_data("runs/run")
         assert found.classes == ("a", "b", "c")
         assert (found.size, found.mean, found.std) == (
             32,
@@ -114,7 +111,7 @@ class TestRecord:
         )
         assert {name: split.images for name, split in found.splits.items()} == {"train": 18, "val": 9}
         shutil.rmtree("set")
-        assert run_data("runs/run") == found
+        assert read_run_data("runs/run") == found
 
     def test_the_fingerprint_is_of_names_and_labels_wherever_the_files_are(self, here: Path) -> None:
         before = data.create("folder", "val", root="set").fingerprint()
@@ -127,49 +124,20 @@ class TestRecord:
     def test_a_broken_one_is_named(self, here: Path) -> None:
         (here / "runs/run/data.json").write_text("{}")
         with pytest.raises(ValueError, match=r"data.json is not as a run writes it: KeyError"):
-            run_data("runs/run")
+            read_run_data("runs/run")
 
-
-class TestOlderRuns:
-    def test_fall_back_to_their_data_and_then_to_their_recipe(self, here: Path) -> None:
-        before = run_data("runs/run")
+    def test_a_missing_one_is_named_by_all_who_need_it(self, here: Path) -> None:
         (here / "runs/run/data.json").unlink()
-        assert run_data("runs/run") == replace(before, splits={})
-        shutil.rmtree("set")
-        assert run_data("runs/run") == replace(before, splits={}, classes=None)
-        found = load("runs/run")
-        assert found.classes == ()
-        assert found.any_pictures(count=1).tensor().shape == (1, 3, 32, 32)
+        for reader in (read_run_data, load_trained, load):
+            with pytest.raises(FileNotFoundError, match=r"runs/run is not the folder of a run: it has no data.json"):
+                reader("runs/run")
 
-    def test_of_cifar(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        root = cifar(tmp_path / "cifar", "cifar10", monkeypatch)
-        recipe = made(root, tmp_path / "runs", data=DataSpec("cifar10", {"root": str(root)}), epochs=1, batch_size=5)
-        folder = train(recipe, console=QUIET).folder
-        before = run_data(folder)
-        (folder / "data.json").unlink()
-        shutil.rmtree(root)
-        found = run_data(folder)
-        assert (found.size, found.mean, found.std) == (before.size, before.mean, before.std)
 
-    def test_had_arguments_dropped_that_were_none(self, tmp_path: Path) -> None:
-        """As timm did: a recipe that asked for no layer scale got one."""
-        dropped = ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]})
-        spec = replace(dropped, args={**dropped.args, "ls_init_value": None})
-        recipe = made(pictures(tmp_path / "set"), tmp_path / "runs", model=dropped, epochs=1)
-        result = train(recipe, console=QUIET)
-        save_recipe(replace(recipe, model=spec), result.folder / "config.yaml")
-        (result.folder / "data.json").unlink()
-        assert same_weights(load_trained(result.folder), result.model)
-        assert load_recipe(result.folder).model == dropped
-        assert train(load_recipe(result.folder), resume=result.folder, console=QUIET).steps == 3
-        assert load_recipe(result.folder).model == dropped
-
-    def test_are_told_from_runs_that_lost_their_record(self, here: Path, tmp_path: Path) -> None:
-        args = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": None}
-        recipe = made(here / "set", tmp_path / "runs", model=ModelSpec("convnext_atto", args), epochs=1)
-        result = train(recipe, console=QUIET)
-        (result.folder / "data.json").unlink()
-        assert same_weights(load_trained(result.folder), result.model)
+def test_arguments_that_are_none_count(tmp_path: Path) -> None:
+    spec = ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": None})
+    result = train(made(pictures(tmp_path / "set"), tmp_path / "runs", model=spec, epochs=1), console=QUIET)
+    assert load_recipe(result.folder).model == spec
+    assert same_weights(load_trained(result.folder), result.model)
 
 
 class TestClasses:
@@ -253,7 +221,7 @@ class TestClasses:
         start = replace(recipe, model=replace(recipe.model, pretrained="runs/run"))
         old = load_trained("runs/run")
         same, others = (
-            build_model(start, {"num_classes": 3}, classes) for classes in (("a", "b", "c"), ("x", "y", "z"))
+            build_model(start, Classification(3), classes) for classes in (("a", "b", "c"), ("x", "y", "z"))
         )
         assert torch.equal(same.head.fc.weight, old.head.fc.weight)
         assert not torch.equal(others.head.fc.weight, old.head.fc.weight)
@@ -265,7 +233,7 @@ class TestClasses:
         recipe = made(here / "set", here / "runs", name="tv", model=spec, epochs=1)
         old = train(recipe, console=QUIET).model
         start = replace(recipe, model=replace(spec, pretrained="runs/tv"))
-        new = build_model(start, {"num_classes": len(classes)}, tuple(classes))
+        new = build_model(start, Classification(len(classes)), tuple(classes))
         assert torch.equal(new.conv1[0].weight, old.conv1[0].weight)
         assert torch.equal(new.conv1[1].running_mean, old.conv1[1].running_mean)
         assert new.fc.weight.shape == (len(classes), 1024)
@@ -346,17 +314,10 @@ class TestResume:
         assert log(part) == log(here / "runs/whole")
         assert load_recipe(part).data.args["root"] == "elsewhere"
 
-    def test_of_an_older_run_records_the_data(self, part: Path) -> None:
-        before = run_data(part)
+    def test_without_its_record_of_the_data_is_refused(self, part: Path) -> None:
         (part / "data.json").unlink()
-        assert cli.main(["train", "--resume", str(part)]) == 0
-        assert run_data(part) == before
-        (part / "data.json").unlink()
-        shutil.copytree("set", "elsewhere")
-        recipe = load_recipe(part)
-        elsewhere = replace(recipe.data, args={**recipe.data.args, "root": "elsewhere"})
-        with pytest.raises(ValueError, match=r"data.args.root was .* and is 'elsewhere'"):
-            train(replace(recipe, data=elsewhere), resume=part, console=QUIET)
+        with pytest.raises(FileNotFoundError, match=r"part is not the folder of a run: it has no data.json"):
+            train(load_recipe(part), resume=part, console=QUIET)
 
 
 class TestWithoutItsData:
@@ -389,21 +350,21 @@ class TestWithoutItsData:
         self, words: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         error = refused(capsys, words[0], "runs/run", *words[1:])
-        assert "are not at hand: root is not a folder" in error
+        assert "are missing: root is not a folder" in error
         assert ("--data SOURCE" if words[0] == "eval" else "(--images)") in error
 
     def test_a_report_shows_what_there_is(self, here: Path) -> None:
-        page = run_report.write(["runs/run"], here / "report.html", count=1).read_text()
+        page = write_report(["runs/run"], here / "report.html", count=1).read_text()
         assert "Class activation: left out" in page
-        assert "are not at hand" in page
+        assert "are missing" in page
         numbers = json.loads((here / "report.json").read_text())["results"]
         assert set(numbers) == {"Effective receptive field", "Kernel energy", "Translation stability"}
 
     def test_its_weights_are_those_that_were_trained(self, here: Path) -> None:
         found = load("runs/run")
-        assert (found.size, found.mean, found.weights) == (32, (0.4, 0.4, 0.4), "trained in this run")
+        assert (found.size, found.mean, found.weights.origin) == (32, (0.4, 0.4, 0.4), "run")
         assert same_weights(found.model, load_trained("runs/run"))
-        with pytest.raises(MissingDataError, match=re.escape("the data of the run 'run' are not at hand")):
+        with pytest.raises(MissingDataError, match=re.escape("the data of the run 'run' are missing")):
             found.pictures()
 
     def test_it_is_judged_on_other_data(self, here: Path) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from tolerances import NETWORK, close
-from widefield.subjects import load
+from widefield.runs import Weights, load
+from widefield.tasks import Classification
 from widefield.train import ConversionSpec, DataSpec, ModelSpec, Recipe, build_model, train
 
 
@@ -19,20 +20,20 @@ def test_timms_and_ours_take_arguments_in_braces():
     found = load("test_resnet{num_classes: 5, in_chans: 1}", seed=3)
     assert found.model.num_classes == 5
     assert not found.model.training
-    assert (found.size, found.weights) == (160, "random")
+    assert (found.size, found.weights) == (160, Weights("random"))
     ours = load("unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}")
     assert ours.model.num_features == 32
     assert ours.mean == (0.485, 0.456, 0.406)
 
 
 def test_outputs_have_names_where_they_are_known():
-    def names(word, weights="pretrained"):
+    def names(word, weights=Weights("pretrained")):
         return dataclasses.replace(load(word), weights=weights).classes
 
     assert load("test_resnet").classes == ()
     assert names("test_resnet")[0].startswith("tench")
-    assert names("test_resnet", "file weights.pth")[967].startswith("espresso")
-    assert names("test_resnet{num_classes: 5}", "file weights.pth") == ()  # the head is another
+    assert names("test_resnet", Weights("file", "weights.pth"))[967].startswith("espresso")
+    assert names("test_resnet{num_classes: 5}", Weights("file", "weights.pth")) == ()  # the head is another
     assert names("torchvision:squeezenet1_1")[967] == "espresso"
 
 
@@ -67,7 +68,7 @@ def test_a_run_brings_its_own_images(tmp_path):
     )
     result = train(recipe, console=Console(quiet=True))
     found = load(str(result.folder))
-    assert (found.name, found.size, found.weights) == ("tiny", 32, "trained in this run")
+    assert (found.name, found.size, found.weights.origin) == ("tiny", 32, "run")
     pictures = found.pictures(count=3)
     assert pictures.classes == tuple("0123456789")
     assert torch.equal(found.model(pictures.tensor()), result.model.cpu()(pictures.tensor()))
@@ -94,7 +95,7 @@ def test_what_cannot_be_built_is_refused(word, error, message, tmp_path, monkeyp
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="the device 'cuda:7' is not at hand"):
+    with pytest.raises(ValueError, match="the device 'cuda:7' is not available"):
         load("test_resnet", device="cuda:7")
 
 
@@ -107,15 +108,15 @@ def test_a_recipe_may_train_torchvisions(tmp_path):
         )  # fmt: skip
 
     first = train(recipe("first"), console=Console(quiet=True))
-    second = build_model(recipe("second", pretrained=str(first.folder)), {"num_classes": 10}).eval()
+    second = build_model(recipe("second", pretrained=str(first.folder)), Classification(10)).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(second(x), first.model.cpu()(x))
     masked = dataclasses.replace(recipe("masked", pretrained=str(first.folder)), conversion=ConversionSpec("gmconv"))
-    close(build_model(masked, {"num_classes": 10}).eval()(x), second(x), NETWORK)
+    close(build_model(masked, Classification(10)).eval()(x), second(x), NETWORK)
     with pytest.raises(ValueError, match="does not fit SqueezeNet"):
-        build_model(recipe("other", pretrained=str(first.folder)), {"num_classes": 9})
+        build_model(recipe("other", pretrained=str(first.folder)), Classification(9))
     with pytest.raises(ValueError, match="comes with a head for ImageNet"):
-        build_model(recipe("other", pretrained=True), {"num_classes": 9})
+        build_model(recipe("other", pretrained=True), Classification(9))
 
 
 def test_runs_of_one_name_are_told_apart_and_keep_the_order_of_their_classes(tmp_path):
@@ -172,10 +173,12 @@ def test_weights_from_files_are_recorded_as_such(tmp_path):
     }
     for word, options in words.items():
         found = load(word, **options)
-        assert found.weights == f"file {file}", word
+        assert found.weights == Weights("file", str(file)), word
         assert torch.equal(found.model.state_dict()["fc.weight"], stored["fc.weight"])
     untouched = load(f"test_resnet{{pretrained_cfg_overlay: {{file: {file}}}}}")
-    assert untouched.weights == "random"  # timm does not look at the file unless pretrained weights are asked for
+    assert untouched.weights == Weights(
+        "random"
+    )  # timm does not look at the file unless pretrained weights are asked for
     assert not torch.equal(untouched.model.state_dict()["fc.weight"], stored["fc.weight"])
 
 
@@ -197,7 +200,7 @@ def test_a_run_that_started_from_a_file_is_loaded_without_it(tmp_path):
     result = train(recipe, console=Console(quiet=True))
     file.unlink()
     found = load(str(result.folder))
-    assert found.weights == "trained in this run"
+    assert found.weights.origin == "run"
     x = torch.randn(2, 1, 32, 32)
     assert torch.equal(found.model(x), result.model.cpu()(x))
 

@@ -18,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 
 from widefield import _checks
 from widefield.data.class_map import INTEGER, alike, indices_of, listed
-from widefield.tasks import Batch, Classification
+from widefield.tasks import Batch, Classification, count_outputs
 
 CLASS_MAPS = ("auto", "sorted", INTEGER)
 """What a class map may be besides a file."""
@@ -172,8 +172,14 @@ class Judged(Classification):
         # Where the model's outputs stay in place, a label becomes its class's place.
         self._labels = None if restrict else torch.tensor(tuple(places))
 
-    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return what `Classification` does, of the outputs that count, and with ``real`` ``allowed`` (N, classes)."""
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless the model has as many outputs as were announced."""
+        found = count_outputs(model, shape)
+        if found != self._outputs:
+            raise ValueError(f"{type(model).__name__} has {found} outputs; {self._outputs} were announced.")
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return what `Classification` does for the outputs that compete; with ``real`` also ``allowed`` (N, classes)."""
         label = batch["label"]
         if self._labels is not None:
             label = self._labels.to(label.device)[label]

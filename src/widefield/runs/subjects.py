@@ -1,6 +1,6 @@
-"""Models by name, and what each expects of images: timm's, torchvision's, and those of runs.
+"""Models by name, with what each expects of images: timm's, torchvision's, and those of runs.
 
-What the commands, the report of a run and evaluation all begin with.
+The commands, the report about runs and the evaluation load their models here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,24 @@ from torch import nn
 
 from widefield import _checks, data
 from widefield.analysis.registry import View
-from widefield.train import ModelSpec, RunData, create_model, load_recipe, load_trained, run_data
-from widefield.train.labels import output_places
+from widefield.runs.labels import output_places
+from widefield.runs.trained import load_trained, read_run_data, weights_of
+from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import read_yaml
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights come from."""
+
+    origin: str
+    """``"random"``, ``"pretrained"`` (published by timm or torchvision), ``"file"`` or ``"run"``."""
+    detail: str = ""
+    """The file's path, or which weights of the run."""
+
+    def __str__(self) -> str:
+        return self.detail if self.origin == "run" else f"{self.origin} {self.detail}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -29,53 +43,66 @@ class Subject:
     """A model in evaluation mode, and what it expects of images."""
 
     name: str
-    """What to call it: the words it was asked for by, or the run's name."""
+    """The word it was asked for by, or the run's name."""
     model: nn.Module
     size: int
     """Side of the images, in pixels."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    weights: str
-    """Where they come from: "random", "pretrained", "file PATH" or "trained in this run"."""
-    source: str = data.PHOTOGRAPHS
-    """Images to show it unless others are asked for, as `widefield.data.Pictures` takes it: a run's own."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the data set ``source``."""
+    weights: Weights
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    """Further options for image files, such as ``crop_pct`` and ``interpolation``."""
+    test_crop_pct: float | None = None
+    """The ``crop_pct`` for images of another size than ``size``, if it differs."""
+    recipe: Recipe | None = None
+    """Of a run."""
     trained_on: RunData | None = None
     """Of a run: class names, number of images and so on."""
 
+    def image_options(self, size: int | None = None) -> dict[str, Any]:
+        """Return the options of a set of image files that prepares images as the model expects them.
+
+        Args:
+            size: side of the images; default: the model's own.
+        """
+        resized = self.test_crop_pct is not None and size not in (None, self.size)
+        crop = {"crop_pct": self.test_crop_pct} if resized else {}
+        return {"size": size or self.size, "mean": self.mean, "std": self.std, **self.preprocessing, **crop}
+
     @property
     def classes(self) -> tuple[str, ...]:
-        """Return the names of the model's outputs where they are known; otherwise none.
+        """Return the names of the model's outputs; empty if they are unknown.
 
-        Those of a run are its own. Weights from elsewhere have the names of the data that the model's published weights
-        were trained on, unless the head is another.
+        A run knows its own. Other weights get the classes of the published weights, unless their head has another size.
         """
         if self.trained_on:
-            return self.trained_on.classes or ()
-        return () if self.weights == "random" else _published_classes(self.name, self.model)
+            return self.trained_on.classes
+        return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
 
     def pictures(
         self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
     ) -> data.Pictures:
-        """Return images as the model expects them: its own, or those of ``source``; arguments as of `Pictures`.
+        """Return images as the model expects them; arguments as of `Pictures`.
 
-        Labels of a run's own images are indices of the model's outputs, whatever order the data's classes now have.
+        The default source is a run's validation data, or photographs for other models. Labels of a run's own images are
+        indices of the model's outputs, in whatever order the data's classes are now.
 
         Raises:
-            MissingDataError: the data of a run are not at hand.
-            ValueError: they have classes now that the run does not know.
+            MissingDataError: the data of a run are missing.
+            ValueError: they have classes that the run does not know.
         """
         given: dict[str, Any] = {
             "count": count, "size": size or self.size, "mean": self.mean, "std": self.std, "seed": seed,
         }  # fmt: skip
-        if source is not None or self.trained_on is None:
-            return data.Pictures(self.source if source is None else source, **given)
+        if source is not None or self.recipe is None or self.trained_on is None:
+            return data.Pictures(data.PHOTOGRAPHS if source is None else source, **given)
+        spec = self.recipe.data
+        options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
-            return _OwnPictures(self.trained_on, self.source, options=self.options, **given)
+            return _OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
-                f"the data of the run {self.name!r} are not at hand: {error} Ask for other images: a folder, or "
+                f"the data of the run {self.name!r} are missing: {error} Ask for other images: a folder, or "
                 f"{data.PHOTOGRAPHS!r} (--images)."
             ) from error
 
@@ -84,15 +111,14 @@ class Subject:
         # ImageNet's names are lists of synonyms.
         classes = self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
         own = isinstance(pictures, _OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, self.weights, pictures, classes, own, batch_size)
+        return View(self.model, self.name, str(self.weights), pictures, classes, own, batch_size)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
     ) -> data.Pictures:
-        """Return what :meth:`pictures` does, or photographs where the data of a run are not at hand.
+        """Return what :meth:`pictures` does, or photographs if the data of a run are missing.
 
-        For whatever needs images, and not the run's. ``say`` is told where photographs stand in; arguments as of
-        :meth:`pictures`.
+        ``say`` is called with a message about the fallback; other arguments as of :meth:`pictures`.
         """
         try:
             return self.pictures(source, **given)
@@ -102,7 +128,7 @@ class Subject:
 
 
 class MissingDataError(FileNotFoundError):
-    """The data that a run was trained on are not at hand."""
+    """The data that a run was trained on are missing."""
 
 
 class _OwnPictures(data.Pictures):
@@ -110,10 +136,9 @@ class _OwnPictures(data.Pictures):
 
     def __init__(self, trained_on: RunData, source: str, **given: Any) -> None:
         super().__init__(source, **given)
-        if trained_on.classes is not None:
-            trained_on.check_classes(self.classes)
-            self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
-            self.classes = trained_on.classes
+        trained_on.check_classes(self.classes)
+        self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
+        self.classes = trained_on.classes
         self._note = "" if self._from is None else trained_on.note(self._from)
 
     def found(self) -> str:
@@ -133,29 +158,32 @@ def load(
     seed: int = 0,
     device: torch.device | str = "cpu",
     beside: Sequence[str] = (),
+    which: str = "best",
+    weights: str | None = None,
 ) -> Subject:
-    """Build or load the model that a word names.
+    """Build or load a model by name.
 
     Args:
-        word: a name of timm (``resnet50``) or of torchvision (``torchvision:resnet50``), each with arguments in braces
-            if wanted (``replknet_31b{kernel_sizes: [3, 3, 3, 3]}``, YAML), or the folder of a run.
+        word: a name of timm (``resnet50``) or of torchvision (``torchvision:resnet50``), with optional arguments in
+            braces as YAML (``replknet_31b{kernel_sizes: [3, 3, 3, 3]}``), or the folder of a run.
         pretrained: fetch the weights that timm or torchvision publish.
         seed: of random weights. The global generator is seeded.
         device: where the model goes.
-        beside: words of models that stand beside it: a run whose name another one has is called by its folder.
+        beside: words of the models that are shown together. Runs with the same name are called by their folders.
+        which, weights: which of a run's weights; see :func:`widefield.runs.load_trained`.
 
     Raises:
         ValueError: unknown model or device, or arguments that the model refuses.
         TypeError: an argument that the model does not have.
-        FileNotFoundError: a path without a folder, a folder without a run, or a run without checkpoints.
+        FileNotFoundError: there is no such folder, no run in it, or no checkpoint.
     """
     torch.manual_seed(seed)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {str(device)!r} is not at hand: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from error
     if Path(word).expanduser().is_dir():
-        found = _of_run(Path(word).expanduser())
+        found = _of_run(Path(word).expanduser(), which, weights)
         if sum(Path(other).name == Path(word).name for other in set(beside)) > 1:
             found = replace(found, name=word)
     elif _is_path(word):
@@ -171,7 +199,7 @@ def load(
 
 
 def _is_path(word: str) -> bool:
-    """Return whether a word can be nothing but a path: models' names have no slashes, but behind timm's sources."""
+    """Return whether a word must be a path: only names with one of timm's sources, ``hf-hub:``, have slashes."""
     name = word.partition("{")[0]
     return ":" not in name and ("/" in name or os.sep in name or name.startswith(("~", ".")))
 
@@ -200,17 +228,26 @@ def _of_timm(word: str, pretrained: bool) -> Subject:
     model = create_model(ModelSpec(name, given, pretrained))
     config = resolve_model_data_config(model)
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    if given.get("in_chans") == 1:  # grey images, of which timm's configuration knows nothing
+    if given.get("in_chans") == 1:  # timm's configuration has no statistics for gray images
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    weights = _weights_of_timm(model, given.get("checkpoint_path"), pretrained)
-    return Subject(word, model, config["input_size"][-1], mean, std, weights)
+    return Subject(
+        word,
+        model,
+        config["input_size"][-1],
+        mean,
+        std,
+        _weights_of_timm(model, given.get("checkpoint_path"), pretrained),
+        {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
+        # The crop that the model's authors, or timm, found best for larger images than those of training.
+        resolve_model_data_config(model, use_test_size=True)["crop_pct"],
+    )
 
 
-def _weights_of_timm(model: nn.Module, checkpoint: object, pretrained: bool) -> str:
-    """Return where timm got a model's weights from: a checkpoint, which it loads last, or as its configuration says."""
+def _weights_of_timm(model: nn.Module, checkpoint: object, pretrained: bool) -> Weights:
+    """Return where timm got a model's weights: from a checkpoint, which it loads last, or from its configuration."""
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     file = checkpoint or (config.get("file") if pretrained else None)
-    return f"file {file}" if file else "pretrained" if pretrained else "random"
+    return Weights("file", str(file)) if file else Weights("pretrained" if pretrained else "random")
 
 
 def _of_torchvision(word: str, pretrained: bool) -> Subject:
@@ -219,13 +256,14 @@ def _of_torchvision(word: str, pretrained: bool) -> Subject:
     name, given = _parsed(word)
     model = create_model(ModelSpec(name, given, pretrained))
     shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
-    weights = "pretrained" if pretrained else "random"
-    size = getattr(model, "image_size", shown.crop_size[0])  # a ViT takes no other
-    return Subject(word, model, size, tuple(shown.mean), tuple(shown.std), weights)
+    size = getattr(model, "image_size", shown.crop_size[0])  # a ViT accepts no other
+    crop = {"interpolation": shown.interpolation.value, "crop_pct": shown.crop_size[0] / shown.resize_size[0]}
+    weights = Weights("pretrained" if pretrained else "random")
+    return Subject(word, model, size, tuple(shown.mean), tuple(shown.std), weights, crop)
 
 
 def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the outputs of a model's published weights, one or several words each; () if not known."""
+    """Return the names of the outputs of a model's published weights, one or several words each; () if unknown."""
     name = _parsed(word)[0]
     if name.startswith(TORCHVISION):
         from torchvision.models import get_model_weights
@@ -239,10 +277,26 @@ def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
     return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else ()
 
 
-def _of_run(folder: Path) -> Subject:
-    model = load_trained(folder)
-    recipe, found = load_recipe(folder), run_data(folder)
-    # Of the data set's options all but those that a Pictures decides itself.
-    options = {key: value for key, value in recipe.data.args.items() if key not in ("size", "augment", "mean", "std")}
-    shape = found.size, found.mean, found.std
-    return Subject(recipe.name, model, *shape, "trained in this run", recipe.data.name, options, found)
+_DECIDED = ("size", "augment", "mean", "std")
+"""Options of a run's data set that `Pictures` decides itself."""
+_READING = ("interpolation", "crop_pct", "crop_mode", "corrupt", "max_corrupt", "exif_orientation", "max_pixels")
+"""Options of a run's data set that also apply to other image files."""
+_USUAL_SIZE = 224
+"""Side of the images for a run whose own differ in size."""
+
+
+def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
+    chosen = checkpoint.chosen(folder, which)
+    model = load_trained(folder, which, weights)
+    recipe, found = load_recipe(folder), read_run_data(folder)
+    return Subject(
+        recipe.name,
+        model,
+        found.size or _USUAL_SIZE,
+        found.mean,
+        found.std,
+        Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),
+        {key: value for key, value in recipe.data.args.items() if key in _READING},
+        recipe=recipe,
+        trained_on=found,
+    )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
 from widefield.analysis.registry import ANALYSES, Analysis
-from widefield.subjects import MissingDataError, Subject, load
-from widefield.train import runs as records
+from widefield.runs.compare import comparison, draw_runs
+from widefield.runs.records import read_run
+from widefield.runs.subjects import MissingDataError, Subject, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ Section = tuple[str, str]
 """Heading, HTML."""
 
 
-def write(
+def write_report(
     runs: Sequence[str | Path],
     out: str | Path | None = None,
     *,
@@ -122,9 +123,9 @@ def _found(subject: Subject, count: int, say: Callable[[str], None]) -> str:
 
 def training(folders: Sequence[Path]) -> list[Section]:
     """Return the sections on how runs went: their recipes' differences, their numbers, their curves."""
-    found = [records.read_run(folder) for folder in folders]
-    rows = records.comparison(found) if len(found) > 1 else [found[0].row()]
-    figure: Figure = records.draw_runs(found)
+    found = [read_run(folder) for folder in folders]
+    rows = comparison(found) if len(found) > 1 else [found[0].row()]
+    figure: Figure = draw_runs(found)
     return [("Runs", report.table(rows)), ("Training", report.picture(figure, "Metrics after each epoch."))]
 
 

@@ -20,15 +20,16 @@ from torch.utils.data import DataLoader
 import tolerances
 from train.helpers import log
 from widefield import data, tasks
-from widefield.data import ImageSet
-from widefield.train import EmaSpec, Recipe, RunResult, evaluate, load_trained
-from widefield.train.evaluation import Evaluation, Share, count_outputs, evaluate_model
-from widefield.train.labels import AnyOf, Judged, imagenet_names, output_places, real_labels
+from widefield.data import LabeledImages
+from widefield.runs import Evaluation, evaluate_model, load_trained
+from widefield.runs.labels import AnyOf, Judged, imagenet_names, output_places, real_labels
+from widefield.train import EmaSpec, Recipe, RunResult, evaluate
+from widefield.train.evaluation import Share
 
 Run = Callable[..., RunResult]
 
 
-class Told(ImageSet):
+class Told(LabeledImages):
     """Images whose first pixels are the logits that a model should give; sample 1 is unreadable if asked."""
 
     def __init__(self, logits: Tensor, labels: list[int], classes: int, *, broken: bool = False) -> None:
@@ -68,7 +69,7 @@ def told(images: int = 23, classes: int = 12, **options: Any) -> Told:
     return Told(logits, labels, classes, **options)
 
 
-def measured(model: nn.Module, dataset: ImageSet, task: tasks.Task, **options: Any) -> Evaluation:
+def measured(model: nn.Module, dataset: LabeledImages, task: tasks.Task, **options: Any) -> Evaluation:
     return evaluate_model(model, dataset, task, **{"workers": 0, "batch_size": 5, "device": "cpu", **options})
 
 
@@ -162,12 +163,6 @@ def test_a_model_that_refuses_the_size_is_found_before_any_image_is_read() -> No
     dataset.sample = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"VisionTransformer refuses images of 3x8x8 .*height"):
         measured(model, dataset, tasks.create("classification", dataset))
-
-
-def test_only_logits_count_as_outputs() -> None:
-    assert count_outputs(Says(7), 3, 8) == 7
-    with pytest.raises(ValueError, match=r"Conv2d gives no logits .*gives \(1, 4, 6, 6\)"):
-        count_outputs(nn.Conv2d(3, 4, 3), 3, 8)
 
 
 @pytest.mark.parametrize(("images", "processes"), [(7, 2), (7, 3), (2, 3), (8, 2)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import fnmatch
 import json
 import os
 import re
@@ -13,16 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from widefield import _checks, report
 from widefield.train.recipe_io import load_recipe
-from widefield.train.run_folder import RunFolder, _entries, _flat
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from widefield.train.run_folder import RunFolder, flat, log_entries
 
 STATES = ("finished", "running?", "interrupted", "failed", "broken")
 """What can be said of a run from its folder; see :class:`RunRecord`."""
@@ -154,12 +149,12 @@ def find_runs(*folders: str | Path) -> list[RunRecord]:
     for folder in map(Path, folders):
         if not folder.expanduser().is_dir():
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to look for runs in.")
-        for path in _run_folders(folder.expanduser()):
+        for path in run_folders(folder.expanduser()):
             found.setdefault(path.resolve(), read_run(path))
     return sorted(found.values(), key=lambda run: run.updated)
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
+def run_folders(root: Path) -> Iterator[Path]:
     seen: set[Path] = set()
     # Links are followed, as runs are often kept on other disks; a link to a folder above must not go round for ever.
     for place, below, files in os.walk(root, followlinks=True):
@@ -207,20 +202,20 @@ def _recipe(run: RunFolder) -> tuple[dict[str, Any], str]:
     if source is None:
         raise ValueError("it has checkpoints and no config.yaml")
     try:
-        return _flat(dataclasses.asdict(load_recipe(source))), ""
+        return flat(dataclasses.asdict(load_recipe(source))), ""
     except (ValueError, TypeError) as error:
         # Another version's keys, perhaps: its name and its numbers can be shown all the same.
         with _reading(source):
             content = yaml.safe_load(source.read_text(encoding="utf-8"))
             _ = content["model"]["name"], content["data"]["name"]
-        return _flat(content), f"its recipe does not suit this version: {_line(error)}"
+        return flat(content), f"its recipe does not suit this version: {_line(error)}"
 
 
 def _log(run: RunFolder) -> list[dict[str, Any]]:
     if not run.log.is_file():
         return []
     with _reading(run.log):
-        entries = [entry for _, entry in _entries(run.log) if entry["kind"] == "epoch"]
+        entries = [entry for _, entry in log_entries(run.log) if entry["kind"] == "epoch"]
         for entry in entries:
             _ = entry["epoch"] + 1
     return entries
@@ -258,10 +253,10 @@ def shown(metric: str, value: float | None) -> str:
     """Return a metric's value as text: accuracies in percent, others in four digits, ``-`` for none."""
     if value is None:
         return "-"
-    return f"{100 * value:.2f}%" if _is_share(metric) else f"{value:.4g}"
+    return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
 
 
-def _is_share(metric: str) -> bool:
+def is_share(metric: str) -> bool:
     return re.search(r"top\d+$", metric) is not None
 
 
@@ -272,201 +267,6 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
-_COLUMNS = {
-    "name": lambda run: run.name,
-    "model": lambda run: run.model,
-    "data": lambda run: run.data,
-    "state": lambda run: run.state,
-    "epochs": lambda run: run.done,
-    "time": lambda run: run.seconds,
-    "updated": lambda run: run.updated,
-}
-"""What runs are sorted by, besides metrics."""
-
-
-def sort_runs(runs: Sequence[RunRecord], key: str) -> list[RunRecord]:
-    """Return runs in order of a column (name, model, data, state, epochs, time, updated) or a metric, best first.
-
-    ``"best"`` is each run's own headline. Runs without the metric come last.
-
-    Raises ValueError if no run has such a metric.
-    """
-    if key in _COLUMNS:
-        return sorted(runs, key=_COLUMNS[key])
-    metric = None if key == "best" else key
-    known = [name for run in runs for name in run.metrics]
-    if metric and metric not in known:
-        raise ValueError(
-            f"no run has the metric {key!r}; sort by {', '.join((*_COLUMNS, 'best'))}, or by "
-            f"{', '.join(dict.fromkeys(known)) or 'a metric'}.{_checks.did_you_mean(key, [*_COLUMNS, 'best', *known])}"
-        )
-
-    def rank(run: RunRecord) -> tuple[bool, float]:
-        value = run.best(metric)
-        sign = 1 if lower_is_better(metric or run.headline) else -1
-        return value is None, sign * (value or 0.0)
-
-    return sorted(runs, key=rank)
-
-
-def filter_runs(runs: Sequence[RunRecord], conditions: Sequence[str]) -> list[RunRecord]:
-    """Return the runs that meet all conditions, ``KEY=GLOB``.
-
-    Args:
-        runs: those to choose from.
-        conditions: the key is one of a recipe, with dots (``model.name=morf_*``, ``optimizer.lr=0.001``), or ``name``,
-            ``model``, ``data`` or ``state``. A run without the key meets ``KEY=null`` alone.
-
-    Raises ValueError for a condition without ``=``, and for a key that no run has.
-    """
-    kept = list(runs)
-    for condition in conditions:
-        key, equals, pattern = condition.partition("=")
-        if not equals:
-            raise ValueError(f"a condition is KEY=VALUE, such as state=finished; got {condition!r}.")
-        known = [*_WORDS, *dict.fromkeys(name for run in runs for name in run.recipe)]
-        if runs and key not in known:
-            raise ValueError(f"no run has the key {key!r}.{_checks.did_you_mean(key, known)}")
-        kept = [run for run in kept if _meets(run, key, pattern)]
-    return kept
-
-
-_WORDS = ("name", "model", "data", "state")
-
-
-def _meets(run: RunRecord, key: str, pattern: str) -> bool:
-    if key in _WORDS:
-        return fnmatch.fnmatchcase(getattr(run, key), pattern)
-    return fnmatch.fnmatchcase(_text(run.recipe[key]), pattern) if key in run.recipe else pattern == "null"
-
-
-def pick_runs(runs: Sequence[RunRecord], words: Sequence[str]) -> list[RunRecord]:
-    """Return the runs that words name, in their order: a run's name, or its folder.
-
-    Raises ValueError for a word that names none of ``runs`` and no folder, or several of them.
-    """
-    return [_pick(runs, word) for word in words]
-
-
-def _pick(runs: Sequence[RunRecord], word: str) -> RunRecord:
-    named = [run for run in runs if run.name == word]
-    if len(named) == 1:
-        return named[0]
-    if named:
-        raise ValueError(f"{word!r} names {len(named)} runs: {', '.join(str(run.folder) for run in named)}.")
-    path = Path(word).expanduser()
-    if path.is_dir() and path.resolve() in _run_folders(path.resolve()):
-        return read_run(path)
-    names = [run.name for run in runs]
-    raise ValueError(
-        f"there is no run {word!r} among {len(names)}, nor in a folder of that name.{_checks.did_you_mean(word, names)}"
-    )
-
-
-def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return the keys in which the recipes of runs differ, with a value for each run; ``-``: it has no such key."""
-    keys = dict.fromkeys(key for run in runs for key in run.recipe)
-    values = {key: [_text(run.recipe[key]) if key in run.recipe else "-" for run in runs] for key in keys}
-    # The name always differs and heads the column; where the runs are kept decides nothing; and that one run has no
-    # section, null, is said by the keys that the others have in theirs.
-    told = {"name", "output", *(key.rpartition(".")[0] for key in keys)}
-    return {key: texts for key, texts in values.items() if len(set(texts)) > 1 and key not in told}
-
-
-def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return rows of what differs between runs, and of what they came to; a column a run.
-
-    Args:
-        runs: two or more.
-        metrics: which ones; default: all that any of them has.
-
-    Raises ValueError for fewer than two runs.
-    """
-    if len(runs) < 2:
-        raise ValueError("give two runs or more to compare.")
-    titles = labels(runs)
-    rows = [{"": key, **dict(zip(titles, texts, strict=True))} for key, texts in differences(runs).items()]
-
-    def row(heading: str, texts: Sequence[str]) -> None:
-        rows.append({"": heading, **dict(zip(titles, texts, strict=True))})
-
-    row("state", [run.state for run in runs])
-    row("epochs done", [run.row()["epochs"] for run in runs])
-    row("time", [duration(run.seconds) for run in runs])
-    known = dict.fromkeys(name for run in runs for name in run.metrics if name != "lr")
-    for name in metrics or known:
-        row(f"last {name}", [shown(name, run.last(name)) for run in runs])
-        if lower_is_better(name) or _is_share(name):  # of others nobody knows which values are good
-            row(f"best {name}", [shown(name, run.best(name)) for run in runs])
-    return rows
-
-
-def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Return what to call runs: their names, or where two are the same, their folders."""
-    names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
-
-
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as YAML writes it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@report.paper()
-def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
-    """Draw metrics over epochs, a line a run and a panel a metric, at the width of a paper's column.
-
-    Args:
-        runs: those without the metric are left out of its panel.
-        metrics: which ones; default: the headline, of the moving average where a run keeps one.
-
-    Raises ValueError if there is nothing to draw; the message says what there is.
-    """
-    lines = {name: _lines(runs, name) for name in metrics} if metrics else {"": _lines(runs, None)}
-    for name, found in lines.items():
-        if not found:
-            known = dict.fromkeys(known for run in runs for known in run.metrics)
-            raise ValueError(
-                f"no run has {f'the metric {name!r}' if name else 'a finished epoch'} to draw; there are "
-                f"{', '.join(known) or 'no metrics'}.{_checks.did_you_mean(name, known) if name else ''}"
-            )
-    titles = labels(runs)
-    averaged = [run.headline.startswith("ema_") for run in runs]
-    if not metrics and len(set(averaged)) > 1:  # which the axis cannot say of all
-        titles = [f"{title} (average)" if ema else title for title, ema in zip(titles, averaged, strict=True)]
-    beside = 2 if max(map(len, titles)) <= 20 else 1
-    figure = report.blank(report.COLUMN, 1.9 * len(lines) + 0.15 * -(-len(runs) // beside) + 0.2)
-    axes = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (name, found) in zip(axes, lines.items(), strict=True):
-        for index, (epochs, values) in found.items():
-            turn, colour = divmod(index, len(report.COLORS))
-            axis.plot(
-                epochs,
-                values,
-                label=titles[index],
-                color=report.COLORS[colour],
-                linestyle=("-", "--", ":", "-.")[turn % 4],
-                # Where lines are short enough, a second way to tell them apart; a lone point needs it to be seen.
-                marker=report.MARKERS[colour] if len(epochs) <= 15 else None,
-            )
-        heading = name or ", ".join(dict.fromkeys(runs[index].headline.removeprefix("ema_") for index in found))
-        axis.set_ylabel(f"{heading} (%)" if _is_share(heading) else heading)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[-1].set_xlabel("epoch")
-    handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=beside)
-    return figure
-
-
-def _lines(runs: Sequence[RunRecord], metric: str | None) -> dict[int, tuple[list[int], list[float]]]:
-    """Return the epochs, from 1, and values of each run that has any, by its place."""
-    found = {}
-    for index, run in enumerate(runs):
-        name = metric or run.headline
-        points = [(entry["epoch"] + 1, entry[name]) for entry in run.log if entry.get(name) is not None]
-        if points:
-            scale = 100 if _is_share(name) else 1
-            found[index] = [epoch for epoch, _ in points], [scale * value for _, value in points]
-    return found

@@ -1,0 +1,31 @@
+"""Finished runs and other trained models: load, evaluate, compare, report."""
+
+from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
+from widefield.runs.judging import Evaluation, evaluate_model
+from widefield.runs.labels import Judged, output_places
+from widefield.runs.records import RunRecord, find_runs, read_run
+from widefield.runs.report import write_report
+from widefield.runs.subjects import MissingDataError, Subject, Weights, load
+from widefield.runs.trained import load_trained, read_run_data
+
+__all__ = [
+    "Evaluation",
+    "Judged",
+    "MissingDataError",
+    "RunRecord",
+    "Subject",
+    "Weights",
+    "comparison",
+    "draw_runs",
+    "evaluate_model",
+    "filter_runs",
+    "find_runs",
+    "load",
+    "load_trained",
+    "output_places",
+    "pick_runs",
+    "read_run",
+    "read_run_data",
+    "sort_runs",
+    "write_report",
+]

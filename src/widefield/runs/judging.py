@@ -1,0 +1,164 @@
+"""Accuracy and throughput of a finished model on a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+
+from widefield import _checks, bench
+from widefield.data import LabeledImages
+from widefield.tasks import Batch, Task
+from widefield.tasks.base import evaluating
+from widefield.train.evaluation import Share, measure
+from widefield.train.loaders import batches, shut_down, val_loader
+from widefield.train.recipe import PRECISIONS
+
+_TIMINGS, _BUDGET = 10, 5.0
+"""Of the throughput: the number of timings, and the seconds for all of them; there are at least two."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a model on a data set, and how they were measured."""
+
+    metrics: dict[str, float]
+    """The task's metrics: accuracies are fractions of the images, the loss is in nats."""
+    images: int
+    """Number of evaluated images; unreadable ones may have been left out."""
+    seconds: float
+    """Wall-clock time for reading and evaluating all images."""
+    size: int
+    """Side of the images in pixels."""
+    batch_size: int
+    """Images per batch in each process."""
+    mixed_precision: str
+    channels_last: bool
+    device: str
+    processes: int
+    forward: bench.Row | None = None
+    """Seconds of a forward pass on one batch that is already on the device; None: not measured."""
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Return the median throughput of the model alone, or None if it was not measured."""
+        return None if self.forward is None else self.batch_size / self.forward.p50
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in JSON types; a metric that is not finite becomes None."""
+        found = dataclasses.asdict(self)
+        found["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        return {**found, "images_per_second": self.images_per_second}
+
+
+def evaluate_model(
+    model: nn.Module,
+    dataset: LabeledImages,
+    task: Task,
+    *,
+    batch_size: int = 128,
+    workers: int = 4,
+    mixed_precision: str = "no",
+    channels_last: bool = False,
+    device: torch.device | str | None = None,
+    throughput: bool = False,
+    progress: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda found, total: found,
+) -> Evaluation:
+    """Evaluate a model on all images of a data set, and measure its throughput if asked.
+
+    Under ``accelerate launch`` or ``torchrun`` every process must call this function. Each evaluates its own share of
+    the images, and all return the same metrics.
+
+    Args:
+        model: moved to the device, and to channels-last order if asked; it stays there. Its mode is restored.
+        dataset: the images.
+        task: what to measure, such as ``widefield.tasks.create("classification", dataset)``, or
+            :class:`widefield.runs.labels.Judged` for a model whose outputs are not the data's classes.
+        batch_size: images per batch in each process.
+        workers: loader processes of each process; 0: load in the process itself.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``: autocast as in training.
+        channels_last: keep images and weights in channels-last order.
+        device: where to run; default: accelerate's choice, a GPU if there is one.
+        throughput: also time the model alone on one batch of random images; one process only.
+        progress: wraps the iterable of batches; its second argument is their number.
+
+    Raises:
+        ValueError: an option is out of range, the model does not fit the images or the task, there is no image to
+            evaluate, or several processes are asked for throughput or for another device than their own.
+        OSError: an image cannot be read.
+    """
+    _checks.integer("batch_size", batch_size)
+    _checks.integer("workers", workers, minimum=0)
+    _checks.choice("mixed_precision", mixed_precision, PRECISIONS)
+    state = processes()
+    place = _place(state, device, throughput)
+    model.to(place)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    shape = len(dataset.mean), dataset.image_size, dataset.image_size
+    share = Share(dataset, state.process_index, state.num_processes)
+    loader = val_loader(share, task.collate, batch_size, workers)
+    try:
+        with _autocast(place, mixed_precision):
+            task.check(model, shape)
+            started = time.perf_counter()
+            found = progress(batches(loader), len(loader))
+            metrics, images = measure(model, found, task, place, shares=True)
+            seconds = time.perf_counter() - started
+            forward = _forward_time(model, (batch_size, *shape), channels_last) if throughput else None
+    finally:
+        shut_down(loader)
+    return Evaluation(
+        metrics=metrics,
+        images=images,
+        seconds=seconds,
+        size=dataset.image_size,
+        batch_size=batch_size,
+        mixed_precision=mixed_precision,
+        channels_last=channels_last,
+        device=str(place),
+        processes=state.num_processes,
+        forward=forward,
+    )
+
+
+def processes() -> PartialState:
+    """Return accelerate's state of the launched processes, CPU processes included, which accelerate alone overlooks."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def _place(state: PartialState, device: torch.device | str | None, throughput: bool) -> torch.device:
+    """Return this process's device; raises ValueError for requests that need a single process."""
+    place = torch.device(state.device if device is None else device)
+    if state.num_processes == 1:
+        return place
+    if throughput:
+        raise ValueError(f"throughput needs a single process; there are {state.num_processes}.")
+    if place.type != state.device.type:
+        raise ValueError(f"accelerate chooses the device of each of several processes; leave out {str(device)!r}.")
+    return torch.device(state.device)
+
+
+def _autocast(device: torch.device, mixed_precision: str) -> Any:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, dtypes[mixed_precision]) if mixed_precision in dtypes else nullcontext()
+
+
+def _forward_time(model: nn.Module, shape: tuple[int, ...], channels_last: bool) -> bench.Row:
+    first = next(model.parameters(), torch.empty(0))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    # Its own generator: an evaluation during training must not change the global one.
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(first).contiguous(memory_format=layout)
+    with evaluating(model), torch.no_grad():
+        return bench.measure(
+            {"forward": lambda: model(images)}, repeats=_TIMINGS, warmup=2, device=first.device, budget_s=_BUDGET
+        )["forward"]

@@ -1,0 +1,75 @@
+"""The folder of a finished run -> its trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from widefield import _checks, tasks
+from widefield.train import checkpoint, run_data
+from widefield.train.checkpoint import Checkpoint
+from widefield.train.model import build_model
+from widefield.train.recipe_io import load_recipe
+from widefield.train.run_data import RunData
+
+KINDS = ("ema", "model")
+"""Weights in a checkpoint: the moving average, and the trained weights themselves."""
+
+
+def load_trained(run: str | Path, which: str = "best", weights: str | None = None) -> nn.Module:
+    """Return the trained model of a run, on the CPU and in evaluation mode.
+
+    Args:
+        run: the run's folder, ``runs/NAME``.
+        which: ``"best"`` by the task's headline metric, or ``"last"``.
+        weights: ``"ema"`` for the moving average, ``"model"`` for the trained weights; default: the moving average if
+            the run kept one.
+
+    Raises:
+        FileNotFoundError: the folder has no such checkpoint.
+        ValueError: the run kept no moving average. Or the weights do not fit the model, because the model's code has
+            changed since.
+    """
+    folder = Path(run).expanduser()
+    chosen = checkpoint.chosen(folder, which)
+    file = weights_of(chosen, weights)
+    recipe, about = load_recipe(folder), read_run_data(folder)
+    # The stored weights replace the ones that the recipe started from: do not fetch or read those.
+    args = {key: value for key, value in recipe.model.args.items() if key not in ("pretrained", "checkpoint_path")}
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args, pretrained=False))
+    model = build_model(recipe, tasks.create(recipe.task.name, about, **recipe.task.args))
+    checkpoint.load_weights(file, model)
+    return model.eval()
+
+
+def weights_of(chosen: Checkpoint, weights: str | None = None) -> Path:
+    """Return the file of a checkpoint's weights; arguments and errors as of :func:`load_trained`."""
+    if weights is None:
+        return chosen.weights
+    file = chosen.path / f"{_checks.choice('weights', weights, KINDS)}.safetensors"
+    if not file.is_file():
+        raise ValueError(
+            f"the run in {chosen.path.parents[1]} keeps no moving average; take the trained weights (--weights model)."
+        )
+    return file
+
+
+def weights_in(run: str | Path, which: str = "best") -> list[str]:
+    """Return which of ``KINDS`` a run's checkpoint holds; arguments and errors as of :func:`load_trained`."""
+    chosen = checkpoint.chosen(Path(run).expanduser(), which)
+    return [kind for kind in KINDS if (chosen.path / f"{kind}.safetensors").is_file()]
+
+
+def read_run_data(run: str | Path) -> RunData:
+    """Return class names, image size, normalization and number of images of a run, without opening its data.
+
+    Args:
+        run: the run's folder, ``runs/NAME``.
+
+    Raises:
+        FileNotFoundError: it is not the folder of a run.
+        ValueError: its ``data.json`` cannot be read.
+    """
+    return run_data.read(Path(run).expanduser())
