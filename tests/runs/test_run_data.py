@@ -309,7 +309,7 @@ class TestResume:
     ) -> None:
         Path("set").rename("elsewhere")
         error = refused(capsys, "train", "--resume", str(part))
-        assert "If the data have moved, say where to: --data.args.root FOLDER." in error
+        assert "If the data have moved, give their new place: --data.args.root FOLDER." in error
         assert cli.main(["train", "--resume", str(part), "--data.args.root", "elsewhere"]) == 0
         assert log(part) == log(here / "runs/whole")
         assert load_recipe(part).data.args["root"] == "elsewhere"
