@@ -47,7 +47,7 @@ def test_classes_without_a_name_are_called_by_their_index(tmp_path):
     ("content", "text"),
     [
         (b"", "map.txt' is empty"),
-        (b"\xff\xfe", "map.txt' is no text"),
+        (b"\xff\xfe", "map.txt' is not a text file"),
         (b"a\nb\na\nb\nc", "has the name 'a', 'b' more than once"),
         (b"a 1\nb 1", "has the index 1 more than once"),
         (b"a 0\nb 1\nc -1\nd 3", "Its line 'c -1' does not end in an index, an integer from 0"),
@@ -62,7 +62,7 @@ def test_bad_maps_are_refused(tmp_path, content, text):
 
 
 def test_a_missing_map_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must be 'integer' or a text file .* got 'integers', no file"):
+    with pytest.raises(FileNotFoundError, match=r"must be 'integer' or a text file .* there is no file 'integers'"):
         classes_of(["a"], "integers")
 
 

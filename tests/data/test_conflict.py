@@ -53,7 +53,7 @@ def test_the_sixteen_classes_are_the_published_ones():
 
 def test_images_come_in_order_with_the_labels_of_their_names(tmp_path):
     names = ["bear/bear2-cat10.png", "cat/cat7-elephant1.png", "cat/cat10-cat1.png"]
-    images = ConflictImages(paint(tmp_path, names), size=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), batch=2)
+    images = ConflictImages(paint(tmp_path, names), size=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), batch_size=2)
     assert images.classes == tuple(SIXTEEN)
     assert [path.name for path in images.files] == ["bear2-cat10.png", "cat10-cat1.png", "cat7-elephant1.png"]
     first, last = images

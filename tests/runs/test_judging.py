@@ -21,8 +21,8 @@ import tolerances
 from train.helpers import log
 from widefield import data, tasks
 from widefield.data import LabeledImages
-from widefield.runs.labels import AnyOf, Judged, imagenet_names, output_places, real_labels
 from widefield.runs import Evaluation, evaluate_model, load_trained
+from widefield.runs.labels import AnyOf, Judged, imagenet_names, output_places, real_labels
 from widefield.train import EmaSpec, Recipe, RunResult, evaluate
 from widefield.train.evaluation import Share
 

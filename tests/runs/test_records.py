@@ -16,10 +16,10 @@ from PIL import Image
 
 from train.helpers import log
 from widefield import report
-from widefield.train import ConversionSpec, EmaSpec, OptimizerSpec, Recipe, RunResult, save_recipe
 from widefield.runs import RunRecord, comparison, draw_runs, filter_runs, find_runs, pick_runs, read_run, sort_runs
 from widefield.runs.compare import differences
 from widefield.runs.records import duration, shown
+from widefield.train import ConversionSpec, EmaSpec, OptimizerSpec, Recipe, RunResult, save_recipe
 
 Run = Callable[..., RunResult]
 Make = Callable[..., Path]

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from train.helpers import QUIET, log, same_weights
-from train.made_data import cifar
 from widefield import cli, data
 from widefield.analysis.cam import class_activation
 from widefield.runs import MissingDataError, load, load_trained, read_run_data, write_report
@@ -28,7 +27,6 @@ from widefield.train import (
     Recipe,
     build_model,
     load_recipe,
-    save_recipe,
     train,
 )
 from widefield.train.engine import _Run
@@ -311,7 +309,7 @@ class TestResume:
     ) -> None:
         Path("set").rename("elsewhere")
         error = refused(capsys, "train", "--resume", str(part))
-        assert "If the data have moved, say where to: --data.args.root FOLDER." in error
+        assert "If the data have moved, give their new place: --data.args.root FOLDER." in error
         assert cli.main(["train", "--resume", str(part), "--data.args.root", "elsewhere"]) == 0
         assert log(part) == log(here / "runs/whole")
         assert load_recipe(part).data.args["root"] == "elsewhere"

@@ -27,13 +27,13 @@ def test_timms_and_ours_take_arguments_in_braces():
 
 
 def test_outputs_have_names_where_they_are_known():
-    def names(word, weights=Weights("pretrained")):
-        return dataclasses.replace(load(word), weights=weights).classes
+    def names(word, origin="pretrained"):
+        return dataclasses.replace(load(word), weights=Weights(origin, "weights.pth")).classes
 
     assert load("test_resnet").classes == ()
     assert names("test_resnet")[0].startswith("tench")
-    assert names("test_resnet", Weights("file", "weights.pth"))[967].startswith("espresso")
-    assert names("test_resnet{num_classes: 5}", Weights("file", "weights.pth")) == ()  # the head is another
+    assert names("test_resnet", "file")[967].startswith("espresso")
+    assert names("test_resnet{num_classes: 5}", "file") == ()  # the head is another
     assert names("torchvision:squeezenet1_1")[967] == "espresso"
 
 
@@ -83,7 +83,7 @@ def test_a_run_brings_its_own_images(tmp_path):
         ("torchvision:resnet18{nmu_classes: 1}", ValueError, "nmu_classes"),
         ("test_resnet{layers", ValueError, "a name and arguments in braces; got 'test_resnet{layers'"),
         ("test_resnet{a: [}", ValueError, "hold no YAML"),
-        ("torchvision:r3d_18", ValueError, "torchvision's 'r3d_18' is no classifier of images"),
+        ("torchvision:r3d_18", ValueError, "torchvision's 'r3d_18' is not an image classifier"),
         ("test_resnet{checkpoint_path: a.pth}", FileNotFoundError, "there is no file 'a.pth'"),
         (".", FileNotFoundError, "is not the folder of a run"),
     ],
@@ -176,7 +176,9 @@ def test_weights_from_files_are_recorded_as_such(tmp_path):
         assert found.weights == Weights("file", str(file)), word
         assert torch.equal(found.model.state_dict()["fc.weight"], stored["fc.weight"])
     untouched = load(f"test_resnet{{pretrained_cfg_overlay: {{file: {file}}}}}")
-    assert untouched.weights == Weights("random")  # timm does not look at the file unless pretrained weights are asked for
+    assert untouched.weights == Weights(
+        "random"
+    )  # timm does not look at the file unless pretrained weights are asked for
     assert not torch.equal(untouched.model.state_dict()["fc.weight"], stored["fc.weight"])
 
 

@@ -124,13 +124,57 @@ class TestGroups:
         assert torch.equal(model[0].weight, before[0])
         assert not torch.equal(model[1].weight, before[1])
 
+    def test_layer_decay_follows_the_backbone_inside_a_model(self) -> None:
+        spec = OptimizerSpec(args={"layer_decay": 0.5})
+        bare, inner = timm.create_model("test_convnext"), timm.create_model("test_convnext")
+        alone = {n: lr for lr, _, members in names(create_optimizer(bare, spec, 1.0), bare) for n in members}
+        nested = Nested(inner)
+        found = {n: lr for lr, _, members in names(create_optimizer(nested, spec, 1.0), nested) for n in members}
+        heads = {"top.weight": 1.0, "top.bias": 1.0}  # one layer more, which learns at the full rate
+        assert found == {**{f"body.{name}": lr / 2 for name, lr in alone.items()}, **heads}
+        assert not hasattr(nested, "group_matcher")
+
+    def test_layer_decay_follows_stages_where_timm_gives_no_layers(self) -> None:
+        nested = Nested(timm.create_model("test_convnext", features_only=True))
+        optimizer = create_optimizer(nested, OptimizerSpec(args={"layer_decay": 0.5}), 1.0)
+        found = {name: lr for lr, _, members in names(optimizer, nested) for name in members}
+        stages = {f"body.stages_{stage}.": 0.5 ** (4 - stage) for stage in range(4)}
+        expected = {"body.stem_": 0.5**5, **stages, "top.": 1.0}
+        for start, lr in expected.items():
+            assert {rate for name, rate in found.items() if name.startswith(start)} == {lr}, start
+        assert all(name.startswith(tuple(expected)) for name in found)
+
     def test_a_glob_without_a_match_is_named(self) -> None:
         spec = OptimizerSpec(groups=[GroupSpec(["fc.*", "router"])])
         with pytest.raises(ValueError, match=r"optimizer.groups\[0\].where: 'router' matches no parameter"):
             create_optimizer(timm.create_model("test_resnet"), spec, 0.1)
 
 
+class Nested(nn.Module):
+    """A network in another module, with a layer of its own."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.top = body, nn.Linear(4, 2)
+
+
 class TestFreezing:
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_parts_of_a_model_are_known_by_name(self, nested: bool) -> None:
+        def learning(where: str | list[str]) -> set[str]:
+            network = timm.create_model("test_resnet", num_classes=0 if nested else 3)
+            model = Nested(network) if nested else network
+            freeze(model, where)
+            learn = {name.removeprefix("body.") for name, p in model.named_parameters() if p.requires_grad}
+            return {name.partition(".")[0] for name in learn}
+
+        head = "top" if nested else "fc"
+        assert learning("backbone") == {head}
+        assert learning("stem") == {"layer1", "layer2", "layer3", "layer4", head}
+        assert learning(["stem", "*layer1.*", "head"]) == {"layer2", "layer3", "layer4"}
+        with pytest.raises(ValueError, match=r"freeze: (ResNet|Nested) has no neck with parameters that learn"):
+            learning("neck")
+
     def test_frozen_parameters_and_their_norms_stay(self, run: Run) -> None:
         model = ModelSpec("test_resnet")
         start = build_model(Recipe("r", model, DataSpec("scales")), Classification(8)).state_dict()
@@ -258,7 +302,7 @@ class TestNotFinite:
 
     def test_weights_that_are_no_numbers_are_never_saved(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         spoil(monkeypatch, {4}, gradient=True)
-        with pytest.raises(FloatingPointError, match="the weights are no numbers after step 4 of 12") as caught:
+        with pytest.raises(FloatingPointError, match="weights are NaN or infinite after step 4 of 12") as caught:
             run(checkpoint=CheckpointSpec(keep=1, every=1))
         folder = Path(re.search(r"is in (\S+)/checkpoints", str(caught.value))[1])  # type: ignore[index]
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]

@@ -72,5 +72,5 @@ def test_an_optimiser_and_the_generators_go_on_as_they_were(tmp_path: Path) -> N
 
 
 def test_what_it_cannot_hold_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"state\.a\.1 is a set, which a checkpoint does not hold"):
+    with pytest.raises(TypeError, match=r"state\.a\.1 is a set, which a checkpoint cannot hold"):
         save_state(tmp_path, {"a": [1, {2}]})

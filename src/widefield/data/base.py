@@ -51,6 +51,8 @@ class SampleSet(Dataset[Sample | None], ABC):
     """Where the files are, for messages; empty for sets without files."""
     needs: ClassVar[dict[str, str]] = {}
     """Required options -> what to give for each, for the message about a missing one."""
+    further: ClassVar[tuple[str, ...]] = ()
+    """Options that the constructor takes as ``**options`` without passing them to its base class."""
     _visit = 0
 
     def __init__(self, split: str, seed: int) -> None:

@@ -84,4 +84,4 @@ def options_of(make: type[SampleSet]) -> list[str]:
             names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return names
+    return [*names, *make.further]

@@ -1,15 +1,16 @@
 """CIFAR-10 and CIFAR-100 (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).
 
-60,000 colour images of 32x32 pixels, read from the files that its author publishes; nothing is fetched. Training images
-are augmented as He et al. 2016 do for CIFAR (section 4.2), whom GMConv follows (section IV-A): four pixels of padding,
-a random crop, a flip.
+60,000 color images of 32x32 pixels, read from the files that the author publishes; nothing is downloaded. The training
+images are augmented as in He et al. 2016 (section 4.2) and GMConv (section IV-A): four pixels of padding, a random
+crop, a flip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -18,37 +19,38 @@ from widefield import _checks
 from widefield.data import transforms
 from widefield.data._cifar_files import CIFAR10, CIFAR100, Files, read_files
 from widefield.data.base import LabeledImages, Sample, seeded
+from widefield.data.transforms import Augmentation
 
 _SIDE = 32
 
 
 class Cifar(LabeledImages):
-    """What `Cifar10` and `Cifar100` share: images kept as bytes; ``val`` is the test part, as papers use it.
+    """The base class of `Cifar10` and `Cifar100`; ``val`` is the test part, as in papers.
 
     Samples: ``image`` float32 (3, size, size), ``label`` int.
 
     Args:
         split: ``"train"``, 50,000 images, or ``"val"``, 10,000.
         root: the extracted folder, its archive (.tar.gz), or a folder that holds one of them.
-        version: which of the published files: ``"binary"``, plain bytes, or ``"python"``, which is pickled and
-            therefore only read when asked for: by a reader that makes arrays, lists and texts, and nothing else.
-        size: side of the images in pixels; after the crop of a train image, others are resized.
+        version: which of the published files: ``"binary"``, plain bytes, or ``"python"``. The latter are pickles; they
+            are read by a reader that only creates arrays, lists and strings.
+        size: side of the images in pixels; train images are resized after the crop.
         seed: seed of the augmentation.
         padding: train: pixels of black added on each side before the random crop of 32x32.
-        hflip: train: probability of a horizontal flip.
         mean: mean of each of the 3 channels for pixels in [0, 1]; None means that of the train split.
         std: standard deviation of each channel; None means that of the train split.
-        interpolation: ``"bilinear"`` or ``"bicubic"``, for ``size`` and ``auto_augment``.
-        auto_augment, color_jitter, re_prob, re_mode, re_count: train: as of `ImageFiles`.
+        augmentation: train: the arguments of `widefield.data.transforms.Augmentation` without ``scale`` and ``ratio``;
+            the default ``color_jitter`` is 0, and ``interpolation`` is ``"bilinear"`` or ``"bicubic"``.
 
     Raises:
-        FileNotFoundError: the files are not there; the message says what was looked for.
+        FileNotFoundError: the files are missing; the message lists their names.
         OSError: a file cannot be read.
-        ValueError: a file has not the images or labels that it should, or an argument is out of range.
-        TypeError: an argument is of the wrong kind.
+        ValueError: a file lacks images or labels, or an argument is out of range.
+        TypeError: an argument is unknown or of the wrong type.
     """
 
     needs: ClassVar[dict[str, str]] = {"root": "the folder or archive of the original files"}
+    further = tuple(option.name for option in fields(Augmentation) if option.name not in ("scale", "ratio"))
     _files: ClassVar[Files]
     statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]
     """Mean and standard deviation of each channel over all pixels of the train split."""
@@ -62,40 +64,27 @@ class Cifar(LabeledImages):
         size: int = _SIDE,
         seed: int = 0,
         padding: int = 4,
-        hflip: float = 0.5,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        interpolation: str = "bicubic",
-        auto_augment: str | None = None,
-        color_jitter: float = 0.0,
-        re_prob: float = 0.0,
-        re_mode: str = "pixel",
-        re_count: int = 1,
+        **augmentation: Any,
     ) -> None:
         super().__init__(split, size, seed)
         self.mean, self.std = transforms.statistics(
             self.statistics[0] if mean is None else mean, self.statistics[1] if std is None else std
         )
-        interpolation = _checks.choice("interpolation", interpolation, ("bilinear", "bicubic"))
+        for option in augmentation:
+            if option not in self.further:
+                raise TypeError(f"CIFAR has no option {option!r}.{_checks.did_you_mean(option, self.further)}")
+        drawn = Augmentation(**{"color_jitter": 0.0, **augmentation})
+        interpolation = _checks.choice("interpolation", drawn.interpolation, ("bilinear", "bicubic"))
         padding = _checks.integer("padding", padding, minimum=0)
 
         from torchvision.transforms import InterpolationMode, RandomCrop, Resize
 
         resize = [] if size == _SIDE else [Resize((size, size), InterpolationMode(interpolation))]
+        crop = [RandomCrop(_SIDE, padding=padding), *resize]
         built = {
-            "train": transforms.training(
-                size,
-                self.mean,
-                self.std,
-                interpolation=interpolation,
-                hflip=hflip,
-                auto_augment=auto_augment,
-                color_jitter=color_jitter,
-                re_prob=re_prob,
-                re_mode=re_mode,
-                re_count=re_count,
-                crop=[RandomCrop(_SIDE, padding=padding), *resize],
-            ),
+            "train": transforms.training(size, self.mean, self.std, drawn, crop),
             "val": transforms.evaluation(size, self.mean, self.std, interpolation=interpolation, crop_pct=1.0),
         }
         self._transform = built[split]

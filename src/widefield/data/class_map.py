@@ -1,4 +1,4 @@
-"""Which class index a folder's name stands for."""
+"""Names of classes -> class indices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 INTEGER = "integer"
 LARGEST_INDEX = 2**31 - 1
-"""The largest label that is taken for one at all."""
+"""The largest valid label."""
 
 
 def classes_of(
@@ -19,13 +19,13 @@ def classes_of(
 
     Args:
         found: names of classes, such as those of folders, without duplicates.
-        class_map: see `indices_of`. Classes that were not found keep their index; those without a name are called by
-            it.
-        images: how many images there are, for `check_count`.
+        class_map: see `indices_of`. Classes that were not found keep their index; a class without a name is named by
+            its index.
+        images: number of images, for `check_count`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a name is no index, or the file lacks it, or repeats a name or an index, or an index is too large.
+        ValueError: a name is not an index, the file lacks it or repeats a name or an index, or an index is too large.
     """
     known = indices_of(found, class_map)
     if class_map is None:
@@ -36,18 +36,18 @@ def classes_of(
 
 
 def indices_of(found: Sequence[str], class_map: str | Path | None) -> dict[str, int]:
-    """Return the index of each of the names ``found``, and of others that the class map has.
+    """Return the index of each of the names ``found``, and of all others in the class map.
 
     Args:
         found: names of classes, such as those of folders, without duplicates.
-        class_map: None: the names in sorted order are the classes. ``"integer"``: each name is its index, written in
-            decimals, as ImageNet-V2 has it (sorted as words, 10 comes before 2). Otherwise a text file with a class a
-            line, ``name`` (its index is the line's, from 0, as in timm's maps) or, on all lines, ``name index``.
-            A name that the file has in another Unicode normal form (NFC, NFD) is found.
+        class_map: None: the names in sorted order are the classes. ``"integer"``: each name is its index in decimals,
+            as in ImageNet-V2 (sorted as words, 10 comes before 2). Otherwise a text file with one class per line:
+            ``name``, whose index is the line's, from 0, as in timm's maps; or, on all lines, ``name index``. Names
+            match in any Unicode normal form (NFC, NFD).
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a name is no index, or the file lacks it, or repeats a name or an index.
+        ValueError: a name is not an index, or the file lacks it or repeats a name or an index.
     """
     if class_map is None:
         return {name: index for index, name in enumerate(sorted(found))}
@@ -70,15 +70,15 @@ def indices_of(found: Sequence[str], class_map: str | Path | None) -> dict[str, 
 
 
 def check_count(largest: int, named: int, images: int, what: str) -> None:
-    """Raise ValueError for a label that would make a network of far more outputs than the data can fill.
+    """Raise ValueError for a label that would need far more outputs than there are images.
 
-    At most 1,000 classes, or ten an image, may be without a name.
+    At most 1,000 classes, or ten per image, may lack a name.
 
     Args:
         largest: the largest label.
-        named: how many classes have names.
-        images: how many images there are.
-        what: what to call the label, such as its file.
+        named: number of classes with names.
+        images: number of images.
+        what: name of the label for the message, such as its file.
     """
     if largest + 1 - named > max(1000, 10 * images):
         raise ValueError(
@@ -89,12 +89,12 @@ def check_count(largest: int, named: int, images: int, what: str) -> None:
 
 
 def shown(name: str) -> str:
-    """Return a name for a message, escaped where it is not in Unicode's normal form NFC but looks as if it were."""
+    """Return a name for a message, escaped if it is not in Unicode's normal form NFC but looks like it."""
     return name if _composed(name) == name else ascii(name)
 
 
 def alike(names: Iterable[str]) -> str:
-    """Return a sentence about two of the names that look the same, to be added to a message, or an empty string."""
+    """Return a sentence, to append to a message, about two names that look the same, or an empty string."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         other = seen.setdefault(_composed(name), name)
@@ -111,16 +111,16 @@ def _composed(name: str) -> str:
 
 
 def read_class_map(path: str | Path) -> dict[str, int]:
-    """Read a text file as ``classes_of`` describes it; raises OSError or ValueError."""
+    """Read a class map as `indices_of` describes it; raises OSError or ValueError."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"class_map must be 'integer' or a text file with the name of a class a line; got {str(path)!r}, no file."
+            f"class_map must be 'integer' or a text file with one class name per line; there is no file {str(path)!r}."
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the class map {str(path)!r} is no text: {error}.") from error
+        raise ValueError(f"the class map {str(path)!r} is not a text file: {error}.") from error
     lines = [line.strip() for line in lines if line.strip()]
     if not lines:
         raise ValueError(f"the class map {str(path)!r} is empty.")
@@ -144,7 +144,7 @@ def _integers(found: Sequence[str]) -> dict[str, int]:
 
 
 def is_index(word: str) -> bool:
-    """Whether a word is a number that can be a label."""
+    """Return whether a word is a number that can be a label."""
     return word.isascii() and word.isdecimal() and len(word) < 11 and int(word) <= LARGEST_INDEX
 
 

@@ -1,4 +1,4 @@
-"""Images whose shape says one class and whose texture says another: the published ones, and a stand-in made here.
+"""Images whose shape and texture belong to different classes: the published ones, and generated ones.
 
 The published images are those of Geirhos et al., "ImageNet-trained CNNs are biased towards texture" (ICLR 2019): 1,280
 of 224 pixels, in one folder a class of shape, with names ``SHAPEi-TEXTUREj.png`` such as ``cat7-elephant1.png``.
@@ -19,7 +19,7 @@ from widefield import _checks
 from widefield.data.base import Sample, collate
 from widefield.data.decoding import read
 from widefield.data.listing import Skipped, counted, folders_in, images_in
-from widefield.data.scales import _CELLS, _OUTLINES, _REACH, Scales, _colours, _interpolate
+from widefield.data.scales import _CELLS, _OUTLINES, _REACH, Scales, _colors, _interpolate
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation, statistics
 
 _SIXTEEN = {
@@ -58,10 +58,10 @@ _NAME = re.compile(r"(?P<shape>.*?\D)\d+-(?P<texture>.*?\D)\d+\.png")
 
 
 class ConflictImages:
-    """The images of a folder, as batches: ``image`` float32 (N, 3, size, size), normalised; ``shape`` and ``texture``.
+    """The images of a folder, as batches: ``image`` float32 (N, 3, size, size), normalized; ``shape`` and ``texture``.
 
     The last two are int64 (N,), indices into ``classes``. Images of the right size are taken as they are; others are
-    resized so that the shorter side fits, and cropped in the centre. Iterate over it as often as you like.
+    resized so that the shorter side fits, and cropped in the center. Iterate over it as often as you like.
 
     Attributes:
         classes: the names of the classes, sorted; the published sixteen if they suffice, otherwise the folders' names.
@@ -110,13 +110,13 @@ class ConflictImages:
         self._labels = [self._parsed(path) for path in self.files]
 
     def found(self) -> str:
-        """Return one line about images and classes, and what was left out, and why."""
+        """Return one line: images and classes, and what was left out and why."""
         shapes = {shape for shape, _ in self._labels}
         left_out = f"; left out: {self._skipped}" if self._skipped else ""
         return f"{counted(len(self), 'image')} in {self.folder}, {counted(len(shapes), 'class', 'classes')}{left_out}"
 
     def _parsed(self, path: Path) -> tuple[int, int]:
-        """Return the labels of shape and texture that a file's name holds."""
+        """Return the labels of shape and texture in a file's name."""
         match = _NAME.fullmatch(path.name)
         if match is None:
             raise ValueError(f"the name of {path} is not SHAPEi-TEXTUREj.png, such as cat7-elephant1.png.")
@@ -133,7 +133,7 @@ class ConflictImages:
         return self.classes.index(match["shape"]), self.classes.index(match["texture"])
 
     def __len__(self) -> int:
-        """Return how many images there are."""
+        """Return the number of images."""
         return len(self.files)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -148,27 +148,28 @@ class ConflictImages:
 
 
 def write_conflicts(folder: str | Path, *, size: int = 32, per_pair: int = 2, seed: int = 0) -> Path:
-    """Draw images in conflict for models trained on `Scales`, and write them in the published layout.
+    """Draw conflict images for models trained on `Scales`, and write them in the published layout.
 
-    Each is one large shape with small holes that are all of another shape's form: what is seen from afar and what is
-    seen from near name different classes, as in Navon's letters made of letters ("Forest before trees", Cognitive
-    Psychology 9, 1977). Holes and ground have one colour, so that both cues have the same contrast. The large shape
-    measures 28/32 of the image, a hole 5/32: with 32 pixels about the largest and the smallest that `Scales` draws.
-    Colours, rotations and the ground's texture are drawn as there.
+    Each image is one large shape with small holes in the form of another shape. Its global and local cues belong to
+    different classes, like Navon's letters made of letters ("Forest before trees", Cognitive Psychology 9, 1977).
+    Holes and ground have the same color, so that both cues have the same contrast. The large shape measures 28/32 of
+    the image and a hole 5/32. At 32 pixels these are about the largest and the smallest sizes that `Scales` draws.
+    Colors, rotations and the ground's texture are drawn as in `Scales`.
 
-    An image depends on (seed, shape, texture, number) and on ``size``. Files of the same names are replaced.
+    An image depends on (seed, shape, texture, number) and on ``size``. Files with the same names are replaced.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         size: side of the images in pixels, at least 32.
-        per_pair: images for each of the 56 pairs of different classes.
-        seed: of all that is random.
+        per_pair: number of images for each of the 56 pairs of different classes.
+        seed: of all random choices.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or of the wrong kind.
+        ValueError, TypeError: an argument is out of range or of the wrong type.
         OSError: the folder cannot be written.
-
-    Returns the folder.
     """
     folder = Path(folder).expanduser()
     size = _checks.integer("size", size, minimum=32)
@@ -186,7 +187,7 @@ def write_conflicts(folder: str | Path, *, size: int = 32, per_pair: int = 2, se
 
 _LARGE, _SMALL = 28 / 32, 5 / 32  # sides in units of the image's; a small shape fits into the rim of a large ring
 _RIM = 0.5 / 32  # what stays between a hole and the outline, at least
-_APART = 1.15  # distance of two holes' centres in units of their side, at least
+_APART = 1.15  # distance of two holes' centers in units of their side, at least
 _CLUTTER = 0.25  # amplitude of the ground's texture: what `Scales` draws by default
 
 
@@ -214,7 +215,7 @@ def _draw(shape: str, texture: str, size: int, rng: np.random.Generator) -> tupl
         nodes = (size - 1) // cell + 2
         texture_of_ground = _interpolate(_uniform(rng, 1, nodes, nodes), cell, size)[0]
         field += _CLUTTER * rng.uniform(-1, 1) * texture_of_ground
-    middle, contrast = _colours(_uniform(rng, 1, 7))
+    middle, contrast = _colors(_uniform(rng, 1, 7))
     pixels = (255 * (middle + contrast * field).clamp(0, 1)).round().to(torch.uint8)[0]
     return pixels, outer <= 0, inner <= 0
 

@@ -1,7 +1,7 @@
-"""From the bytes of a file to pixels: the one place that decodes, and the rules for what 8 bits of RGB cannot hold.
+"""Image files -> pixels: the only module that decodes, with rules for pixels that do not fit into 8 bits of RGB.
 
-Networks take RGB with 8 bits a channel. Files hold more kinds of pixels than that, and Pillow's own conversion clips
-them: 16-bit gray becomes white, floats between 0 and 1 become black.
+Networks take RGB with 8 bits per channel. Files may hold other pixels, and Pillow's conversion clips them: 16-bit gray
+becomes white, floats between 0 and 1 become black.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from widefield import _checks
 
-# What Pillow raises on broken bytes; OSErrors of the system are told apart by their errno.
+# Pillow's errors for broken bytes; OSErrors of the system have an errno.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -41,18 +41,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by its EXIF orientation (JEITA CP-3451, tag 0x0112)."""
+"""EXIF orientation (JEITA CP-3451, tag 0x0112) -> the operation that turns the image upright."""
 _HALF = 0.5 / 255
-"""Half a level of 8 bits, in floats from 0 to 1."""
+"""Half a level of 8 bits, for floats from 0 to 1."""
 _BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
 class CorruptImageError(OSError):
-    """A file is there, can be opened, and is no whole image."""
+    """A file can be opened, but is not a complete image."""
 
 
 class UnsupportedImageError(CorruptImageError):
-    """A file is a sound image that is not read as it is: too large, or with pixels that have no range."""
+    """A file is an intact image that is not read: too large, or with pixels of unknown range."""
 
 
 def read(
@@ -62,24 +62,24 @@ def read(
     exif_orientation: bool = True,
     max_pixels: int | None = None,
 ) -> Image.Image:
-    """Return the image in a file as RGB with 8 bits a channel, decoded to the last byte.
+    """Return the image in a file as RGB with 8 bits per channel, decoded to the last byte.
 
-    16-bit gray is scaled to 8 bits and rounded. Floats from 0, black, to 1, white, are scaled likewise; others are
-    refused, and so are signed and 32-bit integers, whose range no file states. Gray that counts from white is inverted.
-    Transparency is ignored, as timm and torchvision do: colors are those beneath it. CMYK and other color models are
-    converted by Pillow, without color profiles. Of several images in one file the first is read.
+    16-bit gray is scaled to 8 bits and rounded, and so are floats from 0 (black) to 1 (white). Other floats, signed
+    integers and 32-bit integers are refused, because files do not state their range. Gray with 0 as white is inverted.
+    Transparency is ignored, as timm and torchvision do. Pillow converts CMYK and other color models, without color
+    profiles. The first of several images in a file is read.
 
     Args:
         source: a path, or a file opened for reading, which is closed.
-        name: what to call it in an error; default: the path.
-        exif_orientation: turn the image as its EXIF orientation says, as viewers show it; False returns it as stored.
-        max_pixels: refuse images of more pixels; None means Pillow's limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+        name: name of the file for errors; default: the path.
+        exif_orientation: rotate the image by its EXIF orientation, as viewers do; False returns it as stored.
+        max_pixels: refuse images with more pixels; None means Pillow's limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Raises:
-        CorruptImageError: it cannot be decoded in full.
-        UnsupportedImageError: it has too many pixels, or pixels without a range.
+        CorruptImageError: the image cannot be fully decoded.
+        UnsupportedImageError: it has too many pixels, or pixels of unknown range.
         OSError: the system refuses to open or read it.
-        MemoryError: the picture does not fit. All of them name the file.
+        MemoryError: the image does not fit into memory. All of these name the file.
     """
     name = str(source if name is None else name)
     try:
@@ -99,10 +99,10 @@ def read(
         raise MemoryError(f"out of memory while reading the image {name}.") from error
     except UnidentifiedImageError as error:
         raise CorruptImageError(
-            f"cannot read the image {name}: it is damaged, or of a kind that Pillow does not know."
+            f"cannot read the image {name}: it is damaged, or in a format that Pillow does not know."
         ) from error
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
+        if isinstance(error, OSError) and error.errno is not None:  # from the system, not from Pillow
             raise OSError(error.errno, error.strerror, name) from error
         if "MAX_TEXT_" in str(error):
             raise UnsupportedImageError(
@@ -126,9 +126,9 @@ _REMEDY = "raise the limit by the option max_pixels of the data set, or by PIL.I
 
 
 def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
-    """Open an image and check its number of pixels; raises UnsupportedImageError, or what Pillow raises for too many.
+    """Open an image and check its number of pixels; raises UnsupportedImageError or Pillow's errors for large images.
 
-    Pillow's own check is left out, as its warning does not name the file.
+    Pillow's own check is switched off, because its warning does not name the file.
     """
     with _LIMIT:  # Pillow's limit is a global variable
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -152,7 +152,7 @@ def _opened(source: str | Path | BinaryIO, name: str, max_pixels: int | None) ->
 
 
 def _check_pixels(pixels: int, limit: int | None, name: str) -> None:
-    """Do what Pillow does with large images: warn above its limit, refuse above twice that; the text names the file."""
+    """Warn above Pillow's limit and refuse above twice that, as Pillow does, in a message that names the file."""
     if limit is None or pixels <= limit:
         return
     twice = "twice " if pixels > 2 * limit else ""
@@ -164,11 +164,11 @@ def _check_pixels(pixels: int, limit: int | None, name: str) -> None:
 
 
 def _decoded(image: Image.Image, name: str, exif_orientation: bool) -> Image.Image:
-    # Pillow turns TIFF files upright while it decodes them, and forgets how they were.
+    # Pillow turns TIFF files upright while it decodes them, and drops their orientation.
     is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
     stored = _orientation(image) if is_tiff else 1
     image.load()
-    image.info.pop("transparency", None)  # Pillow warns where it ignores that of a palette
+    image.info.pop("transparency", None)  # Pillow warns if it ignores the transparency of a palette
     rgb = _eight_bits(image, name).convert("RGB")
     if is_tiff:
         turn = None if exif_orientation else _BACK.get(stored)
@@ -180,7 +180,7 @@ def _decoded(image: Image.Image, name: str, exif_orientation: bool) -> Image.Ima
 def _orientation(image: Image.Image) -> int:
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
-    except (*_BROKEN, Warning):  # the picture itself may be sound
+    except (*_BROKEN, Warning):  # the image itself may be intact
         return 1
     return found if isinstance(found, int) else 1
 
@@ -194,7 +194,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         values: NDArray[np.floating[Any]] = np.asarray(image, dtype=np.float32)
         if not (values.min() >= -_HALF and values.max() <= 1 + _HALF):  # NaN is neither
             raise _without_range(name, f"floats from {values.min():.4g} to {values.max():.4g}")
-        values = values.clip(0, 1)  # resampling and compression go beyond by rounding
+        values = values.clip(0, 1)  # resampling and compression overshoot by rounding
     elif image.mode.startswith("I;16"):
         bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
         values = np.asarray(image, dtype=np.float32) / ((1 << bits) - 1)
@@ -204,13 +204,13 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         raise _without_range(name, "32-bit integers")
     else:
         return image
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts 8 bits itself
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow itself inverts 8-bit images only
         values = 1 - values
     return Image.fromarray(np.rint(255 * values).astype(np.uint8))
 
 
 def _without_range(name: str, pixels: str) -> UnsupportedImageError:
     return UnsupportedImageError(
-        f"will not read the image {name}: it holds {pixels}, and nothing says which values are black and white. Save "
-        f"it with 8 or 16 bits, or as floats from 0 to 1."
+        f"will not read the image {name}: it holds {pixels}, and the file does not say which values are black and "
+        f"white. Save it with 8 or 16 bits, or as floats from 0 to 1."
     )

@@ -27,7 +27,7 @@ class Digits(LabeledImages):
     Args:
         split: ``"train"`` or ``"val"``.
         size: side of the images in pixels; the 8x8 originals are resized bilinearly.
-        channels: 1, or 3 equal ones for networks that expect colour.
+        channels: 1, or 3 equal ones for networks that expect color.
         augment: shift, turn and scale the train split a little (10 % of the side, 10 degrees, 10 %), otherwise in
             each epoch. The val split is never augmented.
         seed: seed of the augmentation.
@@ -69,7 +69,7 @@ class Digits(LabeledImages):
             degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR
         )
         with seeded(self.key(index)):
-            moved: torch.Tensor = move(self._pixels[index])  # before normalising: the paper is 0
+            moved: torch.Tensor = move(self._pixels[index])  # before normalizing: the paper is 0
         return normalize(moved, (_MEAN,), (_STD,))
 
 

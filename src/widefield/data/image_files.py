@@ -1,12 +1,13 @@
-"""What all sets of encoded images share, wherever the bytes are: timm's transforms, and what to do with broken ones."""
+"""The base class of sets of encoded images, wherever the bytes are: transforms, and broken files."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,52 +19,45 @@ from widefield.data.base import LabeledImages, Sample, seeded, shared
 from widefield.data.class_map import alike
 from widefield.data.decoding import CorruptImageError, UnsupportedImageError, decoding_options, read
 from widefield.data.listing import Skipped
-from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 _LISTED = 100  # names in the message of CorruptImagesError; each was in a warning before
 
 
 class ImageFiles(LabeledImages):
-    """Images of any size, decoded when they are asked for.
+    """Labeled images in files of any size, decoded when they are needed.
 
-    Samples: ``image`` float32 (3, size, size), ``label`` int, and with ``names`` the file's name, str, as ``name``.
-    Train images get a random crop, flip, ``auto_augment`` or ``color_jitter``, and random erasing; val images are
-    resized and cropped. Each split ignores the options of the other, so one set of options serves both.
+    Samples: ``image`` float32 (3, size, size), ``label`` int, and with ``names`` the file's ``name``, str. Train images
+    get a random crop, flip, ``auto_augment`` or ``color_jitter``, and random erasing; val images are resized and
+    cropped. Each split ignores the options of the other, so one set of options serves both.
 
     Args:
         split: ``"train"`` or ``"val"``.
         size: side of the images in pixels.
         seed: seed of the augmentation.
-        names: give each sample its file's ``name``, without folders, as ImageNet-ReaL finds labels by it.
-        corrupt: what to do with a file that cannot be decoded in full: ``"refuse"`` raises OSError, ``"skip"`` warns
-            once per file and leaves it out of its batch. What the system refuses (a missing file, a permission) is an
-            error in either case.
-        max_corrupt: largest share of the split that may be skipped, from 0 to 1; beyond it OSError lists the files.
-            The files are counted over all workers and epochs of a process.
-        exif_orientation: turn images as their EXIF orientation says, as viewers show them; False takes them as they
-            are stored, as timm and torchvision do.
-        max_pixels: refuse files of more pixels; None means Pillow's limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``
+        names: give each sample its file's ``name``, without folders; ImageNet-ReaL looks labels up by it.
+        corrupt: how to treat a file that cannot be fully decoded: ``"refuse"`` raises OSError, ``"skip"`` warns once
+            per file and leaves it out of its batch. Errors of the system, such as a missing file, are always raised.
+        max_corrupt: largest fraction of the split that may be skipped, from 0 to 1; beyond it OSError lists the files.
+            Files are counted over all workers and epochs of a process.
+        exif_orientation: rotate images by their EXIF orientation, as viewers do; False reads them as they are stored,
+            as timm and torchvision do.
+        max_pixels: refuse files with more pixels; None means Pillow's limit, twice ``PIL.Image.MAX_IMAGE_PIXELS``
             (178,956,970).
         mean: mean of each of the 3 channels for pixels in [0, 1].
         std: standard deviation of each of the 3 channels.
-        interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two (then val uses bicubic).
         crop_pct: val: side of the crop relative to the resized image, in (0, 1]; None means 0.875.
         crop_mode: val: ``"center"`` resizes the shorter side to size / crop_pct and crops, ``"squash"`` resizes both
             sides so and crops, ``"border"`` resizes the longer side so, and pads or crops.
-        scale: train: range of the random crop's area relative to the image.
-        ratio: train: range of the random crop's aspect ratio.
-        hflip: train: probability of a horizontal flip.
-        auto_augment: train: timm's policy, such as ``"rand-m9-mstd0.5-inc1"``, or ``"3a"`` for the three of DeiT III;
-            None means none. timm leaves ``color_jitter`` out beside any but the last.
-        color_jitter: train: strength of brightness, contrast and saturation jitter; 0 means none.
-        re_prob: train: probability of random erasing.
-        re_mode: train: what erased pixels become: ``"const"``, ``"rand"`` or ``"pixel"``.
-        re_count: train: largest number of erased rectangles.
+        augmentation: train: the arguments of `widefield.data.transforms.Augmentation`, such as ``auto_augment`` and
+            ``hflip``. ``interpolation`` applies to both splits.
 
     Raises:
         ValueError: an argument is out of range.
-        TypeError: an argument is of the wrong kind.
+        TypeError: an argument is of the wrong type.
     """
+
+    further = tuple(option.name for option in fields(Augmentation))
 
     def __init__(
         self,
@@ -78,17 +72,9 @@ class ImageFiles(LabeledImages):
         max_pixels: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        interpolation: str = "bicubic",
         crop_pct: float | None = None,
         crop_mode: str = "center",
-        scale: Sequence[float] = (0.08, 1.0),
-        ratio: Sequence[float] = (3 / 4, 4 / 3),
-        hflip: float = 0.5,
-        auto_augment: str | None = None,
-        color_jitter: float = 0.4,
-        re_prob: float = 0.0,
-        re_mode: str = "pixel",
-        re_count: int = 1,
+        **augmentation: Any,
     ) -> None:
         super().__init__(split, size, seed)
         self.names = bool(names)
@@ -96,38 +82,26 @@ class ImageFiles(LabeledImages):
         self.max_corrupt = _checks.number("max_corrupt", max_corrupt, maximum=1)
         self.decoding = decoding_options(exif_orientation, max_pixels)
         self.mean, self.std = transforms.statistics(mean, std)
+        drawn = Augmentation(**augmentation)
         # Both are built, so that a wrong option of either split is found in both.
         built = {
-            "train": transforms.training(
-                size,
-                self.mean,
-                self.std,
-                interpolation=interpolation,
-                scale=scale,
-                ratio=ratio,
-                hflip=hflip,
-                auto_augment=auto_augment,
-                color_jitter=color_jitter,
-                re_prob=re_prob,
-                re_mode=re_mode,
-                re_count=re_count,
-            ),
+            "train": transforms.training(size, self.mean, self.std, drawn),
             "val": transforms.evaluation(
-                size, self.mean, self.std, interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode
+                size, self.mean, self.std, interpolation=drawn.interpolation, crop_pct=crop_pct, crop_mode=crop_mode
             ),
         }
         self._transform = built[split]
 
     def _hold(self, classes: Sequence[str], labels: NDArray[np.int64], skipped: Skipped | None = None) -> None:
-        """Take over what the subclass found: names of classes, a label for each image, (N,), and what it left out."""
+        """Store what the subclass found: class names, a label for each image, (N,), and what it left out."""
         self.classes = tuple(classes)
         self._labels = labels
         self.skipped = skipped or Skipped()
-        # In shared memory, so that a file is warned of once among all workers and epochs.
+        # In shared memory, so that all workers and epochs warn about a file only once.
         self._warned = shared(torch.zeros(len(labels), dtype=torch.bool))
 
     def found(self) -> str:
-        """Return one line about images and classes, classes without images, and what was left out, and why."""
+        """Return one line: images, classes, classes without images, and what was left out and why."""
         empty = np.flatnonzero(np.bincount(self._labels, minlength=len(self.classes)) == 0)
         without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
         left_out = f"; left out: {self.skipped}" if self.skipped else ""
@@ -143,7 +117,7 @@ class ImageFiles(LabeledImages):
 
     @abstractmethod
     def _name(self, index: int) -> str:
-        """Return the path of image ``index``, as messages give it; parts of it need not be folders of the system."""
+        """Return the path of image ``index`` for messages; it may name a file inside an archive."""
 
     def _file_name(self, index: int) -> str:
         return Path(self._name(index)).name
@@ -154,9 +128,10 @@ class ImageFiles(LabeledImages):
     def sample(self, index: int) -> Sample | None:
         """Return sample ``index``, or None for a corrupt file under ``corrupt="skip"``.
 
-        Raises, naming the file, OSError for one that cannot be opened or read and, under ``corrupt="refuse"``, for a
-        corrupt one; MemoryError where the picture does not fit. CorruptImagesError, an OSError, names all corrupt
-        files where there are more than ``max_corrupt`` allows.
+        Raises:
+            OSError: the file cannot be opened or read or, under ``corrupt="refuse"``, is corrupt; the message names it.
+            CorruptImagesError: more files are corrupt than ``max_corrupt`` allows; the message lists them.
+            MemoryError: the image does not fit into memory.
         """
         try:
             picture = read(self._open(index), self._name(index), **self.decoding)
@@ -192,4 +167,4 @@ class ImageFiles(LabeledImages):
 
 
 class CorruptImagesError(OSError):
-    """More files than allowed are no whole images; the message lists them."""
+    """More files are corrupt than allowed; the message lists them."""

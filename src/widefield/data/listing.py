@@ -1,4 +1,4 @@
-"""Which files of a folder or a tar file are images, and what is left out and why: one rule for all readers."""
+"""One rule for all readers: which files of a folder or a tar file are images, and what is left out and why."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _BESIDE = ("__MACOSX", "@eaDir")
-"""Folders that macOS and Synology put beside files when they pack or index them; they hold what looks like images."""
+"""Folders that macOS and Synology create when they pack or index files; their content only looks like images."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of files that are images: torchvision's, whose module takes long to import."""
+"""Endings of image files: those of torchvision, whose module is slow to import."""
 
 HIDDEN = "hidden"
 
 
 @dataclass
 class Skipped:
-    """What a reader left out: for each reason the number of files and folders, and the first of them."""
+    """Files and folders that a reader left out: their number and the first of them, for each reason."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -44,25 +44,25 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is nobody's data: ``.ipynb_checkpoints``, ``._x.jpg``, ``__MACOSX``."""
+    """Return whether a file or folder is hidden, such as ``.ipynb_checkpoints``, ``._x.jpg`` and ``__MACOSX``."""
     return name.startswith(".") or name in _BESIDE
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its ending."""
+    """Return whether a file is an image by its ending."""
     return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def why_no_image(name: str) -> str:
-    """Return the reason to leave out a file that `is_image` refuses."""
+    """Return the reason to leave out a file that is not an image."""
     ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (as in the loops that call it)
     return f"not images by their ending, {ending}" if ending else "not images, without an ending"
 
 
 def folders_in(directory: Path, skipped: Skipped | None = None) -> list[str]:
-    """Return the names of the folders in ``directory`` in sorted order, those of links among them.
+    """Return the sorted names of the folders in ``directory``, links included.
 
-    Left out are files, hidden folders, and links to ``directory`` or to what it lies in.
+    Files, hidden folders, and links to ``directory`` or to folders above it are left out.
     """
     skipped = Skipped() if skipped is None else skipped
     folders, files = _entries(str(directory), _above(directory), skipped)
@@ -74,8 +74,7 @@ def folders_in(directory: Path, skipped: Skipped | None = None) -> list[str]:
 def images_in(directory: Path, skipped: Skipped) -> list[str]:
     """Return the paths of all images in ``directory``, at any depth, in torchvision's order.
 
-    Links are followed, but for those that lead back to a folder that they lie in. Raises OSError for a folder that
-    cannot be read.
+    Links are followed, except those to a folder above them. Raises OSError for a folder that cannot be read.
     """
     found = []
     for folder, names in sorted(_walked(str(directory), _above(directory.parent), skipped)):

@@ -28,7 +28,7 @@ _SMALLEST_CROP = 0.35  # of a photograph's shorter side
 
 
 class Pictures(LabeledImages):
-    """Images (C, size, size), float32 and normalised, drawn once by a seed; read when they are asked for.
+    """Images (C, size, size), float32 and normalized, drawn once by a seed; read when they are asked for.
 
     C is 3, or what the data set gives and ``mean`` and ``std`` do not widen. Samples: ``image``, ``label`` (-1 where
     there are no classes), and what else a data set knows.
@@ -39,7 +39,7 @@ class Pictures(LabeledImages):
             in it are the classes, as of `Folder`, if no file lies outside of them. A folder with a ``val`` folder in it
             stands for that one.
         count: how many; a seeded choice where there are more. None: all there are (64 photographs).
-        size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the centre.
+        size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the center.
         mean, std: of each channel for pixels in [0, 1]. None: ImageNet's, or the data set's own.
         seed: of the choice and the crops.
         exif_orientation, max_pixels: of files in a folder, as of `ImageFiles`.
@@ -131,14 +131,14 @@ class Pictures(LabeledImages):
                 raise OSError(f"{self.source} has no image {chosen}.")
             image = found["image"]
             before = [torch.tensor(v)[:, None, None] for v in (self._from.mean, self._from.std)]
-            return {**found, "image": self._normalised(image * before[1] + before[0])}
+            return {**found, "image": self._normalized(image * before[1] + before[0])}
         if self._files:
             path = self._files[chosen]
             label = self.classes.index(_class(path, Path(self.place))) if self.classes else -1
-            return {"image": self._normalised(_centre(read(path, **self._decoding), self.image_size)), "label": label}
-        return {"image": self._normalised(self._crop(chosen)), "label": -1}
+            return {"image": self._normalized(_center(read(path, **self._decoding), self.image_size)), "label": label}
+        return {"image": self._normalized(self._crop(chosen)), "label": -1}
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _normalized(self, pixels: Tensor) -> Tensor:
         """Return pixels (1 or 3, H, W) in [0, 1] in as many channels as there are means."""
         channels = len(self.mean)
         if len(pixels) == 3 and channels == 1:
@@ -172,7 +172,7 @@ class Pictures(LabeledImages):
         return torch.stack([self.sample(i)["image"] for i in range(len(self))])
 
     def shown(self, images: Tensor) -> Tensor:
-        """Return normalised images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], as figures take them."""
+        """Return normalized images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], as figures take them."""
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1).movedim(1, -1)
 
@@ -200,8 +200,8 @@ def _files(root: Path) -> tuple[Path, list[Path], Skipped]:
     return root, found, skipped
 
 
-def _centre(picture: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side to size / 0.875 and crop the centre, as networks on ImageNet are evaluated."""
+def _center(picture: Image.Image, size: int) -> Tensor:
+    """Resize the shorter side to size / 0.875 and crop the center, as networks on ImageNet are evaluated."""
     scale = size / 0.875 / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     left, top = (width - size) // 2, (height - size) // 2

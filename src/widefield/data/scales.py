@@ -2,7 +2,7 @@
 
 Each image holds exactly one of eight shapes, of a size drawn log-uniformly over more than two octaves, anywhere on a
 mild texture. A small shape is settled by fine detail, a large one by edges far apart, so the receptive field that
-an image needs differs from image to image. Colours are random: they say nothing of the class. Drawn by this module,
+an image needs differs from image to image. Colors are random: they say nothing of the class. Drawn by this module,
 without outside data.
 
 For orientation: a ConvNeXt of widths 24-48-96-128 and depths 1-1-2-1 behind a 3x3 stem of stride 2, trained for 14
@@ -80,7 +80,7 @@ _OUTLINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "crescent": _crescent,
     "heart": _heart,
 }
-"""Signed distances to the outlines, negative inside, at (right, down) from the centre in units of the side.
+"""Signed distances to the outlines, negative inside, at (right, down) from the center in units of the side.
 
 Areas are 0.34 to 0.57 of the square of the side.
 """
@@ -156,14 +156,14 @@ class Scales(LabeledImages):
         nodes = [(self.image_size - 1) // cell + 2 for cell in _CELLS]
         lengths = [4, 7, len(nodes), *(n * n for n in nodes)]
         draws = torch.stack([self._stream(index, sum(lengths)) for index in range(span.start, span.stop)])
-        geometry, colours, strengths, *noises = torch.split(draws, lengths, dim=1)
+        geometry, colors, strengths, *noises = torch.split(draws, lengths, dim=1)
 
         sides, distances = self._distances(self._labels[span], geometry)
         field = (0.5 - distances).clamp(0, 1) - 0.5  # the object; its edge is one pixel wide
         for cell, n, strength, noise in zip(_CELLS, nodes, strengths.T, noises, strict=True):
             texture = _interpolate(noise.reshape(-1, n, n), cell, self.image_size)
             field += self.clutter * strength[:, None, None] * texture
-        middle, step = _colours(colours)
+        middle, step = _colors(colors)
         image = middle + step * field[:, None]
 
         self._images[span] = (255 * image.clamp(0, 1)).round().to(torch.uint8)
@@ -206,8 +206,8 @@ def _interpolate(noise: Tensor, cell: int, size: int) -> Tensor:
     return rows[:, :, low] * (1 - weight) + rows[:, :, low + 1] * weight
 
 
-def _colours(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle colour and step from background to object, each (N, 3, 1, 1), from seven numbers in [-1, 1)."""
+def _colors(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle color and step from background to object, each (N, 3, 1, 1), from seven numbers in [-1, 1)."""
     middle = 0.5 + 0.15 * draws[:, :3]
     polarity = 1 - 2 * (draws[:, 3:4] < 0).float()  # as often darker as lighter than the background
     step = polarity * (0.5 + 0.2 * draws[:, 4:])

@@ -1,8 +1,9 @@
-"""From a picture to a normalised tensor: timm's transforms, with checked options, for every set that decodes images."""
+"""From a decoded image to a normalized tensor: timm's transforms with checked options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -12,73 +13,99 @@ from PIL import Image
 from widefield import _checks
 
 Transform = Callable[[Image.Image], torch.Tensor]
-"""An RGB image of any size -> float32 (3, size, size), normalised."""
+"""An RGB image of any size -> float32 (3, size, size), normalized."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to the images of a train split, with timm's meaning and defaults.
+
+    Args:
+        interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two (then val uses bicubic).
+        scale: range of the random crop's area relative to the image.
+        ratio: range of the random crop's aspect ratio.
+        hflip: probability of a horizontal flip.
+        auto_augment: timm's policy, such as ``"rand-m9-mstd0.5-inc1"``, or ``"3a"`` for the three of DeiT III; None
+            means none. timm drops ``color_jitter`` next to any policy but ``"3a"``.
+        color_jitter: strength of brightness, contrast and saturation jitter; 0 means none.
+        re_prob: probability of random erasing.
+        re_mode: what erased pixels become: ``"const"``, ``"rand"`` or ``"pixel"``.
+        re_count: largest number of erased rectangles.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of the wrong type.
+    """
+
+    interpolation: str = "bicubic"
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    auto_augment: str | None = None
+    color_jitter: float = 0.4
+    re_prob: float = 0.0
+    re_mode: str = "pixel"
+    re_count: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.auto_augment, str | None):
+            raise TypeError(f"auto_augment must be the name of a policy or None; got {self.auto_augment!r}.")
+        checked = {
+            "interpolation": _checks.choice("interpolation", self.interpolation, ("bilinear", "bicubic", "random")),
+            "scale": _range("scale", self.scale),
+            "ratio": _range("ratio", self.ratio),
+            "hflip": _checks.number("hflip", self.hflip, maximum=1),
+            "color_jitter": _checks.number("color_jitter", self.color_jitter),
+            "re_prob": _checks.number("re_prob", self.re_prob, maximum=1),
+            "re_mode": _checks.choice("re_mode", self.re_mode, ("const", "rand", "pixel")),
+            "re_count": _checks.integer("re_count", self.re_count),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 def training(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    *,
-    interpolation: str = "bicubic",
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-    hflip: float = 0.5,
-    auto_augment: str | None = None,
-    color_jitter: float = 0.4,
-    re_prob: float = 0.0,
-    re_mode: str = "pixel",
-    re_count: int = 1,
+    augmentation: Augmentation,
     crop: Sequence[Callable[[Image.Image], Image.Image]] | None = None,
 ) -> Transform:
-    """Return a random crop, flip, ``auto_augment`` or ``color_jitter``, and random erasing.
+    """Return the transform of a train split.
 
     Args:
         size: side of the result in pixels.
         mean, std: of ``statistics``.
-        crop: what stands in for the crop by ``scale`` and ``ratio``; it gives images of ``size``.
-        interpolation, scale, ratio, hflip, auto_augment, color_jitter, re_prob, re_mode, re_count: as of `Folder`.
+        augmentation: what to do.
+        crop: replaces the crop by ``scale`` and ``ratio``; it must return images of ``size``.
 
     Raises:
-        ValueError, TypeError: an option is out of range or of the wrong kind.
+        ValueError: timm does not know the policy of ``auto_augment``.
     """
     from timm.data import create_transform
     from torchvision.transforms import Compose
 
-    if not isinstance(auto_augment, str | None):
-        raise TypeError(f"auto_augment must be the name of a policy or None; got {auto_augment!r}.")
-    options = {
-        "interpolation": _checks.choice("interpolation", interpolation, ("bilinear", "bicubic", "random")),
-        "scale": _range("scale", scale),
-        "ratio": _range("ratio", ratio),
-        "hflip": _checks.number("hflip", hflip, maximum=1),
-        "auto_augment": auto_augment,
-        "color_jitter": _checks.number("color_jitter", color_jitter) or None,
-        "re_prob": _checks.number("re_prob", re_prob, maximum=1),
-        "re_mode": _checks.choice("re_mode", re_mode, ("const", "rand", "pixel")),
-        "re_count": _checks.integer("re_count", re_count),
-    }
+    options = {**asdict(augmentation), "color_jitter": augmentation.color_jitter or None}
     try:
         built = create_transform(size, is_training=True, mean=tuple(mean), std=tuple(std), **options)
     except (AssertionError, ValueError) as error:  # timm asserts that it knows the policy
         raise ValueError(
-            f"timm cannot build auto_augment={auto_augment!r}: {error}. Write a policy such as "
+            f"timm cannot build auto_augment={augmentation.auto_augment!r}: {error}. Write a policy such as "
             f"'rand-m9-mstd0.5-inc1', or None."
         ) from error
     _mend_posterize(built.transforms)
-    # The crop is the first of timm's transforms; the recipes for small images that build on timm exchange it so, too.
+    # The crop is the first of timm's transforms; the recipes for small images that build on timm replace it, too.
     made: Transform = built if crop is None else Compose([*crop, *built.transforms[1:]])
     return made
 
 
 def _mend_posterize(steps: Iterable[Any]) -> None:
-    """Let timm's policies ask for an image of no bits, as they do at their largest magnitude: it is black.
+    """Make timm's posterize return a black image for 0 bits, which its policies ask for at their largest magnitude.
 
-    Pillow 12 made it so, Pillow 13 raises ValueError: for one image in 650 under ``"rand-m9-mstd0.5-inc1"``, the policy
-    of most recipes.
+    Pillow 12 did so. Pillow 13 raises ValueError, for one image in 650 under ``"rand-m9-mstd0.5-inc1"``, the policy of
+    most recipes.
     """
     from timm.data import auto_augment
 
@@ -107,15 +134,15 @@ def evaluation(
     crop_pct: float | None = None,
     crop_mode: str = "center",
 ) -> Transform:
-    """Return a resize and a crop of its centre.
+    """Return the transform of a val split: a resize and a center crop.
 
     Args:
         size: side of the result in pixels.
         mean, std: of ``statistics``.
-        interpolation, crop_pct, crop_mode: as of `Folder`.
+        interpolation, crop_pct, crop_mode: as of `ImageFiles`.
 
     Raises:
-        ValueError, TypeError: an option is out of range or of the wrong kind.
+        ValueError, TypeError: an option is out of range or of the wrong type.
     """
     from timm.data import create_transform
 
@@ -134,7 +161,7 @@ def evaluation(
 
 
 def statistics(mean: object, std: object) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the three channels; raises TypeError or ValueError."""
+    """Return the mean and standard deviation of three channels as tuples; raises TypeError or ValueError."""
     mean, std = _floats("mean", mean, 3), _floats("std", std, 3)
     if min(std) == 0:
         raise ValueError(f"std must be positive in every channel; got {std}.")

@@ -179,7 +179,7 @@ class Judged(Classification):
             raise ValueError(f"{type(model).__name__} has {found} outputs; {self._outputs} were announced.")
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """Return what `Classification` does for the outputs that compete; with ``real`` also ``allowed`` (N, classes)."""
+        """Return what `Classification` does for the competing outputs; with ``real`` also ``allowed`` (N, classes)."""
         label = batch["label"]
         if self._labels is not None:
             label = self._labels.to(label.device)[label]

@@ -155,8 +155,9 @@ def find_runs(*folders: str | Path) -> list[RunRecord]:
 
 
 def run_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders of runs in and below a folder."""
     seen: set[Path] = set()
-    # Links are followed, as runs are often kept on other disks; a link to a folder above must not go round for ever.
+    # Links are followed, because runs are often kept on other disks. A link to a folder above must not loop forever.
     for place, below, files in os.walk(root, followlinks=True):
         path = Path(place)
         run = RunFolder(path)
@@ -257,6 +258,7 @@ def shown(metric: str, value: float | None) -> str:
 
 
 def is_share(metric: str) -> bool:
+    """Return whether a metric is a fraction of images, which is shown in percent."""
     return re.search(r"top\d+$", metric) is not None
 
 

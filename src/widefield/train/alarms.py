@@ -1,4 +1,4 @@
-"""What a run watches beside its metrics: routers of mixtures, which may collapse, and how far masks look."""
+"""Diagnostics of a run besides its metrics: collapsed routers of mixtures, and the reach of masks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from widefield.nn import DynamicGMConv2d, GMConv2d
 
 
 def watch_routers(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> tuple[dict[str, float], list[str]]:
-    """Evaluate a model and say how it routed the images, as ``widefield.analysis.routing_statistics`` would.
+    """Evaluate a model and report how it routed the images, as ``widefield.analysis.routing_statistics`` does.
 
-    Costs a copy of the routing weights; of a model without mixtures nothing is asked. All processes must call it.
+    It costs a copy of the routing weights, and nothing for a model without mixtures. All processes must call it.
 
     Args:
-        model: whose mixtures to watch.
-        evaluate: runs it, and returns metrics.
+        model: the model whose mixtures are recorded.
+        evaluate: runs the model and returns metrics.
 
     Returns:
         The metrics, with ``router_entropy`` (mean over the mixtures; 1 is even use of the experts, 0 one expert for
@@ -33,7 +33,7 @@ def watch_routers(model: nn.Module, evaluate: Callable[[], dict[str, float]]) ->
     with recording(model) as recorded:
         metrics = evaluate()
     blocks = _joined(gather_object([recorded()]))
-    if not blocks:  # the model has them, and does not call them
+    if not blocks:  # the model has mixtures and does not call them
         return metrics, []
     numbers = {
         "router_entropy": float(np.mean([block.entropy() for block in blocks])),
@@ -46,7 +46,7 @@ def watch_routers(model: nn.Module, evaluate: Callable[[], dict[str, float]]) ->
 def sigmas(model: nn.Module) -> dict[str, float]:
     """Return sigma of every GMConv layer by the layer's name, in taps; empty for a model without masks.
 
-    Of a dynamic layer it is the geometric mean of the two, for an image that excites nothing.
+    For a dynamic layer it is the geometric mean of the two sigmas without any excitation by the image.
     """
     if not any(isinstance(module, (GMConv2d, DynamicGMConv2d)) for module in model.modules()):
         return {}
@@ -54,13 +54,13 @@ def sigmas(model: nn.Module) -> dict[str, float]:
 
 
 def brief(warnings: Sequence[str], most: int = 3) -> str:
-    """Return the first few sentences as one, and how many more there are."""
+    """Return the first few sentences in one line, and the number of others."""
     rest = len(warnings) - most
     return "; ".join(warnings[:most]) + (f"; and {rest} more like this" if rest > 0 else "")
 
 
 def _joined(parts: list[list[Routing]]) -> list[Routing]:
-    """Put together what each process saw of the same mixtures."""
+    """Join the records of all processes by mixture."""
     found: dict[str, list[Routing]] = {}
     for block in (block for part in parts for block in part):
         found.setdefault(block.name, []).append(block)

@@ -1,12 +1,12 @@
-"""Checkpoints on disk: whole or not there at all.
+"""Checkpoints on disk, written atomically.
 
 A checkpoint is a folder ``checkpoints/step-00000123`` with
 
 * ``model.safetensors`` and, with a moving average, ``ema.safetensors``: the weights;
-* ``state.safetensors`` and ``state.json``: optimiser, scheduler, random states;
+* ``state.safetensors`` and ``state.json``: optimizer, scheduler, random states;
 * ``meta.json``: step, epoch, position in the epoch, metrics once the epoch is evaluated, versions, recipe hash.
 
-It is written to a hidden folder beside it, flushed to the disk, and renamed.
+It is written to a hidden folder next to it, flushed to the disk, and renamed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Return the number of steps behind it."""
+        """Return the number of steps before it."""
         return int(self.meta["step"])
 
     @property
     def metrics(self) -> dict[str, float] | None:
-        """Return the metrics on the val split, or None if it was taken before they were."""
+        """Return the metrics on the val split, or None if the epoch was not evaluated yet."""
         metrics: dict[str, float] | None = self.meta["metrics"]
         return metrics
 
@@ -57,7 +57,7 @@ class Checkpoint:
         return ema if ema.is_file() else self.path / "model.safetensors"
 
     def state(self) -> dict[str, Any]:
-        """Read the state, onto the CPU."""
+        """Read the state onto the CPU."""
         state: dict[str, Any] = load_state(self.path)
         return state
 
@@ -65,14 +65,14 @@ class Checkpoint:
 def save(
     folder: Path, model: nn.Module, ema: nn.Module | None, state: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> Checkpoint:
-    """Write a checkpoint into ``folder`` (``runs/NAME/checkpoints``), or return the one that is there for this step.
+    """Write a checkpoint into ``folder`` (``runs/NAME/checkpoints``), or return the existing one for this step.
 
-    ``meta`` holds ``step`` and whatever else describes the checkpoint in JSON types. If anything fails, OSError for a
-    full disk included, the folder holds what it held before.
+    ``meta`` holds ``step`` and further descriptions in JSON types. If anything fails, such as a full disk, the folder
+    is unchanged.
     """
     path = folder / f"step-{meta['step']:08d}"
     checkpoint = Checkpoint(path, {**meta, "metrics": None})
-    if path.is_dir():  # resumed and interrupted again before a step: nothing has changed
+    if path.is_dir():  # resumed and interrupted again before a step
         return read(path)
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -87,7 +87,7 @@ def save(
         for file in unfinished.iterdir():
             _flush(file)
         _flush(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp makes folders for their owner only
+        unfinished.chmod(0o755)  # mkdtemp makes folders private to their owner
         unfinished.replace(path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -98,7 +98,7 @@ def save(
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise what the system refused safetensors in the block as the OSError that it is."""
+    """Raise errors of the system that safetensors reports in the block as OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -109,7 +109,7 @@ def system_errors() -> Iterator[None]:
 
 
 def record(checkpoint: Checkpoint, metrics: Mapping[str, float]) -> Checkpoint:
-    """Add the metrics of its epoch to a checkpoint; returns the checkpoint with them."""
+    """Add the metrics of its epoch to a checkpoint; return the checkpoint with them."""
     meta = {**checkpoint.meta, "metrics": dict(metrics)}
     write_text(checkpoint.path / "meta.json", _json(meta))
     return replace(checkpoint, meta=meta)
@@ -126,9 +126,9 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def best(folder: Path, headline: str, *, higher_is_better: bool) -> Checkpoint | None:
-    """Return the checkpoint with the best ``headline`` metric, the earliest of equals; None if none is evaluated.
+    """Return the checkpoint with the best ``headline`` metric, or None if none is evaluated.
 
-    A metric that is NaN never is the best.
+    The earliest of equal ones wins. NaN is never the best.
     """
     evaluated = [c for c in checkpoints(folder) if c.metrics and c.metrics[headline] == c.metrics[headline]]
     sign = -1 if higher_is_better else 1
@@ -136,9 +136,9 @@ def best(folder: Path, headline: str, *, higher_is_better: bool) -> Checkpoint |
 
 
 def chosen(run: Path, which: str) -> Checkpoint:
-    """Return the best checkpoint of a run's folder by its headline metric, or the last; ``which`` says which.
+    """Return a checkpoint of a run's folder: the ``"best"`` by its headline metric, or the ``"last"``.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     _checks.choice("which", which, ("best", "last"))
     folder = run / "checkpoints"
@@ -155,18 +155,18 @@ def chosen(run: Path, which: str) -> Checkpoint:
 
 
 def prune(folder: Path, keep: int, headline: str, *, higher_is_better: bool) -> None:
-    """Delete all checkpoints but the newest ``keep`` and the best."""
+    """Delete all checkpoints except the newest ``keep`` and the best."""
     found = checkpoints(folder)
     top = best(folder, headline, higher_is_better=higher_is_better)
     for checkpoint in found[:-keep]:
         if top is None or checkpoint.path != top.path:
-            # Hidden first: a folder that is half deleted must not look like a checkpoint.
+            # Hide it first: a half-deleted folder must not look like a checkpoint.
             doomed = checkpoint.path.rename(folder / f"{_UNFINISHED}{checkpoint.path.name}")
             shutil.rmtree(doomed)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what an interrupted write or deletion left behind."""
+    """Delete the remains of an interrupted write or deletion."""
     for leftover in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -176,7 +176,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
     Raises:
         ValueError: it holds the weights of another model; the message names the first keys and shapes that differ, and
-            ``model`` is as it was.
+            ``model`` is unchanged.
     """
     differences = _differences(path, model)
     if differences:
@@ -192,7 +192,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def _differences(path: Path, model: nn.Module) -> list[str]:
     with safe_open(str(path), framework="pt") as file:
         stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        # A tensor that two names share is stored once; the metadata says for which other name it stands.
+        # A tensor that two names share is stored once; the metadata maps the other name to it.
         for name, kept in (file.metadata() or {}).items():
             if kept in stored:
                 stored[name] = stored[kept]
@@ -206,7 +206,7 @@ def _differences(path: Path, model: nn.Module) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one go: after a crash it holds the old text or the new one."""
+    """Replace a file atomically: after a crash it holds the old text or the new one."""
     unfinished = path.with_name(f"{_UNFINISHED}{path.name}")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -222,9 +222,9 @@ def _json(meta: Mapping[str, Any]) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file or the entries of a folder to the disk."""
+    """Flush a file or the entries of a folder to the disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle for a folder
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The training loop: accelerate's devices and precisions, timm's optimisers, schedules and averages, any task.
+"""The training loop, for any task, on accelerate's devices and precisions.
 
-The state of a run is (epoch, position in the epoch) and what a checkpoint holds; everything else is a function of the
-recipe. Hence a resumed run continues as if it had not stopped, on the CPU to the bit.
+The state of a run is its epoch, its position in the epoch and the content of a checkpoint. Everything else is a
+function of the recipe. A resumed run therefore continues as if it had not stopped; on the CPU it is equal to the bit.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from widefield.train.run_folder import RunFolder, recipe_hash
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """The outcome of a run.
 
     Attributes:
         folder: the run's folder.
-        metrics: of the last evaluated epoch, on the val split, ``train_loss`` among them; those of the moving average
-            start with ``ema_``. Empty before the first evaluation.
-        best: the metrics of the best epoch, by the task's headline, of the moving average if there is one.
-        epochs: finished epochs.
-        steps: finished steps.
-        interrupted: the signal that stopped the run, or None. A process should then exit with 128 + the signal.
-        model: the trained model, without wrappers, in evaluation mode; the moving average if there is one.
+        metrics: metrics of the last evaluated epoch on the val split, and ``train_loss``. Names of the moving average's
+            metrics start with ``ema_``. Empty before the first evaluation.
+        best: metrics of the best epoch by the task's headline, of the moving average if there is one.
+        epochs: number of finished epochs.
+        steps: number of finished steps.
+        interrupted: the signal that stopped the run, or None. The process should then exit with 128 + the signal.
+        model: the trained model without wrappers, in evaluation mode; the moving average if there is one.
     """
 
     folder: Path
@@ -68,37 +68,37 @@ class RunResult:
 
 
 def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console | None = None) -> RunResult:
-    """Train what the recipe describes, in ``recipe.folder``, or go on with an interrupted run.
+    """Train the model of a recipe in ``recipe.folder``, or continue an interrupted run.
 
-    Seeds the global random generators. In the main thread the first SIGINT or SIGTERM ends the run after the current
-    step, with a checkpoint, and ``interrupted`` set in the result.
+    The global random generators are seeded. In the main thread the first SIGINT or SIGTERM ends the run after the
+    current step with a checkpoint, and the result's ``interrupted`` is set.
 
     Args:
         recipe: see :class:`Recipe`; to resume, ``load_recipe(resume)``.
-        resume: the folder of a run to go on with; a finished run says so and returns at once.
+        resume: the folder of a run to continue. A finished run is reported and returned at once.
         console: where to show progress; default: stderr. ``Console(quiet=True)`` shows nothing.
 
     Raises:
-        OSError: the run's folder cannot be written, the disk is full, or an image cannot be read. Of a disk that fills
-            up on the way the message names the last good checkpoint.
-        FileExistsError: the folder holds a run, and ``resume`` is not given. One that failed before its first
-            checkpoint does not count and is written over.
+        OSError: the run's folder cannot be written, the disk is full, or an image cannot be read. If the disk fills up
+            during the run, the message names the last good checkpoint.
+        FileExistsError: the folder holds a run, and ``resume`` is not given. A run that failed before its first
+            checkpoint is overwritten.
         FileNotFoundError: there is no checkpoint to resume.
         ValueError, TypeError: the recipe does not work, or does not fit the run to resume; the message names the key.
-            Or the data are not those that the run began with; the message says what changed.
-        FloatingPointError: the loss is NaN or infinite; the last good checkpoint stays.
+            Or the data have changed since the run began; the message names the changes.
+        FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
-    # accelerate keeps the precision of a process's first Accelerator; this one is to have the recipe's.
+    # accelerate keeps the precision of a process's first Accelerator; reset it to use the recipe's.
     AcceleratorState._reset_state()
     check_trackers(recipe.trackers)
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         dynamo_backend="inductor" if recipe.compile else None,
-        cpu=not torch.accelerator.is_available(),  # by itself accelerate overlooks processes launched on CPUs
+        cpu=not torch.accelerator.is_available(),  # accelerate alone overlooks processes launched on CPUs
     )
-    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # which accelerate would ignore
-        raise ValueError("mixed_precision: fp16 needs a GPU, and this machine trains on its CPU; take bf16 or no.")
+    if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would ignore it
+        raise ValueError("mixed_precision: fp16 needs a GPU, and this machine trains on its CPU; use bf16 or no.")
     folder = RunFolder(recipe.folder if resume is None else Path(resume))
     last = None if resume is None else folder.last()
     if last is None and accelerator.is_main_process:
@@ -130,19 +130,21 @@ def _both_splits(recipe: Recipe, *, fresh: bool) -> tuple[data.SampleSet, data.S
     except FileNotFoundError as error:
         if fresh or "root" not in recipe.data.args:
             raise
-        raise FileNotFoundError(f"{error} If the data have moved, say where to: --data.args.root FOLDER.") from error
+        raise FileNotFoundError(
+            f"{error} If the data have moved, give their new place: --data.args.root FOLDER."
+        ) from error
 
 
-class _Stopped(Exception):  # noqa: N818 (a turn of events, not an error)
-    """An evaluation was cut short."""
+class _Stopped(Exception):  # noqa: N818 (control flow, not an error)
+    """An evaluation was interrupted."""
 
 
 _MOST_SKIPPED = 20
-"""Steps in a row that came to nothing, after which a run that skips them gives up."""
+"""Number of consecutive skipped steps after which the run fails."""
 
 
 class _Pending(NamedTuple):
-    """A step whose loss has not been read from the accelerator yet."""
+    """A step whose loss is still on the accelerator."""
 
     number: int
     lr: float
@@ -199,12 +201,12 @@ class _Run:
 
     @property
     def step(self) -> int:
-        """Steps behind the run; those whose batches held no image count."""
+        """Number of steps so far, including those whose batches held no image."""
         return self.epoch * self.steps_per_epoch + self.position
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.learner.epochs * self.steps_per_epoch
 
     def shut_down(self) -> None:
@@ -213,7 +215,7 @@ class _Run:
             shut_down(loader)
 
     def start(self) -> None:
-        """Prepare a new run: see whether its checkpoints will fit the disk, and choose what is sparse."""
+        """Prepare a new run: check that its checkpoints will fit on the disk, and choose the sparse weights."""
         if self.accelerator.is_main_process:
             self.folder.check_space(self.learner.raw, self.recipe)
         if self.learner.is_sparse:
@@ -228,7 +230,7 @@ class _Run:
     # The loop
 
     def loop(self) -> None:
-        """Train and evaluate until all epochs are done or a stop is asked for."""
+        """Train and evaluate until all epochs are done or a stop is requested."""
         if self.epoch >= self.learner.epochs:
             self.report.line(
                 f"the run in {self.folder.path} is finished: all {self.learner.epochs} epochs are done "
@@ -239,7 +241,7 @@ class _Run:
         while self.epoch < self.learner.epochs:
             started = time.monotonic()
             self._train_epoch()
-            # Before the evaluation: if that is cut short, nothing is lost.
+            # Save before the evaluation: if that is interrupted, nothing is lost.
             saved = self._save()
             if self.position < self.steps_per_epoch:
                 break
@@ -255,7 +257,7 @@ class _Run:
             )
 
     def _train_epoch(self) -> None:
-        """Train to the end of the epoch or until a stop is asked for."""
+        """Train to the end of the epoch or until a stop is requested."""
         self.sampler.start = self.position * self._whole_batch
         self._since, self._seen = time.monotonic(), 0
         self.train_set.set_epoch(self.epoch)
@@ -269,7 +271,7 @@ class _Run:
             if self.step % self.recipe.log_every == 0:
                 self._flush()
             if every and self.step % every == 0 and self.position < self.steps_per_epoch:
-                self._flush()  # what is not finite is not saved
+                self._flush()  # a loss that is not finite raises before anything is saved
                 self._save()
                 self._prune()
             if self._stopping():
@@ -277,7 +279,7 @@ class _Run:
         self._flush()
 
     def _step(self, group: Sequence[Batch]) -> None:
-        """Take one step on batches of which some may be empty, as all of their images were left out."""
+        """Take one step on batches. Some may be empty because all of their images were left out."""
         full = [batch for batch in group if not largest(self.accelerator, not batch)]
         if not full:
             return
@@ -288,10 +290,12 @@ class _Run:
         self._seen += self._whole_batch
 
     def _flush(self) -> None:
-        """Read the losses of the last steps, all at once: reading each would stall the accelerator at every step.
+        """Read the losses of the last steps at once: reading each would stall the accelerator at every step.
 
-        Raises FloatingPointError for the first that is not finite, unless its step was skipped, and for a row of
-        skipped steps. No checkpoint is written in between.
+        No checkpoint is written while losses are pending.
+
+        Raises:
+            FloatingPointError: a loss is not finite and its step was not skipped, or too many steps were skipped.
         """
         if not self._pending:
             return
@@ -309,7 +313,7 @@ class _Run:
         self.report.step(self.step, numbers({"loss": loss, "lr": step.lr, **self._pace(), **self.metrics}))
 
     def _not_finite(self, step: _Pending, loss: float) -> None:
-        """Log a step that came to nothing; raises FloatingPointError unless it was skipped, as asked."""
+        """Log a step that was not finite; raises FloatingPointError unless it was skipped by request."""
         indices = gather_object(step.indices.tolist())
         what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
         self._write({"kind": "nonfinite", "step": step.number, "epoch": self.epoch, "lr": step.lr, "images": indices})
@@ -322,11 +326,11 @@ class _Run:
         raise FloatingPointError(
             f"{what} at step {step.number} of {self.total_steps}{row} (learning rate {step.lr:.3g}, images {shown} of "
             f"the train split; {self.folder.log} lists all). The last good checkpoint, if there is one, is in "
-            f"{self.folder.checkpoints}. A lower optimizer.lr, a longer warm-up or clip_grad may mend it."
+            f"{self.folder.checkpoints}. Try a lower optimizer.lr, a longer warm-up or clip_grad."
         )
 
     def _pace(self) -> dict[str, float]:
-        """Return images a second since the epoch began in this process, and the accelerator's memory in GB."""
+        """Return images per second since the epoch began in this process, and the accelerator's memory in GB."""
         pace = {"images/s": self._seen / max(time.monotonic() - self._since, 1e-9)}
         if self.accelerator.device.type == "cuda":
             pace["GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -347,9 +351,9 @@ class _Run:
         return metrics
 
     def _until_stop(self, share: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches of this process's share until all processes are through theirs; raises _Stopped.
+        """Yield the batches of this process's share until all processes have finished theirs; raises _Stopped.
 
-        Shares may differ in length, and a sharded model is to be called by all processes or by none.
+        Shares may differ in length, and a sharded model must be called by all processes or by none.
         """
         while not self._stopping():
             batch = next(share, None)
@@ -385,7 +389,7 @@ class _Run:
         self.report.line(f"epoch {self.epoch}/{self.learner.epochs}  {numbers(self.metrics)}  ({seconds:.1f} s)")
         if self._warnings:
             self.report.line(f"warning: {brief(self._warnings)}")
-        self.accelerator.wait_for_everyone()  # nobody reads checkpoints while the first process deletes some
+        self.accelerator.wait_for_everyone()  # no process may read checkpoints while the first one deletes some
 
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
@@ -400,7 +404,7 @@ class _Run:
         return self._loss_sum / self._loss_count if self._loss_count else math.nan
 
     def _stopping(self) -> bool:
-        """Whether any process was asked to stop; they all stop after the same step, then."""
+        """Return whether any process was asked to stop; all then stop after the same step."""
         number = largest(self.accelerator, self.stop.received or 0)
         if number:
             self.stop.received = signal.Signals(number)
@@ -413,11 +417,11 @@ class _Run:
     # Checkpoints
 
     def _save(self) -> Checkpoint:
-        if not self.learner.finite():  # a finite loss may have had other gradients
+        if not self.learner.finite():  # a finite loss may still have non-finite gradients
             raise FloatingPointError(
-                f"the weights are no numbers after step {self.step} of {self.total_steps}. The last good checkpoint, if"
-                f" there is one, is in {self.folder.checkpoints}. A lower optimizer.lr, clip_grad, or nonfinite: skip, "
-                f"which looks at every gradient, may mend it."
+                f"weights are NaN or infinite after step {self.step} of {self.total_steps}. The last good checkpoint, "
+                f"if there is one, is in {self.folder.checkpoints}. Try a lower optimizer.lr, clip_grad, or nonfinite: "
+                f"skip, which checks every gradient."
             )
         state = {
             **self.learner.state_dict(),
@@ -448,9 +452,9 @@ class _Run:
         return saved
 
     def restore(self, last: Checkpoint) -> None:
-        """Go back to a checkpoint.
+        """Restore a checkpoint.
 
-        Raises ValueError before anything is changed: another model, another recipe, another number of processes.
+        Raises ValueError, with nothing changed, for another model, another recipe or another number of processes.
         """
         self.learner.load_weights(last.path / "model.safetensors")
         self.folder.check_recipe(self.recipe)
@@ -472,7 +476,7 @@ class _Run:
         restore_random_state(state["random"][self.accelerator.process_index])
 
     def result(self) -> RunResult:
-        """Return what the run came to."""
+        """Return the outcome of the run."""
         best = checkpoint.best(self.folder.checkpoints, self.headline, higher_is_better=self.task.higher_is_better)
         return RunResult(
             folder=self.folder.path,

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, to be met at the next good moment."""
+"""Ctrl-C and SIGTERM as a request to stop at the next step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """In its ``with`` block the first SIGINT or SIGTERM is kept in ``received``; a second one acts at once, as usual.
+    """Store the first SIGINT or SIGTERM of a ``with`` block in ``received``; a second one acts at once, as usual.
 
-    Outside the main thread, where Python delivers no signals, it stays as it is. The handlers that were installed
-    before are back after the block.
+    Outside the main thread, where Python delivers no signals, it is a no-op. The previous handlers are restored after
+    the block.
     """
 
     received: signal.Signals | None = None
@@ -44,6 +44,6 @@ class StopRequest:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Leave stopping to the training process; for loader workers, which a terminal or scheduler signals as well."""
+    """Ignore signals in a loader worker: terminals and schedulers signal workers, too."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A model and all that moves its weights: one step, and the state that steps leave behind."""
+"""A model with everything that changes its weights: the training step and its state."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from widefield.train.sharding import Sharded
 
 
 class Step(NamedTuple):
-    """What one step came to."""
+    """The outcome of one step."""
 
     loss: Tensor
     """Mean over its batches, a scalar on the device."""
     skipped: bool
-    """Whether the weights were left as they are, as something was not finite."""
+    """Whether the weights were left unchanged, because the loss or a gradient was not finite."""
 
 
 class Learner:
-    """The model of a recipe with its optimiser, schedule, average and sparsity, on accelerate's device.
+    """The model of a recipe with its optimizer, schedule, moving average and sparsity, on accelerate's device.
 
     Args:
         recipe: describes it.
@@ -49,7 +49,7 @@ class Learner:
         raw: the model without wrappers.
         model: the model to call.
         ema: the moving average of the weights, or None.
-        epochs: how many the schedule makes of the recipe's.
+        epochs: number of epochs of the schedule, which may differ from the recipe's.
 
     Raises ValueError or TypeError for a recipe that does not work, naming the key.
     """
@@ -82,14 +82,14 @@ class Learner:
         optimizer = create_optimizer(model, recipe.optimizer, rate)
         self.model: nn.Module = self._sharded.model if self._sharded else accelerator.prepare(model)
         self._plain = optimizer
-        # accelerate's wrapper scales in fp16, which is all it is needed for; it looks for packages at every step.
+        # accelerate's wrapper is needed for scaling in fp16 only, and it searches for packages at every step.
         self.optimizer: Any = accelerator.prepare(optimizer) if accelerator.scaler is not None else optimizer
         self.epochs = recipe.epochs
         self._scheduler: Any = None
         self._sparse: DynamicSparsity | None = None
 
     def schedule(self, steps_per_epoch: int) -> None:
-        """Plan the learning rate, and what is sparse, for epochs of so many steps."""
+        """Plan the learning rate and the sparsity for epochs of ``steps_per_epoch`` steps."""
         self._scheduler, self.epochs = create_schedule(
             self._plain, self._recipe.schedule, self._recipe.epochs, steps_per_epoch
         )
@@ -99,10 +99,11 @@ class Learner:
             self._sparse = DynamicSparsity(self.raw, **arguments, end=end, seed=self._recipe.seed)
 
     def start(self, batch: Batch) -> None:
-        """Choose what is sparse, from the gradients of a first batch; nothing to do for a dense model."""
+        """Choose the sparse weights from the gradients of a first batch; a no-op for a dense model."""
         if self._sparse is None:
             return
-        scaler = self._accelerator.scaler  # without it, gradients of 1e-6 vanish in fp16; a factor changes no ranking
+        # Without the scaler, gradients of 1e-6 vanish in fp16; a factor does not change their ranking.
+        scaler = self._accelerator.scaler
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             value = self._task.loss(model, batch)
@@ -115,23 +116,23 @@ class Learner:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether :meth:`start` needs a batch."""
+        """Return whether :meth:`start` needs a batch."""
         return self._sparse is not None
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the model must be called by all processes or by none."""
+        """Return whether the model must be called by all processes or by none."""
         return self._sharded is not None
 
     def train(self) -> None:
-        """Put the model into training mode, all but the norms that are frozen."""
+        """Put the model into training mode, except the frozen norms."""
         self.model.train()
         for norm in self._resting:
             norm.eval()
 
     @property
     def lr(self) -> float:
-        """The base learning rate, which groups multiply by their ``lr_scale``."""
+        """Return the base learning rate, which groups multiply by their ``lr_scale``."""
         groups = self.optimizer.param_groups
         nearest = min(groups, key=lambda group: abs(group.get("lr_scale", 1.0) - 1.0))
         scale = nearest.get("lr_scale", 1.0)
@@ -141,7 +142,7 @@ class Learner:
         """Take step ``number``, from 1, on the gradients of these batches."""
         recipe, accelerator = self._recipe, self._accelerator
         skips = recipe.nonfinite == "skip"
-        before = [buffer.clone() for buffer in self.raw.buffers()] if skips else []  # norms learn in the forward pass
+        before = [buffer.clone() for buffer in self.raw.buffers()] if skips else []  # a forward pass changes the norms
         losses: list[Tensor] = []
         for batch in batches:
             last = len(losses) == len(batches) - 1
@@ -156,7 +157,7 @@ class Learner:
         loss = torch.stack(losses).sum()
         if skips and not self._finite(loss):
             if accelerator.scaler is not None and recipe.clip_grad is not None:
-                accelerator.scaler.update()  # clipping has unscaled, which it does once an update
+                accelerator.scaler.update()  # clipping has unscaled the gradients, which is allowed once per update
             self.optimizer.zero_grad()
             for buffer, old in zip(self.raw.buffers(), before, strict=True):
                 buffer.copy_(old)
@@ -183,9 +184,9 @@ class Learner:
             return self._task.loss(self.model, batch) + self._recipe.balance * balance()
 
     def _finite(self, loss: Tensor) -> bool:
-        """Whether the losses and gradients of all processes are finite; gradients of fp16 are the scaler's business.
+        """Return whether the losses and gradients of all processes are finite; the scaler checks those of fp16.
 
-        The processes agree on the loss first: a norm of sharded gradients is for all of them or for none.
+        The processes agree on the loss first, because a norm of sharded gradients must be computed by all or by none.
         """
         if largest(self._accelerator, not torch.isfinite(loss)):
             return False
@@ -194,14 +195,14 @@ class Learner:
         return not largest(self._accelerator, not _finite(p.grad for p in self.raw.parameters() if p.grad is not None))
 
     def finite(self) -> bool:
-        """Whether all weights are finite, in all processes; to be called by all of them."""
+        """Return whether all weights of all processes are finite; all processes must call it."""
         return not largest(self._accelerator, not _finite(self.raw.parameters()))
 
     def agree(self) -> nn.Module:
-        """Return the model to evaluate, with what the first process's norms have seen in all of them.
+        """Return the model to evaluate, with the first process's statistics of norms in all processes.
 
-        It is not the wrapper that trains: that one would talk to the other processes in a forward pass, and their
-        shares of the images may be shorter. To be called by all processes.
+        It is not the training wrapper, whose forward pass would synchronize with processes whose shares of the images
+        may be shorter. All processes must call this method.
         """
         if self._accelerator.num_processes == 1 or self._sharded:
             return self.model
@@ -211,9 +212,9 @@ class Learner:
         return self.raw
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state but the weights, in types that a checkpoint admits.
+        """Return all state except the weights, in types that a checkpoint accepts.
 
-        To be called by all processes; the first one's is whole.
+        All processes must call it; the first one's is complete.
         """
         parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
         return {
@@ -222,7 +223,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any], average: Path) -> None:
-        """Take back what :meth:`state_dict` returned, and the moving average, if there is one, from its file."""
+        """Load what :meth:`state_dict` returned and, from its file, the moving average if there is one."""
         if self.ema is not None:
             checkpoint.load_weights(average, self.ema.module)
         if self._sharded:
@@ -235,11 +236,11 @@ class Learner:
                 part.load_state_dict(state[name])
 
     def whole(self) -> nn.Module:
-        """Return the model with all its weights, to save; to be called by all processes, whole in the first."""
+        """Return the model with all its weights, to save; all processes must call it, the first one's is complete."""
         return self._sharded.whole() if self._sharded else self.raw
 
     def load_weights(self, file: Path) -> None:
-        """Take the weights of a checkpoint; raises ValueError for those of another model, with nothing changed."""
+        """Load the weights of a checkpoint; raises ValueError for those of another model, with nothing changed."""
         checkpoint.load_weights(file, self._sharded.target() if self._sharded else self.raw)
         if self._sharded:
             self._sharded.spread()
@@ -286,6 +287,6 @@ def _synchronized(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1:
         return model
     if accelerator.device.type == "cpu":
-        raise ValueError("sync_batchnorm: torch has it for GPUs alone; leave it out on the CPU.")
+        raise ValueError("sync_batchnorm: torch supports it on GPUs only; leave it out on the CPU.")
     converted: nn.Module = convert_sync_batchnorm(model)
     return converted

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases if asked."""
+"""Logs of a run: always ``metrics.jsonl``, and TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from widefield.train.recipe import Recipe
 from widefield.train.run_folder import RunFolder
 
 Tracker = Callable[[dict[str, float], int], None]
-"""Takes numbers by name, and the step that they belong to."""
+"""Takes numbers by name, and their step."""
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 @contextmanager
 def _silent_threads(package: str) -> Iterator[None]:
-    """Keep threads of a package from printing the OSError that ends them; its next call raises it again, here."""
+    """Keep threads of a package from printing the OSError that ends them; the package's next call raises it again."""
     usual = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -47,8 +47,8 @@ class Logs:
 
     Args:
         folder: of the run.
-        recipe: whose ``trackers`` say where the numbers go beside the file.
-        step: finished steps; what a killed run wrote beyond them is dropped.
+        recipe: its ``trackers`` get the numbers, too.
+        step: number of finished steps; entries of a killed run after them are dropped.
     """
 
     def __init__(self, folder: RunFolder, recipe: Recipe, step: int) -> None:
@@ -66,7 +66,7 @@ class Logs:
         self._stack.close()
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Write one entry: ``kind``, ``step``, and numbers by name; lists stay in the file."""
+        """Write one entry: ``kind``, ``step`` and numbers by name; trackers get the numbers only."""
         # JSON has no NaN and no infinity.
         valid = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(valid, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Name and arguments -> model of timm or torchvision. Every argument counts, or it is refused."""
+"""Name and arguments -> network of timm or torchvision. An argument that has no effect is an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TORCHVISION = "torchvision:"
 HEAD = "num_classes"
 """The argument of timm and torchvision that sizes a network's head."""
 _AUXILIARY = ("googlenet", "inception_v3")
-"""Networks of torchvision that in training give several outputs, unless told not to."""
+"""Networks of torchvision that return several outputs in training unless ``aux_logits`` is off."""
 _LAYER_CONFIG = ("scriptable", "exportable", "no_jit")
 _FACTORY = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", *_LAYER_CONFIG)
 """Arguments of ``timm.create_model`` itself, which are None by default."""
@@ -37,16 +37,16 @@ _NONSENSE = "no_such_argument"
 def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
     """Build ``timm.create_model(spec.name, **spec.args, **decided)``, with timm's weights if ``spec.pretrained``.
 
-    Unlike timm's function this passes on arguments that are None: ``ls_init_value=None`` builds a ConvNeXt without
-    layer scale. Names that start with ``torchvision:`` stand for models of torchvision, and its default weights.
+    Unlike timm's function it passes arguments that are None: ``ls_init_value=None`` builds a ConvNeXt without layer
+    scale. Names that start with ``torchvision:`` are models of torchvision, with its default weights.
 
     Args:
-        spec: name and arguments, as the user wrote them.
+        spec: name and arguments from the user.
         decided: further arguments, which the user must not give.
 
     Raises:
-        ValueError: unknown model; an argument that is decided, or that the model refuses.
-        TypeError: an argument that the model does not have, or accepts and ignores.
+        ValueError: the model is unknown; an argument is decided already, or the model refuses it.
+        TypeError: the model does not have an argument, or ignores it.
         FileNotFoundError: a file of weights among the arguments does not exist.
     """
     import widefield.models  # noqa: F401 (registers ours in timm)
@@ -72,13 +72,11 @@ def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
             model = _timm_model(name, {**spec.args, **start, **decided})
     except (TypeError, LookupError, AssertionError, RuntimeError, AttributeError) as error:
         raise _refusal(spec, error) from error
-    except FileNotFoundError as error:  # timm's own has no text
+    except FileNotFoundError as error:  # timm's error has no text
         raise FileNotFoundError(f"the file of weights in model.args {spec.args} does not exist.") from error
     for key in dropped:
         if key in decided:
-            raise ValueError(
-                f"model.name: {name} has no head for {key}={decided[key]!r}; take a model that classifies."
-            )
+            raise ValueError(f"model.name: {name} has no head for {key}={decided[key]!r}; use a classifier.")
         if key in spec.args:
             raise TypeError(f"model.args.{key}: {name} accepts and ignores this argument; leave it out.")
     if ":" not in name:
@@ -89,7 +87,7 @@ def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
 
 @contextmanager
 def _filtered() -> Iterator[list[str]]:
-    """Yield a list that receives the names of the arguments that timm filters out in the block."""
+    """Yield a list that collects the names of the arguments that timm drops in the block."""
     dropped: list[str] = []
     original = getattr(_builder, "_filter_kwargs", None)  # a private function, which another timm may not have
     if original is None:
@@ -108,7 +106,7 @@ def _filtered() -> Iterator[list[str]]:
 
 
 def _timm_model(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """Do what ``timm.create_model`` does, and pass on the arguments that it would drop because they are None."""
+    """Do what ``timm.create_model`` does, and also pass the arguments that are None, which it drops."""
     dropped = [key for key, value in args.items() if value is None and key not in _FACTORY]
     if not dropped:
         model: nn.Module = timm.create_model(name, **args)
@@ -137,8 +135,8 @@ def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
     known = tv.list_models(module=tv)
     if name not in known and name in tv.list_models():
         raise ValueError(
-            f"model.name: torchvision's {name!r} is no classifier of images, and only those go by name: build it in "
-            "Python, and pass it to widefield's functions, which take any module."
+            f"model.name: torchvision's {name!r} is not an image classifier, and only those are built by name. Build "
+            "it in Python, and pass it to widefield's functions, which take any module."
         )
     if name not in known:
         raise ValueError(f"model.name: torchvision knows no model {name!r}.{_checks.did_you_mean(name, known)}")
@@ -162,7 +160,7 @@ def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
 
 
 def _refusal(spec: ModelSpec, error: Exception) -> Exception:
-    """Return what to raise for arguments that timm or the model refused."""
+    """Return the error for arguments that timm or the model refused."""
     name, args = spec.name, spec.args
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown is None or unknown[2] not in args:
@@ -182,8 +180,8 @@ def _check_heeded(
 ) -> None:
     """Raise TypeError for an argument that was accepted and ignored.
 
-    Some classes take any keyword and read a few. An argument that no signature on the way names is a known one only
-    if a made-up argument in its place is refused.
+    Some classes accept any keyword and read a few. An argument that is in no signature on the way is read only if a
+    made-up argument in its place is refused.
     """
     if not spec.args:
         return
@@ -198,7 +196,7 @@ def _check_heeded(
     except TypeError as error:
         if _NONSENSE in str(error):
             return
-    except (NotImplementedError, RuntimeError):  # values were asked for on the way, past the arguments
+    except (NotImplementedError, RuntimeError):  # the model computes with values, after it has read its arguments
         pass
     raise TypeError(
         f"model.args.{ignored[0]}: {spec.name} accepts and ignores this argument; leave it out."
@@ -207,7 +205,7 @@ def _check_heeded(
 
 
 def _parameters(cls: type, entry: Callable[..., Any]) -> Iterator[str]:
-    """Yield the names that a model's class, its bases, and the builders in its entry point's module give arguments."""
+    """Yield the argument names of a model's class, its bases, and the builders in its entry point's module."""
     makers: list[Any] = [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
     module = inspect.getmodule(inspect.unwrap(entry))
     makers += [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]  # type: ignore[union-attr]

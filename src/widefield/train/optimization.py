@@ -1,25 +1,43 @@
-"""What learns, and how fast: frozen parameters, timm's optimisers and schedules, groups with a rate of their own.
+"""Frozen parameters, optimizers, schedules, and parameter groups with their own rates, on top of timm.
 
-timm drops arguments that an optimizer or a schedule does not read; here they are refused.
+timm drops arguments that an optimizer or a schedule does not read; here they are errors.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from widefield import _checks
+from widefield.surgery import Anatomy, anatomy
+from widefield.surgery.anatomy import is_inside
 from widefield.train.recipe import OptimizerSpec, ScheduleSpec
 
+
+def _in_stem(parts: Anatomy, name: str) -> bool:
+    """Return whether a parameter comes before the first stage, such as that of the norm after a stem's convolution."""
+    before = parts.stage_of(name) == 0 and not any(is_inside(name, stage.name) for stage in parts.stages)
+    return parts.part(name) == "stem" or before
+
+
+PARTS: dict[str, Callable[[Anatomy, str], bool]] = {
+    "backbone": lambda parts, name: parts.in_backbone(name),
+    "stem": _in_stem,
+    "neck": lambda parts, name: parts.part(name) == "neck",
+    "head": lambda parts, name: parts.part(name) == "head",
+}
+"""Parts of a model that recipes name next to globs -> whether a parameter belongs to it."""
 _DROPPED = {"betas": "has_betas", "eps": "has_eps", "momentum": "has_momentum"}
-"""Arguments that timm drops for optimizers without them -> what timm's description of an optimizer says of that."""
+"""Arguments that timm drops for optimizers without them -> the flag in timm's description of an optimizer."""
 _NOISE = ("noise", "noise_pct", "noise_std", "noise_seed")
 _CYCLES = ("cycle_mul", "cycle_decay", "cycle_limit", "cooldown_epochs")
 _READ = {
@@ -30,36 +48,54 @@ _READ = {
     "multistep": ("decay_milestones", "decay_rate", "warmup_prefix", *_NOISE),
     "none": (),
 }
-"""Schedule -> the arguments that timm's ``create_scheduler_v2`` reads for it."""
+"""Schedule -> the arguments that ``create_scheduler_v2`` reads for it."""
 
 
-def matching(key: str, where: str | Sequence[str], names: Iterable[str]) -> set[str]:
-    """Return the names that a glob, or any of several, matches.
+def matching(key: str, where: str | Sequence[str], model: nn.Module) -> set[str]:
+    """Return the names of the parameters that learn and that ``where`` selects.
 
-    Raises ValueError for a glob that matches nothing, naming the key that it stands under.
+    Args:
+        key: the recipe's key, for messages.
+        where: a glob over names, one of ``PARTS``, or several of both.
+        model: whose parameters.
+
+    Raises:
+        ValueError: a glob or a part selects nothing.
     """
-    names = list(names)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     found: set[str] = set()
     for pattern in [where] if isinstance(where, str) else where:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            raise ValueError(
-                f"{key}: {pattern!r} matches no parameter.{_checks.did_you_mean(pattern, names)} "
-                f"There are, for example, {', '.join(names[:: max(1, len(names) // 5)][:5])}."
-            )
-        found.update(matched)
+        if pattern in PARTS:
+            parts = anatomy(model)
+            selected = [name for name in names if PARTS[pattern](parts, name)]
+            if not selected:
+                raise ValueError(f"{key}: {type(model).__name__} has no {pattern} with parameters that learn.")
+        else:
+            selected = fnmatch.filter(names, pattern)
+            if not selected:
+                raise ValueError(
+                    f"{key}: {pattern!r} matches no parameter.{_checks.did_you_mean(pattern, [*PARTS, *names])} "
+                    f"There are, for example, {', '.join(names[:: max(1, len(names) // 5)][:5])}; "
+                    f"{', '.join(PARTS)} select parts of the model."
+                )
+        found.update(selected)
     return found
 
 
 def freeze(model: nn.Module, where: str | Sequence[str]) -> list[nn.Module]:
-    """Have parameters stay as they are, and return the norms that stay with them.
+    """Freeze parameters, and return the norms that are frozen with them.
 
-    A norm with running statistics belongs to them if all of its own parameters do: it is to be kept in evaluation mode.
+    A norm with running statistics is frozen if all of its own parameters are: keep it in evaluation mode.
 
-    Raises ValueError for a glob that matches nothing, and where nothing would be left to learn.
+    Args:
+        model: changed in place.
+        where: see :func:`matching`.
+
+    Raises:
+        ValueError: a glob or a part selects nothing, or nothing would be left to learn.
     """
     parameters = dict(model.named_parameters())
-    frozen = matching("freeze", where, parameters)
+    frozen = matching("freeze", where, model)
     if len(frozen) == len(parameters):
         raise ValueError(f"freeze: {where!r} matches every parameter; nothing is left to learn.")
     for name in frozen:
@@ -73,14 +109,58 @@ def freeze(model: nn.Module, where: str | Sequence[str]) -> list[nn.Module]:
     ]
 
 
+@contextmanager
+def _layers_by_depth(model: nn.Module) -> Iterator[None]:
+    """Give a model without timm's ``group_matcher`` one for a block, so that layer-wise decay follows its backbone.
+
+    The layers are those of the backbone's own matcher, or else its stem and its stages. Necks and heads outside of the
+    backbone come last. If no stages are known, timm groups parameters by their order.
+    """
+    ordinal = None if hasattr(model, "group_matcher") else _depths(model)
+    if ordinal is None:
+        yield
+        return
+    vars(model)["group_matcher"] = lambda coarse: ordinal
+    try:
+        yield
+    finally:
+        del vars(model)["group_matcher"]
+
+
+def _depths(model: nn.Module) -> Callable[[str], float] | None:
+    """Return what maps a parameter's name to the depth of its layer, or None if the stages are unknown."""
+    parts = anatomy(model)
+    backbone: Any = model.get_submodule(parts.backbone)
+    if hasattr(backbone, "group_matcher"):
+        layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+        prefix = f"{parts.backbone}."
+        return lambda name: float(layers.get(name.removeprefix(prefix), "inf") if name.startswith(prefix) else "inf")
+    if not parts.stages:
+        return None
+
+    def depth(name: str) -> float:
+        if not parts.in_backbone(name):
+            return float("inf")
+        stage = parts.stage_of(name)
+        return 0.0 if stage is None or _in_stem(parts, name) else stage + 1.0
+
+    return depth
+
+
 def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.optim.Optimizer:
-    """Build timm's optimiser for what learns in a model, with peak learning rate ``lr``.
+    """Build timm's optimizer for the parameters that learn.
 
-    Parameters that a group of ``spec.groups`` matches get groups of their own: of several, the first counts. Their
-    ``lr_scale`` multiplies that of layer-wise decay.
+    Parameters that an entry of ``spec.groups`` selects get groups of their own; the first matching entry wins. Its
+    ``lr_scale`` multiplies that of layer-wise decay, which follows the backbone's layers if the model has one inside.
 
-    Raises ValueError or TypeError for names and arguments that timm does not know, for an argument that the optimizer
-    does not read, and for a glob without a match.
+    Args:
+        model: its frozen parameters are left out.
+        spec: the recipe's section.
+        lr: peak learning rate.
+
+    Raises:
+        ValueError, TypeError: a name or an argument that timm does not know, an argument that the optimizer does not
+            read, or a glob without a match.
     """
     betas = {} if spec.betas is None else {"betas": spec.betas}
     for key, has in _DROPPED.items():
@@ -88,15 +168,16 @@ def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.
         if key in {**betas, **spec.args} and not getattr(get_optimizer_info(spec.name.lower().split("_")[-1]), has):
             raise ValueError(f"{where}: the optimizer {spec.name!r} has no {key}; leave it out.")
     try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **betas, **spec.args
-        )
+        with _layers_by_depth(model):
+            optimizer: torch.optim.Optimizer = create_optimizer_v2(
+                model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **betas, **spec.args
+            )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"optimizer: {spec.name!r} refuses its args {spec.args}: {error}.") from error
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = dict(model.named_parameters())
     home: dict[int, int] = {}
     for number, group in enumerate(spec.groups):
-        for name in matching(f"optimizer.groups[{number}].where", group.where, parameters):
+        for name in matching(f"optimizer.groups[{number}].where", group.where, model):
             home.setdefault(id(parameters[name]), number)
     split: list[dict[str, Any]] = []
     for given in optimizer.param_groups:
@@ -112,7 +193,7 @@ def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.
     optimizer.param_groups[:] = split  # in place: wrappers such as Lookahead share the list
     for own in split:
         own["lr"] = lr * own.get("lr_scale", 1.0)
-        # What schedules start from: they multiply by the scale themselves.
+        # Schedules start from this, and multiply by the scale themselves.
         own["initial_lr"] = lr
     return optimizer
 
@@ -120,12 +201,13 @@ def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.
 def create_schedule(
     optimizer: torch.optim.Optimizer, spec: ScheduleSpec, epochs: int, steps_per_epoch: int
 ) -> tuple[Any, int]:
-    """Build timm's schedule, stepped at every update, or None for "none"; return it and the epochs that it makes.
+    """Build timm's schedule, stepped at every update, or None for "none"; return it and its number of epochs.
 
-    Raises ValueError for an argument that the schedule does not read, and TypeError or ValueError for a wrong value.
+    Raises:
+        ValueError, TypeError: an argument that the schedule does not read, or a wrong value.
     """
     _check_read(spec)
-    # Not to be prepared: accelerate would step it once per process, and timm's counts updates itself.
+    # Do not prepare it: accelerate would step it once per process, and timm's schedules count updates themselves.
     try:
         schedule: tuple[Any, int] = create_scheduler_v2(
             optimizer,

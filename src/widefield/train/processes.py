@@ -1,4 +1,4 @@
-"""Decisions that several processes must make alike."""
+"""Decisions that all processes must make alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def largest(accelerator: Accelerator, value: int) -> int:
-    """Return the largest value of any process; to be called by all of them, or by none."""
+    """Return the largest value of any process; all of them must call it, or none."""
     if accelerator.num_processes == 1:
         return value
     values: Tensor = accelerator.gather(torch.tensor([value], device=accelerator.device))

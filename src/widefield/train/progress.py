@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a progress bar on a terminal, a line now and then elsewhere."""
+"""Progress of a run: a bar on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Reporter(Protocol):
     ) -> None: ...
 
     def step(self, step: int, text: str) -> None:
-        """Say that ``step`` steps are done; ``text`` describes the state of the run."""
+        """Report that ``step`` steps are done; ``text`` describes the state of the run."""
 
     def line(self, text: str) -> None:
-        """Say something that stays on the screen."""
+        """Print a line that stays on the screen."""
 
 
 def reporter(console: Console, total: int) -> Reporter:
-    """Return what suits the console, for a run of ``total`` steps."""
+    """Return a bar for a terminal and lines for other consoles, for a run of ``total`` steps."""
     return Bar(console, total) if console.is_terminal else Lines(console, total)
 
 
 def numbers(values: Mapping[str, float]) -> str:
-    """Return ``name value`` pairs in four digits."""
+    """Return ``name value`` pairs with four digits."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
@@ -74,7 +74,7 @@ class Bar:
 
 
 class Lines:
-    """Plain lines: those asked for, and one about the steps every half minute. For log files and notebooks."""
+    """Plain lines for log files and notebooks, with one about the steps every half minute."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._last = console, total, time.monotonic()

@@ -1,4 +1,4 @@
-"""The global random generators, saved and set back."""
+"""The state of the global random generators, saved and restored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the global generators in types that a checkpoint admits."""
+    """Return the states of the global generators in types that a checkpoint accepts."""
     twister = np.random.get_state(legacy=False)
     words = torch.from_numpy(twister["state"]["key"].astype(np.int64))
     return {

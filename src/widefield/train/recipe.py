@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a run, as frozen dataclasses that check themselves."""
+"""The recipe of a run: frozen dataclasses that check their values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONVERSIONS = {
     "morf": "MoRF",
     "token_mixer": "TokenMixer",
 }
-"""Kind of a conversion -> the config's name in widefield.surgery."""
+"""Kind of conversion -> name of the config in widefield.surgery."""
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb")
@@ -34,7 +34,7 @@ class ModelSpec:
     args: Annotated[dict[str, Any], "further arguments of timm.create_model"] = field(default_factory=dict)
     pretrained: Annotated[
         bool | str,
-        "weights to start from: true for those that timm fetches, or a path: a file of weights or the folder of a run",
+        "weights to start from: true for those of timm, or a path: a file of weights or the folder of a run",
     ] = False
 
     def __post_init__(self) -> None:
@@ -88,11 +88,11 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Parameters that learn at a rate, or decay by a weight, of their own."""
+    """Parameters with their own learning rate or weight decay."""
 
-    where: Annotated[str | list[str], "which parameters: a glob over their names, or several"]
-    lr_scale: Annotated[float, "their learning rate relative to the others'"] = 1.0
-    weight_decay: Annotated[float | None, "their weight decay; null: as it would be"] = None
+    where: Annotated[str | list[str], "which parameters: globs over their names, or backbone, stem, neck, head"]
+    lr_scale: Annotated[float, "their learning rate relative to the others"] = 1.0
+    weight_decay: Annotated[float | None, "their weight decay; null: the usual one"] = None
 
     def __post_init__(self) -> None:
         _set(
@@ -108,21 +108,21 @@ class GroupSpec:
 class OptimizerSpec:
     """``timm.optim.create_optimizer_v2``."""
 
-    name: Annotated[str, "optimiser, as timm calls it"] = "adamw"
+    name: Annotated[str, "optimizer, as timm calls it"] = "adamw"
     lr: Annotated[float, "peak learning rate"] = 1e-3
     lr_base_size: Annotated[
         int | None,
-        "batch size for which lr is meant: the rate used is lr * whole batch / lr_base_size; null: lr as it is",
+        "batch size that lr is meant for: the rate is lr * whole batch / lr_base_size; null: lr is not scaled",
     ] = None
     weight_decay: Annotated[float, "weight decay"] = 0.05
-    betas: Annotated[tuple[float, float] | None, "running-average coefficients of Adam and kin; null: its default"] = (
-        None
-    )
+    betas: Annotated[
+        tuple[float, float] | None, "running-average coefficients of Adam and similar; null: its default"
+    ] = None
     args: Annotated[dict[str, Any], "further arguments of create_optimizer_v2, such as eps or layer_decay"] = field(
         default_factory=dict
     )
     groups: Annotated[
-        list[GroupSpec], "parameters with a rate of their own, such as routers and sigmas; the first match counts"
+        list[GroupSpec], "parameters with their own rate, such as routers and sigmas; the first match wins"
     ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -166,9 +166,9 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """``timm.utils.ModelEmaV3``: an exponential moving average of the weights, evaluated beside them."""
+    """``timm.utils.ModelEmaV3``: an exponential moving average of the weights, which is evaluated, too."""
 
-    decay: Annotated[float, "share of the average that stays at each update, such as 0.9999"]
+    decay: Annotated[float, "fraction of the average that is kept at each update, such as 0.9999"]
     warmup: Annotated[bool, "start with a small decay that grows towards this one"] = False
 
     def __post_init__(self) -> None:
@@ -177,13 +177,13 @@ class EmaSpec:
 
 @dataclass(frozen=True)
 class SparsitySpec:
-    """``widefield.surgery.DynamicSparsity``: a share of the weights is zero, and which ones moves."""
+    """``widefield.surgery.DynamicSparsity``: a fraction of the weights is zero, and the zeros move."""
 
-    sparsity: Annotated[float, "share of the weights that is zero"] = 0.4
-    exploration: Annotated[float, "share of the active weights that moves at a time; falls to 0 over the run"] = 0.3
-    interval: Annotated[int, "steps from one move to the next"] = 100
+    sparsity: Annotated[float, "fraction of the weights that is zero"] = 0.4
+    exploration: Annotated[float, "fraction of the active weights that moves at a time; falls to 0 over the run"] = 0.3
+    interval: Annotated[int, "steps between moves"] = 100
     growth: Annotated[str, f"where weights grow, one of {', '.join(GROWTH)}"] = "random"
-    init: Annotated[str, f"which weights to begin with, one of {', '.join(INIT)}"] = "snip"
+    init: Annotated[str, f"how the first weights are chosen, one of {', '.join(INIT)}"] = "snip"
     where: Annotated[
         str | list[str] | None, "which layers: a glob over module names, or several; null: all that are trained"
     ] = None
@@ -204,10 +204,10 @@ class SparsitySpec:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """When checkpoints are written, beside those at every epoch's end, and which stay; the best one always does."""
+    """Which checkpoints are written in addition to those after each epoch, and which are kept."""
 
-    keep: Annotated[int, "how many of the newest checkpoints stay; the best one always does"] = 2
-    every: Annotated[int | None, "steps from one to the next within an epoch; null: at the ends of epochs"] = None
+    keep: Annotated[int, "number of newest checkpoints to keep; the best one is always kept"] = 2
+    every: Annotated[int | None, "steps between checkpoints within an epoch; null: after each epoch only"] = None
 
     def __post_init__(self) -> None:
         _checks.integer("checkpoint.keep", self.keep)
@@ -217,9 +217,9 @@ class CheckpointSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run. ``describe_keys()`` explains each key; keys nest as the classes do.
+    """Everything that determines a run. ``describe_keys()`` explains each key; keys nest like the classes.
 
-    Raises TypeError or ValueError naming the key and echoing the value.
+    Raises TypeError or ValueError with the key and the value.
     """
 
     name: Annotated[str, "name of the run; its folder is output/name"]
@@ -229,29 +229,32 @@ class Recipe:
     seed: Annotated[int, "seed of the weights, the order of the data, mixing and dropping"] = 0
     conversion: Annotated[ConversionSpec | None, "layers of the model to replace; null: none"] = None
     task: Annotated[TaskSpec, "the task"] = field(default_factory=TaskSpec)
-    optimizer: Annotated[OptimizerSpec, "the optimiser"] = field(default_factory=OptimizerSpec)
+    optimizer: Annotated[OptimizerSpec, "the optimizer"] = field(default_factory=OptimizerSpec)
     schedule: Annotated[ScheduleSpec, "the learning rate over time"] = field(default_factory=ScheduleSpec)
     epochs: Annotated[int, "epochs to train"] = 100
-    batch_size: Annotated[int, "images at a time and process"] = 128
-    accumulate: Annotated[int, "batches whose gradients make one step"] = 1
-    repeats: Annotated[int, "how often an image comes, augmented anew, in the epochs that it comes in"] = 1
+    batch_size: Annotated[int, "images per batch and process"] = 128
+    accumulate: Annotated[int, "number of batches per step"] = 1
+    repeats: Annotated[int, "how often each image of an epoch is used, augmented anew; the epoch keeps its length"] = 1
     workers: Annotated[int, "loader processes; 0: load in the training process"] = 4
     freeze: Annotated[
-        str | list[str] | None, "parameters that stay as they are: a glob over their names, or several; null: none"
+        str | list[str] | None,
+        "parameters to freeze: globs over their names, or backbone, stem, neck, head; null: none",
     ] = None
     clip_grad: Annotated[float | None, "largest norm of the gradient; null: no clipping"] = None
-    nonfinite: Annotated[str, "after a loss or a gradient that is no number: stop, or skip the step"] = "stop"
+    nonfinite: Annotated[str, "after a loss or gradient that is NaN or infinite: stop, or skip the step"] = "stop"
     ema: Annotated[EmaSpec | None, "moving average of the weights; null: none"] = None
-    sparsity: Annotated[SparsitySpec | None, "zeros among the weights while training; null: none"] = None
+    sparsity: Annotated[SparsitySpec | None, "sparse weights during training; null: none"] = None
     mixed_precision: Annotated[str, f"one of {', '.join(PRECISIONS)}"] = "no"
     channels_last: Annotated[bool, "keep images and weights in channels-last order"] = False
     compile: Annotated[bool, "torch.compile the model"] = False
-    gradient_checkpointing: Annotated[bool, "compute blocks again in the backward pass rather than keep them"] = False
-    sync_batchnorm: Annotated[bool, "batch norms see the batches of all processes"] = False
-    fsdp: Annotated[bool, "shard weights, gradients and optimiser state over the processes"] = False
+    gradient_checkpointing: Annotated[
+        bool, "recompute blocks in the backward pass instead of storing their activations"
+    ] = False
+    sync_batchnorm: Annotated[bool, "batch norms use the batches of all processes"] = False
+    fsdp: Annotated[bool, "shard weights, gradients and optimizer state over the processes"] = False
     balance: Annotated[float, "coefficient of the load-balancing loss of hard routers"] = 0.0
-    log_every: Annotated[int, "steps between two loss entries in metrics.jsonl"] = 50
-    trackers: Annotated[list[str], f"where else the numbers go: any of {', '.join(TRACKERS)}"] = field(
+    log_every: Annotated[int, "steps between loss entries in metrics.jsonl"] = 50
+    trackers: Annotated[list[str], f"further logs: any of {', '.join(TRACKERS)}"] = field(
         default_factory=lambda: ["tensorboard"]
     )
     checkpoint: Annotated[CheckpointSpec, "the checkpoints"] = field(default_factory=CheckpointSpec)
@@ -267,10 +270,10 @@ class Recipe:
         for tracker in self.trackers:
             _checks.choice("every entry of trackers", tracker, TRACKERS)
         if self.fsdp and self.compile:
-            raise ValueError("fsdp and compile do not go together here: drop one of the two.")
+            raise ValueError("fsdp and compile cannot be combined here: drop one of the two.")
         for key in ("ema", "sparsity"):
             if self.fsdp and getattr(self, key) is not None:
-                raise ValueError(f"fsdp shards the weights, and {key} wants them whole: drop one of the two.")
+                raise ValueError(f"fsdp shards the weights, and {key} needs them unsharded: drop one of the two.")
         _checks.integer("workers", self.workers, minimum=0)
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
@@ -288,7 +291,7 @@ class Recipe:
 
 
 def _set(spec: Any, **values: Any) -> None:
-    """Store normalised values in a frozen dataclass under construction."""
+    """Store normalized values in a frozen dataclass under construction."""
     for name, value in values.items():
         object.__setattr__(spec, name, value)
 
@@ -315,7 +318,7 @@ def _text(name: str, key: Any) -> str:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return a copy in the types YAML gives back, so that a recipe equals its saved self; raises TypeError."""
+    """Return a copy in YAML's types, so that a recipe equals its saved form; raises TypeError."""
     if isinstance(value, Mapping):
         return _arguments(name, value)
     if isinstance(value, (list, tuple)):

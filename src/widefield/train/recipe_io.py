@@ -1,7 +1,7 @@
-"""Recipes <-> YAML and the command line; an unknown key is an error that names the nearest one.
+"""Recipes <-> YAML and the command line; an unknown key is an error that suggests the nearest one.
 
-jsonargparse decides whether a value is of a key's type. What it lacks is here: suggestions for unknown keys, null
-only where a key admits it, errors in one line, and a YAML dialect that reads back exactly what it wrote.
+jsonargparse decides whether a value has the type of its key. This module adds bases, suggestions for unknown keys, null
+only where a key allows it, one-line errors, and a YAML dialect that reads back exactly what it wrote.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _merged(base: Mapping[Any, Any], content: Mapping[Any, Any]) -> dict[Any, An
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML as recipes are written in, where 1e-3 is a number and ``no`` a word; raises ValueError."""
+    """Read the YAML dialect of recipes, in which 1e-3 is a number and ``no`` a string; raises ValueError."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -104,7 +104,7 @@ def read_yaml(text: str) -> Any:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe with all its keys; ``load_recipe(path) == recipe``. Raises OSError where it cannot."""
+    """Write a recipe with all its keys, so that ``load_recipe(path) == recipe``; raises OSError."""
     Path(path).write_text(recipe_text(recipe), encoding="utf-8")
 
 
@@ -120,7 +120,7 @@ def shipped_recipes() -> list[str]:
 
 
 def describe_keys() -> str:
-    """Return one line per key of a recipe, as the command line takes it: name, type, meaning, default."""
+    """Return one line per key of a recipe for the command line: name, type, default, meaning."""
     lines = []
     for leaf in _leaves(Recipe, ""):
         default = leaf.field.default
@@ -139,11 +139,11 @@ class _Leaf(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number and ``no`` a word; YAML 1.1 takes the first for a string, the second for false."""
+    """YAML with 1e-3 as a number and ``no`` as a string; YAML 1.1 reads a string and false."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that ``_Loader``, or a reader of YAML 1.1, would take for something else."""
+    """Quotes strings that ``_Loader`` or a YAML 1.1 reader would not read as strings."""
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -165,7 +165,7 @@ def _find(path_or_name: str | Path) -> Path:
         return path
     if (path / "failed.yaml").is_file():
         raise FileNotFoundError(
-            f"the run in {path} failed before its first checkpoint, so nothing of it can be used or resumed. Start it "
+            f"the run in {path} failed before its first checkpoint, so it cannot be used or resumed. Start it "
             f"again: widefield train {path / 'failed.yaml'}."
         )
     shipped = SHIPPED / f"{path_or_name}.yaml"
@@ -184,14 +184,14 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _section(hint: Any) -> tuple[Any, bool]:
-    """Return the dataclass that a type hint stands for, or None, and whether the hint admits None."""
+    """Return the dataclass in a type hint, or None, and whether the hint allows None."""
     members = _members(hint)
     section = next((member for member in members if dataclasses.is_dataclass(member)), None)
     return section, type(None) in members
 
 
 def _entries(hint: Any) -> Any:
-    """Return the dataclass that a type hint admits a list of, or None."""
+    """Return the dataclass of the entries if a type hint is a list of one, or None."""
     inner = typing.get_args(hint)[:1] if typing.get_origin(hint) is list else ()
     return next((entry for entry in inner if dataclasses.is_dataclass(entry)), None)
 
@@ -203,7 +203,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 @cache
 def _help(cls: Any) -> dict[str, str]:
-    """Return the meaning of each key: the text beside its type."""
+    """Return the meaning of each key: the text next to its type."""
     return {name: hint.__metadata__[0] for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 
@@ -261,9 +261,9 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str, prefix: str = "") -> None:
-    """Set one key, given as its path, of the content of a recipe from the text of its value.
+    """Set one key of a recipe's content, given as its path, from the text of its value.
 
-    ``cls`` says which keys there are; None, inside the arguments of something, leaves them open.
+    ``cls`` defines the known keys; None, inside arguments, allows any key.
     """
     name, *rest = names
     if cls and name not in _hints(cls):
@@ -287,7 +287,7 @@ def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str
 
 
 def _value(hint: Any, key: str, text: str) -> Any:
-    """Read the text of a value as YAML, and where a string will do, take it for one: ``--name 3`` names a run "3"."""
+    """Read the text of a value as YAML, or keep it if the key takes a string: ``--name 3`` names a run "3"."""
     textual = str in _members(hint)
     words = (list, type(None), bool) if bool in _members(hint) else (list, type(None))
     try:
@@ -328,11 +328,11 @@ def _parser(hint: Any) -> Any:
 
 
 def _typed(key: str, hint: Any, optional: bool, value: Any) -> Any:
-    """Return a value in the type of its key, converted where nothing is lost; raises TypeError."""
+    """Return a value in the type of its key, converted if that is lossless; raises TypeError."""
     if (value is None and optional) or typing.get_origin(hint) is dict:
-        return value  # jsonargparse would turn the strings in a mapping to numbers; the mapping checks itself
+        return value  # jsonargparse would turn strings in a mapping into numbers; the dataclass checks the mapping
     try:
-        if value is None:  # jsonargparse takes null for any type
+        if value is None:  # jsonargparse accepts null for any type
             raise ArgumentError(None, "null")
         return _parser(hint).parse_object({"value": value})["value"]
     except ArgumentError:

@@ -1,6 +1,6 @@
-"""The folder of a run: claimed before anything is built, then ``config.yaml``, ``metrics.jsonl`` and the rest.
+"""The folder of a run: it is claimed before anything is built, then filled with ``config.yaml`` and so on.
 
-A run that fails before its first checkpoint leaves ``failed.yaml`` in place of ``config.yaml``, and its name free.
+A run that fails before its first checkpoint leaves ``failed.yaml`` instead of ``config.yaml``, and its name stays free.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from widefield.train.run_data import RunData
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers")
-"""Keys that do not alter the numbers of a run, and so may differ when it is resumed."""
+"""Keys that do not change the numbers of a run, so that they may differ when it is resumed."""
 _PLACES = ("name", "output")
-"""Keys that say where a run is; a resumed one stays in its folder, wherever that was moved."""
+"""Keys that say where a run is; a resumed run stays in its folder, even if that was moved."""
 _DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
 """Keys that say where the data are. They may change: ``check_data`` has found the data to be the same."""
 
@@ -45,10 +45,10 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     def claim(self) -> None:
-        """Make the folder of a new run, or clear that of one that failed before its first checkpoint.
+        """Make the folder of a new run, or clear the folder of a run that failed before its first checkpoint.
 
         Raises:
-            OSError: it cannot be written; the message names it.
+            OSError: the folder cannot be written; the message names it.
             FileExistsError: it holds something else.
         """
         resumable = bool(checkpoint.checkpoints(self.checkpoints))
@@ -68,9 +68,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path} holds a run already. {mend}, or choose another --name.")
 
     def check_space(self, model: nn.Module, recipe: Recipe) -> None:
-        """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, one more being written.
+        """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, and one more being written.
 
-        An optimiser is taken to keep two numbers a parameter, as Adam does.
+        The estimate assumes two numbers per parameter in the optimizer, as in Adam.
         """
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         one = weights * (3 + (recipe.ema is not None))
@@ -85,12 +85,12 @@ class RunFolder:
             )
 
     def _clear(self) -> None:
-        """Delete what a run writes before its first checkpoint, and nothing else."""
+        """Delete only what a run writes before its first checkpoint."""
         checkpoint.sweep(self.checkpoints)
         for file in (self.log, self.data, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
-            with suppress(OSError):  # not there, or something else in it
+            with suppress(OSError):  # missing, or not empty
                 folder.rmdir()
 
     def last(self) -> checkpoint.Checkpoint:
@@ -101,7 +101,7 @@ class RunFolder:
         return found[-1]
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raise ValueError naming the keys in which ``recipe`` would not continue the run as it was."""
+        """Raise ValueError naming the keys that ``recipe`` must not change in a resumed run."""
         before, now = (flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
         free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if key in now)}
         changed = [
@@ -128,7 +128,7 @@ class RunFolder:
 
     @contextmanager
     def occupied(self, recipe: Recipe, found: RunData) -> Iterator[None]:
-        """Write ``config.yaml`` and ``data.json``; if the block fails before the first checkpoint, free the folder."""
+        """Write ``config.yaml`` and ``data.json``; free the folder if the block fails before the first checkpoint."""
         checkpoint.write_text(self.config, recipe_text(recipe))
         run_data.store(self.path, found)
         try:
@@ -140,7 +140,7 @@ class RunFolder:
 
     @contextmanager
     def explaining_a_full_disk(self) -> Iterator[None]:
-        """Say of a disk that is full in the block which checkpoint is left, and how to go on."""
+        """Add the last checkpoint and how to continue to the error of a full disk in the block."""
         try:
             yield
         except OSError as error:
@@ -159,7 +159,7 @@ class RunFolder:
             raise full from None
 
     def rewind(self, step: int, evaluated: bool) -> None:
-        """Drop the log entries after a checkpoint, which a run that was killed may have written."""
+        """Drop the log entries after a checkpoint, which a killed run may have written."""
         if not self.log.is_file():
             return
         kept = [

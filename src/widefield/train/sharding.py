@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser state spread over processes: torch's fully sharded data parallel, one model."""
+"""Weights, gradients and optimizer state sharded over processes, by torch's fully sharded data parallel."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _PRECISION = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Sharded:
-    """A model whose parameters are spread over all processes, block by block, in place.
+    """A model whose parameters are sharded over all processes, block by block and in place.
 
-    Every process keeps one whole copy in its main memory, into which the weights are gathered for checkpoints. All
-    methods are to be called by all processes.
+    Every process keeps an unsharded copy in main memory, which receives the weights for checkpoints. All processes must
+    call all methods.
 
     Args:
         model: on its device, the same in all processes.
@@ -40,33 +40,33 @@ class Sharded:
         self.model: Any = fully_shard(model, mp_policy=policy)
 
     def whole(self) -> nn.Module:
-        """Return the copy with the weights of now."""
+        """Return the unsharded copy with the current weights."""
         weights = get_model_state_dict(self.model, options=_WHOLE)
         if weights:  # the first process has them
             self._whole.load_state_dict(weights)
         return self._whole
 
     def target(self) -> nn.Module:
-        """Return the copy, to load weights into before :meth:`spread`."""
+        """Return the unsharded copy, to load weights into before :meth:`spread`."""
         return self._whole
 
     def spread(self) -> None:
-        """Take the weights of the copy."""
+        """Load the weights of the copy into the shards."""
         set_model_state_dict(self.model, self._whole.state_dict(), options=_SPREAD)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return the whole state of an optimiser, by the parameters' names."""
+        """Return the unsharded state of an optimizer by the parameters' names."""
         return dict(get_optimizer_state_dict(self.model, optimizer, options=_WHOLE))
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Take back what :meth:`optimizer_state` returned."""
+        """Load what :meth:`optimizer_state` returned."""
         set_optimizer_state_dict(self.model, optimizer, state, options=_SPREAD)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a model: members of its lists and sequences that have parts, but no blocks, of their own.
+    """Return the blocks of a model: members of its lists and sequences that have children but no blocks inside.
 
-    A shard is gathered when its module is called, hence no lists.
+    A shard is gathered when its module is called. Lists are never called, so they are not blocks.
     """
 
     def holds_blocks(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
-"""The state of a run as two files without a pickle: tensors as safetensors, everything else as JSON.
+"""The state of a run in two files without a pickle: tensors as safetensors, everything else as JSON.
 
-Nested mappings, lists, tuples, numbers, strings and tensors go in and come out as they were, keys that are no strings
-included. Floats survive to the bit: JSON holds their shortest decimal form, from which Python reads the same number.
+Nested mappings with any keys, lists, tuples, numbers, strings and tensors are restored exactly. Floats are exact to the
+bit: JSON stores their shortest decimal form, from which Python reads the same number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TENSORS, REST = "state.safetensors", "state.json"
 def save_state(folder: Path, state: Any) -> None:
     """Write ``state.safetensors`` and ``state.json`` into a folder.
 
-    Raises TypeError for what is made of anything else, naming where it stands.
+    Raises TypeError for a value of another type, with its place.
     """
     tensors: dict[str, Tensor] = {}
     rest = _taken_apart(state, tensors, "state")
@@ -33,9 +33,9 @@ def load_state(folder: Path) -> Any:
 
 
 def _taken_apart(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """Return ``value`` in JSON's types: what it does not have becomes a mapping with one key that says what it was."""
+    """Return ``value`` in JSON's types. Other types become a mapping with one key that names the type."""
     if isinstance(value, Tensor):
-        # A copy: optimisers share storage between steps, and safetensors wants each tensor whole and its own.
+        # A copy: optimizers share storage between steps, and safetensors needs contiguous tensors of their own.
         tensors[where] = value.detach().cpu().contiguous().clone()
         return {"tensor": where}
     if isinstance(value, dict):
@@ -45,7 +45,7 @@ def _taken_apart(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return {kind: [_taken_apart(entry, tensors, f"{where}.{i}") for i, entry in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint does not hold.")
+    raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold.")
 
 
 def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
