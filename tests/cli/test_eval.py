@@ -241,7 +241,7 @@ def test_embedded_data_serve_any_model(evaluated: Eval) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["test_resnet"], "test_resnet is not a run, which would have data of its own: give --data"),
+        (["test_resnet"], "test_resnet is not a run, so it has no data of its own: give --data"),
         (["test_resnt", "--data", "digits"], "Did you mean 'test_resnet'"),
         (["test_resnet", "--data", "digits"], "10 of the data's 10 classes ('0', '1', '2', ...) are not among"),
         (["test_resnet", "--data", "digts"], "--data digts: there is no such folder"),
@@ -256,7 +256,7 @@ def test_embedded_data_serve_any_model(evaluated: Eval) -> None:
         ),
         ([TIMM % 10, "--data", "digits", "--real", "nowhere.json"], "nowhere.json"),
         (["RUN", "--data", "digits"], "are not among the model's 8 ("),
-        (["RUN", "--real"], "--real goes by the names of files, and scales has none"),
+        (["RUN", "--real"], "--real finds labels by file names, and scales has none"),
         (["EMPTY"], "holds no checkpoints"),
         ([TIMM % 10, "--data", "digits", "--out", "file.txt/results.json"], "file.txt"),
     ],

@@ -255,7 +255,7 @@ def test_what_is_no_tar_file_is_refused_by_name(root, found, harm):
         write_tar(path, webdataset(found), mode="w:gz")
     else:
         path.write_bytes({"cut": path.read_bytes()[:5000], "text": b"text " * 300, "empty": b""}[harm])
-    with pytest.raises(OSError, match=rf"{re.escape(str(path))} is no whole, uncompressed tar file: "):
+    with pytest.raises(OSError, match=rf"{re.escape(str(path))} is not a complete, uncompressed tar file: "):
         Shards("train", root=root)
 
 
