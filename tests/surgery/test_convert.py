@@ -14,9 +14,9 @@ from widefield.surgery import walk
 
 
 def unsettled(model):
-    """Give norms, layer scales and weights random values: as initialised, they hide most of a network's blocks.
+    """Give norms, layer scales and weights random values: as initialized, they hide most of a network's blocks.
 
-    Mixtures keep theirs: unnormalised routing weights grow with the activations, block by block.
+    Mixtures keep theirs: unnormalized routing weights grow with the activations, block by block.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -207,7 +207,7 @@ def test_random_init_starts_afresh_and_inherits_dilation():
 def test_blocks_that_merge_their_convolutions_themselves_are_passed_over(name):
     model = unsettled(timm.create_model(name, num_classes=5))
     plan = widefield.plan(model, widefield.MoRF((3, 5, 7)), where="*")
-    assert any("re-parameterise before converting" in s.reason for s in plan.passed_over)
+    assert any("reparameterize before converting" in s.reason for s in plan.passed_over)
     if plan.replaced:
         converted = widefield.convert(model, widefield.MoRF((3, 5, 7)), where="*")
         x = torch.randn(2, *model.pretrained_cfg["input_size"])

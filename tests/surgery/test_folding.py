@@ -35,7 +35,7 @@ def shaken(model):
 
 
 def fold(model, x, **options):
-    """Return the model in float64, its re-parameterised form and the report."""
+    """Return the model in float64, its reparameterized form and the report."""
     reports = []
     model = shaken(model).double()
     return (
@@ -195,7 +195,7 @@ CASES = {
     "norm twice": (lambda: using(lambda self, x: self.norm(self.norm(self.conv(x)))), "it is called 2 times"),
     "not reached": (lambda: using(lambda self, x: self.conv(x)), "it is not reached by the example input"),
     "no statistics": (lambda: Net(norm=nn.BatchNorm2d(4, track_running_stats=False)), "it has no running statistics"),
-    "standardised": (lambda: Net(StdConv2d(4, 4, 3, padding=1)), "conv: is a StdConv2d, which may not convolve as"),
+    "standardized": (lambda: Net(StdConv2d(4, 4, 3, padding=1)), "conv: is a StdConv2d, which may not convolve as"),
     "hooks": (lambda: Net(hooked(nn.Conv2d(4, 4, 1))), "conv: has hooks"),
     "hooks on the norm": (lambda: Net(norm=hooked(nn.BatchNorm2d(4))), "it has hooks"),
     "weight norm": (
@@ -207,7 +207,7 @@ CASES = {
     ),
     "own norm": (
         lambda: Net(norm=Absolute(4)),
-        "it is a Absolute, which may not normalise as torch's own does",
+        "it is a Absolute, which may not normalize as torch's own does",
     ),
 }  # fmt: skip
 
@@ -316,7 +316,7 @@ def test_kernels_are_rounded_once():
 def test_half_precision_asks_for_more_room_and_says_so():
     net = shaken(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).bfloat16()
     x = torch.randn(2, 4, 8, 8).bfloat16()
-    with pytest.raises(RuntimeError, match=r"torch.bfloat16, .*re-parameterise in float32"):
+    with pytest.raises(RuntimeError, match=r"torch.bfloat16, .*reparameterize in float32"):
         widefield.reparameterize(net, x, tolerance=1e-6)
     fused = widefield.reparameterize(net, x, tolerance=0.05)
     assert {p.dtype for p in fused.parameters()} == {torch.bfloat16}

@@ -87,10 +87,10 @@ def check_masked(model, sparse, optimizer=None, momentum=None):
 
 @pytest.mark.parametrize("growth", ["random", "gradient"])
 @pytest.mark.parametrize("build", MODELS)
-@pytest.mark.parametrize(("optimiser", "momentum"), [(adamw, "exp_avg"), (sgd, "momentum_buffer")])
-def test_a_loop_learns_and_every_step_is_masked_exactly(build, optimiser, momentum, growth):
+@pytest.mark.parametrize(("build_optimizer", "momentum"), [(adamw, "exp_avg"), (sgd, "momentum_buffer")])
+def test_a_loop_learns_and_every_step_is_masked_exactly(build, build_optimizer, momentum, growth):
     model, sparse = make(build, growth=growth)
-    optimizer = optimiser(model)
+    optimizer = build_optimizer(model)
     before, losses, moves = counts(sparse), [], []
     assert sparse.density() == pytest.approx(0.6, abs=1e-3)
     for batch in batches(24, seed=1):
@@ -150,7 +150,7 @@ def test_accumulated_gradients_clipping_and_autocast():
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_several_optimisers():
+def test_several_optimizers():
     model, sparse = make()
     first, last = model[:-1], model[-1:]
     optimizers = [sgd(first), adamw(last)]
@@ -184,10 +184,10 @@ def test_a_moving_average_keeps_the_masks():
         assert theirs[~mask].any()  # the masks moved in this step, so the helper was needed
 
 
-def run(steps, growth, optimiser, stop=None):
+def run(steps, growth, build_optimizer, stop=None):
     """Train; with ``stop``, through a checkpoint into new objects after so many steps."""
     model, sparse = make(growth=growth, end=20, exploration=0.4)
-    optimizer = optimiser(model)
+    optimizer = build_optimizer(model)
     for step, batch in enumerate(batches(steps, seed=5), 1):
         loss(model, batch).backward()
         optimizer.step()
@@ -198,7 +198,7 @@ def run(steps, growth, optimiser, stop=None):
             torch.save([model.state_dict(), optimizer.state_dict(), sparse.state_dict()], file)
             torch.manual_seed(99)
             model = small_cnn()
-            optimizer = optimiser(model)
+            optimizer = build_optimizer(model)
             sparse = DynamicSparsity(model, interval=3, growth=growth, end=20, exploration=0.4, seed=7)
             states = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
             for thing, state in zip((model, optimizer, sparse), states, strict=True):
@@ -207,10 +207,10 @@ def run(steps, growth, optimiser, stop=None):
 
 
 @pytest.mark.parametrize("growth", ["random", "gradient"])
-@pytest.mark.parametrize("optimiser", [adamw, sgd])
-def test_a_resumed_run_is_the_same_run_to_the_bit(optimiser, growth):
-    model, sparse = run(16, growth, optimiser)
-    again, resumed = run(16, growth, optimiser, stop=7)
+@pytest.mark.parametrize("build_optimizer", [adamw, sgd])
+def test_a_resumed_run_is_the_same_run_to_the_bit(build_optimizer, growth):
+    model, sparse = run(16, growth, build_optimizer)
+    again, resumed = run(16, growth, build_optimizer, stop=7)
     assert resumed.steps == sparse.steps == 16
     assert resumed.rate == sparse.rate
     for name, mask in sparse.masks.items():

@@ -114,7 +114,7 @@ def test_a_constant_router_is_exact(groups, per, experts, stride, bias, how, for
     batches = loader((3, 2), channels, side=7, labels=False)
     static = specialize(model, batches, report=reports.append)
     assert type(static[0]) is (DepthwiseConv2d if per == 1 else nn.Conv2d)
-    x = 5 * images_of(batches)  # other images than it was specialised on
+    x = 5 * images_of(batches)  # other images than it was specialized on
     close(static(x), model(x), FLOAT64)
     assert reports[0].layers[0].variation == 0
     assert max(reports[0].measured.relative, reports[0].predicted.relative, reports[0].layers[0].own) < FLOAT64
@@ -310,7 +310,7 @@ def test_half_precision_keeps_its_dtype_and_its_function():
     close(static(x), model(x), BFLOAT16)
 
 
-def test_trained_and_reparameterised_forms_give_the_same_and_norms_are_folded_afterwards():
+def test_trained_and_reparameterized_forms_give_the_same_and_norms_are_folded_afterwards():
     model = shaken(
         nn.Sequential(
             MoRFConv2d(3, 8, (3, 5), stride=2), nn.BatchNorm2d(8), nn.GELU(),

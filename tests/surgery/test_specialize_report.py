@@ -66,7 +66,7 @@ def test_the_report_says_what_each_layer_and_all_of_them_change():
     assert json.loads(json.dumps(done.to_dict()))["layers"][1]["change"]["rms"] == done.layers[1].change.rms
     assert [row["layer"] for row in done.rows()] == list(done.static)
     assert {row["static"] for row in done.rows()} == {"yes"}
-    assert str(done).startswith("specialised 4 of 4 routed layers, policy 'mean': outputs on 7 images change by ")
+    assert str(done).startswith("specialized 4 of 4 routed layers, policy 'mean': outputs on 7 images change by ")
     assert f"| {done.static[0]} | MoRFConv2d |" in str(done)
 
 
@@ -150,7 +150,7 @@ def test_auto_takes_some_all_or_none(six, caplog):
     assert done.measured.accuracy_before == done.measured.accuracy_after
     assert done.after == done.before
     assert "no: outputs would change by more than the tolerance" in str(done)
-    assert f"nothing was specialised: {runs[0][0][0]}" in caplog.text
+    assert f"nothing was specialized: {runs[0][0][0]}" in caplog.text
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 

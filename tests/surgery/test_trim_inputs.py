@@ -118,5 +118,5 @@ def test_same_padding_gives_up_as_many_taps_as_wanted_dilated_too():
     conv = torch.nn.Conv2d(2, 2, 7, padding="same", dilation=3).eval()
     with torch.no_grad():
         conv.weight[:, :, :3] = conv.weight[:, :, 4:] = 0
-        conv.weight[..., :3] = conv.weight[..., 4:] = 0  # but for the centre
+        conv.weight[..., :3] = conv.weight[..., 4:] = 0  # but for the center
     assert trim(conv, 0.0).kernel_size == (1, 1)

@@ -42,7 +42,7 @@ FRESH = {
 """Conversions that start layers afresh."""
 
 ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
-"""Layers of ours that are left after re-parameterization, as their kernels depend on the image."""
+"""Layers of ours that are left after reparameterization, as their kernels depend on the image."""
 
 
 class WrongError(Exception):

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
         rounded = deploy.quantize(model, small, shown, images=held_out, keep=args.keep, info=info, **options)
-        print(rounded)
+        print(rounded.summary())
         print_table(rounded.layer_rows(5))
         written += [small, small.with_name(f"{small.name}.json")]
     print("wrote " + ", ".join(str(part) for part in written))

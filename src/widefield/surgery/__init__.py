@@ -14,13 +14,8 @@ from widefield.surgery.conversions import (
     TokenMixer,
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
-from widefield.surgery.reparameterize import (
-    FusedLayer,
-    LeftLayer,
-    NothingToFuseError,
-    Reparameterization,
-    reparameterize,
-)
+from widefield.surgery.reparameterize import NothingToFuseError, reparameterize
+from widefield.surgery.reparameterize_report import FusedLayer, LeftLayer, Reparameterization
 from widefield.surgery.sparsity import DynamicSparsity
 from widefield.surgery.specialize import RoutedLayer, Specialization, specialize
 from widefield.surgery.trim import trim

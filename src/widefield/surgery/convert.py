@@ -209,7 +209,7 @@ def _untouchable(module: nn.Module) -> str | None:
 def _part_of(name: str, mergeable: Sequence[str]) -> str | None:
     for block in mergeable:
         if name.startswith(f"{block}."):
-            return f"it is part of {block}, which merges its convolutions: re-parameterise before converting"
+            return f"it is part of {block}, which merges its convolutions: reparameterize before converting"
     return None
 
 

@@ -53,7 +53,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def without_norm(norm: nn.Module) -> nn.Module:
-    """Return what a batch norm does besides normalising: nothing, or timm's drop and activation."""
+    """Return what a batch norm does besides normalizing: nothing, or timm's drop and activation."""
     parts = [part for part in (getattr(norm, name, None) for name in ("drop", "act")) if isinstance(part, nn.Module)]
     return (nn.Sequential(*parts) if parts else nn.Identity()).eval()
 
@@ -274,7 +274,7 @@ def _fixed(root: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str
         if (reason := computed(module)) is not None:
             found[module] = reason
         elif (is_norm(module) or is_linear(module)) and not _computes_as(module, kinds):
-            what = "normalise" if is_norm(module) else "convolve"
+            what = "normalize" if is_norm(module) else "convolve"
             found[module] = f"is a {type(module).__name__}, which may not {what} as torch's own does"
         elif is_norm(module) and getattr(module, "running_mean", None) is None:
             found[module] = "has no running statistics"

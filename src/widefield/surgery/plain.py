@@ -1,4 +1,4 @@
-"""Layers of :mod:`widefield.nn` as modules of torch, so that a re-parameterized model loads without widefield."""
+"""Layers of :mod:`widefield.nn` as modules of torch, so that a reparameterized model loads without widefield."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Ke
     parts in the networks of :mod:`widefield.models`, which cannot be loaded without widefield in any case.
 
     Args:
-        root: re-parameterized, in evaluation mode.
+        root: reparameterized, in evaluation mode.
         x: an input of the root. A layer that is not called on its way is not replaced, as others use its methods.
 
     Returns:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from typing import Any
 
@@ -17,12 +16,12 @@ from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
 from widefield.nn.fusing import fold_norm
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d
-from widefield.report import Report
 from widefield.surgery import inputs
 from widefield.surgery.compare import Difference, comparable, difference
 from widefield.surgery.folding import Pair, Watch, is_linear, is_norm, without_norm
 from widefield.surgery.inputs import Example, place
 from widefield.surgery.plain import Changed, plain, with_numbers
+from widefield.surgery.reparameterize_report import FusedLayer, LeftLayer, Reparameterization, counted, larger, worst
 from widefield.surgery.walk import (
     COLLECTIVE,
     MERGE_METHODS,
@@ -44,103 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class NothingToFuseError(ValueError):
-    """A model in which there is nothing to re-parameterise: it is as it computes."""
-
-
-@dataclass(frozen=True)
-class FusedLayer:
-    """A layer that became a simpler one."""
-
-    name: str
-    norm: str | None
-    """Name of the batch norm that was folded in; it is now its activation, or an identity."""
-    kind: str
-    """"mixture", "mask", "branches", "convolution", or "block" for what merges itself otherwise; and the norm."""
-    before: str
-    """Its class."""
-    after: str
-    """The class that it became."""
-    difference: Difference | None
-    """Of its own output, and the norm's, on its own input; None where the example does not reach it, or where the
-    input was changed in place before it could be tried."""
-
-
-@dataclass(frozen=True)
-class LeftLayer:
-    """A batch norm, or a block that could merge, that is still there."""
-
-    name: str
-    kind: str
-    """Its class."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Reparameterization(Report):
-    """What :func:`reparameterize` did, and how far the outputs moved."""
-
-    model: str
-    """Its class."""
-    fused: tuple[FusedLayer, ...]
-    left: tuple[LeftLayer, ...]
-    before: bench.Cost
-    """Parameters, and multiply-accumulates for one image of the example."""
-    after: bench.Cost
-    difference: Difference
-    """Of the model's outputs on the example input."""
-    tolerance: float
-
-    @property
-    def worst(self) -> FusedLayer | None:
-        """The layer whose own output moved most; None where none was measured."""
-        return _worst(self.fused)
-
-    def counts(self) -> dict[str, int]:
-        """Return kind -> how many layers of it were fused, the most frequent first."""
-        return dict(Counter(layer.kind for layer in self.fused).most_common())
-
-    def rows(self) -> list[dict[str, str]]:
-        """Return a table with one row for each layer that was fused, and then for each that was left."""
-        fused = [
-            {
-                "layer": layer.name,
-                "what": layer.kind,
-                "before": layer.before,
-                "after": layer.after,
-                "difference": "not measured" if layer.difference is None else f"{layer.difference.relative:.1e}",
-                "left because": "",
-            }
-            for layer in self.fused
-        ]
-        left = [
-            {
-                "layer": layer.name,
-                "what": "left",
-                "before": layer.kind,
-                "after": layer.kind,
-                "difference": "",
-                "left because": layer.reason,
-            }
-            for layer in self.left
-        ]
-        return fused + left
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON takes them."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """Return what was fused, the costs, and how far the outputs moved, in four lines."""
-        worst = self.worst
-        at = "" if worst is None or worst.difference is None else (
-            f", those of single layers by at most {worst.difference.relative:.1e} ({worst.name})"
-        )  # fmt: skip
-        return (
-            f"{self.model}: {_counted(self.fused)}; {len(self.left)} left\n"
-            f"parameters {self.before.parameters:,} -> {self.after.parameters:,}\n"
-            f"MACs an image {self.before.macs:,} -> {self.after.macs:,}\n"
-            f"outputs differ by {self.difference.relative:.1e} of their scale{at}; tolerance {self.tolerance:.0e}"
-        )
+    """A model in which there is nothing to reparameterize: it is as it computes."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +53,22 @@ class _Merge:
     method: str
     twin: nn.Module
     """What a copy of the module became."""
+
+
+@dataclass
+class _Work:
+    """A model on its way, and what happened to its layers."""
+
+    model: nn.Module
+    name: str
+    x: Tensor
+    before: Any
+    """Outputs of the original model on ``x``."""
+    cost: bench.Cost | None
+    fused: list[FusedLayer]
+    left: list[LeftLayer]
+    stays: dict[nn.Module, str]
+    """Norms that cannot be folded into the mixture that they follow, with the reason."""
 
 
 @_checks.guided
@@ -162,89 +81,100 @@ def reparameterize(
     inplace: bool = False,
     report: Callable[[Reparameterization], object] | None = None,
 ) -> nn.Module:
-    """Return the model with every mergeable layer fused, the root included, and its outputs verified.
+    """Return the model with every mergeable layer fused, the root included, and verify its outputs.
 
-    First, whatever merges itself is merged: layers with ``fuse()``, and in place what timm and official code merge by
-    ``reparameterize()``, ``switch_to_deploy()``, ``merge_kernel()`` or ``merge_dilated_branches()``, the outermost
-    first. Then every batch norm that alone reads the output of a convolution, transposed convolution or linear layer is
-    folded into it; so is one that alone reads a mixture's or masked convolution's. Who reads what is seen on the
-    example input: of the model's ways, keep to those that the example takes. What is called more than once, shared,
-    hooked, or computes its kernel from others, is left, as is a norm without running statistics.
+    Layers with ``fuse()`` are merged first, and blocks that timm or official code merges in place by
+    ``reparameterize()``, ``switch_to_deploy()``, ``merge_kernel()`` or ``merge_dilated_branches()``. Then every batch
+    norm is folded into the convolution, transposed convolution, linear layer, mixture or masked convolution before it,
+    if nothing else reads that layer's output. The example input shows who reads what, so the model must be used along
+    the paths that the example takes. Layers that are called more than once, shared, hooked, or compute their kernel
+    stay, as do norms without running statistics.
 
-    Depthwise layers of ours become ``torch.nn.Conv2d``, which is slow for large kernels: to serve them in PyTorch,
-    convert the result by :class:`FastDepthwise`.
+    Our depthwise layers become ``torch.nn.Conv2d``, which is slow for large kernels. To serve the model in PyTorch,
+    convert the result with :class:`FastDepthwise`.
 
-    Verified are the outputs of the model, and those of every such layer on its own input, as a network can hide its
-    layers (timm starts the last norm of each residual branch at zero). What was fused is logged at INFO, by kinds.
+    Two checks must pass: the outputs of the model, and the output of every fused layer on its own input, because a
+    network can hide its layers (timm starts the last norm of each residual branch at zero).
 
     Args:
         model: in evaluation mode.
-        example_input: what to verify on, (N, C, H, W). Default: noise of the input size in timm's configuration, or of
-            64x64 with the channels of the first convolution.
-        tolerance: largest difference allowed, in units of the output's largest absolute value. What float32 needs; in
-            half precision every folded kernel is rounded anew, so re-parameterise before casting to it.
+        example_input: images (N, C, H, W) to verify on, or their size: one side, (H, W), (C, H, W) or (N, C, H, W).
+            Default: noise of the input size in timm's configuration, or of 64x64 with the channels of the first layer.
+        tolerance: largest difference allowed, relative to the largest absolute output. The default suits float32. Half
+            precision rounds every folded kernel again, so reparameterize before casting.
         inplace: fuse ``model`` itself instead of a copy.
-        report: called once, at the end, with what was done: ``print``, or the ``append`` of a list. Costs are then
-            counted, which takes two more forward passes.
+        report: called once with the :class:`Reparameterization`: ``print``, or the ``append`` of a list. Counting costs
+            for it takes two more forward passes.
 
     Raises:
-        RuntimeError: the model is in training mode; or outputs differ by more than the tolerance, or it no longer runs
-            (the model passed is then unchanged, unless ``inplace``).
-        NothingToFuseError: a ValueError, there is nothing to fuse.
-        ValueError: a layer that merges has hooks, which would be lost; a ``forward`` that was replaced on a module
-            (unless ``inplace``); no example input could be made up; parameters on the meta device; or the outputs hold
-            nothing that can be compared.
-        TypeError: a report that is no function.
+        RuntimeError: a part of the model is in training mode; outputs differ by more than the tolerance, or the fused
+            model does not run. The original is unchanged unless ``inplace``.
+        NothingToFuseError: a ValueError, the model has nothing to fuse.
+        ValueError: a layer to merge has hooks, which would be lost; a replaced ``forward`` (unless ``inplace``); no
+            example input could be made up; parameters on the meta device; outputs that cannot be compared.
+        TypeError: an argument of another type.
     """
     tolerance = _checks.number("tolerance", tolerance)
-    begin(model, "re-parameterisation computes the evaluation-mode function", report)
+    begin(model, "reparameterize needs the evaluation-mode function", report)
     model = model.eval() if inplace else copied(model)  # frozen norms may still be in training mode
     x = inputs.example_input(model, example_input)
+    work = _merged(model, x, made_up=not isinstance(example_input, Tensor), count=report is not None)
+    _fold_norms(work)
+    work.model, changed, kept = plain(work.model, x)
+    work.fused = _finished(work.fused, changed, work.model)
+    work.left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in work.left}]
+    if not work.fused:
+        raise NothingToFuseError(f"{work.name} has nothing to fuse: {_nothing(work.left)}")
+    apart = _verified(work, tolerance)
+    if report is not None and work.cost is not None:
+        done = work.cost, _cost(work.model, x), apart, tolerance
+        report(Reparameterization(work.name, tuple(work.fused), tuple(work.left), *done))
+    return work.model
+
+
+def _merged(model: nn.Module, x: Tensor, *, made_up: bool, count: bool) -> _Work:
+    """Merge what merges itself, in place, with the norms that can go into mixtures."""
     merges, left = _merges(model)
     mixtures = {tried.module: tried.name for tried in merges if takes_norm(tried.module)}
     norms = [module for module in model.modules() if is_norm(module)]
     merged = {tried.module: tried.twin for tried in merges}
     with torch.no_grad(), Watch(model, mixtures, norms, _fuse_with, merged) as seen:
-        before = _run(model, x, made_up=example_input is None)
+        before = _run(model, x, made_up=made_up)
         pairs = seen.pairs(before)
-    cost = None if report is None else _cost(model, x)
+    cost = _cost(model, x) if count else None
     stays = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
-    own, name = seen.own, type(model).__name__
-    del merged
-    model, fused = _merge(model, merges, pairs, own)
-    model.eval()  # what timm's blocks merge into begins in training mode
-    del merges, pairs, seen
+    name = type(model).__name__
+    model, fused = _merge(model, merges, pairs, seen.own)
+    return _Work(model.eval(), name, x, before, cost, fused, left, stays)  # timm's merged blocks begin in training mode
 
-    layers = {module: title for title, module in model.named_modules() if is_linear(module)}
-    norms = [module for module in model.modules() if is_norm(module)]
-    with torch.no_grad(), Watch(model, layers, norms, fold_norm) as watch:
-        pairs = watch.pairs(_still_runs(model, x))
-    for title, module in model.named_modules():
-        if is_norm(module) and (reason := stays.get(module) or watch.why_not(module)):
-            left.append(LeftLayer(title or name, type(module).__name__, reason))
-    fused = _joined(fused, _fold(model, pairs))
-    del pairs, watch
-    model, changed, kept = plain(model, x)
-    fused = _finished(fused, changed, model)
-    left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in left}]
-    if not fused:
-        raise NothingToFuseError(f"{name} has nothing to fuse: {_nothing(left)}")
 
+def _fold_norms(work: _Work) -> None:
+    """Fold batch norms into the layers before them, in place."""
+    layers = {module: title for title, module in work.model.named_modules() if is_linear(module)}
+    norms = [module for module in work.model.modules() if is_norm(module)]
+    with torch.no_grad(), Watch(work.model, layers, norms, fold_norm) as watch:
+        pairs = watch.pairs(_still_runs(work.model, work.x))
+    for title, module in work.model.named_modules():
+        if is_norm(module) and (reason := work.stays.get(module) or watch.why_not(module)):
+            work.left.append(LeftLayer(title or work.name, type(module).__name__, reason))
+    work.fused = _joined(work.fused, _fold(work.model, pairs))
+
+
+def _verified(work: _Work, tolerance: float) -> Difference:
+    """Return how far the outputs moved; raises RuntimeError if they, or those of a layer, moved too far."""
     with torch.no_grad():
-        after = _still_runs(model, x)
-    apart = difference(before, after)
-    worst = _worst(fused)
-    layerwise = 0.0 if worst is None or worst.difference is None else worst.difference.relative
+        after = _still_runs(work.model, work.x)
+    apart = difference(work.before, after)
+    moved = worst(work.fused)
+    layerwise = 0.0 if moved is None or moved.difference is None else moved.difference.relative
     log.info(
         "%s: %s; outputs differ by %.1e of their scale, those of single layers by at most %.1e; left %d",
-        name, _counted(fused), apart.relative, layerwise, len(left),
+        work.name, counted(work.fused), apart.relative, layerwise, len(work.left),
     )  # fmt: skip
     if not max(apart.relative, layerwise) <= tolerance:
-        raise RuntimeError(_too_far(model, fused, apart, layerwise, tolerance, turned=_turned(before, after)))
-    if report is not None and cost is not None:
-        done = tuple(fused), tuple(left)
-        report(Reparameterization(name, *done, cost, _cost(model, x), apart, tolerance))
-    return model
+        turned = _turned(work.before, after)
+        raise RuntimeError(_too_far(work.model, work.fused, apart, layerwise, tolerance, turned=turned))
+    return apart
 
 
 def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
@@ -328,7 +258,7 @@ def _merge(
                 kind if pair is None else f"{kind} + {type(pair.norm).__name__}",
                 before,
                 type(replacements.get(module, module)).__name__,
-                own.get(module) if pair is None else _larger(own.get(module), pair.difference),
+                own.get(module) if pair is None else larger(own.get(module), pair.difference),
             )
         )
     return replace(root, replacements).eval(), fused  # others' methods make layers in training mode
@@ -355,8 +285,8 @@ def _joined(merged: list[FusedLayer], folded: list[FusedLayer]) -> list[FusedLay
     for layer in folded:
         if layer.name in first:
             was = first[layer.name]
-            larger, kind = _larger(was.difference, layer.difference), layer.kind.partition(" + ")[2]
-            layer = FusedLayer(layer.name, layer.norm, f"{was.kind} + {kind}", was.before, layer.after, larger)
+            apart, kind = larger(was.difference, layer.difference), layer.kind.partition(" + ")[2]
+            layer = FusedLayer(layer.name, layer.norm, f"{was.kind} + {kind}", was.before, layer.after, apart)
         first[layer.name] = layer
     return list(first.values())
 
@@ -387,20 +317,6 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, ConvNorm):
         return f"convolution + {type(module.bn).__name__}"
     return "convolution" if isinstance(module, DepthwiseConv2d) else "block"
-
-
-def _larger(first: Difference | None, second: Difference | None) -> Difference | None:
-    return max((d for d in (first, second) if d is not None), key=lambda d: d.relative, default=None)
-
-
-def _worst(fused: tuple[FusedLayer, ...] | list[FusedLayer]) -> FusedLayer | None:
-    measured = [layer for layer in fused if layer.difference is not None]
-    return max(measured, key=lambda layer: 0.0 if layer.difference is None else layer.difference.relative, default=None)
-
-
-def _counted(fused: tuple[FusedLayer, ...] | list[FusedLayer]) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer.kind for layer in fused).most_common())
-    return f"fused {len(fused)} layer{'' if len(fused) == 1 else 's'} ({kinds})"
 
 
 def _nothing(left: list[LeftLayer]) -> str:
@@ -441,11 +357,11 @@ def _too_far(
         )
     dtype = place(model)[1]
     half = "" if dtype.itemsize > 2 else (
-        f" Its parameters are {dtype}, which rounds every folded kernel anew: re-parameterise in float32 and cast "
+        f" Its parameters are {dtype}, which rounds every folded kernel anew: reparameterize in float32 and cast "
         "after that, or allow more."
     )  # fmt: skip
     return (
-        f"re-parameterisation changed the outputs by {apart.relative:.2e} of their scale "
+        f"reparameterization changed the outputs by {apart.relative:.2e} of their scale "
         f"({apart.max_abs:.2e} absolute) and those of single layers by up to {layerwise:.2e}, "
         f"more than tolerance={tolerance:.0e}. Look at: {', '.join(named[:5])}{more}.{grown}{half}"
     )

@@ -34,11 +34,11 @@ GROWTH = ("random", "gradient")
 INIT = ("snip", "snip_density", "erk", "uniform")
 
 MOMENTA = ("momentum_buffer", "momentum", "exp_avg", "exp_avg_diff")
-"""Running means of gradients, as the optimisers of torch and timm call them."""
+"""Running means of gradients, as the optimizers of torch and timm call them."""
 
 
 class DynamicSparsity:
-    """Keeps a share of a model's weights at zero while any loop and any optimiser train it.
+    """Keeps a share of a model's weights at zero while any loop and any optimizer train it.
 
     Every ``interval`` steps the smallest active weights of each tensor are pruned and as many others grow, from zero:
     the number of active weights of a tensor never changes. Weights stay dense tensors that hold zeros; this saves no
@@ -50,17 +50,17 @@ class DynamicSparsity:
         for batch in batches:
             loss(model, batch).backward()         # several times where gradients are accumulated
             optimizer.step()
-            sparse.step(optimizer)                # after the optimiser, before the gradients are cleared
+            sparse.step(optimizer)                # after the optimizer, before the gradients are cleared
             optimizer.zero_grad()
 
-    Pruned weights have gradients, as nothing but their zero hides them; the optimiser moves them, and :meth:`step`
+    Pruned weights have gradients, as nothing but their zero hides them; the optimizer moves them, and :meth:`step`
     sets them back. So weight decay does nothing to them, but a norm of all gradients (for clipping) counts theirs
     too. With a ``GradScaler`` call :meth:`step` after every step, skipped ones as well: growth by gradients that are
     not finite waits for the next one.
 
     With several processes all masks are the same: they come from the weights, from the gradients (which
     DistributedDataParallel has averaged), from saliencies (averaged here) and from one seed. Weights must be whole
-    tensors on every process. Optimisers that compute weights anew from a state of their own (MADGRAD, schedule-free
+    tensors on every process. Optimizers that compute weights anew from a state of their own (MADGRAD, schedule-free
     ones) keep the masks, but what grows then does not start from zero.
 
     Args:
@@ -167,9 +167,9 @@ class DynamicSparsity:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer) -> None:
-        """Apply the masks after a step of the optimiser, and move them when it is time.
+        """Apply the masks after a step of the optimizer, and move them when it is time.
 
-        Pruned weights become zero, and so does what the optimiser remembers as their mean gradient, so that a weight
+        Pruned weights become zero, and so does what the optimizer remembers as their mean gradient, so that a weight
         that grows does not jump by what it would have done while it was pruned. Mean squares of gradients go on: they
         say how large a step it may take.
 
@@ -216,7 +216,7 @@ class DynamicSparsity:
         return sum(int(mask.sum()) for mask in self.masks.values()) / sum(mask.numel() for mask in self.masks.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what, with the model's and the optimiser's state, makes a resumed run the same run.
+        """Return what, with the model's and the optimizer's state, makes a resumed run the same run.
 
         Nothing in it changes later; ``torch.load(weights_only=True)`` takes it.
 
@@ -267,7 +267,7 @@ class DynamicSparsity:
             if name not in parameters or (self.masks and _shape(parameters, name) != _shape(self.masks, name)):
                 raise ValueError(
                     f"{type(model).__name__} has no parameter {name} of the shape that is masked: give a model like "
-                    f"the {type(self.model).__name__} that trains, without wrappers and not yet re-parameterised."
+                    f"the {type(self.model).__name__} that trains, without wrappers and not yet reparameterized."
                 )
         return {name: parameters[name] for name in self._names}
 

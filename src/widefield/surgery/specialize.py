@@ -111,7 +111,7 @@ class Specialization(Report):
         policy = f"{self.policy!r}{f' within {self.tolerance:g}' if self.policy == 'auto' else ''}"
         count = sum(layer.change is not None for layer in self.layers)
         lines = [
-            f"specialised {len(self.static)} of {len(self.layers)} routed layers, policy {policy}: {self.measured}"
+            f"specialized {len(self.static)} of {len(self.layers)} routed layers, policy {policy}: {self.measured}"
         ]
         if self.measured != self.together:
             lines.append(f"all {count} static: {self.together}")
@@ -224,7 +224,7 @@ def _tell(done: Specialization) -> None:
     if not done.static:
         least = min((layer.change.rms, layer.name) for layer in done.layers if layer.change is not None)
         log.warning(
-            "nothing was specialised: %s, which matters least, alone changes the outputs by %.1e, tolerance=%g",
+            "nothing was specialized: %s, which matters least, alone changes the outputs by %.1e, tolerance=%g",
             least[1],
             least[0],
             done.tolerance,

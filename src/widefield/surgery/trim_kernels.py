@@ -144,7 +144,7 @@ def kernels_of(
     """Return the layers with spatial kernels, in the order of the model, those that can be cropped measured.
 
     Args:
-        model: re-parameterised; only read.
+        model: reparameterized; only read.
         calls: see :func:`watch`; None: unknown.
         fixed: the calls are all that there will be, so that taps which never met the map count as zeros.
 
@@ -232,7 +232,7 @@ def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: b
 
 
 def _around(used: Tensor, least: int) -> int:
-    """Return how many taps of an axis, centred, hold all that are used."""
+    """Return how many taps of an axis, centered, hold all that are used."""
     taps = used.nonzero().flatten().tolist()
     spare = min(taps[0], len(used) - 1 - taps[-1]) if taps else len(used)
     return max(len(used) - 2 * spare, least)
@@ -243,8 +243,8 @@ def _experts(name: str, mixture: FusedMoRFConv2d, calls: Sequence[Call]) -> tupl
     kernels, weights = [], []
     for index, (size, dilation) in enumerate(zip(mixture.kernel_sizes, mixture.dilations, strict=True)):
         weight = fold.expert(mixture.bank.detach(), index, size, dilation, step)
-        centred = dilation * (size // 2)
-        weight = _meeting(weight, calls, mixture, partial(_constant, (centred, centred)), (dilation, dilation))
+        centered = dilation * (size // 2)
+        weight = _meeting(weight, calls, mixture, partial(_constant, (centered, centered)), (dilation, dilation))
         kernels.append(_kernel(f"{name}[{index}]", weight, (1, 1), (dilation, dilation), square=True))
         weights.append(weight)
     bank = fold.kernel_bank(weights, mixture.dilations)

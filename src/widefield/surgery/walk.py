@@ -317,7 +317,7 @@ def fuse_layers(
 
 
 def unmerged(model: nn.Module) -> list[str]:
-    """Return the names of the modules that have yet to be re-parameterised: merging changes what they store.
+    """Return the names of the modules that have yet to be reparameterized: merging changes what they store.
 
     Raises ValueError where one of them cannot be merged, and as :func:`copied` does.
     """
@@ -337,7 +337,7 @@ def unmerged(model: nn.Module) -> list[str]:
             merged, names = fuse_layers(twin, select=works)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be re-parameterised, which is to be done first: {error}"
+            f"{type(model).__name__} cannot be reparameterized, which is to be done first: {error}"
         ) from error
     before, after = dict(model.named_modules()), dict(merged.named_modules())
     places = [name if name in before else "" for name in names]  # the root goes by its class
