@@ -59,7 +59,7 @@ def test_root_may_be_the_folder_or_archive_itself(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Cifar10, Cifar100])
-def test_images_are_normalised_by_the_stated_statistics(tmp_path, kind):
+def test_images_are_normalized_by_the_stated_statistics(tmp_path, kind):
     pixels, _ = write_cifar(tmp_path, kind._files)["val"]
     data = kind("val", root=tmp_path)
     assert data.mean == {Cifar10: (0.4914, 0.4822, 0.4465), Cifar100: (0.5071, 0.4865, 0.4409)}[kind]

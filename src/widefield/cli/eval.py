@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from widefield.data import LabeledImages
-    from widefield.runs import Evaluation, Judged, Subject
+    from widefield.runs import Evaluation, MappedClassification, Subject
 
 SUMMARY = "accuracy and throughput of models: of runs, of timm's, of torchvision's"
 
@@ -81,7 +81,7 @@ class _Job:
     dataset: LabeledImages
     source: dict[str, Any]
     """Name and options of the data set."""
-    task: Judged
+    task: MappedClassification
     outputs: int
     how: dict[str, Any]
     """Further arguments of ``evaluate_model``."""
@@ -89,7 +89,7 @@ class _Job:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.runs.judging import evaluate_model, processes
+    from widefield.runs.accuracy import evaluate_model, processes
 
     state = processes()
     # Check all jobs and the output file first, to find errors before hours of work.
@@ -175,7 +175,7 @@ def _job(
         places = labels.output_places(dataset.classes, outputs, names, args.class_map)
     except ValueError as error:
         raise ValueError(f"{subject.name} on {_called(source)}: {error}") from error
-    task = labels.Judged(places, outputs, restrict=not args.all_outputs, real=real)
+    task = labels.MappedClassification(places, outputs, restrict=not args.all_outputs, real=real)
     recipe = subject.recipe
     how = {
         "batch_size": (recipe.batch_size if recipe else 128) if args.batch_size is None else args.batch_size,

@@ -135,7 +135,7 @@ def real_labels(path: str | Path | None = None) -> dict[str, list[int]]:
     return labels
 
 
-class Judged(Classification):
+class MappedClassification(Classification):
     """Classification by a model whose outputs are not the data's classes one by one.
 
     Batches are those of `Classification`; with ``real`` they also hold the images' file names as ``name``. The metrics
