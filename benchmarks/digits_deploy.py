@@ -103,7 +103,7 @@ def main() -> None:
                         "change": f"{done.change.rms:.3f}",
                         "routing flips": "-" if done.flip_rate is None else f"{100 * done.flip_rate:.2f}%",
                         "worst kernel": f"{worst.noise_ratio:.1f} dB",
-                        "KiB": f"{done.bytes_before / 1024:.0f} -> {done.bytes_after / 1024:.0f}",
+                        "KiB": f"{done.bytes_before / 1024:.0f} -> {done.bytes / 1024:.0f}",
                         f"ms, batch {BATCH}": f"{1e3 * times[plain.stem].p50:.2f} -> {1e3 * times[small.stem].p50:.2f}",
                     }
                 )

@@ -1,6 +1,7 @@
-"""The layer rule of docs/architecture.md: imports go downward only, function-local imports included."""
+"""The import rules of docs/architecture.md, read from its table of packages."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,34 +12,15 @@ import widefield
 
 ROOT = Path(widefield.__file__).parent
 
-LEVELS = {
-    "_checks": 0, "_files": 0, "bench": 0, "report": 0,
-    "ops": 1,
-    "nn": 2,
-    "surgery": 3, "data": 3,
-    "models": 4, "analysis": 4, "tasks": 4, "deploy": 4,
-    "train": 5,
-    "runs": 6,
-    "demo": 7, "benchmarks": 7,
-    "cli": 8, "__main__": 9,
-}  # fmt: skip
-OPEN = {"_checks", "_files", "bench", "report"}  # level 0 is open to all
-THIRD_PARTY = {
-    "_checks": set(),
-    "_files": set(),
-    "bench": {"torch"},
-    "report": {"numpy", "matplotlib"},
-    "ops": {"torch", "triton"},  # triton in ops/_triton alone: see below
-    "nn": {"torch", "timm"},
-    "surgery": {"torch", "timm", "rich"},
-    "models": {"torch", "timm"},
-    "analysis": {"torch", "numpy", "captum", "rich", "matplotlib"},
-    "deploy": {"torch", "timm", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino"},
-    "data": {"torch", "torchvision", "timm", "sklearn", "numpy", "PIL"},
-    "benchmarks": {"torch", "timm", "torchvision"},
-    "tasks": {"torch", "torchvision", "timm", "torchmetrics"},
-}
+PAGE = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+ROWS = re.findall(r"^\| `(\w+)` \| (\d+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE)
+LEVELS = {name: int(level) for name, level, _ in ROWS}
+THIRD_PARTY = {name: set(words.split(", ")) - {"none"} for name, _, words in ROWS if words != "any"}
 FILES = sorted(p for p in ROOT.rglob("*.py"))
+
+
+def test_the_table_has_every_package():
+    assert set(LEVELS) == {room(path) for path in FILES} - {"__init__"}
 
 
 def room(path):
@@ -54,10 +36,7 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
-            if module == "widefield":
-                yield from (f"widefield.{alias.name}" for alias in node.names)
-            else:
-                yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -65,7 +44,7 @@ def test_imports_go_downward(path):
     here = room(path)
     if here == "__init__":
         return
-    assert here in LEVELS, f"{here} has no level: add it here and in docs/architecture.md"
+    assert here in LEVELS, f"{here} has no level: add it to the table in docs/architecture.md"
     for name in imports(path):
         top, *rest = name.split(".")
         if top != "widefield":
@@ -74,8 +53,14 @@ def test_imports_go_downward(path):
             continue
         assert rest, f"{path.name} imports the package root"
         there = rest[0]
-        if there != here and there not in OPEN:
+        if there != here and LEVELS[there] > 0:
             assert LEVELS[there] < LEVELS[here], f"{here} imports {there}"
+
+
+def test_the_page_names_files_that_exist():
+    for row in re.findall(r"^\| (`[\w/]+\.py`[^|]*) \|", PAGE, flags=re.MULTILINE):
+        for name in re.findall(r"`([\w/.]+)`", row):
+            assert any((ROOT / folder / name.rstrip("/")).exists() for folder in ("", "ops", "surgery")), name
 
 
 def test_triton_has_one_home():

@@ -1,7 +1,7 @@
-"""One normaliser per kind of argument, and the sentences of the errors.
+"""Argument checks: one function per kind of argument, with its error messages.
 
-Each function returns the value in its canonical form or raises an error that echoes the value and says what to write
-instead. Public functions and constructors call these first, before anything is built or changed.
+Each function returns the value in canonical form, or raises an error that shows the value and what to write instead.
+Public functions and constructors call them first, before anything is built or changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INIT = ("preserve", "random")
 def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known word, or an empty string when none is near.
 
-    ``likeness`` is how near it must be, up to 1: more than half among many words, of which some is always near.
+    ``likeness`` is the least similarity, up to 1. Raise it if there are many words, as one of them is always similar.
     """
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=likeness)
     return f" Did you mean {near[0]!r}?" if near else ""
@@ -78,7 +78,7 @@ def guided(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
-    """Return ``value`` if it is one of ``options``; raises ValueError naming the options and the nearest one."""
+    """Return ``value`` if it is one of ``options``; raise ValueError with the options and the nearest one."""
     if isinstance(value, str) and value in options:
         return value
     listed = ", ".join(repr(o) for o in options)
@@ -124,8 +124,22 @@ def pair(name: str, value: object, *, minimum: int = 1) -> tuple[int, int]:
     return side, side
 
 
+def odd_pair(name: str, value: object) -> Pair:
+    """Return (rows, columns), both odd, for one number or two; raise TypeError or ValueError."""
+    rows, columns = pair(name, value)
+    for side in (rows, columns):
+        if side % 2 == 0:
+            raise ValueError(f"{name} must be odd, so that it is centered on a pixel; got {side}.")
+    return rows, columns
+
+
+def odd(name: str, value: object) -> int:
+    """Return one odd number, for an int or a pair of equal ints; raise TypeError or ValueError."""
+    return odd_pair(name, square(name, value))[0]
+
+
 def experts(kernel_sizes: object) -> tuple[Expert, ...]:
-    """Normalise ``kernel_sizes`` to (size, dilation) pairs.
+    """Return ``kernel_sizes`` as (size, dilation) pairs.
 
     Accepts one entry per expert: an odd size, or a pair (odd size, dilation). Sizes may repeat.
     Raises ValueError for an empty list, an even or non-positive size, a dilation below 1.
@@ -152,7 +166,7 @@ def _expert(entry: object) -> Expert:
     size = integer("every entry of kernel_sizes", size)
     if size % 2 == 0:
         raise ValueError(
-            f"kernel sizes must be odd, so that every expert is centred on the same pixel; got {size}. "
+            f"kernel sizes must be odd, so that every expert is centered on the same pixel; got {size}. "
             f"Use {size - 1} or {size + 1}."
         )
     return size, integer("the dilation of an expert", dilation)

@@ -261,9 +261,9 @@ class Two(nn.Module):
     ("given", "error", "message"),
     [
         ({"model": nn.Flatten(2)}, ValueError, r"Flatten must return scores \(N, classes\).*; got shape .*3, 256"),
-        ({"model": nn.Conv2d(3, 5, 1)}, ValueError, "no layer that gives a map"),
+        ({"model": nn.Conv2d(3, 5, 1)}, ValueError, "no layer that returns a map"),
         ({"model": Two()}, ValueError, "Two must return scores .* got tuple"),
-        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "no layer that gives a map"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "no layer that returns a map"),
         ({"targets": 5}, ValueError, "targets must be classes from 0 to 4; got 5"),
         ({"targets": -1}, ValueError, "targets must be at least 0; got -1"),
         ({"targets": "cat"}, TypeError, "targets must be an integer; got 'cat'"),
@@ -279,7 +279,7 @@ class Two(nn.Module):
         ({"images": torch.randn(3, 16, 16)}, ValueError, "N, C, H, W"),
         ({"images": []}, ValueError, "images is empty"),
         ({"images": [torch.randn(1, 3, 16, 16), torch.randn(1, 3, 8, 8)]}, ValueError, "one size; got .16, 16. and .8"),
-        ({"images": torch.full((1, 3, 16, 16), torch.inf)}, ValueError, "not finite"),
+        ({"images": torch.full((1, 3, 16, 16), torch.inf)}, ValueError, "must be finite"),
     ],
 )
 def test_errors_say_what_to_mend(given, error, message):
@@ -330,7 +330,7 @@ def test_results_are_named_kept_small_and_drawn(tmp_path):
     assert bare.pixels is None
     assert bare.labels == ("class 1",) * 3
     assert len(bare.plot().axes) == 3 + 1
-    with pytest.raises(ValueError, match=r"same images .* got \[2, 3\] images"):
+    with pytest.raises(ValueError, match=r"same images; got \[2, 3\] images"):
         ClassActivation.draw({"one": one, "two": class_activation(tiny(), images[:2])})
 
 

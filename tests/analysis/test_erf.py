@@ -264,7 +264,7 @@ def test_errors_say_what_to_do():
         effective_receptive_field(model, x[:0])
     with pytest.raises(ValueError, match=r"images must be of one size; got \(3, 8, 8\) and \(3, 8, 9\)"):
         effective_receptive_field(model, [x, torch.randn(1, 3, 8, 9)])
-    with pytest.raises(TypeError, match="images must be tensors of floating-point numbers"):
+    with pytest.raises(TypeError, match="images must be floating-point tensors"):
         effective_receptive_field(model, x.long())
     with pytest.raises(ValueError, match=r"Sequential cannot be run on images of \(3, 9, 9\): mat1 and mat2"):
         effective_receptive_field(nn.Sequential(*model, nn.Linear(256, 2)), torch.randn(1, 3, 9, 9))

@@ -4,6 +4,7 @@ import collections
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from headed import Answers, Detector, UNet, shaken
@@ -269,7 +270,7 @@ def test_a_layer_without_a_part_in_the_scores_is_said_to():
 
     images = torch.randn(1, 3, 8, 8)
     assert class_activation(Beside(), images).layer == "used"
-    with pytest.raises(ValueError, match="layer 'unused' of Beside takes no part in the scores"):
+    with pytest.raises(ValueError, match="layer 'unused' of Beside does not affect the scores"):
         class_activation(Beside(), images, layer="unused")
 
 
@@ -346,7 +347,7 @@ def test_images_that_are_not_finite_are_refused_by_all(value):
     looks += [lambda: theoretical_receptive_field(model, images[1:]), lambda: masks(masked, images)]
     looks += [lambda: routing_weights(routed, images), lambda: routing_statistics(routed, [images])]
     for look in looks:
-        with pytest.raises(ValueError, match=r"images must be finite; image \d of \d in a batch is not finite"):
+        with pytest.raises(ValueError, match=r"images must be finite; image \d of \d in a batch holds nan or infinity"):
             look()
 
 
@@ -357,3 +358,20 @@ def test_segmentation_models_pytorch(encoder):
     layer = f"encoder.{'model.' if encoder.startswith('tu') else ''}layer4"
     assert effective_receptive_field(model, images).layer == layer
     assert class_activation(model, images).layer == layer
+
+
+def test_wrapped_and_headless_networks_are_looked_at_where_their_backbone_ends():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x)
+
+    images = torch.randn(1, 3, 64, 64)
+    twice = Wrapper(Wrapper(timm.create_model("test_convnext")))
+    assert effective_receptive_field(twice, images).layer.startswith("model.model.")
+    assert class_activation(twice, images).layer.startswith("model.model.stages")
+    headless = timm.create_model("test_resnet", features_only=True)
+    assert effective_receptive_field(headless, images).layer == "layer4"

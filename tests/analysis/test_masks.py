@@ -106,10 +106,10 @@ def test_layers_stand_in_their_stages():
 
 
 def test_what_has_no_mask_says_what_to_do():
-    with pytest.raises(ValueError, match=r"ResNet has no layer under a mask: convert it with widefield.GMConv"):
+    with pytest.raises(ValueError, match=r"ResNet has no layer with a mask: convert it with widefield.GMConv"):
         masks(timm.create_model("test_resnet"))
     fused = surgery.reparameterize(nn.Sequential(GMConv2d(3, 3, 5)).eval(), torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match=r"reparameterized since, its masks are multiplied into the weights"):
+    with pytest.raises(ValueError, match=r"reparameterization, masks are part of the weights"):
         masks(fused)
     dynamic = nn.Sequential(DynamicGMConv2d(3, 4, 5))
     with pytest.raises(ValueError, match="images is empty"):
@@ -118,7 +118,7 @@ def test_what_has_no_mask_says_what_to_do():
         masks(dynamic, torch.rand(1, 3, 8, 8), batch_size=0)
     dynamic.idle = DynamicGMConv2d(3, 4, 5)
     dynamic.forward = lambda x: dynamic[0](x)
-    with pytest.raises(ValueError, match="idle had no image to look at"):
+    with pytest.raises(ValueError, match="idle saw no image"):
         masks(dynamic, torch.rand(1, 3, 8, 8))
 
 

@@ -245,7 +245,7 @@ REFUSED = [
     (nn.Conv2d(3, 4, 3), {"dynamic": "bath"}, ValueError, "Did you mean 'batch'"),
     (nn.Conv2d(3, 4, 3), {"routing": "branch"}, ValueError, "Did you mean 'branches'"),
     (nn.Conv2d(3, 4, 3), {"opset": 3}, ValueError, "opset must be from 18"),
-    (nn.Conv2d(3, 4, 3), {"dynamic": (), "throughput": (9,)}, ValueError, "batch is fixed to 2"),
+    (nn.Conv2d(3, 4, 3), {"dynamic": (), "throughput": (9,)}, ValueError, "batch size is fixed to 2"),
     (nn.Conv2d(3, 4, 3), {"tolerance": float("inf")}, ValueError, "tolerance must be from 0"),
     (nn.Conv2d(3, 4, 3), {"normalization": ((0.5,), (0.5,))}, ValueError, "a mean and a std for each of 3 channels"),
     (nn.Conv2d(3, 4, 3), {"normalization": ((0.5,) * 3, (0.0, 1, 1))}, ValueError, "std above 0"),
@@ -273,7 +273,7 @@ def test_an_export_that_differs_is_no_export(tmp_path, monkeypatch):
 def test_the_proof_is_against_the_model_not_against_what_was_made_of_it(tmp_path, monkeypatch):
     right = _trace._Branches.forward
     monkeypatch.setattr(_trace._Branches, "forward", lambda self, x: 2 * right(self, x) + 1)
-    with pytest.raises(RuntimeError, match="does not compute what the model does"):
+    with pytest.raises(RuntimeError, match="does not compute the same as the model"):
         deploy.export(mixture().fuse(), tmp_path / "x.onnx", torch.randn(2, 6, 9, 7))
     assert not list(tmp_path.iterdir())
 
@@ -290,7 +290,7 @@ def test_a_wrong_output_beside_a_larger_one_is_seen(tmp_path, monkeypatch):
 
     real = deploy.Runtime.__call__
     monkeypatch.setattr(deploy.Runtime, "__call__", lambda self, x: (real(self, x)[0], real(self, x)[1] + 0.05))
-    with pytest.raises(RuntimeError, match="does not compute what the model does"):
+    with pytest.raises(RuntimeError, match="does not compute the same as the model"):
         deploy.export(Two().eval(), tmp_path / "x.onnx", torch.randn(2, 3, 8, 8))
 
 
@@ -385,7 +385,7 @@ def test_loaded_models_say_what_they_cannot_take(tmp_path):
 def test_layers_that_would_merge_are_named(tmp_path, caplog):
     layer = mixture()
     deploy.export(layer, tmp_path / "layer.onnx", torch.randn(2, 6, 9, 7))
-    assert "exported as they train are 1 layers (MoRFConv2d, ...): reparameterize first" in caplog.text
+    assert "1 layers are exported in their training form (MoRFConv2d, ...): reparameterize first" in caplog.text
 
 
 class ChangesViews(nn.Module):

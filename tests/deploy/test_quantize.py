@@ -52,7 +52,7 @@ def test_what_is_told_is_what_the_file_computes(tmp_path, routing):
     assert change.rms == pytest.approx(((after - before).norm() / before.norm()).item(), rel=1e-3)
     assert 0 < change.rms < 0.1
     assert [flips.name for flips in done.flips] == ["1"]
-    assert done.bytes_after == (tmp_path / "int8.onnx").stat().st_size
+    assert done.bytes == (tmp_path / "int8.onnx").stat().st_size
     told = json.loads((tmp_path / "int8.onnx.json").read_text())
     assert told["change"]["rms"] == change.rms
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "int8.onnx.json"]

@@ -1,6 +1,8 @@
 """Where eight bits lose: activations that cut off, products, uneven channels, biased weights; the layer to blame."""
 
+import dataclasses
 import importlib.util
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from tolerances import FLOAT32
-from widefield import data, deploy, reparameterize
+from widefield import data, deploy, reparameterize, report
 
 
 def pictures(count=8, size=16, channels=3):
@@ -215,17 +217,23 @@ def test_outputs_that_are_rounded_themselves_are_compared(tmp_path, two_outputs)
     assert 0 < done.layers[1].change < 0.05
 
 
-def test_reports_are_handed_over(tmp_path):
-    found = []
+def test_records_share_their_fields_and_show_themselves(tmp_path):
     conv, x = nn.Conv2d(3, 4, 3).eval(), pictures()
-    done = deploy.quantize(conv, tmp_path / "a.onnx", [x], report=found.append)
-    exported = deploy.export(conv, tmp_path / "b.onnx", x, report=found.append)
-    assert found == [done, exported]
-    assert str(exported).startswith("b.onnx: 0.0 MiB, within ")
-    for call in (lambda: deploy.quantize(conv, tmp_path / "c.onnx", [x], report="print"),
-                 lambda: deploy.export(conv, tmp_path / "c.onnx", x, report="print")):  # fmt: skip
-        with pytest.raises(TypeError, match="report must be a function"):
-            call()
+    rounded = deploy.quantize(conv, tmp_path / "a.onnx", [x], classes=("a", "b", "c", "d"))
+    exported = deploy.export(conv, tmp_path / "b.onnx", x, classes=("a", "b", "c", "d"))
+    for done in (rounded, exported):
+        assert done.path in done.files
+        assert done.bytes == (tmp_path / done.path).stat().st_size
+        assert done.outputs == ("output",)
+        assert done.classes == ("a", "b", "c", "d")
+        assert done.input["shape"] == list(x.shape)
+        assert json.loads((tmp_path / f"{done.path}.json").read_text()) == done.to_dict()
+        assert done._repr_html_().startswith(f"<p>{done.path}: 0.0")
+        assert "<table>" in done._repr_html_()
+        assert str(done) == f"{done.summary()}\n\n{report.markdown(done.rows()).rstrip()}"
+    assert exported.summary().startswith("b.onnx: 0.0 MiB, within ")
+    shared = {field.name for field in dataclasses.fields(deploy.Deployed)}
+    assert shared == {"path", "files", "bytes", "input", "outputs", "classes", "environment"}
 
 
 def test_a_network_with_weights_of_imagenet(tmp_path):

@@ -10,6 +10,15 @@ from widefield import models
 NAMES = [name for name in timm.list_models() if is_model_in_modules(name, models.MODULES)]
 WIDTHS = (16, 24, 32, 40)
 SMALL = {
+    "internimage_h": {
+        "depths": (1, 1, 3, 1),
+        "widths": (16, 32, 48, 64),
+        "groups": (1, 2, 3, 4),
+        "norms_after": (1,),
+        "head_width": 12,
+        "heads": 3,
+        "hidden": 10,
+    },
     "internimage": {"depths": (1, 1, 2, 1), "widths": (16, 32, 48, 64), "groups": (1, 2, 3, 4)},
     "hornet": {"depths": (1, 1, 2, 1), "widths": (16, 32, 64, 128)},
     "metaformer": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
@@ -21,6 +30,21 @@ SMALL = {
     "slak": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
     "unireplknet": {"depths": (1, 1, 2, 1), "widths": WIDTHS},
 }
+BACKBONES = [
+    "hornet_tiny_7x7",
+    "hornet_tiny_gf",
+    "internimage_t",
+    "internimage_s",
+    "internimage_h",
+    "metaformer_tiny",
+    "moganet_xtiny",
+    "replknet_31b",
+    "resnet20_cifar",
+    "slak_tiny",
+    "unireplknet_a",
+    "van_b0",
+]
+"""Of every family that is built here rather than converted from timm's; more where variants have other layers."""
 ONE_A_FAMILY = [
     "hornet_tiny_gf", "metaformer_tiny", "moganet_xtiny", "van_b0",
     "internimage_t", "mobilenetv2_lk", "morf_convnext_tiny", "replknet_31b", "resnet20_cifar", "slak_tiny",
@@ -39,6 +63,8 @@ def settled(model):
         for name, parameter in model.named_parameters():
             if "layer_scale" in name:  # around products of branches, which grow with their square
                 nn.init.uniform_(parameter, 0.05, 0.15)
+            elif name.endswith((".offset.weight", ".mask.weight", "center_feature_scale_proj_weight")):
+                nn.init.normal_(parameter, 0, 0.1)  # these start at zero, and so would the gradients before them
             elif "gamma" in name or "beta" in name or "scale" in name:
                 nn.init.uniform_(parameter, 0.3, 0.6)
         for module in model.modules():

@@ -1,15 +1,24 @@
 """Every registered network, made small, does what timm's and this library's tools ask of a network."""
 
+import argparse
 import copy
+import inspect
 import io
+import re
 
 import pytest
+import timm
 import torch
-from networks import NAMES, ONE_A_FAMILY, settled, small
+from networks import BACKBONES, NAMES, ONE_A_FAMILY, settled, small
+from safetensors.torch import save_file
+from torch import nn
 
 import widefield
 from tolerances import NETWORK, NETWORK_BFLOAT16, close
 from widefield import models
+
+BEFORE_A_NORM = re.compile(r"patch_embed\d\.projection\.(?:[03]\.)?bias|conv_head\.0\.bias")
+"""Parameters whose effect the norm behind them takes away again."""
 
 
 def test_all_are_here():
@@ -79,28 +88,168 @@ def test_reparameterized_is_the_same_function(name):
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
-def test_heads_can_be_changed_and_blocks_checkpointed(name):
-    model = small(name, in_chans=1).eval()
+def test_heads_can_be_changed(name):
+    model = small(name, in_chans=1, drop_rate=0.1, drop_path_rate=0.1).eval()
     x = torch.randn(2, 1, 64, 64)
     with torch.no_grad():
         features = model.forward_features(x)
         close(model.forward_head(features), model(x), NETWORK)
         assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+        assert model.pretrained_cfg["architecture"] == name
         model.reset_classifier(3)
         assert model(x).shape == (2, 3)
+        assert model.get_classifier().out_features == 3
         model.reset_classifier(0)
         assert model(x).shape == (2, model.head_hidden_size)
-    plain, checkpointed = small(name).train(), None
-    checkpointed = copy.deepcopy(plain)
-    checkpointed.set_grad_checkpointing()
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        small(name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "internimage_h"])  # which pools by attention
+def test_every_pool_fits_the_classifier(name):
+    model = small(name).eval()
     x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for pool, share in (("max", 1), ("catavgmax", 2)):
+            model.reset_classifier(3, pool)
+            assert model(x).shape == (2, 3)
+            read = model.forward_head(model.forward_features(x), pre_logits=True)
+            assert read.shape == (2, share * model.num_features)
+        model.reset_classifier(3, "")
+        assert model(x).shape == (2, 3, *model.forward_features(x).shape[2:])
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "internimage_h"])  # whose head reads two stages
+def test_intermediate_features_and_pruning(name):
+    model = settled(small(name))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        last, features = model.forward_intermediates(x)
+        close(last, model.forward_features(x), NETWORK)
+        assert [feature.shape[1] for feature in features] == [info["num_chs"] for info in model.feature_info]
+        (normed,) = model.forward_intermediates(x, 1, norm=True, intermediates_only=True)
+        assert torch.equal(normed, last)
+        early, (second,) = model.forward_intermediates(x, [1], stop_early=True)
+        assert torch.equal(early, features[1])
+        assert torch.equal(second, features[1])
+        before = len(model.state_dict())
+        assert model.prune_intermediate_layers([1]) == [1]
+        assert len(model.state_dict()) < before
+        assert torch.equal(model(x), features[1])
+        assert torch.equal(model.forward_features(x), features[1])
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "mobilenetv2_lk", "morf_convnext_tiny"])
+def test_a_training_step_reaches_every_parameter_and_checkpointing_changes_nothing(name):
+    model = settled(small(name, drop_path_rate=0.1)).train()
+    x, direction = torch.randn(8, 3, 64, 64), torch.randn(8, 7)
     gradients = []
-    for network in (plain, checkpointed):
-        torch.manual_seed(0)
-        network(x).square().sum().backward()
-        gradients.append([p.grad for p in network.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        close(b, a, NETWORK)
+    for checkpointing in (False, True):
+        twin = copy.deepcopy(model)
+        twin.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        y = twin(x)
+        assert y.isfinite().all()
+        (y * direction).sum().backward()
+        gradients.append({key: p.grad for key, p in twin.named_parameters()})
+    for key, plain in gradients[0].items():
+        assert plain.abs().max() > 0 or BEFORE_A_NORM.fullmatch(key), key
+        close(gradients[1][key], plain, NETWORK)
+    before = model(x)
+    for parameter, gradient in zip(model.parameters(), gradients[0].values(), strict=True):
+        parameter.grad = gradient
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_drop_path_rates_grow_linearly(name):
+    rates = [
+        module.drop_prob for module in small(name, drop_path_rate=0.4).modules() if type(module).__name__ == "DropPath"
+    ]
+    assert rates == sorted(rates)
+    assert (min(rates), max(rates)) == (0, pytest.approx(0.4))
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "mobilenetv2_lk"])
+def test_copies_layouts_and_empty_batches(name):
+    model = settled(small(name))
+    x = torch.randn(2, 3, 75, 90)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        close(twin(x.contiguous(memory_format=torch.channels_last)), expected, NETWORK)
+        assert model(x[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if not name.startswith("resnet")])
+def test_reparameterized_by_timm_under_autocast_and_as_features(name):
+    model = settled(small(name))
+    x = torch.randn(2, 3, 64, 64)
+    merged = timm.utils.reparameterize_model(model)
+    assert widefield.compare(model, merged, x).relative <= NETWORK
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = widefield.reparameterize(model, x)(x)
+    expected = model(x)
+    assert (low.float() - expected).norm() <= NETWORK_BFLOAT16 * expected.norm()
+    features = settled(small(name, features_only=True))
+    for ours, theirs in zip(widefield.reparameterize(features, x)(x), features(x), strict=True):
+        close(ours, theirs, NETWORK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BACKBONES, "mobilenetv2_lk"])
+def test_compile_traces_both_forms_without_breaks(name):
+    model = settled(small(name))
+    x = torch.randn(2, 3, 64, 64)
+    for network in (model, model if name.startswith("resnet") else widefield.reparameterize(model, x)):
+        close(torch.compile(network, backend="aot_eager", fullgraph=True)(x), network(x), NETWORK)
+
+
+@pytest.mark.parametrize("form", ["training", "merged"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_published_weights_load_in_every_form_and_file(tmp_path, name, form):
+    if form == "merged" and name.startswith("resnet"):
+        pytest.skip("plain networks, in which nothing merges")
+    x = torch.randn(2, 3, 64, 64)
+    source = settled(small(name, num_classes=21))
+    source = widefield.reparameterize(source, x) if form == "merged" else source
+    state = {key: value.contiguous() for key, value in source.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 300, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "w.pth.tar")
+    torch.save({"model": state}, tmp_path / "wrapped.pth")
+    torch.save(state, tmp_path / "w.pth")
+    save_file(state, tmp_path / "w.safetensors")
+
+    def load(file="w.pth", **arguments):
+        overlay = {"file": str(tmp_path / file)}
+        return small(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+    with torch.no_grad():
+        for file in ("w.pth.tar", "wrapped.pth", "w.pth", "w.safetensors"):
+            model = load(file, num_classes=21)
+            assert model.training
+            assert list(model.state_dict()) == list(state)
+            close(model.eval()(x), source(x), NETWORK)
+        body = source.forward_features(x)
+        for classes in (7, 0):  # another head starts afresh
+            close(load(num_classes=classes).eval().forward_features(x), body, NETWORK)
+        first = source.pretrained_cfg["first_conv"] + ".weight"
+        gray = load(in_chans=1, num_classes=3)
+        close(gray.state_dict()[first], state[first].sum(1, keepdim=True), NETWORK)
+        assert gray.eval()(x[:, :1]).shape == (2, 3)
+        features = load(features_only=True).eval()(x)
+        for ours, theirs in zip(features, source.forward_intermediates(x, intermediates_only=True), strict=True):
+            close(ours, theirs, NETWORK)
+
+
+def test_constructors_start_with_the_same_arguments():
+    classes = [value for value in vars(models).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    assert len(classes) == 12
+    for cls in classes:
+        first = list(inspect.signature(cls).parameters.values())[:5]
+        assert [p.name for p in first] == ["in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate"]
+        assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in first)
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
@@ -114,3 +263,5 @@ def test_the_fused_network_exports_with_a_dynamic_batch(name):
         x = torch.randn(count, 3, 64, 64)
         with torch.no_grad():
             close(program.module()(x), fused(x), NETWORK)
+    if not name.startswith(("hornet", "internimage", "morf")):
+        assert not any("widefield" in str(node.target) for node in program.graph.nodes)

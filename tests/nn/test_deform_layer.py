@@ -89,8 +89,8 @@ def test_any_stride_and_padding_with_offsets_of_zero(size, kernel, dw, stride, d
 
 
 @pytest.mark.parametrize("arguments", [{}, {"stride": 2}, {"stride": 3, "pad": 2}, {"pad": 0}, {"dilation": 2}])
-def test_depthwise_branch_and_centre_lie_where_the_grid_does(arguments):
-    """Moving the image moves what the layer computes, and a gate of 1 gives the input at the grid's centre."""
+def test_depthwise_branch_and_center_lie_where_the_grid_does(arguments):
+    """Moving the image moves what the layer computes, and a gate of 1 gives the input at the grid's center."""
     layer = settled(DCNv3(4, groups=2, center_feature_scale=True, **arguments))
     stride = layer.sampling.stride
     for parameter in layer.offset.parameters():
@@ -103,14 +103,14 @@ def test_depthwise_branch_and_centre_lie_where_the_grid_does(arguments):
     nn.init.zeros_(layer.center_feature_scale_proj_weight)
     nn.init.constant_(layer.center_feature_scale_proj_bias, 1e3)
     nn.init.zeros_(layer.mask.weight)
-    centre = torch.full_like(layer.mask.bias, -1e3).unflatten(0, (2, -1))
-    centre[:, centre.shape[1] // 2] = 0
-    layer.mask.bias.data = centre.flatten()
+    center = torch.full_like(layer.mask.bias, -1e3).unflatten(0, (2, -1))
+    center[:, center.shape[1] // 2] = 0
+    layer.mask.bias.data = center.flatten()
     nn.init.zeros_(layer.offset.weight)
     nn.init.zeros_(layer.offset.bias)
     gated = layer(x)
     nn.init.constant_(layer.center_feature_scale_proj_bias, -1e3)
-    close(gated, layer(x), FLOAT64)  # the one point of the mask is the centre
+    close(gated, layer(x), FLOAT64)  # the one point of the mask is the center
 
 
 def test_starts_on_the_regular_grid_with_equal_weights():
@@ -244,7 +244,7 @@ def test_convolutions_that_cannot_be_replaced(conv, reason):
         ({"channels": 0}, ValueError, "channels must be at least 1"),
         ({"groups": 3}, ValueError, "channels=8 and groups=3"),
         ({"groups": 2.0}, TypeError, "groups must be an integer"),
-        ({"kernel_size": 2}, ValueError, "kernel_size=2 and dilation=1 has no centre"),
+        ({"kernel_size": 2}, ValueError, "kernel_size=2 and dilation=1 has no center"),
         ({"dw_kernel_size": 4}, ValueError, "dw_kernel_size must be odd"),
         (
             {"pad": 0, "dilation": 3},

@@ -20,7 +20,7 @@ sigmas = st.floats(0.3, 50)
 
 
 def offsets(kernel_size):
-    """(y, x) of every tap from the centre, row by row."""
+    """(y, x) of every tap from the center, row by row."""
     rows, columns = kernel_size
     return [(i - (rows - 1) / 2, j - (columns - 1) / 2) for i in range(rows) for j in range(columns)]
 
@@ -283,7 +283,7 @@ def test_from_conv2d_keeps_dtype_mode_device_what_is_frozen_and_the_original(lay
 @pytest.mark.parametrize(
     ("conv", "message"),
     [
-        (nn.Conv2d(4, 4, 1), "1x1 kernel are equally far from the centre"),
+        (nn.Conv2d(4, 4, 1), "1x1 kernel are equally far from the center"),
         (nn.Conv2d(4, 4, 2), "2x2 kernel are equally far"),
         (nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d, not a plain"),
     ],

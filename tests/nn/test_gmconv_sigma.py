@@ -63,11 +63,11 @@ BRUTAL = {
 
 
 @BOTH
-@pytest.mark.parametrize("optimiser", BRUTAL)
-def test_no_optimiser_breaks_the_mask(layer_type, optimiser):
+@pytest.mark.parametrize("optimizer", BRUTAL)
+def test_no_optimizer_breaks_the_mask(layer_type, optimizer):
     layer = layer_type(2, 2, 5, padding=2)
     learn = [layer.sigma] if layer_type is GMConv2d else [layer.predictor.out.bias]
-    optimizer = BRUTAL[optimiser](learn)
+    optimizer = BRUTAL[optimizer](learn)
     x, target = torch.randn(2, 2, 7, 7), torch.randn(2, 2, 7, 7)
     for _ in range(40):
         optimizer.zero_grad()

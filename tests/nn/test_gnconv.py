@@ -279,7 +279,7 @@ def test_costs_what_the_docstring_says():
     [
         (nn.Linear(3, 3), "it is a Linear"),
         (nn.Conv2d(4, 8, 3, padding=1, groups=4), "it is not depthwise: 4 input channels, 8 output channels"),
-        (nn.Conv2d(8, 8, 3, 2, 1, groups=8), r"its stride is \(2, 2\), and gates are as large"),
+        (nn.Conv2d(8, 8, 3, 2, 1, groups=8), r"its stride is \(2, 2\), and a gate is as large"),
         (nn.Conv2d(8, 8, 3, 1, 2, 2, groups=8), r"its dilation is \(2, 2\), and the gates' kernel has none"),
         (nn.Conv2d(8, 8, 4, padding=1, groups=8), r"its kernel size is even \(4x4\)"),
         (nn.Conv2d(8, 8, 3, groups=8), r"its padding is \(0, 0\)"),

@@ -69,7 +69,7 @@ def test_channels_last_an_empty_batch_and_autocast():
 
 
 def split_by_hand(conv, layer):
-    """What is left of a KxK kernel, as one: a delta in channels that pass, all but the centre zero in the others."""
+    """What is left of a KxK kernel, as one: a delta in channels that pass, all but the center zero in the others."""
     size = conv.kernel_size[0]
     middle = size // 2
     same, square, row, _ = layer.splits

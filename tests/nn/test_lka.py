@@ -44,12 +44,12 @@ def test_equals_three_convolutions_and_a_product(kernel, channels, size):
 @pytest.mark.parametrize(
     ("kernel_size", "dilation", "taps", "sees"),
     [
-        # the rows of the paper's table on K and d: even taps 2 apart are centred, and its parameters have them
+        # the rows of the paper's table on K and d: even taps 2 apart are centered, and its parameters have them
         (7, 2, (3, 4), 9),
         (14, 3, (5, 5), 17),
         (21, 3, (5, 7), 23),
         (28, 4, (7, 7), 31),
-        (10, 3, (5, 5), 17),  # 10 pixels in steps of 3 take 4 taps, which have no centre
+        (10, 3, (5, 5), 17),  # 10 pixels in steps of 3 take 4 taps, which have no center
         (5, 1, (1, 5), 5),
         (4, 1, (1, 5), 5),
         (1, 3, (5, 1), 5),

@@ -182,7 +182,7 @@ CONVOLUTIONS = {
     "dense strided, no bias": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), (3, 3, 3, 3)),
     "padding 'same'": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (3, (3, 2))),
     "grouped 5x5": (lambda: nn.Conv2d(4, 6, 5, padding=2, groups=2), (3, 5, 7)),
-    "centred in the next larger": (lambda: nn.Conv2d(4, 4, 5, padding=2), (3, 7, 9)),
+    "centered in the next larger": (lambda: nn.Conv2d(4, 4, 5, padding=2), (3, 7, 9)),
     "dilated": (lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2), (3, 5, (3, 2))),
     "one expert": (lambda: nn.Conv2d(4, 4, 3, padding=1), (3,)),
     "zero kernel": (lambda: nn.init.zeros_((c := nn.Conv2d(4, 4, 3, padding=1)).weight) is None or c, (3, 5)),
@@ -241,7 +241,7 @@ def test_from_conv2d_keeps_dtype_mode_and_the_original():
     [
         (nn.Conv2d(4, 4, 2), "even"),
         (nn.Conv2d(4, 4, (1, 7), padding=(0, 3)), "not square"),
-        (nn.Conv2d(4, 4, 3), r"padding is \(0, 0\), and 1 is what centres"),
+        (nn.Conv2d(4, 4, 3), r"padding is \(0, 0\), and 1 would center"),
         (nn.Conv2d(4, 4, 3, padding=1, stride=(1, 2)), "differs between the axes"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "'reflect'"),
         (nn.Conv2d(4, 4, 13, padding=6), r"no expert of \(3, 5, 7, 9, 11\) can hold its 13x13 kernel"),

@@ -364,7 +364,7 @@ def test_a_fresh_start_and_what_is_taken_over():
         (nn.Conv2d(4, 4, 4, padding=2, groups=4), r"kernel size is even \(4x4\)"),
         (nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4), r"its dilation is \(2, 2\)"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", groups=4), "its padding mode is 'reflect'"),
-        (nn.Conv2d(4, 4, 5, padding=1, groups=4), r"its padding is \(1, 1\), and \(2, 2\) is what centres"),
+        (nn.Conv2d(4, 4, 5, padding=1, groups=4), r"its padding is \(1, 1\), and \(2, 2\) would center"),
         (nn.Conv1d(4, 4, 3, groups=4), "it is a Conv1d"),
         (nn.Linear(4, 4), "it is a Linear"),
         (nn.ConvTranspose2d(4, 4, 3, groups=4), "it is a ConvTranspose2d"),

@@ -324,7 +324,7 @@ def test_devices_that_bags_have_not_been_tried_on():
 def test_sampling_points_are_column_and_row_with_columns_slow():
     sampling = Sampling(stride=2, groups=2, offset_scale=2.0)
     offset = torch.zeros(1, 3, 4, 36)
-    offset[0, 1, 2, 18 + 2 * 4 : 18 + 2 * 4 + 2] = torch.tensor((0.5, -1.0))  # the centre of the second group
+    offset[0, 1, 2, 18 + 2 * 4 : 18 + 2 * 4 + 2] = torch.tensor((0.5, -1.0))  # the center of the second group
     points = sampling_points(offset, (5, 7), sampling)
     assert points.shape == (1, 3, 4, 2, 9, 2)
     assert points[0, 1, 2, 0].tolist() == [[4 + dx, 2 + dy] for dx in (-2, 0, 2) for dy in (-2, 0, 2)]

@@ -50,7 +50,7 @@ def test_explain_computes_nothing_and_refuses_what_the_call_would():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "conv2d", None)
         explain(depthwise_conv2d, x, weight)
-    with pytest.raises(ValueError, match="no stride"):
+    with pytest.raises(ValueError, match="do not support stride"):
         explain(depthwise_conv2d, x, weight, stride=2, padding=3, backend="fft")
     with pytest.raises(ValueError, match="defined for stride 1"):
         explain(depthwise_conv2d, x, weight, stride=2)

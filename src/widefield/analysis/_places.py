@@ -1,12 +1,12 @@
-"""Follow an image through the operators that a model runs: which pixels every place of a tensor can depend on.
+"""Follow an image through a model's operators: which pixels each position of a tensor can depend on.
 
-Where the places of a tensor lie on a grid over the image, place i of an axis sees the pixels ``start + i * jump`` to
-``start + i * jump + size - 1``. A convolution or pool of kernel k, stride s, padding p and dilation d makes of that
-(Araujo, Norris, Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019)::
+If the positions of a tensor lie on a grid over the image, position i of an axis depends on pixels ``start + i * jump``
+to ``start + i * jump + size - 1``. A convolution or pooling of kernel k, stride s, padding p and dilation d turns this
+into (Araujo, Norris, Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019)::
 
     size' = size + d (k - 1) jump        start' = start - p jump        jump' = s jump
 
-Branches that meet see what any of them sees. Everything that has no rule here is taken to reach every place.
+Branches that merge depend on the union. Operators without a rule are assumed to reach every position.
 """
 
 from __future__ import annotations
@@ -25,55 +25,55 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True)
 class Axis:
-    """Which pixels the places along rows, or columns, see."""
+    """The pixels that positions along rows, or columns, depend on."""
 
     jump: int = 1
     start: int = 0
     size: int = 1
 
     def windows(self, kernel: int, stride: int, padding: int, dilation: int) -> Axis:
-        """Return the axis after a convolution or pool."""
+        """Return the axis after a convolution or pooling."""
         reach = dilation * (kernel - 1) * self.jump
         return Axis(self.jump * stride, self.start - padding * self.jump, self.size + reach)
 
     def joined(self, other: Axis) -> Axis:
-        """Return an axis whose places see what these two see."""
+        """Return an axis whose positions depend on the pixels of both."""
         start = min(self.start, other.start)
         return Axis(self.jump, start, max(self.start + self.size, other.start + other.size) - start)
 
     def center(self, index: int) -> float:
-        """Return the middle of what a place sees, counted from the center of the first pixel."""
+        """Return the middle of a position's pixels, relative to the center of the first pixel."""
         return self.start + index * self.jump + (self.size - 1) / 2
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Places of a tensor that lie on a grid over the image."""
+    """Positions of a tensor that lie on a grid over the image."""
 
     dims: tuple[int, int]
-    """Dimensions of rows and columns, counted from the last, -1; twice the same where one holds both, rows first."""
+    """Dimensions of rows and columns, counted from the last, -1; equal if one dimension holds both, rows first."""
     shape: tuple[int, int]
     y: Axis
     x: Axis
     around: tuple[int, int] = (0, 0)
-    """Entries before and behind the places where one dimension holds them: class tokens, which see nothing yet."""
+    """Entries before and after the positions in a shared dimension: class tokens, which depend on no pixel yet."""
 
     def fits(self, other: Grid) -> bool:
-        """Say whether places of both correspond."""
+        """Return whether positions of both grids correspond."""
         jumps = self.y.jump == other.y.jump and self.x.jump == other.x.jump
         return jumps and (self.dims, self.shape, self.around) == (other.dims, other.shape, other.around)
 
     def joined(self, other: Grid) -> Grid:
-        """Return the grid of what sees what these two see."""
+        """Return the grid that depends on the pixels of both."""
         return replace(self, y=self.y.joined(other.y), x=self.x.joined(other.x))
 
     def without(self, gone: Sequence[int]) -> Grid:
-        """Return the same grid after other dimensions, counted from the last, were taken out."""
+        """Return the grid after other dimensions, counted from the last, were removed."""
         y, x = (dim + sum(one > dim for one in gone) for dim in self.dims)
         return replace(self, dims=(y, x))
 
     def beside(self, new: int) -> Grid:
-        """Return the same grid after a dimension was put in, which is now at ``new``, counted from the last."""
+        """Return the grid after a dimension was inserted, which is now at ``new``, counted from the last."""
         y, x = (dim if dim > new else dim - 1 for dim in self.dims)
         return replace(self, dims=(y, x))
 
@@ -84,13 +84,13 @@ class Trace:
 
     grid: Grid | None
     reason: str | None = None
-    """What made it depend on every place."""
+    """The operator that made it depend on every position."""
     moved: str | None = None
-    """Without a grid and a reason: what lost sight of the places, without joining any."""
+    """Without a grid and a reason: the operator after which positions were unknown."""
 
 
 class Tracer(TorchDispatchMode):
-    """While active, follows an image (1, C, H, W), or the frames of a clip (1, C, T, H, W)."""
+    """While active, follow an image (1, C, H, W), or the frames of a clip (1, C, T, H, W)."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,7 +116,7 @@ class Tracer(TorchDispatchMode):
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """Know the names of the modules that run."""
+        """Keep track of the names of the modules that run."""
         handles = []
         try:
             for name, module in model.named_modules():
@@ -131,9 +131,9 @@ class Tracer(TorchDispatchMode):
         self._inside.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and note what its results depend on."""
+        """Run an operator and record what its results depend on."""
         kwargs = kwargs or {}
-        with self:  # operators made of others, which torch.inference_mode does not take apart, are followed into them
+        with self:  # follow composite operators, which torch.inference_mode does not decompose
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -154,9 +154,9 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _note_writing(self, call: _Call, *, fresh: bool) -> None:
-        """Where a tensor is written in place, let nobody who looks at the same memory trust what was known of it.
+        """After an in-place write, invalidate the traces of all tensors that share the memory.
 
-        ``fresh``: it did not depend on the image before, and nor did what it may be a view of all of.
+        ``fresh``: neither the tensor nor a base that it fully covers depended on the image before.
         """
         for parameter in call.func._schema.arguments:
             given = call.named[parameter.name]
@@ -165,7 +165,7 @@ class Tracer(TorchDispatchMode):
             trace = Trace(None, call.reason(), f"{call.where} writes to a tensor with other views")
             storage = given.untyped_storage()
             if storage.nbytes() > given.numel() * given.element_size():
-                self._written[storage._cdata] = given, trace  # kept, or the next tensor may get its address
+                self._written[storage._cdata] = given, trace  # kept alive, as its address may be reused
             elif fresh:
                 self._filled[storage._cdata] = given, trace
             for other in list(self._traces):
@@ -190,18 +190,18 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _shaped(trace: Trace, output: Tensor) -> Trace:
-    """Return a trace whose grid has the shape of the tensor that it is of."""
+    """Return a trace whose grid has the tensor's shape."""
     grid = trace.grid
     if grid is None or grid.dims[0] == grid.dims[1]:
         return trace
-    if output.ndim < -min(grid.dims):  # a by-product, such as a norm's statistics
+    if output.ndim < -min(grid.dims):  # such as the statistics of a norm
         return Trace(None, trace.reason, trace.moved)
     return replace(trace, grid=replace(grid, shape=(output.shape[grid.dims[0]], output.shape[grid.dims[1]])))
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of an operator, some of whose arguments depend on the image."""
+    """One call of an operator with arguments that depend on the image."""
 
     func: Any
     named: dict[str, Any]
@@ -211,7 +211,7 @@ class _Call:
     where: str
 
     def found(self) -> list[Trace | None]:
-        """Return the trace of each result, None where it depends on no pixel."""
+        """Return the trace of each result; None if it depends on no pixel."""
         name = str(self.func.overloadpacket)
         if name in _VIEWS:
             return _viewed(self)
@@ -228,35 +228,35 @@ class _Call:
         return value, trace.grid if trace and alone else None
 
     def axes(self, key: str = "dim") -> set[int]:
-        """Return the dimensions that an argument names, counted from the last; all where it names none."""
+        """Return the dimensions that an argument names, counted from the last; all if it names none."""
         ndim = next(iter(self.named.values())).ndim
         given = self.named.get(key)
         return {_from_last(dim, ndim) for dim in ([given] if isinstance(given, int) else given or range(ndim))}
 
     def reason(self) -> str | None:
-        """Return what made an argument depend on every place."""
+        """Return why an argument depends on every position."""
         return next((trace.reason for trace in self.traces if trace.reason), None)
 
     def moved(self) -> str | None:
-        """Return what lost sight of an argument's places."""
+        """Return why an argument's positions are unknown."""
         return next((trace.moved for trace in self.traces if trace.moved), None)
 
     def anywhere(self, grid: Grid | None = None) -> Trace:
-        """Return the trace of what depends on every place, and lies on a grid or on none."""
+        """Return the trace of a result that depends on every position, on a grid or not."""
         new = f"{self.where} may reach every place"
         moved = self.moved()
         return Trace(grid, self.reason() or (f"{moved}, and {new}" if moved else new))
 
     def lost(self) -> Trace:
-        """Return the trace of what reads no more than its arguments do, but lies on no grid that is known."""
+        """Return the trace of a result that reads no more than its arguments, on an unknown grid."""
         return Trace(None, self.reason(), self.moved() or f"{self.where} lays places out anew")
 
     def on(self, grid: Grid) -> Trace:
-        """Return the trace of what lies on this grid and joins no places of its own."""
+        """Return the trace of a result on this grid that combines no positions."""
         return Trace(grid, self.reason() or self.moved())
 
     def joined(self) -> Trace:
-        """Return the trace of what sees, at each place, what any of the arguments sees there."""
+        """Return the trace of a result that depends, at each position, on all arguments there."""
         grids = [trace.grid for trace in self.traces if trace.grid is not None]
         if not grids or not all(grid.fits(grids[0]) for grid in grids):
             return self.lost()
@@ -267,14 +267,14 @@ class _Call:
 
 
 def _windows(call: _Call) -> Trace:
-    """A convolution or a pool."""
+    """Convolution or pooling."""
     named = call.named
     _, grid = call.first()
     if grid is None or grid.dims != (-2, -1) or named.get("transposed"):
         return call.anywhere()
     weight = named.get("weight")
     kernel = _both(named["kernel_size"] if weight is None else weight.shape[2:])
-    stride = _both(named["stride"] or kernel)  # a pool's own default
+    stride = _both(named["stride"] or kernel)  # default stride of pooling
     padding, dilation = _both(named["padding"]), _both(named.get("dilation", 1))
     terms = zip(kernel, stride, padding, dilation, strict=True)
     y, x = (axis.windows(*term) for axis, term in zip((grid.y, grid.x), terms, strict=True))
@@ -282,12 +282,12 @@ def _windows(call: _Call) -> Trace:
 
 
 def _both(value: Any) -> tuple[int, int]:
-    sizes = [value] if isinstance(value, int) else list(value)[-2:]  # what goes before, in clips, is time
+    sizes = [value] if isinstance(value, int) else list(value)[-2:]  # clips have time in front
     return int(sizes[0]), int(sizes[-1])
 
 
 def _routed(call: _Call) -> Trace:
-    """widefield's mixture of experts: stride 1, "same" alignment."""
+    """The mixture of experts: stride 1, "same" alignment."""
     _, grid = call.first()
     if grid is None:
         return call.anywhere()
@@ -305,7 +305,7 @@ def _adaptive(call: _Call) -> Trace:
 
 
 def _product(call: _Call) -> Trace:
-    """A product of matrices: one with a grid keeps it, unless the sum runs along it."""
+    """Matrix product: a grid is kept unless the sum runs along it."""
     left, right = [value for value in call.named.values() if isinstance(value, Tensor)][-2:]
     grids = [trace.grid if (trace := call.of(value)) else None for value in (left, right)]
     summed = -1 if grids[0] else -2
@@ -325,7 +325,7 @@ def _reduction(call: _Call) -> Trace:
 
 
 def _along(call: _Call) -> Trace:
-    """What joins the entries of a dimension and keeps it, such as a softmax."""
+    """Operators that combine the entries of a dimension and keep it, such as softmax."""
     _, grid = call.first()
     return call.anywhere(grid) if grid is None or call.axes() & set(grid.dims) else call.on(grid)
 
@@ -375,18 +375,18 @@ def _pad(call: _Call) -> Trace:
 
 
 def _shuffled(call: _Call) -> Trace:
-    """What changes the order, or the number, of the entries of the dimensions that it names."""
+    """Operators that reorder, add or remove entries in the dimensions that they name."""
     _, grid = call.first()
     axes = call.axes("dims" if "dims" in call.named else "dim")
     return call.lost() if grid is None or axes & set(grid.dims) else call.on(grid)
 
 
 def _constant(call: _Call) -> None:
-    """What takes a shape, and no value, from its argument."""
+    """Operators that read only the shape of their argument."""
 
 
 def _viewed(call: _Call) -> list[Trace | None]:
-    """What looks at the same entries in another shape: strides of a tensor without entries tell where they went."""
+    """Views: strides of a tensor without data show where entries went."""
     value, grid = call.first()
     if grid is None:
         return [call.lost()] * len(call.outputs)
@@ -398,14 +398,14 @@ def _viewed(call: _Call) -> list[Trace | None]:
 
 
 def _located(grid: Grid, shape: Sequence[int], view: Tensor) -> Grid | None:
-    """Return where the places are in a view of a contiguous tensor, or None if they are on no grid any more."""
+    """Return the grid of a view of a contiguous tensor; None if its positions are on no grid."""
     (dy, dx), (H, W) = grid.dims, grid.shape
     inner, offset = prod(shape[len(shape) + dx + 1 :]), view.storage_offset()
     seen = [(dim, n, step) for dim, (n, step) in enumerate(zip(view.shape, view.stride(), strict=True), -view.ndim)]
     seen = [entry for entry in seen if entry[1] > 1 and entry[2] > 0]
     if dy == dx:
         length = shape[dx]
-        if sum(grid.around):  # the tokens stay as they are, or those around them are cut off
+        if sum(grid.around):  # tokens are kept, or the extra ones are cut off
             for dim, n, step in seen:
                 if step == inner and n == length:
                     return replace(grid, dims=(dim, dim))
@@ -466,7 +466,7 @@ _RULES: dict[str, _Rule] = {
         (_shuffled, _names("roll flip glu")),
         (_Call.lost, _names("repeat pixel_shuffle pixel_unshuffle channel_shuffle as_strided as_strided_ im2col")),
         (_Call.joined, _names("copy_ clone _to_copy detach alias lift_fresh fill_ masked_fill_")),
-        # Place by place, although PyTorch does not say so.
+        # Elementwise, but not tagged as such by PyTorch.
         (_Call.joined, _names("hardswish hardswish_ gelu_ mish_ _prelu_kernel log_sigmoid_forward rrelu_with_noise")),
         (_Call.joined, _names("rsub floor_divide bernoulli")),
         (_constant, _names("empty_like zeros_like ones_like full_like rand_like randn_like")),

@@ -1,4 +1,4 @@
-"""What every analysis returns: numbers that know how they came about, and how to become a file."""
+"""Base class of analysis results: arrays with facts about their origin, a figure and a table."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ SUFFIXES = (".png", ".pdf", ".svg", ".json", ".html")
 
 
 class Result(report.Report):
-    """A frozen dataclass of arrays (on the CPU) and plain values; its subclasses are one analysis each.
+    """A frozen dataclass of arrays (on the CPU) and plain values; each analysis has its subclass.
 
     Attributes:
-        name: what was analyzed, as figures and tables call it: a model's name.
-        about: how it was done: number and source of the images, their size, normalization, seed.
+        name: the model's name in figures and tables.
+        about: how the result came about: number and source of the images, their size, normalization, seed.
     """
 
     title: ClassVar[str]
     """Heading of a page."""
     lead: ClassVar[str]
-    """What the figure shows and how to read it, in a sentence or two."""
+    """What the figure shows and how to read it, in one or two sentences."""
 
     name: str
     about: Mapping[str, Any]
 
     @abstractmethod
     def rows(self) -> list[dict[str, str]]:
-        """Return the figures to print, as rows of text; the same columns for every result of a kind."""
+        """Return the table rows as text, with the same columns for every result of a kind."""
 
     def summary(self) -> str:
         """Return what was analyzed and how, as one line."""
@@ -53,15 +53,15 @@ class Result(report.Report):
     @classmethod
     @abstractmethod
     def draw(cls, results: Mapping[str, Self], *args: Any, **options: Any) -> Figure:
-        """Draw one result or several, side by side and on one scale, as a figure that fits a paper's page."""
+        """Draw one or several results, side by side and on one scale, as a figure that fits a paper's page."""
 
     @classmethod
     def figures(cls, results: Mapping[str, Self], **options: Any) -> dict[str, Figure]:
-        """Return what a page shows, by caption: the one figure of :meth:`draw`, unless a subclass has more to show."""
+        """Return the figures of a page, by caption; by default the one figure of :meth:`draw`."""
         return {cls.lead: cls.draw(results, **options)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, strings, lists and mappings, which JSON can hold."""
+        """Return all values in JSON's types."""
         return {"kind": type(self).__name__, **plain(self)}
 
     def plot(self, **options: Any) -> Figure:
@@ -74,9 +74,9 @@ class Result(report.Report):
 
 
 def save(results: Mapping[str, Result], path: str | Path, **options: Any) -> Path:
-    """Write results of one kind, by name, into one file: .png, .pdf, .svg, .json or .html; return its path.
+    """Write results of one kind, by name, to one file: .png, .pdf, .svg, .json or .html; return its path.
 
-    A file appears whole or not at all. ``options`` are those of the results' ``draw``.
+    The file is replaced atomically. ``options`` are those of the results' ``draw``.
 
     Raises:
         ValueError: another suffix, no results, or results of several kinds.
@@ -101,7 +101,7 @@ def save(results: Mapping[str, Result], path: str | Path, **options: Any) -> Pat
 
 
 def section(results: Mapping[str, Result], heading: str = "Result", **options: Any) -> tuple[str, str]:
-    """Return (heading, HTML): the figures of all results, their tables, and how each came about."""
+    """Return (heading, HTML): the figures of all results, their tables, and facts about each."""
     shown = type(next(iter(results.values()))).figures(results, **options)
     body = "".join(report.picture(figure, caption) for caption, figure in shown.items())
     rows = [row for result in results.values() for row in result.rows()]
@@ -118,9 +118,9 @@ def _described(name: str, about: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value in JSON's types: arrays as nested lists, dataclasses as mappings, not-a-number as None.
+    """Return a value in JSON's types: arrays as nested lists, dataclasses as mappings, NaN as None.
 
-    Raises TypeError for what has no such form.
+    Raises TypeError for values without such a form.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -1,14 +1,14 @@
-"""Routing weights of one mixture, and what they say: whom images choose, how evenly, and whether it is they who choose.
+"""Statistics of the routing weights of one mixture.
 
-Every number is a function of the weights (N, n) of N images and n experts, and of the images' classes. Weights say
-nothing of the size of the kernels that they multiply.
+All of them are functions of the weights (N, n) of N images and n experts, and of the images' classes. Weights do not
+reflect the magnitude of the kernels that they multiply.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,28 +17,29 @@ from widefield.analysis._result import plain
 from widefield.ops.fold import effective_size
 
 DEAD = 0.01
-"""An expert is dead below this part of an even share (1/n) of the routing weight."""
+"""An expert is dead if its share of the routing weight is below this fraction of an even share (1/n)."""
 
 CONSTANT = 1e-3
-"""A router is constant if its weights vary over the images by less than this part of their own size: what the mixture
-computes would be the same to that part with weights that no image changes."""
+"""A router is constant if its weights vary over images by less than this fraction of their size: the mixture would
+compute the same, to that precision, with fixed weights.
+"""
 
 _ROUNDING = 1e-6
-"""Weights that vary by less are the same numbers, summed in another order."""
+"""Smaller variations are rounding errors."""
 
 
 @dataclass(frozen=True)
 class Variance:
-    """Routing weights' variance over labeled images, summed over the experts and split by class.
+    """Variance of routing weights over labeled images, summed over the experts and split by class.
 
     Attributes:
         within: mean squared distance of an image's weights from the mean of its class.
-        between: mean squared distance of that mean from the mean of all images; both add up to the variance.
-        eta_squared: between / (within + between): the part that the class explains. (C - 1) / (N - 1) by chance.
-        f: the ratio of both per degree of freedom, (between / (C - 1)) / (within / (N - C)). 1 by chance.
+        between: mean squared distance of class means from the overall mean; both add up to the variance.
+        eta_squared: between / (within + between): the share explained by the class; (C - 1) / (N - 1) by chance.
+        f: ratio of both per degree of freedom, (between / (C - 1)) / (within / (N - C)); 1 by chance.
 
-    The last two are not a number where the weights vary by rounding alone, or with fewer than two classes or no more
-    images than classes; all are without labels.
+    The last two are NaN if the weights vary by rounding only, or with fewer than two classes or no more images than
+    classes. All are NaN without labels.
     """
 
     within: float
@@ -61,25 +62,25 @@ class Routing:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """What to call each expert: "7x7", "3x3 d2" with a dilation, "7x7 #2" for the second of a kind."""
+        """Names of the experts: "7x7", "3x3 d2" with a dilation, "7x7 #2" for the second of a kind."""
         plain_names = [f"{size}x{size}" + (f" d{dilation}" if dilation > 1 else "") for size, dilation in self.kernels]
         counts = [plain_names[: i + 1].count(name) for i, name in enumerate(plain_names)]
         return tuple(name + (f" #{k}" if k > 1 else "") for name, k in zip(plain_names, counts, strict=True))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many pixels of the mixture's input each expert spans, along a side."""
+        """Pixels of the mixture's input that each expert spans, along a side."""
         return tuple(effective_size(size, dilation) for size, dilation in self.kernels)
 
     def of(self, images: np.ndarray) -> Routing:
-        """Return the routing of some of the images, by their indices."""
+        """Return the routing of some of the images, given by index."""
         return replace(self, weights=self.weights[images])
 
     def chosen(self) -> np.ndarray:
-        """Return whom each image chose, (N, n).
+        """Return the experts chosen by each image, (N, n).
 
-        Hard routing: 1 for every expert with a weight. Soft routing: 1 for the expert that it prefers, whose weight is
-        the largest in absolute value; equals share the 1.
+        Hard routing: 1 for every expert with a weight. Soft routing: 1 for the expert with the largest absolute weight;
+        ties share the 1.
         """
         size = np.abs(self.weights)
         if self.hard:
@@ -88,15 +89,15 @@ class Routing:
         return np.asarray(best / best.sum(1, keepdims=True))
 
     def frequencies(self) -> np.ndarray:
-        """Return how often each expert is chosen, (n,): its share of all choices; see :meth:`chosen`."""
+        """Return each expert's share of all choices, (n,); see :meth:`chosen`."""
         count = self.chosen().sum(0)
         return np.asarray(count / max(count.sum(), 1))
 
     def use(self) -> np.ndarray:
         """Return each image's routing weights as shares, (N, n): |w_r| / sum_s |w_s|; rows sum to 1.
 
-        In absolute value, as unnormalized soft weights may be negative. An image whose weights are all 0 counts as
-        undecided: 1/n each.
+        Absolute values are used because unnormalized soft weights may be negative. An image whose weights are all 0
+        counts as 1/n for each expert.
         """
         size = np.abs(self.weights.astype(np.float64))
         total = size.sum(1, keepdims=True)
@@ -106,7 +107,7 @@ class Routing:
     def shares(self) -> np.ndarray:
         """Return each expert's mean share of the routing weight, (n,), summing to 1.
 
-        Shazeer et al. 2017 call its multiple "importance". Entropy, Gini and dead experts are those of the shares.
+        A multiple of the "importance" in Shazeer et al. 2017. Entropy, Gini and dead experts are computed from it.
         """
         return _mean(self.use())
 
@@ -119,46 +120,47 @@ class Routing:
         return np.asarray(np.sqrt(_mean(np.square(self.weights - self.mean()))))
 
     def entropy(self) -> float:
-        """Return the entropy of the shares over that of even ones: 1 is even use, 0 is one expert for everything."""
+        """Return the entropy of the shares, relative to even shares: 1 is even use, 0 is a single expert."""
         shares = self.shares()
         if len(shares) == 1:
             return 1.0
         return float(-(shares * np.log(np.where(shares > 0, shares, 1.0))).sum() / np.log(len(shares)))
 
     def gini(self) -> float:
-        """Return the Gini coefficient of the shares: 0 is even use, 1 - 1/n is one expert for everything."""
+        """Return the Gini coefficient of the shares: 0 is even use, 1 - 1/n is a single expert."""
         shares = self.shares()
         return float(np.abs(shares[:, None] - shares).sum() / (2 * len(shares)))
 
     def dead(self) -> tuple[str, ...]:
         """Return the experts whose share is below ``DEAD / n``.
 
-        Of hard routing those that are never chosen, or for so few images, or so faintly, that it makes no difference.
-        A soft expert that is never the preferred one may be alive.
+        With hard routing, these experts are never chosen, or so rarely or weakly that it makes no difference. A soft
+        expert that is never preferred may be alive.
         """
         limit = DEAD / len(self.kernels)
         return tuple(name for name, share in zip(self.experts, self.shares(), strict=True) if share < limit)
 
     def fields(self) -> np.ndarray:
-        """Return the field that each image wants, (N,), in pixels of the mixture's input, to a millionth.
+        """Return the field size that each image prefers, (N,), in pixels of the mixture's input, rounded to six
+        decimals.
 
-        The experts' sizes (:attr:`sizes`) averaged with the image's shares (:meth:`use`).
+        It is the average of the experts' sizes (:attr:`sizes`), weighted by the image's shares (:meth:`use`).
         """
         return np.asarray((self.use() @ np.asarray(self.sizes, dtype=np.float64)).round(6))
 
     def extremes(self, count: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """Return the images that want the smallest and those that want the largest field, the extreme one first.
+        """Return the images that prefer the smallest and the largest field, the extreme first.
 
-        Indices, at most ``count`` each; among equals the earlier image comes first.
+        Indices, at most ``count`` each; ties keep the order of the images.
         """
         fields = self.fields()
         count = _checks.integer("count", count)
         return fields.argsort(kind="stable")[:count], (-fields).argsort(kind="stable")[:count]
 
     def variation(self) -> float:
-        """Return how much the weights vary over the images, from 0 to 1; not a number for fewer than two images.
+        """Return how much the weights vary over images, from 0 to 1; NaN for fewer than two images.
 
-        The root mean squared distance of the weights from their mean over the root mean squared size of the weights.
+        The root mean squared distance of the weights from their mean, divided by their root mean square.
         """
         if len(self.weights) < 2:
             return float("nan")
@@ -167,9 +169,9 @@ class Routing:
 
     @property
     def depends_on_input(self) -> bool:
-        """Whether the router tells these images apart: the weights vary by ``CONSTANT`` or more, and not by rounding.
+        """Whether the router distinguishes these images: its weights vary by ``CONSTANT`` or more.
 
-        True where a single image leaves it open.
+        True for a single image, which cannot tell.
         """
         return not self.variation() < CONSTANT
 
@@ -177,7 +179,7 @@ class Routing:
         """Split the variance of the weights by class.
 
         Args:
-            labels: class of each image, (N,) integers; images with a label below 0 are left out.
+            labels: class of each image, (N,) integers; images with a negative label are left out.
         """
         known = self.of(np.flatnonzero(labels >= 0))
         weights, labels = known.weights.astype(np.float64), labels[labels >= 0]
@@ -194,7 +196,7 @@ class Routing:
         return Variance(within, between, between / (within + between), f)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary, without the weights of every image."""
+        """Return the summary, without the weights of each image."""
         found: dict[str, Any] = plain(
             {
                 "block": self.name,
@@ -216,8 +218,44 @@ class Routing:
         return found
 
 
+@dataclass(frozen=True)
+class RoutedImages:
+    """Routing of a set of images through every mixture of a model.
+
+    Attributes:
+        name: the model's name in tables and figures.
+        about: how the images came about.
+        blocks: one entry per mixture, in the order of the modules.
+        labels: class of each image, (N,) int64, an index into ``classes``; -1 if unknown.
+        classes: class names.
+        names: name of each image.
+    """
+
+    name: str
+    about: Mapping[str, Any]
+    blocks: tuple[Routing, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def by_class(self) -> dict[str, Self]:
+        """Return the routing of each class that has images, by class name."""
+        members = {name: np.flatnonzero(self.labels == i) for i, name in enumerate(self.classes)}
+        return {name: self.of(images) for name, images in members.items() if len(images)}
+
+    def of(self, images: np.ndarray) -> Self:
+        """Return the routing of some of the images, given by index."""
+        return replace(
+            self,
+            about={**self.about, "images": len(images), "labeled": int((self.labels[images] >= 0).sum())},
+            blocks=tuple(block.of(images) for block in self.blocks),
+            labels=self.labels[images],
+            names=tuple(self.names[k] for k in images),
+        )
+
+
 def collapse(blocks: Iterable[Routing]) -> list[str]:
-    """Return a sentence for each mixture with dead experts or a router that does not look at its input."""
+    """Return a sentence for each mixture with dead experts or a router that ignores its input."""
     sentences = []
     for block in blocks:
         dead = block.dead()
@@ -230,5 +268,5 @@ def collapse(blocks: Iterable[Routing]) -> list[str]:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each column; zeros where there are no rows."""
+    """Return the mean of each column; zeros if there are no rows."""
     return np.asarray(values.sum(0) / max(len(values), 1))

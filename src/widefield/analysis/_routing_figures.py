@@ -1,4 +1,4 @@
-"""Figures of routing statistics: pies, heat maps, and the fields that images want."""
+"""Figures of routing statistics: pies, heat maps, and preferred field sizes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from widefield import report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from widefield.analysis._routing import Routing
-    from widefield.analysis.routing import RoutingStatistics
+    from widefield.analysis._routing import RoutedImages, Routing
 
 _A_ROW = 6
-"""Panels in a row of a page."""
+"""Panels in one row of a page."""
 _CLASSES = 20
-"""How many classes a figure can hold."""
+"""Largest number of classes in a figure."""
 
 
-def _pies(results: Mapping[str, RoutingStatistics]) -> Figure:
+def _pies(results: Mapping[str, RoutedImages]) -> Figure:
     experts = _experts(block for result in results.values() for block in result.blocks)
     colors = dict(zip(experts, report.expert_colors(len(experts)), strict=True))
     figure, grids = _grids(results, 1.2, 0.4)
@@ -56,7 +55,7 @@ def _pies(results: Mapping[str, RoutingStatistics]) -> Figure:
     return figure
 
 
-def _heat(results: Mapping[str, RoutingStatistics]) -> Figure:
+def _heat(results: Mapping[str, RoutedImages]) -> Figure:
     figure, axes = _columns(results, report.COLUMN if len(results) == 1 else report.PAGE)
     limit = max(block.shares().max() for result in results.values() for block in result.blocks)
     for axis, result in zip(axes, results.values(), strict=True):
@@ -78,7 +77,7 @@ def _heat(results: Mapping[str, RoutingStatistics]) -> Figure:
     return figure
 
 
-def _classes(results: Mapping[str, RoutingStatistics]) -> Figure:
+def _classes(results: Mapping[str, RoutedImages]) -> Figure:
     for name, result in results.items():
         if (result.labels < 0).all():
             raise ValueError(f'kind="classes" needs images with labels, and those of {name!r} have none.')
@@ -101,7 +100,7 @@ def _classes(results: Mapping[str, RoutingStatistics]) -> Figure:
     return figure
 
 
-def _fields(results: Mapping[str, RoutingStatistics]) -> Figure:
+def _fields(results: Mapping[str, RoutedImages]) -> Figure:
     figure, axes = _columns(results, report.PAGE)
     fields = [[block.fields() for block in result.blocks] for result in results.values()]
     even = [[float(np.mean(block.sizes)) for block in result.blocks] for result in results.values()]
@@ -132,33 +131,33 @@ def _fields(results: Mapping[str, RoutingStatistics]) -> Figure:
                     )
         axis.set_xlim(low - room, high + room)
         axis.set_ylim(len(result.blocks) - 0.5, -0.5)
-        axis.set_xlabel("field wanted (px)")
+        axis.set_xlabel("preferred field (px)")
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    words = ["all images", "middle half", "median", "all experts alike"]
+    words = ["all images", "middle half", "median", "even weights"]
     figure.legend(lines, words, loc="outside lower center", ncols=4)
     return figure
 
 
-DRAWN: Mapping[str, Callable[[Mapping[str, RoutingStatistics]], Figure]] = {
+DRAWN: Mapping[str, Callable[[Mapping[str, RoutedImages]], Figure]] = {
     "pies": _pies,
     "heat": _heat,
     "classes": _classes,
     "fields": _fields,
 }
 CAPTIONS = {
-    "pies": "How often each expert is chosen, block by block: of hard routing its share of all choices, of soft "
-    "routing the share of images that give it the largest weight.",
-    "heat": "How much of the routing weight each expert gets, averaged over the images.",
-    "classes": "By how much that differs for the images of each class from the mean over the classes; of more than "
-    f"{_CLASSES} classes those that differ most.",
-    "fields": "How large a field the images want, in pixels of the block's input: the experts' sizes averaged with "
-    "the image's routing weights. At both ends the image that wants the smallest and the largest.",
+    "pies": "How often each expert is chosen in each block. Hard routing: its share of all choices. Soft routing: the "
+    "share of images that give it the largest weight.",
+    "heat": "Share of the routing weight that each expert gets, averaged over images.",
+    "classes": "Difference of these shares between each class and the mean over classes; of more than "
+    f"{_CLASSES} classes, those that differ most.",
+    "fields": "Field size that images prefer, in pixels of the block's input: the experts' sizes averaged with the "
+    "image's routing weights. At both ends, the images with the smallest and the largest.",
 }
 
 
-def _grids(results: Mapping[str, RoutingStatistics], height: float, extra: float) -> tuple[Figure, list[list[Any]]]:
-    """Return a figure with one group of panels under another for the results, and each group's axes, one a block."""
+def _grids(results: Mapping[str, RoutedImages], height: float, extra: float) -> tuple[Figure, list[list[Any]]]:
+    """Return a figure with one group of panels below another for the results, and each group's axes, one per block."""
     columns = min(max(len(result.blocks) for result in results.values()), _A_ROW)
     rows = [-(-len(result.blocks) // columns) for result in results.values()]
     width = report.COLUMN if columns <= 3 else report.PAGE
@@ -177,8 +176,8 @@ def _grids(results: Mapping[str, RoutingStatistics], height: float, extra: float
     return figure, grids
 
 
-def _columns(results: Mapping[str, RoutingStatistics], width: float) -> tuple[Figure, Any]:
-    """Return a figure with a column for each result, its blocks named from top to bottom, and the columns' axes."""
+def _columns(results: Mapping[str, RoutedImages], width: float) -> tuple[Figure, Any]:
+    """Return a figure with one column per result, blocks from top to bottom, and the columns' axes."""
     blocks = max(len(result.blocks) for result in results.values())
     figure = report.blank(width, 1.1 + 0.17 * max(blocks, 9))
     axes = figure.subplots(1, len(results), squeeze=False)[0]
@@ -192,13 +191,13 @@ def _columns(results: Mapping[str, RoutingStatistics], width: float) -> tuple[Fi
 
 
 def _experts(blocks: Iterable[Routing]) -> list[str]:
-    """Return the experts of several mixtures, each once, from the smallest field to the largest."""
+    """Return the distinct experts of several mixtures, ordered by field size."""
     found = {name: size for block in blocks for name, size in zip(block.experts, block.sizes, strict=True)}
     return sorted(found, key=lambda name: (found[name], name))
 
 
 def _labels(blocks: Sequence[Routing]) -> tuple[list[str], str]:
-    """Return what tells the blocks' names apart, and what they share: "2.0" and "stages.*.blocks.*.conv_dw"."""
+    """Return what distinguishes the blocks' names, and what they share: "2.0" and "stages.*.blocks.*.conv_dw"."""
     names = [block.name.split(".") for block in blocks]
     same = [len(set(column)) == 1 for column in zip(*names, strict=False)]
     if len(names) == 1 or len({len(parts) for parts in names}) > 1 or not any(same):
@@ -207,10 +206,10 @@ def _labels(blocks: Sequence[Routing]) -> tuple[list[str], str]:
     return labels, ".".join(part if s else "*" for part, s in zip(names[0], same, strict=True))
 
 
-def _by_class(result: RoutingStatistics) -> tuple[list[str], list[np.ndarray]]:
-    """Return classes and, for each block, by how much their mean shares differ from the classes' mean, (classes, n).
+def _by_class(result: RoutedImages) -> tuple[list[str], list[np.ndarray]]:
+    """Return classes and, for each block, the difference of their mean shares from the mean over classes, (classes, n).
 
-    Of many classes those that differ most.
+    If there are many classes, those that differ most.
     """
     parts = result.by_class()
     tables = [np.stack([part.blocks[i].shares() for part in parts.values()]) for i in range(len(result.blocks))]
@@ -221,7 +220,7 @@ def _by_class(result: RoutingStatistics) -> tuple[list[str], list[np.ndarray]]:
 
 
 def _readable(color: Any) -> str:
-    """Return black or white, whichever can be read on ``color``, RGBA."""
+    """Return black or white, whichever is readable on ``color``, RGBA."""
     red, green, blue = color[:3]
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 

@@ -1,4 +1,4 @@
-"""What a model says of an image's classes: its logits, or the scores that classes get from maps and detections."""
+"""Class scores of a model: logits of classifiers, or scores derived from segmentation maps and detections."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Scores(NamedTuple):
     probability: Tensor
     """(N, K), float32, in [0, 1]."""
     predicted: Tensor
-    """(N,), int64; -1 where a detector detects nothing."""
+    """(N,), int64; -1 if a detector detects nothing."""
     known: bool = True
-    """Whether K is the number of the model's classes. A detector's is not known: K goes up to the last detected."""
+    """Whether K is the number of the model's classes. For detectors, K is one more than the largest detected label."""
 
     def upto(self, count: int) -> Scores:
-        """Return the scores of ``count`` classes at least, if K is not known: those of further classes are 0."""
+        """Return the scores of at least ``count`` classes; if K is unknown, missing ones are 0."""
         more = max(0, 0 if self.known else count - self.values.shape[1])
         return self._replace(values=F.pad(self.values, (0, more)), probability=F.pad(self.probability, (0, more)))
 
 
 def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Tensor:
-    """Return the logits of a classifier, (N, classes), alone or as the obvious one of its outputs.
+    """Return the logits of a classifier, (N, classes), if they are its output or the obvious one of several.
 
-    ``given`` are the images that these are windows of.
+    ``given`` are the original images, if ``images`` are crops of them.
 
-    Raises ValueError for a model that gives something else, or numbers that are not finite.
+    Raises ValueError for other outputs, or values that are not finite.
     """
     with running(model, images, given):
         output = model(images)
@@ -49,14 +49,13 @@ def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Ten
 def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Scores:
     """Run a model, with ``weights`` in place of its own of those names; return the score of every class.
 
-    - A classifier, (N, classes): its logits.
-    - A segmentation model, (N, classes, h, w): the mean logit of the pixels that are predicted as that class, as in
-      Seg-Grad-CAM (Vinogradova et al. 2020, section 3), and of all pixels where there is none. The class that covers
-      most pixels is the predicted one.
-    - A detector, a list with {"labels": (n,), "scores": (n,), ...} for each image as torchvision's: the summed scores
-      of the detections of that class.
+    - Classifier, (N, classes): its logits.
+    - Segmentation model, (N, classes, h, w): the mean logit of the pixels predicted as the class, as in Seg-Grad-CAM
+      (Vinogradova et al. 2020, section 3); of all pixels if there are none. The predicted class covers the most pixels.
+    - Detector, a list with {"labels": (n,), "scores": (n,), ...} per image as in torchvision: the sum of the scores of
+      that class's detections.
 
-    Raises ValueError if it returns something else, or numbers that are not finite.
+    Raises ValueError for other outputs, or values that are not finite.
     """
     with running(model, images):
         output = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
@@ -100,7 +99,7 @@ def _rated(values: Tensor) -> Tensor:
 
 
 def _segmented(maps: Tensor) -> Scores:
-    """Return the scores of classes from logits (N, K, h, w); of one class, its pixels are those above 0."""
+    """Return class scores from logits (N, K, h, w); with one class, its pixels are those above 0."""
     count = maps.shape[1]
     if count > 1:
         where = maps.argmax(1, keepdim=True) == torch.arange(count, device=maps.device)[:, None, None]
@@ -113,7 +112,7 @@ def _segmented(maps: Tensor) -> Scores:
 
 
 def _detections(output: Any, images: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Return (labels, scores) of each image, None for what is no list of detections."""
+    """Return (labels, scores) of each image; None if the output is not a list of detections."""
     if not isinstance(output, (list, tuple)) or len(output) != images:
         return None
     found = []

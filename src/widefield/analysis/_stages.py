@@ -1,4 +1,4 @@
-"""What masks and kernels share: maps of taps as pixels, averaged over the layers of a stage, and drawn on one scale."""
+"""Maps of kernels and masks: averaged over the layers of a stage, and drawn on one scale of pixels and colors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from widefield.ops import fold
 Pair = tuple[int, int]
 
 COLUMNS = 8
-"""Maps side by side; at this many a page is full."""
+"""Largest number of maps side by side."""
 
 
 def span(size: Pair, dilation: Pair) -> Pair:
@@ -24,13 +24,13 @@ def span(size: Pair, dilation: Pair) -> Pair:
 def average(maps: Sequence[np.ndarray], dilations: Sequence[Pair], side: int) -> np.ndarray:
     """Return the mean of maps of taps, each spread by its dilation and centered: (2 * side, 2 * side), float64.
 
-    The grid is one of half pixels, as the center of an even kernel lies between two pixels and that of an odd one on a
-    pixel. The mean at a place is over the maps with a tap there; NaN where none has one.
+    The grid has half pixels, as the center of an even kernel lies between two pixels. The mean at a point is taken over
+    the maps with a tap there; NaN if none has one.
 
     Args:
-        maps: arrays (rows, columns), no two of which need the same shape.
+        maps: arrays (rows, columns) of any shapes.
         dilations: of each.
-        side: in pixels, no less than the largest span.
+        side: in pixels, at least the largest span.
     """
     total, count = np.zeros((2 * side, 2 * side)), np.zeros((2 * side, 2 * side))
     for taps, dilation in zip(maps, dilations, strict=True):
@@ -54,7 +54,7 @@ def tiles(layers: Sequence[tuple[int, np.ndarray, Pair]], side: int) -> list[tup
 
 
 def height(models: Mapping[str, Sequence[Any]]) -> float:
-    """Return how many inches :func:`draw` needs for these."""
+    """Return the height in inches that :func:`draw` needs."""
     return 0.3 + sum(_heights(models))
 
 
@@ -65,15 +65,15 @@ def _heights(models: Mapping[str, Sequence[Any]]) -> list[float]:
 
 
 def draw(canvas: Any, models: Mapping[str, Sequence[tuple[str, np.ndarray]]], side: int, label: str) -> None:
-    """Draw the maps of each model in a row of their own, all on one scale of colors (0 to 1) and of pixels.
+    """Draw the maps of each model in its own row, on one color scale (0 to 1) and one scale of pixels.
 
-    Gray is where no kernel has a tap.
+    Positions without any tap are gray.
 
     Args:
-        canvas: a figure or a part of one.
-        models: name -> (title, map as :func:`average` returns it) of each stage.
+        canvas: a figure or subfigure.
+        models: name -> (title, map as returned by :func:`average`) of each stage.
         side: of all maps, in pixels.
-        label: of the scale of colors.
+        label: of the color scale.
     """
     columns = min(max(map(len, models.values())), COLUMNS)
     canvas.figure.get_layout_engine().set(h_pad=0.06)  # or titles touch names
@@ -97,10 +97,10 @@ def draw(canvas: Any, models: Mapping[str, Sequence[tuple[str, np.ndarray]]], si
 
 
 def short(name: str, length: int = 34) -> str:
-    """Return a name that fits into a legend: the middle of a long one is left out."""
+    """Shorten a name for a legend by leaving out its middle."""
     return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"
 
 
 def stage_colors(count: int) -> list[Any]:
-    """Return one color a stage, light to dark from the image on."""
+    """Return one color per stage, light to dark from the image on."""
     return report.expert_colors(count) if count > 1 else [report.COLORS[0]]

@@ -1,4 +1,4 @@
-"""Where a class is seen: gradient-weighted class activation maps, Grad-CAM (Selvaraju et al. 2017, section 3)."""
+"""Class activation maps: where a class is seen, by Grad-CAM (Selvaraju et al. 2017, section 3)."""
 
 from __future__ import annotations
 
@@ -22,52 +22,55 @@ from widefield.surgery.anatomy import anatomy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_KEPT = 224  # pixels a side of the copies of images that a result keeps
-_SMALL = 6.5  # points, of what stands under a picture
-_BAR = 0.75  # inches, for the scale of colors
+_KEPT = 224  # largest side of the images stored in a result
+_SMALL = 6.5  # font size under a picture, in points
+_BAR = 0.75  # width of the color bar, in inches
 
 
 @dataclass(frozen=True)
 class ClassActivation(Result):
-    """Grad-CAM of one model over images, one class an image."""
+    """Grad-CAM maps of one model, one class per image."""
 
     name: str
     about: Mapping[str, Any]
     layer: str
-    """Name of the layer whose map is weighted."""
+    """Name of the layer."""
     size: tuple[int, int]
     """(H, W) of the images in pixels."""
     maps: np.ndarray
     """(N, h, w), float32, at the layer's resolution: not negative, each with a maximum of 1, or 0 everywhere."""
     targets: np.ndarray
-    """(N,), int64: the class that each map is of; -1 where it is the predicted one, and a detector detects nothing."""
+    """(N,), int64: class of each map; -1 if it is the predicted one and a detector detects nothing."""
     predicted: np.ndarray
-    """(N,), int64: the class with the largest score, on a segmentation model's map that of most pixels; -1 as above."""
+    """(N,), int64: the class with the largest score; for segmentation the one that covers the most pixels; -1 as above.
+    """
     probability: np.ndarray
-    """(N,), float32: that of the target, by softmax (by the logistic function where there is one score only); its mean
-    over the pixels of the class, or the highest score of the class's detections."""
+    """(N,), float32: probability of the target, by softmax (logistic function for a single score). Segmentation: its
+    mean over the pixels of the class. Detector: the highest score of the class's detections.
+    """
     labels: tuple[str, ...]
-    """N words for the targets."""
+    """Names of the N targets."""
     area: np.ndarray
-    """(N,), float64: share of the image where the map, brought to the image's size, is above half of its maximum; nan
-    for a map of zeros."""
+    """(N,), float64: share of the image where the map, at the image's resolution, exceeds half its maximum; NaN for an
+    empty map.
+    """
     central: np.ndarray
-    """(N,), float64: share of the map's sum in the middle half of both sides, 0.25 for an even map; nan as above."""
+    """(N,), float64: share of the map's sum in the middle half of both sides, 0.25 for an even map; NaN as above."""
     pixels: np.ndarray | None
-    """(N, H, W, C), float32 in [0, 1]: the images, of at most 224 pixels a side, for the figure."""
+    """(N, H, W, C), float32 in [0, 1]: the images for the figure, at most 224 pixels a side."""
 
     title = "Class activation maps"
     lead = (
-        "Grad-CAM: a layer's map, each channel weighted by the mean gradient of the class's score, positive parts, "
-        "rescaled to a maximum of 1 for each image and model, so that places compare and strengths do not. The line is "
-        "at half of the maximum; under each map the class and its probability. The table has the share of the image "
-        "above that half, and the map's share in the central quarter of the image (an even map has 25 %), ± their "
-        "standard deviations over images; an empty map is 0 everywhere."
+        "Grad-CAM: the positive part of a layer's map, channels weighted by the mean gradient of the class's score, "
+        "scaled to a maximum of 1 per image and model: positions compare, magnitudes do not. The contour is at half "
+        "the maximum; under each map are the class and its probability. Table: share of the image above that half, and "
+        "share of the map in the central quarter of the image (25 % for an even map), ± standard deviations over "
+        "images; an empty map is 0 everywhere."
     )
 
     @property
     def empty(self) -> int:
-        """How many maps are 0 everywhere: no place of the layer speaks for the class."""
+        """Number of maps that are 0 everywhere: no position of the layer supports the class."""
         return int((self.maps.max((1, 2)) == 0).sum())
 
     def upsampled(self) -> np.ndarray:
@@ -75,11 +78,11 @@ class ClassActivation(Result):
         return _upsampled(torch.from_numpy(self.maps), self.size).numpy()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the copies of the images."""
+        """Return all values in JSON's types, except the copies of the images."""
         return {key: value for key, value in super().to_dict().items() if key != "pixels"}
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row: how wide the maps are, and how much they keep to the center."""
+        """Return one row: the extent of the maps, and their concentration in the center."""
         return [
             {
                 "model": self.name,
@@ -94,18 +97,18 @@ class ClassActivation(Result):
     @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, ClassActivation], *, count: int = 8) -> Figure:
-        """Draw a row an image and a column a model, on one scale (MoRF, figure 6).
+        """Draw one row per image and one column per model, on one scale (MoRF, figure 6).
 
         Args:
             results: of the same images.
-            count: how many images, from the first.
+            count: number of images, from the first.
 
         Raises:
             ValueError: results of different numbers of images.
         """
         numbers = {len(result.maps) for result in results.values()}
         if len(numbers) != 1:
-            raise ValueError(f"a figure is of the same images for all models; got {sorted(numbers)} images.")
+            raise ValueError(f"all results must be of the same images; got {sorted(numbers)} images.")
         count = min(_checks.integer("count", count), *numbers)
         first = next(iter(results.values()))
         columns = len(results) + (first.pixels is not None)
@@ -153,41 +156,38 @@ def class_activation(
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> ClassActivation:
-    """Compute Grad-CAM (Selvaraju et al. 2017, equations 1 and 2), through captum's LayerGradCam.
+    """Compute Grad-CAM maps (Selvaraju et al. 2017, equations 1 and 2), with captum's LayerGradCam.
 
-    The map of a layer, (C, h, w), is summed over channels, each with the mean over places of the gradient of the
-    class's score (before softmax) with respect to it as its weight; the positive part is kept and rescaled to a maximum
-    of 1. Tokens and channels-last maps count as maps, as in ViT and Swin. The model is left as it was.
+    A layer's map (C, h, w) is summed over channels, each weighted by the mean gradient of the class's score (before
+    softmax). The positive part is scaled to a maximum of 1. Tokens and channels-last maps work as well, as in ViT and
+    Swin. The model is left unchanged.
 
-    The score of a class is its logit; of a segmentation model the mean logit of the pixels predicted as that class, of
-    all pixels where there is none (Seg-Grad-CAM, Vinogradova et al. 2020, section 3); of a detector the sum of the
-    scores of that class's detections, so that an image without any has an empty map.
+    The score of a class depends on the model. Classifier: its logit. Segmentation model: the mean logit of the pixels
+    predicted as that class, or of all pixels if there are none (Seg-Grad-CAM, Vinogradova et al. 2020, section 3).
+    Detector: the sum of the scores of that class's detections, so an image without any has an empty map.
 
     Args:
-        model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections; of timm,
-            torchvision, segmentation-models-pytorch or one's own. Outputs that hold them as "logits" or "out", or as
-            their only tensor, are taken as well.
-        images: (N, C, H, W), or batches of such as loaders give; normalized, all of one size. Video clips
-            (N, C, T, H, W) get one map each: every time step of a layer's map counts as further channels.
-        targets: a class for all images, or one for each; None: the class with the largest score, the one that covers
-            most pixels, or the one whose detections have the largest sum of scores.
-        layer: a layer that gives a map, or its name; None: that of :func:`target_layer`.
-        classes: names, one per score.
-        pixels: the images as figures show them, (N, H, W, C) in [0, 1]; None: figures show the maps alone.
+        model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections, alone, as
+            "logits" or "out", or as the only tensor of its output.
+        images: normalized images (N, C, H, W), or batches of them, all of one size. Video clips (N, C, T, H, W) get
+            one map each: time steps of a layer's map count as further channels.
+        targets: one class for all images, or one per image. Default: the class with the largest score; for
+            segmentation the one that covers the most pixels, for detectors the one with the largest sum of scores.
+        layer: a layer that returns a map, or its name. Default: that of :func:`target_layer`.
+        classes: class names in the order of the scores.
+        pixels: the images as drawn in figures, (N, H, W, C) in [0, 1]. Default: figures show only the maps.
         batch_size: images at a time.
-        name: what to call the model; None: its type's name.
-        about: how the images came about, for the result to keep.
-        progress: show a bar on the terminal.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: outputs that are none of these or not finite; a detector that detects nothing in any image, without
-            targets; a class out of range; numbers of targets, class
-            names or pixels that do not fit; pixels outside [0, 1]; a layer that is not there, does not run, gives no
-            map or has no part in the scores; no layer that would do; images of several sizes, or none.
-        TypeError: images, targets, a layer or a batch size of the wrong kind.
+        ValueError: the outputs have another form or are not finite; a detector detects nothing in any image and there
+            are no targets; a class is out of range; targets, class names or pixels do not match the images; the layer
+            does not exist, is not called, returns no map or does not affect the scores; no layer is suitable; images
+            differ in size, or there are none.
+        TypeError: images, targets, layer or batch size have the wrong type.
     """
-    from captum.attr import LayerGradCam  # imports pyplot: only when it is needed
-
     _checks.integer("batch_size", batch_size)
     wanted = _targets(targets)
     kept = None if pixels is None else _pixels(pixels)
@@ -202,9 +202,8 @@ def class_activation(
     parts: list[tuple[Tensor, ...]] = []
     size: tuple[int, ...] = ()
     done = 0
-    for part in track(
-        chunks(images, model, batch_size, clips=True), "class activation maps", total=total, show=progress
-    ):
+    batches = chunks(images, model, batch_size, clips=True)
+    for part in track(batches, "class activation maps", total=total, show=progress):
         size = size or tuple(part.shape[2:])
         if tuple(part.shape[2:]) != size:
             raise ValueError(f"images must all be of one size; got {size} and {tuple(part.shape[2:])}.")
@@ -214,25 +213,11 @@ def class_activation(
         if name_of_layer is None:
             name_of_layer = target_layer(model, part[:1])
         chosen = wanted[done : done + len(part)] if isinstance(wanted, list) else wanted
-        with visited(model), torch.inference_mode(False), tapped(model, name_of_layer, part.shape[2:]) as tap:
-            scorer = _Scorer(model, name_of_layer, tap, chosen, classes)
-            try:
-                found = LayerGradCam(scorer, tap).attribute(part.clone().detach(), relu_attributions=True)
-            except RuntimeError as error:  # of autograd: those of the model's own were turned into another
-                raise ValueError(
-                    f"layer {name_of_layer!r} of {type(model).__name__} takes no part in the scores that a gradient "
-                    f"could tell of: choose another. ({str(error).splitlines()[0]})"
-                ) from error
-        parts.append((found.detach()[:, 0].float().cpu(), *scorer.seen))
+        parts.append(_maps(model, name_of_layer, part, chosen, classes))
         done += len(part)
     _one_each(each, done)
     maps, targeted, predicted, probability = (torch.cat(column) for column in zip(*parts, strict=True))
-    if (targeted < 0).all():
-        shown = "this image" if done == 1 else f"these {done} images"
-        raise ValueError(
-            f"{type(model).__name__} detects nothing in {shown}, so no class is predicted: give targets, "
-            "other images, or a lower threshold (score_thresh in torchvision's)."
-        )
+    _check_detected(model, targeted)
     peak = maps.amax((1, 2), keepdim=True)
     maps = maps / torch.where(peak > 0, peak, 1)
     area, central = _extent(_upsampled(maps, size[-2:]))
@@ -259,21 +244,49 @@ def class_activation(
     )
 
 
-def target_layer(model: nn.Module, images: Tensor) -> str:
-    """Return the name of the layer that Grad-CAM should look at: the last map that the class's score hears of.
+def _maps(
+    model: nn.Module, layer: str, images: Tensor, targets: int | list[int] | None, classes: Sequence[str] | None
+) -> tuple[Tensor, ...]:
+    """Return maps (N, h, w) before scaling, targets, predicted classes and probabilities, on the CPU."""
+    from captum.attr import LayerGradCam  # imports pyplot, so only when needed
 
-    In a ViT that reads off its class token, the other tokens of the last block have no gradient; the norm before its
-    attention is the last place where they do. Of all layers that give a map and have a gradient, the last is taken that
-    is a block (or anything with modules in it), a norm, or a layer in no block; not one inside attention, and none that
-    only passes a map on, such as dropout or pooling. If there is none of that kind, the last of any. Of a model with
-    necks and heads, only its backbone is searched (:func:`widefield.surgery.anatomy.anatomy`).
+    with visited(model), torch.inference_mode(False), tapped(model, layer, images.shape[2:]) as tap:
+        scorer = _Scorer(model, layer, tap, targets, classes)
+        try:
+            found = LayerGradCam(scorer, tap).attribute(images.clone().detach(), relu_attributions=True)
+        except RuntimeError as error:  # from autograd; the model's own errors are ValueErrors by now
+            raise ValueError(
+                f"layer {layer!r} of {type(model).__name__} does not affect the scores through a gradient: choose "
+                f"another layer. ({str(error).splitlines()[0]})"
+            ) from error
+    return found.detach()[:, 0].float().cpu(), *scorer.seen
+
+
+def _check_detected(model: nn.Module, targets: Tensor) -> None:
+    if (targets < 0).all():
+        shown = "this image" if len(targets) == 1 else f"these {len(targets)} images"
+        raise ValueError(
+            f"{type(model).__name__} detects nothing in {shown}, so no class is predicted: give targets, "
+            "other images, or a lower threshold (score_thresh in torchvision)."
+        )
+
+
+def target_layer(model: nn.Module, images: Tensor) -> str:
+    """Return the name of the layer that Grad-CAM uses by default: the last map that affects the class's score.
+
+    In a ViT that reads its class token, the other tokens of the last block have no gradient; the norm before its
+    attention is the last place where they do. Among layers that return a map and have a gradient, the last one is
+    chosen that is a block (a module with children), a norm, or outside of any block. Layers inside attention, and
+    layers that only pass a map on, such as dropout or pooling, are skipped; if nothing else is left, the last layer of
+    any kind is chosen. In a model with necks and heads, only the backbone is searched
+    (:func:`widefield.surgery.anatomy.anatomy`).
 
     Args:
-        model: as :func:`class_activation` takes it. It is left as it was.
+        model: as in :func:`class_activation`; left unchanged.
         images: (N, C, H, W), on the model's device; one is enough.
 
     Raises:
-        ValueError: outputs of another form, or no layer that gives a map with a gradient.
+        ValueError: outputs of another form, or no layer returns a map with a gradient.
     """
     known = dict(model.named_modules())
     candidates = {name: known[name] for name in dict.fromkeys(reversed(last_maps(model, images))) if name}
@@ -283,8 +296,8 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
         heard = list(candidates)
     if not heard:
         raise ValueError(
-            f"{type(model).__name__} has no layer that gives a map of {tuple(images.shape[2:])} pixels and takes part "
-            "in its scores: give layer."
+            f"{type(model).__name__} has no layer that returns a map of {tuple(images.shape[2:])} pixels and affects "
+            "its scores: pass layer."
         )
     return next((name for name in heard if _presentable(name, known, candidates)), heard[0])
 
@@ -292,7 +305,7 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
 def _heard(
     model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, weights: Mapping[str, Tensor] | None = None
 ) -> list[str]:
-    """Return the names of those layers whose maps, at places at least, have a gradient from the largest score."""
+    """Return the names of the layers whose maps have a gradient, at some position, from the largest score."""
     outputs: dict[str, Tensor] = {}
     size, hint = images.shape[2:], map_hint(model)
 
@@ -313,7 +326,7 @@ def _heard(
 
 
 def _started(model: nn.Module) -> dict[str, Tensor]:
-    """Return numbers for the weights that are all 0, as heads of untrained networks are in timm's mixers."""
+    """Return random values for weights that are all 0, as in the heads of timm's untrained mixers."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(weight.shape, generator=generator).to(weight)
@@ -323,7 +336,7 @@ def _started(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _Scorer:
-    """The score of one class an image, which captum differentiates; what else the run shows is kept in ``seen``."""
+    """The score of one class per image, which captum differentiates; other results of the run are kept in ``seen``."""
 
     def __init__(
         self,
@@ -358,12 +371,12 @@ class _Scorer:
         place = chosen.clamp(min=0)[:, None]
         self.seen = chosen.cpu(), scores.predicted.cpu(), scores.probability.gather(1, place)[:, 0].cpu()
         value = scores.values.gather(1, place)[:, 0]
-        # A detector that detects nothing is differentiated, too, and the map is empty.
+        # Without detections the gradient must exist as well; the map is then empty.
         return value if scores.known else value + 0 * called[-1].sum()
 
 
 def _presentable(name: str, known: Mapping[str, nn.Module], maps: Container[str]) -> bool:
-    """Whether a layer is a block, a norm, or in no block; not inside attention, and not one that passes maps on."""
+    """Return whether a layer is a block, a norm, or outside of blocks; not inside attention, and not a pass-through."""
     words = name.split(".")
     around = [".".join(words[:depth]) for depth in range(1, len(words))]
     if any(o.endswith(("attn", "attention")) or type(known[o]).__name__.endswith("Attention") for o in around):
@@ -375,7 +388,7 @@ def _presentable(name: str, known: Mapping[str, nn.Module], maps: Container[str]
 
 
 _NOTHING = "nothing detected"
-"""In place of the name of a class."""
+"""Label of an image without detections."""
 
 _PASSING = ("identity", "drop", "pool", "permute")
 
@@ -391,7 +404,7 @@ def _targets(targets: int | Sequence[int] | Tensor | None) -> int | list[int] | 
 
 
 def _one_each(given: Mapping[str, Sized], images: int, *, more: bool = False) -> None:
-    """Raise ValueError unless each of these has an entry for each image; ``more``: there may be further images."""
+    """Raise ValueError unless each of these has one entry per image; ``more``: further images may follow."""
     for what, entries in given.items():
         if len(entries) < images or (len(entries) > images and not more):
             there = f"{images} images{' or more' if more else ''}"
@@ -409,7 +422,7 @@ def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
     low, high = (float(v) for v in given.aminmax()) if given.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"pixels must lie in [0, 1]; got {low:.3g} to {high:.3g}. Pictures.shown makes them of normalized images."
+            f"pixels must lie in [0, 1]; got {low:.3g} to {high:.3g}. Pictures.shown converts normalized images."
         )
     small = given.float().movedim(-1, 1)
     if max(small.shape[2:]) > _KEPT:
@@ -419,7 +432,7 @@ def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
 
 
 def _in_proportion(pixels: Tensor | np.ndarray | None, size: Sequence[int]) -> None:
-    """Raise ValueError for pixels (N, H, W, C) whose sides are not in the proportion of images of this size."""
+    """Raise ValueError if pixels (N, H, W, C) do not have the proportions of images of this size."""
     shape = () if pixels is None else tuple(pixels.shape)
     H, W = size
     fits = [abs(h * W - w * H) <= max(H, W) for h, w in (shape[1:3], shape[2:4])]
@@ -450,12 +463,12 @@ def _percent(shares: np.ndarray) -> str:
 
 
 def _letters(inches: float, points: float) -> int:
-    """Return about how many letters of that size fit into a width."""
+    """Return about how many letters of this size fit into a width."""
     return max(8, int(inches * 72 / (0.6 * points)))
 
 
 def _wrapped(name: str, letters: int) -> str:
-    """Break a name into lines, where words of code end if that can be."""
+    """Break a name into lines, preferably between words."""
     lines = [""]
     for word in re.findall(r".+?(?:[_ ,:/]+|(?={)|$)", name):
         for part in (word[start : start + letters] for start in range(0, len(word), letters)):
@@ -466,12 +479,12 @@ def _wrapped(name: str, letters: int) -> str:
 
 
 def _shown(image: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, C) as figures take it: three channels, or the mean of any other number in each of them."""
+    """Return an image (H, W, C) with three channels; other numbers of channels are averaged."""
     return image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, -1)
 
 
 def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:
-    """Draw a map (H, W) over a gray image; return what a color bar needs."""
+    """Draw a map (H, W) over a gray image; return the mappable for a color bar."""
     H, W = scores.shape
     place: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": H / W}
     if image is not None:
@@ -482,7 +495,7 @@ def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:
     if scores.max() == 0:
         axis.text(0.5, 0.5, "empty", color="white", ha="center", va="center")
     elif scores.min() < 0.5:
-        # Centers of pixels: a contour has no extent of its own that reaches to their edges.
+        # Centers of pixels, as contours do not extend to the edges.
         across, down = ((np.arange(n) + 0.5) / n for n in (W, H))
         axis.contour(across, down, scores, levels=[0.5], colors="white", linewidths=0.7)
     return shades

@@ -1,9 +1,9 @@
-"""Multi-order interactions: how much context two patches of an image need to work together.
+"""Multi-order interactions: how much context two patches of an image need to interact.
 
 The measure is that of Deng, Ren, Zhang and Zhang, "Discovering and explaining the representation bottleneck of DNNs"
-(ICLR 2022), which MogaNet's figures and the slides on large kernels use: for n patches, a context S of m others, and
-the log-odds f of a class, I(m)(i, j) is the mean over S of f(S+i+j) - f(S+i) - f(S+j) + f(S), and J(m) the mean of
-|I(m)| over images and pairs, divided by its mean over the orders m.
+(ICLR 2022), used in MogaNet's figures. For n patches, a context S of m others, and the log-odds f of a class,
+I(m)(i, j) is the mean over S of f(S+i+j) - f(S+i) - f(S+j) + f(S), and J(m) is the mean of |I(m)| over images and
+pairs, divided by its mean over the orders m.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORDERS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
-"""Sizes of the contexts that are looked at unless others are asked for, as shares of the other patches."""
+"""Default sizes of the contexts, as shares of the other patches."""
 
 BASELINES = ("zero", "mean")
 _SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)  # of f with both patches, with i, with j, with none
@@ -39,23 +39,23 @@ _SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)  # of f with 
 class Interactions(Result):
     """Strength of the interaction between neighboring patches, by the size of the context around them.
 
-    A mean over few contexts is noisy, and the absolute value of noise is not zero: the published estimate, the mean of
-    ``abs(mean over contexts)``, lies above the truth wherever contexts differ, most of all at middle orders. That is
-    ``upper``. ``lower`` multiplies each context's value by the sign of the mean over the other contexts, and lies
-    below: on average over draws of contexts, lower <= truth <= upper, whatever the noise is like. ``strength`` is made
-    of their geometric mean, which meets the truth where interactions and noise are normally distributed about zero.
-    All three agree where every context was seen.
+    A mean over few contexts is noisy, and the absolute value of noise is positive. The published estimate, the mean of
+    ``abs(mean over contexts)``, therefore lies above the true value wherever contexts differ, most of all at middle
+    orders; this is ``upper``. ``lower`` multiplies each context's value by the sign of the mean over the other
+    contexts, and lies below. On average over draws of contexts, lower <= truth <= upper for any noise. ``strength``
+    uses their geometric mean, which is unbiased if interactions and noise are normally distributed around zero. All
+    three agree if every context was seen.
 
-    All arrays are float64, (M,) for M orders, unless said otherwise. Errors are standard errors (jackknife) over
-    images, over pairs if there is one image; they contain the choice of pairs and contexts, and are not a number for a
-    single pair. J is not a number where the interactions are no larger than rounding.
+    Arrays are float64, (M,) for M orders, unless stated otherwise. Errors are standard errors (jackknife) over images,
+    or over pairs for a single image; they include the choice of pairs and contexts, and are NaN for a single pair. J is
+    NaN where the interactions do not exceed rounding.
     """
 
     title: ClassVar[str] = "Multi-order interactions"
     lead: ClassVar[str] = (
         "Strength of the interaction between two neighboring patches, given m of the other patches as context, "
         "relative to its mean over the orders shown. Solid: corrected for the noise of sampled contexts, with a band "
-        "of one standard error; dotted: the published estimate. Where the two part, more contexts are needed."
+        "of one standard error. Dotted: the published estimate. More contexts are needed where the two differ."
     )
 
     name: str
@@ -65,26 +65,26 @@ class Interactions(Result):
     orders: np.ndarray
     """Sizes m of the contexts, int64, from 0 to n - 2."""
     contexts: np.ndarray
-    """How many contexts were averaged for a pair, int64; all that exist, if no more than asked for."""
+    """Number of contexts averaged per pair, int64; all that exist, if no more than requested."""
     lower: np.ndarray
-    """Mean of |I(m)| over images and pairs, in log-odds (natural logarithm): from below."""
+    """Mean of |I(m)| over images and pairs, in log-odds (natural logarithm): lower bound."""
     upper: np.ndarray
-    """The same from above."""
+    """The upper bound of the same."""
     strength: np.ndarray
     """J(m) from the geometric mean of ``lower`` and ``upper``."""
     strength_error: np.ndarray
     """Standard error of ``strength``."""
     published: np.ndarray
-    """J(m) from ``upper``: the estimate of the paper."""
+    """J(m) from ``upper``: the paper's estimate."""
     published_error: np.ndarray
     """Standard error of ``published``."""
     samples: np.ndarray
-    """(k, 2, M): what ``lower`` and ``upper`` are the means of, an image each, or a pair if there is one image."""
+    """(k, 2, M): the values averaged in ``lower`` and ``upper``, per image, or per pair for a single image."""
     resolution: float
-    """Smallest interaction that is more than rounding of the model's outputs, in log-odds."""
+    """Smallest interaction that exceeds rounding of the model's outputs, in log-odds."""
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row an order."""
+        """Return one row per order."""
         others = self.variables - 2
         return [
             {
@@ -100,7 +100,7 @@ class Interactions(Result):
     @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, Interactions], **options: Any) -> Figure:
-        """Draw J against the share of the other patches that is context, a line a model; takes no options."""
+        """Draw J against the share of the other patches in the context, one line per model; takes no options."""
         if options:
             raise TypeError(f"the figure of interactions takes no options; got {sorted(options)}.")
         labels = [textwrap.fill(name, 50) for name in results]
@@ -131,31 +131,31 @@ def _shown(value: float, error: float) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is looked at in every image."""
+    """The pairs, orders and contexts examined in every image."""
 
     grid: int
     pairs: np.ndarray
-    """Those to choose from, (Q, 2)."""
+    """Pairs to choose from, (Q, 2)."""
     wanted: int
-    """How many of them an image gets."""
+    """Number of pairs per image."""
     orders: tuple[int, ...]
     contexts: int
     counts: tuple[int, ...]
-    """Contexts of each order."""
+    """Number of contexts of each order."""
 
     @property
     def others(self) -> int:
         return self.grid**2 - 2
 
     def complete(self, order: int) -> bool:
-        """Whether all contexts of this size are seen."""
+        """Return whether all contexts of this size are seen."""
         return math.comb(self.others, order) <= self.contexts
 
     def passes(self, images: int) -> int:
         return images * (1 + 4 * self.wanted * sum(self.counts))
 
     def masks(self, i: int, j: int, rng: np.random.Generator) -> Tensor:
-        """Return which patches are shown, bool (contexts of all orders, 4, n): with i and j, i alone, j alone, none."""
+        """Return the patches shown, bool (contexts of all orders, 4, n): with i and j, i alone, j alone, neither."""
         shown = [
             _every(self.others, order) if self.complete(order) else _some(self.others, order, self.contexts, rng)
             for order in self.orders
@@ -168,9 +168,9 @@ class _Plan:
 
 
 def _plan(grid: int, orders: Sequence[float], pairs: int, contexts: int, reach: int | None) -> _Plan:
-    grid = _checks.integer("grid", grid, minimum=2, maximum=32)  # a table of all pairs of patches is made
+    grid = _checks.integer("grid", grid, minimum=2, maximum=32)  # all pairs of patches are tabulated
     pairs = _checks.integer("pairs", pairs)
-    contexts = _checks.integer("contexts", contexts, minimum=2)  # a sign needs another context
+    contexts = _checks.integer("contexts", contexts, minimum=2)  # the sign comes from other contexts
     reach = grid if reach is None else _checks.integer("reach", reach)
     if not len(orders):
         raise ValueError(f"orders must be shares of the other patches, such as (0, 0.5, 1); got {orders!r}.")
@@ -206,7 +206,7 @@ def forward_passes(
     contexts: int = 16,
     reach: int | None = 2,
 ) -> int:
-    """Return how many images the model sees in :func:`interactions` with these arguments: its cost.
+    """Return the number of images that the model processes in :func:`interactions` with these arguments.
 
     Raises ValueError or TypeError as that function does.
     """
@@ -225,40 +225,42 @@ def interactions(
     reach: int | None = 2,
     baseline: str = "zero",
     seed: int = 0,
+    batch_size: int = 64,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
-    batch_size: int = 64,
     progress: bool = False,
 ) -> Interactions:
     """Measure the multi-order interaction strength J(m) of a classifier, with its sampling error.
 
-    The defaults are for a first look: raise ``pairs`` for a smaller error, and ``contexts`` until ``lower`` and
-    ``upper`` meet. The paper took 50 images, 200 pairs and 100 contexts, four million forward passes an order;
-    ``forward_passes`` tells yours. Contexts are drawn uniformly among those of their size; where no more exist than
-    asked for, each is seen once. Pairs are drawn uniformly among those in reach, anew for every image, and serve all
-    orders. J is relative to the mean over the orders asked for, as in the paper: compare models over the same orders.
+    The defaults suit a first look. Raise ``pairs`` for a smaller error, and ``contexts`` until ``lower`` and ``upper``
+    meet. The paper used 50 images, 200 pairs and 100 contexts, four million forward passes per order;
+    :func:`forward_passes` returns yours. Contexts are drawn uniformly among those of their size; if no more exist than
+    requested, each is seen once. Pairs are drawn uniformly among those within reach, anew for every image, and used for
+    all orders. J is relative to the mean over the requested orders, as in the paper, so compare models over the same
+    orders.
 
     Args:
-        model: images (N, C, H, W) to logits (N, classes), or (N, 1) of one class against none.
-        images: normalized images, one tensor or batches of them.
-        targets: whose log-odds log(p / (1 - p)) to explain, a class an image; None: the class that the model gives the
-            whole image.
-        grid: patches a side, from 2 to 32, n = grid * grid in all; unequal where it does not divide the image.
-        orders: sizes of contexts as shares of the n - 2 other patches; rounded, and each taken once.
-        pairs: pairs an image.
-        contexts: contexts a pair and order, at least 2.
-        reach: how far apart the patches of a pair are at most, in patches along each axis (the paper: 2); None: any.
-        baseline: what hidden patches become: ``"zero"``, with normalized images the data set's mean color, as in the
-            paper, or ``"mean"``, each image's own mean color.
-        seed: of pairs and contexts. An image's draws depend on the seed and the image's place alone.
-        name: what to call the model; its class by default.
-        about: facts to keep with the result.
-        batch_size: images a forward pass, at most.
-        progress: show a bar on the terminal.
+        model: maps images (N, C, H, W) to logits (N, classes), or (N, 1) for a binary classifier.
+        images: normalized images, a tensor or batches.
+        targets: class whose log-odds log(p / (1 - p)) are explained, one per image. Default: the class that the model
+            predicts for the whole image.
+        grid: patches along each side, from 2 to 32; n = grid * grid. Patches differ in size if the grid does not divide
+            the image.
+        orders: sizes of contexts as shares of the n - 2 other patches; rounded, duplicates removed.
+        pairs: pairs per image.
+        contexts: contexts per pair and order, at least 2.
+        reach: largest distance between the patches of a pair, in patches along each axis (the paper: 2); None: any.
+        baseline: color of hidden patches. ``"zero"``: 0, which is the data set's mean for normalized images, as in the
+            paper. ``"mean"``: each image's own mean.
+        seed: of pairs and contexts. An image's draws depend only on the seed and the image's index.
+        batch_size: largest number of images in a forward pass.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Raises:
-        ValueError, TypeError: an argument out of range, images smaller than the grid, a model that gives no logits, or
-            targets that do not fit.
+        ValueError, TypeError: an argument is out of range; images are smaller than the grid; the model returns no
+            logits; targets do not match.
     """
     plan = _plan(grid, orders, pairs, contexts, reach)
     _checks.choice("baseline", baseline, BASELINES)
@@ -285,7 +287,7 @@ def interactions(
     if classes is not None:
         _fit(classes, len(found))
     bounds = np.array(found)  # (N, pairs, 2, M)
-    resolution = 2 * eps * largest  # of a sum of four values, each rounded by itself
+    resolution = 2 * eps * largest  # of a sum of four rounded values
     samples = bounds.mean(1) if len(bounds) > 1 else bounds[0]
     (strength, published), (strength_error, published_error) = _relative(samples, resolution)
     lower, upper = samples.mean(0)
@@ -325,7 +327,7 @@ def _tasks(
     seed: int,
     batch_size: int,
 ) -> Iterator[tuple[int, Tensor, int, Tensor]]:
-    """Yield (place of the image, image, class, masks) for every pair of every image."""
+    """Yield (index of the image, image, class, masks) for every pair of every image."""
     index = 0
     for part in chunks(images, model, batch_size):
         if min(part.shape[2:]) < plan.grid:
@@ -335,7 +337,7 @@ def _tasks(
             )
         for image in part:
             if classes is not None and index >= len(classes):
-                raise ValueError(f"targets must hold a class an image: there are {len(classes)}, and more images.")
+                raise ValueError(f"targets must hold one class per image: there are {len(classes)}, and more images.")
             whole = logits(model, image[None])
             target = int(whole.argmax()) if classes is None else classes[index]
             if target >= whole.shape[1]:
@@ -349,11 +351,11 @@ def _tasks(
 
 def _fit(classes: Sequence[int], images: int) -> None:
     if len(classes) != images:
-        raise ValueError(f"targets must hold a class an image; got {len(classes)} for {images} images.")
+        raise ValueError(f"targets must hold one class per image; got {len(classes)} for {images} images.")
 
 
 class _Shown:
-    """One image with some of its patches, the others hidden behind the baseline."""
+    """One image with some of its patches; the others are replaced by the baseline."""
 
     def __init__(self, image: Tensor, grid: int, baseline: str) -> None:
         self.image = image
@@ -380,12 +382,12 @@ def _log_odds(scores: Tensor, target: int) -> Tensor:
 
 
 def _bounds(deltas: np.ndarray, plan: _Plan) -> np.ndarray:
-    """Return |I| of one pair from below and from above, (2, M), from the values of all contexts."""
+    """Return lower and upper bound of |I| for one pair, (2, M), from the values of all contexts."""
     bounds = np.empty((2, len(plan.orders)))
     for k, (order, values) in enumerate(zip(plan.orders, np.split(deltas, np.cumsum(plan.counts)[:-1]), strict=True)):
         bounds[:, k] = abs(values.mean())
         if not plan.complete(order):
-            # E[sign(others) * value] = E[sign(others)] * I: at most |I|, as no value takes part in its own sign.
+            # E[sign(others) * value] = E[sign(others)] * I <= |I|, as a value does not affect its own sign.
             bounds[0, k] = (np.sign(values.sum() - values) * values).mean()
     return bounds
 

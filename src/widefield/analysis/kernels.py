@@ -1,7 +1,7 @@
-"""How far the kernels of a model reach: energy by radius, and the smallest crop that keeps a share of it.
+"""Extent of a model's kernels: energy by radius, and the smallest crop that keeps a share of it.
 
-A large kernel is worth its price where its outer taps do something. :func:`crop_table` measures that of one kernel, for
-every centered crop of it; :func:`kernel_energy` does so for all kernels of a model, in the form in which they compute.
+A large kernel is worth its cost if its outer taps matter. :func:`crops` measures every centered crop of one kernel;
+:func:`kernel_energy` does this for all kernels of a model as they compute.
 """
 
 from __future__ import annotations
@@ -41,19 +41,20 @@ class LayerKernel:
     """One kernel of a model, as it computes in evaluation mode.
 
     Attributes:
-        name: of the module; an expert of a mixture has its index in brackets.
-        kind: "convolution", "transposed", "masked" (under a mask that depends on the image), "bank" (all experts of a
+        name: of the module; experts of a mixture have their index in brackets.
+        kind: "convolution", "transposed", "masked" (by a mask that depends on the image), "bank" (all experts of a
             mixture, padded and stacked) or "expert" (one of them).
-        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
+        stage: from 0; see :meth:`widefield.surgery.Anatomy.count_stages`.
         size: (rows, columns) in taps.
         dilation, stride: (rows, columns).
         groups: of the convolution.
         span: (rows, columns) in pixels.
         magnitude: (rows, columns), float64: mean absolute value at each tap, over all channels.
         table: what each crop loses.
-        smallest: for each share of energy asked for, (rows, columns) of the smallest crop that keeps it, in taps.
-        lost: share of the energy lost by the largest crop within the limit, 0 where the kernel is; None: no limit.
-        lost_l1: likewise of the L1 mass of the output channel that loses most.
+        smallest: for each requested share of energy, (rows, columns) of the smallest crop that keeps it, in taps.
+        lost: share of the energy lost by the largest crop within the limit, 0 for kernels within it; None without a
+            limit.
+        lost_l1: the same for the L1 mass of the output channel that loses most.
     """
 
     name: str
@@ -77,16 +78,15 @@ class KernelMaps(Result):
 
     Attributes:
         layers: in the order of the modules.
-        shares: of energy, ascending, that crops are asked to keep.
-        limit: side in pixels of the largest kernel that a target takes, or None.
+        shares: of energy, ascending, that crops must keep.
+        limit: side in pixels of the largest kernel that a target supports, or None.
     """
 
-    title: ClassVar[str] = "How far kernels reach"
+    title: ClassVar[str] = "Kernel energy"
     lead: ClassVar[str] = (
-        "Left: the share of the energy (sum of squares) that centered crops of the kernels keep. Right: the smallest "
-        "crop that keeps the share named, for every layer; a pale bar goes up to the whole kernel. Below: mean "
-        "absolute values of the kernels, each scaled to a maximum of 1. Left and below: means over the widest kernels "
-        "of each stage."
+        "Left: share of the energy (sum of squares) kept by centered crops of the kernels. Right: smallest crop that "
+        "keeps the stated share, for every layer; a pale bar extends to the whole kernel. Below: mean absolute values "
+        "of the kernels, each scaled to a maximum of 1. Left and below: means over the widest kernels of each stage."
     )
 
     name: str
@@ -96,11 +96,11 @@ class KernelMaps(Result):
     limit: int | None
 
     def beyond(self) -> tuple[LayerKernel, ...]:
-        """Return the kernels that span more than the limit; none if there is no limit."""
+        """Return the kernels that span more than the limit; none without a limit."""
         return tuple(layer for layer in self.layers if self.limit is not None and max(layer.span) > self.limit)
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row for the kernels of one size in a stage whose names differ in numbers alone."""
+        """Return one row for the kernels of one size in a stage whose names differ only in numbers."""
         groups: dict[tuple[Any, ...], list[LayerKernel]] = {}
         for layer in self.layers:
             pattern = re.sub(r"\d+", "*", layer.name)
@@ -134,8 +134,8 @@ class KernelMaps(Result):
         """Draw energy over the side of the crop, the smallest crop over depth, and mean kernels by stage.
 
         Args:
-            results: by name; with one, lines are stages, with several, models.
-            share: of the energy that the smallest crop over depth keeps; None: the largest asked for.
+            results: by name. A single result has one line per stage, several have one line per model.
+            share: of the energy that the smallest crop over depth keeps. Default: the largest requested.
         """
         first = next(iter(results.values()))
         share = max(first.shares) if share is None else _checks.number("share", share, maximum=1.0)
@@ -173,41 +173,41 @@ def kernel_energy(
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> KernelMaps:
-    """Measure how far every spatial kernel of a model reaches, as it computes in evaluation mode.
+    """Measure the extent of every spatial kernel of a model, as it computes in evaluation mode.
 
-    - Layers that merge (branches of large kernels, masks that are learned, blocks of timm's MobileOne or RepVGG) are
-      merged first, in copies, one at a time. What cannot be one kernel stays several: SLaK's bands are two.
-    - Convolutions that compute their kernel from their weight (timm's weight standardization, parametrisations) have
-      the kernel that they compute.
-    - A mixture has a bank, and experts. Its bound grows with the routing weights: of an image with weights a it is the
+    - Mergeable layers (branches of large kernels, learned masks, blocks of timm's MobileOne or RepVGG) are merged
+      first, in copies, one at a time. Kernels that cannot become one stay separate: SLaK's bands are two.
+    - Convolutions that compute their kernel from their weight (timm's weight standardization, parametrizations) are
+      represented by the computed kernel.
+    - A mixture has a bank and experts. Its bound grows with the routing weights: for an image with weights a, it is the
       sum of |a_r| times the bounds of the experts.
-    - A mask that depends on the image is that of an image which excites no hidden unit of its predictor.
-    - A norm after a convolution is no part of it, unless both are one layer. Kernels of one tap are left out; so are
-      layers whose taps move or whose kernel is as large as any map: deformable ones, attention, global filters.
+    - A mask that depends on the image is that of an image which activates no hidden unit of its predictor.
+    - A norm after a convolution is not included unless both are one layer. One-tap kernels are skipped, and so are
+      layers whose taps move or whose kernel is as large as the map: deformable layers, attention, global filters.
 
-    The model is only read.
+    Only weights are read.
 
     Args:
         model: any module, on any device, in any mode.
-        shares: of the energy that the smallest crops are to keep, each above 0 and up to 1.
-        limit: side in pixels of the largest kernel that a target takes: what would cropping to it lose?
-        name: what to call the model; its class's name by default.
-        about: facts to keep with the result.
+        shares: shares of the energy that the smallest crops must keep, each above 0 and up to 1.
+        limit: side in pixels of the largest kernel that a target supports; reports what cropping to it would lose.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
 
     Returns:
         The kernels, in the order of the modules.
 
     Raises:
-        TypeError, ValueError: shares or a limit out of range; a model without spatial
-            kernels, with numbers that are not finite, or with a layer that cannot be merged (the message says why).
+        TypeError, ValueError: shares or limit are out of range; the model has no spatial kernel, values that are not
+            finite, or a layer that cannot be merged (the message says why).
     """
     wanted = tuple(sorted({_checks.number("every share of shares", share, maximum=1.0) for share in shares}))
     if not wanted or not wanted[0]:
-        raise ValueError(f"shares must name shares of energy above 0, such as (0.5, 0.99); got {tuple(shares)}.")
+        raise ValueError(f"shares must be shares of energy above 0, such as (0.5, 0.99); got {tuple(shares)}.")
     limit = None if limit is None else _checks.integer("limit", limit)
     device, _ = place(model)
     cards = [device] if device.type == "cuda" else []
-    with visited(model), torch.no_grad(), torch.random.fork_rng(cards):  # merging builds layers
+    with visited(model), torch.no_grad(), torch.random.fork_rng(cards):  # merging creates layers
         found = [(anchor, _measured(kernel, wanted, limit)) for anchor, kernel in _kernels(model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution with more than one tap.")
@@ -229,7 +229,7 @@ class _Kernel:
 
 
 def _measured(kernel: _Kernel, shares: Sequence[float], limit: int | None) -> dict[str, Any]:
-    """Return the fields of a :class:`LayerKernel`, but for the stage."""
+    """Return the fields of a :class:`LayerKernel`, except the stage."""
     try:
         table = crop_table(kernel.weight, kernel.dilation)
     except ValueError as error:
@@ -255,7 +255,7 @@ def _measured(kernel: _Kernel, shares: Sequence[float], limit: int | None) -> di
 
 
 def _kernels(model: nn.Module) -> Iterator[tuple[str, _Kernel]]:
-    """Yield (name of a convolution of the model that stands where this kernel does, the kernel)."""
+    """Yield (name of a convolution of the model at the kernel's place, the kernel)."""
     modules = dict(model.named_modules())
     done: tuple[str, ...] = ()
     for name, module in modules.items():
@@ -270,7 +270,7 @@ def _kernels(model: nn.Module) -> Iterator[tuple[str, _Kernel]]:
 
 
 def _origin(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return the name of the first convolution in what became this merged layer, or in what is around it."""
+    """Return the name of the first convolution in the module that was merged, or in what surrounds it."""
     while name not in modules:
         name = name.rpartition(".")[0]
     parts = modules[name].named_modules(prefix=name)
@@ -282,13 +282,13 @@ def _merged(name: str, module: nn.Module) -> nn.Module:
         return fuse_layers(copy.deepcopy(module).eval())[0]
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{name or 'the model'} ({type(module).__name__}) cannot be merged: {error} Mend that, or reparameterize "
+            f"{name or 'the model'} ({type(module).__name__}) cannot be merged: {error} Fix that, or reparameterize "
             "the model first."
         ) from error
 
 
 def _of_layer(name: str, module: nn.Module) -> Iterator[_Kernel]:
-    """Yield the spatial kernels of one module, which merges with nothing."""
+    """Yield the spatial kernels of one module that does not merge."""
     if isinstance(module, nn.ConvTranspose2d):
         yield from _spatial(name, "transposed", by_outputs(module), module)
     elif isinstance(module, nn.Conv2d):
@@ -312,7 +312,7 @@ def _spatial(
 
 
 def _computed(conv: nn.Conv2d) -> Tensor:
-    """Return the kernel that a convolution convolves with; its weight where that cannot be seen."""
+    """Return the kernel that a convolution uses; its weight if that cannot be observed."""
     kind = type(conv)
     plain = kind.forward in (nn.Conv2d.forward, DepthwiseConv2d.forward) and kind._conv_forward is _AS_IT_IS
     if plain or conv.weight.is_meta:
@@ -321,7 +321,7 @@ def _computed(conv: nn.Conv2d) -> Tensor:
     for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
         hooks.clear()
     span = _stages.span(_checks.pair("kernel_size", conv.kernel_size), _checks.pair("dilation", conv.dilation))
-    with _Kept() as kept, contextlib.suppress(TypeError, ValueError, RuntimeError):  # it may want more than a map
+    with _Kept() as kept, contextlib.suppress(TypeError, ValueError, RuntimeError):  # it may need more than one input
         twin(conv.weight.new_zeros(1, conv.in_channels, *span))
     return next((weight for weight in kept.weights if weight.shape == conv.weight.shape), conv.weight)
 
@@ -330,7 +330,7 @@ _AS_IT_IS = nn.Conv2d._conv_forward
 
 
 class _Kept(TorchFunctionMode):
-    """Keeps the kernels of all convolutions that are called."""
+    """Records the kernels of all convolutions that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ def _percent(share: float) -> str:
 
 
 def _common(names: Sequence[str]) -> str:
-    """Return names that differ in numbers alone as one, with * for the numbers that differ."""
+    """Return one name for names that differ only in numbers, with * for the numbers that differ."""
     parts = [set(column) for column in zip(*(re.split(r"(\d+)", name) for name in names), strict=True)]
     return "".join(next(iter(words)) if len(words) == 1 else "*" for words in parts) or "(the model itself)"
 
@@ -376,7 +376,7 @@ def _kept(layers: Sequence[LayerKernel]) -> tuple[list[int], list[float]]:
 
 
 def _widest(layers: Sequence[LayerKernel]) -> list[LayerKernel]:
-    """Return the kernels that span most in their stage: those between stages are another thing."""
+    """Return the widest kernels of each stage, which leaves out those between stages."""
     most: dict[int, int] = {}
     for layer in layers:
         most[layer.stage] = max(most.get(layer.stage, 0), *layer.span)

@@ -1,9 +1,9 @@
-"""The Gaussian masks that GMConv layers have learned: Chen et al., "GMConv", section IV-E and figure 7.
+"""Gaussian masks learned by GMConv layers: Chen et al., "GMConv", section IV-E and figure 7.
 
-How far a mask reaches is given as its **extent** along each axis: the sum of its profile ``exp(-d^2 / (2 sigma^2))``
-over the taps of that axis, which is the side of a kernel without a mask that has as much of it. It lies between 1 (all
-but the nearest tap is gone; 2 for an even side) and the side itself (the mask does nothing). A width at half maximum
-would say nothing of most masks: at the start, sigma 5, that of a 3x3 kernel is 12 taps wide.
+The size of a mask is given as its **extent** along each axis: the sum of its profile ``exp(-d^2 / (2 sigma^2))`` over
+the taps of that axis, the side of an unmasked kernel with the same sum. It ranges from 1 (only the nearest tap is left;
+2 for an even side) to the side itself (no effect). A width at half maximum would not describe most masks: at the start,
+sigma 5, it is 12 taps for a 3x3 kernel.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ class LayerMask:
 
     Attributes:
         name: of the module.
-        stage: from 0; see :func:`widefield.surgery.Anatomy.count_stages`.
+        stage: from 0; see :meth:`widefield.surgery.Anatomy.count_stages`.
         dynamic: whether the mask depends on the image.
         size: (rows, columns) of the kernel in taps.
         dilation: (rows, columns).
-        start: the sigma before training, in taps.
-        sigma: (sigma_x, sigma_y) in taps, along a row and along a column, as the layer reads them (a static layer has
-            one for both); of a dynamic layer the mean over the images.
-        spread: their standard deviations over the images; 0 for a static layer; None for a dynamic one without images.
-        mask: (rows, columns), float64, 1 at the center; of a dynamic layer the mean over the images.
-        extent: (x, y) in taps, see this module; of a dynamic layer the mean over the images.
+        start: sigma before training, in taps.
+        sigma: (sigma_x, sigma_y) in taps, along a row and along a column; a static layer has one value for both. For a
+            dynamic layer, the mean over the images.
+        spread: standard deviations of sigma over the images; 0 for a static layer; None for a dynamic one without
+            images.
+        mask: (rows, columns), float64, 1 at the center; for a dynamic layer, the mean over the images.
+        extent: (x, y) in taps, see this module; for a dynamic layer, the mean over the images.
     """
 
     name: str
@@ -60,7 +61,7 @@ class LayerMask:
 
     @property
     def share(self) -> float:
-        """How much of the kernel the mask leaves: the mean of the mask over the taps, up to 1."""
+        """Share of the kernel that the mask leaves: the mean of the mask over the taps, up to 1."""
         return float(self.mask.mean())
 
 
@@ -70,9 +71,9 @@ class Masks(Result):
 
     title: ClassVar[str] = "Gaussian masks"
     lead: ClassVar[str] = (
-        "Above: the masks that lie over the kernels, mean over the layers of a stage. Below: sigma "
-        "of every layer (filled: along x, open: along y where it differs; bars: standard deviation over images), its "
-        "start as a dotted line, and the share of the kernel that the mask leaves: 1 is a kernel without a mask."
+        "Above: masks of the kernels, mean over the layers of a stage. Below: sigma of every layer (filled: along x, "
+        "open: along y where it differs; bars: standard deviation over images), its start as a dotted line, and the "
+        "share of the kernel that the mask leaves: 1 is a kernel without a mask."
     )
 
     name: str
@@ -103,7 +104,7 @@ class Masks(Result):
     @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, Self]) -> Figure:
-        """Draw the mean mask of each stage, and sigma and the share of the kernels that is left over depth."""
+        """Draw the mean mask of each stage; sigma and the share of the kernels that is left over depth."""
         side = max(max(_span(layer)) for r in results.values() for layer in r.layers)
         tiles = {name: _tiles(result.layers, side) for name, result in results.items()}
         above = _stages.height(tiles)
@@ -134,31 +135,31 @@ def masks(
 ) -> Masks:
     """Read the masks of a model's GMConv layers.
 
-    A static layer (:class:`widefield.nn.GMConv2d`) has one mask. That of a dynamic one
-    (:class:`widefield.nn.DynamicGMConv2d`) depends on the image: with ``images`` mean and spread over them are given,
-    without them the mask of an image that excites no hidden unit of the predictor, which all have before training.
+    A static layer (:class:`widefield.nn.GMConv2d`) has one mask. The mask of a dynamic layer
+    (:class:`widefield.nn.DynamicGMConv2d`) depends on the image: with ``images``, mean and spread over them are
+    returned; without, the mask of an image that activates no hidden unit of the predictor, which is also the mask
+    before training.
 
     Args:
-        model: with layers of GMConv, on any device, in any mode; it is left as it is found.
-        images: (N, C, H, W), or batches of them, normalized; only dynamic layers need them.
+        model: with GMConv layers, on any device, in any mode; left unchanged.
+        images: normalized images (N, C, H, W), or batches of them; used only for dynamic layers.
         batch_size: images at a time.
-        name: what to call the model; its class's name by default.
-        about: facts to keep with the result.
-        progress: show a bar.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Returns:
         The masks, in the order of the modules.
 
     Raises:
-        ValueError: no layer has a mask; no image; or a dynamic layer is not called.
-        TypeError: images that are none.
+        ValueError: no layer has a mask; there are no images; a dynamic layer is not called.
+        TypeError: images have the wrong type.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (GMConv2d, DynamicGMConv2d))}
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no layer under a mask: convert it with widefield.GMConv, and train it. If it "
-            "was reparameterized since, its masks are multiplied into the weights of plain convolutions: read them "
-            "before that."
+            f"{type(model).__name__} has no layer with a mask: convert it with widefield.GMConv, and train it. After "
+            "reparameterization, masks are part of the weights of plain convolutions: read them before."
         )
     _checks.integer("batch_size", batch_size)
     dynamic = {n: layer for n, layer in layers.items() if isinstance(layer, DynamicGMConv2d)}
@@ -176,7 +177,7 @@ def masks(
 
 @torch.no_grad()
 def _of_no_image(layer: GMConv2d | DynamicGMConv2d) -> Tensor:
-    """Return the sigmas (1, 2), along x and y, as the layer reads them without an image; float64, on the CPU."""
+    """Return the sigmas (1, 2), along x and y, that the layer uses without an image; float64, on the CPU."""
     if isinstance(layer, DynamicGMConv2d):
         sigmas = layer._sigmas(layer.predictor.out.bias)
     else:
@@ -187,7 +188,7 @@ def _of_no_image(layer: GMConv2d | DynamicGMConv2d) -> Tensor:
 def _over_images(
     model: nn.Module, layers: Mapping[str, DynamicGMConv2d], images: Any, batch_size: int, progress: bool
 ) -> dict[str, Tensor]:
-    """Return the sigmas (N, 2) that each layer reads for each image."""
+    """Return the sigmas (N, 2) that each layer uses for each image."""
     found: dict[str, list[Tensor]] = {key: [] for key in layers}
 
     def see(key: str, predictor: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -199,18 +200,18 @@ def _over_images(
                 model(part)
     silent = [key for key, sigmas in found.items() if not sigmas]
     if silent:
-        raise ValueError(f"{', '.join(silent)} had no image to look at: the model does not call it.")
+        raise ValueError(f"{', '.join(silent)} saw no image: the model does not call it.")
     return {key: torch.cat(sigmas) for key, sigmas in found.items()}
 
 
 def _layer(name: str, layer: GMConv2d | DynamicGMConv2d, stage: int, sigmas: Tensor, over_images: bool) -> LayerMask:
-    """Return the numbers of a layer, given its sigmas (N, 2)."""
+    """Return the statistics of a layer, given its sigmas (N, 2)."""
     rows, columns = layer.kernel_size
     total, extent = torch.zeros(rows, columns, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for part in sigmas.split(256):
         masks = gaussian_mask(layer.kernel_size, *part.unbind(-1))
         total += masks.sum(0)
-        extent += torch.stack((masks.amax(1).sum(), masks.amax(2).sum()))  # the profile is that of the nearest row
+        extent += torch.stack((masks.amax(1).sum(), masks.amax(2).sum()))  # the profile of the nearest row
     across, down = (extent / len(sigmas)).tolist()
     x, y = sigmas.mean(0).tolist()
     spread = tuple(sigmas.std(0, correction=0).tolist()) if over_images else (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Which expert each image got, how evenly a mixture uses its experts, and whether its router looks at the image at all.
+"""Routing statistics: which experts each image gets, how evenly experts are used, and whether routers read the image.
 
 MoRF (Lian, Yu, Wang 2024), section 4.3 and figure 3.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from widefield import _checks, report
 from widefield.analysis._model import batched, chunks, running, track, visited, watched
 from widefield.analysis._result import Result, plain
-from widefield.analysis._routing import CONSTANT, DEAD, Routing, Variance, collapse
+from widefield.analysis._routing import CONSTANT, DEAD, RoutedImages, Routing, Variance, collapse
 from widefield.analysis._routing_figures import CAPTIONS, DRAWN
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.inputs import pixels
@@ -39,50 +39,21 @@ __all__ = [
 ]
 
 UNKNOWN = -1
-"""Label of an image whose class is not known."""
+"""Label of an image of unknown class."""
 
 
 @dataclass(frozen=True)
-class RoutingStatistics(Result):
-    """Routing of a set of images through every mixture of a model.
-
-    Attributes:
-        blocks: one entry per mixture, in the order of the modules.
-        labels: class of each image, (N,) int64, an index into ``classes``; -1 where it is not known.
-        classes: their names.
-        names: what to call each image.
-    """
-
-    name: str
-    about: Mapping[str, Any]
-    blocks: tuple[Routing, ...]
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    names: tuple[str, ...]
+class RoutingStatistics(RoutedImages, Result):
+    """Routing of a set of images through every mixture of a model."""
 
     title: ClassVar[str] = "Routing"
     lead: ClassVar[str] = (
-        "Which experts the mixtures of a network choose, for which images, and whether their routers look at the "
-        "images at all."
+        "Which experts the mixtures of a network choose for which images, and whether their routers depend on the "
+        "image."
     )
 
-    def by_class(self) -> dict[str, RoutingStatistics]:
-        """Return the statistics of each class that has images, by its name."""
-        members = {name: np.flatnonzero(self.labels == i) for i, name in enumerate(self.classes)}
-        return {name: self.of(images) for name, images in members.items() if len(images)}
-
-    def of(self, images: np.ndarray) -> RoutingStatistics:
-        """Return the statistics of some of the images, by their indices."""
-        return replace(
-            self,
-            about={**self.about, "images": len(images), "labeled": int((self.labels[images] >= 0).sum())},
-            blocks=tuple(block.of(images) for block in self.blocks),
-            labels=self.labels[images],
-            names=tuple(self.names[k] for k in images),
-        )
-
     def to_dict(self) -> dict[str, Any]:
-        """Return every number: of each block its summary, its weights by image, and what depends on the classes."""
+        """Return all numbers: of each block a summary, the weights of each image, and statistics by class."""
         parts = self.by_class()
         blocks = []
         for i, block in enumerate(self.blocks):
@@ -104,10 +75,10 @@ class RoutingStatistics(Result):
         return {"kind": type(self).__name__, **plain({**fields, "blocks": blocks})}
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row a block; experts in the order that ``about`` gives.
+        """Return one row per block; experts in the order given in ``about``.
 
-        The last columns: how much the weights vary over the images (:meth:`Routing.variation`), and how much of that
-        variance the class explains (:attr:`Variance.eta_squared`).
+        The last columns: how much the weights vary over images (:meth:`Routing.variation`), and the share of that
+        variance explained by the class (:attr:`Variance.eta_squared`).
         """
         rows = []
         for block in self.blocks:
@@ -135,19 +106,19 @@ class RoutingStatistics(Result):
 
         Args:
             results: by name.
-            kind: "pies": how often each expert is chosen in each block (the paper's figure 3); "heat": the experts'
-                mean shares of the routing weight, blocks x experts; "classes": by how much these differ for each
-                class from the mean over the classes (of many, the twenty that differ most); "fields": how large a
-                field the images want in each block, and which want the extremes.
+            kind: "pies": how often each expert is chosen in each block (the paper's figure 3). "heat": the experts'
+                mean shares of the routing weight, blocks by experts. "classes": difference of these shares between
+                classes, for up to twenty classes with the largest differences. "fields": field size that the images
+                prefer in each block, and the images with the extremes.
 
         Raises:
-            ValueError: another kind; or "classes", and no image of a result has a label.
+            ValueError: unknown kind; or "classes", and a result has no labeled image.
         """
         return DRAWN[_checks.choice("kind", kind, tuple(DRAWN))](results)
 
     @classmethod
     def figures(cls, results: Mapping[str, RoutingStatistics], **options: Any) -> dict[str, Figure]:
-        """Return all kinds that apply, by caption, whichever kind ``options`` names."""
+        """Return all kinds that apply, by caption, whatever kind ``options`` names."""
         labeled = all((result.labels >= 0).any() for result in results.values())
         return {
             caption: cls.draw(results, **{**options, "kind": kind})
@@ -162,32 +133,31 @@ def routing_statistics(
     *,
     classes: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
+    batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
-    batch_size: int = 8,
     progress: bool = False,
 ) -> RoutingStatistics:
-    """Route images through a model and say which experts of its mixtures they get.
+    """Route images through a model and report which experts of its mixtures they get.
 
-    MoRF (Lian, Yu, Wang 2024), section 4.3. Evaluation mode, hence hard routing without its noise; the model is left
-    as it was found. Only the routing weights are kept, N x n numbers for each mixture.
+    MoRF (Lian, Yu, Wang 2024), section 4.3. The model runs in evaluation mode, so hard routing has no noise. Only
+    routing weights are kept, N x n numbers per mixture.
 
     Args:
-        model: with layers :class:`widefield.nn.MoRFConv2d`, or reparameterized ones.
-        batches: images (N, C, H, W), normalized: one tensor, or batches such as a loader gives: tensors,
-            dictionaries with "image" and, if known, "label", or pairs (images, labels). Labels are integers (N,); -1
-            where the class is not known.
-        classes: their names; default: the numbers.
-        images: what to call each image; default: "image 0" and so on.
-        name: of the model, for tables and figures; default: its class.
-        about: how the images came about, to be kept with the result.
+        model: with :class:`widefield.nn.MoRFConv2d` layers, reparameterized or not; left unchanged.
+        images: normalized images (N, C, H, W), or batches of them: tensors, dictionaries with "image" and optionally
+            "label", or pairs (images, labels). Labels are integers (N,); -1 if unknown.
+        classes: class names. Default: the numbers.
+        names: name of each image. Default: "image 0" and so on.
         batch_size: images at a time; larger batches are split.
-        progress: show a bar.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the model has no mixture, or calls one several times for an image; fewer than two images; a
-            label without a class; names of another number of images; weights that are not finite.
-        TypeError: images or labels of another kind.
+        ValueError: the model has no mixture, or calls one several times per image; there are fewer than two images; a
+            label has no class name; another number of names than images; weights are not finite.
+        TypeError: images or labels have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
     labels: list[Tensor] = []
@@ -227,14 +197,14 @@ def routing_statistics(
 def routing_weights(
     model: nn.Module, images: Tensor | Iterable[Any], *, batch_size: int | None = None
 ) -> list[Routing]:
-    """Return the routing weights of every mixture in a model, without labels: what statistics are made of.
+    """Return the routing weights of every mixture in a model, without labels.
 
     Args:
-        model, batches: as in :func:`routing_statistics`.
-        batch_size: images at a time; None: as they come.
+        model, images: as in :func:`routing_statistics`.
+        batch_size: images at a time; None keeps the given batches.
 
     Raises:
-        ValueError: the model has no mixture, or does not call one; there are no images.
+        ValueError: the model has no mixture or does not call one; there are no images.
     """
     layers = mixtures(model)
     if not layers:
@@ -253,17 +223,17 @@ def routing_weights(
 
 
 def mixtures(model: nn.Module) -> dict[str, MoRFConv2d | FusedMoRFConv2d]:
-    """Return the mixtures of a model by name, reparameterized ones included."""
+    """Return a model's mixtures by name, including reparameterized ones."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (MoRFConv2d, FusedMoRFConv2d))}
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Callable[[], list[Routing]]]:
-    """Watch a model's mixtures while the block runs it.
+    """Record the routing weights of a model's mixtures while the block runs it.
 
     Yields:
-        a function () -> one entry for each mixture that was called so far. The weights stay on their device until
-        then: to fetch those of every batch would make a GPU wait.
+        A function () -> one entry per mixture called so far. Weights stay on their device until then, as copying those
+        of each batch would stall a GPU.
     """
     layers = mixtures(model)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -290,7 +260,7 @@ def recording(model: nn.Module) -> Iterator[Callable[[], list[Routing]]]:
 def _images(batches: Iterable[Any], labels: list[Tensor], classes: Sequence[str] | None) -> Iterator[Tensor]:
     """Yield the images of each batch, and append its labels to ``labels``."""
     for batch in batches:
-        if isinstance(batch, Mapping) and not batch:  # every image of it was left out
+        if isinstance(batch, Mapping) and not batch:  # all of its images were left out
             continue
         images = pixels(batch)
         given = batch.get("label") if isinstance(batch, Mapping) else None

@@ -1,4 +1,4 @@
-"""What a shift of the image does to a model's outputs: consistency (Zhang 2019), and how far they move."""
+"""Translation stability: how a shift of the image changes a model's outputs (Zhang 2019)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIRECTIONS = {"horizontal": (0, 1), "vertical": (1, 0), "diagonal": (1, 1)}
-"""(rows, columns) that one pixel of a shift stands for."""
+"""(rows, columns) of a shift by one pixel."""
 
 SHIFTS = (1, 2, 4, 8, 16, 32)
 
@@ -28,33 +28,32 @@ SHIFTS = (1, 2, 4, 8, 16, 32)
 class TranslationStability(Result):
     """How the outputs of one model change when its images shift.
 
-    The arrays are (directions, shifts, images), in the order of :data:`DIRECTIONS` and of ``shifts``.
+    The arrays are (directions, shifts, images), in the order of :data:`DIRECTIONS` and ``shifts``.
     """
 
     name: str
     about: Mapping[str, Any]
     shifts: tuple[int, ...]
-    """In pixels, rising; a diagonal shift goes that far along both sides."""
+    """In pixels, ascending; a diagonal shift moves that far along both sides."""
     same: np.ndarray
-    """bool: whether the class with the largest score stays."""
+    """bool: whether the class with the largest score stays the same."""
     cosine: np.ndarray
-    """float64: cosine of the angle between the scores before and after."""
+    """float64: cosine similarity of the scores before and after."""
     change: np.ndarray
     """float64: L2 norm of the change of the scores, relative to their norm before."""
     between: float
-    """The same for two different images in place of a shift (root mean square); nan for a single image."""
+    """The same between different images instead of shifts (root mean square); NaN for a single image."""
 
     title = "Translation stability"
     lead = (
-        "Windows of larger images, shifted against one another: how often the class with the largest score stays, and "
-        "how far the scores move relative to their norm. No pixel is made up, but as many columns or rows leave on one "
-        "side as enter on the other. Bars are standard errors over images; below, lines are medians and bands hold the "
-        "middle half of the images; dotted: the change from one image to another in place of a shift. The table has "
-        "means over directions and images."
+        "Shifted windows of larger images: how often the class with the largest score stays the same, and how far the "
+        "scores move relative to their norm. Nothing is padded: as many columns or rows leave on one side as enter on "
+        "the other. Bars are standard errors over images. Below, lines are medians and bands the middle half of the "
+        "images; dotted: the change between different images. The table has means over directions and images."
     )
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row a shift, in pixels: means over images and directions, ± standard errors over images."""
+        """Return one row per shift in pixels: means over images and directions, ± standard errors over images."""
         found = zip(self.shifts, self.same.mean(0) * 100, self.cosine.mean(0), self.change.mean(0), strict=True)
         return [
             {
@@ -71,7 +70,7 @@ class TranslationStability(Result):
     @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, TranslationStability], **options: Any) -> Figure:
-        """Draw consistency and relative change against the shift, a column a direction; takes no options."""
+        """Draw consistency and relative change against the shift, one column per direction; takes no options."""
         if options:
             raise TypeError(f"the figure of translation stability takes no options; got {sorted(options)}.")
         figure = report.blank(report.PAGE, 3.6 + 0.14 * len(results))
@@ -124,25 +123,25 @@ def translation_stability(
 ) -> TranslationStability:
     """Measure how much a classifier's scores change when its images shift by some pixels.
 
-    The model sees windows whose sides are those of the images less the largest shift: first the one in the upper left
-    corner, then those that lie a shift further to the right, down, and both. So nothing is padded or wrapped around;
-    give images larger than the model's own by the largest shift. The share of images whose class stays is the
-    classification consistency of Zhang 2019 ("Making convolutional networks shift-invariant again"), for known shifts
-    in place of random ones. The model is left as it was.
+    The model sees windows whose sides are those of the images minus the largest shift: first the upper left one, then
+    those shifted to the right, down, and both. Nothing is padded or wrapped around, so give images that exceed the
+    model's size by the largest shift. The share of images whose class stays is the classification consistency of Zhang
+    2019 ("Making convolutional networks shift-invariant again"), for given shifts instead of random ones. The model is
+    left unchanged.
 
     Args:
-        model: returns scores (N, classes); of timm, torchvision or one's own.
-        images: (N, C, H, W), or batches of such as loaders give; normalized, all of one size.
-        shifts: in pixels, at least 1 each and less than the images' sides.
+        model: returns scores (N, classes).
+        images: normalized images (N, C, H, W), or batches of them, all of one size.
+        shifts: in pixels, each at least 1 and less than the images' sides.
         batch_size: images at a time.
-        name: what to call the model; None: its type's name.
-        about: how the images came about, for the result to keep.
-        progress: show a bar on the terminal.
+        name: the model's name in tables and figures. Default: its class name.
+        about: facts to store with the result.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: shifts that are empty, repeated, below 1 or too large for the images; outputs that are no
-            (N, classes) or not finite; images of several sizes, or none.
-        TypeError: images, shifts or a batch size of the wrong kind.
+        ValueError: shifts are empty, repeated, below 1 or too large for the images; outputs are not (N, classes) or not
+            finite; images differ in size, or there are none.
+        TypeError: images, shifts or batch size have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
     steps = check_shifts(shifts)
@@ -158,7 +157,7 @@ def translation_stability(
             if min(size) <= steps[-1]:
                 raise ValueError(
                     f"a shift by {steps[-1]} pixels leaves nothing of images of {size} pixels: give larger images, "
-                    f"best the model's own size and the largest shift, or smaller shifts.{turned(model, part.shape)}"
+                    f"ideally the model's size plus the largest shift, or smaller shifts.{turned(model, part.shape)}"
                 )
             found.append(_compared(model, part, steps, spread))
     same, cosine, change = torch.cat(found, -1).numpy()
@@ -181,12 +180,12 @@ def translation_stability(
 
 
 def check_shifts(shifts: Sequence[int]) -> tuple[int, ...]:
-    """Return shifts in rising order; raises TypeError or ValueError for anything but different integers from 1."""
+    """Return shifts in ascending order; raises TypeError or ValueError unless they are distinct integers from 1."""
     if not isinstance(shifts, (Sequence, np.ndarray)):
         raise TypeError(f"shifts must be a sequence of pixels, such as (1, 2, 4); got {shifts!r}.")
     steps = sorted(_checks.integer("every entry of shifts", shift) for shift in shifts)
     if not steps or len(set(steps)) < len(steps):
-        raise ValueError(f"shifts must be different numbers of pixels, such as (1, 2, 4); got {tuple(shifts)!r}.")
+        raise ValueError(f"shifts must be distinct numbers of pixels, such as (1, 2, 4); got {tuple(shifts)!r}.")
     return tuple(steps)
 
 
@@ -196,7 +195,7 @@ def _compared(model: nn.Module, images: Tensor, steps: Sequence[int], spread: _S
 
     def scores(down: int, right: int) -> Tensor:
         window = images[:, :, down : down + height, right : right + width].contiguous()
-        return logits(model, window, images).cpu().double()  # there are devices without float64
+        return logits(model, window, images).cpu().double()  # some devices lack float64
 
     before = scores(0, 0)
     spread.add(before)
@@ -207,7 +206,7 @@ def _compared(model: nn.Module, images: Tensor, steps: Sequence[int], spread: _S
         for step in steps:
             after = scores(down * step, right * step)
             same = before.argmax(1) == after.argmax(1)
-            # Scores of nothing but zeros have no direction; unchanged, they are as stable as any.
+            # All-zero scores have no direction; unchanged scores count as fully similar.
             cosine = torch.cosine_similarity(before, after).masked_fill((before == after).all(1), 1)
             distance = (after - before).norm(dim=1)
             change = torch.where(distance > 0, distance / norm, 0)
@@ -217,7 +216,7 @@ def _compared(model: nn.Module, images: Tensor, steps: Sequence[int], spread: _S
 
 
 class _Spread:
-    """Distances between the scores of different images, from sums alone."""
+    """Distances between the scores of different images, from running sums."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -227,7 +226,7 @@ class _Spread:
         self.squares = 0.0
 
     def add(self, scores: Tensor) -> None:
-        # Measured from the first image's scores: what all images have in common would cancel with few digits left.
+        # Relative to the first image's scores, as a common offset would lose digits.
         origin = scores[0] if self.origin is None else self.origin
         away = scores - origin
         total = away.sum(0)
@@ -237,7 +236,7 @@ class _Spread:
         self.squares += float(away.square().sum())
 
     def distance(self) -> float:
-        """Return the root mean square distance of two different images' scores, relative to that of their norms."""
+        """Return the root mean square distance between different images' scores, relative to that of their norms."""
         if self.count < 2 or self.total is None or not self.norms:
             return float("nan")
         deviations = self.squares - float(self.total.square().sum()) / self.count

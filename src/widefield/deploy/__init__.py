@@ -4,6 +4,7 @@ from widefield.deploy._trace import ROUTING
 from widefield.deploy.export import PACKAGES, Check, Export, export
 from widefield.deploy.info import ModelInfo
 from widefield.deploy.quantize import LOSSY, NOISY, Flips, Quantization, QuantizedKernel, RoundedLayer, quantize
+from widefield.deploy.record import Deployed
 from widefield.deploy.runtime import FORMATS, Runtime, load
 from widefield.deploy.throughput import Speed, measure_throughput
 
@@ -14,6 +15,7 @@ __all__ = [
     "PACKAGES",
     "ROUTING",
     "Check",
+    "Deployed",
     "Export",
     "Flips",
     "ModelInfo",

@@ -1,4 +1,4 @@
-"""Models as files that run without widefield, each proven to be the model that it was made from."""
+"""Export models to files that run without widefield, verified against the model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,19 @@ from widefield.deploy._onnx import to_onnx
 from widefield.deploy._others import first_line
 from widefield.deploy._trace import DYNAMIC, bare, prepared, traced
 from widefield.deploy.info import INFO, ModelInfo, collected, to_texts
+from widefield.deploy.record import Deployed, input_of
 from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
+from widefield.surgery import inputs
 from widefield.surgery.compare import Tally
-from widefield.surgery.inputs import batches, example_input, pixels
+from widefield.surgery.inputs import Example, batches, pixels
 from widefield.surgery.walk import begin, copied, unmerged
 
 log = logging.getLogger(__name__)
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino": ("onnx", "openvino")}
-"""What writes and runs a format, beside PyTorch."""
+"""Packages besides PyTorch that write and run a format."""
 
 BATCHES = (1, 3, 8)
 """Batch sizes at which a graph with a dynamic batch is verified."""
@@ -42,84 +44,72 @@ BATCHES = (1, 3, 8)
 
 @dataclass(frozen=True)
 class Check:
-    """An exported model beside the one that it was made from, on batches of one shape."""
+    """The difference between an exported model and its source, on batches of one shape."""
 
     shape: tuple[int, ...]
     """(N, C, H, W)."""
     images: int
-    """In all batches of this shape."""
+    """Number of images in all batches of this shape."""
     max_abs: float
     """Largest absolute difference of any output."""
     relative: float
-    """``max_abs`` in units of the largest absolute value of the model's outputs."""
+    """``max_abs`` divided by the largest absolute value of the model's outputs."""
     agreement: float | None
-    """Share of the images with the same largest output; None where the output is not (N, classes)."""
+    """Share of images with the same top class; None unless the output is (N, classes)."""
 
 
-@dataclass(frozen=True)
-class Export:
-    """What was exported, and the proof: the JSON file that stands beside an export."""
+@dataclass(frozen=True, kw_only=True)
+class Export(Deployed):
+    """An exported model and its verification.
+
+    Attributes:
+        model: name of the model.
+        format: "onnx", "pt2" or "openvino".
+        routing: form of the layers whose kernel depends on the image; None if there are none.
+        operators: operator -> number of occurrences in the graph.
+        checks: one per shape of images.
+        tolerance: largest relative difference allowed; a larger one is an error, and nothing is written.
+        images: which images were compared.
+        throughput: timings of the file and the model, if requested.
+    """
 
     model: str
     format: str
-    path: str
-    """Of the file to load, relative to the folder of this report."""
-    files: Mapping[str, str]
-    """Every file of the export -> its SHA-256."""
-    bytes: int
-    input: Mapping[str, Any]
-    """name, dtype, the example's shape, what of it may change; and size, mean and std as of
-    :class:`widefield.deploy.ModelInfo`, None where they are not known."""
-    outputs: tuple[str, ...]
-    """Names, in order: keys of the model's dicts, "output" where there are none; of an archive none is known."""
     routing: str | None
-    """The form, or forms, of layers whose kernel depends on the image; None where there are none."""
     operators: Mapping[str, int]
-    """Operator -> how often it occurs in the graph."""
     checks: tuple[Check, ...]
     tolerance: float
-    """Largest relative difference allowed; one above it, and there would be no export."""
     images: str
-    """What it was verified on."""
     throughput: Sequence[Speed]
-    """The file beside the model, where that was asked for."""
-    environment: Mapping[str, str]
-    """Machine, versions, date."""
-    classes: tuple[str, ...] | None = None
-    """Names of the model's outputs, in order; None where they are not known."""
 
     @property
     def relative(self) -> float:
         """The largest relative difference of all checks."""
         return max(check.relative for check in self.checks)
 
-    def __str__(self) -> str:
-        """Say it in a clause."""
+    def summary(self) -> str:
+        """Return size and largest difference in one line."""
         return f"{self.path}: {self.bytes / 2**20:.1f} MiB, within {self.relative:.1e} of the model"
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row for each check."""
+        """Return one row per check."""
         return [
             {
                 "file": self.path,
                 "images": "x".join(map(str, check.shape)),
-                "of them": str(check.images),
+                "count": str(check.images),
                 "largest difference": f"{check.max_abs:.1e}",
-                "of scale": f"{check.relative:.1e}",
+                "relative": f"{check.relative:.1e}",
                 "top-1 agreement": "-" if check.agreement is None else f"{100 * check.agreement:.4g} %",
             }
             for check in self.checks
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        return {**asdict(self), "checks": [{**asdict(check), "shape": list(check.shape)} for check in self.checks]}
-
 
 def export(
     model: nn.Module,
     path: str | Path,
-    example: Tensor | None = None,
+    example_input: Example | None = None,
     *,
     routing: str = "branches",
     dynamic: Sequence[str] = ("batch",),
@@ -130,41 +120,42 @@ def export(
     classes: Sequence[str] | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     info: ModelInfo | None = None,
-    report: Callable[[Export], object] | None = None,
 ) -> Export:
-    """Write a model to a file that runs without widefield, verify it, and write the proof beside it (PATH.json).
+    """Write a model to a file that runs without widefield, verify it, and write the record next to it (PATH.json).
 
-    What is written is the model as it is: call :func:`widefield.reparameterize` first, and perhaps
-    :func:`widefield.specialize` and :func:`widefield.trim`. Convolutions are plain Conv nodes, whatever operator
-    computes them here. The file is loaded and run on fresh images beside the model, at batches of 1, 3 and 8 where the
-    batch is dynamic, and at a second size where that is; it appears if it passes, and not at all otherwise.
+    The model is written as it is: call :func:`widefield.reparameterize` first, and optionally
+    :func:`widefield.specialize` and :func:`widefield.trim`. Convolutions become plain Conv nodes, whatever operator
+    computes them here. The file is loaded and compared with the model on noise: at batch sizes 1, 3 and 8 if the batch
+    is dynamic, and at a second image size if that is. The file is written only if verification passes.
 
     Args:
-        model: in evaluation mode, float32; untouched.
-        path: ``.onnx``, ``.pt2`` (torch.export's archive) or ``.xml`` (OpenVINO, with a ``.bin`` beside it).
-        example: (N, C, H, W). Default: as :func:`widefield.reparameterize` makes one up.
+        model: in evaluation mode, float32; not modified.
+        path: ``.onnx``, ``.pt2`` (an archive of torch.export) or ``.xml`` (OpenVINO, with a ``.bin`` next to it).
+        example_input: (N, C, H, W), or its size: 224, (H, W), (C, H, W) or (N, C, H, W). Default: as in
+            :func:`widefield.surgery.inputs.example_input`.
         routing: form of layers whose kernel depends on the image, "branches" or "per-sample"; see
-            :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model.
-        dynamic: which sizes may change: "batch", "size" (height and width), both or neither.
-        loader: images to verify on besides noise, of any size that the graph takes; see
+            :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model first.
+        dynamic: sizes that may change: "batch", "size" (height and width), both or neither.
+        loader: further images to verify on, of any size the graph accepts; see
             :func:`widefield.surgery.inputs.batches`.
-        tolerance: largest difference allowed, in units of the largest absolute output.
-        opset: ONNX operator set; default: that of torch's exporter.
-        throughput: batch sizes at which the file is timed beside the model, eager and compiled by torch.compile, in
-            turns: some seconds each.
-        classes: names of the outputs, in order. They go into the file and the report, as do the next two.
-        normalization: mean and standard deviation of each channel, with which images in [0, 1] are to be normalized.
-        info: the same and the size of the images, for what the two arguments above do not say, such as
-            ``ModelInfo.from_weights(ResNet50_Weights.DEFAULT)`` for models of torchvision. What nothing says is taken
-            from timm's configuration of the model, and is None where there is none.
-        report: called once with what is returned: ``print``, or the ``append`` of a list.
+        tolerance: largest difference allowed, relative to the largest absolute output.
+        opset: ONNX operator set. Default: that of torch's exporter.
+        throughput: batch sizes at which to time the file and the model, eager and compiled; some seconds each.
+        classes: class names in the order of the scores; stored in the file and the record, like the next two.
+        normalization: mean and standard deviation of each channel, for images in [0, 1].
+        info: normalization, classes and image size together, such as
+            ``ModelInfo.from_weights(ResNet50_Weights.DEFAULT)`` for torchvision. The two arguments above take
+            precedence. Default: timm's configuration of the model, or None.
+
+    Returns:
+        The record. ``str()`` and notebooks show it; :meth:`Export.to_dict` is the JSON file.
 
     Raises:
-        RuntimeError: the model is in training mode; or the file does not compute what the model does.
-        TypeError: parameters that are not float32; a report that cannot be called.
-        ValueError: another suffix, an unknown word; a model that cannot be traced, or not with these dynamic sizes; an
-            operator without a form in this format. The message names it.
-        OSError: the path cannot be written to.
+        RuntimeError: the model is in training mode, or the file does not compute the same as the model.
+        TypeError: parameters are not float32.
+        ValueError: unknown suffix or option; the model cannot be traced, or not with these dynamic sizes; an operator
+            has no form in this format, in which case the message names it.
+        OSError: the path cannot be written.
         ModuleNotFoundError: OpenVINO is not installed.
     """
     path = Path(path)
@@ -172,59 +163,61 @@ def export(
     model = bare(model)
     dynamic = tuple(sorted({_checks.choice("every entry of dynamic", size, DYNAMIC) for size in _words(dynamic)}))
     tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
-    begin(model, "an export holds the evaluation-mode function", report)
+    begin(model, "an export holds the evaluation-mode function", None)
     if format == "openvino":
         import_openvino()
     twin = prepared(model, routing, format)
-    with contextlib.suppress(ValueError):  # what cannot be merged is exported as it is
-        left = unmerged(model)
-        if left:
-            log.warning("exported as they train are %d layers (%s, ...): reparameterize first.", len(left), left[0])
+    _warn_unmerged(model)
     reference = copied(model).cpu()
-    x = _example(reference, example)
+    x = _example(reference, example_input)
     info = collected(
         model, x.shape, outputs_of(reference, x), classes=classes, normalization=normalization, info=info,
         fixed="size" not in dynamic,
     )  # fmt: skip
-    times = [_checks.integer("every entry of throughput", count) for count in throughput]
-    if times and "batch" not in dynamic and set(times) != {len(x)}:
-        raise ValueError(f"the batch is fixed to {len(x)}, and cannot be timed at throughput={tuple(throughput)}.")
+    times = _times(throughput, dynamic, len(x))
     given = () if loader is None else (found for found, _ in batches(loader, reference))
     with staged(path.parent) as stage:
         with torch.no_grad():
             operators = _write(twin, x, stage / path.name, format, dynamic, opset, info)
         exported = load(stage / path.name)
-        checks = _checked(reference, exported, chain(_fresh(x, dynamic), given))
-        worst = max(checks, key=lambda check: check.relative)
-        if not worst.relative <= tolerance:
-            raise RuntimeError(
-                f"the {format} file does not compute what the model does: on images of {worst.shape} outputs differ by "
-                f"{worst.relative:.2e} of their scale, more than tolerance={tolerance:.0e}. Nothing was written."
-            )
-        files = {part.name: checksum(part) for part in sorted(stage.iterdir())}
+        checks = _verified(reference, exported, chain(_fresh(x, dynamic), given), tolerance)
         done = Export(
-            model=_name(model),
-            format=format,
             path=path.name,
-            files=files,
+            files={part.name: checksum(part) for part in sorted(stage.iterdir())},
             bytes=sum(part.stat().st_size for part in stage.iterdir()),
             input=input_of(x.shape, dynamic, info),
             outputs=exported.outputs,
+            classes=info.classes,
+            environment=bench.environment(beside=PACKAGES[format]),
+            model=_name(model),
+            format=format,
             routing=_routing(model, routing),
             operators=dict(sorted(operators.items())),
             checks=checks,
             tolerance=tolerance,
             images="noise" if loader is None else "noise, and images given",
             throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
-            environment=bench.environment(beside=PACKAGES[format]),
-            classes=info.classes,
         )
-        write_report(stage / f"{path.name}.json", done.to_dict())
-    if format == "onnx" and f"{path.name}.data" not in files:  # weights of a larger model that stood here
+        done.write(stage)
+    if format == "onnx" and f"{path.name}.data" not in done.files:  # weights of a larger model that was here before
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-    if report is not None:
-        report(done)
     return done
+
+
+def _warn_unmerged(model: nn.Module) -> None:
+    with contextlib.suppress(ValueError):  # layers that cannot be merged are exported as they are
+        left = unmerged(model)
+        if left:
+            log.warning(
+                "%d layers are exported in their training form (%s, ...): reparameterize first.", len(left), left[0]
+            )
+
+
+def _times(throughput: Sequence[int], dynamic: Sequence[str], fixed: int) -> list[int]:
+    times = [_checks.integer("every entry of throughput", count) for count in throughput]
+    if times and "batch" not in dynamic and set(times) != {fixed}:
+        raise ValueError(f"the batch size is fixed to {fixed}, so throughput={tuple(throughput)} cannot be timed.")
+    return times
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> int | None:
@@ -234,30 +227,18 @@ def outputs_of(model: nn.Module, x: Tensor) -> int | None:
     return found[0].shape[1] if len(found) == 1 and found[0].ndim > 1 else None
 
 
-def input_of(shape: Sequence[int], dynamic: Sequence[str], info: ModelInfo) -> dict[str, Any]:
-    """Return what a report says of the input."""
-    told = info.to_dict()
-    about = {name: told[name] for name in ("size", "mean", "std")}
-    return {"name": "images", "dtype": "float32", "shape": list(shape), "dynamic": list(dynamic), **about}
-
-
-def write_report(path: Path, told: Mapping[str, Any]) -> None:
-    """Write JSON; raises ValueError for numbers that it does not know."""
-    path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _example(model: nn.Module, given: Tensor | None) -> Tensor:
-    """Return an example that the model runs on, on the CPU."""
-    x = example_input(model) if given is None else pixels(given).detach().cpu()
+def _example(model: nn.Module, given: Example | None) -> Tensor:
+    """Return an example input that the model runs on, on the CPU."""
+    x = pixels(inputs.example_input(model, given)).detach().cpu()
     if x.dtype != torch.float32 or not len(x):
-        raise ValueError(f"the example must hold float32 images; got {tuple(x.shape)} of {x.dtype}.")
+        raise ValueError(f"example_input must hold float32 images; got {tuple(x.shape)} of {x.dtype}.")
     if given is None:
         try:
             with torch.no_grad():
                 model(x)
         except Exception as error:
             raise ValueError(
-                f"the model does not run on the example made up for it, {tuple(x.shape)}: pass example=."
+                f"the model does not run on a made-up input of {tuple(x.shape)}: pass example_input."
             ) from error
     return x
 
@@ -310,13 +291,21 @@ def _fresh(x: Tensor, dynamic: Sequence[str]) -> Iterator[Tensor]:
             yield torch.randn(batch, channels, rows, columns, generator=generator)
 
 
-def _checked(model: nn.Module, exported: Runtime, images: Iterable[Tensor]) -> tuple[Check, ...]:
+def _verified(model: nn.Module, exported: Runtime, images: Iterable[Tensor], tolerance: float) -> tuple[Check, ...]:
+    """Compare an exported model with its source; raises RuntimeError if they differ by more than the tolerance."""
     tallies: dict[tuple[int, ...], Tally] = {}
     with torch.no_grad():
         for x in images:
             tallies.setdefault(tuple(x.shape), Tally()).add(model(x), exported(x))
     changes = {shape: tally.difference() for shape, tally in tallies.items()}
-    return tuple(Check(shape, c.images, c.max_abs, c.relative, c.agreement) for shape, c in changes.items())
+    checks = tuple(Check(shape, c.images, c.max_abs, c.relative, c.agreement) for shape, c in changes.items())
+    worst = max(checks, key=lambda check: check.relative)
+    if not worst.relative <= tolerance:
+        raise RuntimeError(
+            f"the {exported.format} file does not compute the same as the model: on images of {worst.shape} outputs "
+            f"differ by {worst.relative:.2e} of their scale, more than tolerance={tolerance:.0e}. Nothing was written."
+        )
+    return checks
 
 
 def _name(model: nn.Module) -> str:

@@ -11,8 +11,8 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from widefield.deploy import _balance, _graph, _int8
 from widefield.deploy._ablation import Ablation
 from widefield.deploy._onnx import output_names, to_onnx
 from widefield.deploy._trace import bare, prepared, traced
-from widefield.deploy.export import PACKAGES, input_of, outputs_of, write_report
+from widefield.deploy.export import PACKAGES, outputs_of
 from widefield.deploy.info import ModelInfo, collected, to_texts
+from widefield.deploy.record import Deployed, input_of
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
 from widefield.surgery.compare import Difference, Tally
@@ -86,25 +87,25 @@ class Flips:
     """Share of images whose largest routing weight (soft) or set of chosen experts (hard) is another."""
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """What became of a model in 8 bits: the JSON file that stands beside it."""
+@dataclass(frozen=True, kw_only=True)
+class Quantization(Deployed):
+    """A model in 8 bits, compared with its float32 form.
 
-    path: str
-    files: dict[str, str]
+    Attributes:
+        bytes_before: size of the float32 ONNX model.
+        calibration: how activation ranges were read off.
+        change: difference between the int8 and the float32 model on the images given.
+        flips: how often the routing of each mixture changes.
+        kernels: effect of rounding on each weight.
+        layers: effect of rounding each layer alone, in the order of the graph; empty if not measured.
+    """
+
     bytes_before: int
-    bytes_after: int
     calibration: str
     change: Difference
-    """The int8 model against the one in float32, over the images given."""
     flips: tuple[Flips, ...]
     kernels: tuple[QuantizedKernel, ...]
     layers: tuple[RoundedLayer, ...]
-    """In the order of the graph; empty where they were not compared."""
-    input: dict[str, Any]
-    """As of :class:`widefield.deploy.Export`."""
-    classes: tuple[str, ...] | None
-    environment: dict[str, str]
 
     @property
     def by_change(self) -> tuple[RoundedLayer, ...]:
@@ -153,15 +154,11 @@ class Quantization:
             for layer in self.by_change[:count]
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """Say it in a clause."""
+    def summary(self) -> str:
+        """Return sizes and the change of outputs in one line."""
         parts = [
-            f"{self.path}: {self.bytes_before / 2**20:.1f} to {self.bytes_after / 2**20:.1f} MiB",
-            str(self.change),
+            f"{self.path}: {self.bytes_before / 2**20:.1f} to {self.bytes / 2**20:.1f} MiB",
+            self.change.summary(),
         ]
         if self.flip_rate is not None:
             parts.append(f"routing flips for {self.flip_rate:.2%}")
@@ -176,7 +173,7 @@ def quantize(
     path: str | Path,
     loader: Iterable[Any],
     *,
-    images: Iterable[Any] | None = None,
+    images: Tensor | Iterable[Any] | None = None,
     calibration: str = "minmax",
     outliers: str = "warn",
     keep: Sequence[str] = (),
@@ -186,38 +183,39 @@ def quantize(
     classes: Sequence[str] | None = None,
     normalization: tuple[Sequence[float], Sequence[float]] | None = None,
     info: ModelInfo | None = None,
-    report: Callable[[Quantization], object] | None = None,
 ) -> Quantization:
-    """Write an int8 ONNX model, measured against the one in float32, and the report beside it (PATH.json).
+    """Write an int8 ONNX model, compare it with the float32 model, and write the record next to it (PATH.json).
 
-    What an activation cuts off, or does not tell apart, is cut off before rounding, and the mean error of rounded
-    weights is taken out of the biases after it (Nagel et al., ICCV 2019, section 4.2).
+    Activation ranges that a later clamp makes unreachable are removed before rounding. The mean error of rounded
+    weights is subtracted from the biases (Nagel et al., ICCV 2019, section 4.2).
 
     Args:
-        model: in evaluation mode, reparameterized, float32; untouched.
+        model: in evaluation mode, reparameterized, float32; not modified.
         path: ``.onnx``.
-        loader: calibration images, some hundreds, as in training but not augmented; all of one size. See
+        loader: calibration images, some hundreds, preprocessed as in training but not augmented; all of one size. See
             :func:`widefield.surgery.inputs.batches`.
-        images: what to measure on, with labels if the accuracy is to be known. Default: ``loader``, which flatters.
-        calibration: how the range of activations is read off: "minmax", "entropy" or "percentile" (99.999).
-        outliers: what to do about kernels of which less than 30 dB are left (:data:`NOISY`): "warn", "refuse", or leave
-            those layers in "float".
-        keep: names of layers to leave in float32, as the report has them.
-        equalize: scale the channels between two convolutions to a like size first (the same, section 4.1). It helps
-            where small channels stand beside large ones, and needs calibration images as varied as those to come:
-            others saturate. Measure it on held-out ``images``.
-        compare_layers: on how many images to measure what the rounding of each layer alone costs: as many runs of the
-            model for every layer. 0: do not.
-        reduce_range: weights in 7 bits, for x86 processors before VNNI, whose sums of byte products saturate.
-        classes, normalization, info: as of :func:`widefield.deploy.export`.
-        report: called once with what is returned: ``print``, or the ``append`` of a list.
+        images: images to compare on, with labels for accuracies. Default: ``loader``, which gives optimistic results.
+        calibration: how activation ranges are read off: "minmax", "entropy" or "percentile" (99.999).
+        outliers: treatment of kernels that keep less than 30 dB (:data:`NOISY`): "warn", "refuse", or leave those
+            layers in "float".
+        keep: names of layers to leave in float32, as in the record.
+        equalize: first scale the channels between two convolutions to similar sizes (the same paper, section 4.1).
+            This helps where small channels stand next to large ones. It needs calibration images as varied as those in
+            use, or activations saturate: compare on held-out ``images``.
+        compare_layers: number of images on which to measure the effect of rounding each layer alone; this takes as
+            many runs per layer. 0: skip.
+        reduce_range: 7-bit weights, for x86 processors without VNNI, whose sums of byte products saturate.
+        classes, normalization, info: see :func:`widefield.deploy.export`.
+
+    Returns:
+        The record. ``str()`` and notebooks show it; :meth:`Quantization.to_dict` is the JSON file.
 
     Raises:
         RuntimeError: the model is in training mode.
-        ValueError: layers that are not merged yet, another suffix, an unknown word or layer, a model that cannot be
-            exported or quantized; with ``outliers="refuse"`` kernels that have some, each with its figure.
-        TypeError: parameters that are not float32, a loader that is an iterator, or a report that cannot be called.
-        OSError: the path cannot be written to.
+        ValueError: unmerged layers, unknown suffix, option or layer; the model cannot be exported or quantized; with
+            ``outliers="refuse"``, kernels with outliers, each with its figure.
+        TypeError: parameters are not float32, or the loader is an iterator.
+        OSError: the path cannot be written.
     """
     path = Path(path)
     _checks.choice("the suffix of path", path.suffix, (".onnx",))
@@ -225,11 +223,11 @@ def quantize(
     _checks.choice("outliers", outliers, OUTLIERS)
     compare_layers = _checks.integer("compare_layers", compare_layers, minimum=0)
     model = bare(model)
-    begin(model, "what is rounded is the evaluation-mode function", report)
+    begin(model, "what is rounded is the evaluation-mode function", None)
     twin = prepared(model, "branches", "onnx")
     left = unmerged(model)
     if left:
-        raise ValueError(f"{left[0]} is not merged, and is to be rounded as it computes: call reparameterize first.")
+        raise ValueError(f"{left[0]} is not merged, and layers are rounded as they compute: call reparameterize first.")
     x = next(batches(loader, twin))[0]
     probe, reference = _Probe(twin), copied(model).cpu()
     info = collected(
@@ -237,6 +235,7 @@ def quantize(
         fixed=True,
     )  # fmt: skip
     shown = _Shown(loader, twin)
+    measured = loader if images is None else [images] if isinstance(images, Tensor) else images
     with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
         first, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():
@@ -252,29 +251,27 @@ def quantize(
         rounded = _graph.read(written)
         _balance.correct(plain, rounded, shown)
         _graph.write(rounded, written)
-        measured = loader if images is None else images
         change, flips = _measured(reference, probe, load(written), measured)
         layers = _compared(plain, rounded, _Shown(measured, twin), compare_layers, probe.outputs)
         _int8.drop_outputs(written, names)
         _graph.annotate(written, to_texts(info))
         done = Quantization(
-            path.name,
-            {part.name: checksum(part) for part in sorted(stage.iterdir())},
-            _bytes(Path(elsewhere)),
-            _bytes(stage),
-            calibration,
-            change,
-            flips,
-            kernels,
-            layers,
-            input_of(x.shape, ("batch",), info),
-            info.classes,
-            bench.environment(beside=PACKAGES["onnx"]),
+            path=path.name,
+            files={part.name: checksum(part) for part in sorted(stage.iterdir())},
+            bytes=_bytes(stage),
+            input=input_of(x.shape, ("batch",), info),
+            outputs=tuple(names),
+            classes=info.classes,
+            environment=bench.environment(beside=PACKAGES["onnx"]),
+            bytes_before=_bytes(Path(elsewhere)),
+            calibration=calibration,
+            change=change,
+            flips=flips,
+            kernels=kernels,
+            layers=layers,
         )
-        write_report(stage / f"{path.name}.json", done.to_dict())
+        done.write(stage)
     _warn(done)
-    if report is not None:
-        report(done)
     return done
 
 

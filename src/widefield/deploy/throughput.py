@@ -20,7 +20,7 @@ class Speed:
 
     way: str
     """"eager", "compiled" (torch.compile), or a format."""
-    batch: int
+    batch_size: int
     images_per_second: float | None
     milliseconds: tuple[float, float, float] | None
     """Of one batch: 20th, 50th and 80th percentile."""
@@ -32,26 +32,32 @@ class Speed:
         times = "-" if self.milliseconds is None else "{1:.2f} ({0:.2f}-{2:.2f})".format(*self.milliseconds)
         return {
             "way": self.way,
-            "batch": str(self.batch),
+            "batch": str(self.batch_size),
             "images/s": self.note if self.images_per_second is None else f"{self.images_per_second:.1f}",
             "ms a batch (p20-p80)": times,
         }
 
 
 def measure_throughput(
-    model: nn.Module, exported: Runtime, example: Tensor, batch: int, *, compiled: bool = True, repeats: int = 9
+    model: nn.Module,
+    exported: Runtime,
+    example_input: Tensor,
+    batch_size: int,
+    *,
+    compiled: bool = True,
+    repeats: int = 9,
 ) -> list[Speed]:
     """Time a model, the same under torch.compile, and an exported one, in turns, all with PyTorch's number of threads.
 
     Args:
         model: in evaluation mode; a copy of it runs on the CPU.
         exported: see :func:`widefield.deploy.load`.
-        example: (N, C, H, W); its size is that of the images.
-        batch: images at a time.
+        example_input: (N, C, H, W); its size is that of the images.
+        batch_size: images at a time.
         compiled: time ``torch.compile`` too, which takes its time to compile first.
         repeats: timings of each.
     """
-    x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch_size, *example_input.shape[1:], generator=torch.Generator().manual_seed(0))
     model = copied(model).cpu()
     calls: dict[str, Callable[[], object]] = {"eager": _without_gradients(model, x)}
     missing: dict[str, str] = {}
@@ -66,9 +72,10 @@ def measure_throughput(
     calls[exported.format] = lambda: exported(x)
     rows = bench.measure(calls, repeats=repeats, shortest_s=0.1)
     found = [
-        Speed(way, batch, batch / row.p50, (1e3 * row.p20, 1e3 * row.p50, 1e3 * row.p80)) for way, row in rows.items()
+        Speed(way, batch_size, batch_size / row.p50, (1e3 * row.p20, 1e3 * row.p50, 1e3 * row.p80))
+        for way, row in rows.items()
     ]
-    return found + [Speed(way, batch, None, None, note) for way, note in missing.items()]
+    return found + [Speed(way, batch_size, None, None, note) for way, note in missing.items()]
 
 
 def _without_gradients(model: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:

@@ -1,49 +1,24 @@
 """Backbones, registered in timm by importing this package."""
 
-from importlib import import_module
+from widefield.models import mobilenetv2_lk as mobilenetv2_lk
+from widefield.models._registry import Stated as Stated
+from widefield.models.hornet import HorNet as HorNet
+from widefield.models.internimage import InternImage as InternImage
+from widefield.models.internimage import InternImageH as InternImageH
+from widefield.models.metaformers import MetaFormer as MetaFormer
+from widefield.models.moganet import MogaNet as MogaNet
+from widefield.models.morf import MoRFConvNeXt as MoRFConvNeXt
+from widefield.models.morf import MoRFResNet as MoRFResNet
+from widefield.models.replknet import RepLKNet as RepLKNet
+from widefield.models.resnet_cifar import CifarResNet as CifarResNet
+from widefield.models.slak import SLaK as SLaK
+from widefield.models.unireplknet import UniRepLKNet as UniRepLKNet
+from widefield.models.van import VAN as VAN
 
-from widefield.models._registry import Stated
-from widefield.models.hornet import HorNet
-from widefield.models.internimage import InternImage, InternImageH
-from widefield.models.metaformers import MetaFormer
-from widefield.models.moganet import MogaNet
-from widefield.models.morf import MoRFConvNeXt, MoRFResNet
-from widefield.models.replknet import RepLKNet
-from widefield.models.slak import SLaK
-from widefield.models.unireplknet import UniRepLKNet
-from widefield.models.van import VAN
+_FAMILIES = {name: module for name, module in sorted(globals().items()) if hasattr(module, "STATED")}
 
-__all__ = [
-    "VAN",
-    "HorNet",
-    "InternImage",
-    "InternImageH",
-    "MetaFormer",
-    "MoRFConvNeXt",
-    "MoRFResNet",
-    "MogaNet",
-    "RepLKNet",
-    "SLaK",
-    "Stated",
-    "UniRepLKNet",
-]
+MODULES = tuple(_FAMILIES)
+"""Names of the modules here that register networks, one family each; timm knows networks by their module."""
 
-MODULES = (
-    "hornet",
-    "internimage",
-    "metaformers",
-    "mobilenetv2_lk",
-    "moganet",
-    "morf",
-    "replknet",
-    "resnet_cifar",
-    "slak",
-    "unireplknet",
-    "van",
-)
-"""The files here, by which timm knows whose models are whose."""
-
-STATED: dict[str, Stated] = {
-    name: stated for file in MODULES for name, stated in import_module(f"{__name__}.{file}").STATED.items()
-}
-"""Name of a model -> what its paper or repository says of it."""
+STATED: dict[str, Stated] = {name: stated for module in _FAMILIES.values() for name, stated in module.STATED.items()}
+"""Name of a network -> what its paper or repository states about it."""

@@ -140,6 +140,7 @@ class InternImage(Backbone):
     before the classifier; the official code has it after the stem and in the MLPs, where no configuration uses it.
 
     Args:
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
         depths, widths: blocks and channels of each stage.
         groups: of each stage's deformable convolutions.
         mlp_ratio: hidden width of the MLPs by that of the stage.
@@ -152,7 +153,6 @@ class InternImage(Backbone):
         norms_after: blocks of the third stage that are followed by a norm, by index from 0 (InternImage-H).
         offset_scale, dw_kernel_size, center_feature_scale, remove_center, backend: of
             :class:`widefield.nn.deform.DCNv3`. With ``center_feature_scale`` every stage ends in a norm.
-        kwargs: of :class:`widefield.models._backbone.Backbone`.
 
     Raises:
         TypeError, ValueError: as many depths, widths and groups are not given; numbers out of range; unknown words;
@@ -161,14 +161,17 @@ class InternImage(Backbone):
 
     def __init__(
         self,
-        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         depths: Sequence[int] = (4, 4, 18, 4),
         widths: Sequence[int] = (64, 128, 256, 512),
         groups: Sequence[int] = (4, 8, 16, 32),
         mlp_ratio: float = 4.0,
         norms: str = "pre",
         layer_scale_init: float | None = None,
-        drop_path_rate: float = 0.0,
         drop_path_type: str = "linear",
         head_factor: float = 1.5,
         norms_after: Sequence[int] = (),
@@ -177,7 +180,6 @@ class InternImage(Backbone):
         center_feature_scale: bool = False,
         remove_center: bool = False,
         backend: str = "auto",
-        **kwargs: Any,
     ) -> None:
         if not len(depths) == len(widths) == len(groups):
             raise ValueError(
@@ -191,7 +193,14 @@ class InternImage(Backbone):
         hidden = _checks.integer("the last of widths times head_factor", int(widths[-1] * factor))
         norms_after = _indices(norms_after, depths[2] if len(depths) > 2 else 0)
         rates = _drop_path_rates(drop_path_rate, drop_path_type, sum(depths))
-        super().__init__(widths, hidden=hidden, **kwargs)
+        super().__init__(
+            widths,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            hidden=hidden,
+        )
 
         stem = OrderedDict(
             conv1=nn.Conv2d(self.in_chans, widths[0] // 2, 3, stride=2, padding=1),
@@ -290,7 +299,17 @@ class InternImageH(InternImage):
     """
 
     def __init__(
-        self, *, head_width: int = 1024, heads: int = 16, hidden: int = 768, global_pool: str = "map", **kwargs: Any
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "map",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        *,
+        head_width: int = 1024,
+        heads: int = 16,
+        hidden: int = 768,
+        **kwargs: Any,
     ) -> None:
         if "head_factor" in kwargs:
             raise TypeError("this head has no head_factor; its width is head_width.")
@@ -302,7 +321,7 @@ class InternImageH(InternImage):
             raise ValueError(f"head_width must be divisible by heads; got {head_width} and {heads}.")
         _checks.choice("global_pool", global_pool, ("map", ""))
         self._pools = bool(global_pool)
-        super().__init__(global_pool="", **kwargs)
+        super().__init__(in_chans, num_classes, "", drop_rate, drop_path_rate, **kwargs)
 
     def add_head(self, widths: Sequence[int]) -> None:
         """Make what comes after the stages."""

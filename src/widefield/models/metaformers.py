@@ -94,18 +94,22 @@ class MetaFormer(Backbone):
 
     def __init__(
         self,
-        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        widths: Sequence[int] = (96, 192, 384, 768),
         token_mixer: Mixer | Sequence[Mixer] = "conv",
         channel_mixer: Mixer | Sequence[Mixer] = "mlp",
         norm: str = "layer",
         layer_scale: float = 1e-6,
-        depths: Sequence[int] = (3, 3, 9, 3),
-        widths: Sequence[int] = (96, 192, 384, 768),
         expansion: float = 4.0,
-        drop_path_rate: float = 0.0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(widths, **kwargs)
+        super().__init__(
+            widths, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate
+        )
         layer_scale = _checks.number("layer_scale", layer_scale)
         expansion = _checks.number("expansion", expansion)
         norms = NORMS[_checks.choice("norm", norm, tuple(NORMS))]

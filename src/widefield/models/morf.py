@@ -36,7 +36,14 @@ class MoRFConvNeXt(ConvNeXt):
 
     def __init__(
         self,
-        *args: Any,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        *,
         kernel_sizes: Sequence[int | tuple[int, int]] = (3, 5, 7, 9, 11),
         routing: str = "soft",
         attention: str = "none",
@@ -45,7 +52,16 @@ class MoRFConvNeXt(ConvNeXt):
         stages: Sequence[int] = STAGES,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            depths=tuple(depths),
+            dims=tuple(dims),
+            **kwargs,
+        )
         prefixes = [f"stages.{stage - 1}.blocks." for stage in _stages(stages)]
         config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
         for layer in _mix(self, config, prefixes, size=7):
@@ -67,7 +83,14 @@ class MoRFResNet(ResNet):
 
     def __init__(
         self,
-        *args: Any,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layers: Sequence[int] = (2, 2, 2, 2),
+        *,
+        block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
         kernel_sizes: Sequence[int | tuple[int, int]] = (3, (3, 2)),
         routing: str = "soft",
         attention: str = "none",
@@ -76,7 +99,16 @@ class MoRFResNet(ResNet):
         stages: Sequence[int] = STAGES,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            block,
+            tuple(layers),
+            num_classes,
+            in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **kwargs,
+        )
         prefixes = [f"layer{stage}." for stage in _stages(stages)]
         config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
         for layer in _mix(self, config, prefixes, size=3):

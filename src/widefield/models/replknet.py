@@ -92,18 +92,17 @@ class RepLKNet(Backbone):
 
     def __init__(
         self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         depths: Sequence[int] = (2, 2, 18, 2),
         widths: Sequence[int] = (128, 256, 512, 1024),
         kernel_sizes: Sequence[int] = (31, 29, 27, 13),
         small_kernel: int = 5,
         depthwise_ratio: float = 1.0,
         ffn_ratio: float = 4.0,
-        *,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
     ) -> None:
         if not len(depths) == len(widths) == len(kernel_sizes) >= 1:
             raise ValueError(

@@ -74,15 +74,14 @@ class CifarResNet(Backbone):
 
     def __init__(
         self,
-        depths: Sequence[int] = (3, 3, 3),
-        widths: Sequence[int] = (16, 32, 64),
-        shortcut: str = "pad",
-        *,
         in_chans: int = 3,
         num_classes: int = 10,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        depths: Sequence[int] = (3, 3, 3),
+        widths: Sequence[int] = (16, 32, 64),
+        shortcut: str = "pad",
     ) -> None:
         if not len(depths) == len(widths) >= 1:
             raise ValueError(

@@ -99,16 +99,18 @@ class SLaK(NormedBackbone):
 
     def __init__(
         self,
-        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         depths: Sequence[int] = (3, 3, 9, 3),
         widths: Sequence[int] = (96, 192, 384, 768),
         width_factor: float = 1.3,
         kernel_sizes: Sequence[int] = (51, 49, 47, 13),
         small_kernel: int = 5,
         decomposed: bool = True,
-        drop_path_rate: float = 0.0,
         layer_scale_init: float = 1e-6,
-        **kwargs: Any,
     ) -> None:
         if not len(depths) == len(widths) == len(kernel_sizes):
             raise ValueError(
@@ -117,7 +119,9 @@ class SLaK(NormedBackbone):
             )
         factor = _checks.number("width_factor", width_factor)
         widths = [_checks.integer("every width times width_factor", int(width * factor)) for width in widths]
-        super().__init__(widths, **kwargs)
+        super().__init__(
+            widths, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate
+        )
         layer_scale_init = _checks.number("layer_scale_init", layer_scale_init)
         drop_path_rate = _checks.number("drop_path_rate", drop_path_rate, maximum=1.0)
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))

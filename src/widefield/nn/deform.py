@@ -1,9 +1,9 @@
 """DCNv3, the operator of InternImage: Wang et al., "InternImage: Exploring Large-Scale Vision Foundation Models with
 Deformable Convolutions", CVPR 2023, section 3.1, eq. 2.
 
-A convolution whose points move: for every pixel and group of channels, places and weights of its K points are
-predicted from the input. Weights sum to one over the points; what is convolved is mixed by linear layers before and
-after. Keys are those of the paper's code.
+A convolution with moving points: for every pixel and group of channels, positions and weights of K points are predicted
+from the input. The weights of the points sum to one. Linear layers mix the channels before and after. Keys are those of
+the paper's code.
 """
 
 from __future__ import annotations
@@ -30,28 +30,27 @@ GROUP_CHANNELS = 16
 class DCNv3(nn.Module):
     """Deformable convolution, version 3; channels last: (N, H, W, C) -> (N, Ho, Wo, C_out).
 
-    The depthwise convolution that predicts offsets and weights is centred where the grid of points is, and has the
-    same stride; hence any stride and padding works. In the paper's code the module takes a stride, but fails for any
-    other than 1.
+    The depthwise convolution that predicts offsets and weights has the centers and the stride of the grid of points, so
+    any stride and padding works. In the paper's code the module takes a stride, but fails for strides other than 1.
 
     Args:
         channels: C.
         kernel_size: the grid has ``K = kernel_size**2`` points.
         dw_kernel_size: of the depthwise convolution, odd; ``kernel_size`` by default.
         stride, dilation: of the grid.
-        pad: zeros around the map; None: as many as keep its size at stride 1.
-        groups: each has points of its own for its ``C / groups`` channels.
+        pad: zeros around the map; None: the number that keeps its size at stride 1.
+        groups: each has its own points for its ``C / groups`` channels.
         offset_scale: multiplies offsets and grid.
-        center_feature_scale: mix each output with the input at its place, by a gate for each group (InternImage-H).
-        remove_center: leave out the point at the centre.
+        center_feature_scale: mix each output with the input at its position, by a gate for each group (InternImage-H).
+        remove_center: omit the point at the center.
         out_channels: C_out; ``channels`` by default.
         norm_layer: channels -> norm after the depthwise convolution, for (N, C, H, W).
         act_layer: -> activation after that norm.
         backend: of :func:`widefield.ops.deform.dcnv3`.
 
     Raises:
-        TypeError, ValueError: numbers out of range; channels that groups does not divide; an even span of the grid, or
-            an even ``dw_kernel_size``, which have no centre; a depthwise convolution too small for the padding.
+        TypeError, ValueError: numbers out of range; channels not divisible by groups; a grid of even span or an even
+            ``dw_kernel_size``, which have no center; a depthwise convolution too small for the padding.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class DCNv3(nn.Module):
         size = _checks.integer("kernel_size", kernel_size)
         span = _checks.integer("dilation", dilation) * (size - 1)
         if span % 2:
-            raise ValueError(f"a grid of kernel_size={size} and dilation={dilation} has no centre: use an odd size.")
+            raise ValueError(f"a grid of kernel_size={size} and dilation={dilation} has no center: use an odd size.")
         pad = span // 2 if pad is None else pad
         self.sampling = Sampling(size, stride, pad, dilation, groups, offset_scale, remove_center).checked()
         if channels % groups:
@@ -107,8 +106,7 @@ class DCNv3(nn.Module):
     def reset_parameters(self) -> None:
         """Start on the regular grid with equal weights, as the paper's code does.
 
-        While ``offset`` and ``mask`` are zero, no gradient passes through them: ``dw_conv`` learns from the second step
-        on.
+        While ``offset`` and ``mask`` are zero, they pass no gradient: ``dw_conv`` learns from the second step on.
         """
         for layer in (self.offset, self.mask):
             nn.init.zeros_(layer.weight)
@@ -121,7 +119,7 @@ class DCNv3(nn.Module):
             nn.init.zeros_(self.center_feature_scale_proj_bias)
 
     def points(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where the layer reads x (N, H, W, C), and with which weights; G groups of K points.
+        """Return the points that the layer reads of x (N, H, W, C), and their weights; G groups of K points.
 
         Returns:
             (N, Ho, Wo, G, K, 2), per point (column, row) in pixels, and (N, Ho, Wo, G, K).
@@ -137,20 +135,20 @@ class DCNv3(nn.Module):
         value = self.input_proj(x)
         y = dcnv3(value, *self._offset_and_mask(features), **self.sampling._asdict(), backend=self.backend)
         if self.center_feature_scale:
-            y = self._with_centre(y, value, features)
+            y = self._with_center(y, value, features)
         out: Tensor = self.output_proj(y)
         return out
 
     def plain_forward(self, x: Tensor) -> Tensor:
-        """Compute the same by operators of PyTorch that torch.fx, torch.jit.script and ONNX know: F.grid_sample.
+        """Compute the same with F.grid_sample, which torch.fx, torch.jit.script and ONNX support.
 
-        Slower than ``forward`` on CPUs, and for inputs of the right shape.
+        Slower than ``forward`` on CPUs, and without a check of the input's shape.
         """
         features = self.dw_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         value = self.input_proj(x)
         y = grid_sampled(value, *self._offset_and_mask(features), self.sampling)
         if self.center_feature_scale:
-            y = self._with_centre(y, value, features)
+            y = self._with_center(y, value, features)
         out: Tensor = self.output_proj(y)
         return out
 
@@ -167,13 +165,13 @@ class DCNv3(nn.Module):
         mask: Tensor = self.mask(features).unflatten(-1, (self.sampling.groups, -1)).softmax(-1)
         return self.offset(features), mask.flatten(-2)
 
-    def _with_centre(self, y: Tensor, value: Tensor, features: Tensor) -> Tensor:
+    def _with_center(self, y: Tensor, value: Tensor, features: Tensor) -> Tensor:
         sampling = self.sampling
         gate = F.linear(features, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias).sigmoid()
-        more = sampling.padding - sampling.reach  # negative: the outermost pixels are no centres
-        centre = F.pad(value, (0, 0, more, more, more, more))[:, :: sampling.stride, :: sampling.stride]
+        more = sampling.padding - sampling.reach  # negative if the outermost pixels are not centers
+        center = F.pad(value, (0, 0, more, more, more, more))[:, :: sampling.stride, :: sampling.stride]
         gate, groups = gate[..., None], (sampling.groups, -1)
-        mixed: Tensor = y.unflatten(-1, groups) * (1 - gate) + centre.unflatten(-1, groups) * gate
+        mixed: Tensor = y.unflatten(-1, groups) * (1 - gate) + center.unflatten(-1, groups) * gate
         return mixed.flatten(-2)
 
     def extra_repr(self) -> str:
@@ -188,15 +186,15 @@ class DCNv3(nn.Module):
 
 
 class DeformConv2d(DCNv3):
-    """:class:`DCNv3` in place of a ``torch.nn.Conv2d``: (N, C_in, H, W) -> (N, C_out, Ho, Wo), in x's memory format.
+    """:class:`DCNv3` as a replacement for Conv2d: (N, C_in, H, W) -> (N, C_out, Ho, Wo), in x's memory format.
 
-    Same output size as the convolution. It starts afresh: weights over the points that sum to one are the same for all
-    channels of a group, so no choice of them is a given convolution.
+    The output has the size of the convolution's. The layer cannot compute a given convolution, as the channels of a
+    group share the weights of their points.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation: as in Conv2d, one number each.
-        groups: not Conv2d's: how many sets of points there are; by default groups of 16 channels as in the paper, or
-            as few more as divide the channels.
+        groups: unlike in Conv2d, the number of sets of points. By default a group has 16 channels, as in the paper, or
+            the next larger number that divides the channels.
         options: further ones of :class:`DCNv3`, by name; also ``device`` and ``dtype``.
     """
 
@@ -225,9 +223,9 @@ class DeformConv2d(DCNv3):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, groups: int | None = None, **options: Any) -> DeformConv2d:
-        """Return a fresh layer with the channels, size, stride, padding, device, dtype and mode of ``conv``.
+        """Return a new layer with the channels, size, stride, padding, device, dtype and mode of ``conv``.
 
-        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), the layer is.
+        If the kernel of ``conv`` is frozen (``requires_grad`` is False), so is the layer.
 
         Raises:
             TypeError, ValueError: ``conv`` cannot be replaced; the message is that of :func:`why_not`. Or groups do not
@@ -270,7 +268,7 @@ def why_not(conv: nn.Module) -> str | None:
     if height != width:
         return f"its kernel is not square ({height}x{width})"
     if height % 2 == 0 or height == 1:
-        return f"its kernel size is {height}, and a grid of points needs an odd one of at least 3"
+        return f"its kernel size is {height}, and a grid of points needs an odd size of at least 3"
     if conv.stride[0] != conv.stride[1] or dilation[0] != dilation[1]:
         return f"its stride {conv.stride} or dilation {dilation} differs between the axes"
     if conv.padding_mode != "zeros":
@@ -283,20 +281,20 @@ def why_not(conv: nn.Module) -> str | None:
 
 
 def default_groups(channels: int) -> int:
-    """Return the most groups of at least 16 channels that divide ``channels``; 1 where there are none."""
+    """Return the largest number of groups that have at least 16 channels and divide ``channels``; 1 if none do."""
     return max((g for g in range(1, channels // GROUP_CHANNELS + 1) if channels % g == 0), default=1)
 
 
 def keyed(index: int, layer: nn.Module) -> nn.Sequential:
-    """Return ``layer`` in a sequence, under ``index``: the official keys count changes of layout as layers."""
+    """Return a sequence with ``layer`` at ``index``, as the official keys count changes of layout as layers."""
     return nn.Sequential(OrderedDict({str(index): layer}))
 
 
 def _depthwise_padding(size: int, sampling: Sampling) -> int:
-    """Return the padding that centres a depthwise kernel of ``size`` where the grid of points is."""
+    """Return the padding with which a depthwise kernel of ``size`` has the centers of the grid of points."""
     size = _checks.integer("dw_kernel_size", size)
     if size % 2 == 0:
-        raise ValueError(f"dw_kernel_size must be odd, so that it is centred on a pixel; got {size}.")
+        raise ValueError(f"dw_kernel_size must be odd, so that it is centered on a pixel; got {size}.")
     missing = sampling.reach - sampling.padding
     if size // 2 < missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Depthwise convolution as a layer: torch.nn.Conv2d in all but speed."""
+"""Depthwise convolution as a layer: torch.nn.Conv2d, but faster."""
 
 from __future__ import annotations
 

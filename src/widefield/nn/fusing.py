@@ -43,7 +43,7 @@ def learns(parameters: Iterable[Tensor | None]) -> bool:
 
 
 def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return (scale, shift), each (C,) and of the norm's dtype, such that ``norm`` evaluates to ``scale * x + shift``.
+    """Return (scale, shift), each (C,) and in the norm's dtype, such that ``norm`` evaluates to ``scale * x + shift``.
 
     Raises:
         RuntimeError: in training mode.
@@ -56,14 +56,14 @@ def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
-    """Return the layer, of the same kind and with a bias, that ``conv`` and ``norm`` are in evaluation mode.
+    """Fold ``norm`` into ``conv``: return a layer of the same kind that computes both in evaluation mode.
 
-    Its parameters are new. They are computed in float64 and rounded once; without a norm they are copies.
+    It has a bias. Its parameters are new: they are computed in float64 and rounded once, or copied if there is no norm.
 
     Args:
-        conv: a convolution, transposed or not, of any number of dimensions and groups, or a linear layer, which
-            computes with its ``weight`` as it is.
-        norm: a batch norm, frozen or not.
+        conv: a convolution, transposed or not, of any number of dimensions and groups, or a linear layer. It must use
+            its ``weight`` unchanged.
+        norm: a batch norm, frozen or not, or None.
 
     Raises:
         RuntimeError: one of the two is in training mode.
@@ -84,7 +84,7 @@ def fold_norm(conv: _Conv, norm: nn.Module | None) -> _Conv:
         bias = weight.new_zeros(outputs)
     bias_learns = learns([old.weight if old.bias is None else old.bias])
     parameters = nn.Parameter(weight, learns([old.weight])), nn.Parameter(bias, bias_learns)
-    known = {id(old.weight): parameters[0]}  # a copy of whatever a kind of convolution holds, but for the old kernel
+    known = {id(old.weight): parameters[0]}  # subclasses may hold more: copy all of it but the old parameters
     if old.bias is not None:
         known[id(old.bias)] = parameters[1]
     twin: Any = copy.deepcopy(conv, known)

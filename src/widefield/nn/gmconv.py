@@ -1,17 +1,18 @@
 """Convolutions under a Gaussian mask: Chen, Li, Ning, Lin, He, "GMConv: Modulating Effective Receptive Fields for
 Convolutional Kernels", section III.
 
-The mask weighs the taps of a kernel by their distance d from its centre: ``exp(-d^2 / (2 sigma^2))``, 1 at the nearest
-tap. A small sigma makes a small receptive field, a large one leaves the kernel as it is. :class:`GMConv2d` learns one
-sigma and merges into a plain convolution; :class:`DynamicGMConv2d` predicts the sigmas of an ellipse for every image.
+The mask multiplies each tap of a kernel by a function of its distance d from the center: ``exp(-d^2 / (2 sigma^2))``, 1
+at the nearest tap. A small sigma makes a small receptive field, a large one does not change the kernel.
+:class:`GMConv2d` learns one sigma and merges into a plain convolution; :class:`DynamicGMConv2d` predicts the sigmas of
+an ellipse for every image.
 
-**How a sigma is read.** Eq. 3 and 5 depend on the square of sigma alone, an optimiser does not keep numbers positive,
-and at 0 the formula has no value. A stored or predicted sigma is therefore read as its absolute value, no less than
-:data:`LEAST` (a quarter of a tap: the neighbours of the centre keep 3e-4) and no more than :data:`MOST` times the
-distance of the farthest tap (all taps keep 0.99995 or more). Within these bounds, where every sigma of use lies, this
-is the paper's formula, and what a state dict holds is sigma in taps. Beyond them the mask is the one at the bound, and
-so is its gradient, finite and not zero: a loss that asks for it brings sigma back. At 0 the gradient is that of a small
-positive number. Infinity and NaN read as the upper bound, and have no gradient.
+**How sigma is read.** Eq. 3 and 5 depend only on the square of sigma, an optimizer does not keep numbers positive, and
+the formula is undefined at 0. A stored or predicted sigma is therefore read as its absolute value, at least
+:data:`LEAST` (a quarter of a tap: the neighbors of the center keep 3e-4) and at most :data:`MOST` times the distance of
+the farthest tap (all taps keep 0.99995 or more). Within these bounds, which contain every useful sigma, this is the
+paper's formula, and a state dict holds sigma in taps. Outside of them mask and gradient are those at the bound: the
+gradient is finite and not zero, so that training can bring sigma back. At 0 the gradient is that of a small positive
+number. Infinity and NaN are read as the upper bound, and have no gradient.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from widefield.ops._autocast import without_autocast
 from widefield.ops._problem import size_of
 
 PREDICT = {"sigma": 1, "sigma1_sigma2": 2, "sigma1_ratio": 2}
-"""What a dynamic layer predicts (table IV), and how many numbers that is."""
+"""Options for what a dynamic layer predicts (table IV) -> how many numbers it predicts."""
 
 LEAST = 0.25
 MOST = 100.0
 FADED = 1e-4
-"""Weights are not divided by a mask that is smaller somewhere."""
+"""Smallest value of a mask by which weights are divided."""
 
 
 def gaussian_mask(kernel_size: Pair, sigma_x: Tensor, sigma_y: Tensor | None = None) -> Tensor:
-    """Return the max-normalised Gaussian at the taps of a kernel, eq. 4 and 6.
+    """Return the max-normalized Gaussian at the taps of a kernel, eq. 4 and 6.
 
-    ``exp(-(x^2 / sigma_x^2 + y^2 / sigma_y^2) / 2)`` with x, y from the centre in taps; of an even kernel, whose centre
-    lies between taps, divided by the largest value on the grid, so that the nearest taps have 1.
+    ``exp(-(x^2 / sigma_x^2 + y^2 / sigma_y^2) / 2)`` with x, y from the center in taps. The center of an even kernel
+    lies between taps: its mask is divided by the largest value on the grid, so that the nearest taps have 1.
 
     Args:
         kernel_size: (rows, columns).
@@ -63,16 +64,16 @@ def gaussian_mask(kernel_size: Pair, sigma_x: Tensor, sigma_y: Tensor | None = N
 
 
 def default_sigma(kernel_size: Pair) -> float:
-    """Return the sigma that ``from_conv2d`` starts from: 5, the paper's, or more for kernels larger than 11x11.
+    """Return the sigma from which ``from_conv2d`` starts: 5 as in the paper, or more for kernels larger than 11x11.
 
-    At 5 the corner of AlexNet's 11x11 keeps exp(-1), and that of a 63x63 would keep 2e-17. Larger kernels get the sigma
-    that leaves their corners exp(-1), too: (K - 1) / 2 for KxK.
+    With 5 the corner of AlexNet's 11x11 keeps exp(-1), and that of a 63x63 would keep 2e-17. For larger kernels sigma
+    is (K - 1) / 2, at which their corners keep exp(-1), too.
     """
     return max(5.0, math.sqrt(_spread(kernel_size) / 2))
 
 
 class _MaskedConv2d(nn.Module):
-    """What both layers share: the arguments, parameters and initialisation of Conv2d, and the sigma to start from."""
+    """Base of both layers: the arguments, parameters and initialization of Conv2d, and the initial sigma."""
 
     bias: nn.Parameter | None
 
@@ -100,13 +101,13 @@ class _MaskedConv2d(nn.Module):
         self.padding_mode = padding_mode
         self.longest = MOST * math.sqrt(max(1.0, _spread(self.kernel_size)))
         self.start = _checks.number("sigma", sigma, minimum=LEAST, maximum=self.longest)
-        conv = bare(self, bias=bias)  # type: ignore[arg-type]  # which refuses what Conv2d refuses
+        conv = bare(self, bias=bias)  # type: ignore[arg-type]  # checks the arguments as Conv2d does
         self._margins = list(conv._reversed_padding_repeated_twice)
         self.weight = nn.Parameter(torch.empty(conv.weight.shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(self.weight.new_empty(self.out_channels)) if bias else None
 
     def reset_parameters(self) -> None:
-        """Initialise kernel and bias as Conv2d does; what sigma comes from goes back to its start."""
+        """Initialize kernel and bias as Conv2d does, and reset sigma, or what predicts it."""
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         if self.bias is not None:
             bound = self.weight[0].numel() ** -0.5
@@ -116,15 +117,15 @@ class _MaskedConv2d(nn.Module):
     def from_conv2d(
         cls, conv: nn.Conv2d, *, init: str = "preserve", sigma: float | None = None, **options: Any
     ) -> Self:
-        """Make this layer with the arguments, device, dtype and mode of ``conv``.
+        """Return this layer with the arguments, device, dtype and mode of ``conv``.
 
-        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), so is what sigma comes from.
+        If the kernel of ``conv`` is frozen (``requires_grad`` is False), so is sigma, or what predicts it.
 
         Args:
-            conv: any convolution that :func:`why_not` has nothing against.
-            init: "preserve": weights are divided by the mask that the layer starts with, so that it computes, in both
-                modes and to rounding, what ``conv`` computes; "random": a fresh start.
-            sigma: to start from; :func:`default_sigma` of the kernel's size if None.
+            conv: any convolution for which :func:`why_not` returns None.
+            init: "preserve": weights are divided by the initial mask, so that the layer computes, in both modes and to
+                rounding, what ``conv`` computes; "random": random weights.
+            sigma: the initial value; :func:`default_sigma` of the kernel's size if None.
             options: further ones of the constructor.
 
         Raises:
@@ -156,7 +157,7 @@ class _MaskedConv2d(nn.Module):
         )  # fmt: skip
 
     def mask(self) -> Tensor:
-        """Return the mask (KH, KW) that does not depend on an image; float32 or wider."""
+        """Return the mask (KH, KW), which does not depend on an image; float32 or wider."""
         raise NotImplementedError
 
     def _read(self, values: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class _MaskedConv2d(nn.Module):
         return (self.weight * masks).to(self.weight.dtype)
 
     def _placed(self, x: Tensor) -> tuple[Tensor, Pair]:
-        """Return x with the padding that no operator takes, and the padding that is left for the operator."""
+        """Return x, padded as far as the operator cannot do it, and the operator's padding."""
         left, right, top, bottom = self._margins
         if self.padding_mode == "zeros" and (left, top) == (right, bottom):
             return x, (top, left)
@@ -187,19 +188,20 @@ class _MaskedConv2d(nn.Module):
 
 
 class GMConv2d(_MaskedConv2d):
-    """Static GMConv: a drop-in for ``torch.nn.Conv2d`` with one number more, sigma, eq. 2-4.
+    """Static GMConv: a replacement for ``torch.nn.Conv2d`` with one more parameter, sigma, eq. 2-4.
 
-    No subclass of Conv2d, as the kernel is not ``weight`` but :meth:`kernel`, ``weight`` under the mask.
+    It is not a subclass of Conv2d, because its kernel is not ``weight`` but :meth:`kernel`, ``weight`` under the mask.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
             in Conv2d. Distances of the mask are measured in taps, whatever the dilation.
-        sigma: to start from, in taps.
+        sigma: initial value, in taps.
 
     Attributes:
         weight, bias: parameters, as in Conv2d.
-        sigma: parameter (1,), in taps (of one dimension, since FSDP takes no scalars, and timm and others do not decay
-            what has one dimension). How numbers that are not positive, or huge, are read: see this module.
+        sigma: parameter (1,), in taps. It has one dimension because FSDP does not support scalars, and timm and others
+            exclude one-dimensional parameters from weight decay. The module documents how values that are not positive,
+            or huge, are read.
 
     Raises:
         TypeError, ValueError: what Conv2d refuses; a sigma out of bounds.
@@ -229,7 +231,7 @@ class GMConv2d(_MaskedConv2d):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise kernel and bias as Conv2d does, and sigma with its start."""
+        """Initialize kernel and bias as Conv2d does, and sigma with its start."""
         super().reset_parameters()
         nn.init.constant_(self.sigma, self.start)
 
@@ -269,15 +271,15 @@ class GMConv2d(_MaskedConv2d):
 
 
 class DynamicGMConv2d(_MaskedConv2d):
-    """Dynamic GMConv: a kernel of its own for every image, under an ellipse that the image decides on, eq. 5-7.
+    """Dynamic GMConv: a kernel per image, under an elliptic mask that is predicted from the image, eq. 5-7.
 
     It starts as the static layer does, with a circle of ``sigma`` for every image.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
             in Conv2d.
-        sigma: to start from, in taps.
-        predict: what of the mask is predicted, table IV: "sigma" (a circle), "sigma1_sigma2", or "sigma1_ratio", where
+        sigma: initial value, in taps.
+        predict: what is predicted, table IV: "sigma" (a circle), "sigma1_sigma2", or "sigma1_ratio", where
             sigma_2 is sigma_1 times the ratio (the paper's best).
         reduction: the r of eq. 7, at least 1.
 
@@ -319,7 +321,7 @@ class DynamicGMConv2d(_MaskedConv2d):
         super().reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise kernel and bias as Conv2d does, and the predictor with its start."""
+        """Initialize kernel and bias as Conv2d does, and the predictor with its start."""
         super().reset_parameters()
         self.predictor.reset_parameters()
 
@@ -333,7 +335,7 @@ class DynamicGMConv2d(_MaskedConv2d):
         return gaussian_mask(self.kernel_size, *self.sigmas(x).unbind(-1))
 
     def mask(self) -> Tensor:
-        """Return the mask (KH, KW) of an image that excites no hidden unit, as all masks are before training."""
+        """Return the mask (KH, KW) of an image that activates no hidden unit. Before training all masks equal it."""
         return gaussian_mask(self.kernel_size, *self._sigmas(self.predictor.out.bias).unbind(-1))
 
     @leaf
@@ -351,8 +353,8 @@ class DynamicGMConv2d(_MaskedConv2d):
     def fuse(self, norm: nn.Module | None = None) -> DynamicGMConv2d:
         """Return a copy of this layer, with ``norm`` folded into its kernel and bias. Exact in evaluation mode.
 
-        The mask stays: it depends on the image. A norm scales whole output channels, and a mask whole taps, so that
-        one can be folded in under the other.
+        The mask stays, as it depends on the image. A norm scales output channels and a mask scales taps, so that the
+        norm can be folded into the weights under the mask.
 
         Args:
             norm: a batch norm that directly follows this layer.
@@ -369,15 +371,17 @@ class DynamicGMConv2d(_MaskedConv2d):
         return twin.eval()
 
     def collapse(self, mask: Tensor) -> nn.Conv2d:
-        """Return the convolution that this layer is under one mask (KH, KW) for all images, as GMConv2d fuses to.
+        """Return the convolution that this layer becomes with one mask (KH, KW) for all images, as GMConv2d fuses to.
 
-        Kernels are linear in the mask, so that the mean of masks, not of sigmas, gives the mean kernel. Raises
-        ValueError for a mask of another shape, or one that is not finite.
+        Kernels are linear in the mask: the mean of masks, not of sigmas, gives the mean kernel.
+
+        Raises:
+            ValueError: a mask of another shape, or one that is not finite.
         """
         if tuple(mask.shape) != self.kernel_size:
             raise ValueError(f"mask must be (KH, KW) = {self.kernel_size}; got shape {tuple(mask.shape)}.")
         if not mask.isfinite().all():
-            raise ValueError("mask must be finite, and holds NaN or infinity.")
+            raise ValueError("mask must be finite; it contains NaN or infinity.")
         kernel = self._under(mask.to(self.weight.device)).detach()
         return _folded(self, kernel, None, trained=learns([self.weight]))
 
@@ -398,13 +402,13 @@ class DynamicGMConv2d(_MaskedConv2d):
 class SigmaPredictor(nn.Module):
     """The sigma module, eq. 7: global max and average pool, FC, ReLU, FC; (N, C, H, W) -> (N, n).
 
-    The last layer starts with zero weights and ``start`` for its bias: every image gets ``start``, exactly, so that a
-    converted model keeps its function. In the first step the last layer alone has gradients, and from the second on
-    both have. Computed in the parameters' precision also under autocast: it costs next to nothing.
+    The last layer starts with zero weights and the bias ``start``: the prediction is exactly ``start`` for every image,
+    so that a converted model keeps its function. In the first step only the last layer has gradients, afterwards both
+    do. It is computed in the parameters' precision, also under autocast, as it is cheap.
 
     Args:
         in_channels: C.
-        start: the n numbers to start from.
+        start: the n initial values.
         reduction: r; there are floor(2C / r) hidden units, at least one.
     """
 
@@ -425,7 +429,7 @@ class SigmaPredictor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew."""
+        """Initialize both layers."""
         self.hidden.reset_parameters()
         with torch.no_grad():
             self.out.weight.zero_()
@@ -446,16 +450,14 @@ def why_not(conv: nn.Module) -> str | None:
         return f"it is a {type(conv).__name__}, not a plain torch.nn.Conv2d"
     height, width = conv.kernel_size
     if _spread((height, width)) == 0:
-        return (
-            f"all taps of its {height}x{width} kernel are equally far from the centre, so that a mask changes nothing"
-        )
+        return f"all taps of its {height}x{width} kernel are equally far from the center, so a mask has no effect"
     return None
 
 
 def fades_out(conv: nn.Conv2d, sigma: float | None = None) -> str | None:
     """Return why the kernel of ``conv`` cannot be divided by the mask of ``sigma`` (of the default: None), or None."""
     if sigma is None:
-        return None  # default_sigma() sees to it
+        return None  # default_sigma() is large enough
     height, width = conv.kernel_size
     spread = _spread((height, width))
     corner = math.exp(-spread / 2 / _checks.number("sigma", sigma, minimum=LEAST) ** 2)
@@ -464,7 +466,7 @@ def fades_out(conv: nn.Conv2d, sigma: float | None = None) -> str | None:
     needed = math.sqrt(-spread / 2 / math.log(FADED))
     return (
         f"under sigma={sigma:g} the corners of its {height}x{width} kernel keep {corner:.0e}, too little to divide by: "
-        f"take a sigma of at least {needed:.2f}, or init='random'"
+        f"use a sigma of at least {needed:.2f}, or init='random'"
     )
 
 
@@ -494,5 +496,5 @@ def _squares(size: int, like: Tensor) -> Tensor:
 
 
 def _spread(kernel_size: Pair) -> float:
-    """Return the squared distance of the farthest taps from the centre, less that of the nearest."""
+    """Return the squared distance of the farthest taps from the center, less that of the nearest."""
     return sum((size // 2) ** 2 if size % 2 else ((size - 1) ** 2 - 1) / 4 for size in kernel_size)

@@ -1,4 +1,4 @@
-"""Recursive gated convolution: products of neighbourhoods of rising order, from one depthwise convolution.
+"""Recursive gated convolution: products of increasing order of neighborhoods, from one depthwise convolution.
 
 Rao et al., "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions", NeurIPS 2022, section
 3. Keys are those of the official code.
@@ -22,7 +22,6 @@ from widefield.nn import reparam
 from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import refuse_training
-from widefield.nn.reparam import odd_pair
 from widefield.ops._problem import size_of
 
 HIGHEST_ORDER = 5
@@ -30,12 +29,12 @@ HIGHEST_ORDER = 5
 
 
 class GlobalLocalFilter(nn.Module):
-    """A 3x3 depthwise convolution of half of the channels, and a filter as large as the map of the others.
+    """A 3x3 depthwise convolution for half of the channels, and a filter as large as the map for the others.
 
     (N, C, H, W) -> the same, between two layer norms over the channels. The filter multiplies the spectrum of the map
     (Rao et al., "Global Filter Networks for Image Classification", NeurIPS 2021), which is a circular convolution: it
     wraps around at the edges. On maps of another size the filter is interpolated in the frequency domain, bilinearly
-    and with aligned corners. The channels of the two halves take turns in the result.
+    and with aligned corners. In the result the channels of the two halves alternate.
 
     Spectra are computed in float32 at least, also under autocast, and in float64 for float64. They are complex, which
     ``torch.export`` takes. A filter is stored for one size of map; :meth:`resize` changes it.
@@ -48,7 +47,7 @@ class GlobalLocalFilter(nn.Module):
         complex_weight: (C / 2, height, width, 2), real and imaginary parts.
 
     Raises:
-        TypeError, ValueError: numbers that are no positive integers, odd channels.
+        TypeError, ValueError: numbers that are not positive integers, odd channels.
     """
 
     def __init__(
@@ -82,20 +81,20 @@ class GlobalLocalFilter(nn.Module):
 
     def _filter(self, x: Tensor) -> Tensor:
         if 0 in size_of(x):
-            return x  # MKL has no transforms of nothing
+            return x  # MKL does not transform empty tensors
         wide = torch.promote_types(x.dtype, torch.float32)
         spectrum = torch.fft.rfft2(x.to(wide), norm="ortho")
         gains = _resized(self.complex_weight.to(wide), spectrum.shape[2:])
-        # contiguous: a network's .to(memory_format=channels_last) sets the two of a pair apart
+        # contiguous, because a network's .to(memory_format=channels_last) separates real and imaginary parts
         spectrum = spectrum * torch.view_as_complex(gains.contiguous())
         y: Tensor = torch.fft.irfft2(spectrum, s=x.shape[2:], norm="ortho")
         return y.to(x.dtype)
 
     @torch.no_grad()
     def resize(self, height: int, width: int) -> None:
-        """Store the filter for maps of (height, width), on which the function stays what it is.
+        """Store the filter for maps of (height, width), without changing the function on them.
 
-        Saves the interpolation at every call. The parameter is a new one: make the optimiser afterwards.
+        This saves the interpolation in every call. The parameter is replaced: create the optimizer afterwards.
         """
         size = _checks.integer("height", height), _checks.integer("width", width) // 2 + 1
         old = self.complex_weight
@@ -108,7 +107,7 @@ class GlobalLocalFilter(nn.Module):
 
 def _resized(weight: Tensor, size: Sequence[int]) -> Tensor:
     """(C, h, w, 2) -> (C, *size, 2)."""
-    # symbolic sizes are not compared: a program exported for many would exclude the stored one
+    # Symbolic sizes are not compared: a program exported for many sizes would exclude the stored one.
     if all(isinstance(side, int) for side in size) and weight.shape[1:3] == tuple(size):
         return weight
     resized = F.interpolate(weight.permute(3, 0, 1, 2), tuple(size), mode="bilinear", align_corners=True)
@@ -116,7 +115,7 @@ def _resized(weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class GatedRecursion(nn.Module):
-    """What :class:`GnConv` computes at a scale of 1; the merged form of one, made by ``fuse()``.
+    """:class:`GnConv` with a scale of 1. Made by its ``fuse()``.
 
     Args:
         widths: channels of each order, the lowest first.
@@ -134,8 +133,8 @@ class GatedRecursion(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def neighbourhoods(self, x: Tensor) -> Tensor:
-        """(N, sum of widths, H, W) -> the same: what gates, of all orders."""
+    def neighborhoods(self, x: Tensor) -> Tensor:
+        """Return the gates of all orders: (N, sum of widths, H, W) -> the same."""
         y: Tensor = self.dwconv(x)
         return y
 
@@ -144,7 +143,7 @@ class GatedRecursion(nn.Module):
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
         _checks.images(size_of(x), self.widths[-1])
         y, rest = self.proj_in(x).split((self.widths[0], sum(self.widths)), 1)
-        first, *gates = self.neighbourhoods(rest).split(self.widths, 1)
+        first, *gates = self.neighborhoods(rest).split(self.widths, 1)
         y = y * first
         for widen, gate in zip(self.pws, gates, strict=True):
             y = widen(y) * gate
@@ -155,19 +154,19 @@ class GatedRecursion(nn.Module):
 class GnConv(GatedRecursion):
     """Recursive gated convolution of order n: (N, C, H, W) -> the same (eq. 3.3 to 3.5, figure 2).
 
-    A 1x1 convolution makes 2C channels. All but the first few of them go through one depthwise convolution, and come
-    out as n gates of C / 2^(n-1), ..., C / 2, C channels. The first few are multiplied by the first gate, widened by a
-    1x1 convolution, multiplied by the second, and so on; a last 1x1 convolution ends it. So an output is a polynomial
-    of degree n + 1 in the inputs that the kernel reaches. As the widths halve towards the lower orders, the 1x1
-    convolutions between take less than 2/3 C^2 multiply-adds a pixel at any order, beside the 3 C^2 of the outer two.
+    A 1x1 convolution makes 2C channels. A depthwise convolution turns all but the first few into n gates of
+    C / 2^(n-1), ..., C / 2, C channels. The first few are multiplied by the first gate, widened by a 1x1 convolution,
+    multiplied by the second gate, and so on. A last 1x1 convolution follows. An output is thus a polynomial of degree
+    n + 1 in the inputs that the kernel reaches. The widths halve towards the lower orders, so the inner 1x1
+    convolutions take less than 2/3 C^2 multiply-adds per pixel at any order, compared with 3 C^2 of the outer two.
 
     Args:
         channels: C, divisible by 2^(order-1).
         order: n, at least 1, which is a gated convolution.
         kernel_size: of the depthwise convolution, odd; two for a rectangle. Not used with a global filter.
-        scale: what the gates are multiplied by; 1/alpha of eq. 3.3, 1/3 in the published networks.
-        global_filter: height and width of the filter that a :class:`GlobalLocalFilter` stores, which then takes the
-            place of the depthwise convolution; None for that.
+        scale: factor on the gates; 1/alpha of eq. 3.3, 1/3 in the published networks.
+        global_filter: height and width of the stored filter of a :class:`GlobalLocalFilter`, which replaces the
+            depthwise convolution; None for the convolution.
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
@@ -194,7 +193,7 @@ class GnConv(GatedRecursion):
                 f"got {channels}. Use an order of at most {highest_order(channels, order)}."
             )
         widths = [channels // 2**i for i in reversed(range(order))]
-        size = odd_pair("kernel_size", kernel_size)
+        size = _checks.odd_pair("kernel_size", kernel_size)
         mixer: nn.Module
         if global_filter is None:
             mixer = DepthwiseConv2d(sum(widths), sum(widths), size, padding="same", backend=backend, **where)
@@ -210,17 +209,16 @@ class GnConv(GatedRecursion):
         super().__init__(widths, OrderedDict(proj_in=ends[0], dwconv=mixer, proj_out=ends[1], pws=pws))
         self.scale = _checks.number("scale", scale)
 
-    def neighbourhoods(self, x: Tensor) -> Tensor:
-        """(N, sum of widths, H, W) -> the same: what gates, of all orders."""
-        y = super().neighbourhoods(x)
+    def neighborhoods(self, x: Tensor) -> Tensor:
+        """Return the gates of all orders: (N, sum of widths, H, W) -> the same."""
+        y = super().neighborhoods(x)
         return y if self.scale == 1 else y * self.scale
 
     @torch.no_grad()
     def fuse(self) -> GatedRecursion:
         """Return the layer with its scale in the weights of ``dwconv``. Exact.
 
-        The depthwise convolution, or the last norm of the filter, becomes ``dwconv.scaled``, so that the weights are
-        not taken for those of a layer that scales once more.
+        ``dwconv`` becomes ``dwconv.scaled``, so that its weights are not loaded into a layer that scales again.
 
         Raises:
             RuntimeError: in training mode.
@@ -235,11 +233,11 @@ class GnConv(GatedRecursion):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, order: int | None = None, **options: Any) -> GnConv:
-        """Return a fresh layer in place of a depthwise ``conv``: its channels, kernel size, device, dtype and mode.
+        """Return a new layer as a replacement for a depthwise ``conv``: its channels, size, device, dtype and mode.
 
-        This does not keep the function of ``conv``: a product of neighbourhoods is no convolution. It takes up to
-        3.7 C^2 weights for its 1x1 convolutions, and twice the depthwise ones. Where the kernel of ``conv`` is frozen,
-        so is the layer.
+        This does not keep the function of ``conv``: a product of neighborhoods is not a convolution. It has up to
+        3.7 C^2 weights in its 1x1 convolutions, and twice the depthwise ones. If the kernel of ``conv`` is frozen, so
+        is the layer.
 
         Args:
             conv: depthwise, odd kernel, "same" padding with zeros, no stride and no dilation.
@@ -264,14 +262,14 @@ class GnConv(GatedRecursion):
 
 
 def highest_order(channels: int, most: int = HIGHEST_ORDER) -> int:
-    """Return the highest order up to ``most`` of which the channels can be halved as often."""
+    """Return the highest order, up to ``most``, for which the channels can be halved often enough."""
     return next(order for order in range(most, 0, -1) if channels % 2 ** (order - 1) == 0)
 
 
 def why_not(conv: nn.Module) -> str | None:
     """Return why ``conv`` cannot become a :class:`GnConv`, or None if it can."""
     if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1):
-        return f"its stride is {conv.stride}, and gates are as large as what they multiply"
+        return f"its stride is {conv.stride}, and a gate is as large as the map that it multiplies"
     if isinstance(conv, nn.Conv2d) and conv.dilation != (1, 1):
         return f"its dilation is {conv.dilation}, and the gates' kernel has none"
     return reparam.why_not(conv)

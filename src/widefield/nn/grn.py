@@ -1,4 +1,4 @@
-"""Global response normalisation: Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
+"""Global response normalization: Woo et al., "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders",
 CVPR 2023, section 3, eq. 1-3.
 """
 
@@ -13,15 +13,15 @@ from widefield.ops._problem import size_of
 
 
 class GRN(nn.Module):
-    """Scale each channel by its L2 norm over the map, in units of the channels' mean norm, beside the input itself.
+    """Scale each channel by its L2 norm over the map, relative to the mean norm of all channels, and add the input.
 
-    ``x * (1 + gamma * N) + beta`` with ``N = |x_c| / (mean over c of |x_c| + eps)``: eq. 1 to 3, the residual included.
-    (N, H, W, C) -> the same, in the dtype of the input. ``timm.layers.grn.GlobalResponseNorm`` computes this from keys
-    and shapes of its own (``weight``, ``bias``, (C,)); this one has the keys of the official weights, and the form
-    without bias that a re-parameterised network holds.
+    ``x * (1 + gamma * N) + beta`` with ``N = |x_c| / (mean over c of |x_c| + eps)``: eq. 1 to 3, with the residual.
+    (N, H, W, C) -> the same, in the dtype of the input. ``timm.layers.grn.GlobalResponseNorm`` computes the same with
+    other keys and shapes (``weight``, ``bias``, (C,)). This layer has the keys of the official weights, and a form
+    without bias for re-parameterized networks.
 
-    Norms and their ratio are computed in float32 where the input is narrower: a norm over pixels grows with the root
-    of their number, and ``eps`` vanishes beside it.
+    Norms and their ratio are computed in float32 at least: a norm over pixels grows with the root of their number, and
+    16 bits would lose ``eps``.
 
     Args:
         channels: C.
@@ -32,7 +32,7 @@ class GRN(nn.Module):
         gamma, beta: (1, 1, 1, C), zero at first, so that a new layer is the identity; ``beta`` may be None.
 
     Raises:
-        TypeError, ValueError: channels that are no positive integer, an ``eps`` that is no number from 0.
+        TypeError, ValueError: channels that are not a positive integer, a negative ``eps``.
     """
 
     beta: nn.Parameter | None

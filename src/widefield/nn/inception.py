@@ -1,4 +1,4 @@
-"""A depthwise kernel split over the channels: some see a square, some a row, some a column, most only themselves.
+"""A depthwise convolution with different kernels for groups of channels: a square, a row, a column, or none.
 
 Yu, Zhou, Yan, Wang, "InceptionNeXt: When Inception Meets ConvNeXt", CVPR 2024, section 3. Keys are those of its code,
 and of timm's ``inception_next_*``, which are the networks.
@@ -9,25 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.nn import depthwise
 from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.ops import fold
 from widefield.ops._problem import size_of
 
 
 class InceptionDWConv2d(nn.Module):
-    """Depthwise convolutions of 3x3, 1xk and kx1, each on a share of the channels; the others pass unchanged.
+    """Depthwise convolutions of 3x3, 1xk and kx1, each on a share of the channels. The other channels do not change.
 
-    With g = ``int(channels * branch_ratio)``, the channels are, in this order: all but 3g that pass unchanged, g for
+    With g = ``int(channels * branch_ratio)``, the channels are, in this order: all but 3g, which do not change, g for
     ``dwconv_hw``, g for ``dwconv_w`` (one row), g for ``dwconv_h`` (one column).
 
-    There is no ``fuse()``. One kxk kernel per channel, that of a channel that passes a single 1 among zeros, would be
-    exact, and would take k² multiply-adds a pixel in every channel where this takes 9 + 2k in g of them: 31 times as
-    many for k = 11 and an eighth of the channels.
+    There is no ``fuse()``. One kxk kernel per channel would be exact, but would take k² multiply-adds per pixel in
+    every channel. This layer takes 9 + 2k in g channels: 31 times fewer for k = 11 and an eighth of the channels.
 
     Args:
         channels: of input and output.
@@ -38,8 +37,7 @@ class InceptionDWConv2d(nn.Module):
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
-        TypeError, ValueError: sizes that are no odd integers; a share that leaves a branch no channel, or takes more
-            than there are.
+        TypeError, ValueError: sizes that are not odd integers; a share of no channel, or of more than a third.
     """
 
     dwconv_hw: DepthwiseConv2d
@@ -61,8 +59,8 @@ class InceptionDWConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels = _checks.integer("channels", channels)
-        square = _odd("square_kernel_size", square_kernel_size)
-        band = _odd("band_kernel_size", band_kernel_size)
+        square = _checks.odd("square_kernel_size", square_kernel_size)
+        band = _checks.odd("band_kernel_size", band_kernel_size)
         reason = lacks_room(channels, branch_ratio)
         if reason is not None:
             raise ValueError(f"branch_ratio={branch_ratio} does not fit {channels} channels: {reason}.")
@@ -86,15 +84,16 @@ class InceptionDWConv2d(nn.Module):
         band_kernel_size: int | None = None,
         branch_ratio: float = 0.125,
     ) -> InceptionDWConv2d:
-        """Return the split in place of a depthwise ``conv``, starting from those of its weights that the split has.
+        """Return this layer as a replacement for a depthwise ``conv``, with those of its weights that fit.
 
-        This does not keep the function of ``conv``: of most channels the kernel and the bias are dropped, and of the
-        rest all but the central square, row or column. It is a start for training, not a conversion.
+        This does not keep the function of ``conv``. Most channels lose their kernel and bias, the others keep only the
+        central square, row or column. It is a start for training.
 
         Args:
             conv: a depthwise convolution of stride 1 that keeps the size of its input.
             square_kernel_size, branch_ratio: as of the layer.
-            band_kernel_size: as of the layer; None for that of ``conv``. Taps that ``conv`` does not have start at 0.
+            band_kernel_size: as of the layer; None for the size of ``conv``. Taps that ``conv`` does not have start at
+                0.
 
         Raises:
             ValueError: ``conv`` cannot be split; the message is that of :func:`why_not`.
@@ -118,7 +117,7 @@ class InceptionDWConv2d(nn.Module):
         biases = (None,) * 3 if conv.bias is None else conv.bias.detach().split(layer.splits)[1:]
         with torch.no_grad():
             for branch, kernel, bias in zip(layer.branches(), kernels, biases, strict=True):
-                branch.weight.copy_(_centred(kernel, branch.kernel_size))
+                branch.weight.copy_(fold.fit(kernel, branch.kernel_size))
                 if branch.bias is not None:
                     branch.bias.copy_(bias)
         layer.requires_grad_(conv.weight.requires_grad)
@@ -149,35 +148,22 @@ def why_not(conv: nn.Module) -> str | None:
     if height != width or height % 2 == 0:
         return f"its kernel is not square and odd ({height}x{width})"
     if conv.stride != (1, 1):
-        return f"its stride is {conv.stride}, and channels that pass unchanged keep their size"
+        return f"its stride is {conv.stride}, and channels that do not change keep their size"
     if down != right:
         return f"its dilation {conv.dilation} differs between the axes"
     if conv.padding_mode != "zeros":
         return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
     same = down * (height // 2)
     if padding != "same" and padding != (same, same):
-        return f"its padding is {padding}, and {same} is what centres the kernel on the pixel"
+        return f"its padding is {padding}, and {same} would center the kernel on the pixel"
     return None
 
 
 def lacks_room(channels: int, branch_ratio: float) -> str | None:
-    """Return why three branches of this share of the channels cannot be, or None if they can."""
+    """Return why the channels cannot have three branches of this share, or None if they can."""
     group = int(channels * _checks.number("branch_ratio", branch_ratio))
     if group < 1:
         return f"a branch would have no channel of its {channels}"
     if 3 * group > channels:
         return f"three branches would take {3 * group} of its {channels} channels"
     return None
-
-
-def _centred(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Crop or pad (..., K, K) to (..., rows, columns), all odd, around the same centre."""
-    down, right = ((side - kernel.shape[-1]) // 2 for side in size)
-    return F.pad(kernel, (right, right, down, down))  # which crops where these are negative
-
-
-def _odd(name: str, value: object) -> int:
-    size = _checks.integer(name, value)
-    if size % 2 == 0:
-        raise ValueError(f"{name} must be odd, so that it is centred on a pixel; got {size}.")
-    return size

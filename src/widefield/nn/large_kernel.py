@@ -1,9 +1,9 @@
-"""The three ways in which large depthwise kernels train as a sum of branches; see :mod:`widefield.nn.reparam`.
+"""Three forms of large depthwise kernels that train as a sum of branches; see :mod:`widefield.nn.reparam`.
 
-- A small kernel beside the large one: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31", CVPR 2022,
+- A large kernel plus a small one: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31", CVPR 2022,
   section 3, guideline 3.
-- Dilated small kernels beside the large one: Ding et al., "UniRepLKNet", CVPR 2024, section 3.1.
-- Two crossed bands and a small square in its place: Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond
+- A large kernel plus dilated small ones: Ding et al., "UniRepLKNet", CVPR 2024, section 3.1.
+- Two crossed bands plus a small square: Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond
   51x51 using Sparsity" (SLaK), ICLR 2023, section 3.
 
 Keys are those of the papers' code.
@@ -29,7 +29,6 @@ from widefield.nn.reparam import (
     ReparamConv2d,
     depthwise_same,
     merged,
-    odd_pair,
 )
 from widefield.ops import fold
 
@@ -42,7 +41,7 @@ DILATED_BRANCHES: Mapping[int, tuple[Pair, ...]] = {
     15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
     17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
 }
-"""UniRepLKNet's (kernel size, dilation) of the branches beside a kernel of each size."""
+"""Kernel size -> (kernel size, dilation) of UniRepLKNet's dilated branches."""
 
 
 class LargeKernelConv2d(ReparamConv2d):
@@ -52,14 +51,14 @@ class LargeKernelConv2d(ReparamConv2d):
         in_channels, out_channels: the same number.
         kernel_size: odd, or (rows, columns) both odd.
         stride: of both; one number or (rows, columns).
-        small: size of the small kernel, no larger than the large one, or None for none. Where a side of the large
-            kernel is smaller, so is that of the small kernel.
-        norm: without it the branches have no batch norm, and the large kernel has a bias: for blocks that normalise
-            the sum themselves, and for pretrained ones (see :meth:`from_conv2d`).
+        small: size of the small kernel, no larger than the large one, or None for no small kernel. It is cut to the
+            shorter side of a rectangular large kernel.
+        norm: False for branches without batch norm, and a large kernel with a bias: for blocks that normalize the sum,
+            and for pretrained ones (see :meth:`from_conv2d`).
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
-        TypeError, ValueError: sizes that are no odd integers, ``small`` larger than the kernel, an unknown backend.
+        TypeError, ValueError: sizes that are not odd integers, ``small`` larger than the kernel, an unknown backend.
     """
 
     def __init__(
@@ -78,10 +77,10 @@ class LargeKernelConv2d(ReparamConv2d):
         super().__init__()
         channels = _checks.depthwise_channels(in_channels, out_channels)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
-        size, steps = odd_pair("kernel_size", kernel_size), _checks.pair("stride", stride)
+        size, steps = _checks.odd_pair("kernel_size", kernel_size), _checks.pair("stride", stride)
         self.lkb_origin = _part(depthwise_same(channels, size, steps, bias=not norm, **options), norm)
         if small is not None:
-            side = _odd("small", small)
+            side = _checks.odd("small", small)
             if side > max(size):
                 raise ValueError(f"small must not exceed the kernel of {size[0]}x{size[1]}; got {small}.")
             beside = min(side, size[0]), min(side, size[1])
@@ -106,7 +105,7 @@ class LargeKernelConv2d(ReparamConv2d):
 
 
 class DilatedReparamConv2d(ReparamConv2d):
-    """UniRepLKNet's: a large kernel, and dilated ones beside it. ``lk_origin``, ``origin_bn``, ``dil_conv_k3_2``, ...
+    """UniRepLKNet's: a large kernel plus dilated ones. ``lk_origin``, ``origin_bn``, ``dil_conv_k3_2``, ...
 
     Args:
         in_channels, out_channels: the same number.
@@ -115,8 +114,8 @@ class DilatedReparamConv2d(ReparamConv2d):
         branches: (kernel size, dilation) of each dilated kernel; by default UniRepLKNet's for this size.
 
     Raises:
-        TypeError, ValueError: sizes that are no odd integers; no default for this size; a branch that spans more, or
-            stands twice.
+        TypeError, ValueError: sizes that are not odd integers; no default for this size; a branch that is larger than
+            the kernel, or given twice.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class DilatedReparamConv2d(ReparamConv2d):
         super().__init__()
         channels = _checks.depthwise_channels(in_channels, out_channels)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        size = _odd("kernel_size", kernel_size)
+        size = _checks.odd("kernel_size", kernel_size)
         if branches is None:
             if size not in DILATED_BRANCHES:
                 known = ", ".join(map(str, DILATED_BRANCHES))
@@ -175,10 +174,10 @@ class DecomposedConv2d(ReparamConv2d):
         in_channels, out_channels: the same number.
         kernel_size: K, odd.
         stride, backend: of all, as in :class:`LargeKernelConv2d`.
-        small: N, odd. The square is left out where N is not below K.
+        small: N, odd. There is no square if N is not below K.
 
     Raises:
-        TypeError, ValueError: sizes that are no odd integers.
+        TypeError, ValueError: sizes that are not odd integers.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class DecomposedConv2d(ReparamConv2d):
         super().__init__()
         channels = _checks.depthwise_channels(in_channels, out_channels)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
-        long, short = _odd("kernel_size", kernel_size), _odd("small", small)
+        long, short = _checks.odd("kernel_size", kernel_size), _checks.odd("small", small)
         self.LoRA1 = ConvNorm(depthwise_same(channels, (long, short), stride, **options))
         self.LoRA2 = ConvNorm(depthwise_same(channels, (short, long), stride, **options))
         if short < long:
@@ -209,7 +208,7 @@ class DecomposedConv2d(ReparamConv2d):
     def fuse(self) -> DecomposedKernel:
         """Return the sum of the two bands, norms and square folded in. Exact in evaluation mode.
 
-        One KxK kernel would be exact too, and cost K / (2N) times as many multiply-adds.
+        One KxK kernel would be exact, too, but takes K / (2N) times as many multiply-adds.
 
         Raises:
             RuntimeError: in training mode.
@@ -248,7 +247,3 @@ def _convs_and_norms(layer: nn.Module) -> list[Branch]:
 
 def _alone(name: str, conv: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(OrderedDict({name: conv})).eval()
-
-
-def _odd(name: str, value: object) -> int:
-    return odd_pair(name, _checks.square(name, value))[0]

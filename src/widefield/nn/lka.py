@@ -1,8 +1,8 @@
-"""Large kernel attention: gate every pixel by a learned function of a large neighbourhood of it.
+"""Large kernel attention: multiply every pixel by a learned function of a large neighborhood.
 
 Guo, Lu, Liu, Cheng, Hu, "Visual Attention Network", Computational Visual Media 2023, section 3.1. A KxK kernel is
-decomposed into a small depthwise convolution, a dilated one after it, and a pointwise one; what they compute is the
-gate. Keys are those of the official code (github.com/Visual-Attention-Network/VAN-Classification, Apache 2.0).
+decomposed into a small depthwise convolution, a dilated one, and a pointwise one. Their output is the gate. Keys are
+those of the official code (github.com/Visual-Attention-Network/VAN-Classification, Apache 2.0).
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ class LKA(nn.Module):
     """``x * attention(x)``: (N, C, H, W) -> the same, with a gate that sees far and mixes channels.
 
     For a KxK kernel and dilation d, section 3.1: ``conv0`` is depthwise, 2d-1 taps a side; ``conv_spatial`` is
-    depthwise, ceil(K/d) taps a side, d pixels apart; ``conv1`` is 1x1. Where those taps could not be centred on the
-    pixel (an even number of them, an odd dilation) there is one more. K = 21 and d = 3 are 5x5 and 7x7.
+    depthwise, ceil(K/d) taps a side, d pixels apart; ``conv1`` is 1x1. If those taps cannot be centered on the pixel
+    (an even number of taps, an odd dilation) there is one more. K = 21 and d = 3 are 5x5 and 7x7.
 
-    There is no ``fuse()``. The product with the input is not linear. The two depthwise convolutions are one in the
-    middle of a map only, as the second one pads what the first one made; and it would have 23x23 taps where they have
+    There is no ``fuse()``. The product with the input is not linear. The two depthwise convolutions equal one only in
+    the middle of a map, as the second one pads the output of the first; and that one would have 23x23 taps instead of
     25 + 49.
 
     Args:
         channels: C.
-        kernel_size: K, which is what the pair is named after: what it sees is :attr:`receptive_field`.
+        kernel_size: K, the nominal size. What the layer sees is :attr:`receptive_field`.
         dilation: d.
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
-        TypeError, ValueError: channels, a kernel size or a dilation that are no positive integers.
+        TypeError, ValueError: channels, a kernel size or a dilation that are not positive integers.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class LKA(nn.Module):
     def from_conv2d(
         cls, conv: nn.Conv2d, kernel_size: int | None = None, dilation: int = 3, *, backend: str = "auto"
     ) -> LKA:
-        """Return a new gate in place of a depthwise ``conv``: its channels, device, dtype and mode.
+        """Return a new gate as a replacement for a depthwise ``conv``, with its channels, device, dtype and mode.
 
-        This does not keep the function of ``conv``, and takes none of its weights: a convolution is linear in its
-        input, and the gated input is not. It is a start for training.
+        This does not keep the function of ``conv``, and uses none of its weights: a convolution is linear in its input,
+        and the gated input is not. It is a start for training.
 
         Args:
             conv: a depthwise convolution of stride 1 that keeps the size of its input.
-            kernel_size: as of the layer; None for what ``conv`` spans, its longer side.
+            kernel_size: as of the layer; None for the longer side that ``conv`` spans.
             dilation, backend: as of the layer.
 
         Raises:
@@ -89,11 +89,11 @@ class LKA(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """How many pixels a side the gate of a pixel depends on: 23 for K = 21 and d = 3, all of those around it."""
+        """Pixels a side on which the gate of a pixel depends: 23 for K = 21 and d = 3."""
         return _spans(self.conv0)[0] + _spans(self.conv_spatial)[0] - 1
 
     def attention(self, x: Tensor) -> Tensor:
-        """Return the gate, any real number for every pixel and channel: (N, C, H, W) -> the same."""
+        """Return the gate, a real number for every pixel and channel: (N, C, H, W) -> the same."""
         gate: Tensor = self.conv1(self.conv_spatial(self.conv0(x)))
         return gate
 
@@ -102,7 +102,7 @@ class LKA(nn.Module):
         return x * self.attention(x)
 
     def extra_repr(self) -> str:
-        """Show what is seen."""
+        """Show the receptive field."""
         return f"receptive_field={self.receptive_field}"
 
 
@@ -132,7 +132,7 @@ class LKAAttention(nn.Sequential):
         dtype: torch.dtype | None = None,
     ) -> None:
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        gate = LKA(channels, kernel_size, dilation, backend=backend, **where)  # which checks
+        gate = LKA(channels, kernel_size, dilation, backend=backend, **where)  # checks the arguments
         super().__init__(
             OrderedDict(
                 proj_1=nn.Conv2d(channels, channels, 1, **where),
@@ -163,5 +163,5 @@ def why_not(conv: nn.Module) -> str | None:
 
 
 def _spans(conv: nn.Conv2d) -> tuple[int, ...]:
-    """How many pixels the taps of a convolution span, in rows and columns."""
+    """Return the pixels that the taps of a convolution span, in rows and columns."""
     return tuple(fold.effective_size(k, d) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))

@@ -1,4 +1,4 @@
-"""Token mixers and channel mixers by name: modules (N, C, H, W) -> (N, C, H, W) that can stand for each other."""
+"""Token mixers and channel mixers by name: interchangeable modules (N, C, H, W) -> (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOKEN_MIXERS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "pooling": lambda width, stage: Pooling(),
 }
 """Name -> function of (channels, stage from 0). Sizes are those of the papers' networks: HorNet's orders 2 to 5 and
-RepLKNet's 31-29-27-13 go by the stage."""
+RepLKNet's 31-29-27-13 depend on the stage."""
 
 CHANNEL_MIXERS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "gated": lambda width, hidden: GluMlp(width, hidden, act_layer=nn.SiLU, use_conv=True),
@@ -47,7 +47,7 @@ CHANNEL_MIXERS: Mapping[str, Callable[[int, int], nn.Module]] = {
 MogaNet's channel aggregation."""
 
 GATED = ("focal", "gnconv", "lka", "moga")
-"""Token mixers that multiply functions of their input: their output grows faster than it."""
+"""Token mixers that multiply functions of their input: their output grows faster than the input."""
 
 _OUTPUTS: Mapping[str, Callable[[Any], list[nn.Parameter]]] = {
     "attention": lambda layer: [*layer.proj.parameters()],
@@ -57,18 +57,18 @@ _OUTPUTS: Mapping[str, Callable[[Any], list[nn.Parameter]]] = {
     "large_kernel": lambda layer: [p for _, norm in layer.branches() for p in norm.parameters()],
     "morf": lambda layer: [*layer.expert_weights, *layer.expert_biases],
 }
-"""Parameters that the output of a mixer is proportional to."""
+"""Parameters to which the output of a mixer is proportional."""
 
 _SIDE = 14
-"""Of the map on which the scale of a fresh mixer is measured, at least."""
+"""Least side of the map on which the scale of a new mixer is measured."""
 
 
 class Rescaled(nn.Module):
     """A token mixer that reads every sample at unit scale: ``gain * s * mixer(x / s)``, s the RMS of x.
 
-    Gated mixers multiply functions of their input by each other. The papers put them behind a norm; where a model has
-    none, their output grows with a power of the input, up to the sixth, and overflows after a few layers. This output
-    is proportional to the input's scale, as that of a convolution is.
+    Gated mixers multiply functions of their input by each other. The papers put them behind a norm. In a model without
+    one their output grows with a power of the input, up to the sixth, and overflows after a few layers. The output of
+    this module is proportional to the input's scale, as that of a convolution is.
 
     Args:
         mixer: (N, C, H, W) -> (N, C, H, W).
@@ -85,7 +85,7 @@ class Rescaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        level = x.abs().mean((1, 2, 3), keepdim=True) + 1e-6  # first, as squares leave float16
+        level = x.abs().mean((1, 2, 3), keepdim=True) + 1e-6  # first, as squares overflow in float16
         y = x / level
         spread = torch.linalg.vector_norm(y, dim=(1, 2, 3), keepdim=True) / x[0].numel() ** 0.5 + 1e-6
         out: Tensor = self.mixer(y / spread) * spread * level * self.gain
@@ -93,11 +93,11 @@ class Rescaled(nn.Module):
 
 
 def in_place_of(conv: nn.Conv2d, mixer: str, stage: int) -> nn.Module:
-    """Return a fresh token mixer whose output is about as large as that of ``conv``, a depthwise convolution.
+    """Return a new token mixer whose output is about as large as that of ``conv``, a depthwise convolution.
 
-    Both are compared on noise. Mixers of :data:`GATED` are :class:`Rescaled`, a mixture of receptive fields
-    starts with routing weights that are the same for all inputs, and "pooling", which has no parameters, stays as is.
-    The mixer has the device, dtype and mode of ``conv``, and is frozen where its kernel is.
+    Both are compared on noise. Mixers of :data:`GATED` are :class:`Rescaled`, a mixture of receptive fields starts with
+    routing weights that are the same for all inputs, and "pooling", which has no parameters, does not change. The mixer
+    has the device, dtype and mode of ``conv``, and is frozen if its kernel is.
 
     Args:
         conv: stride 1; keeps the size of its input.
@@ -120,9 +120,9 @@ def in_place_of(conv: nn.Conv2d, mixer: str, stage: int) -> nn.Module:
 
 @torch.no_grad()
 def _calibrate(layer: nn.Module, proportional: list[nn.Parameter], conv: nn.Conv2d) -> None:
-    """Multiply parameters so that the outputs of ``layer`` and ``conv``, its bias aside, are of one size.
+    """Scale parameters so that the output of ``layer`` is as large as that of ``conv`` without its bias.
 
-    The input is noise over a random level for each channel, as some mixers average the former and some drop the latter.
+    The input is noise plus a random level for each channel, as some mixers average the noise and some drop the level.
     """
     generator = torch.Generator().manual_seed(0)
     spans = (dilation * (size - 1) + 1 for size, dilation in zip(conv.kernel_size, conv.dilation, strict=True))
@@ -141,5 +141,5 @@ def _none(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def _heads(width: int) -> int:
-    """Return the most heads of at least 32 channels that divide the channels; 1 where there are none."""
+    """Return the largest number of heads that have at least 32 channels and divide them; 1 if none do."""
     return max((heads for heads in range(1, width // 32 + 1) if width % heads == 0), default=1)

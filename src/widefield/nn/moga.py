@@ -1,4 +1,4 @@
-"""The two layers of MogaNet: context of three ranges that is gated, and channels that are told apart.
+"""The two layers of MogaNet: gated context of three ranges, and channel aggregation.
 
 Li et al., "MogaNet: Multi-order Gated Aggregation Network", ICLR 2024, sections 4.2 (spatial aggregation) and 4.3
 (channel aggregation). Keys are those of its code.
@@ -20,7 +20,6 @@ from widefield.nn import depthwise
 from widefield.nn._leaf import leaf
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import learns, refuse_training
-from widefield.nn.reparam import odd_pair
 from widefield.ops._problem import size_of
 
 KERNEL_SIZES = (5, 5, 7)
@@ -34,7 +33,7 @@ SPLIT = (1, 3, 4)
 
 
 class Decomposition(nn.Module):
-    """Strengthen what is not common to all: ``x + scale * (x - common)``, with a scale for each channel.
+    """Amplify the difference from a common part: ``x + scale * (x - common)``, with a scale for each channel.
 
     Args:
         channels: of x.
@@ -47,16 +46,16 @@ class Decomposition(nn.Module):
         self.scale = nn.Parameter(torch.full((1, channels, 1, 1), 1e-5, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, common: Tensor) -> Tensor:
-        """(N, C, H, W), and what broadcasts to it -> (N, C, H, W)."""
+        """(N, C, H, W), and ``common`` that broadcasts to it -> (N, C, H, W)."""
         return x + self.scale * (x - common)
 
 
 class MultiOrderDWConv(nn.Module):
     """Depthwise convolutions of growing reach, each on fewer channels, and a 1x1 convolution: (N, C, H, W) -> the same.
 
-    All channels pass a 5x5 kernel. Then the first eighth is left as it is, the next three eighths pass another 5x5 with
-    dilation 2, and the last half a 7x7 with dilation 3: they see 5, 13 and 23 pixels far. Keys ``DW_conv0`` to
-    ``DW_conv2``, ``PW_conv``.
+    All channels pass a 5x5 kernel. Then the first eighth does not change, the next three eighths pass another 5x5 with
+    dilation 2, and the last half a 7x7 with dilation 3. Their receptive fields are 5, 13 and 23 pixels wide. Keys
+    ``DW_conv0`` to ``DW_conv2``, ``PW_conv``.
 
     Args:
         channels: C.
@@ -65,7 +64,7 @@ class MultiOrderDWConv(nn.Module):
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
-        TypeError, ValueError: not three integers each, or out of range; a share that leaves a convolution no channel.
+        TypeError, ValueError: not three integers each, or out of range; a share without channels.
     """
 
     def __init__(
@@ -117,9 +116,9 @@ class MultiOrderGatedAggregation(nn.Module):
     ``value``, ``proj_2``, ``sigma``.
 
     Nothing is forced to float32. Under autocast D adds in float32, the dtype of its scales, which start too small for
-    narrower sums; so it does in the published code. That code can be told to compute the product in float32 as well
-    (``attn_force_fp32``), but then applies SiLU twice, which is another function; that is off by default, and not here.
-    Where the product leaves float16, use bfloat16.
+    narrower sums. The published code does the same. Its option to compute the product in float32
+    (``attn_force_fp32``, off by default) applies SiLU twice, which is another function; it is not implemented here. If
+    the product overflows in float16, use bfloat16.
 
     Args:
         channels, dilations, split, backend: of :class:`MultiOrderDWConv`.
@@ -148,10 +147,10 @@ class MultiOrderGatedAggregation(nn.Module):
     def from_conv2d(
         cls, conv: nn.Conv2d, dilations: Sequence[int] = DILATIONS, split: Sequence[int] = SPLIT
     ) -> MultiOrderGatedAggregation:
-        """Return a fresh layer with the channels, device, dtype, mode and backend of a depthwise convolution.
+        """Return a new layer with the channels, device, dtype, mode and backend of a depthwise convolution.
 
-        This does not keep the function of ``conv``, and none of its weights: no choice of those here is a convolution.
-        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), the layer is.
+        This does not keep the function of ``conv`` or any of its weights: the layer cannot compute a convolution. If
+        the kernel of ``conv`` is frozen (``requires_grad`` is False), so is the layer.
 
         Args:
             conv: a depthwise convolution of stride 1 that keeps the size of its input.
@@ -174,7 +173,7 @@ class MultiOrderGatedAggregation(nn.Module):
         return x + self.aggregate(x)
 
     def aggregate(self, x: Tensor) -> Tensor:
-        """Return what is added to the input."""
+        """Return the part that is added to the input."""
         _checks.images(size_of(x), self.channels)
         y = self.proj_1(x)
         y = F.silu(self.sigma(y, y.mean((2, 3), keepdim=True)))
@@ -186,7 +185,7 @@ class ChannelAggregationFFN(nn.Module):
     """MogaNet's channel aggregation: (N, C, H, W) -> the same.
 
     ``y = GELU(DW(P1 x))``, ``P2 (D y)``, where P1 and P2 are 1x1 convolutions, DW is depthwise and D a
-    :class:`Decomposition` from ``GELU(R y)``, a map of one channel that all are mixed into. Keys ``fc1``, ``dwconv``,
+    :class:`Decomposition` from ``GELU(R y)``, a mix of all channels into one. Keys ``fc1``, ``dwconv``,
     ``fc2``, ``decompose``, ``sigma``.
 
     Args:
@@ -196,7 +195,7 @@ class ChannelAggregationFFN(nn.Module):
         backend: of :func:`widefield.ops.depthwise_conv2d`.
 
     Raises:
-        TypeError, ValueError: numbers that are no positive integers, an even kernel size.
+        TypeError, ValueError: numbers that are not positive integers, an even kernel size.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class ChannelAggregationFFN(nn.Module):
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, hidden = _checks.integer("channels", channels), _checks.integer("hidden", hidden)
-        size = odd_pair("kernel_size", kernel_size)
+        size = _checks.odd_pair("kernel_size", kernel_size)
         self.fc1 = nn.Conv2d(channels, hidden, 1, **where)
         self.dwconv = DepthwiseConv2d(hidden, hidden, size, padding="same", backend=backend, **where)
         self.fc2 = nn.Conv2d(hidden, channels, 1, **where)
@@ -240,10 +239,10 @@ class ChannelAggregationFFN(nn.Module):
 
 
 class FusedChannelAggregationFFN(nn.Module):
-    """A merged :class:`ChannelAggregationFFN`: what is common is added at the end. Made by ``fuse()``.
+    """A merged :class:`ChannelAggregationFFN`, which adds the common part at the end. Made by ``fuse()``.
 
     Args:
-        layer: what to merge; it stays as it is.
+        layer: the layer to merge; it is not changed.
     """
 
     @torch.no_grad()
@@ -271,7 +270,7 @@ def why_not(conv: nn.Module, split: Sequence[int] = SPLIT) -> str | None:
     if reason is not None or not isinstance(conv, nn.Conv2d):
         return reason
     if conv.stride != (1, 1):
-        return f"its stride is {conv.stride}, and the layer adds its input to what it returns"
+        return f"its stride is {conv.stride}, and the layer adds its input to its output"
     if conv.padding_mode != "zeros":
         return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
     grown = [d * (size - 1) for d, size in zip(conv.dilation, conv.kernel_size, strict=True)]

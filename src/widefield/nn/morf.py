@@ -1,7 +1,7 @@
 """Mixture of receptive fields: Lian, Yu, Wang, "Receptive Fields As Experts in Convolutional Neural Architectures",
 ICML 2024, section 3 and appendix B.
 
-A convolution whose kernel is mixed, for each image, from experts of several sizes.
+The kernel of this convolution is mixed from experts of several sizes, separately for each image.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from widefield.ops.mixture import BACKENDS
 
 
 class MoRFConv2d(nn.Module):
-    """A drop-in for ``torch.nn.Conv2d`` that weighs convolutions of several sizes for each image: eq. 3 and 6.
+    """A replacement for ``torch.nn.Conv2d`` that mixes convolutions of several sizes for each image: eq. 3 and 6.
 
-    Input (N, C_in, H, W), output (N, C_out, ceil(H/stride), ceil(W/stride)): "same" alignment, all experts centred on
+    Input (N, C_in, H, W), output (N, C_out, ceil(H/stride), ceil(W/stride)): "same" alignment, all experts centered on
     the same pixel. Depthwise, grouped and dense.
 
     Args:
@@ -37,8 +37,8 @@ class MoRFConv2d(nn.Module):
             pair of SKNet (Li et al. 2019).
         stride: one integer.
         routing: "soft" (eq. 6) or "hard" (eq. 3-5).
-        attention: for soft routing: "none" (unnormalised, the paper's best), "softmax" or "sigmoid" (table 2c).
-        top_k: for hard routing: how many experts an image gets.
+        attention: for soft routing: "none" (unnormalized, the paper's best), "softmax" or "sigmoid" (table 2c).
+        top_k: for hard routing: the number of experts per image.
         router_width: hidden width of the router; default :func:`widefield.nn.router.default_width`.
         backend: of :func:`widefield.ops.mixture_conv2d`.
 
@@ -95,7 +95,7 @@ class MoRFConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise every expert as Conv2d initialises itself, and the router anew."""
+        """Initialize every expert as Conv2d does, and the router."""
         self.router.reset_parameters()
         for r, weight in enumerate(self.expert_weights):
             nn.init.kaiming_uniform_(weight, a=5**0.5)
@@ -112,9 +112,9 @@ class MoRFConv2d(nn.Module):
         init: str = "preserve",
         **options: Any,
     ) -> MoRFConv2d:
-        """Make a mixture with the channels, stride, groups, bias, device, dtype and mode of ``conv``.
+        """Return a mixture with the channels, stride, groups, bias, device, dtype and mode of ``conv``.
 
-        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), experts and router are; likewise biases.
+        If the kernel of ``conv`` is frozen (``requires_grad`` is False), so are experts and router; likewise biases.
 
         The experts' dilations are multiplied by that of ``conv``: a mixture in place of a dilated 3x3 convolution (a
         network with output stride 8, say) has experts of the sizes asked for, on the same grid of pixels.
@@ -122,8 +122,8 @@ class MoRFConv2d(nn.Module):
         Args:
             conv: odd square kernel, "same" padding with zeros, one stride for both axes.
             kernel_sizes, options: as in the constructor.
-            init: "preserve": the layer computes, in evaluation mode, what ``conv`` computes (see :meth:`absorb`);
-                "random": a fresh start.
+            init: "preserve": in evaluation mode the layer computes what ``conv`` computes (see :meth:`absorb`);
+                "random": random weights.
 
         Raises:
             ValueError: ``conv`` cannot be replaced (the message says why), or with ``init="preserve"`` no expert can
@@ -141,7 +141,7 @@ class MoRFConv2d(nn.Module):
             stride=_checks.square("stride", conv.stride),
             groups=conv.groups,
             bias=conv.bias is not None,
-            device="meta" if preserve else conv.weight.device,  # what absorb() overwrites need not be drawn
+            device="meta" if preserve else conv.weight.device,  # absorb() overwrites all weights
             dtype=conv.weight.dtype,
             **options,
         )
@@ -156,16 +156,18 @@ class MoRFConv2d(nn.Module):
 
     @torch.no_grad()
     def absorb(self, conv: nn.Conv2d) -> None:
-        """Set experts and router so that the mixture is ``conv``, while every expert stays able to learn.
+        """Set experts and router so that the mixture computes ``conv``, and every expert can learn.
 
-        The router starts with weights a_r that no input changes. Every expert starts as the old kernel, cropped or
-        zero-padded to its size, scaled so that the mixture has the old size, and perturbed by a tenth of its root mean
-        square: equal experts would get equal gradients for ever. The smallest expert that the old kernel fits into
-        then takes up the remainder ``(W - sum_r a_r W_r) / a_keeper``, so the sum is W to rounding. No expert starts
-        at zero, hence router and experts all have gradients in the first step (but see ``top_k=1`` in
+        The router starts with weights a_r that do not depend on the input. Every expert starts as the old kernel,
+        cropped or zero-padded to its size, and scaled so that the mixture keeps its scale. Noise of a tenth of the root
+        mean square is added, as equal experts would get equal gradients forever. The smallest expert that can hold the
+        old kernel then takes the remainder ``(W - sum_r a_r W_r) / a_keeper``, so the sum is W to rounding. No expert
+        starts at zero, so router and experts have gradients in the first step (but see ``top_k=1`` in
         :class:`widefield.nn.Router`).
         """
-        step = fold.common_dilation([*self.dilations, conv.dilation[0]])  # or a dilation of 36 makes 361x361 kernels
+        step = fold.common_dilation(
+            [*self.dilations, conv.dilation[0]]
+        )  # without it a dilation of 36 makes 361x361 kernels
         dilation = conv.dilation[0] // step
         experts = tuple((k, d // step) for k, d in zip(self.kernel_sizes, self.dilations, strict=True))
         keeper = _keeper(experts, conv.kernel_size[0], dilation)
@@ -186,9 +188,10 @@ class MoRFConv2d(nn.Module):
                 bias.copy_(conv.bias.double() / a.sum())
 
     def route(self, x: Tensor) -> Tensor:
-        """Return the routing weights (N, n) of x (N, C_in, H, W); in training mode hard routing draws its noise.
+        """Return the routing weights (N, n) of x (N, C_in, H, W). In training mode hard routing adds noise.
 
-        Raises ValueError for an input of another shape.
+        Raises:
+            ValueError: an input of another shape.
         """
         _checks.images(size_of(x), self.in_channels)
         weights: Tensor = self.router(x)
@@ -221,12 +224,12 @@ class MoRFConv2d(nn.Module):
         if name in ("weight", "bias", "kernel_size", "dilation", "padding"):
             raise AttributeError(
                 f"a mixture has no single {name!r}: it has layer.kernels(), layer.biases(), layer.kernel_sizes and "
-                "layer.dilations. If a model reads it from a convolution, leave that one out with convert(..., where=)."
+                "layer.dilations. If the model reads it from a convolution, exclude that one with convert(..., where=)."
             )
         return super().__getattr__(name)
 
     def fuse(self, norm: nn.Module | None = None) -> FusedMoRFConv2d:
-        """Return the re-parameterised layer: one padded kernel bank and the router. Exact in evaluation mode.
+        """Return the re-parameterized layer: one padded kernel bank and the router. Exact in evaluation mode.
 
         Args:
             norm: a batch norm that directly follows this layer, to be folded in.
@@ -239,12 +242,11 @@ class MoRFConv2d(nn.Module):
         return FusedMoRFConv2d(self, norm)
 
     def collapse(self, weights: Tensor) -> nn.Conv2d:
-        """Return the one convolution that this mixture is where every image has the same routing weights.
+        """Return the single convolution that this mixture becomes if all images have the same routing weights.
 
-        Its kernel is ``sum_r weights[r] * W_r`` (eq. 7), summed in float64, with the experts padded to the largest on
-        the grid that they share. It is in evaluation mode, has parameters of its own, in the experts' memory format,
-        that train on where the experts do, and is a :class:`widefield.nn.DepthwiseConv2d` where the mixture is
-        depthwise.
+        Its kernel is ``sum_r weights[r] * W_r`` (eq. 7), summed in float64, with the experts padded to the largest one.
+        It is in evaluation mode, and a :class:`widefield.nn.DepthwiseConv2d` if the mixture is depthwise. Its
+        parameters are new, in the experts' memory format, and require gradients if the experts do.
 
         Args:
             weights: (n,), of any dtype.
@@ -280,7 +282,7 @@ class FusedMoRFConv2d(nn.Module):
         bank: parameter (n, C_out, C_in/groups, K, K), see :func:`widefield.ops.fold.kernel_bank`. Its padding gets no
             gradients, so that it stays zero in training.
         bias_bank: parameter (n, C_out) or None.
-        shift: parameter (C_out,) or None: the part of a folded batch norm that is not mixed.
+        shift: parameter (C_out,) or None: the shift of a folded batch norm.
         kernel_sizes, dilations, router: as in the mixture.
     """
 
@@ -315,7 +317,7 @@ class FusedMoRFConv2d(nn.Module):
         _checks.images(size_of(x), self.in_channels)
         experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
         bank: Tensor = self.bank
-        if bank.requires_grad and torch.is_grad_enabled() and not is_traced():  # traces serve, and are checked without
+        if bank.requires_grad and torch.is_grad_enabled() and not is_traced():  # a trace is for inference
             bank = bank * fold.taps(experts, bank)
         y = bank_conv2d(
             x,
@@ -331,10 +333,7 @@ class FusedMoRFConv2d(nn.Module):
         return y if self.shift is None else y + self.shift[:, None, None].to(y.dtype)
 
     def collapse(self, weights: Tensor) -> nn.Conv2d:
-        """Return the one convolution of fixed routing weights, with a folded norm in it; see :class:`MoRFConv2d`.
-
-        Its parameters require gradients if those of this layer do that they are computed from.
-        """
+        """Return the single convolution for fixed routing weights; see :meth:`MoRFConv2d.collapse`."""
         with torch.no_grad():
             conv = _collapsed(self, weights, self.bank, self.bias_bank, self.shift)
         conv.weight.requires_grad_(self.bank.requires_grad)
@@ -357,7 +356,7 @@ def _collapsed(
         raise ValueError(f"weights must be finite; got {weights.tolist()}.")
     shares = weights.to(bank.device, torch.float64)
     kernel = torch.zeros_like(bank[0], dtype=torch.float64)
-    for share, expert in zip(shares, bank, strict=True):  # one at a time: a whole bank in float64 can be large
+    for share, expert in zip(shares, bank, strict=True):  # one at a time, as a whole bank in float64 can be large
         kernel += share * expert.double()
     bias = None if bias_bank is None else shares @ bias_bank.double()
     if shift is not None:
@@ -400,7 +399,7 @@ def why_not(conv: nn.Module) -> str | None:
         return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
     same = dilation[0] * (height // 2)
     if padding != "same" and padding != (same, same):
-        return f"its padding is {padding}, and {same} is what centres the kernel on the pixel"
+        return f"its padding is {padding}, and {same} would center the kernel on the pixel"
     return None
 
 
@@ -428,7 +427,7 @@ def _keeper(experts: Sequence[Expert], size: int, dilation: int) -> int | None:
 
 
 def _regrid(kernel: Tensor, source: Expert, target: Expert) -> Tensor:
-    """Move a kernel from the taps of one (size, dilation) to those of another; taps that the target lacks are lost."""
+    """Move a kernel from the taps of one (size, dilation) to those of another. Taps that it does not have are lost."""
     kernel = fold.dilate(kernel, source[1])
     size = fold.effective_size(*target)
     kernel = fold.crop(fold.pad(kernel, max(size, kernel.shape[-1])), size)

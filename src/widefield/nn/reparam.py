@@ -1,8 +1,8 @@
-"""Sums of depthwise branches, each with batch norm, that merge into one convolution; :mod:`widefield.nn.large_kernel`
-has the kinds of them.
+"""Sums of depthwise branches, each with batch norm, that merge into one convolution.
 
-Convolution is linear, and so is batch norm in evaluation: a sum of both is one convolution with the sum of the
-kernels, each spread by its dilation, padded with zeros to the largest and scaled by its norm.
+Convolution is linear, and so is batch norm in evaluation mode. A sum of branches is one convolution with the sum of
+the kernels, each spread by its dilation, padded with zeros to the largest and scaled by its norm. The layers are in
+:mod:`widefield.nn.large_kernel`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import OrderedDict
 from typing import Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,8 +57,8 @@ class ConvNorm(nn.Sequential):
 class ReparamConv2d(nn.Module):
     """Base of the sums: depthwise, (N, C, H, W) -> (N, C, ceil(H/stride), ceil(W/stride)).
 
-    A kind of sum registers its convolutions and norms under the names it wants, and returns them from
-    :meth:`branches`, the first of them the largest.
+    A subclass registers its convolutions and norms under names of its choice, and returns them from :meth:`branches`,
+    the largest first.
     """
 
     def branches(self) -> list[Branch]:
@@ -81,8 +80,10 @@ class ReparamConv2d(nn.Module):
         raise NotImplementedError
 
     def merge_kernel(self) -> None:
-        """Become, in place, what :meth:`fuse` returns; its class, too. For scripts written for the authors' code, which
-        call blocks by this name (RepLKNet, SLaK), ``merge_dilated_branches`` (UniRepLKNet) or ``switch_to_deploy``.
+        """Turn this layer into the result of :meth:`fuse`, in place, including its class.
+
+        For scripts written for the authors' code. They call this name (RepLKNet, SLaK), ``merge_dilated_branches``
+        (UniRepLKNet) or ``switch_to_deploy``.
 
         Raises:
             RuntimeError: in training mode.
@@ -98,16 +99,16 @@ class ReparamConv2d(nn.Module):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, kernel_size: int | Pair, *, init: str = "preserve", **options: Any) -> Self:
-        """Make this layer in place of a depthwise convolution: its stride, backend, device, dtype and mode.
+        """Return this layer as a replacement for ``conv``, with its stride, backend, device, dtype and mode.
 
-        Where the kernel of ``conv`` is frozen (``requires_grad`` is False), so is the layer.
+        If the kernel of ``conv`` is frozen (``requires_grad`` is False), so is the layer.
 
         Args:
             conv: depthwise, odd kernel, "same" padding with zeros, no dilation; any stride.
             kernel_size: as in the constructor.
-            init: "preserve": the layer computes what ``conv`` computes (:meth:`absorb`); where there are norms, in
-                evaluation mode only, as in training mode batch norm subtracts and divides by what it sees. "random": a
-                fresh start.
+            init: "preserve": the layer computes what ``conv`` computes (:meth:`absorb`). With norms this holds in
+                evaluation mode only, as batch norm uses the statistics of the batch in training. "random": random
+                weights.
             options: further ones of the constructor.
 
         Raises:
@@ -128,13 +129,13 @@ class ReparamConv2d(nn.Module):
 
     @torch.no_grad()
     def absorb(self, conv: nn.Conv2d) -> None:
-        """Set all branches so that in evaluation mode their sum is ``conv``, while every branch stays able to learn.
+        """Set all branches so that their sum computes ``conv`` in evaluation mode, and every branch can learn.
 
-        All branches but the first start as equal shares of half of the old kernel at their taps, perturbed by a tenth
-        of the channel's root mean square, as two equal branches would get equal gradients for ever; taps that the first
-        one does not have start at zero. The first one takes up the remainder, so the sum is the old kernel to rounding.
-        Norms, as new, have mean 0 and variance 1; their weight is the root of ``1 + eps``, so that they scale by 1. The
-        old bias is that of the first norm, or without norms that of the first convolution.
+        All branches but the first start as equal shares of half of the old kernel at their taps. Noise of a tenth of
+        the channel's root mean square is added, as equal branches would get equal gradients forever. Taps that the
+        first branch does not have start at zero. The first branch takes the remainder, so the sum is the old kernel to
+        rounding. Norms are reset to mean 0 and variance 1, and their weight is the root of ``1 + eps``, so that they
+        scale by 1. The first norm, or without norms the first convolution, gets the old bias.
 
         Raises:
             ValueError: the kernel of ``conv`` is larger than the first branch.
@@ -151,10 +152,10 @@ class ReparamConv2d(nn.Module):
         for part, _ in beside:
             dilation = part.dilation[0]
             span = tuple(fold.effective_size(k, dilation) for k in part.kernel_size)
-            share = _centred(old, span)[..., ::dilation, ::dilation] / (2 * len(beside))
-            common = _centred(old.new_ones(size), span)[::dilation, ::dilation]  # taps that the first has
+            share = fold.fit(old, span)[..., ::dilation, ::dilation] / (2 * len(beside))
+            common = fold.fit(old.new_ones(size), span)[::dilation, ::dilation]  # taps that the first has
             part.weight.copy_(share + common * noise * torch.randn_like(share))
-            remainder -= _centred(fold.dilate(part.weight.double(), dilation), size)  # as rounded
+            remainder -= fold.fit(fold.dilate(part.weight.double(), dilation), size)  # as rounded
         first.weight.copy_(remainder)
         for _, each in self.branches():
             if each is not None:
@@ -197,18 +198,18 @@ def why_not(conv: nn.Module) -> str | None:
     if rows % 2 == 0 or columns % 2 == 0:
         return f"its kernel size is even ({rows}x{columns})"
     if set(conv.dilation) != {1}:
-        return f"its dilation is {conv.dilation}: put the large kernel into the network before it is dilated"
+        return f"its dilation is {conv.dilation}: insert the large kernel before the network is dilated"
     if conv.padding_mode != "zeros":
         return f"its padding mode is {conv.padding_mode!r}, not 'zeros'"
     same = rows // 2, columns // 2
     if conv.padding != "same" and conv.padding != same:
-        return f"its padding is {conv.padding}, and {same} is what centres the kernel on the pixel"
+        return f"its padding is {conv.padding}, and {same} would center the kernel on the pixel"
     return None
 
 
 def lacks_room(conv: nn.Conv2d, kernel_size: int | Pair) -> str | None:
     """Return why a kernel of this size cannot hold that of ``conv`` (which passed :func:`why_not`), or None."""
-    rows, columns = odd_pair("kernel_size", kernel_size)
+    rows, columns = _checks.odd_pair("kernel_size", kernel_size)
     if conv.kernel_size[0] > rows or conv.kernel_size[1] > columns:
         return f"its {conv.kernel_size[0]}x{conv.kernel_size[1]} kernel does not fit into one of {rows}x{columns}"
     return None
@@ -220,18 +221,3 @@ def depthwise_same(
     """Return a depthwise convolution that is centered on its pixel. ``options``: backend, device and dtype."""
     padding = (dilation * (size[0] // 2), dilation * (size[1] // 2))
     return DepthwiseConv2d(channels, channels, size, stride, padding, dilation, bias=bias, **options)
-
-
-def _centred(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Crop or pad (..., K_h, K_w) to (..., rows, columns), all odd, around the same centre."""
-    down, right = (size[0] - kernel.shape[-2]) // 2, (size[1] - kernel.shape[-1]) // 2
-    return F.pad(kernel, (right, right, down, down))  # which crops where these are negative
-
-
-def odd_pair(name: str, value: object) -> Pair:
-    """Return (rows, columns), both odd, for one number or two; raises TypeError or ValueError."""
-    rows, columns = _checks.pair(name, value)
-    for side in (rows, columns):
-        if side % 2 == 0:
-            raise ValueError(f"{name} must be odd, so that it is centred on a pixel; got {side}.")
-    return rows, columns

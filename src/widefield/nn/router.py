@@ -1,4 +1,4 @@
-"""The network that weighs experts, and the loss that keeps them all in use.
+"""The network that weighs experts, and the loss that balances their use.
 
 Router: MoRF (Lian, Yu, Wang 2024), section 3.2 and eq. 4-6: global average pooling, FC, GELU, FC. Balance: Shazeer et
 al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.
@@ -26,15 +26,15 @@ ATTENTION = ("none", "softmax", "sigmoid")
 def default_width(in_channels: int) -> int:
     """Return the hidden width of a router unless one is asked for: a sixteenth of the channels, at least 16.
 
-    The paper does not state it, and its three parameter counts fit no single width; docs/morf.md prints the counts
-    that this rule gives beside the paper's.
+    The paper does not state it, and no single width fits its three parameter counts; docs/morf.md compares the counts
+    of this rule with the paper's.
     """
     return max(16, in_channels // 16)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a hard router computed for one batch: everything the balance loss needs. All (N, n) with gradients."""
+    """Values of a hard router for one batch, as the balance loss needs them. All (N, n), with gradients."""
 
     clean: Tensor
     noisy: Tensor
@@ -46,17 +46,17 @@ class Gate:
 class Router(nn.Module):
     """Global average pool, FC, GELU, FC: (N, C, H, W) -> routing weights (N, n).
 
-    Soft routing (eq. 6): the weights are the outputs as they are (``attention="none"``, unnormalised), or their
+    Soft routing (eq. 6): the weights are the outputs as they are (``attention="none"``, unnormalized), or their
     softmax or sigmoid. Hard routing (eq. 4, 5): softmax over the ``top_k`` largest outputs, exactly 0 for the others;
     in training mode Gaussian noise with standard deviation ``softplus(noise(h))`` is added before the choice, where h
-    is the hidden layer. Eq. 5 draws its gate and its noise from a further pair of matrices behind the last FC; two
-    linear maps in a row are one, so here the last FC is the gate and stands beside the noise.
+    is the hidden layer. Eq. 5 computes gate and noise by two further matrices after the last FC. Two linear maps in a
+    row are one, so here the last FC is the gate, and the noise is next to it.
 
-    With ``top_k=1`` the one weight is a softmax over a single number, always 1: no gradient reaches the router from the
-    task, and it learns from :func:`load_balancing` alone. Shazeer et al. ask for k > 1 for this reason.
+    With ``top_k=1`` the weight is a softmax over a single number, always 1. The task then has no gradient with respect
+    to the router, which learns from :func:`load_balancing` only. Shazeer et al. require k > 1 for this reason.
 
-    Routing weights are computed in the parameters' precision also under autocast: the choice of experts and the sum of
-    unnormalised weights are sensitive to rounding, and cost next to nothing.
+    Routing weights are computed in the parameters' precision, also under autocast. The choice of experts and the sum of
+    unnormalized weights are sensitive to rounding, and cheap.
 
     Args:
         in_channels: C.
@@ -97,7 +97,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from an even mixture that already depends, a little, on the input; noise as in Shazeer et al."""
+        """Start from a nearly even mixture that depends slightly on the input, with the noise of Shazeer et al."""
         self.hidden.reset_parameters()
         self.gate.reset_parameters()
         with torch.no_grad():
@@ -107,16 +107,16 @@ class Router(nn.Module):
                 self.noise.bias.zero_()
 
     def _rest(self) -> float:
-        """Return the output of the last FC for which all weights are equal and, unless sigmoid, sum to 1."""
+        """Return the output of the last FC that makes all weights equal, with a sum of 1 unless they are sigmoids."""
         return 1 / self.experts if self.routing == "soft" and self.attention == "none" else 0.0
 
     def settle(self, keeper: int) -> Tensor:
-        """Make the weights the same for every input, in evaluation, and return them: (n,).
+        """Make the weights independent of the input in evaluation mode, and return them: (n,).
 
         Soft routing gives every expert the same weight. Hard routing ranks expert ``keeper`` first, then the others
         from the last to the first, so that ties do not depend on the device. The margin is 2, three times the initial
-        noise: the keeper takes part in nearly every choice, and the noise deals the other places out among the rest.
-        With one place it is 0.5, or the others would never be tried.
+        noise: the keeper is nearly always chosen, and the noise distributes the other places among the rest. With
+        ``top_k=1`` the margin is 0.5, or the others would never be chosen.
         """
         with torch.no_grad():
             self.gate.weight.zero_()
@@ -162,7 +162,7 @@ class Router(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
-        """Show what the submodules do not."""
+        """Show the arguments that the submodules do not show."""
         how = f"top_k={self.top_k}" if self.routing == "hard" else f"attention={self.attention}"
         return f"experts={self.experts}, routing={self.routing}, {how}"
 
@@ -172,18 +172,17 @@ def load_balancing(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Collect the load-balancing loss of every hard router in ``model`` during the forward passes inside the block.
 
     Shazeer et al. 2017: the squared coefficient of variation of the importance (eq. 6, 7: routing weights summed over
-    the batch) plus that of the load (eq. 8-11: the smooth number of samples that an expert is chosen for), averaged
-    over routers. 0 when every expert is used alike. MoRF does not use it; it is off unless asked for::
+    the batch) plus that of the load (eq. 8-11: a smooth count of the samples for which an expert is chosen), averaged
+    over routers. It is 0 if all experts are used equally. MoRF does not use it, and it is off by default::
 
         with load_balancing(model) as balance:
             loss = criterion(model(images), labels) + 0.01 * balance()
 
     Yields:
-        a function () -> scalar tensor with gradients to the routers, over what was recorded so far.
+        a function () -> scalar tensor with gradients to the routers, over the forward passes so far.
 
     Raises:
-        ValueError: the model has no hard router; or, from the function, nothing was recorded (the model was in
-            evaluation mode, or was not called).
+        ValueError: the model has no hard router; or, from the function, there was no forward pass in training mode.
     """
     routers = [m for m in model.modules() if isinstance(m, Router) and m.routing == "hard"]
     if not routers:
@@ -209,10 +208,10 @@ def load_balancing(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 def _imbalance(gate: Gate) -> Tensor:
     n, k = gate.weights.shape[1], gate.top_k
     loss = _squared_variation(gate.weights.sum(0))
-    if k == n:  # everybody is always chosen
+    if k == n:  # all experts are always chosen
         return loss
-    # Eq. 9: the probability that expert i would be chosen were its noise drawn again, the others' kept. It has to beat
-    # the k-th largest of the others: the (k+1)-th of all where i itself is among the top k, else the k-th.
+    # Eq. 9: the probability that expert i is chosen if its noise is drawn again and the others' is kept. It must exceed
+    # the k-th largest of the others: the (k+1)-th of all if i itself is among the top k, else the k-th.
     top = gate.noisy.topk(k + 1, dim=1).values
     chosen = gate.noisy > top[:, k, None]
     threshold = torch.where(chosen, top[:, k, None], top[:, k - 1, None])

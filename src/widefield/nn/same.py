@@ -1,4 +1,4 @@
-"""TensorFlow's "SAME" padding around layers that are centered on their pixels.
+"""TensorFlow's "SAME" padding for layers that are centered on their pixels.
 
 "SAME" padding gives ceil(H / stride) rows, and puts the odd row of zeros at the bottom. So it depends on the size of
 the input: along an axis of n pixels, output i of an odd kernel is centered on pixel ``i * stride + phase`` with
@@ -102,15 +102,15 @@ class SameAligned(nn.Module):
         # Centers at i * stride + phase are those at (i + 1) * stride behind stride - phase rows of zeros.
         (down, right), rows, columns = self.stride, x.shape[-2], x.shape[-1]
         above, before = (down - phase(rows, down)) % down, (right - phase(columns, right)) % right
-        if type(above) is int and above == before == 0:  # sizes may be symbols: graphs for many sizes do not branch
+        if type(above) is int and above == before == 0:  # sizes may be symbols, on which a graph must not branch
             return cast(Tensor, self.layer(x))
         y: Tensor = self.layer(F.pad(x, (before, 0, above, 0)))
         kept = y[..., (above + down - 1) // down :, (before + right - 1) // right :]
-        # No view: it could not be changed in place after no_grad, and exporters scatter what is changed in place.
+        # Not a view: one made under no_grad cannot be modified in place, and exporters turn such changes into scatters.
         return kept.clone()
 
     def merges(self) -> bool:
-        """Say whether :meth:`fuse` would return something simpler."""
+        """Return whether :meth:`fuse` would return something simpler."""
         return _is_plain(self.layer) or hasattr(self.layer, "fuse")
 
     def fuse(self, norm: nn.Module | None = None) -> nn.Module:
@@ -160,7 +160,7 @@ def least_size(stride: int, dilation: int, parity: int) -> int:
 
 
 def centered(conv: nn.Module) -> nn.Conv2d | str:
-    """Return the convolution with a centered kernel that a ``Conv2dSame`` is but for its alignment, or why it has none.
+    """Return a convolution with a centered kernel that equals ``conv`` except in alignment, or why there is none.
 
     It shares the parameters of ``conv``; inside :class:`SameAligned` it computes what ``conv`` does.
     """
@@ -189,7 +189,7 @@ def _keeps_padding(conv: Any) -> bool:
 
 
 def is_same(module: nn.Module) -> bool:
-    """Say whether this is a convolution with TensorFlow's "SAME" padding, and a kernel that it does not compute."""
+    """Return whether this is a convolution with TensorFlow's "SAME" padding and an ordinary kernel."""
     return type(module) in (Conv2dSame, DepthwiseConv2dSame)
 
 

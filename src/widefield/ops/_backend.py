@@ -1,8 +1,8 @@
-"""Which backend computes a pass of a depthwise convolution: what each cannot do, and the choice that "auto" makes.
+"""Choose the backend for a pass of a depthwise convolution: what each cannot compute, and what "auto" uses.
 
-On CPUs the choice is a table, read off measurements (benchmarks/results/depthwise_cpu.md): the same call always takes
-the same way. On CUDA devices, where the winner depends on the card and on cuDNN, every way is timed once for each
-kind of problem and the winner remembered (:mod:`widefield.ops._timed`).
+On CPUs the choice is a table from measurements (benchmarks/results/depthwise_cpu.md), so the same call always uses the
+same backend. On CUDA devices the fastest one depends on the card and on cuDNN: all are timed once for each kind of
+problem, and the winner is remembered (:mod:`widefield.ops._timed`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ BACKENDS = ("auto", *_HOMES)
 
 
 _SOME, _MUCH = 5_000_000, 20_000_000
-"""Multiply-adds from which a faster kernel makes up for the 0.1 ms that our operators take in Python: where another
-pass takes them anyway, and where none does.
+"""Multiply-adds from which a faster kernel makes up for the Python overhead of our operators, 0.1 ms. The first applies
+if another pass uses them anyway, the second if none does.
 """
 
 _MANY_TAPS = 150
-"""Taps from which a wide kernel multiplies so much that moving a map into another layout for it does not count."""
+"""Taps from which the cost of moving a map to another layout is negligible next to the multiplications."""
 
 
 def why_not(backend: str, problem: Problem) -> str | None:
@@ -54,12 +54,12 @@ def why_not(backend: str, problem: Problem) -> str | None:
 
 @functools.cache
 def module(backend: str) -> ModuleType:
-    """Return the module that holds a backend. Triton's are imported when they are first asked for."""
+    """Return the module of a backend. Those of Triton are imported at first use."""
     return importlib.import_module(_HOMES[backend])
 
 
 def check(backend: str, problem: Problem) -> None:
-    """Raise ValueError with the reason where ``backend``, asked for by name, cannot compute ``problem``."""
+    """Raise ValueError with the reason if ``backend``, requested by name, cannot compute ``problem``."""
     reason = None if backend == "auto" else why_not(backend, problem)
     if reason is not None:
         raise ValueError(
@@ -77,7 +77,7 @@ def resolve(backend: str, problem: Problem, run: Callable[[ModuleType], object] 
 
 
 def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) -> tuple[str, str]:
-    """Return what "auto" takes for ``problem``, and why. Without ``run`` nothing new is timed."""
+    """Return what "auto" uses for ``problem``, and why. Without ``run`` nothing new is timed."""
     if problem.device.type == "cpu":
         if widens("auto", problem):
             name, reason = _on_cpu(problem._replace(dtype=torch.float32), _limits.LIMITS)
@@ -101,15 +101,16 @@ def choose(problem: Problem, run: Callable[[ModuleType], object] | None = None) 
 
 
 def widens(backend: str, problem: Problem) -> bool:
-    """Say whether a 16-bit problem is computed in 32 bits, as the CPU would only emulate its dtype, slowly. "aten" is
-    PyTorch's own, whatever it does.
+    """Return whether a 16-bit problem is computed in 32 bits, because the CPU only emulates its dtype, slowly.
+
+    Never for "aten", which is PyTorch's own convolution as it is.
     """
     sixteen = problem.dtype in (torch.bfloat16, torch.float16)
     return sixteen and backend != "aten" and problem.device.type == "cpu" and not computes_in(problem.dtype)
 
 
 def is_stock(problems: Sequence[Problem]) -> bool:
-    """Say whether "auto" would take PyTorch's own kernels for all of these, which needs no operator around them."""
+    """Return whether "auto" uses PyTorch's own kernels for all of these, so that they need no operator of ours."""
     return all(
         problem.device.type == "cpu" and not widens("auto", problem) and _on_cpu(problem, _limits.LIMITS)[0] == "aten"
         for problem in problems
@@ -127,8 +128,10 @@ def _on_cpu(problem: Problem, limits: Limits) -> tuple[str, str]:
 
 
 def _is_for_spectra(problem: Problem) -> bool:
-    """Compare operations: multiply-adds inside the map against those of the transforms, which are slower ones by a
-    factor that was measured, most so for short lengths, and read channels_last maps a channel at a time.
+    """Compare multiply-adds inside the map with those of the transforms.
+
+    Those of the transforms are slower by a measured factor. It is largest for short lengths, and larger for
+    channels_last, which is read one channel at a time.
     """
     if problem.dtype != torch.float32:
         return False
@@ -149,7 +152,7 @@ def _cut(problem: Problem) -> Pair:
 
 
 def _extent(problem: Problem) -> int:
-    """Columns that the kernel spans once the taps that only meet padding are off."""
+    """Return the columns that the kernel spans without the taps that only meet padding."""
     return problem.dilation[1] * (problem.kernel[1] - 2 * _cut(problem)[1] - 1) + 1
 
 
@@ -177,7 +180,7 @@ def _forward(problem: Problem) -> tuple[str, str]:
         and problem.pixels >= 1000
         and leaves_cache(problem.channels, *problem.kernel, problem.dtype)
     ):
-        return "onednn", "so many large kernels leave the cache: some channels at a time"
+        return "onednn", "so many large kernels leave the cache: channels are computed in groups"
     return "aten", "PyTorch's own kernel is the fast one for this width and layout"
 
 
@@ -230,8 +233,9 @@ def _weight_grad(problem: Problem) -> tuple[str, str]:
 
 
 def _is_worth_splitting(problem: Problem, numbers: int) -> bool:
-    """Compare what a strided weight gradient multiplies with what it costs to take x apart: a call for each of the
-    maps, which have the fewer columns the larger the stride, and the moving of its numbers.
+    """Compare the multiplications of a strided weight gradient with the cost of splitting x.
+
+    Splitting costs a call for each of the maps, which have fewer columns the larger the stride, and moves all numbers.
     """
     parts = problem.stride[0] * problem.stride[1] * max(problem.stride) / 2
     call, each = (1_500_000, 2.5) if problem.channels_last else (700_000, 2.0)  # PyTorch's own is the slower in NCHW
@@ -239,5 +243,5 @@ def _is_worth_splitting(problem: Problem, numbers: int) -> bool:
 
 
 def names(backend: object) -> str:
-    """Return ``backend`` if there is one of that name; raises ValueError naming those that there are."""
+    """Return ``backend`` if it is the name of one; raise ValueError with all names otherwise."""
     return _checks.choice("backend", backend, BACKENDS)

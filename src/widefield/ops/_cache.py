@@ -1,6 +1,6 @@
-"""What was measured on a device, kept between runs: JSON files under ``$XDG_CACHE_HOME/widefield``.
+"""Measurements on a device, kept between runs in JSON files under ``$XDG_CACHE_HOME/widefield``.
 
-A file that cannot be read or written is as good as none: everything in it can be measured again.
+A file that cannot be read or written is ignored: everything in it can be measured again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 
 def path(kind: str, *parts: object) -> Path:
-    """Return the file for a kind of measurement and what it depends on, such as the card and versions."""
+    """Return the file for a kind of measurement. ``parts``: what it depends on, such as the card and versions."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^\w.+-]+", "_", "-".join(str(part) for part in parts))
     return Path(root) / "widefield" / kind / f"{name}.json"
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Return what a file holds; nothing where it cannot be read or holds something else."""
+    """Return the contents of a file, or an empty dictionary if it cannot be read."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -31,7 +31,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def write(file: Path, entry: str, value: object) -> None:
-    """Add one entry to a file, in one move, so that no other process ever reads half of it."""
+    """Add one entry to a file, atomically, so that other processes never read a partial file."""
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The convolution theorem: multiply spectra. For large kernels on large maps, where it needs the fewest operations.
+"""Convolution as a product of spectra. For large kernels on large maps, where it needs the fewest operations.
 
-Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length that the transforms are fast for, and
-taken a few at a time, so that their spectra never leave the caches: written to memory they would cost what they save.
+Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length for which transforms are fast. A few maps
+are transformed at a time, so that their spectra stay in the caches; moving them to memory would cost what they save.
 An infinity or NaN spreads over its whole map.
 """
 
@@ -18,21 +18,21 @@ from widefield.ops import _limits
 from widefield.ops._problem import Problem, is_channels_last, memory_format
 
 _LENGTHS = (16, 20, 24, 32, 36, 40, 44, 48, 64, 80, 96, 112, 128)
-"""Lengths that transforms are fast for; the ones between cost more than the next of these (MKL, on Zen 4 and Cascade
+"""Lengths for which transforms are fast. Lengths in between cost more than the next of these (MKL, on Zen 4 and Cascade
 Lake: 64x64 takes less time than 50x50)."""
 
 
 def why_not(problem: Problem) -> str | None:
-    """Say what keeps this backend from computing the problem."""
+    """Return what keeps this backend from computing the problem."""
     if problem.stride != (1, 1) or problem.dilation != (1, 1):
-        return f"spectra know no stride or dilation; got stride {problem.stride} and dilation {problem.dilation}"
+        return f"spectra do not support stride or dilation; got stride {problem.stride} and dilation {problem.dilation}"
     if not problem.dtype.is_floating_point:
         return f"spectra are of real floating-point numbers; got {problem.dtype}"
     return None
 
 
 def work(problem: Problem) -> float:
-    """Return how much one map costs, in units of one multiply-add of the transform of a number."""
+    """Return the cost of one map, in multiply-adds of the transforms."""
     rows, columns = _lengths((problem.height, problem.width), problem.kernel, problem.padding)
     return rows * columns * log2(rows * columns)
 
@@ -102,13 +102,13 @@ def _window(maps: Tensor, start: Pair, size: Pair) -> Tensor:
 
 
 def _lengths(size: Pair, kernel: Pair, padding: Pair) -> Pair:
-    """Return lengths at which what wraps around falls before the first output that is read."""
+    """Return lengths at which the part that wraps around comes before the first output that is read."""
     rows, columns = (_good(max(s + p, k, s + 2 * p - k + 1)) for s, k, p in zip(size, kernel, padding, strict=True))
     return rows, columns
 
 
 def _good(least: int) -> int:
-    """Return a length from ``least`` on that transforms are fast for."""
+    """Return a length, at least ``least``, for which transforms are fast."""
     for length in _LENGTHS:
         if length >= least:
             return length
@@ -118,12 +118,12 @@ def _good(least: int) -> int:
 
 def _parts(channels: int, lengths: Pair) -> Iterator[slice]:
     count = max(1, torch.get_num_threads() * _limits.LIMITS.transformed // (lengths[0] * lengths[1]))
-    count = -(-channels // -(-channels // count))  # parts of one size
+    count = -(-channels // -(-channels // count))  # parts of equal size
     return (slice(i, i + count) for i in range(0, channels, count))
 
 
 def _spectrum(maps: Tensor, lengths: Pair) -> Tensor:
-    """Return the half spectrum of real maps (C, H, W). There are no spectra of 16-bit numbers."""
+    """Return the half spectrum of real maps (C, H, W). 16-bit maps are transformed in float32."""
     maps = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
     spectrum: Tensor = torch.fft.rfft2(maps, s=lengths)
     return spectrum

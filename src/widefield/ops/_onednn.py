@@ -1,9 +1,9 @@
-"""Every pass as a convolution of a shape and layout that oneDNN has a fast kernel for. CPUs.
+"""Every pass as a convolution of a shape and layout for which oneDNN has a fast kernel. CPUs.
 
 oneDNN computes a depthwise forward convolution fast in NCHW as long as the kernel, dilated, is at most 13 columns
 wide, and in channels_last at any width but 12 and 13. Everything else falls back to a loop over small matrix products:
-NCHW wider than 13, dilations past that width, the weight gradient of every width but 1 to 3. All of those can be
-written as what is fast:
+NCHW wider than 13, dilations past that width, the weight gradient of every width but 1 to 3. All of these can be
+rewritten as fast convolutions:
 
 - taps that never meet the map are cut off first;
 - wide kernels run in channels_last, some channels at a time so that their weights stay in the cache;
@@ -37,7 +37,7 @@ _WIDTHS = {
 
 
 def why_not(problem: Problem) -> str | None:
-    """Say what keeps this backend from computing the problem."""
+    """Return what keeps this backend from computing the problem."""
     if problem.device.type != "cpu":
         return f"oneDNN computes on CPUs, not on {problem.device.type}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -120,7 +120,7 @@ def weight_grad(
 
 
 def _share(count: int, parts: int, step: int = 1) -> int:
-    """Return how many of ``count`` go into each of so many parts of about one size, in whole steps."""
+    """Return the size of each of ``parts`` about equal parts of ``count``, a multiple of ``step``."""
     return step * -(-count // (step * max(parts, 1)))
 
 
@@ -154,7 +154,7 @@ def _by_samples(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], padding: 
 
 
 def _gains_by_threes(x: Tensor, columns: int) -> bool:
-    """Say whether three columns at a time are faster than every sample by itself: for few columns of many numbers."""
+    """Return whether three columns at a time are faster than one sample at a time: few columns of many numbers."""
     least = _limits.LIMITS.threes if len(x) >= 4 else _limits.LIMITS.threes_of_few
     return columns in _WIDTHS and x.shape[1] > 1 and x.numel() >= least
 
@@ -203,29 +203,31 @@ def _strided_weight_grad(grad: Tensor, x: Tensor, weight_size: tuple[int, ...], 
 
 
 def leaves_cache(channels: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Say whether so many kernels leave no room in a core's cache for the map that they are applied to. In 16 bits
-    taking them some at a time has not paid.
-    """
+    """Return whether the kernels leave no room in a core's cache for the map. In 16 bits grouping has not paid."""
     return dtype == torch.float32 and channels * rows * columns > _limits.LIMITS.cached
 
 
 def is_slow_in_channels_last(rows: int, columns: int, pixels: int) -> bool:
-    """Say whether oneDNN falls back to small matrix products in channels_last, as it does not for two columns more: by
-    so much that four columns of zeros pay for 11, too, in kernels of several rows on maps that are not small.
+    """Return whether zero columns pay, because oneDNN falls back to small matrix products in channels_last.
+
+    It does not fall back for two columns more. For 11 columns four columns of zeros pay in kernels of several rows on
+    maps that are not small.
     """
     return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and rows >= 7 and pixels >= _limits.LIMITS.pixels)
 
 
 def computes_in(dtype: torch.dtype) -> bool:
-    """Say whether this CPU multiplies in ``dtype``; where it does not, oneDNN and PyTorch loop over slow emulations."""
+    """Return whether this CPU multiplies in ``dtype``. If not, oneDNN and PyTorch use slow emulations."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
     return dtype == torch.float32
 
 
 def never_returns(dtype: torch.dtype, channels: int, columns: int) -> bool:
-    """Say whether a forward convolution in channels_last may take oneDNN for ever: bfloat16, 2 to 16 channels, and from
-    15 columns of the kernel and 31 of the output on (3.12, on CPUs with AVX512_BF16).
+    """Return whether oneDNN may never return from a forward convolution in channels_last.
+
+    This happens in bfloat16 with 2 to 16 channels, from 15 columns of the kernel and 31 of the output on (oneDNN 3.12,
+    on CPUs with AVX512_BF16).
     """
     return dtype == torch.bfloat16 and channels <= 16 and columns > WIDEST
 
@@ -238,7 +240,7 @@ def _trimmed(weight: Tensor, size: Sizes, stride: Pair, padding: Pair, dilation:
 
 
 def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """F.conv2d as it is, but for two shapes that PyTorch does not hand to oneDNN."""
+    """Return F.conv2d, except for two shapes that PyTorch does not pass to oneDNN."""
     _, channels, kh, kw = weight.shape
     bias = None if bias is None else bias.flatten()
     if kh == kw == 1 and padding == (0, 0):
@@ -250,8 +252,10 @@ def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
 
 
 def _loops(x: Tensor) -> bool:
-    """Say whether PyTorch would loop over the groups of a 3x3 convolution: one thread, one image of at most 20,480
-    numbers (ConvParams::use_mkldnn). Wider kernels always go to oneDNN.
+    """Return whether PyTorch would loop over the groups of a 3x3 convolution.
+
+    It does with one thread and one image of at most 20,480 numbers (ConvParams::use_mkldnn). Wider kernels always go to
+    oneDNN.
     """
     return x.shape[0] == 1 and torch.get_num_threads() == 1 and x.numel() <= 20480
 

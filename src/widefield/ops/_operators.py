@@ -1,10 +1,10 @@
 """The three passes of a depthwise convolution as operators of PyTorch: ``torch.ops.widefield.depthwise*``.
 
-Each has a fake twin (shapes and layouts without numbers, for torch.compile and torch.export), derivatives in terms of
-the three, a rule for vmap, and a count of its FLOPs. All are bilinear, so that these derivatives hold at any order,
-in forward and in reverse mode.
+Each has a fake implementation (shapes and layouts, for torch.compile and torch.export), derivatives in terms of the
+three, a rule for vmap, and a FLOP count. All are bilinear, so the derivatives hold at any order, in forward and in
+reverse mode.
 
-Weights are (G, C, KH, KW) and biases (G, C): G is 1, or N for kernels of its own for every sample.
+Weights are (G, C, KH, KW) and biases (G, C): G is 1, or N for per-sample kernels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def depthwise(
 
 
 def _call(name: str, first: Tensor, second: Tensor, third: Any, *rest: Any) -> Tensor:
-    """Run an operator, recorded for autograd, by the shortest way that all observers of the call still see.
+    """Run an operator, differentiably, with as little dispatch as the call allows.
 
     PyTorch's dispatch of an operator written in Python takes longer than a small convolution. It is needed only by
     compilers, tracers, dispatch modes, tensor subclasses and dual numbers.
@@ -217,8 +217,8 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, weight_size: list[int], *_: objec
     return x.new_empty(tuple(weight_size))
 
 
-# Derivatives. Gradients reach us in any layout, broadcast ones too: they are given the layout of what they are
-# gradients of, so that a backward pass takes the way that its forward took.
+# Derivatives. Incoming gradients may have any layout, or be broadcast. They are converted to the layout of the tensor
+# that they belong to, so that a backward pass uses the same layout as its forward pass.
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -235,14 +235,16 @@ def _remember_for_both_modes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 
 def _wanted(ctx: Any, index: int) -> bool:
-    """Say whether anybody waits for a gradient. ``torch.autograd.grad`` with respect to an image alone does not wait
-    for those of the kernels, although they require one: PyTorch's own operators know, and so should these.
+    """Return whether this gradient is needed.
+
+    ``torch.autograd.grad`` with respect to an image does not need those of the kernels, although the kernels require
+    gradients. PyTorch's own operators skip them in this case, too.
     """
     if not ctx.needs_input_grad[index]:
         return False
     try:
         return bool(torch._C._will_engine_execute_node(ctx.next_functions[index][0]))
-    except (AttributeError, RuntimeError, TypeError):  # a leaf that autograd.grad was asked for, or no engine at work
+    except (AttributeError, RuntimeError, TypeError):  # a leaf that was asked for, or a call outside of the engine
         return True
 
 
@@ -255,7 +257,7 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if _wanted(ctx, 1):
         dw = _call("depthwise_weight_grad", grad, x, weight.shape, *ctx.geometry)
     if _wanted(ctx, 2):
-        db = grad.sum((0, 2, 3))[None] if weight.shape[0] == 1 else grad.sum((2, 3))  # 16 bits are rounded to once
+        db = grad.sum((0, 2, 3))[None] if weight.shape[0] == 1 else grad.sum((2, 3))  # one sum rounds 16 bits once
     return dx, dw, db, None, None, None, None
 
 
@@ -281,13 +283,13 @@ def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, 
 
 
 def _primal(x: Tensor) -> Tensor:
-    """Return x without its tangent. What vmap hides has none of its own."""
+    """Return x without its tangent. Tensors inside vmap have none of their own."""
     hidden = _functorch.is_batchedtensor(x) or is_batch_of_gradients(x)
     return x if hidden else forward_ad.unpack_dual(x).primal
 
 
 def _pushed_forward(name: str, primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor:
-    """Return the tangent of what an operator returns: it is linear in its first argument, its second, and the bias."""
+    """Return the tangent of an operator's result. It is linear in the first argument, the second, and the bias."""
     first, second, third, *geometry = primals
     of_first, of_second, of_bias = tangents[:3]
     if of_first is None and of_second is None:
@@ -305,7 +307,7 @@ def _pushed_forward(name: str, primals: Sequence[Any], tangents: Sequence[Tensor
 
 def _jvp(name: str) -> Callable[..., Tensor]:
     def derivative(ctx: Any, *tangents: Any) -> Tensor:
-        # On again: a derivative may be differentiated in turn, by the transforms around this one.
+        # Enabled again, because outer transforms may differentiate this derivative.
         with forward_ad._set_fwd_grad_enabled(True):
             first, second = (_primal(saved) for saved in ctx.saved_tensors)
             return _pushed_forward(name, (first, second, ctx.size, *ctx.geometry), tangents)
@@ -314,7 +316,7 @@ def _jvp(name: str) -> Callable[..., Tensor]:
 
 
 Caller = Callable[..., Tensor]
-"""How a rule for vmap goes on: with the operator, or with what other transforms see."""
+"""What a rule for vmap calls: the operator, or the function that other transforms see."""
 
 # vmap: a mapped dimension is more batch, and mapped weights are weights per sample.
 
@@ -376,7 +378,7 @@ _PARTS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Any], Callable
 _RUN: dict[str, Callable[..., Tensor]] = {}
 _EAGER: dict[str, type[torch.autograd.Function]] = {}
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
-"""Name of an operator -> what it does; the same with its gradient alone; the operator with rules for all transforms."""
+"""Operator -> its implementation; an autograd Function of that; a Function with rules for all transforms."""
 
 
 def _eager(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

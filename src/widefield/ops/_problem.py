@@ -25,7 +25,7 @@ Sizes = Sequence[int]
 _tracer: Any = torch._C
 
 STEPS = ("forward", "input_grad", "weight_grad")
-"""The three convolutions of a training step. Each is dispatched by itself."""
+"""The three convolutions of a training step. Each has its own choice of backend."""
 
 
 class Problem(NamedTuple):
@@ -43,14 +43,14 @@ class Problem(NamedTuple):
     padding: Pair
     dilation: Pair
     per_sample: bool
-    """Whether every sample has kernels of its own."""
+    """Whether every sample has its own kernels."""
     dtype: torch.dtype
     device: torch.device
     channels_last: bool
 
     @property
     def extent(self) -> Pair:
-        """How many rows and columns the kernel spans once dilated."""
+        """Rows and columns that the dilated kernel spans."""
         return (self.dilation[0] * (self.kernel[0] - 1) + 1, self.dilation[1] * (self.kernel[1] - 1) + 1)
 
     @property
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Products that one map of one sample takes: see :func:`multiply_adds`."""
+        """Multiply-adds of one map of one sample: see :func:`multiply_adds`."""
         return multiply_adds((self.height, self.width), self.kernel, self.stride, self.padding, self.dilation)
 
     @property
@@ -93,7 +93,7 @@ def problem_of(
 
 
 def size_of(x: Tensor) -> torch.Size:
-    """Return the shape in numbers. Under torch.jit.trace ``x.shape`` holds tensors, and comparing them warns."""
+    """Return the shape as integers. Under torch.jit.trace ``x.shape`` holds tensors, and comparing those warns."""
     state = _tracer._get_tracing_state()
     if state is None:
         return x.shape
@@ -131,14 +131,15 @@ def is_traced() -> bool:
 
 
 def is_exported() -> bool:
-    """Return whether the call is recorded by torch.export or torch.jit.trace: what they make may run where widefield is
-    not installed, on batches and maps of any size.
+    """Return whether torch.export or torch.jit.trace records the call.
+
+    Their graphs may run where widefield is not installed, on batches and maps of any size.
     """
     return torch.compiler.is_exporting() or is_traced()
 
 
 def is_scripted_for_onnx() -> bool:
-    """Return whether torch.onnx.export(dynamo=False) records the call: of torch.jit.trace's graphs it knows less."""
+    """Return whether torch.onnx.export(dynamo=False) records the call. It supports fewer operators than a trace."""
     return is_traced() and torch.onnx.is_in_onnx_export()
 
 
@@ -165,7 +166,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """Return torch's name for the layout."""
+    """Return the memory format of the layout."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -177,7 +178,7 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def output_size(size: Sizes, kernel: Sizes, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Return rows and columns of the output, as F.conv2d counts them; may be below 1 for kernels that do not fit."""
+    """Return rows and columns of F.conv2d's output. They are below 1 for kernels that do not fit."""
     rows, columns = ((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
     return rows, columns
 

@@ -1,7 +1,7 @@
-"""A mixture of depthwise experts that is mixed inside the convolution, as operators of PyTorch. CUDA devices.
+"""PyTorch operators for depthwise experts that are mixed inside the convolution. CUDA devices.
 
-``torch.ops.widefield.routed`` never writes a sample's kernel to memory, which pays on small maps, where the kernels of
-a batch are as large as its maps. Stride 1, "same" alignment, experts of dilation 1. Differentiable once.
+``torch.ops.widefield.routed`` never writes a sample's kernel to memory. This pays on small maps, where the kernels of
+a batch are as large as its maps. Stride 1, "same" alignment, dilation 1. Differentiable once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _library.define(
 def why_not(
     x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, stride: int, dilation: int
 ) -> str | None:
-    """Say what keeps :func:`routed` from computing this mixture of depthwise experts."""
+    """Return why :func:`routed` cannot compute this mixture of depthwise experts, or None if it can."""
     if stride != 1 or dilation != 1:
         return f"it is written for stride 1 and dilation 1; got {stride} and {dilation}"
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return "it has no forward-mode derivative, and no rules for torch.func's transforms"
+        return "it has no forward-mode derivative, and does not support torch.func's transforms"
     reason = _triton.unavailable()
     if reason is None:
         from widefield.ops._triton import routed as kernels
@@ -50,7 +50,7 @@ def routed(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, s
 def _forward(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor, spans: list[int]) -> Tensor:
     from widefield.ops._triton import routed as kernels
 
-    with torch._C._AutoDispatchBelowADInplaceOrView():  # views made here could not be changed in place
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # views made here could not be modified in place
         return kernels.forward(x, bank, spans, bias_bank, weights)
 
 
@@ -89,7 +89,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _not_twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "the routed kernel is differentiable once: for second derivatives call mixture_conv2d with backend='merged'."
+        "the routed kernel is differentiable once. For second derivatives call mixture_conv2d with backend='merged'."
     )
 
 

@@ -1,7 +1,7 @@
-"""Timed choices on CUDA devices: every kind of problem is measured once, and the winner remembered on disk.
+"""Timed choices on CUDA devices: every kind of problem is measured once, and the winner is remembered on disk.
 
-Whoever wants the same choice on every machine keeps the file (:func:`cache_file`), names a backend, or switches
-``torch.use_deterministic_algorithms`` on, under which nothing is timed.
+For the same choice on every machine, copy the file (:func:`cache_file`), name a backend, or enable
+``torch.use_deterministic_algorithms``, under which nothing is timed.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from widefield.ops import _cache
 from widefield.ops._problem import Problem
 
 _MARGIN = 0.97
-"""How much of PyTorch's own time another backend may take at most to be preferred: less is noise."""
+"""Largest share of PyTorch's own time at which another backend is preferred. Smaller differences are noise."""
 
 _memory: dict[Path, dict[str, Any]] = {}
 
 
 def cache_file(device: torch.device) -> Path:
-    """Return where the times for a device lie: $XDG_CACHE_HOME/widefield, by card and version of PyTorch."""
+    """Return the file with the times of a device, in $XDG_CACHE_HOME/widefield, by card and version of PyTorch."""
     versions = (torch.__version__, f"cudnn{torch.backends.cudnn.version()}")
     return _cache.path("backends", torch.cuda.get_device_name(device), *versions)
 
 
 def may_measure(device: torch.device) -> bool:
-    """Say whether timing is allowed now: not while a CUDA graph is captured, nor where determinism is asked for."""
+    """Return whether timing is allowed: not during CUDA graph capture or with deterministic algorithms."""
     return not (torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing())
 
 
 def known(key: str, device: torch.device, candidates: Sequence[str]) -> tuple[str, str] | None:
-    """Return the winner among ``candidates``, the first of them PyTorch's, and all times, if they are known already."""
+    """Return the winner among ``candidates`` and all times, if they are known. The first candidate is PyTorch's."""
     if torch.are_deterministic_algorithms_enabled():
         return None
     times = _times(device).get(key)
     if not isinstance(times, dict) or not all(isinstance(times.get(name), float) for name in candidates):
-        return None  # never measured, or not by us
+        return None  # never measured, or written by something else
     return _winner({name: times[name] for name in candidates})
 
 
@@ -58,7 +58,7 @@ def _winner(times: Mapping[str, float]) -> tuple[str, str]:
 
 
 def key_of(problem: Problem) -> str:
-    """Return what a problem's times are remembered under: its batch to the next power of two, all else exactly."""
+    """Return the key of a problem's times: the batch is rounded up to a power of two, everything else is exact."""
     batch = 1 << (max(problem.batch, 1) - 1).bit_length()
     tf32 = problem.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
     return " ".join(
@@ -78,7 +78,7 @@ def _times(device: torch.device) -> dict[str, Any]:
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the median of five calls after two that compile and tune."""
+    """Return the median of five calls, after two that compile and tune."""
     times = []
     for turn in range(7):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -26,7 +26,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class CropTable:
-    """What each centred crop of a kernel leaves outside; the last entry is the whole kernel, which leaves nothing.
+    """What each centered crop of a kernel leaves outside; the last entry is the whole kernel, which leaves nothing.
 
     Attributes:
         sizes: (rows, columns) of each crop in taps, each inside the next; n of them.
@@ -68,7 +68,7 @@ class CropTable:
 
 
 def crop_table(weight: Tensor, dilation: int | Pair = 1, *, least: int | Pair = 1) -> CropTable:
-    """Measure what every centred crop of a convolution's kernel leaves outside; see this module for what a crop is.
+    """Measure what every centered crop of a convolution's kernel leaves outside; see this module for what a crop is.
 
     For a convolution y with this kernel and y' with a crop of it, of an input no larger than x in absolute value:
     ``|y - y'| <= bound * x``, whatever stride, padding and groups are (Young's inequality), and an input with the signs

@@ -8,7 +8,7 @@ For every pixel p0 and group g, with K points on a fixed grid p_k, moved by offs
 Pixels between four are read bilinearly, pixels outside are zero. Three backends compute the same function:
 
 - ``"bags"``: the map is a table with a row for each pixel and group, and an output is a weighted sum of rows, what
-  PyTorch calls an embedding bag; one for each of the four neighbours. Nothing as large as K maps is ever written, and
+  PyTorch calls an embedding bag; one for each of the four neighbors. Nothing as large as K maps is ever written, and
   only the inputs are kept for the backward pass.
 - ``"gather"``: indexing and arithmetic. The oracle; it can be differentiated in every way that PyTorch knows.
 - ``"grid"``: torch.nn.functional.grid_sample, an operator that other runtimes have, too: what is exported to ONNX. It
@@ -34,7 +34,7 @@ BACKENDS = ("auto", "bags", "gather", "grid")
 
 
 class Sampling(NamedTuple):
-    """Where :func:`dcnv3` reads; the fields are its arguments."""
+    """The sampling grid of :func:`dcnv3`. The fields are its arguments."""
 
     kernel_size: int = 3
     stride: int = 1
@@ -51,15 +51,15 @@ class Sampling(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """Pixels from the grid's first point to its centre; one less than to its last where the kernel is even."""
+        """Pixels from the grid's first point to its center. If the kernel is even, its last point is one further."""
         return self.dilation * (self.kernel_size - 1) // 2
 
     def output_size(self, side: int) -> int:
-        """Return the rows, or columns, of the output for as many of the input."""
+        """Return the rows (columns) of the output for so many rows (columns) of the input."""
         return (side + 2 * self.padding - self.dilation * (self.kernel_size - 1) - 1) // self.stride + 1
 
     def checked(self) -> Sampling:
-        """Return this with every field in its canonical form; raises TypeError or ValueError."""
+        """Return this with every field in canonical form; raise TypeError or ValueError."""
         kernel_size = _checks.integer("kernel_size", self.kernel_size)
         if self.remove_center and (kernel_size % 2 == 0 or kernel_size == 1):
             raise ValueError(f"remove_center needs an odd kernel_size of at least 3; got {kernel_size}.")
@@ -88,7 +88,7 @@ def dcnv3(
     remove_center: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Sum, for each pixel and group, over points whose places and weights are given: eq. 2 without projections.
+    """Sum weighted samples of x at given points, for each pixel and group: eq. 2 without projections.
 
     Points are counted with the column slow and the row fast, those of a group after those of the one before.
 
@@ -96,12 +96,12 @@ def dcnv3(
         x: (N, H, W, C), channels last.
         offset: (N, Ho, Wo, groups * K * 2), per point (columns, rows) in pixels, with
             ``Ho = (H + 2 padding - dilation (kernel_size - 1) - 1) // stride + 1``, and likewise Wo.
-        mask: (N, Ho, Wo, groups * K), the weights; not normalised here.
+        mask: (N, Ho, Wo, groups * K), the weights; not normalized here.
         kernel_size: the grid has ``K = kernel_size**2`` points; any size.
         stride, padding, dilation: of the grid, as in a convolution.
         groups: each has points of its own for its ``C / groups`` channels.
         offset_scale: multiplies the offsets, and the grid too.
-        remove_center: leave out the point at the centre; the kernel must be odd then.
+        remove_center: leave out the point at the center; the kernel must be odd then.
         backend: "auto", "bags", "gather" or "grid".
 
     Returns:
@@ -122,14 +122,14 @@ def dcnv3(
         return _gather(x, offset, mask, sampling)
     if way == "grid":
         return _grid(x, offset, mask, sampling)
-    if is_exported():  # a graph of PyTorch's own operators, which knows its derivative
+    if is_exported():  # a graph of PyTorch's own operators, which are differentiable
         return _bags(x, offset, mask, sampling)
     y: Tensor = _Bags.apply(x, offset, mask, sampling)
     return y
 
 
 def sampling_points(offset: Tensor, size: tuple[int, int], sampling: Sampling) -> Tensor:
-    """Return where a call of :func:`dcnv3` reads: (N, Ho, Wo, groups, K, 2), per point (column, row), from 0.
+    """Return the points that :func:`dcnv3` reads: (N, Ho, Wo, groups, K, 2), each (column, row), from 0.
 
     Args:
         offset: as in :func:`dcnv3`, of a map of ``size`` (H, W).
@@ -177,7 +177,7 @@ def _counted(like: Tensor, dim: int) -> Tensor:
 
 
 def why_not(backend: str, x: Tensor) -> str | None:
-    """Return what keeps ``backend`` from sampling ``x``, or None if nothing does."""
+    """Return why ``backend`` cannot sample ``x``, or None if it can."""
     if backend == "grid" and forward_ad._current_level >= 0:
         return "PyTorch's grid_sample has no forward-mode derivative"
     if backend != "bags":
@@ -233,8 +233,8 @@ def _points(offset: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     taps = (torch.arange(size, device=offset.device) * sampling.dilation - sampling.reach).to(offset.dtype) * scale
     grid = torch.stack((taps.repeat_interleave(size), taps.repeat(size)))  # columns slow, rows fast
     if sampling.remove_center:
-        centre = size**2 // 2
-        grid = torch.cat((grid[:, :centre], grid[:, centre + 1 :]), 1)
+        center = size**2 // 2
+        grid = torch.cat((grid[:, :center], grid[:, center + 1 :]), 1)
     start = sampling.reach - sampling.padding
     x0, y0 = (torch.arange(n, device=offset.device) * sampling.stride + start for n in (columns, rows))
     x = torch.add(x0[:, None, None] + grid[0], own[..., 0], alpha=scale)
@@ -243,35 +243,35 @@ def _points(offset: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 class _Read(NamedTuple):
-    """A call of the operator as reading from a table."""
+    """A call of the operator, as lookups in a table."""
 
     table: Tensor
     """(rows, C / groups): every pixel of every group, in the order of x, with zeros around each map."""
     first: Tensor
-    """(N, Ho, Wo, groups, K): the row of the upper left of the four neighbours of each point."""
+    """(N, Ho, Wo, groups, K): the row of the upper left of the four neighbors of each point."""
     shifts: tuple[int, int, int, int]
-    """From there to the rows of the four: upper left, upper right, lower left, lower right."""
+    """Offsets from there to the rows of the four: upper left, upper right, lower left, lower right."""
     right: Tensor
-    """How far right of the first a point lies, from 0 to 1; shaped as ``first``, and so are the others."""
+    """How far right of the first a point lies, from 0 to 1. This field and the next two are shaped as ``first``."""
     down: Tensor
     weight: Tensor
     """The mask."""
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what each of the four neighbours counts, mask included."""
+        """Return the weight of each of the four neighbors, mask included."""
         lower = self.weight * self.down
         upper = self.weight - lower
         lower_right, upper_right = lower * self.right, upper * self.right
         return upper - upper_right, upper_right, lower - lower_right, lower_right
 
 
-# Zeros before the first row and column and two after the last, so that all neighbours of a point are in the table that
+# Zeros before the first row and column and two after the last, so that all neighbors of a point are in the table that
 # lies at most one pixel outside; points further out are moved there, where all they read is zero.
 _BEFORE, _AROUND = 1, 3
 
 
 def _read(x: Tensor, mask: Tensor, points: tuple[Tensor, Tensor], groups: int) -> _Read:
-    """Return what there is to read. Differentiable in ``right``, ``down``, ``weight`` and ``table``."""
+    """Return the lookups of a call. Differentiable in ``right``, ``down``, ``weight`` and ``table``."""
     batch, height, width, channels = x.shape
     dtype, device = points[0].dtype, x.device
     table = F.pad(x, (0, 0, 1, 2, 1, 2)).to(dtype).reshape(-1, channels // groups)
@@ -282,7 +282,9 @@ def _read(x: Tensor, mask: Tensor, points: tuple[Tensor, Tensor], groups: int) -
     origin = maps + torch.arange(groups, device=device)[:, None] + _BEFORE * (line + groups)
     first = origin + top.long() * line + left.long() * groups
     shifts = (0, groups, line, line + groups)
-    first = first.clamp(0, table.shape[0] - 1 - shifts[-1])  # no integer is NaN: those must not read at random
+    first = first.clamp(
+        0, table.shape[0] - 1 - shifts[-1]
+    )  # NaN becomes an arbitrary integer, which must not read out of bounds
     weight = mask.to(dtype).view(first.shape)
     return _Read(table, first, shifts, x_at - left, y_at - top, weight)
 
@@ -311,7 +313,7 @@ def _grid(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor
     (batch, height, width, channels), groups = x.shape, sampling.groups
     dtype = _wide(x, offset, mask)
     sides = (width, height)
-    # From pixels to what grid_sample counts in: the outer edges of the map are -1 and 1.
+    # From pixels to grid_sample's coordinates: the outer edges of the map are -1 and 1.
     points = zip(_points(offset.to(dtype), sampling), sides, strict=True)
     at = torch.stack([(2 * p.clamp(-1, side) + 1) / side - 1 for p, side in points], -1)
     maps = x.to(dtype).view(batch, height, width, groups, channels // groups).permute(0, 3, 4, 1, 2).flatten(0, 1)
@@ -332,7 +334,7 @@ def _bags(x: Tensor, offset: Tensor, mask: Tensor, sampling: Sampling) -> Tensor
     size = (*offset.shape[:3], x.shape[-1])
     if is_exported():
         return cast(Tensor, y).view(size).to(x.dtype)
-    flat = torch.ops.aten._unsafe_view(y, size)  # a view that a Function returns could not be changed in place
+    flat = torch.ops.aten._unsafe_view(y, size)  # a view returned by a Function could not be modified in place
     return cast(Tensor, flat).to(x.dtype)
 
 
@@ -343,7 +345,7 @@ class _Bags(torch.autograd.Function):
     With t_c the rows that a point reads and w_c what they count, its part of the output is ``sum_c w_c t_c``. The
     gradient of w_c is the product of t_c with the gradient of the output; those of the mask and of the point's place
     follow from the bilinear form of w_c. A row's gradient sums over the points that read it: these are sorted by their
-    first row, which makes them bags again, and the four neighbours of a row are read by the same points.
+    first row, which makes them bags again, and the four neighbors of a row are read by the same points.
     """
 
     @staticmethod
@@ -358,7 +360,7 @@ class _Bags(torch.autograd.Function):
         x, offset, mask = inputs
         sampling: Sampling = ctx.sampling
         again = torch.is_grad_enabled()
-        if again or is_batch_of_gradients(grad):  # to be differentiated again, or several at a time
+        if again or is_batch_of_gradients(grad):  # for second derivatives, or batched gradients
             with torch.enable_grad():
                 y = _gather(x, offset, mask, sampling)
             wanted_of = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
@@ -394,7 +396,7 @@ def _sum(rows: Tensor, table: Tensor, weights: Tensor, starts: Tensor | None = N
 
 
 def _products(read: _Read, grad: Tensor) -> Sequence[Tensor]:
-    """Return, for each of the four neighbours, the products of the rows read with ``grad`` (N Ho Wo groups, C_g)."""
+    """Return, for each of the four neighbors, the products of the rows read with ``grad`` (N Ho Wo groups, C_g)."""
     count, points, total = grad.shape[0], read.first.shape[-1], read.table.shape[0]
     starts = torch.arange(count + 1, device=grad.device) * points
     if _takes_sparse(grad) and points <= total:  # a sparse matrix has at most as many entries as a full one
@@ -424,7 +426,7 @@ def _takes_sparse(x: Tensor) -> bool:
 
 @functools.cache
 def _settle_warning() -> None:
-    """Have PyTorch warn, unheard, that its sparse matrices are in beta: it does once, and none of them leaves here."""
+    """Trigger and suppress PyTorch's one-time warning that sparse matrices are in beta. None of ours is returned."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)

@@ -1,11 +1,11 @@
-"""Depthwise convolution of any kernel size, with forward and both gradients each on the fastest way there is.
+"""Depthwise convolution of any kernel size. Forward and both gradients each use the fastest backend.
 
-``y[n, c, i, j] = b[c] + sum_kl w[c, k, l] x[n, c, s i + d k - p, s j + d l - p]``, what F.conv2d computes with
-``groups == channels``. PyTorch's own is fast for few widths and layouts and slow beyond (issues 18631 and 74363 of
-its repository); :func:`explain` says which backend each pass of a call would take.
+It computes ``y[n, c, i, j] = b[c] + sum_kl w[c, k, l] x[n, c, s i + d k - p, s j + d l - p]``, as F.conv2d does with
+``groups == channels``. PyTorch's own kernels are fast for few widths and layouts, and slow for others (issues 18631 and
+74363 of its repository). :func:`explain` reports which backend each pass of a call uses.
 
-The three passes are operators of their own (``torch.ops.widefield.depthwise*``) with fake twins, so that torch.compile
-and torch.export keep them as nodes, and each is differentiable in terms of the others, any number of times.
+The three passes are operators (``torch.ops.widefield.depthwise*``) with fake implementations, so torch.compile keeps
+them as nodes. Each is differentiable in terms of the others, any number of times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from widefield.ops._problem import (
     STEPS,
     Problem,
     is_channels_last,
-    is_eager,
     is_exported,
     output_size,
     problem_of,
@@ -44,21 +43,21 @@ def depthwise_conv2d(
     dilation: int | Sequence[int] = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Convolve every channel with a kernel of its own: F.conv2d with ``groups == channels``, and its contract.
+    """Convolve every channel with its own kernel, as F.conv2d does with ``groups == channels``.
 
     Args:
         x: (N, C, H, W), any memory format; under autocast in autocast's dtype.
-        weight: (C, 1, KH, KW), any size, rectangular and even ones too, also larger than the map.
+        weight: (C, 1, KH, KW) of any size: rectangular, even, or larger than the map.
         bias: (C,) or None.
         stride: one number or (rows, columns).
         padding: one number, (rows, columns), "valid", or "same" (stride 1 only): as many rows and columns out as in.
             An even kernel pads one more at the bottom and on the right, as F.conv2d does.
         dilation: one number or (rows, columns).
-        backend: "auto" picks by shape, layout, dtype and device, for each pass by itself. "aten" is PyTorch's own.
-            "onednn", "fft" (CPU) and "direct", "gemm" (Triton) insist on one way for all passes.
+        backend: "auto" chooses by shape, layout, dtype and device, separately for each pass. "aten" is PyTorch's own
+            convolution. "onednn", "fft" (CPU), "direct" and "gemm" (Triton) compute all passes, or refuse the call.
 
     Returns:
-        (N, C, H_out, W_out) as F.conv2d's, in the memory format of x and in its dtype.
+        (N, C, H_out, W_out), as F.conv2d returns it, in the memory format and dtype of x.
 
     Raises:
         ValueError: shapes that do not fit together, "same" with a stride, an unknown backend, or one that cannot
@@ -79,7 +78,7 @@ def depthwise_conv2d(
 
 
 class _Call(NamedTuple):
-    """How a call is made once its arguments are checked: with F.conv2d, or with our operator."""
+    """How to run a call whose arguments are checked: with F.conv2d, or with our operator."""
 
     stride: Pair
     padding: Pair
@@ -89,7 +88,7 @@ class _Call(NamedTuple):
 
 
 _calls: dict[Any, _Call] = {}
-"""Calls that came up before: to check and to choose anew takes as long as small convolutions."""
+"""Calls that came up before. Checking and choosing again takes as long as a small convolution."""
 
 
 def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, backend: str) -> Any:
@@ -97,6 +96,11 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
 
     Arguments that merely equal a number that was checked, such as 1.0, get no key.
     """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or x.is_meta:
+        return None
+    size = x.shape
+    if len(size) != 4 or type(size[0]) is not int:  # a symbol, or a tensor under torch.jit.trace
+        return None
     for value in (stride, padding, dilation):
         kind = type(value)
         if kind is tuple:
@@ -104,10 +108,8 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
                 return None
         elif kind is not int and kind is not str:
             return None
-    if torch._C._is_any_autocast_enabled() or not is_eager(x):
-        return None
     return (
-        x.shape, weight.shape, x.stride(), weight.stride(), x.dtype, weight.dtype, x.device,
+        size, weight.shape, x.stride(), weight.stride(), x.dtype, weight.dtype, x.device,
         x.requires_grad, weight.requires_grad, torch.is_grad_enabled(), stride, padding, dilation, backend,
         None if bias is None else (bias.shape, bias.dtype),
     )  # fmt: skip
@@ -116,24 +118,26 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: A
 def _prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, backend: object
 ) -> tuple[Tensor, Tensor, Tensor | None, _Call]:
-    """Return the tensors as they are to be convolved, and how; raises what :func:`depthwise_conv2d` promises."""
+    """Return the tensors to convolve, and how. Raises what :func:`depthwise_conv2d` documents."""
     name = _backend.names(backend)
     x, weight, bias = _checked(x, weight, bias)
     x, *geometry = _placed(x, weight, stride, padding, dilation)
     if name == "aten" or is_exported():
-        # What is exported runs where widefield is not installed: it keeps the operator that every runtime knows.
+        # Exported models run where widefield is not installed, so they keep the operator that every runtime supports.
         stock = True
     elif torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in x.shape):
-        stock = False  # sizes may be symbols, which choose nothing
+        stock = False  # sizes may be symbols, by which nothing can be chosen
     else:
         passes = _passes(x, weight, *geometry)
         for problem in passes:
             _backend.check(name, problem)
         if not torch.is_grad_enabled():
             passes = passes[:1]
-        else:  # those that there will be
+        else:  # only the passes that will run
             passes = passes[:1] + passes[1:2] * x.requires_grad + passes[2:] * weight.requires_grad
-        stock = name == "auto" and not x.is_meta and _backend.is_stock(passes)  # there F.conv2d forgets the layout
+        stock = (
+            name == "auto" and not x.is_meta and _backend.is_stock(passes)
+        )  # F.conv2d loses the layout of meta tensors
     plain = (*(pair[0] if pair[0] == pair[1] else pair for pair in geometry), size_of(x)[1])
     return x, weight, bias, _Call(geometry[0], geometry[1], geometry[2], plain if stock else None)
 
@@ -141,7 +145,7 @@ def _prepared(
 def plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: object, padding: object, dilation: object, backend: str
 ) -> list[Problem]:
-    """Return the passes that a training step of this call makes; raises what :func:`depthwise_conv2d` would."""
+    """Return the passes of a training step with this call. Raises what :func:`depthwise_conv2d` raises."""
     x, weight, _, call = _prepared(x, weight, bias, stride, padding, dilation, backend)
     return _passes(x, weight, call.stride, call.padding, call.dilation)
 
@@ -152,7 +156,7 @@ def _passes(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pa
 
 
 def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the tensors in the dtype to compute in; raises where they do not fit together."""
+    """Return the tensors in the dtype of the computation; raise an error if they do not fit together."""
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(autocast_dtype(weight) or weight.dtype)
@@ -166,14 +170,14 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
             f"got shape {tuple(weight.shape)}."
         )
     if 0 in size[2:]:
-        raise ValueError(f"weight holds kernels without taps; got shape {tuple(weight.shape)}.")
+        raise ValueError(f"the kernels of weight are empty; got shape {tuple(weight.shape)}.")
     if bias is not None and size_of(bias) != (channels,):
         raise ValueError(f"bias must be (C,) = ({channels},) or None; got shape {tuple(bias.shape)}.")
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.dtype != x.dtype:
             raise TypeError(f"x is {x.dtype} and {name} is {other.dtype}: convert one to the other, or use autocast.")
-    # F.conv2d takes the strides of single channels for a layout: it would return that of the weight, and reads out of
-    # bounds where x has one channel (2.14, CPU).
+    # F.conv2d infers a layout from the strides of size-1 dimensions: it would return that of the weight, and it reads
+    # out of bounds if x has one channel (2.14, CPU).
     if weight.stride(1) == 1 and not is_channels_last(x):
         weight = weight.flatten(1).view(weight.shape)
     if channels == 1:
@@ -184,7 +188,7 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 def _placed(
     x: Tensor, weight: Tensor, stride: object, padding: object, dilation: object
 ) -> tuple[Tensor, Pair, Pair, Pair]:
-    """Return x, padded beforehand where the sides differ, and stride, padding and dilation as pairs."""
+    """Return x, and stride, padding and dilation as pairs. x is padded here if the two sides differ."""
     steps, spread = _checks.pair("stride", stride), _checks.pair("dilation", dilation)
     size, kernel = size_of(x)[2:], (size_of(weight)[2], size_of(weight)[3])
     pads, more = (0, 0), (0, 0)

@@ -1,7 +1,8 @@
 """Exact algebra on convolution kernels: dilate, pad, crop, stack, fold a batch norm.
 
-Every function returns a kernel that computes the same convolution as its input, except :func:`crop`, which says when
-it does. Kernels have shape (C_out, C_in/groups, K_h, K_w) with odd K_h and K_w, and any number of leading dimensions.
+Every function returns a kernel that computes the same convolution as its input. For :func:`crop` this holds under the
+conditions that it documents. Kernels have shape (C_out, C_in/groups, K_h, K_w) with odd K_h and K_w, and any number of
+leading dimensions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def effective_size(size: int, dilation: int) -> int:
 
 
 def dilate(kernel: Tensor, dilation: int) -> Tensor:
-    """Write a dilated kernel as a plain one by putting ``dilation - 1`` zeros between its taps.
+    """Return a dilated kernel as a plain one, with ``dilation - 1`` zeros between its taps.
 
     (..., K_h, K_w) -> (..., d*(K_h-1)+1, d*(K_w-1)+1), same dtype; differentiable.
     """
@@ -34,13 +35,19 @@ def dilate(kernel: Tensor, dilation: int) -> Tensor:
 
 
 def pad(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Centre a kernel in zeros: (..., K_h, K_w) -> (..., rows, columns), all odd; differentiable.
+    """Pad a kernel with zeros around its center: (..., K_h, K_w) -> (..., rows, columns), all odd; differentiable.
 
     ``size``: (rows, columns), no less than the kernel's, or one number for both.
     """
     rows, columns = (size, size) if isinstance(size, int) else size
     down, right = (rows - size_of(kernel)[-2]) // 2, (columns - size_of(kernel)[-1]) // 2
     return F.pad(kernel, (right, right, down, down)) if down or right else kernel
+
+
+def fit(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """Crop or pad a kernel around its center: (..., K_h, K_w) -> (..., rows, columns), all odd; differentiable."""
+    down, right = ((side - own) // 2 for side, own in zip(size, size_of(kernel)[-2:], strict=True))
+    return F.pad(kernel, (right, right, down, down))  # negative padding crops
 
 
 def crop(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
@@ -67,7 +74,7 @@ def crop(kernel: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def common_dilation(dilations: Sequence[int]) -> int:
-    """Return the coarsest grid of taps that all experts lie on: the greatest common divisor of their dilations."""
+    """Return the step of the coarsest grid with the taps of all experts: their dilations' greatest common divisor."""
     return math.gcd(*dilations)
 
 
@@ -110,7 +117,7 @@ def batch_norm_affine(
     """Return (scale, shift), each (C,) and float64, such that batch norm in evaluation is ``y * scale + shift``.
 
     A convolution followed by it is one convolution with ``kernel * scale`` and ``bias * scale + shift`` per channel. In
-    float64, so that what is folded is rounded once, when it becomes a parameter.
+    float64, so that a folded parameter is rounded only once.
     """
     scale = torch.rsqrt(running_var.double() + eps)
     if weight is not None:
@@ -122,15 +129,15 @@ def batch_norm_affine(
 def scale_outputs(
     kernel: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, transposed: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (kernel, bias) of the convolution that is ``scale * y + shift`` where the one given is y.
+    """Scale and shift the output of a convolution: return (kernel, bias) of ``scale * conv(x) + shift``.
 
-    Computed in the widest dtype given, and returned in the kernel's. With what :func:`batch_norm_affine` returns, a
-    batch norm is folded in.
+    Computed in the widest dtype given, and returned in the kernel's. With the result of :func:`batch_norm_affine` this
+    folds a batch norm.
 
     Args:
         kernel: (C_out, ...), also a linear layer's.
         bias, scale, shift: (C_out,).
-        transposed: groups of a transposed convolution, whose kernel is (C_in, C_out/groups, ...).
+        transposed: groups, if the convolution is transposed and its kernel (C_in, C_out/groups, ...).
     """
     along = scale.view(-1, 1)
     if transposed is not None:  # each row of the kernel, a channel of the input, writes the outputs of its group

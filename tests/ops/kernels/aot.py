@@ -1,6 +1,6 @@
 """Compile the launches that a call would make, for a GPU that is not there, and count registers and spills.
 
-The call gets meta tensors and runs the real launchers; what reaches Triton is recorded with its specialisations and
+The call gets meta tensors and runs the real launchers; what reaches Triton is recorded with its specializations and
 compiled ahead of time. Not for a process in which the kernels run in the interpreter.
 """
 

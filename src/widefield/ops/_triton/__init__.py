@@ -19,9 +19,9 @@ import torch
 
 
 def unavailable() -> str | None:
-    """Say why Triton cannot be used here, or return None. Does not import triton."""
+    """Return why Triton cannot be used here, or None if it can. Does not import triton."""
     spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:  # or a mere folder of that name on the path
+    if spec is None or spec.origin is None:  # None for an ordinary folder of that name on the path
         return "triton is not installed (it comes with PyTorch for CUDA on Linux)"
     if not torch.cuda.is_available():
         return "there is no CUDA device"

@@ -14,7 +14,7 @@ from widefield.ops._triton.tune import Config
 
 
 def forward_configs(kernel: Pair, size: Pair, channels: int, batch: int, channels_last: bool) -> list[Config]:
-    """For :func:`.kernels.fma.forward_kernel`; ``size`` is that of the output."""
+    """Return candidates for :func:`.kernels.fma.forward_kernel`; ``size`` is that of the output."""
     height = kernel[0]
     chunk = height if height <= 16 else even_parts(height, 8)
     small = chunk == height and height * kernel[1] <= 49 and not channels_last  # registers of unrolled columns
@@ -27,7 +27,10 @@ def forward_configs(kernel: Pair, size: Pair, channels: int, batch: int, channel
 
 
 def strided_configs(size: Pair, channels: int, batch: int, channels_last: bool, stride: int) -> list[Config]:
-    """For :func:`.kernels.fma.strided_input_grad_kernel`; ``size``: rows of dx, columns of one phase of dx."""
+    """Return candidates for :func:`.kernels.fma.strided_input_grad_kernel`.
+
+    ``size``: rows of dx, columns of one phase of dx.
+    """
     found = []
     for tile in _tiles(3, size[1], channels, batch, channels_last):
         for rows in (8, 4):
@@ -39,7 +42,10 @@ def strided_configs(size: Pair, channels: int, batch: int, channels_last: bool, 
 def weight_grad_configs(
     kernel: Pair, size: Pair, channels: int, batch: int, channels_last: bool, per_sample: bool
 ) -> list[Config]:
-    """For :func:`.kernels.fma.weight_grad_kernel`; ``size`` is that of grad. One register for each tap of a program."""
+    """Return candidates for :func:`.kernels.fma.weight_grad_kernel`; ``size`` is that of grad.
+
+    A program has one register for each tap.
+    """
     found = []
     for taps, rows, warps in ((52, 8, 1), (52, 4, 1), (28, 8, 1), (28, 4, 4)):
         tall = even_parts(kernel[0], 13)
@@ -57,10 +63,10 @@ def weight_grad_configs(
 
 
 def _tiles(width: int, columns: int, channels: int, batch: int, channels_last: bool) -> Iterable[Config]:
-    """Tiles of lanes for rows of ``columns``: what each thread holds, and how many threads there are."""
+    """Return tiles of lanes for rows of ``columns``: what each thread holds, and the number of threads."""
     if channels_last:
         a = min((8, 4, 2, 16), key=lambda a: -(-columns // a) * (a + width / 4))
-        for warps, each in ((4, 4), (4, 2), (2, 4)):  # each: neighbouring channels of a thread, one load
+        for warps, each in ((4, 4), (4, 2), (2, 4)):  # each: neighboring channels of a thread, one load
             b = min(power_of_two(channels), max(each, 32 * warps * each // a))
             yield {"BA": a, "BB": b, "num_warps": warps}
         return
@@ -73,7 +79,7 @@ def _tiles(width: int, columns: int, channels: int, batch: int, channels_last: b
 
 
 def _columns(width: int, columns: int) -> int:
-    """Choose a number of lanes for rows of ``columns``: few idle ones, and few columns read twice."""
+    """Return a number of lanes for rows of ``columns``: few are idle, and few columns are read twice."""
     return min((128, 64, 32, 16, 8), key=lambda b: -(-columns // b) * (b + (min(width, 16) + 3) / 2))
 
 
@@ -82,7 +88,7 @@ def _distinct(found: Iterable[Config]) -> list[Config]:
 
 
 def band_configs(size: Pair, batch: int, precision: str) -> list[Config]:
-    """For :func:`.kernels.band.band_kernel`; ``size`` is that of the output.
+    """Return candidates for :func:`.kernels.band.band_kernel`; ``size`` is that of the output.
 
     One stage first: copies that run ahead of the products pass the L1 cache by, from which each image row is read KH
     times.
@@ -106,7 +112,7 @@ def band_configs(size: Pair, batch: int, precision: str) -> list[Config]:
 
 
 def band_weight_grad_configs(size: Pair) -> list[Config]:
-    """For :func:`.kernels.band.band_weight_grad_kernel`; ``size`` is that of grad."""
+    """Return candidates for :func:`.kernels.band.band_weight_grad_kernel`; ``size`` is that of grad."""
     whole = max(16, power_of_two(size[1]))
     found = []
     for m, n, together, warps, stages in (
@@ -118,7 +124,7 @@ def band_weight_grad_configs(size: Pair) -> list[Config]:
 
 
 def mixture_configs(side: int, size: Pair, channels: int, batch: int, channels_last: bool) -> list[Config]:
-    """For :func:`.kernels.mix.mixture_kernel`: more rows than for one kernel, as they share the work of mixing."""
+    """Return candidates for :func:`.kernels.mix.mixture_kernel`: many rows, as they share the work of mixing."""
     chunk = side if side <= 16 else even_parts(side, 8)
     found = []
     tiles = list(_tiles(side, size[1], channels, batch, channels_last))

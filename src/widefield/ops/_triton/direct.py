@@ -26,7 +26,7 @@ from widefield.ops._triton.kernels.fma import forward_kernel, strided_input_grad
 
 
 def why_not(problem: Problem) -> str | None:
-    """Say why these kernels cannot do it, or return None."""
+    """Return why these kernels cannot compute the problem, or None if they can."""
     return device_reason(problem.device, problem.dtype)
 
 
@@ -39,9 +39,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
 def input_grad(
     grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Gradient with respect to x of ``input_size`` (N, C, H, W), in the memory format of grad."""
+    """Return the gradient with respect to x of ``input_size`` (N, C, H, W), in the memory format of grad."""
     size = (input_size[2], input_size[3])
-    if tuple(stride) == (1, 1):  # a convolution with the kernel turned round, whose padding may be negative
+    if tuple(stride) == (1, 1):  # a convolution with the flipped kernel, whose padding may be negative
         turned = tuple(dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in range(2))
         return _convolve(grad, weight, None, size, stride, (turned[0], turned[1]), dilation, flip=True)
     return _strided_input_grad(grad, weight, size, stride, padding, dilation)
@@ -51,7 +51,7 @@ def weight_grad(
     grad: Tensor, x: Tensor, weight_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient with respect to the kernels (G, C, KH, KW); summed over the batch for G = 1. ``out_dtype``: grad's."""
+    """Return the gradient of the kernels (G, C, KH, KW), summed over the batch if G = 1. ``out_dtype``: grad's."""
     groups, channels, height, width = weight_size
     dtype = out_dtype or grad.dtype
     if grad.numel() == 0:

@@ -35,7 +35,7 @@ ALIGN = 16
 
 
 def why_not(problem: Problem) -> str | None:
-    """Say why these kernels cannot do it, or return None."""
+    """Return why these kernels cannot compute the problem, or None if they can."""
     if tuple(problem.stride) != (1, 1) or tuple(problem.dilation) != (1, 1):
         return f"needs stride and dilation 1; got stride {problem.stride} and dilation {problem.dilation}"
     return device_reason(problem.device, problem.dtype)
@@ -50,7 +50,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddin
 def input_grad(
     grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Gradient with respect to x of ``input_size`` (N, C, H, W), in the memory format of grad."""
+    """Return the gradient with respect to x of ``input_size`` (N, C, H, W), in the memory format of grad."""
     turned = (weight.shape[2] - 1 - padding[0], weight.shape[3] - 1 - padding[1])
     return _convolve(grad, weight.flip(-1, -2), None, (input_size[2], input_size[3]), turned)
 
@@ -59,7 +59,7 @@ def weight_grad(
     grad: Tensor, x: Tensor, weight_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gradient with respect to the kernels (G, C, KH, KW); summed over the batch for G = 1. ``out_dtype``: grad's."""
+    """Return the gradient of the kernels (G, C, KH, KW), summed over the batch if G = 1. ``out_dtype``: grad's."""
     shape = tuple(weight_size)
     groups, _, tall, wide = shape
     dtype = out_dtype or grad.dtype
@@ -127,7 +127,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, size: Pair, paddin
 
 
 def _planes(x: Tensor, groups: int) -> Tensor:
-    """Return x in NCHW, with the batch among the channels where each sample has a kernel of its own."""
+    """Return x in NCHW, with the batch folded into the channels if kernels are per-sample."""
     x = dense(x, False)
     return x.view(1, -1, *x.shape[2:]) if groups == x.shape[0] else x
 

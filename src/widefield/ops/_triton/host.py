@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share on the host: sizes, memory formats, precision, reasons to refuse."""
+"""Helpers of all kernel launchers: sizes, memory formats, precision, reasons to refuse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAMS = 4096
 
 
 def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why kernels for ``dtype`` cannot run on ``device``, or return None."""
+    """Return why kernels for ``dtype`` cannot run on ``device``, or None if they can."""
     if dtype == torch.float64:
         return "sums are kept in float32, too coarse for float64"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -46,9 +46,9 @@ def empty(
 
 
 def tf32_allowed() -> bool:
-    """Say whether the user lets convolutions round float32 to TF32.
+    """Return whether the user allows convolutions to round float32 to TF32.
 
-    PyTorch has two interfaces, and reading the old flag raises where the new one said something it cannot express.
+    PyTorch has two interfaces. Reading the old flag raises if the new one is set to something that it cannot express.
     """
     try:
         return bool(torch.backends.cudnn.allow_tf32)

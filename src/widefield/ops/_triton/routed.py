@@ -1,11 +1,11 @@
 """Mixture of depthwise experts, mixed inside the convolution (MoRF, Lian, Yu, Wang 2024, eq. 6 and 7).
 
-The mixture is linear in x, so each sample has one kernel, which need never be in memory (stride 1, "same" padding)::
+The mixture is linear in x, so each sample has one kernel. It is never written to memory (stride 1, "same" padding)::
 
     y[n, c] = (sum_r a[n, r] bank[r, c]) * x[n, c] + sum_r a[n, r] bias[r, c]
 
-The forward kernel is that of :mod:`.kernels.fma`, but for reading n experts for each tap: n multiply-adds that BH rows
-of every column of a thread share. What lies outside an expert's span is neither loaded nor multiplied.
+The forward kernel is that of :mod:`.kernels.fma`, except that it reads n experts for each tap: n multiply-adds that BH
+rows of every column of a thread share. Taps outside an expert's span are neither loaded nor multiplied.
 
 Backward has three steps. dx is the forward with every expert turned by 180 degrees. dW[n, c], the gradient of one
 sample's kernel, is the weight gradient of :mod:`.direct` or :mod:`.gemm`, in float32: it is small next to the maps. One
@@ -30,7 +30,7 @@ from widefield.ops._triton.blocks import mixture_configs
 from widefield.ops._triton.host import dense, device_reason, empty, power_of_two
 from widefield.ops._triton.kernels.mix import bank_grad_kernel, mixture_kernel
 
-# From this size on, tensor cores are worth their bands for dW; below, one register a tap is.
+# From this size on dW uses tensor cores and bands, below it one register per tap.
 GEMM_FROM = 15
 
 # Taps that one program of the last step holds.
@@ -38,7 +38,7 @@ TAPS = 128
 
 
 def why_not(x: Tensor, bank: Tensor, bias_bank: Tensor | None, weights: Tensor) -> str | None:
-    """Say why the kernels cannot do :func:`forward` for these, or return None."""
+    """Return why the kernels cannot compute :func:`forward` for these, or None if they can."""
     for tensor in (x, bank, weights, *([] if bias_bank is None else [bias_bank])):
         if reason := device_reason(tensor.device, tensor.dtype):
             return reason
@@ -50,7 +50,7 @@ def forward(x: Tensor, bank: Tensor, spans: Sequence[int], bias_bank: Tensor | N
 
     Args:
         x: (N, C, H, W).
-        bank: (n, C, K, K), K odd, experts centred; of any float dtype but float64, as the two below.
+        bank: (n, C, K, K), K odd, experts centered; of any float dtype but float64, as the two below.
         spans: n odd sizes of at most K. Taps of expert r outside its central (span, span) are taken for zero.
         bias_bank: (n, C) or None.
         weights: (N, n).
@@ -69,7 +69,7 @@ def backward(
     need_x: bool = True,
     need_parameters: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients (dx, d_bank, d_bias, d_weights) of :func:`forward`, each in the dtype of what it belongs to.
+    """Return the gradients (dx, d_bank, d_bias, d_weights) of :func:`forward`, each in the dtype of its tensor.
 
     None for dx without ``need_x``; for the others without ``need_parameters``; for d_bias without biases.
     """

@@ -1,11 +1,11 @@
 """Block sizes: measured once for each kind of problem, remembered in memory and in a file.
 
-Triton has an autotuner of its own. It is not used as it chooses among launches of one kernel, while here the host's
-part of the work hangs on the choice: how weights are padded, into how many partial sums a gradient is split. It would
-also measure while a CUDA graph is being captured, and its key is exact sizes, where neighbouring ones may share.
+Triton's own autotuner is not used. It chooses among launches of one kernel, but here the host's part of the work
+depends on the choice too: how weights are padded, into how many partial sums a gradient is split. It would also measure
+while a CUDA graph is being captured, and its key is exact sizes, where similar ones can share.
 
-The file is ``$XDG_CACHE_HOME/widefield/triton/<device>-<torch>-<triton>.json`` (``~/.cache`` by default). One that
-cannot be read or written is as good as none.
+The file is ``$XDG_CACHE_HOME/widefield/triton/<device>-<torch>-<triton>.json`` (``~/.cache`` by default). A file that
+cannot be read or written is ignored.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def run(
 
     Args:
         name: of the kernel.
-        key: what the speed of a candidate hangs on; every candidate must be right for every problem.
-        candidates: makes the list; the first is a good guess, and the one used where nothing may be measured: in
-            the interpreter, while a CUDA graph is captured, and under ``torch.use_deterministic_algorithms``, since
-            another choice adds in another order.
-        launch: does all the work that hangs on the choice, any number of times with the same result.
+        key: what the speed of a candidate depends on. Every candidate must be correct for every problem.
+        candidates: makes the list. The first is a good guess. It is used where nothing may be measured: in the
+            interpreter, during CUDA graph capture, and under ``torch.use_deterministic_algorithms``, since another
+            choice adds in another order.
+        launch: does all the work that depends on the choice, any number of times with the same result.
         device: of the tensors.
     """
     if INTERPRETED or device.type != "cuda":
@@ -62,7 +62,7 @@ def run(
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Launch on this device inside; for a with statement. Triton launches on the current one, whatever the tensors."""
+    """Return a context that launches on this device. Triton uses the current one, wherever the tensors are."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -93,7 +93,7 @@ def fastest(
     launch: Callable[[Config], Tensor],
     measure: Callable[[Callable[[], Tensor]], float] | None = None,
 ) -> Config:
-    """Return the candidate with the least median time; one that does not compile or fit on the device drops out."""
+    """Return the candidate with the least median time. Those that do not compile or fit on the device are skipped."""
     if len(candidates) == 1:
         return candidates[0]
     measure = measure or _median
@@ -117,7 +117,7 @@ def _median(call: Callable[[], Tensor]) -> float:
 
 @functools.cache
 def cache_file(device: torch.device) -> Path:
-    """Return where the choices for a device are kept."""
+    """Return the file with the choices for a device."""
     return _cache.path("triton", torch.cuda.get_device_name(device), torch.__version__, triton.__version__)
 
 

@@ -113,7 +113,7 @@ def bank_grad_kernel(
     c = (pid // tap_blocks).to(tl.int64)
     t = pid % tap_blocks * BT + tl.arange(0, BT)
     up, across = tl.abs(t // K - K // 2), tl.abs(t % K - K // 2)
-    far = tl.where(t < K * K, tl.maximum(up, across), K)  # of the centre, in taps
+    far = tl.where(t < K * K, tl.maximum(up, across), K)  # of the center, in taps
     at = c * (K * K) + t
     kernels = ()
     acc = ()

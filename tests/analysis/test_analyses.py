@@ -17,8 +17,8 @@ def test_every_analysis_is_public_and_has_a_command():
     results = {name for name in results if issubclass(getattr(analysis, name), analysis.Result)} - {"Result"}
     assert returned == results
     assert all(entry.function.__name__ in analysis.__all__ for entry in ANALYSES.values())
-    assert set(ANALYSES) <= set(cli.MODULES)
-    assert all(entry.summary == cli.MODULES[name].SUMMARY for name, entry in ANALYSES.items())
+    assert set(ANALYSES) <= set(cli.COMMANDS)
+    assert all(entry.summary == cli.COMMANDS[name].SUMMARY for name, entry in ANALYSES.items())
 
 
 @pytest.mark.parametrize("entry", ANALYSES.values(), ids=ANALYSES)
