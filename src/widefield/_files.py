@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 
 
 def check_place(path: Path, *, folder: bool = False) -> None:
-    """Raise OSError if a file could not be written later, for which hours may be spent before; nothing is left behind.
+    """Raise OSError if a file or folder could not be written, so that hours of work are not lost; leaves no trace.
 
     Args:
-        path: of the file, or of the folder that files are to go to.
+        path: the file, or the folder for files.
         folder: whether it is a folder.
     """
     if not folder and path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, and a file is to stand there: give the name of a file.")
+        raise IsADirectoryError(f"{path} is a folder, and a file must be written there: give the name of a file.")
     if folder and path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file, and a folder is to stand there: give the name of a folder.")
+        raise NotADirectoryError(f"{path} is a file, and a folder must be created there: give the name of a folder.")
     place = path if folder else path.parent
     missing = [parent for parent in (place, *place.parents) if not parent.exists()]
     try:
@@ -30,12 +30,12 @@ def check_place(path: Path, *, folder: bool = False) -> None:
         raise type(error)(f"{path} cannot be written: {error.strerror or error}. Choose another place.") from error
     finally:
         for parent in missing:
-            with suppress(OSError):  # not made, or somebody else's by now
+            with suppress(OSError):  # not created, or in use by now
                 parent.rmdir()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all; raises OSError where it cannot."""
+    """Write a file atomically; raises OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(content)
@@ -46,12 +46,12 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder; what is in it at the end of the block moves into ``folder``, all of it or nothing.
+    """Yield an empty folder whose content moves into ``folder`` after the block, all of it or nothing.
 
-    It stands inside ``folder``, which is made if need be, so that a place that cannot be written to is known at once,
-    and files move without being copied. Files of the same names are replaced; they come back if a later one cannot be.
+    It is created inside ``folder``, so that a place that cannot be written is found at once and files move without
+    being copied. Files with the same names are replaced, and restored if a later move fails.
 
-    Raises OSError where ``folder`` cannot be written to.
+    Raises OSError if ``folder`` cannot be written.
     """
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _move(stage: Path, folder: Path) -> None:
         for part in sorted(stage.iterdir()):
             target = folder / part.name
             if target.is_dir():
-                raise IsADirectoryError(f"{target} is a folder, and a file is to stand there.")
+                raise IsADirectoryError(f"{target} is a folder, and a file must be written there.")
             if target.exists():
                 target.replace(kept / part.name)
             part.replace(target)

@@ -1,7 +1,7 @@
-"""The whole way in a few minutes: train three networks, re-parameterise, prove, measure, show who was routed where.
+"""A demonstration in a few minutes: train three networks, reparameterize, verify, measure, show the routing.
 
-`widefield demo` trains a narrow ConvNeXt with 7x7 kernels, and the same network with mixtures of receptive fields,
-soft and hard, on real images with the same seed and budget, and writes a page about it.
+`widefield demo` trains a narrow ConvNeXt with 7x7 kernels, and the same network with soft and hard mixtures of
+receptive fields, with the same data, seed and budget, and writes a page about it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MEASURED_BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What came of one network. Times are medians of interleaved runs, in seconds for a batch of MEASURED_BATCH."""
+    """Results of one network. Times are medians of interleaved runs, in seconds for a batch of MEASURED_BATCH."""
 
     accuracy: float
     cost: bench.Cost
@@ -48,33 +48,33 @@ class Entry:
     inference: bench.Row
     fused_inference: bench.Row
     difference: Difference | None
-    """Between fused and unfused outputs; None for the baseline, which has nothing to fuse."""
+    """Between fused and unfused outputs; None for the baseline, which is not fused."""
 
 
 def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Sequence[str] = ()) -> Path:
-    """Train, re-parameterise, measure and report; return the path of the page.
+    """Train, reparameterize, measure and report; return the path of the page.
 
-    Writes ``results.json``, ``report.html``, two PNGs and the three training runs into ``output``, and replaces what
-    an earlier demo left there.
+    Writes ``results.json``, ``report.html``, two PNGs and the three training runs into ``output``, and replaces those
+    of an earlier demo.
 
     Args:
         name: "digits" or "scales".
         output: folder.
-        overrides: of the recipe ``demo_<name>``, as in ``widefield train``.
+        overrides: overrides of the recipe ``demo_<name>``, as in ``widefield train``.
 
     Raises:
-        OSError: ``output`` cannot be written; found before training starts.
+        OSError: ``output`` cannot be written; this is checked before training starts.
         ValueError, TypeError: an override does not fit.
         SystemExit: Ctrl-C or SIGTERM, with 130 or 143.
     """
     folder = Path(output)
     for word in overrides:
         if word.partition("=")[0].partition(".")[0] in ("--conversion", "--name", "--output"):
-            raise ValueError(f"the demo decides {word.lstrip('-')} itself: leave it out, or use widefield train.")
+            raise ValueError(f"the demo sets {word.lstrip('-')} itself: leave it out, or use widefield train.")
     recipe = load_recipe(f"demo_{name}", [*overrides, "--output", str(folder)])
     validation = data.create(recipe.data.name, "val", **recipe.data.args)
     task = tasks.create(recipe.task.name, validation, **recipe.task.args)
-    for variant, mixture in VARIANTS.items():  # what cannot be built is found before the first is trained
+    for variant, mixture in VARIANTS.items():  # build all before the first is trained, to find errors early
         build_model(_variant(recipe, variant, mixture), task)
     for variant in VARIANTS:
         shutil.rmtree(folder / _slug(variant), ignore_errors=True)
@@ -90,7 +90,7 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
 
     batches = list(DataLoader(validation, batch_size=250, collate_fn=data.collate))
     images: Tensor = torch.cat([batch["image"] for batch in batches])
-    console.print("re-parameterising and measuring")
+    console.print("reparameterizing and measuring")
     entries = _measure(models, accuracies, images, task, len(validation.classes))
     routings = {
         v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch_size=len(images))
@@ -200,23 +200,23 @@ def _write(
 
     sections = [
         (
-            "What it costs and what it gives",
+            "Cost and accuracy",
             report.paragraph(
                 "All three networks have the same shape, seed, data and number of steps. Times are medians of "
                 f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
                 "to the 7x7 network in the same run. The last row is the largest difference between the outputs "
-                "before and after re-parameterisation over all validation images, in units of the largest output."
+                "before and after reparameterization over all validation images, in units of the largest output."
             )
             + report.table(rows),
         )
     ]
     for variant in routings:
-        text = "Images and the routing weights that they got: a row a block, a column an expert."
+        text = "Images and their routing weights: one row per block, one column per expert."
         sections.append((f"Examples: {variant}", report.picture(figures[f"examples-{_slug(variant)}"], text)))
     page = folder / "report.html"
     lead = (
         f"A narrow ConvNeXt on {name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a router "
-        "weighs for each image."
+        "weights for each image."
     )
     write_report(
         [folder / _slug(variant) for variant in VARIANTS],

@@ -51,7 +51,7 @@ def test_models_takes_a_glob_over_all_of_timm(capsys):
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--epochs", "1", "digits_morf"], "put the recipe before its keys"),
         (["train", "--resume", "runs/none"], "there is no run in runs/none: give the folder of one"),
-        (["demo", "--conversion.args.routing", "hard"], "the demo decides conversion.args.routing itself"),
+        (["demo", "--conversion.args.routing", "hard"], "the demo sets conversion.args.routing itself"),
         (["demo", "--model.name", "resnet18"], "model.args"),
     ],
 )

@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Callable[..., Path]:
-    """Make class folders of these names with three images each, of random colours, in the form of ImageNet's files."""
+    """Make class folders of these names with three images each, of random colors, in the form of ImageNet's files."""
 
     def make(*names: str, split: str = "") -> Path:
         generator = torch.Generator().manual_seed(3)
@@ -99,7 +99,9 @@ def test_a_folder_of_one_class_is_named(images: Any, capsys: pytest.CaptureFixtu
 # Runs
 
 
-def test_a_run_is_judged_as_it_judged_itself(trained: Path, evaluated: Eval, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_is_evaluated_as_it_evaluated_itself(
+    trained: Path, evaluated: Eval, capsys: pytest.CaptureFixture
+) -> None:
     smooth, raw = evaluated(trained, "--weights", "both", "--which", "last")
     last = log(trained)[-1]
     for found, prefix in ((smooth, "ema_"), (raw, "")):
@@ -113,7 +115,7 @@ def test_a_run_is_judged_as_it_judged_itself(trained: Path, evaluated: Eval, cap
     assert f"{100 * last['top1']:.2f}%" in shown[1]
 
 
-def test_the_best_average_is_what_is_judged_by_default(trained: Path, evaluated: Eval) -> None:
+def test_the_best_average_is_what_is_evaluated_by_default(trained: Path, evaluated: Eval) -> None:
     (found,) = evaluated(trained)
     epochs = [entry for entry in log(trained) if entry["kind"] == "epoch"]
     best = max(epochs, key=lambda entry: entry["ema_top1"])
@@ -241,7 +243,7 @@ def test_embedded_data_serve_any_model(evaluated: Eval) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["test_resnet"], "test_resnet is not a run, which would have data of its own: give --data"),
+        (["test_resnet"], "test_resnet is not a run, so it has no data of its own: give --data"),
         (["test_resnt", "--data", "digits"], "Did you mean 'test_resnet'"),
         (["test_resnet", "--data", "digits"], "10 of the data's 10 classes ('0', '1', '2', ...) are not among"),
         (["test_resnet", "--data", "digts"], "--data digts: there is no such folder"),
@@ -256,7 +258,7 @@ def test_embedded_data_serve_any_model(evaluated: Eval) -> None:
         ),
         ([TIMM % 10, "--data", "digits", "--real", "nowhere.json"], "nowhere.json"),
         (["RUN", "--data", "digits"], "are not among the model's 8 ("),
-        (["RUN", "--real"], "--real goes by the names of files, and scales has none"),
+        (["RUN", "--real"], "--real finds labels by file names, and scales has none"),
         (["EMPTY"], "holds no checkpoints"),
         ([TIMM % 10, "--data", "digits", "--out", "file.txt/results.json"], "file.txt"),
     ],
@@ -291,10 +293,10 @@ def test_a_run_without_average_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert "model, best (step 2)" in capsys.readouterr().out
 
 
-def test_nothing_is_judged_before_all_is_known_to_fit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from widefield.runs import judging
+def test_nothing_is_evaluated_before_all_is_known_to_fit(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from widefield.runs import accuracy
 
     calls: list[Any] = []
-    monkeypatch.setattr(judging, "evaluate_model", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr(accuracy, "evaluate_model", lambda *args, **options: calls.append(args))
     assert cli.main(["eval", str(trained), "test_resnet", "--data", "digits"]) == 1
     assert calls == []

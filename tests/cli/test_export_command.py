@@ -28,7 +28,7 @@ def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
     assert deploy.load(tmp_path / "morf_convnext_tiny-int8.onnx")(torch.zeros(7, 3, 32, 32)).shape == (7, 5)
     out = capsys.readouterr().out
     for words in (
-        "specialised 4 of 4",
+        "specialized 4 of 4",
         "kernels cropped",
         "Only for images of 32x32 pixels",
         "as it came: outputs on 8",
@@ -73,7 +73,7 @@ def test_other_formats(tmp_path, capsys, format):
     assert "100 %" in capsys.readouterr().out
 
 
-def test_a_fixed_batch_of_grey_images(tmp_path):
+def test_a_fixed_batch_of_gray_images(tmp_path):
     words = ["--size", "32", "--count", "7", "--batch-size", "2", "--dynamic", "--out", str(tmp_path)]
     assert export("resnet10t{in_chans: 1, num_classes: 5}", *words) == 0
     told = json.loads((tmp_path / "resnet10t.onnx.json").read_text())

@@ -42,7 +42,7 @@ def test_a_page_that_cannot_be_written_is_known_first(tmp_path, capsys, monkeypa
     (tmp_path / "run").mkdir()
     (tmp_path / "file").touch()
     for out, message in (
-        ("run", "run is a folder, and a file is to stand there"),
+        ("run", "run is a folder, and a file must be written there"),
         ("file/report.html", "file/report.html cannot be written"),
         ("report.json", "the suffix of out must be one of '.html', '.htm'; got '.json'"),
     ):
@@ -51,7 +51,7 @@ def test_a_page_that_cannot_be_written_is_known_first(tmp_path, capsys, monkeypa
     assert cli.main(["runs", "--plot", "file/curves.png"]) == 1
     assert "file/curves.png cannot be written" in capsys.readouterr().err
     assert cli.main(["bench", "model", "test_resnet", "--out", "file"]) == 1
-    assert "file is a file, and a folder is to stand there" in capsys.readouterr().err
+    assert "file is a file, and a folder must be created there" in capsys.readouterr().err
 
 
 def test_looking_at_a_place_leaves_nothing_behind(tmp_path):
@@ -106,7 +106,7 @@ def test_labels_stand_for_long_words(tmp_path, capsys):
 @pytest.mark.parametrize("labels", [["a"], ["a", "a"], ["a", "b", "c"]])
 def test_labels_are_one_each(labels, capsys, tmp_path):
     assert cli.main(["erf", *WORDS, "--label", *labels, "--out", str(tmp_path)]) == 1
-    assert f"--label takes one text for each model, all different; got {labels}" in capsys.readouterr().err
+    assert f"--label takes a different text for each model; got {labels}" in capsys.readouterr().err
 
 
 def test_classes_of_weights_from_a_file_have_names(tmp_path, capsys):

@@ -103,7 +103,7 @@ def test_options_are_those_of_the_class_and_of_what_it_passes_on():
     assert all(set(kind.needs) <= set(options[name]) for name, kind in catalog.SETS.items())
 
 
-def labelled(root, train, val):
+def labeled(root, train, val):
     """Write class folders with an image each."""
     for split, names in (("train", train), ("val", val)):
         for name in names:
@@ -112,7 +112,7 @@ def labelled(root, train, val):
 
 
 def test_both_splits_are_built_where_they_agree_on_labels(tmp_path):
-    labelled(tmp_path, ["0", "1", "2"], ["0", "1"])  # val may lack the last
+    labeled(tmp_path, ["0", "1", "2"], ["0", "1"])  # val may lack the last
     train, val = create_both("folder", root=tmp_path, class_map="integer", size=8)
     assert (train.split, val.split, val.image_size) == ("train", "val", 8)
     assert [sample["label"] for sample in val] == [0, 1]

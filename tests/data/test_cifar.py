@@ -59,7 +59,7 @@ def test_root_may_be_the_folder_or_archive_itself(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [Cifar10, Cifar100])
-def test_images_are_normalised_by_the_stated_statistics(tmp_path, kind):
+def test_images_are_normalized_by_the_stated_statistics(tmp_path, kind):
     pixels, _ = write_cifar(tmp_path, kind._files)["val"]
     data = kind("val", root=tmp_path)
     assert data.mean == {Cifar10: (0.4914, 0.4822, 0.4465), Cifar100: (0.5071, 0.4865, 0.4409)}[kind]
@@ -162,7 +162,7 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path, spot):
     write_cifar(tmp_path, Cifar10._files, "python")
     harm = tmp_path / "harm"
     (tmp_path / "cifar-10-batches-py" / spot).write_bytes(pickle.dumps({"data": Evil(harm)}))
-    with pytest.raises(ValueError, match=rf"{spot} is no file of CIFAR's Python version: .*asks for \w+.mkdir"):
+    with pytest.raises(ValueError, match=rf"{spot} is not a file of CIFAR's Python version: .*asks for \w+.mkdir"):
         Cifar10("val", root=tmp_path, version="python")
     assert not harm.exists()
 
@@ -170,7 +170,7 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path, spot):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "no file of CIFAR's Python version: EOFError"),
+        (b"", "not a file of CIFAR's Python version: EOFError"),
         (python2_pickle([1]), "it holds list"),
         (python2_pickle({"data": np.zeros((20, 7), np.uint8)}), "has no array 'data' of 3,072 bytes an image"),
         (python2_pickle({"data": np.zeros((20, 3072), np.uint8), "labels": "no"}), "has no list of integers, 'labels'"),
@@ -199,7 +199,7 @@ def relabel(path, labels):
         (
             lambda p: cut(p / "test_batch.bin", 5),
             ValueError,
-            "test_batch.bin has 61,455 bytes, which is no multiple of",
+            "test_batch.bin has 61,455 bytes, which is not a multiple of",
         ),
         (lambda p: cut(p / "test_batch.bin", 3073), ValueError, "test_batch.bin holds 19 images"),
         (lambda p: relabel(p / "test_batch.bin", [77]), ValueError, "has the label 77; those of CIFAR-10 are 0 to 9"),
@@ -220,7 +220,7 @@ def test_a_damaged_archive_is_refused(tmp_path):
     content = path.read_bytes()
     for broken in (content[: len(content) // 2], b"text", content[:1000] + bytes(100) + content[1100:]):
         path.write_bytes(broken)
-        with pytest.raises(OSError, match=r"cifar-10-binary.tar.gz is no whole archive: .*Fetch it again"):
+        with pytest.raises(OSError, match=r"cifar-10-binary.tar.gz is not a complete archive: .*Download it again"):
             Cifar10("val", root=tmp_path)
 
 

@@ -121,8 +121,8 @@ def test_drawn_images_repeat_to_the_byte_and_can_be_read(tmp_path):
             write_conflicts(tmp_path / "d", **options)
 
 
-def centred(mask, side):
-    """Masks about their centre of gravity, bool (side, side)."""
+def centered(mask, side):
+    """Masks about their center of gravity, bool (side, side)."""
     y, x = ndimage.center_of_mass(mask)
     rows = (np.arange(side) - side // 2 + round(y))[:, None]
     columns = (np.arange(side) - side // 2 + round(x))[None, :]
@@ -135,13 +135,13 @@ def templates(side):
     size = round(1.15 * side)
     drawn = Scales("val", size=size, count=8 * 16, object_sizes=(side, side), clutter=0)
     samples = [drawn[k] for k in range(len(drawn))]
-    masks = np.stack([centred(sample["mask"].numpy(), size) for sample in samples])
+    masks = np.stack([centered(sample["mask"].numpy(), size) for sample in samples])
     return masks, [Scales.classes[sample["label"]] for sample in samples]
 
 
 def nearest(mask, known):
     masks, names = known
-    mask = centred(mask, masks.shape[1])
+    mask = centered(mask, masks.shape[1])
     overlap = (masks & mask).sum((1, 2)) / (masks | mask).sum((1, 2))
     return names[overlap.argmax()]
 

@@ -58,7 +58,7 @@ def test_a_sample_has_the_promised_form(root, split):
     assert [sample["label"] for sample in data] == [0] * (len(data) // 2) + [1] * (len(data) // 2)
 
 
-def test_images_are_normalised_with_mean_and_std(root):
+def test_images_are_normalized_with_mean_and_std(root):
     path = root / "val" / "cat" / "0.jpg"
     Image.new("RGB", (30, 30), (255, 0, 51)).save(path.with_suffix(".png"))
     path.unlink()
@@ -66,7 +66,7 @@ def test_images_are_normalised_with_mean_and_std(root):
     torch.testing.assert_close(image[:, 4, 4], torch.tensor([1.0, -2.0, 0.0]))
 
 
-def test_grey_and_transparent_images_become_rgb(root):
+def test_gray_and_transparent_images_become_rgb(root):
     Image.new("L", (20, 20), 9).save(root / "val" / "cat" / "0.jpg")
     Image.new("RGBA", (20, 20)).save(root / "val" / "cat" / "1.png")
     data = Folder("val", root=root, size=16)

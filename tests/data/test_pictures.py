@@ -36,7 +36,7 @@ def test_photographs_are_a_function_of_seed_and_place():
     assert len({image.sum().item() for image in first.tensor()}) == 4
 
 
-def test_pixels_are_normalised_as_asked_and_come_back():
+def test_pixels_are_normalized_as_asked_and_come_back():
     plain = Pictures(count=3, size=32, mean=(0, 0, 0), std=(1, 1, 1)).tensor()
     assert 0 <= plain.min() < plain.max() <= 1
     pictures = Pictures(count=3, size=32)

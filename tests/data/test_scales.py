@@ -108,7 +108,7 @@ def test_the_mask_agrees_with_the_size_and_lies_inside(train):
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         for span in (rows, columns):
             extent = int(span.max() - span.min()) + 1
-            assert 0.7 * side - 1.5 < extent < 1.1 * side + 1.5  # thin tips cover no pixel's centre
+            assert 0.7 * side - 1.5 < extent < 1.1 * side + 1.5  # thin tips cover no pixel's center
 
 
 def test_objects_are_never_cut_by_the_border():
@@ -124,7 +124,7 @@ def test_the_mask_marks_the_object_in_the_image():
         assert ((inside.median(1).values - outside.median(1).values).abs() > 0.5).any()
 
 
-def test_colour_says_nothing_of_the_class(train):
+def test_color_says_nothing_of_the_class(train):
     lighter = [[] for _ in train.classes]
     for sample in train:
         gap = sample["image"][:, sample["mask"]].mean() - sample["image"][:, ~sample["mask"]].mean()

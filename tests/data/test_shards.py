@@ -31,7 +31,7 @@ def of_tars(root, split, found):
     write_tar(root / split / "all.tar", [(f"{name}.tar", tar_bytes(files)) for name, files in found.items()])
 
 
-def labelled(ending):
+def labeled(ending):
     def write(root, split, found):
         for name in found:  # a tar file for each class: the order of a folder's samples
             own = [file.partition(".")[0] for file, _ in found[name]]
@@ -45,8 +45,8 @@ LAYOUTS = {
     "a tar file a class": by_class,
     "folders in a tar file": of_folders,
     "tar files in a tar file": of_tars,
-    "webdataset, cls": labelled("cls"),
-    "webdataset, json": labelled("json"),
+    "webdataset, cls": labeled("cls"),
+    "webdataset, json": labeled("json"),
 }
 
 
@@ -57,7 +57,7 @@ def found():
 
 @pytest.fixture
 def root(tmp_path, found):
-    labelled("cls")(tmp_path, "train", found)
+    labeled("cls")(tmp_path, "train", found)
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_long_and_foreign_names_are_kept(tmp_path):
 
 def test_a_class_map_orders_folders_and_names_labels(tmp_path, found):
     by_class(tmp_path / "a", "train", found)
-    labelled("cls")(tmp_path / "b", "train", found)
+    labeled("cls")(tmp_path / "b", "train", found)
     words = tmp_path / "words.txt"
     words.write_text("dog\neel\nfox\ncat\n")
     data = Shards("train", root=tmp_path / "a", class_map=words, size=8)
@@ -255,7 +255,7 @@ def test_what_is_no_tar_file_is_refused_by_name(root, found, harm):
         write_tar(path, webdataset(found), mode="w:gz")
     else:
         path.write_bytes({"cut": path.read_bytes()[:5000], "text": b"text " * 300, "empty": b""}[harm])
-    with pytest.raises(OSError, match=rf"{re.escape(str(path))} is no whole, uncompressed tar file: "):
+    with pytest.raises(OSError, match=rf"{re.escape(str(path))} is not a complete, uncompressed tar file: "):
         Shards("train", root=root)
 
 

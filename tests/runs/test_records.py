@@ -118,9 +118,9 @@ def test_values_that_were_not_finite_are_passed_over(make: Make) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("config.yaml", "{", "config.yaml is not as it should be"),
-        ("config.yaml", "just words", "config.yaml is not as it should be"),
-        ("config.yaml", b"\xff\xfe\x00", "config.yaml is not as it should be"),
+        ("config.yaml", "{", "config.yaml is malformed"),
+        ("config.yaml", "just words", "config.yaml is malformed"),
+        ("config.yaml", b"\xff\xfe\x00", "config.yaml is malformed"),
         ("config.yaml", None, "it has checkpoints and no config.yaml"),
         ("metrics.jsonl", '{"kind": "epoch", "step": 1}\n', "metrics.jsonl"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl"),
@@ -154,7 +154,7 @@ def test_a_recipe_of_another_version_still_shows_its_numbers(make: Make) -> None
     config.write_text(config.read_text() + "antigravity: true\n")
     found = read_run(config.parent)
     assert (found.state, found.model, found.best()) == ("finished", "convnext_atto", 0.3)
-    assert found.problem == "its recipe does not suit this version: antigravity: unknown key."
+    assert found.problem == "its recipe does not fit this version: antigravity: unknown key."
 
 
 def test_folders_are_searched_to_the_runs_and_no_deeper(make: Make, recipe: Recipe, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def moved(place: Path, old: str, new: str) -> None:
         (place / "set" / split / old).rename(place / "set" / split / new)
 
 
-def judged(*words: str) -> float:
+def evaluated(*words: str) -> float:
     assert cli.main(["eval", "runs/run", "--workers", "0", "--device", "cpu", "--out", "eval.json", *words]) == 0
     return float(json.loads(Path("eval.json").read_text())["results"][0]["metrics"]["top1"])
 
@@ -144,7 +144,7 @@ class TestClasses:
     def test_that_were_renamed_are_refused_by_whatever_reads_labels(
         self, here: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert judged() > 0.6
+        assert evaluated() > 0.6
         moved(here, "a", "z")
         for words in (["eval"], ["cam"], ["interactions"], ["export"], ["eval", "--weights", "model"]):
             error = refused(capsys, words[0], "runs/run", *words[1:])
@@ -190,13 +190,13 @@ class TestClasses:
         assert all("changed since the run: the val split had 9 images and has 8" in text for text in shown())
 
     def test_in_another_order_are_found_by_name(self, here: Path) -> None:
-        expected = judged()
+        expected = evaluated()
         labels = [load("runs/run").pictures(count=None)[i]["label"] for i in range(9)]
         (here / "map.txt").write_text("c\na\nb\n")
         config = here / "runs/run/config.yaml"
         config.write_text(config.read_text().replace("    root:", "    class_map: map.txt\n    root:"))
         assert data.create("folder", "val", root="set", class_map="map.txt").classes == ("c", "a", "b")
-        assert judged() == expected
+        assert evaluated() == expected
         own = load("runs/run").pictures(count=None)
         assert [own[i]["label"] for i in range(9)] == labels
         assert own.classes == ("a", "b", "c")
@@ -204,7 +204,7 @@ class TestClasses:
     def test_that_are_gone_are_counted(self, here: Path) -> None:
         for split in SPLITS:
             shutil.rmtree(here / "set" / split / "b")
-        judged()
+        evaluated()
         result = json.loads(Path("eval.json").read_text())["results"][0]
         assert (result["classes"], result["outputs"], result["images"]) == (2, 3, 6)
 
@@ -367,9 +367,9 @@ class TestWithoutItsData:
         with pytest.raises(MissingDataError, match=re.escape("the data of the run 'run' are missing")):
             found.pictures()
 
-    def test_it_is_judged_on_other_data(self, here: Path) -> None:
+    def test_it_is_evaluated_on_other_data(self, here: Path) -> None:
         pictures(here / "other")
-        assert judged("--data", "other") > 0.6
+        assert evaluated("--data", "other") > 0.6
 
     def test_what_it_started_from_may_be_gone_too(self, tmp_path: Path) -> None:
         weights = tmp_path / "weights.pth"

@@ -143,7 +143,7 @@ def test_runs_of_one_name_are_told_apart_and_keep_the_order_of_their_classes(tmp
     assert [pictures[i]["label"] for i in range(6)] == [1, 1, 10, 10, 2, 2]
 
 
-def test_a_network_for_grey_images_gets_grey_images():
+def test_a_network_for_gray_images_gets_gray_images():
     found = load("resnet10t{in_chans: 1, num_classes: 3}")
     assert len(found.mean) == len(found.std) == 1
     (batch,) = found.pictures(count=2, size=32).batches()

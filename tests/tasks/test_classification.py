@@ -13,7 +13,7 @@ CLASSES = 10
 
 
 class Linear(nn.Module):
-    """Logits from the mean colour; keeps what it was given."""
+    """Logits from the mean color; keeps what it was given."""
 
     def __init__(self, classes: int = CLASSES) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_top5_needs_more_than_five_classes(classes: int, names: set[str]) -> Non
     assert task.headline in names
 
 
-def test_half_precision_logits_are_judged_in_float32() -> None:
+def test_half_precision_logits_are_evaluated_in_float32() -> None:
     outputs = Classification(CLASSES).outputs(Logits(torch.randn(6, CLASSES).bfloat16()), batch())
     assert outputs["preds"].dtype == outputs["value"].dtype == torch.float32
     assert {value.shape[0] for value in outputs.values()} == {6}

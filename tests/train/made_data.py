@@ -1,4 +1,4 @@
-"""Made data sets in the formats of the real ones: noisy pictures, a colour for each class."""
+"""Made data sets in the formats of the real ones: noisy pictures, a color for each class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WNIDS = ("n01440764", "n01443537", "n01484850")
 def imagenet(root: Path, *, train: int, val: int, side: int = 48) -> Path:
     """Write ``root/train/WNID/*.JPEG`` and ``root/val/WNID/*.JPEG``, so many images in each split, and return root.
 
-    The images are 4:3, about ``side`` pixels high, each of another size; the first of each split is grey, as some of
+    The images are 4:3, about ``side`` pixels high, each of another size; the first of each split is gray, as some of
     ImageNet's are.
     """
     draw = np.random.default_rng(0)
@@ -58,6 +58,6 @@ def cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _noisy(draw: np.random.Generator, label: int, height: int, width: int) -> NDArray[np.uint8]:
-    colour = np.array([label * 53 % 256, label * 101 % 256, label * 197 % 256])
-    noisy: NDArray[np.uint8] = (colour + draw.normal(0, 20, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    color = np.array([label * 53 % 256, label * 101 % 256, label * 197 % 256])
+    noisy: NDArray[np.uint8] = (color + draw.normal(0, 20, (height, width, 3))).clip(0, 255).astype(np.uint8)
     return noisy

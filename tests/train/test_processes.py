@@ -72,7 +72,7 @@ def test_a_sharded_run_resumes(plain: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_without_an_image_to_judge_waits_for_nobody(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_process_without_an_image_to_evaluate_waits_for_nobody(recipe: Recipe, tmp_path: Path) -> None:
     """Batch norms have buffers, which torch's wrapper would send around in the forward pass of the others."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 1)):

@@ -23,7 +23,7 @@ from widefield.train.loaders import EpochSampler
 
 Run = Callable[..., RunResult]
 
-# What draws random numbers or carries state: dropout, mixing, the average, the optimiser, the schedule.
+# What draws random numbers or carries state: dropout, mixing, the average, the optimizer, the schedule.
 BUSY: dict[str, Any] = {
     "task": TaskSpec(args={"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}),
     "ema": EmaSpec(0.9, warmup=True),

@@ -55,7 +55,7 @@ def test_tensors_come_back_each_its_own(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors", "state.json"}
 
 
-def test_an_optimiser_and_the_generators_go_on_as_they_were(tmp_path: Path) -> None:
+def test_an_optimizer_and_the_generators_go_on_as_they_were(tmp_path: Path) -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()

@@ -1,4 +1,4 @@
-"""What the commands that look into models share: their arguments, and results as files."""
+"""Shared by the commands that analyze models: their arguments, models, images and result files."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ def arguments(
     out: str = "analysis",
     figures: bool = True,
 ) -> None:
-    """Add what these commands have in common.
+    """Add the arguments that these commands share.
 
     Args:
-        parser: of the command.
-        models: as argparse's nargs; None: the command takes no models.
-        images: how many by default; None: the command looks at no images.
-        sizes: --size takes several, and ``args.size`` is a list.
-        out: folder to write to by default.
-        figures: the command draws some.
+        parser: the command's parser.
+        models: argparse's nargs; None: the command takes no models.
+        images: default number of images; None: the command takes no images.
+        sizes: --size takes several values, and ``args.size`` is a list.
+        out: default folder for results.
+        figures: whether the command draws figures.
     """
     if models:
         parser.add_argument("models", nargs=models, metavar="MODEL", help=MODEL_HELP)
-        parser.add_argument("--pretrained", action="store_true", help="fetch pretrained weights (random ones)")
+        parser.add_argument("--pretrained", action="store_true", help="download pretrained weights (default: random)")
     if images is not None:
         parser.add_argument(
             "--images", metavar="SOURCE", help="a folder, digits, scales, or photographs: crops of two (the run's data)"
         )
-        parser.add_argument("--count", type=int, default=images, metavar="N", help=f"how many images ({images})")
+        parser.add_argument("--count", type=int, default=images, metavar="N", help=f"number of images ({images})")
         size = "side of the images in pixels" + ("; several are compared" if sizes else "")
         parser.add_argument(
             "--size", type=int, nargs="+" if sizes else None, metavar="N", help=f"{size} (the model's own)"
         )
-        parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at a time (8)")
+        parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per batch (8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and random weights (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder ({out})")
     parser.set_defaults(writes={"out": True})
     if figures and models == "+":
         parser.add_argument(
-            "--label", nargs="+", metavar="TEXT", help="what to call each model in figures and tables (its word)"
+            "--label", nargs="+", metavar="TEXT", help="name of each model in figures and tables (its argument)"
         )
     if figures:
-        parser.add_argument("--vector", choices=("pdf", "svg"), help="write the figure as a vector drawing, too")
+        parser.add_argument("--vector", choices=("pdf", "svg"), help="also write the figure as a vector drawing")
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:
-    """Build or load the model that a word of the command line names; see :func:`widefield.runs.load`."""
+    """Build or load a model of the command line; see :func:`widefield.runs.load`."""
     from widefield.runs import load
 
     labels = check_labels(args)
@@ -77,24 +77,21 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
 
 
 def check_labels(args: argparse.Namespace) -> list[str]:
-    """Return what the command line calls the models, one each, or nothing; raises ValueError for another number."""
+    """Return the labels of the command line, one per model, or none; raises ValueError for another number."""
     labels: list[str] = getattr(args, "label", None) or []
     if labels and not len(labels) == len(set(labels)) == len(args.models) == len(set(args.models)):
-        raise ValueError(
-            f"--label takes one text for each model, all different; got {labels} for the models {args.models}."
-        )
+        raise ValueError(f"--label takes a different text for each model; got {labels} for the models {args.models}.")
     return labels
 
 
 def pictures(args: argparse.Namespace, found: Subject, size: int | None = None, *, stand_in: bool = True) -> Pictures:
-    """Return the images that the command line asks for, as the model expects them.
+    """Return the images of the command line, as the model expects them.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
         found: the model.
-        size: goes before --size.
-        stand_in: take photographs, and say so, where the data of a run are not at hand. False for what is about these
-            very images.
+        size: overrides --size.
+        stand_in: use photographs, and say so, if the data of a run are missing. False for results about these images.
     """
     given = {"count": args.count, "size": size or args.size, "seed": args.seed}
     if stand_in:
@@ -109,9 +106,9 @@ def views(args: argparse.Namespace, entry: Analysis, **options: Any) -> Iterator
     """Yield each model of the command line with the images that an analysis needs, for each size asked for.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
         entry: the analysis.
-        options: arguments that the analysis will get.
+        options: arguments for the analysis.
     """
     for word in args.models:
         yield from views_of(subject(word, args), args, entry, **options)
@@ -138,9 +135,9 @@ def labeled_batches(view: View) -> list[tuple[Tensor, ...]]:
 
 
 def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:
-    """Print the rows of results of one kind, and write OUT/COMMAND.png, .json, .html, and .pdf or .svg if asked.
+    """Print the rows of results of one kind, and write OUT/COMMAND.png, .json, .html, and .pdf or .svg on request.
 
-    ``options`` are those of the results' ``draw``.
+    ``options`` are passed to the results' ``draw``.
     """
     from widefield.analysis import save
     from widefield.cli._tables import print_table

@@ -1,4 +1,4 @@
-"""Rows of text on the screen."""
+"""Tables on the screen."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 
 def print_table(rows: Sequence[Mapping[str, str]], right: Collection[str] | None = None) -> None:
-    """Print rows under the keys of the first; a table that goes to a file or another program is never cut.
+    """Print rows under the keys of the first; output to a file or another program is never truncated.
 
     Args:
         rows: at least one, all with the same keys.
-        right: columns whose texts stand to the right; default: all but the first.
+        right: right-aligned columns; default: all except the first.
     """
     from rich.console import Console
     from rich.table import Table
@@ -21,7 +21,7 @@ def print_table(rows: Sequence[Mapping[str, str]], right: Collection[str] | None
         number = column in right if right is not None else index > 0
         table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row.values()))  # as they are: [3, 5] is no markup
+        table.add_row(*map(Text, row.values()))  # as plain text: [3, 5] is not markup
     console = Console()
     if not console.is_terminal:
         wide = console.options.update(width=10_000)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from widefield.data import LabeledImages
-    from widefield.runs import Evaluation, Judged, Subject
+    from widefield.runs import Evaluation, MappedClassification, Subject
 
 SUMMARY = "accuracy and throughput of models: of runs, of timm's, of torchvision's"
 
@@ -30,9 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--pretrained", action="store_true", help="fetch pretrained weights (random ones)")
+    parser.add_argument("--pretrained", action="store_true", help="download pretrained weights (default: random)")
     parser.add_argument(
-        "--weights", choices=("ema", "model", "both"), help="of a run: the moving average if it has one"
+        "--weights", choices=("ema", "model", "both"), help="weights of a run (the moving average if it has one)"
     )
     parser.add_argument("--which", choices=("best", "last"), help="checkpoint of a run (best)")
     parser.add_argument(
@@ -40,28 +40,32 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", nargs="+", default=[None], **number, help="sides of the images (the model's own)")
     parser.add_argument(
-        "--crop-pct", type=float, metavar="X", help="of a resized image's side that is seen (the model's)"
+        "--crop-pct", type=float, metavar="X", help="side of the crop relative to the resized image (the model's)"
     )
     parser.add_argument(
         "--class-map",
         default="auto",
         metavar="MAP",
-        help="integer: folders are numbers of outputs; sorted: folders are in the order of the outputs; or a file: the "
-        "class of each output, one a line (by name, or whatever is unmistakable)",
+        help="integer: folders are indices of outputs; sorted: folders are in the order of the outputs; or a file: the "
+        "class of each output, one per line (default: by name, or by any unambiguous order)",
     )
     parser.add_argument(
-        "--all-outputs", action="store_true", help="let outputs win that are no class of the data (the data's alone)"
+        "--all-outputs",
+        action="store_true",
+        help="also let outputs compete that are no classes of the data (no)",
     )
     parser.add_argument(
-        "--real", nargs="?", const=True, metavar="FILE", help="ImageNet-ReaL: real.json, or without FILE timm's copy"
+        "--real", nargs="?", const=True, metavar="FILE", help="ImageNet-ReaL: real.json, or timm's copy without FILE"
     )
     parser.add_argument(
-        "--skip-corrupt", action="store_true", help="leave out images that cannot be decoded (the run's; an error)"
+        "--skip-corrupt",
+        action="store_true",
+        help="leave out images that cannot be decoded (the run's; an error)",
     )
-    parser.add_argument("--throughput", action="store_true", help="also time the model alone, on random images")
+    parser.add_argument("--throughput", action="store_true", help="also time the model alone on random images")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help="autocast (the run's; no)")
-    parser.add_argument("--channels-last", action="store_true", help="images and weights in that order (the run's; no)")
-    parser.add_argument("--batch-size", **number, help="images at a time (the run's; 128)")
+    parser.add_argument("--channels-last", action="store_true", help="memory order of images, weights (the run's; no)")
+    parser.add_argument("--batch-size", **number, help="images per batch (the run's; 128)")
     parser.add_argument("--workers", **number, help="loader processes (the run's; 4 at most)")
     parser.add_argument("--device", help="where to compute (a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
@@ -71,13 +75,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """A model and what to judge it on."""
+    """A model and the data to evaluate it on."""
 
     subject: Subject
     dataset: LabeledImages
     source: dict[str, Any]
-    """How the data set was made."""
-    task: Judged
+    """Name and options of the data set."""
+    task: MappedClassification
     outputs: int
     how: dict[str, Any]
     """Further arguments of ``evaluate_model``."""
@@ -85,10 +89,10 @@ class _Job:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.runs.judging import evaluate_model, processes
+    from widefield.runs.accuracy import evaluate_model, processes
 
     state = processes()
-    # All of them, and the place of the file, first: what cannot work is found before hours have gone.
+    # Check all jobs and the output file first, to find errors before hours of work.
     jobs = _jobs(args)
     if args.out and state.is_main_process:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=partial(bar.track, description=f"{job.subject.name} {job.dataset.image_size}"),
                 **job.how,
             )
-            job.subject.model.cpu()  # the next one needs the room
+            job.subject.model.cpu()  # the next one needs the memory
             done.append((job, found))
     if state.is_main_process:
         _show(done)
@@ -119,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _found(job: _Job, args: argparse.Namespace) -> Iterator[str]:
-    """Yield what there is to judge on, and how it differs from what a run was judged on before."""
+    """Yield a line about the data, and how they differ from what a run was evaluated on."""
     yield job.dataset.found()
     note = job.subject.trained_on.note(job.dataset) if job.subject.trained_on and args.data is None else ""
     if note:
@@ -130,7 +134,7 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
     from widefield.runs import labels
 
     if (args.weights or args.which) and not any(map(_is_run, args.models)):
-        raise ValueError("--weights and --which choose among the checkpoints of runs, and none of the models is a run.")
+        raise ValueError("--weights and --which select a checkpoint of a run, and none of the models is a run.")
     real = labels.real_labels(None if args.real is True else args.real) if args.real else None
     subjects = [subject for word in args.models for subject in _subjects(word, args)]
     return [_job(subject, size, real, args) for subject in subjects for size in args.size]
@@ -171,7 +175,7 @@ def _job(
         places = labels.output_places(dataset.classes, outputs, names, args.class_map)
     except ValueError as error:
         raise ValueError(f"{subject.name} on {_called(source)}: {error}") from error
-    task = labels.Judged(places, outputs, restrict=not args.all_outputs, real=real)
+    task = labels.MappedClassification(places, outputs, restrict=not args.all_outputs, real=real)
     recipe = subject.recipe
     how = {
         "batch_size": (recipe.batch_size if recipe else 128) if args.batch_size is None else args.batch_size,
@@ -213,7 +217,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     own = {"name": subject.recipe.data.name, **subject.recipe.data.args} if subject.recipe else None
     if args.data is None:
         if own is None:
-            raise ValueError(f"{subject.name} is not a run, which would have data of its own: give --data.")
+            raise ValueError(f"{subject.name} is not a run, so it has no data of its own: give --data.")
         name, root = own["name"], ""
     else:
         name, colon, root = args.data.partition(":")
@@ -226,7 +230,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     files = issubclass(SETS[name], ImageFiles)
     if args.real:
         if not files:
-            raise ValueError(f"--real goes by the names of files, and {name} has none.")
+            raise ValueError(f"--real finds labels by file names, and {name} has none.")
         asked["names"] = True
     if args.skip_corrupt and files:
         asked["corrupt"] = "skip"

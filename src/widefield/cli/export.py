@@ -22,12 +22,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing", choices=("branches", "per-sample", "mean", "auto"), default="branches",
         help="layers whose kernel depends on the image: all experts and a weighted sum (branches), a loop over the "
-        "images (per-sample), or made static on every other image: all (mean), or where it changes little (auto)",
+        "images (per-sample), or made static on every other image: all of them (mean), or if it changes little (auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--trim", action="store_true", help="crop kernels as far as every other image allows, and what no map meets"
+        "--trim", action="store_true", help="crop kernels as far as every other image allows, and taps that meet no map"
     )
-    parser.add_argument("--limit", type=int, metavar="K", help="crop kernels beyond K x K pixels, whatever it costs")
+    parser.add_argument("--limit", type=int, metavar="K", help="crop kernels to K x K pixels, at any cost")
     parser.add_argument(
         "--tolerance", type=float, default=0.01, metavar="T",
         help="of --routing auto and of --trim: by how much outputs may change, relative RMS (0.01)",
@@ -38,20 +38,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (that of torch's exporter)")
     parser.add_argument(
         "--throughput", type=int, nargs="*", default=[], metavar="N",
-        help="batch sizes at which to time the file beside the model, eager and compiled",
+        help="batch sizes for timing the file next to the model, eager and compiled",
     )  # fmt: skip
     parser.add_argument(
         "--int8", action="store_true", help="write a second file in 8 bits, calibrated on every other image"
     )
     parser.add_argument(
         "--calibration", choices=("minmax", "entropy", "percentile"), default="minmax",
-        help="how ranges of activations are read off (minmax)",
+        help="how ranges of activations are estimated (minmax)",
     )  # fmt: skip
     parser.add_argument(
         "--outliers", choices=("warn", "refuse", "float"), default="warn",
-        help="what to do about kernels that 8 bits spoil (warn)",
+        help="how to treat kernels that 8 bits spoil (warn)",
     )  # fmt: skip
-    parser.add_argument("--equalize", action="store_true", help="scale channels to a like size before 8 bits (do not)")
+    parser.add_argument("--equalize", action="store_true", help="equalize channel scales before quantization (no)")
     parser.add_argument(
         "--keep", nargs="*", default=[], metavar="LAYER", help="layers to leave in float32, as the report names them"
     )
@@ -71,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.trim and "size" in args.dynamic:
         raise ValueError("--trim drops taps that meet no map of one size: leave 'size' out of --dynamic.")
     found = _subjects.subject(args.models[0], args)
-    # Photographs tell whether a file computes what its model does. What is read off images needs those of the data.
+    # Photographs are enough to verify a file. Calibration and trimming need images of the data.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
     pictures = _subjects.pictures(args, found, stand_in=not reads)
     images = _subjects.labeled_batches(found.view(pictures, batch_size=args.batch_size))
     shown, held_out = images[::2], images[1::2] or images
     example = images[0][0]
-    with torch.no_grad(), running(found.model, example):  # a size that the model does not take is one line here
+    with torch.no_grad(), running(found.model, example):  # an unsupported size is a one-line error here
         found.model(example[:1])
     if "batch" not in args.dynamic:
         held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.Module:
-    """Return what is to be exported, and say what was done to it."""
+    """Return the model to export, and print what was done to it."""
     from widefield.surgery import NothingToFuseError, reparameterize, specialize, trim
 
     if args.routing in ("mean", "auto"):

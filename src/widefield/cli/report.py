@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "one page about a training run, or several side by side, with all that applies"
+SUMMARY = "one page about one training run or several, with every analysis that applies"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of `widefield train`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the run's folder)")
-    parser.add_argument("--count", type=int, default=32, metavar="N", help="images to look at (32)")
+    parser.add_argument("--count", type=int, default=32, metavar="N", help="number of images (32)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.set_defaults(writes={"out": False})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from widefield.cli._tables import print_table
 
-SUMMARY = "list runs, compare their recipes and numbers, draw their curves"
+SUMMARY = "list runs, compare their recipes and metrics, draw their curves"
 
 _DRAWINGS = (".png", ".pdf", ".svg")
 
@@ -17,14 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="runs, or folders of them (runs)")
     parser.add_argument(
-        "--where", nargs="+", default=[], metavar="KEY=GLOB", help="only these: state=finished model.name='morf_*'"
+        "--where", nargs="+", default=[], metavar="KEY=GLOB", help="filter: state=finished model.name='morf_*'"
     )
     parser.add_argument(
         "--sort", metavar="KEY", help="name, model, data, state, epochs, time, updated, best, or a metric (updated)"
     )
-    parser.add_argument("--metric", nargs="+", metavar="NAME", help="to show or draw (each run's own headline)")
+    parser.add_argument("--metric", nargs="+", metavar="NAME", help="metrics to show or draw (each run's own headline)")
     parser.add_argument(
-        "--compare", nargs="+", default=[], metavar="RUN", help="show in which keys and numbers these runs differ"
+        "--compare", nargs="+", default=[], metavar="RUN", help="show the keys and metrics in which these runs differ"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw metrics over epochs: .png, .pdf or .svg")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write recipes and logs of the runs as JSON")
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         _checks.choice("the suffix of --plot", args.plot.suffix, _DRAWINGS)
     folders = args.folders or ["runs"]
-    # Runs to compare may be named by their own folders, wherever those are.
+    # Runs to compare may be given by their folders, outside of runs/.
     nowhere = args.compare and not args.folders and not Path("runs").is_dir()
     found = runs.filter_runs([] if nowhere else runs.find_runs(*folders), args.where)
     if args.sort:

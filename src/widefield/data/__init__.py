@@ -1,4 +1,4 @@
-"""Data sets of one form: embedded (`Digits`), generated (`Scales`), CIFAR, and yours (`Folder`, `Shards` and more)."""
+"""Data sets: embedded (`Digits`), generated (`Scales`), CIFAR, your files (`Folder`, `Shards`, `HuggingFace`)."""
 
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
 from widefield.data.catalog import SETS, create, create_both

@@ -1,4 +1,4 @@
-"""The files of CIFAR-10 and CIFAR-100 as they are published: a binary version, and a Python version of pickles."""
+"""The published files of CIFAR-10 and CIFAR-100: a binary version, and a Python version of pickles."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Version:
-    """Where one version keeps what."""
+    """The file names of one version."""
 
     folder: str
     archive: str
     splits: Mapping[str, tuple[str, ...]]
     names: str
-    """File of the classes' names."""
+    """File with the names of the classes."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Files:
     counts: Mapping[str, int]
     """Images in each file of a split."""
     label_bytes: int
-    """Of a record of the binary version; the last is the label."""
+    """Number of label bytes in a record of the binary version; the last one is the label."""
     label_key: str
-    """Of the Python version."""
+    """Key in the Python version."""
     names_key: str
     versions: Mapping[str, Version]
 
@@ -112,7 +112,7 @@ def read_files(
         if len(pixels) != files.counts[split] or len(labels) != len(pixels):
             raise ValueError(
                 f"{place}/{name} holds {len(pixels):,} images and {len(labels):,} labels; in {files.title} it has "
-                f"{files.counts[split]:,} of each. Fetch it again."
+                f"{files.counts[split]:,} of each. Download it again."
             )
         parts.append((pixels, labels.astype(np.int64)))
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -129,8 +129,8 @@ def _check_labels(labels: NDArray[np.int64], names: tuple[str, ...], where: str,
     for name, count in zip(names, np.bincount(labels, minlength=files.classes), strict=True):
         if count != expected:
             raise ValueError(
-                f"{where} has {count:,} images of class {name!r}; {files.title} has {expected:,} of each. Fetch it "
-                f"again."
+                f"{where} has {count:,} images of class {name!r}; {files.title} has {expected:,} of each. Download "
+                f"it again."
             )
 
 
@@ -168,10 +168,10 @@ def _from_archive(archive: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
                     file = members.extractfile(member)
                     found[name] = file.read() if file else b""
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise OSError(f"{archive} is no whole archive: {error}. Fetch it again.") from error
+        raise OSError(f"{archive} is not a complete archive: {error}. Download it again.") from error
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise FileNotFoundError(f"{archive} lacks {', '.join(missing)}. Fetch it again.")
+        raise FileNotFoundError(f"{archive} lacks {', '.join(missing)}. Download it again.")
     return found
 
 
@@ -184,8 +184,8 @@ def _binary_images(content: bytes, path: str, files: Files) -> tuple[NDArray[np.
     record = files.label_bytes + _PIXELS
     if len(content) % record:
         raise ValueError(
-            f"{path} has {len(content):,} bytes, which is no multiple of the {record:,} bytes of an image of "
-            f"{files.title}. Fetch it again."
+            f"{path} has {len(content):,} bytes, which is not a multiple of the {record:,} bytes of an image of "
+            f"{files.title}. Download it again."
         )
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
     return records[:, files.label_bytes :], records[:, files.label_bytes - 1]
@@ -209,23 +209,23 @@ def _python_images(content: bytes, path: str, files: Files) -> tuple[NDArray[np.
 
 
 class _Plain(pickle.Unpickler):
-    """Makes arrays, and what pickles hold by themselves: numbers, texts, lists, dictionaries. It calls nothing else."""
+    """Creates arrays, numbers, strings, lists and dictionaries, and refuses to call anything else."""
 
-    _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy has moved it; old files know its old place
+    _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy has moved it since the files were written
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return self._RECONSTRUCT
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of CIFAR does")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which CIFAR's files never do")
 
 
 def _unpickled(content: bytes, path: str) -> dict[str, Any]:
     try:
         found = _Plain(io.BytesIO(content), encoding="latin1").load()  # how numpy wants what Python 2 wrote
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no file of CIFAR's Python version: {type(error).__name__}: {error}.") from error
+        raise ValueError(f"{path} is not a file of CIFAR's Python version: {type(error).__name__}: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no file of CIFAR's Python version: it holds {type(found).__name__}.")
+        raise ValueError(f"{path} is not a file of CIFAR's Python version: it holds {type(found).__name__}.")
     return found

@@ -1,4 +1,4 @@
-"""Where the images in tar files are: their headers, read once.
+"""An index of the images in tar files: their headers, read once.
 
 Streaming readers (webdataset's, and timm's reader of it) give samples in the order of the files, shuffled in a buffer:
 they can neither go on in the middle of an epoch nor tell how many samples each process has seen. timm's
@@ -173,8 +173,8 @@ def _scanned(path: Path, label_key: str, skipped: Skipped) -> tuple[list[str], l
                     skipped.add(why_no_image(name), f"{path}/{name}")
         except tarfile.TarError as error:
             raise OSError(
-                f"{path} is no whole, uncompressed tar file: {error}. Fetch it again, or decompress it: images are "
-                f"read from the middle."
+                f"{path} is not a complete, uncompressed tar file: {error}. Download it again, or decompress it for "
+                f"random access."
             ) from error
     for name in _follow(links, names, offsets, sizes):
         skipped.add("links to no image in their tar file", f"{path}/{name}")

@@ -97,7 +97,7 @@ class Cifar(LabeledImages):
         return len(self._labels)
 
     def sample(self, index: int) -> Sample:
-        """Return sample ``index``; its tensors are the caller's own."""
+        """Return sample ``index``; its tensors are copies."""
         picture = Image.fromarray(self._pixels[index])
         with seeded(self.key(index)):
             image = self._transform(picture)

@@ -1,8 +1,8 @@
-"""Handwritten digits that come with scikit-learn: 1,797 real images of 8x8 pixels, nothing to download.
+"""Handwritten digits that come with scikit-learn: 1,797 real images of 8x8 pixels, without a download.
 
 Origin: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
-(CC BY 4.0); scikit-learn ships its test part. A network that trains at all reaches over 95 % in seconds: a smoke
-test and a first example, too easy to rank designs with.
+(CC BY 4.0); scikit-learn ships its test part. Any working network reaches over 95 % in seconds. The set is good for
+smoke tests and first examples, and too easy to compare designs.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from widefield import _checks
 from widefield.data.base import LabeledImages, Sample, normalize, seeded
 
 _MEAN, _STD = 0.305, 0.376  # of the pixels of the train split, scaled to [0, 1]
-_HELD_OUT = 5  # one image in so many of each class is for validation
+_HELD_OUT = 5  # one of this many images of each class is for validation
 
 
 class Digits(LabeledImages):
-    """Handwritten digits 0 to 9; 1,442 for training, 355 for validation, whatever the seed.
+    """Handwritten digits 0 to 9; 1,442 for training, 355 for validation, for any seed.
 
     Samples: ``image`` float32 (channels, size, size), ``label`` int.
 
     Args:
         split: ``"train"`` or ``"val"``.
         size: side of the images in pixels; the 8x8 originals are resized bilinearly.
-        channels: 1, or 3 equal ones for networks that expect color.
-        augment: shift, turn and scale the train split a little (10 % of the side, 10 degrees, 10 %), otherwise in
+        channels: 1, or 3 equal ones for networks that expect RGB.
+        augment: shift, rotate and scale the train split slightly (10 % of the side, 10 degrees, 10 %), differently in
             each epoch. The val split is never augmented.
         seed: seed of the augmentation.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong kind; the message says which.
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
 
     classes = tuple("0123456789")
@@ -58,7 +58,7 @@ class Digits(LabeledImages):
         return len(self._labels)
 
     def sample(self, index: int) -> Sample:
-        """Return sample ``index``; its tensors are the caller's own."""
+        """Return sample ``index``; its tensors are copies."""
         image = self._moved(index) if self.augment else self._images[index]
         return {"image": image.repeat(len(self.mean), 1, 1), "label": self._labels[index]}
 
@@ -74,7 +74,7 @@ class Digits(LabeledImages):
 
 
 def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark every fifth image of each class, in the order of the file, which goes from writer to writer."""
+    """Mark every fifth image of each class, in the order of the file, which is grouped by writer."""
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         held[np.flatnonzero(labels == label)[_HELD_OUT - 1 :: _HELD_OUT]] = True

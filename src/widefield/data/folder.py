@@ -1,8 +1,8 @@
 """Folders of images, one folder per class: ``root/train/<class>/*.jpg`` and ``root/val/<class>/*.jpg``.
 
-Classes and files are in the order of torchvision's ``ImageFolder``, and transforms are built by timm's
-``create_transform``: a set behaves here as it does in timm's scripts, except that its augmentation repeats to the bit,
-and that hidden folders and files are left out.
+Classes and files are in the order of torchvision's ``ImageFolder``, and timm's ``create_transform`` builds the
+transforms. A set therefore behaves as in timm's scripts, except that its augmentation repeats to the bit and that
+hidden folders and files are left out.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ _LAYOUT = "Expected root/train/<class>/<image> and root/val/<class>/<image>."
 class Folder(ImageFiles):
     """Images in class folders, ``root/train/<class>/*.jpg`` and ``root/val/<class>/*.jpg``.
 
-    Classes are the folders' names in sorted order, or what ``class_map`` says. For val alone, ``root`` may also be
-    the folder of the classes itself. Images may lie at any depth in a class's folder. Links to folders and files are
-    followed. Names that start with a dot, and ``__MACOSX`` and ``@eaDir``, are left out.
+    Classes are the sorted names of the folders, or those of ``class_map``. For val only, ``root`` may also be the
+    folder of the classes itself. Images may be at any depth in a class's folder. Links to folders and files are
+    followed. Names that start with a dot, ``__MACOSX`` and ``@eaDir`` are left out.
 
     Args:
         split: ``"train"`` or ``"val"``.
         root: the folder that holds ``train`` and ``val``.
-        class_map: ``"integer"`` for folders named by class index, as in ImageNet-V2, or a text file with the name of a
-            folder a line, by class index, or ``name index`` on all lines. With it the splits may differ in classes.
+        class_map: ``"integer"`` for folders named by class index, as in ImageNet-V2, or a text file with one folder
+            name per line in the order of the classes, or ``name index`` on all lines. With it the splits may differ in
+            classes.
         options: those of `ImageFiles`, such as ``size``, ``auto_augment`` and ``corrupt``.
 
     Raises:
-        FileNotFoundError: ``root``, its split or a class's images are missing; the message gives the layout.
+        FileNotFoundError: ``root``, its split or the images of a class are missing; the message shows the layout.
         ValueError: train and val differ in classes, the class map lacks one, or an argument is out of range.
-        TypeError: an argument is unknown or of the wrong kind.
+        TypeError: an argument is unknown or of the wrong type.
     """
 
     needs: ClassVar[dict[str, str]] = {"root": "the folder that holds train and val"}
@@ -60,7 +61,8 @@ class Folder(ImageFiles):
         labels = np.repeat([indices[name] for name in files], [len(paths) for paths in files.values()])
         self._hold(classes, labels, skipped)
         self.place = str(directory)
-        # An array, as workers would copy a list of a million strings bit by bit by counting references to them.
+        # An array: workers would slowly copy a list of a million strings, because reading one changes its reference
+        # count.
         start = len(os.path.join(self.place, ""))  # noqa: PTH118 (a Path drops the separator)
         self._files = np.array([os.fsencode(path[start:]) for paths in files.values() for path in paths])
 
@@ -91,7 +93,7 @@ def _directory(root: Path, split: str) -> Path:
 
 
 def _holds_images(root: Path) -> bool:
-    """Whether the first folder in ``root`` holds an image itself: a class, and not a data set of its own."""
+    """Return whether the first folder in ``root`` holds an image, so that it is a class and not a split."""
     first = [path.name for name in folders_in(root)[:1] for path in (root / name).iterdir()]
     return any(is_image(name) and not is_hidden(name) for name in first)
 
@@ -100,7 +102,7 @@ def _check_none_empty(directory: Path, files: Mapping[str, Sequence[str]]) -> No
     empty = [name for name, paths in files.items() if not paths]
     if empty:
         raise FileNotFoundError(
-            f"{str(directory)!r} has no image of {listed(empty)}. Remove folders that are no classes, or add images: "
+            f"{str(directory)!r} has no image of {listed(empty)}. Remove folders that are not classes, or add images: "
             f"files with one of the endings {', '.join(IMAGE_ENDINGS)}."
         )
 

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, through timm's reader of them and the package ``datasets``, which is optional."""
+"""Hugging Face data sets, through timm's reader and the optional package ``datasets``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from widefield.data.image_files import ImageFiles
 class HuggingFace(ImageFiles):
     """A data set of the Hugging Face hub, or a folder of its file formats (parquet, images with metadata).
 
-    What is not in the cache is fetched by ``datasets``; code that comes with a data set is never run. Only sets with
-    random access are read, none is streamed. Classes are named by the set, or by their index.
+    ``datasets`` downloads what is not in the cache. Code that comes with a data set is never run. Only sets with random
+    access are read; none is streamed. Classes are named by the set, or by their index.
 
     Args:
         split: ``"train"`` or ``"val"``.
@@ -27,14 +27,14 @@ class HuggingFace(ImageFiles):
         val: its name for the validation split.
         image_key: name of the column that holds the images.
         label_key: name of the column that holds the indices of the classes.
-        cache: folder for what is fetched; None means the package's own.
+        cache: folder for downloads; None means the package's own.
         options: those of `ImageFiles`, such as ``size``, ``auto_augment`` and ``corrupt``.
 
     Raises:
         ModuleNotFoundError: the package ``datasets`` is not installed.
-        OSError: there is no such data set, or it cannot be fetched.
+        OSError: there is no such data set, or it cannot be downloaded.
         ValueError: it lacks the split, the columns or labels, or an argument is out of range.
-        TypeError: an argument is unknown or of the wrong kind.
+        TypeError: an argument is unknown or of the wrong type.
     """
 
     needs: ClassVar[dict[str, str]] = {"path": "a name on the Hugging Face hub, or a folder"}
@@ -53,7 +53,7 @@ class HuggingFace(ImageFiles):
     ) -> None:
         super().__init__(split, **options)
         spec = importlib.util.find_spec("datasets")
-        if spec is None or spec.origin is None:  # or a mere folder of that name on the path
+        if spec is None or spec.origin is None:  # or only a folder of that name on the path
             raise ModuleNotFoundError("Hugging Face data sets need the package datasets: pip install datasets.")
 
         from timm.data.readers.reader_hfds import ReaderHfds
@@ -73,7 +73,7 @@ class HuggingFace(ImageFiles):
                 f"train, val, image_key and label_key."
             ) from error
         labels = self._labels_of(label_key)
-        if self._reader.dataset[0][image_key] is None:  # as it is where the package had to add the column
+        if self._reader.dataset[0][image_key] is None:  # the package has added the column
             raise ValueError(f"{self._path!r} has no column {image_key!r} of images. Set image_key.")
         named = sorted(self._reader.class_to_idx, key=self._reader.class_to_idx.__getitem__)
         largest = int(labels.max())
@@ -107,7 +107,7 @@ class HuggingFace(ImageFiles):
     def _open(self, index: int) -> BinaryIO:
         try:
             file: BinaryIO = self._reader[index][0]
-        except (TypeError, AssertionError) as error:  # timm takes for granted that there is an image
+        except (TypeError, AssertionError) as error:  # timm assumes that there is an image
             raise CorruptImageError(f"cannot read the image {self._name(index)}: the row has none.") from error
         return file
 

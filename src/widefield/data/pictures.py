@@ -1,7 +1,7 @@
-"""A few images to look through a model with: from a folder, from one of the data sets, or from what is installed.
+"""A few images for analyses: from a folder, from a data set, or from installed packages.
 
-scikit-learn ships two photographs of 427x640 pixels (china.jpg and flower.jpg, both CC BY); random crops of them stand
-in for natural images where none are at hand.
+scikit-learn ships two photographs of 427x640 pixels (china.jpg and flower.jpg, both CC BY). Random crops of them
+replace natural images if there are none.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _SMALLEST_CROP = 0.35  # of a photograph's shorter side
 
 
 class Pictures(LabeledImages):
-    """Images (C, size, size), float32 and normalized, drawn once by a seed; read when they are asked for.
+    """A seeded choice of images (C, size, size), float32 and normalized; files are read when they are needed.
 
-    C is 3, or what the data set gives and ``mean`` and ``std`` do not widen. Samples: ``image``, ``label`` (-1 where
-    there are no classes), and what else a data set knows.
+    C is 3, or that of the data set if ``mean`` and ``std`` are not given. Samples: ``image``, ``label`` (-1 without
+    classes), and the data set's other entries.
 
     Args:
-        source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation part), or a
-            folder that is searched for images at any depth, through links too, but not in hidden folders. The folders
-            in it are the classes, as of `Folder`, if no file lies outside of them. A folder with a ``val`` folder in it
-            stands for that one.
-        count: how many; a seeded choice where there are more. None: all there are (64 photographs).
+        source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation split), or a
+            folder that is searched for images at any depth, links included and hidden folders excluded. The folders in
+            it are the classes, as of `Folder`, if no file lies outside of them. If it has a ``val`` folder, that one is
+            used.
+        count: number of images; a seeded choice if there are more. None: all of them (64 photographs).
         size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the center.
         mean, std: of each channel for pixels in [0, 1]. None: ImageNet's, or the data set's own.
         seed: of the choice and the crops.
         exif_orientation, max_pixels: of files in a folder, as of `ImageFiles`.
-        options: further ones of the data set.
+        options: further options of the data set.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
-        ValueError, TypeError: an argument out of range, or of the wrong kind.
+        FileNotFoundError: there is no such folder, or no image in it.
+        ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Pictures(LabeledImages):
 
     @property
     def about(self) -> dict[str, Any]:
-        """Where the images come from and what was done to them, for a result to keep."""
+        """Return the images' source and preprocessing, to be stored with a result."""
         return {
             "images": len(self),
             "source": self.source,
@@ -108,7 +108,7 @@ class Pictures(LabeledImages):
         }
 
     def found(self) -> str:
-        """Return one line about the images: how many were chosen of how many, and what was left out, and why."""
+        """Return one line: the number of images, of how many, and what was left out and why."""
         if self._from is not None:
             return f"{len(self):,} of {self.source} {self._from.found()}"
         if not self._files:
@@ -118,7 +118,7 @@ class Pictures(LabeledImages):
         return f"{len(self):,} of {counted(len(self._files), 'image')} in {self.place}{classes}{left_out}"
 
     def name(self, index: int) -> str:
-        """Return what to call an image: its file, or its place in the data set."""
+        """Return an image's name: its file, or its place in the data set."""
         chosen = self._chosen[index]
         return str(self._files[chosen]) if self._files else f"{self.source} {chosen}"
 
@@ -139,14 +139,14 @@ class Pictures(LabeledImages):
         return {"image": self._normalized(self._crop(chosen)), "label": -1}
 
     def _normalized(self, pixels: Tensor) -> Tensor:
-        """Return pixels (1 or 3, H, W) in [0, 1] in as many channels as there are means."""
+        """Normalize pixels (1 or 3, H, W) in [0, 1], with one channel per mean."""
         channels = len(self.mean)
         if len(pixels) == 3 and channels == 1:
             pixels = (pixels * pixels.new_tensor(_LUMA)[:, None, None]).sum(0, keepdim=True)
         return normalize(pixels.expand(channels, -1, -1), self.mean, self.std)
 
     def _crop(self, index: int) -> Tensor:
-        """Return crop ``index`` of one of the two photographs, of random place, side and direction."""
+        """Return crop ``index`` of one of the two photographs, with random place, side and flip."""
         from sklearn.datasets import load_sample_images
 
         photographs = load_sample_images().images
@@ -184,7 +184,7 @@ def _class(path: Path, root: Path) -> str:
 def _files(root: Path) -> tuple[Path, list[Path], Skipped]:
     """Return the folder that was searched, the images in it, and what was left out."""
     if not root.is_dir():
-        known = [name for name in (PHOTOGRAPHS, *SETS) if name != "folder"]  # which stands for no images of its own
+        known = [name for name in (PHOTOGRAPHS, *SETS) if name != "folder"]  # needs a root
         folders = [str(path) for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
         raise FileNotFoundError(
             f"no folder of images {str(root)!r}.{_checks.did_you_mean(str(root), (*known, *folders))} "

@@ -1,9 +1,8 @@
-"""Shapes of very different sizes: a data set made to tell receptive fields apart in minutes on a CPU.
+"""Shapes of very different sizes: a generated data set that compares receptive fields in minutes on a CPU.
 
-Each image holds exactly one of eight shapes, of a size drawn log-uniformly over more than two octaves, anywhere on a
-mild texture. A small shape is settled by fine detail, a large one by edges far apart, so the receptive field that
-an image needs differs from image to image. Colors are random: they say nothing of the class. Drawn by this module,
-without outside data.
+Each image shows one of eight shapes on a mild texture, at a random place and at a size drawn log-uniformly over more
+than two octaves. Fine detail identifies a small shape, and edges far apart identify a large one, so the receptive field
+that is needed differs from image to image. Colors are random and independent of the class.
 
 For orientation: a ConvNeXt of widths 24-48-96-128 and depths 1-1-2-1 behind a 3x3 stem of stride 2, trained for 14
 epochs on the defaults, reaches 78 % with 3x3 kernels and 72 % with 7x7 (means of two seeds); chance is 12.5 %.
@@ -21,13 +20,13 @@ from torch import Tensor
 from widefield import _checks
 from widefield.data.base import SPLITS, LabeledImages, Sample, normalize
 
-_REACH = 0.55  # no shape leaves the circle of this radius, in units of the object's side
+_REACH = 0.55  # every shape lies inside a circle of this radius, in units of the object's side
 _CELLS = (1, 2, 4, 8)  # sides in pixels of the cells of the texture's layers
 _CHUNK = 512  # images rendered at once; keeps temporaries in tens of megabytes
 _COUNTS = {"train": 12_000, "val": 2_000}
 
-# Pixels are computed with + - * / sqrt min max alone, which IEEE 754 rounds in one way: an image has the same bytes
-# on every machine, at any number of threads and at any place in a chunk. (A matrix product or atan2 would not.)
+# Pixels are computed with + - * / sqrt min max only, which IEEE 754 rounds in one way: an image has the same bytes
+# on every machine, with any number of threads and at any place in a chunk. (A matrix product or atan2 would not.)
 
 
 def _disk(u: Tensor, v: Tensor, radius: float) -> Tensor:
@@ -89,9 +88,9 @@ Areas are 0.34 to 0.57 of the square of the side.
 class Scales(LabeledImages):
     """Images of one shape each, of very different sizes, on a mild texture; 8 balanced classes.
 
-    An image is a function of (seed, split, index) and of the drawing options, whatever ``count`` is and whichever
-    images were drawn before; the splits draw from separate streams, so they share no image. All images are rendered
-    at construction (12,000 take about a second) and kept as bytes.
+    An image is a function of (seed, split, index) and of the drawing options. It does not depend on ``count`` or on the
+    images drawn before. The splits use separate random streams, so they share no image. All images are rendered at
+    construction (12,000 take about a second) and kept as bytes.
 
     Samples: ``image`` float32 (3, size, size); ``label`` int; ``size`` float32 (), the side of the object in pixels;
     ``mask`` bool (size, size), True on the object. The object covers 0.34 to 0.57 of the square of its
@@ -108,7 +107,7 @@ class Scales(LabeledImages):
         rotation: largest rotation of the object either way, in degrees, from 0 to 180.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong kind; the message says which.
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
 
     classes = tuple(_OUTLINES)
@@ -143,7 +142,7 @@ class Scales(LabeledImages):
         return len(self._labels)
 
     def sample(self, index: int) -> Sample:
-        """Return sample ``index``; its tensors are the caller's own."""
+        """Return sample ``index``; its tensors are copies."""
         return {
             "image": normalize(self._images[index] / 255, self.mean, self.std),
             "label": int(self._labels[index]),
@@ -152,7 +151,7 @@ class Scales(LabeledImages):
         }
 
     def _render(self, span: slice) -> None:
-        """Draw the images of ``span``, each from its own stream of numbers, all with the same arithmetic."""
+        """Draw the images of ``span``, each from its own random stream."""
         nodes = [(self.image_size - 1) // cell + 2 for cell in _CELLS]
         lengths = [4, 7, len(nodes), *(n * n for n in nodes)]
         draws = torch.stack([self._stream(index, sum(lengths)) for index in range(span.start, span.stop)])
@@ -171,13 +170,14 @@ class Scales(LabeledImages):
         self._sizes[span] = sides
 
     def _stream(self, index: int, length: int) -> Tensor:
-        """Return the ``length`` numbers, float32 and uniform in [-1, 1), that make image ``index``."""
+        """Return the ``length`` random numbers of image ``index``, float32 and uniform in [-1, 1)."""
         generator = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         return 2 * torch.from_numpy(generator.random(length, dtype=np.float32)) - 1
 
     def _distances(self, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Sides of the objects (N,) and distances in pixels to their outlines (N, size, size), negative inside."""
-        # The four columns decide size, rotation and place; functions that libraries round differently run in float64.
+        # The four columns determine size, rotation and place. Functions that libraries round differently run in
+        # float64.
         octave, turn = draws[:, :2].double().unbind(1)
         smallest, largest = self.object_sizes
         sides = (smallest * (largest / smallest) ** ((octave + 1) / 2)).float()

@@ -1,4 +1,4 @@
-"""Images in tar files, read from where they lie: webdataset's layout, and tar files of class folders."""
+"""Images in tar files, read in place: webdataset's layout, and tar files of class folders."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from widefield.data.listing import Skipped, is_hidden
 
 
 class Shards(ImageFiles):
-    """Images in uncompressed tar files, each reached directly: shuffled and resumed as in `Folder`, without extraction.
+    """Images in uncompressed tar files with random access: shuffled and resumed as in `Folder`, without extraction.
 
-    Layouts, told apart by what is in the files:
+    The layout is detected from the files:
 
-    - webdataset: ``key.jpg`` beside ``key.cls``, which holds the index of the class, or ``key.json`` with an entry
+    - webdataset: ``key.jpg`` next to ``key.cls``, which holds the index of the class, or ``key.json`` with an entry
       ``label_key``. Classes are named by their index.
-    - class folders: ``<class>/<image>`` in any number of tar files, or a tar file ``<class>.tar`` a class, or tar files
-      of those, as ImageNet comes. Classes are the names in sorted order, or what ``class_map`` says.
+    - class folders: ``<class>/<image>`` in any number of tar files, or one tar file ``<class>.tar`` per class, or tar
+      files of those, as ImageNet is published. Classes are the sorted names, or those of ``class_map``.
 
-    The headers of all tar files are read once, about a minute for a million images, and kept in a hidden file
-    that is made anew when a tar file changes. A tar file is opened for each image, as a file of a folder would be: no
-    open file is shared with forked workers, and none is held.
+    The headers of all tar files are read once, about a minute for a million images, and kept in a hidden file that is
+    rebuilt when a tar file changes. A tar file is opened for each image: no open file is kept, or shared with forked
+    workers.
 
     Args:
         split: ``"train"`` or ``"val"``.
         root: the folder that holds the tar files.
-        train: which of them are for training: a glob under ``root``, such as ``"imagenet1k-train-*.tar"``.
-        val: which are for validation, such as ``"imagenet1k-validation-*.tar"``.
+        train: glob under ``root`` for the training files, such as ``"imagenet1k-train-*.tar"``.
+        val: glob for the validation files, such as ``"imagenet1k-validation-*.tar"``.
         class_map: class folders: as of `Folder`. Webdataset: a text file with the names of the classes.
-        label_key: which entry of ``key.json`` is the label, where there is no ``key.cls``.
-        index: folder for the hidden file; None means ``root``. Where it cannot be written each process reads the
-            headers again, with a warning.
+        label_key: the entry of ``key.json`` that holds the label, if there is no ``key.cls``.
+        index: folder for the hidden file; None means ``root``. If it cannot be written, each process reads the headers
+            again, with a warning.
         options: those of `ImageFiles`, such as ``size``, ``auto_augment`` and ``corrupt``.
 
     Raises:
         FileNotFoundError: ``root`` or the tar files are missing, or hold no image.
-        OSError: a tar file cannot be read, or is not whole or compressed.
+        OSError: a tar file cannot be read, is incomplete or is compressed.
         ValueError: labels are missing, not integers or beyond the class map, or an argument is out of range.
-        TypeError: an argument is unknown or of the wrong kind.
+        TypeError: an argument is unknown or of the wrong type.
     """
 
     needs: ClassVar[dict[str, str]] = {"root": "the folder that holds the tar files"}

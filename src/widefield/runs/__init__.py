@@ -1,8 +1,8 @@
 """Finished runs and other trained models: load, evaluate, compare, report."""
 
+from widefield.runs.accuracy import Evaluation, evaluate_model
 from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
-from widefield.runs.judging import Evaluation, evaluate_model
-from widefield.runs.labels import Judged, output_places
+from widefield.runs.labels import MappedClassification, output_places
 from widefield.runs.records import RunRecord, find_runs, read_run
 from widefield.runs.report import write_report
 from widefield.runs.subjects import MissingDataError, Subject, Weights, load
@@ -10,7 +10,7 @@ from widefield.runs.trained import load_trained, read_run_data
 
 __all__ = [
     "Evaluation",
-    "Judged",
+    "MappedClassification",
     "MissingDataError",
     "RunRecord",
     "Subject",

@@ -1,4 +1,4 @@
-"""Runs compared: sorted, filtered, side by side in a table, and their metrics as curves."""
+"""Comparison of runs: sorting, filtering, tables and curves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COLUMNS = {
     "time": lambda run: run.seconds,
     "updated": lambda run: run.updated,
 }
-"""What runs are sorted by, besides metrics."""
+"""Columns to sort by, besides metrics."""
 
 
 def sort_runs(runs: Sequence[RunRecord], key: str) -> list[RunRecord]:
@@ -63,7 +63,7 @@ def filter_runs(runs: Sequence[RunRecord], conditions: Sequence[str]) -> list[Ru
     """Return the runs that meet all conditions, ``KEY=GLOB``.
 
     Args:
-        runs: those to choose from.
+        runs: the runs to filter.
         conditions: the key is one of a recipe, with dots (``model.name=morf_*``, ``optimizer.lr=0.001``), or ``name``,
             ``model``, ``data`` or ``state``. A run without the key meets ``KEY=null`` alone.
 
@@ -91,7 +91,7 @@ def _meets(run: RunRecord, key: str, pattern: str) -> bool:
 
 
 def pick_runs(runs: Sequence[RunRecord], words: Sequence[str]) -> list[RunRecord]:
-    """Return the runs that words name, in their order: a run's name, or its folder.
+    """Return the runs with these names or folders, in the order of the words.
 
     Raises ValueError for a word that names none of ``runs`` and no folder, or several of them.
     """
@@ -114,21 +114,21 @@ def _pick(runs: Sequence[RunRecord], word: str) -> RunRecord:
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return the keys in which the recipes of runs differ, with a value for each run; ``-``: it has no such key."""
+    """Return the keys in which the recipes of runs differ, with a value for each run; ``-`` if it has no such key."""
     keys = dict.fromkeys(key for run in runs for key in run.recipe)
     values = {key: [value_text(run.recipe[key]) if key in run.recipe else "-" for run in runs] for key in keys}
-    # The name always differs and heads the column; where the runs are kept decides nothing; and that one run has no
-    # section, null, is said by the keys that the others have in theirs.
+    # The name always differs and is the column's title, and the output folder has no influence. If one run has no
+    # section, the keys of the others' sections show it.
     told = {"name", "output", *(key.rpartition(".")[0] for key in keys)}
     return {key: texts for key, texts in values.items() if len(set(texts)) > 1 and key not in told}
 
 
 def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return rows of what differs between runs, and of what they came to; a column a run.
+    """Return rows with the differences and the results of runs, one column per run.
 
     Args:
         runs: two or more.
-        metrics: which ones; default: all that any of them has.
+        metrics: names of metrics; default: all metrics of any run.
 
     Raises ValueError for fewer than two runs.
     """
@@ -146,26 +146,26 @@ def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> list[d
     known = dict.fromkeys(name for run in runs for name in run.metrics if name != "lr")
     for name in metrics or known:
         row(f"last {name}", [shown(name, run.last(name)) for run in runs])
-        if lower_is_better(name) or is_share(name):  # of others nobody knows which values are good
+        if lower_is_better(name) or is_share(name):  # for other metrics it is unknown which values are better
             row(f"best {name}", [shown(name, run.best(name)) for run in runs])
     return rows
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Return what to call runs: their names, or where two are the same, their folders."""
+    """Return labels for runs: their names, or their folders if names repeat."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
 
 
 @report.paper()
 def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
-    """Draw metrics over epochs, a line a run and a panel a metric, at the width of a paper's column.
+    """Draw metrics over epochs at the width of a paper's column, one line per run and one panel per metric.
 
     Args:
-        runs: those without the metric are left out of its panel.
-        metrics: which ones; default: the headline, of the moving average where a run keeps one.
+        runs: runs without the metric are left out of its panel.
+        metrics: names of metrics; default: the headline, of the moving average if a run keeps one.
 
-    Raises ValueError if there is nothing to draw; the message says what there is.
+    Raises ValueError if there is nothing to draw; the message lists the metrics.
     """
     lines = {name: _lines(runs, name) for name in metrics} if metrics else {"": _lines(runs, None)}
     for name, found in lines.items():
@@ -177,7 +177,7 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
             )
     titles = labels(runs)
     averaged = [run.headline.startswith("ema_") for run in runs]
-    if not metrics and len(set(averaged)) > 1:  # which the axis cannot say of all
+    if not metrics and len(set(averaged)) > 1:  # the axis label cannot say it for all
         titles = [f"{title} (average)" if ema else title for title, ema in zip(titles, averaged, strict=True)]
     beside = 2 if max(map(len, titles)) <= 20 else 1
     figure = report.blank(report.COLUMN, 1.9 * len(lines) + 0.15 * -(-len(runs) // beside) + 0.2)
@@ -191,7 +191,7 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
                 label=titles[index],
                 color=report.COLORS[color],
                 linestyle=("-", "--", ":", "-.")[turn % 4],
-                # Where lines are short enough, a second way to tell them apart; a lone point needs it to be seen.
+                # Markers distinguish short lines; a single point is invisible without one.
                 marker=report.MARKERS[color] if len(epochs) <= 15 else None,
             )
         heading = name or ", ".join(dict.fromkeys(runs[index].headline.removeprefix("ema_") for index in found))
@@ -206,7 +206,7 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
 
 
 def _lines(runs: Sequence[RunRecord], metric: str | None) -> dict[int, tuple[list[int], list[float]]]:
-    """Return the epochs, from 1, and values of each run that has any, by its place."""
+    """Return epochs, from 1, and values of each run that has any, by the run's index."""
     found = {}
     for index, run in enumerate(runs):
         name = metric or run.headline

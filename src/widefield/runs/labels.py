@@ -1,7 +1,6 @@
-"""Judging a model on data whose classes are not its outputs, one for one: ImageNet-V2, -A, -R and -ReaL.
+"""Evaluation on data whose classes are not the model's outputs one by one: ImageNet-V2, -A, -R and -ReaL.
 
-A data set knows its classes by name, a model its outputs by their place. What joins the two is the place of each class
-among the outputs.
+A data set names its classes, and a model numbers its outputs. This module finds the output of each class.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from widefield.data.class_map import INTEGER, alike, indices_of, listed
 from widefield.tasks import Batch, Classification, count_outputs
 
 CLASS_MAPS = ("auto", "sorted", INTEGER)
-"""What a class map may be besides a file."""
+"""Values of a class map that are not files."""
 _REAL_LABELS = 50_000
-"""Images of ImageNet's validation part, all of which timm's copy of the labels names."""
+"""Number of images in ImageNet's validation split; timm's copy of the labels has all of them."""
 
 
 def imagenet_names(outputs: int) -> tuple[str, ...] | None:
-    """Return the WordNet identifiers of a model's outputs if so many mean a part of ImageNet to timm, else None."""
+    """Return the WordNet identifiers of the outputs if timm knows a subset of ImageNet of this size, else None."""
     subset = infer_imagenet_subset({"num_classes": outputs})
     return tuple(ImageNetInfo(subset).label_names()) if subset else None
 
@@ -35,22 +34,21 @@ def imagenet_names(outputs: int) -> tuple[str, ...] | None:
 def output_places(
     classes: Sequence[str], outputs: int, names: Sequence[str] | None = None, class_map: str | Path = "auto"
 ) -> tuple[int, ...]:
-    """Return for each class of a data set its place among a model's outputs.
+    """Return the index of each class of a data set among a model's outputs.
 
     Args:
         classes: of the data set, such as the names of its folders.
-        outputs: how many the model has.
-        names: of the model's outputs, where they are known: the classes that it was trained on, see also
+        outputs: number of outputs of the model.
+        names: names of the model's outputs, if they are known: the classes that it was trained on, see also
             :func:`imagenet_names`.
-        class_map: ``"integer"``: the classes are numbers, the places themselves, as in ImageNet-V2 (its folders are
-            called 0 to 999, and 10 does not come before 2). ``"sorted"``: the classes stand in the order of the
-            outputs. A text file: the name of each output's class, one a line, or ``name place`` on all lines.
-            ``"auto"``: by ``names`` if they hold all classes, as in ImageNet-A and -R, whose folders are called as 200
-            of ImageNet's 1000; else by number where the classes are as many numbers as there are outputs; else in
-            order where nothing is known of the names.
+        class_map: ``"integer"``: the classes are the indices themselves, as in ImageNet-V2 (its folders are called 0 to
+            999, and 10 does not come before 2). ``"sorted"``: the classes are in the order of the outputs. A text file:
+            the class of each output, one per line, or ``name index`` on all lines. ``"auto"``: by ``names`` if they
+            contain all classes, as in ImageNet-A and -R, whose folders are named like 200 of ImageNet's 1000; else by
+            number if the classes are as many numbers as there are outputs; else in order if the names are unknown.
 
     Raises:
-        ValueError: the classes do not fit the outputs, or could be meant in two ways; the message says what to give.
+        ValueError: the classes do not fit the outputs, or are ambiguous; the message says what to give.
         OSError: the file cannot be read.
     """
     if class_map == "sorted":
@@ -115,11 +113,10 @@ def real_labels(path: str | Path | None = None) -> dict[str, list[int]]:
     """Return the reassessed labels of ImageNet's validation images (Beyer et al. 2020, "Are we done with ImageNet?").
 
     Args:
-        path: ``real.json`` as its authors publish it: a list for each image, in the order of the files' names; None:
-            the copy that comes with timm.
+        path: the authors' ``real.json``: a list for each image, in the order of the file names; None: timm's copy.
 
     Returns:
-        For each file name the places of all labels that hold; of an image with none nothing can be said.
+        File name -> indices of all correct labels; an empty list means that none is known.
 
     Raises:
         OSError, ValueError: the file cannot be read, or holds something else.
@@ -138,18 +135,18 @@ def real_labels(path: str | Path | None = None) -> dict[str, list[int]]:
     return labels
 
 
-class Judged(Classification):
-    """Classification by a model whose outputs are not the data's classes, one for one.
+class MappedClassification(Classification):
+    """Classification by a model whose outputs are not the data's classes one by one.
 
-    Batches are as for `Classification`, and with ``real`` hold the images' file names as ``name``, too. Metrics are
-    those of `Classification`, among the data's classes; ``real`` adds ``real_top1`` and ``real_top5``: the share of
-    the images with any reassessed label for which one of them is the first, or among the first five.
+    Batches are those of `Classification`; with ``real`` they also hold the images' file names as ``name``. The metrics
+    are those of `Classification` among the data's classes. ``real`` adds ``real_top1`` and ``real_top5``: the fraction
+    of images with reassessed labels for which one of these is the first prediction, or among the first five.
 
     Args:
-        places: of the data's classes among the model's outputs; see :func:`output_places`.
-        outputs: how many the model has.
-        restrict: leave the outputs out that are no class of the data, as ImageNet-A and -R are meant to be used.
-            Otherwise the model can be wrong in more ways.
+        places: indices of the data's classes among the model's outputs; see :func:`output_places`.
+        outputs: number of outputs of the model.
+        restrict: drop the outputs that are not classes of the data, as intended for ImageNet-A and -R. Otherwise they
+            compete, too.
         real: the labels of each file; see :func:`real_labels`.
 
     Raises ValueError for fewer than two classes to choose from, and for reassessed labels of other outputs.
@@ -190,7 +187,7 @@ class Judged(Classification):
 
     def _allowed(self, batch: Batch, real: Mapping[str, Sequence[int]]) -> Tensor:
         if "name" not in batch:
-            raise ValueError("reassessed labels go by file names, and this data set does not give them.")
+            raise ValueError("reassessed labels are found by file names, and this data set does not give them.")
         allowed = torch.zeros(len(batch["name"]), self._outputs, dtype=torch.bool)
         for row, name in enumerate(batch["name"]):
             file = PurePath(name).name
@@ -203,7 +200,7 @@ class Judged(Classification):
         return allowed
 
     def metrics(self) -> MetricCollection:
-        """Return those of `Classification`, and with ``real`` ``real_top1`` and, of more than five, ``real_top5``."""
+        """Return those of `Classification`; with ``real`` also ``real_top1`` and, if more than five, ``real_top5``."""
         metrics = super().metrics()
         if self._real is not None:
             top = [k for k in (1, 5) if k == 1 or self.num_classes > k]
@@ -212,7 +209,7 @@ class Judged(Classification):
 
 
 class _Chosen(nn.Module):
-    """Some outputs of a model, in another order."""
+    """A selection of a model's outputs."""
 
     def __init__(self, model: nn.Module, places: Sequence[int]) -> None:
         super().__init__()
@@ -224,7 +221,7 @@ class _Chosen(nn.Module):
 
 
 class AnyOf(Metric):
-    """The share of samples with an allowed class among the first ``top_k``; those that allow none do not count."""
+    """The fraction of samples with an allowed class among the first ``top_k``; samples that allow none do not count."""
 
     is_differentiable = False
     higher_is_better = True
@@ -239,11 +236,11 @@ class AnyOf(Metric):
         self.add_state("counted", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, allowed: Tensor) -> None:
-        """Take logits (N, classes) and which classes are right, bool (N, classes)."""
+        """Add logits (N, classes) and the correct classes, bool (N, classes)."""
         first = preds.topk(self.top_k, dim=1).indices
         self.hits += allowed.gather(1, first).any(1).sum()
         self.counted += allowed.any(1).sum()
 
     def compute(self) -> Tensor:
-        """Return the share; not a number if no sample counted."""
+        """Return the fraction; NaN if no sample counted."""
         return self.hits / self.counted

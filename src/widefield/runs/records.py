@@ -1,4 +1,4 @@
-"""Runs on disk: what they are, how far they came and how they compare. Reads logs and recipes, never weights."""
+"""Records of runs on disk: their recipe, state and metrics. Reads logs and recipes, never weights."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from widefield.train.recipe_io import load_recipe
 from widefield.train.run_folder import RunFolder, flat, log_entries
 
 STATES = ("finished", "running?", "interrupted", "failed", "broken")
-"""What can be said of a run from its folder; see :class:`RunRecord`."""
+"""States of a run; see :class:`RunRecord`."""
 
 _STILL_WRITING = 600.0
-"""Seconds. A run whose files changed since is likely alive: it logs every few steps and at the end of each epoch."""
+"""Seconds. A run whose files changed since then is probably running: it logs every few steps and after each epoch."""
 
 _HEADLINES = ("ema_top1", "top1")
-"""Where no checkpoint is left to name the headline metric."""
+"""Headline metrics to try if no checkpoint names one."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says of it.
+    """The record of a run, read from its folder.
 
     Attributes:
-        folder: where it is.
+        folder: the run's folder.
         state: ``"finished"``; ``"running?"``, not finished and changed within ten minutes; ``"interrupted"``, not
-            finished and still; ``"failed"`` before the first checkpoint; ``"broken"``, its files cannot be read.
-        updated: when its recipe or its log were last written.
+            finished and unchanged for longer; ``"failed"`` before the first checkpoint; ``"broken"``, its files cannot
+            be read.
+        updated: time of the last change of its recipe or its log.
         problem: what is wrong with it; empty if nothing is.
-        recipe: its keys with dots, such as ``optimizer.lr``, to their values. Empty if it cannot be read.
-        log: the entries of ``metrics.jsonl`` at the ends of epochs, in their order. A value that was not finite is
-            None.
-        headline: the metric by which its checkpoints are ranked.
+        recipe: keys with dots, such as ``optimizer.lr``, to their values. Empty if it cannot be read.
+        log: entries of ``metrics.jsonl`` for epochs, in order. A value that was not finite is None.
+        headline: the metric that ranks its checkpoints.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class RunRecord:
 
     @property
     def model(self) -> str:
-        """Return the model's name, and what its layers were converted to."""
+        """Return the model's name and its conversion."""
         name, conversion = self.recipe.get("model.name", "?"), self.recipe.get("conversion.kind")
         return f"{name} + {conversion}" if conversion else str(name)
 
@@ -71,13 +71,13 @@ class RunRecord:
 
     @property
     def epochs(self) -> int | None:
-        """Return how many epochs the recipe asks for."""
+        """Return the recipe's number of epochs."""
         epochs: int | None = self.recipe.get("epochs")
         return epochs
 
     @property
     def done(self) -> int:
-        """Return how many epochs are trained and evaluated."""
+        """Return the number of trained and evaluated epochs."""
         return int(self.log[-1]["epoch"]) + 1 if self.log else 0
 
     @property
@@ -103,7 +103,7 @@ class RunRecord:
         return (min(values) if lower_is_better(name) else max(values)) if values else None
 
     def row(self, metric: str | None = None) -> dict[str, str]:
-        """Return what a table of runs shows, as text."""
+        """Return the row of a table of runs, as text."""
         name = metric or self.headline
         return {
             "name": self.name,
@@ -120,7 +120,7 @@ class RunRecord:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything in types that JSON can hold, the log entry by entry."""
+        """Return everything in JSON types, including the log."""
         return {
             "folder": str(self.folder),
             "name": self.name,
@@ -138,10 +138,10 @@ class RunRecord:
 
 
 def find_runs(*folders: str | Path) -> list[RunRecord]:
-    """Return the runs in and below folders, by the time they were last written; the newest is last.
+    """Return the runs in and below folders, sorted by the time of their last change; the newest is last.
 
-    A folder with ``config.yaml``, ``failed.yaml`` or checkpoints is a run, and nothing below it is looked at. One that
-    cannot be read is listed as broken.
+    A folder with ``config.yaml``, ``failed.yaml`` or checkpoints is a run; folders inside it are not searched. A run
+    that cannot be read is listed as broken.
 
     Raises FileNotFoundError for a folder that is not there.
     """
@@ -171,7 +171,7 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Return what a run's folder says of it; what cannot be read makes a broken run, not an error."""
+    """Return the record of a run; a folder that cannot be read gives a broken run, not an error."""
     run = RunFolder(Path(folder))
     updated = datetime.datetime.fromtimestamp(_written(run), datetime.UTC)
     try:
@@ -198,18 +198,18 @@ def _written(run: RunFolder) -> float:
 
 
 def _recipe(run: RunFolder) -> tuple[dict[str, Any], str]:
-    """Return the recipe's keys with dots, and what is wrong with it; raises ValueError if there is nothing to read."""
+    """Return the recipe's keys with dots, and a problem if there is one; raises ValueError if nothing can be read."""
     source = next((file for file in (run.config, run.failed) if file.is_file()), None)
     if source is None:
         raise ValueError("it has checkpoints and no config.yaml")
     try:
         return flat(dataclasses.asdict(load_recipe(source))), ""
     except (ValueError, TypeError) as error:
-        # Another version's keys, perhaps: its name and its numbers can be shown all the same.
+        # Perhaps another version's keys: the name and the metrics can still be shown.
         with _reading(source):
             content = yaml.safe_load(source.read_text(encoding="utf-8"))
             _ = content["model"]["name"], content["data"]["name"]
-        return flat(content), f"its recipe does not suit this version: {_line(error)}"
+        return flat(content), f"its recipe does not fit this version: {_line(error)}"
 
 
 def _log(run: RunFolder) -> list[dict[str, Any]]:
@@ -233,11 +233,11 @@ def _headline(run: RunFolder, log: Sequence[Mapping[str, Any]]) -> str:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Raise ValueError naming the file for whatever its content provokes in the block."""
+    """Raise ValueError with the file's name for errors in the block that its content causes."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file.name} is not as it should be: {type(error).__name__}: {_line(error)}") from error
+        raise ValueError(f"{file.name} is malformed: {type(error).__name__}: {_line(error)}") from error
 
 
 def _line(error: BaseException) -> str:
@@ -246,12 +246,12 @@ def _line(error: BaseException) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether smaller values of a metric are better ones: losses, and nothing else."""
+    """Return whether smaller values of a metric are better, which holds for losses only."""
     return metric.endswith("loss")
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: accuracies in percent, others in four digits, ``-`` for none."""
+    """Return a metric's value as text: accuracies in percent, others with four digits, ``-`` for None."""
     if value is None:
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"

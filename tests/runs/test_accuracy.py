@@ -1,4 +1,4 @@
-"""evaluate_model, and judging models whose outputs are not the data's classes."""
+"""evaluate_model, and evaluating models whose outputs are not the data's classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.helpers import log
 from widefield import data, tasks
 from widefield.data import LabeledImages
 from widefield.runs import Evaluation, evaluate_model, load_trained
-from widefield.runs.labels import AnyOf, Judged, imagenet_names, output_places, real_labels
+from widefield.runs.labels import AnyOf, MappedClassification, imagenet_names, output_places, real_labels
 from widefield.train import EmaSpec, Recipe, RunResult, evaluate
 from widefield.train.evaluation import Share
 
@@ -93,7 +93,7 @@ def test_numbers_are_those_of_a_plain_loop() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"mixed_precision": "bf16", "channels_last": True}])
-def test_a_run_is_judged_as_it_judged_itself(changes: dict[str, Any], run: Run, recipe: Recipe) -> None:
+def test_a_run_is_evaluated_as_it_evaluated_itself(changes: dict[str, Any], run: Run, recipe: Recipe) -> None:
     result = run(ema=EmaSpec(0.5), batch_size=20, **changes)
     val = data.create("scales", "val", **recipe.data.args)
     found = measured(
@@ -114,7 +114,7 @@ def test_unreadable_images_are_left_out_and_counted_so() -> None:
     assert found.metrics["top1"] == pytest.approx(right[kept].float().mean().item())
 
 
-def test_nothing_to_judge_is_an_error() -> None:
+def test_nothing_to_evaluate_is_an_error() -> None:
     dataset = told(images=2, broken=True)
     dataset.labels = dataset.labels[:0]
     with pytest.raises(ValueError, match="nothing to evaluate"):
@@ -179,7 +179,9 @@ def _process(rank: int, port: int, folder: str) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     found = []
     for dataset in (told(broken=True), told(images=1)):  # of one image the second process gets none
-        task = Judged(range(12), 12, real={f"ILSVRC2012_val_{i + 1:08}.JPEG": [i % 12] for i in range(23)})
+        task = MappedClassification(
+            range(12), 12, real={f"ILSVRC2012_val_{i + 1:08}.JPEG": [i % 12] for i in range(23)}
+        )
         found.append(measured(Says(12), dataset, task).to_dict())
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -194,7 +196,7 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     real = {f"ILSVRC2012_val_{i + 1:08}.JPEG": [i % 12] for i in range(23)}
     for dataset, images, mine, other in zip((told(broken=True), told(1)), (22, 1), first, second, strict=True):
-        alone = measured(Says(12), dataset, Judged(range(12), 12, real=real))
+        alone = measured(Says(12), dataset, MappedClassification(range(12), 12, real=real))
         assert mine["metrics"] == other["metrics"]
         assert mine["images"] == other["images"] == alone.images == images
         assert mine["processes"] == 2
@@ -265,19 +267,19 @@ def test_classes_without_names_go_in_order() -> None:
     assert output_places(["0", "1"], 2) == (0, 1)  # both orders are one
 
 
-# Judging
+# Evaluation
 
 
 def test_only_the_datas_classes_compete_unless_all_may() -> None:
     logits = torch.tensor([[9.0, 1, 0, 5, 0, 0, 0], [0, 0, 0, 0, 9, 0, 1]])
     dataset = Told(logits, [0, 1], 2)  # the classes are outputs 3 and 6
-    alone = measured(Says(7), dataset, Judged((3, 6), 7))
+    alone = measured(Says(7), dataset, MappedClassification((3, 6), 7))
     assert alone.metrics["top1"] == 1.0
     assert "top5" not in alone.metrics
     assert alone.metrics["loss"] == pytest.approx(
         nn.functional.cross_entropy(logits[:, [3, 6]], torch.tensor([0, 1])).item()
     )
-    among_all = measured(Says(7), dataset, Judged((3, 6), 7, restrict=False))
+    among_all = measured(Says(7), dataset, MappedClassification((3, 6), 7, restrict=False))
     assert (among_all.metrics["top1"], among_all.metrics["top5"]) == (0.0, 1.0)
     assert among_all.metrics["loss"] == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor([3, 6])).item())
 
@@ -286,9 +288,9 @@ def test_outputs_in_another_order_change_nothing() -> None:
     dataset = told()
     order = torch.randperm(12).tolist()  # class i is output order[i]
     moved = Told(dataset.logits[:, torch.tensor(order).argsort()], dataset.labels, 12)
-    straight = measured(Says(12), dataset, Judged(range(12), 12)).metrics
-    assert measured(Says(12), moved, Judged(order, 12)).metrics == straight
-    assert measured(Says(12), moved, Judged(range(12), 12)).metrics["top1"] < straight["top1"]
+    straight = measured(Says(12), dataset, MappedClassification(range(12), 12)).metrics
+    assert measured(Says(12), moved, MappedClassification(order, 12)).metrics == straight
+    assert measured(Says(12), moved, MappedClassification(range(12), 12)).metrics["top1"] < straight["top1"]
 
 
 def test_reassessed_labels_count_as_timm_counts_them(tmp_path: Path) -> None:
@@ -297,7 +299,7 @@ def test_reassessed_labels_count_as_timm_counts_them(tmp_path: Path) -> None:
     assert sum(not found for found in labels) > 3  # images of which nothing is known
     file = tmp_path / "real.json"
     file.write_text(json.dumps(labels))
-    found = measured(Says(12), dataset, Judged(range(12), 12, real=real_labels(file))).metrics
+    found = measured(Says(12), dataset, MappedClassification(range(12), 12, real=real_labels(file))).metrics
     oracle = RealLabelsImagenet([dataset[index]["name"] for index in range(40)], str(file))
     oracle.add_result(dataset.logits)
     assert found["real_top1"] == pytest.approx(oracle.get_accuracy(1) / 100)
@@ -308,7 +310,7 @@ def test_reassessed_labels_count_as_timm_counts_them(tmp_path: Path) -> None:
     order = torch.randperm(12).tolist()
     file.write_text(json.dumps([[order[place] for place in places] for places in labels]))
     moved = Told(dataset.logits[:, torch.tensor(order).argsort()], dataset.labels, 12)
-    assert measured(Says(12), moved, Judged(order, 12, real=real_labels(file))).metrics == found
+    assert measured(Says(12), moved, MappedClassification(order, 12, real=real_labels(file))).metrics == found
 
 
 def test_timm_carries_the_labels_of_all_validation_images() -> None:
@@ -321,12 +323,12 @@ def test_reassessed_labels_need_files_of_their_own_and_enough_outputs(tmp_path: 
     dataset = told(images=4)
     real = {"ILSVRC2012_val_00000001.JPEG": [11]}
     with pytest.raises(ValueError, match=r"no reassessed labels of 'ILSVRC2012_val_00000002.JPEG'"):
-        measured(Says(12), dataset, Judged(range(12), 12, real=real))
+        measured(Says(12), dataset, MappedClassification(range(12), 12, real=real))
     with pytest.raises(ValueError, match="go up to 11, and the model has 10 outputs"):
-        Judged(range(10), 10, real=real)
+        MappedClassification(range(10), 10, real=real)
     scales = data.create("scales", "val", count=4)
     with pytest.raises(ValueError, match="by file names"):
-        measured(Says(12), scales, Judged(range(8), 12, real=real))
+        measured(Says(12), scales, MappedClassification(range(8), 12, real=real))
     for text in ("{", "[1, 2]", '{"a": ["b"]}'):
         (tmp_path / "real.json").write_text(text)
         with pytest.raises(ValueError, match=r"real.json must hold a list of lists"):
@@ -340,7 +342,7 @@ def test_any_of_several_right_answers_counts_once() -> None:
     assert metric.compute() == 0.5
 
 
-def test_a_folder_called_by_numbers_is_judged_by_them(tmp_path: Path) -> None:
+def test_a_folder_called_by_numbers_is_evaluated_by_them(tmp_path: Path) -> None:
     """ImageNet-V2's form, end to end: the folder 10 is class 10, whatever sorting makes of it."""
     for name in ("0", "1", "10", "2"):
         (tmp_path / name).mkdir()
@@ -355,8 +357,8 @@ def test_a_folder_called_by_numbers_is_judged_by_them(tmp_path: Path) -> None:
             return nn.functional.one_hot(shade, 11).float()
 
     places = output_places(dataset.classes, 11, None, "integer")
-    assert measured(Red(), dataset, Judged(places, 11)).metrics["top1"] == 1.0
-    assert measured(Red(), dataset, Judged((0, 1, 2, 3), 11)).metrics["top1"] == 0.5
+    assert measured(Red(), dataset, MappedClassification(places, 11)).metrics["top1"] == 1.0
+    assert measured(Red(), dataset, MappedClassification((0, 1, 2, 3), 11)).metrics["top1"] == 0.5
 
 
 def test_evaluate_keeps_to_its_contract() -> None:
