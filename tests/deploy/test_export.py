@@ -325,7 +325,7 @@ def test_copies_stay_in_evaluation_mode_and_closures_are_refused(tmp_path):
     conv = nn.Conv2d(3, 4, 3).eval()
     forward = conv.forward
     conv.forward = lambda x: 2 * forward(x)
-    with pytest.raises(ValueError, match="was replaced by a function"):
+    with pytest.raises(ValueError, match="was replaced with a function"):
         deploy.export(conv, tmp_path / "y.onnx", x)
 
 

@@ -75,4 +75,4 @@ def test_device_type_mode_and_gradients_are_those_of_the_convolution():
 
 def test_a_mixer_that_cannot_have_the_channels_is_passed_over():
     (step,) = widefield.plan(nn.Sequential(depthwise(1)), widefield.TokenMixer("moga"), where="0").steps
-    assert step.reason.startswith("moga does not take its 1 channels")
+    assert step.reason.startswith("moga does not support its 1 channels")

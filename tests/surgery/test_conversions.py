@@ -85,7 +85,7 @@ def test_gmconv_kinds_and_where_can_be_chosen():
     assert list(layers(only_stem, (GMConv2d, DynamicGMConv2d))) == ["conv1"]
     dynamic = widefield.convert(model, widefield.GMConv(body="dynamic", predict="sigma"), where="layer4.*")
     assert len(layers(dynamic, DynamicGMConv2d)) == 4
-    with pytest.raises(ValueError, match="stem or body is 'none' for it"):
+    with pytest.raises(ValueError, match="the config has 'none' for it"):
         widefield.convert(model, widefield.GMConv(stem="none", body="none"))
 
 
@@ -130,7 +130,7 @@ def test_large_kernels_keep_the_function(name, sizes, norm):
 def test_sizes_go_by_the_stages_that_hold_depthwise_convolutions():
     """timm counts five features of a MobileNetV2, and all five stages hold depthwise convolutions."""
     model = create("mobilenetv2_100")
-    with pytest.raises(ValueError, match=r"has 2 sizes, but .* lie in 5 stages: give one size for each, or one"):
+    with pytest.raises(ValueError, match=r"has 2 sizes, but .* are in 5 stages: pass one size for each stage, or one"):
         widefield.convert(model, widefield.LargeKernel((9, 7)))
     converted = widefield.convert(model, widefield.LargeKernel((3, 5, 7, 9, 11), small=None))
     found = layers(converted, LargeKernelConv2d)
@@ -248,7 +248,7 @@ def test_configs_are_values(config):
         (MoRF, "the class MoRF", "MoRF()"),
         (TokenMixer, "the class TokenMixer", "TokenMixer(mixer=...)"),
         (MoRFConv2d, "the class MoRFConv2d", "MoRF()"),
-        (DepthwiseConv2d(3, 3, padding=1), "an object of type DepthwiseConv2d", "FastDepthwise()"),
+        (DepthwiseConv2d(3, 3, 3, padding=1), "an object of type DepthwiseConv2d", "FastDepthwise()"),
         (DynamicGMConv2d, "the class DynamicGMConv2d", "GMConv()"),
     ],
 )

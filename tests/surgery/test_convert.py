@@ -140,7 +140,7 @@ def test_plan_gives_a_reason_for_every_convolution_passed_over_and_prints_a_tabl
         "0": "reads the image",
         "2": "kernel size is 1",
         "3": "even",
-        "4": "parametrised",
+        "4": "parametrized",
         "5": "hooks",
         "6": "9x9",
         "7": "ConvTranspose2d",

@@ -60,7 +60,7 @@ def wrapped(model, name):
 @EACH
 @pytest.mark.parametrize("name", ["", "0"])
 def test_a_forward_that_was_replaced_is_refused(make, work, name):
-    with pytest.raises(ValueError, match=f"^the forward of {name or 'Sequential'} was replaced by a function"):
+    with pytest.raises(ValueError, match=f"^the forward of {name or 'Sequential'} was replaced with a function"):
         work(wrapped(make(), name))
     model = make()
     model.forward = torch.compile(model.forward, backend="eager")

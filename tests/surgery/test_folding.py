@@ -186,7 +186,7 @@ CASES = {
     "another reader": (lambda: using(residual), "conv: its output is also read by add"),
     "something between": (lambda: using(in_place), "what it reads|conv: its output is also read by relu_"),
     "another norm": (lambda: using(two_norms, other=nn.BatchNorm2d(4)), "conv: its output is also read by another"),
-    "kept": (lambda: using(kept), "conv: its output is kept by somebody"),
+    "kept": (lambda: using(kept), "conv: its output is kept by other code"),
     "weight read": (lambda: using(weight_elsewhere), "conv: its parameters are also read by conv2d"),
     "statistics read": (lambda: using(statistics_elsewhere), "its parameters are also read by __getitem__"),
     "not called": (lambda: using(unhooked), "what it reads is not the output of a convolution"),
@@ -203,11 +203,11 @@ CASES = {
     ),
     "own class": (
         lambda: Net(Doubled(4, 4, 1)),
-        "conv: is a Doubled, which may not convolve as torch's own does",
+        "conv: is a Doubled, which may not convolve as torch's layer does",
     ),
     "own norm": (
         lambda: Net(norm=Absolute(4)),
-        "it is a Absolute, which may not normalize as torch's own does",
+        "it is a Absolute, which may not normalize as torch's layer does",
     ),
 }  # fmt: skip
 
@@ -245,7 +245,7 @@ def test_shared_layers_and_shared_weights_are_left():
     assert fused[0].twin.weight is fused[0].conv.weight
     aside = using(lambda self, x: self.norm(self.conv(x)), conv=shared, aside=shared)
     _, _, report = fold(nn.Sequential(aside, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), x)
-    assert report.left[0].reason.endswith("stands in several places")
+    assert report.left[0].reason.endswith("is used in several places")
 
 
 def test_a_class_of_ones_own_that_changes_nothing_is_a_convolution():

@@ -179,7 +179,7 @@ def test_a_layer_whose_other_methods_are_used_stays():
     fused = widefield.reparameterize(model, x, report=reports.append)
     assert ours(fused) == {"LKA"}
     assert [(left.name, left.kind) for left in reports[0].left] == [("lka", "LKA")]
-    assert "uses other methods of it" in reports[0].left[0].reason
+    assert "uses its other methods" in reports[0].left[0].reason
     close(fused(x), model(x), NETWORK)
 
 

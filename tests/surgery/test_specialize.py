@@ -398,7 +398,7 @@ class ByName(nn.Module):
 
 
 def test_a_layer_called_by_keyword_is_refused_as_convolutions_have_other_names():
-    with pytest.raises(ValueError, match=r"mix is called by keyword \(x=\), .* call it with its input alone"):
+    with pytest.raises(ValueError, match=r"mix is called by keyword \(x=\), .* pass its input by position"):
         specialize(ByName().double().eval(), loader(labels=False))
 
 

@@ -373,7 +373,7 @@ def test_what_cannot_be_cropped_is_left_with_the_reason():
         "shared",
         "hooks",
         "a StdConv2d",
-        "parametrisation",
+        "parametrization",
         "depends on the image",
         "valid",
     ]

@@ -1,4 +1,4 @@
-"""What models return besides a plain tensor: the tensors in it, the one that is meant, and how to ask for one."""
+"""Read the outputs of models: their tensors, the main one, and how to wrap a model to return it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 MEANT = ("logits", "out")
-"""Names of the tensor that is a model's answer: in Hugging Face's outputs and torchvision's GoogLeNet and Inception,
-and in torchvision's segmentation models."""
+"""Names of a model's main tensor: "logits" in Hugging Face's outputs, torchvision's GoogLeNet and Inception, and "out"
+in torchvision's segmentation models."""
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of a model's output in their order: alone, or in tuples, mappings and dataclasses."""
+    """Return the tensors of an output in order: alone, or in tuples, mappings and dataclasses."""
     return [tensor for _, tensor in _parts(output, "")]
 
 
 def meant(output: Any) -> Tensor | None:
-    """Return the tensor that is a model's answer, or None where that is not obvious.
+    """Return the main tensor of an output, or None if it is ambiguous.
 
-    It is the output itself, the entry called by the first of :data:`MEANT`, or the only tensor in it.
+    It is the output itself, the entry with the first name in :data:`MEANT` that exists, or the only tensor.
     """
     named = {name: value for name, _, value in _entries(output)}
     for name in MEANT:
@@ -43,7 +43,7 @@ def place_of_meant(output: Any) -> int | None:
 
 
 def described(output: Any) -> str:
-    """Return an output in words: "(2, 5)" of a tensor, or else such as "dict with ['masks'] (2, 5, 8, 8)"."""
+    """Return an output's description: "(2, 5)" for a tensor, else for example "dict with ['masks'] (2, 5, 8, 8)"."""
     if isinstance(output, Tensor):
         return str(tuple(output.shape))
     parts = [f"{path} {tuple(tensor.shape)}" for path, tensor in _parts(output, "")]
@@ -53,9 +53,9 @@ def described(output: Any) -> str:
 
 
 def wrapping(output: Any) -> str:
-    """Return the sentence that tells how to wrap a model of this output; empty where there is nothing to choose.
+    """Return a sentence on how to wrap a model with this output; empty if there is nothing to choose.
 
-    It shows the first tensor that could be scores, (N, classes), or else the first.
+    It shows the first tensor of shape (N, classes), or else the first tensor.
     """
     parts = _parts(output, "")
     if isinstance(output, Tensor) or not parts:
@@ -68,7 +68,7 @@ def wrapping(output: Any) -> str:
 
 
 def exchanged(output: Any, old: Tensor, new: Tensor) -> Any:
-    """Return an output like this one with one of its tensors exchanged, wherever it stands in it."""
+    """Return a copy of an output with one of its tensors replaced, at any depth."""
     if output is old:
         return new
     if isinstance(output, Tensor):
@@ -88,16 +88,17 @@ def exchanged(output: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def plainly(model: nn.Module, x: Tensor) -> nn.Module:
-    """Return a model that answers in tensors, tuples, lists and dicts, which tracers know: itself if it does.
+    """Return a model whose output holds only tensors, tuples, lists and dicts, which tracers understand.
 
-    Of another output only the tensors are kept: by name where it has names, or else in a tuple.
+    This is the model itself if it already does so. Of other outputs only the tensors are kept, by name if they have
+    names, or else in a tuple.
 
     Args:
         model: in evaluation mode.
-        x: images that it runs on.
+        x: images that the model runs on.
     """
     with torch.no_grad():
-        output = model(x.clone())  # models may write on their input
+        output = model(x.clone())  # models may change their input in place
     return model if _is_plain(output) or not tensors(output) else _Plainly(model).eval()
 
 
@@ -129,14 +130,14 @@ def _is_plain(output: Any) -> bool:
 
 
 def _parts(output: Any, path: str) -> list[tuple[str, Tensor]]:
-    """Return (path in code, tensor) of every tensor in an output."""
+    """Return (path in code, tensor) for every tensor in an output."""
     if isinstance(output, Tensor):
         return [(path, output)]
     return [part for _, step, value in _entries(output) for part in _parts(value, path + step)]
 
 
 def _entries(output: Any) -> Iterator[tuple[str | None, str, Any]]:
-    """Yield (name or None, step in code, value) of what an output holds; nothing for tensors and plain values."""
+    """Yield (name or None, step in code, value) for each entry of an output; nothing for tensors and plain values."""
     if isinstance(output, Tensor):
         return
     if isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""What convolutions can become: frozen configs, each a :class:`Conversion`."""
+"""Frozen configs that say what a convolution becomes, each a :class:`Conversion`."""
 
 from __future__ import annotations
 
@@ -43,24 +43,23 @@ _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 class Place(NamedTuple):
-    """Where in a model a convolution stands."""
+    """The place of a convolution in a model."""
 
     name: str
     reads_image: bool
     stage: int
-    """Counted from 0 over the stages that hold convolutions to replace."""
+    """Index from 0 over the stages that hold convolutions to replace."""
     stages: int
-    """How many of them there are."""
+    """Number of these stages."""
 
 
 class Conversion(ABC):
-    """What :func:`plan` and :func:`convert` ask of a config."""
+    """Base class of the configs that :func:`plan` and :func:`convert` take."""
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = ()
-    """The layers that it puts in."""
+    """The layers that it creates."""
     keeps_parameters: ClassVar[bool] = False
-    """Whether what it puts in is a Conv2d with the parameters of the old one: whoever shares these, or merges them with
-    others, will not notice."""
+    """Whether the new layer is a Conv2d with the same parameters, so that sharing and merging them still works."""
     takes_stem: ClassVar[bool] = False
     """Whether the stem is converted, too, if ``where`` is not given."""
 
@@ -70,22 +69,22 @@ class Conversion(ABC):
         return super().__new__(cls)
 
     def at(self, place: Place) -> Conversion:
-        """Return the config for a convolution at this place; raises ValueError for one that does not fit the model."""
+        """Return the config for one place; raises ValueError if the config does not fit the model."""
         return self
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module``, a convolution, cannot be replaced, or None if it can."""
+        """Return why a convolution cannot be replaced, or None if it can."""
         if isinstance(module, _STANDARDIZED):
-            return f"it is a {type(module).__name__}, which standardizes its kernel at every call"
+            return f"it is a {type(module).__name__}, which standardizes its kernel in every call"
         if not is_same(module):
             return self._why_not(module)
         conv = centered(module)
         return conv if isinstance(conv, str) else self._why_not(conv)
 
     def replacement(self, module: nn.Module) -> nn.Module:
-        """Return what to put in the place of a convolution, which stays as it is.
+        """Return the new layer for a convolution, which is not changed.
 
-        In the place of a ``timm.layers.Conv2dSame`` with a stride this is a :class:`widefield.nn.SameAligned`.
+        For a ``timm.layers.Conv2dSame`` with a stride this is a :class:`widefield.nn.SameAligned`.
         """
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"{type(self).__name__} replaces torch.nn.Conv2d; got {type(module).__name__}.")
@@ -99,11 +98,11 @@ class Conversion(ABC):
 
     @abstractmethod
     def _why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module``, whose padding does not depend on its input, cannot be replaced, or None."""
+        """Return why a convolution with fixed padding cannot be replaced, or None."""
 
     @abstractmethod
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        """Return what to put in the place of ``conv``."""
+        """Return the new layer for a convolution with fixed padding."""
 
     def _options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -114,13 +113,13 @@ class Conversion(ABC):
 
 @dataclass(frozen=True)
 class MoRF(Conversion):
-    """Replace convolutions by mixtures of receptive fields, :class:`widefield.nn.MoRFConv2d` (Lian, Yu, Wang 2024).
+    """Replace convolutions with mixtures of receptive fields, :class:`widefield.nn.MoRFConv2d` (Lian, Yu, Wang 2024).
 
-    The fields are the arguments of the layer. ``init="preserve"`` keeps the function of the model, in evaluation mode,
-    to rounding (:meth:`widefield.nn.MoRFConv2d.absorb`); ``"random"`` starts the layers afresh.
+    The fields are the arguments of the layer. ``init="preserve"`` keeps the model's function in evaluation mode, up to
+    rounding (:meth:`widefield.nn.MoRFConv2d.absorb`); ``"random"`` initializes the layers anew.
 
     Raises:
-        TypeError, ValueError: at once, for what the layer would refuse.
+        TypeError, ValueError: an argument that the layer refuses.
     """
 
     layers = (MoRFConv2d, FusedMoRFConv2d)
@@ -150,13 +149,13 @@ class MoRF(Conversion):
 
 @dataclass(frozen=True)
 class FastDepthwise(Conversion):
-    """Replace depthwise convolutions by :class:`widefield.nn.DepthwiseConv2d`: the same weights, keys and function.
+    """Replace depthwise convolutions with :class:`widefield.nn.DepthwiseConv2d`: same weights, keys and function.
 
-    The fast forward and gradients of :func:`widefield.ops.depthwise_conv2d` for a model that is already there.
-    ``reparameterize`` gives the plain convolutions back.
+    An existing model gets the fast forward and gradients of :func:`widefield.ops.depthwise_conv2d`. ``reparameterize``
+    restores the plain convolutions.
 
     Raises:
-        ValueError: at once, for an unknown backend.
+        ValueError: an unknown backend.
     """
 
     layers = (DepthwiseConv2d,)
@@ -167,13 +166,13 @@ class FastDepthwise(Conversion):
         DepthwiseConv2d(1, 1, 1, backend=self.backend, device="meta")
 
     def replacement(self, module: nn.Module) -> nn.Module:
-        """Return what to put in the place of a convolution, with its parameters, keys and padding."""
+        """Return the new layer, with the parameters, keys and padding of the convolution."""
         if isinstance(module, Conv2dSame) and is_same(module):
             return DepthwiseConv2dSame.from_conv2d(module, backend=self.backend)
         return super().replacement(module)
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Return why ``module`` cannot be replaced, or None."""
+        """Return why a convolution cannot be replaced, or None if it can."""
         if isinstance(module, Conv2dSame) and is_same(module):
             return depthwise.not_depthwise(module)
         return super().why_not(module)
@@ -187,20 +186,21 @@ class FastDepthwise(Conversion):
 
 @dataclass(frozen=True)
 class GMConv(Conversion):
-    """Put Gaussian masks on convolutions, which learn how far a kernel looks (Chen et al., GMConv, section III).
+    """Put learned Gaussian masks on convolutions, which limit how far a kernel reaches (Chen et al., GMConv, sec. III).
 
-    As in the paper, those that read the image get masks that depend on it (:class:`widefield.nn.DynamicGMConv2d`), all
-    others one learned sigma (:class:`widefield.nn.GMConv2d`), which ``reparameterize`` folds away.
+    As in the paper, convolutions that read the image get masks that depend on it
+    (:class:`widefield.nn.DynamicGMConv2d`). All others get one learned sigma (:class:`widefield.nn.GMConv2d`), which
+    ``reparameterize`` folds into the kernel.
 
     Args:
-        stem: kind for convolutions that read the image: "dynamic", "static", or "none" to leave them.
-        body: kind for the others.
-        sigma: to start from; None: 5, and more for kernels larger than 11x11.
-        predict, reduction: of the dynamic layers.
-        init: "preserve": weights are divided by the mask, so that the model computes what it did; "random".
+        stem: mask of convolutions that read the image: "dynamic", "static", or "none" to leave them.
+        body: mask of all other convolutions.
+        sigma: initial value; None: 5, and more for kernels larger than 11x11.
+        predict, reduction: arguments of the dynamic layers.
+        init: "preserve" divides the weights by the mask, so that the model keeps its function; "random" does not.
 
     Raises:
-        TypeError, ValueError: at once, for an unknown word, or a number out of bounds.
+        TypeError, ValueError: an unknown option or a number out of range.
     """
 
     layers = (GMConv2d, DynamicGMConv2d)
@@ -220,13 +220,13 @@ class GMConv(Conversion):
             self._layer(conv, kind, _checks.init(self.init) and "random")
 
     def at(self, place: Place) -> Conversion:
-        """Return the config of one kind, the one for this place."""
+        """Return a config with the mask for this place only."""
         kind = self.stem if place.reads_image else self.body
         return self._with(stem=kind, body=kind)
 
     def _why_not(self, module: nn.Module) -> str | None:
         if self.stem == self.body == "none":
-            return "stem or body is 'none' for it"
+            return "the config has 'none' for it"
         reason = gmconv.why_not(module)
         if reason is None and self.init == "preserve" and isinstance(module, nn.Conv2d):
             return gmconv.fades_out(module, self.sigma)
@@ -252,25 +252,25 @@ _LARGE: dict[str, type[ReparamConv2d]] = {
 
 @dataclass(frozen=True)
 class LargeKernel(Conversion):
-    """Enlarge depthwise convolutions: RepLKNet's way, UniRepLKNet's or SLaK's (:mod:`widefield.nn.large_kernel`).
+    """Enlarge depthwise convolutions as RepLKNet, UniRepLKNet or SLaK do (:mod:`widefield.nn.large_kernel`).
 
-    ``LargeKernel((31, 29, 27, 13))`` gives the depthwise convolutions of the four stages of a ConvNeXt kernels of these
+    ``LargeKernel((31, 29, 27, 13))`` enlarges the depthwise convolutions in the four stages of a ConvNeXt to these
     sizes. ``reparameterize`` merges the branches.
 
     Args:
-        kernel_sizes: one for all, or one for each stage that holds depthwise convolutions; rectangular ones as (rows,
-            columns) within the latter.
-        small: size of the small kernel beside the large one, or None for none.
-        branches: "small": a large kernel and a small one (:class:`widefield.nn.LargeKernelConv2d`); "dilated": dilated
-            ones of UniRepLKNet's sizes beside it (:class:`widefield.nn.DilatedReparamConv2d`); "bands": two crossed
-            bands, ``small`` wide, and a square (:class:`widefield.nn.DecomposedConv2d`).
-        norm: batch norm after each branch, as in the papers. With it a pretrained function is kept in evaluation mode,
-            without it, which "small" alone can be, in training mode, too.
-        init: "preserve": the model computes what it did; bands can only do so for kernels no wider than they are.
-            "random": a fresh start.
+        kernel_sizes: one size for all, or one for each stage that holds depthwise convolutions. Within the latter,
+            (rows, columns) is a rectangular kernel.
+        small: size of the small kernel next to the large one; None: no small kernel.
+        branches: "small": a large kernel and a small one (:class:`widefield.nn.LargeKernelConv2d`); "dilated": a large
+            kernel and UniRepLKNet's dilated ones (:class:`widefield.nn.DilatedReparamConv2d`); "bands": two crossed
+            bands, ``small`` taps wide, and a square (:class:`widefield.nn.DecomposedConv2d`).
+        norm: batch norm after each branch, as in the papers. A pretrained function is then kept in evaluation mode
+            only. ``norm=False`` keeps it in training mode, too, and requires ``branches="small"``.
+        init: "preserve" keeps the model's function; bands can do so only for kernels no wider than ``small``.
+            "random" initializes the layers anew.
 
     Raises:
-        TypeError, ValueError: at once, for what the layer would refuse.
+        TypeError, ValueError: an argument that the layer refuses.
     """
 
     layers = tuple(_LARGE.values())
@@ -288,7 +288,7 @@ class LargeKernel(Conversion):
         if not isinstance(self.kernel_sizes, int):
             sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
             if not sizes:
-                raise ValueError("kernel_sizes is empty: give one size, or one for each stage.")
+                raise ValueError("kernel_sizes is empty: pass one size, or one for each stage.")
             object.__setattr__(self, "kernel_sizes", sizes)
         for size in self._sizes():
             make: Any = _LARGE[self.branches]
@@ -302,14 +302,14 @@ class LargeKernel(Conversion):
         return (self.kernel_sizes,) if isinstance(self.kernel_sizes, int) else self.kernel_sizes
 
     def at(self, place: Place) -> Conversion:
-        """Return the config with the size for the place's stage."""
+        """Return the config with the size for this stage."""
         sizes = self._sizes()
         if len(sizes) == 1:
             return self
         if len(sizes) != place.stages:
             raise ValueError(
-                f"kernel_sizes={self.kernel_sizes} has {len(sizes)} sizes, but the model's depthwise convolutions lie "
-                f"in {place.stages} stages: give one size for each, or one for all."
+                f"kernel_sizes={self.kernel_sizes} has {len(sizes)} sizes, but the model's depthwise convolutions are "
+                f"in {place.stages} stages: pass one size for each stage, or one for all."
             )
         return self._with(kernel_sizes=(sizes[place.stage],))
 
@@ -327,13 +327,13 @@ class LargeKernel(Conversion):
 
 @dataclass(frozen=True)
 class InceptionSplit(Conversion):
-    """Split depthwise convolutions into a square, two bands and channels that pass (Yu et al., InceptionNeXt, eq. 3).
+    """Split depthwise convolutions into a square, two bands and an identity (Yu et al., InceptionNeXt, eq. 3).
 
-    A start for training, not a function-preserving conversion: most kernels are dropped
-    (:meth:`widefield.nn.InceptionDWConv2d.from_conv2d`).
+    This does not preserve the model's function: most kernels are dropped
+    (:meth:`widefield.nn.InceptionDWConv2d.from_conv2d`). Train the model afterward.
 
     Raises:
-        TypeError, ValueError: at once, for what the layer would refuse.
+        TypeError, ValueError: an argument that the layer refuses.
     """
 
     layers = (InceptionDWConv2d,)
@@ -356,16 +356,16 @@ class InceptionSplit(Conversion):
 
 @dataclass(frozen=True)
 class Deformable(Conversion):
-    """Replace convolutions by deformable ones, :class:`widefield.nn.DeformConv2d` (Wang et al., InternImage, eq. 2).
+    """Replace convolutions with deformable ones, :class:`widefield.nn.DeformConv2d` (Wang et al., InternImage, eq. 2).
 
-    The layers start afresh: their weights over points cannot express a given kernel.
+    The layers are initialized anew, because they cannot express a given kernel.
 
     Args:
-        groups: sets of points in each layer; by default groups of 16 channels.
-        offset_scale, center_feature_scale: of the layer.
+        groups: number of point sets in each layer; by default one for every 16 channels.
+        offset_scale, center_feature_scale: arguments of the layer.
 
     Raises:
-        TypeError, ValueError: at once, for what the layer would refuse.
+        TypeError, ValueError: an argument that the layer refuses.
     """
 
     layers = (DeformConv2d,)
@@ -388,19 +388,19 @@ class Deformable(Conversion):
 
 @dataclass(frozen=True)
 class TokenMixer(Conversion):
-    """Replace depthwise convolutions by other token mixers, which start afresh.
+    """Replace depthwise convolutions with other token mixers, which are initialized anew.
 
-    A fresh mixer starts at the scale of the convolution that it replaces: on noise both outputs have the same root mean
-    square, except for "pooling", which has no parameters. Mixers with gates read their input at unit scale
+    A new mixer has the scale of the convolution that it replaces: on noise both outputs have the same root mean square,
+    except for "pooling", which has no parameters. Mixers with gates read their input at unit scale
     (:class:`widefield.nn.mixers.Rescaled`).
 
     Args:
-        mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`, such as "lka", "gnconv", "moga", "focal" or
+        mixer: a name in :data:`widefield.nn.mixers.TOKEN_MIXERS`, such as "lka", "gnconv", "moga", "focal" or
             "attention".
-        stage: whose size to take, of mixers that differ by stage; set for each convolution by where it stands.
+        stage: stage index, for mixers that differ by stage. Conversion sets it for each convolution.
 
     Raises:
-        ValueError: at once, for an unknown name.
+        ValueError: an unknown name.
     """
 
     mixer: str
@@ -410,7 +410,7 @@ class TokenMixer(Conversion):
         _checks.choice("mixer", self.mixer, tuple(mixers.TOKEN_MIXERS))
 
     def at(self, place: Place) -> Conversion:
-        """Return the config with the place's stage."""
+        """Return the config for this stage."""
         return self._with(stage=place.stage)
 
     def _why_not(self, module: nn.Module) -> str | None:
@@ -420,7 +420,7 @@ class TokenMixer(Conversion):
                 with torch.device("meta"):
                     mixers.TOKEN_MIXERS[self.mixer](module.in_channels, self.stage)
             except (TypeError, ValueError) as error:
-                return f"{self.mixer} does not take its {module.in_channels} channels: {str(error).rstrip('.')}"
+                return f"{self.mixer} does not support its {module.in_channels} channels: {str(error).rstrip('.')}"
         return reason
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
@@ -428,10 +428,10 @@ class TokenMixer(Conversion):
 
 
 def checked(config: object, verb: str) -> Conversion:
-    """Return a config; raises TypeError for anything else, with the call that was probably meant.
+    """Return ``config`` if it is a conversion; raises TypeError with the call that was probably meant.
 
     Args:
-        config: what :func:`plan` or :func:`convert` got.
+        config: the argument of :func:`plan` or :func:`convert`.
         verb: the name of that function.
     """
     if isinstance(config, Conversion):

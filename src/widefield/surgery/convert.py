@@ -1,7 +1,7 @@
-"""Exchange the layers of any model, its weights kept.
+"""Replace the convolutions of any model, keeping its weights.
 
-A conversion is a frozen config; its type decides what it replaces, by what, and under which preconditions.
-:func:`plan` shows what :func:`convert` does.
+A conversion is a frozen config. It decides which convolutions it can replace, and with what. :func:`plan` shows what
+:func:`convert` would do.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from widefield.surgery.conversions import Conversion, Place, checked
 from widefield.surgery.walk import check_report, duplicate, hooked, merge_method, replace
 
 _SHOWN = 6
-"""Reasons that an error lists."""
+"""Number of reasons that an error lists."""
 
 Where = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What happens to one convolution: replaced by ``after``, or passed over for ``reason``."""
+    """What happens to one convolution: replaced with ``after``, or kept for ``reason``."""
 
     name: str
     before: str
@@ -87,12 +87,12 @@ class Plan(Report):
 
 @_checks.guided
 def plan(model: nn.Module, config: Conversion, where: Where | None = None) -> Plan:
-    """Return what :func:`convert` would do, and change nothing.
+    """Return what :func:`convert` would do, without changing the model.
 
     Args:
         model: any module.
-        config: such as :class:`MoRF`.
-        where: which convolutions, by a glob over module names ("stages.3.*"), several globs, or a predicate
+        config: a conversion, such as ``MoRF()``.
+        where: the convolutions to replace: a glob over module names ("stages.3.*"), several globs, or a predicate
             ``(module, name) -> bool``. Default: those in the backbone (:func:`anatomy`) without its stem; configs with
             ``takes_stem`` convert the stem, too.
     """
@@ -108,7 +108,7 @@ def convert(
     inplace: bool = False,
     report: Callable[[Plan], object] | None = None,
 ) -> nn.Module:
-    """Return ``model`` with its spatial convolutions replaced as ``config`` says, weights, device and mode kept.
+    """Return the model with its spatial convolutions replaced; weights, device and mode stay the same.
 
     Args:
         model, config, where: as in :func:`plan`.
@@ -117,7 +117,7 @@ def convert(
 
     Raises:
         TypeError: a report that is not callable.
-        ValueError: nothing to replace; the message lists what could be, or why nothing can.
+        ValueError: no convolution to replace; the message lists those that could be, or the reasons.
     """
     config = checked(config, "convert")
     check_report(report)
@@ -134,7 +134,7 @@ def convert(
 
 
 def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module, Conversion]]:
-    """Return what happens to each convolution, the convolution, and the config for its place."""
+    """Return, for each convolution: what happens to it, the convolution, and the config for its place."""
     selects = selector(where)
     mergeable = [name for name, m in model.named_modules() if name and merge_method(m)]
     owners: dict[int, list[str]] = {}
@@ -172,7 +172,7 @@ def _line(module: nn.Module) -> str:
 
 
 def selector(where: Where | None) -> Callable[[nn.Module, str], str | None]:
-    """Return (module, name) -> why it is not selected, or None if it is."""
+    """Return a function (module, name) -> why ``where`` does not select it, or None if it does."""
     if where is None:
         return lambda module, name: None
     if isinstance(where, str):
@@ -182,7 +182,7 @@ def selector(where: Where | None) -> Callable[[nn.Module, str], str | None]:
         return lambda module, name: None if predicate(module, name) else "where does not select it"
     patterns = list(where) if isinstance(where, Sequence) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"where must be a glob, several globs, or a function (module, name) -> bool; got {where!r}.")
+        raise TypeError(f"where must be a glob, several globs, or a callable (module, name) -> bool; got {where!r}.")
     return lambda module, name: (
         None if any(fnmatch.fnmatchcase(name, p) for p in patterns) else f"{', '.join(patterns)} does not match it"
     )
@@ -200,9 +200,9 @@ def _outside(parts: Anatomy, name: str, config: Conversion) -> str | None:
 
 def _untouchable(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
-        return "its weight is parametrised; remove the parametrisation first"
+        return "its weight is parametrized: remove the parametrization first"
     if hooked(module):
-        return "it has hooks, which a replacement would lose; remove them first"
+        return "it has hooks, which a replacement would lose: remove them first"
     return None
 
 
@@ -222,7 +222,7 @@ def _tied(module: nn.Module, name: str, owners: Mapping[int, Sequence[str]]) -> 
 
 
 def _weightless(module: nn.Module) -> nn.Module:
-    """Copy a module with its parameters on the meta device, without copying a number."""
+    """Return a copy of a module with its parameters on the meta device."""
     stand_ins = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, stand_ins)  # memo: id -> what to use
 

@@ -1,4 +1,4 @@
-"""Which batch norm can be folded into the layer before it, as seen on the way of an example through a model."""
+"""Find the batch norms that can be folded into the layer before them, by watching one forward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from widefield.surgery.compare import Difference, NothingToCompareError, differe
 from widefield.surgery.walk import computed, hooked
 
 Fold = Callable[[nn.Module, nn.Module], nn.Module]
-"""(layer, the norm after it) -> the layer that is both."""
+"""(layer, the norm after it) -> the folded layer."""
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -39,43 +39,43 @@ _LOOKS = frozenset({
     "shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "size", "dim", "numel", "stride",
     "nelement", "is_floating_point", "is_complex", "is_contiguous", "get_device", "element_size", "__len__",
 })  # fmt: skip
-"""What tells nothing about the numbers in a tensor."""
+"""Attributes and methods that do not read the values of a tensor."""
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Say whether this is a batch norm of any kind, frozen ones included."""
+    """Return whether a module is a batch norm of any kind, frozen ones included."""
     return isinstance(module, (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d))
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Say whether this is a convolution, transposed or not, or a linear layer, of any kind."""
+    """Return whether a module is a convolution, a transposed convolution or a linear layer, of any kind."""
     return isinstance(module, (_ConvNd, nn.Linear))
 
 
 def without_norm(norm: nn.Module) -> nn.Module:
-    """Return what a batch norm does besides normalizing: nothing, or timm's drop and activation."""
+    """Return what remains of a folded batch norm: an identity, or timm's dropout and activation."""
     parts = [part for part in (getattr(norm, name, None) for name in ("drop", "act")) if isinstance(part, nn.Module)]
     return (nn.Sequential(*parts) if parts else nn.Identity()).eval()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A layer, and the norm that can be folded into it."""
+    """A layer and the norm that can be folded into it."""
 
     layer: nn.Module
     norm: nn.Module
     folded: nn.Module
-    """The layer that is both, but for the norm's activation."""
+    """The layer with the norm folded in, without the norm's activation."""
     difference: Difference | None
-    """Of what both return on the layer's input; None where that was changed in place before it could be tried."""
+    """Between layer plus norm and the folded layer, on the layer's input; None if that input was changed in place."""
 
 
 @dataclass
 class _Output:
-    """What a layer returned, while it lives."""
+    """The output of a layer, until it is freed."""
 
     layer: nn.Module
-    alive: weakref.ref[Tensor]  # so that no activation lives longer than it would, and an id stays one tensor's
+    alive: weakref.ref[Tensor]  # keeps no activation alive, and marks when an id is free
     x: Tensor | None
     version: int
 
@@ -89,20 +89,20 @@ class _Call:
 
 
 class Watch(TorchFunctionMode):
-    """Watches a forward pass: which norm alone reads a layer's output, and do both compute what they fold to?
+    """Context manager that finds which norms alone read a layer's output, and compares each pair with its fold.
 
-    Every torch function outside a norm with a layer's output among its arguments is another reader of it; so is the
-    caller of the model, and whoever keeps it. Whatever reads a parameter outside its layer needs it as it is. Layers
-    are compared at once, before an in-place activation can change anything.
+    Any torch function outside a norm that takes a layer's output counts as another reader. So do the caller of the
+    model and anything that keeps the output. A parameter that is read outside its layer must stay as it is. Layers are
+    compared at once, before an in-place activation can change their output.
 
-    The hooks on layers and norms are torch's global ones: a layer's own ones would be copied along with it.
+    The hooks on layers and norms are torch's global hooks, because hooks of a layer would be copied with it.
 
     Args:
-        root: the model that is called while this watches.
-        layers: what norms may be folded into, with their names.
+        root: the model that is called within the context.
+        layers: the layers that norms may be folded into, with their names.
         norms: the norms that may be folded.
-        fold: called for each norm that reads a layer's output, once.
-        merged: module -> what it is to be replaced by, to be compared.
+        fold: called once for each norm that reads a layer's output.
+        merged: module -> its replacement, to compare their outputs.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.own: dict[nn.Module, Difference] = {}
-        """Differences between the outputs of modules and of what they are merged into, where they could be tried."""
+        """Differences between the outputs of modules and of their replacements, where they could be compared."""
         self._layers, self._fold, self._merged = layers, fold, merged or {}
         self._norms = set(norms)
         self._fixed = _fixed(root, [*layers, *self._norms])
@@ -154,20 +154,20 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def pairs(self, result: Any) -> list[Pair]:
-        """Return the norms that can be folded, with their layers, given what the model returned."""
-        for output in list(self._outputs.values()):  # whose inputs may be outputs, which die here
+        """Return the norms that can be folded, with their layers; ``result`` is the output of the model."""
+        for output in list(self._outputs.values()):  # inputs may be outputs of other layers, which are freed here
             output.x = None
         leaves = {id(leaf) for leaf in tree_leaves(result)}
         if self._outputs.keys() - leaves:
             gc.collect()
         for key, output in self._outputs.items():
-            where = "is returned by the model" if key in leaves else "is kept by somebody"
+            where = "is returned by the model" if key in leaves else "is kept by other code"
             self._needed.setdefault(output.layer, f"its output {where}")
         self._outputs.clear()
         return [pair for norm, pair in self._pairs.items() if self.why_not(norm) is None]
 
     def why_not(self, norm: nn.Module) -> str | None:
-        """Return why a norm cannot be folded, after :meth:`pairs` was called, or None if it can."""
+        """Return why a norm cannot be folded, or None if it can; call :meth:`pairs` first."""
         reason = self._why_not(norm)
         if reason is None and not self._read[norm]:
             return "what it reads is not the output of a convolution"
@@ -180,7 +180,7 @@ class Watch(TorchFunctionMode):
         return None if reason is None else f"{self._layers[layer]}: {reason}"
 
     def read_by(self, norm: nn.Module) -> bool:
-        """Say whether a norm read the output of a layer."""
+        """Return whether a norm read the output of a layer."""
         return bool(self._read.get(norm))
 
     def _why_not(self, module: nn.Module) -> str | None:
@@ -209,7 +209,7 @@ class Watch(TorchFunctionMode):
         self._calls[module] += 1
         x = args[0] if args and isinstance(args[0], Tensor) else None
         read = self._outputs.get(id(x)) if module in self._norms and x is not None else None
-        self._paused = True  # looking at the version is no reading
+        self._paused = True  # reading the version does not count
         self._stack.append(_Call(module, x, _version(x), read))
         self._paused = False
 
@@ -226,7 +226,7 @@ class Watch(TorchFunctionMode):
         self._paused = False
 
     def _compare(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Run what a module is merged into; called right after :meth:`_leave`."""
+        """Run the replacement of a module; called right after :meth:`_leave`."""
         if self._untouched and self._calls[module] == 1:
             self._paused = True
             apart = _difference(output, self._merged[module](*args, **kwargs))
@@ -256,7 +256,7 @@ class Watch(TorchFunctionMode):
 
 
 def _difference(first: Any, second: Any) -> Difference | None:
-    """Return how far outputs are apart, or None where there is no number in them, as without a single detection."""
+    """Return how far outputs are apart; None if they hold no number, as without any detection."""
     try:
         return difference(first, second)
     except NothingToCompareError:
@@ -264,7 +264,7 @@ def _difference(first: Any, second: Any) -> Difference | None:
 
 
 def _fixed(root: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """Return what keeps modules as they are, whatever reads them."""
+    """Return the modules that must stay as they are whoever reads them, with the reasons."""
     places = Counter(module for _, module in root.named_modules(remove_duplicate=False))
     holders = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
     found = {}
@@ -275,22 +275,22 @@ def _fixed(root: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str
             found[module] = reason
         elif (is_norm(module) or is_linear(module)) and not _computes_as(module, kinds):
             what = "normalize" if is_norm(module) else "convolve"
-            found[module] = f"is a {type(module).__name__}, which may not {what} as torch's own does"
+            found[module] = f"is a {type(module).__name__}, which may not {what} as torch's layer does"
         elif is_norm(module) and getattr(module, "running_mean", None) is None:
             found[module] = "has no running statistics"
         elif hooked(module):
             found[module] = "has hooks"
         elif places[module] > 1:
-            found[module] = "stands in several places"
+            found[module] = "is used in several places"
         elif is_linear(module) and holders[id(weight)] > 1:
             found[module] = "shares its weight with another layer"
     return found
 
 
 def _computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Say whether a layer is of one of these kinds, or of a class of its own that computes as one of them does."""
+    """Return whether a layer has one of these classes, or a subclass that computes the same way."""
     made = type(module)
-    if any(hasattr(made, name) for name in ("weight", "bias")):  # computed from others: a parametrisation
+    if any(hasattr(made, name) for name in ("weight", "bias")):  # computed from others: a parametrization
         return False
     names = ("__call__", "forward", "_conv_forward", "_output_padding", "_check_input_dim")
     return "forward" not in vars(module) and any(
@@ -300,7 +300,7 @@ def _computes_as(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
 
 
 def _version(x: Any) -> int:
-    """Return how often a tensor was changed in place, as far as torch counts."""
+    """Return how often a tensor was changed in place, as counted by torch."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 

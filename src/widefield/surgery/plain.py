@@ -1,4 +1,4 @@
-"""Layers of :mod:`widefield.nn` as modules of torch, so that a reparameterized model loads without widefield."""
+"""Turn layers of :mod:`widefield.nn` into modules of torch, so that reparameterized models load without widefield."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.walk import computed, hooked, replace
 
 ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
-"""Layers whose kernel depends on the image: torch has none."""
+"""Layers whose kernel depends on the image. torch has no such layers."""
 
 _LAYERS, _NETWORKS = "widefield.nn.", "widefield.models."
 
@@ -30,7 +30,7 @@ class Changed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A layer of :mod:`widefield.nn` that is still there."""
+    """A layer of :mod:`widefield.nn` that stays."""
 
     name: str
     kind: str
@@ -38,19 +38,18 @@ class Kept(NamedTuple):
 
 
 def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Kept]]:
-    """Replace layers of :mod:`widefield.nn` by modules of torch that compute the same, in place.
+    """Replace layers of :mod:`widefield.nn` in place with modules of torch that compute the same.
 
-    A :class:`DepthwiseConv2d` becomes a ``torch.nn.Conv2d``. A layer of several parts becomes a
-    ``torch.fx.GraphModule`` with the same parts, parameters and keys, a deformable one by ``F.grid_sample``. Layers
-    that route stay. So do layers of several
-    parts in the networks of :mod:`widefield.models`, which cannot be loaded without widefield in any case.
+    A :class:`DepthwiseConv2d` becomes a ``torch.nn.Conv2d``. A composite layer becomes a ``torch.fx.GraphModule`` with
+    the same submodules, parameters and keys; deformable layers use ``F.grid_sample``. Layers with routing stay. So do
+    composite layers in the networks of :mod:`widefield.models`, which need widefield to load in any case.
 
     Args:
         root: reparameterized, in evaluation mode.
-        x: an input of the root. A layer that is not called on its way is not replaced, as others use its methods.
+        x: an input of the root. A layer that is not called is not replaced, because other code may use its methods.
 
     Returns:
-        The root, which may be another module, what changed, and what could not be changed with the reason.
+        The root, which may be a new module; the layers that changed; the layers that stay, with reasons.
     """
     layers = dict(_outermost(root))
     called = _called(root, [module for module in layers.values() if not isinstance(module, DepthwiseConv2d)], x)
@@ -69,7 +68,7 @@ def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Ke
 
 
 def _called(root: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> set[nn.Module]:
-    """Return which of these modules are called on the way of ``x`` through the root."""
+    """Return which of these modules ``root(x)`` calls."""
     called: set[nn.Module] = set()
     handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in modules]
     if handles:
@@ -81,16 +80,16 @@ def _called(root: nn.Module, modules: Iterable[nn.Module], x: Tensor) -> set[nn.
 
 
 class _NotPlainError(ValueError):
-    """A layer for which torch has no module."""
+    """A layer without an equivalent module in torch."""
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Say whether the class of ``module`` is one of :mod:`widefield.nn`."""
+    """Return whether the module's class belongs to :mod:`widefield.nn`."""
     return type(module).__module__.startswith(_LAYERS)
 
 
 def _outermost(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost layers of ours that do not route, and hold none that does; see :func:`plain`."""
+    """Yield the outermost of our layers without routing inside; see :func:`plain`."""
     done: list[str] = []
     networks: list[str] = []
     for name, module in root.named_modules():
@@ -117,7 +116,7 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
     if isinstance(module, DepthwiseConv2d):
         return with_numbers(module.fuse())
     if not called:
-        raise _NotPlainError("the model does not call it on the example input, or uses other methods of it")
+        raise _NotPlainError("the model does not call it on the example input, or uses its other methods")
     if isinstance(module, SameAligned) and is_layer(module.layer):
         module = SameAligned(_as_torch(module.layer, called=called), module.stride)
     tracer = _Tracer()
@@ -125,15 +124,13 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
         tracer.traced_func_name = "plain_forward"
     try:
         graph = tracer.trace(module)
-    except Exception as error:  # whatever a forward raises that branches on values
+    except Exception as error:  # a forward that branches on values may raise anything
         raise _NotPlainError(f"its forward is not a fixed graph of torch functions ({type(error).__name__})") from error
     for node in reversed(graph.nodes):
-        node.type = None  # annotations are strings, which torch.jit.script does not resolve
-        if (
-            getattr(node.target, "__module__", None) == _checks.__name__
-        ):  # checks of the shape, whose result is not used
+        node.type = None  # torch.jit.script cannot resolve string annotations
+        if getattr(node.target, "__module__", None) == _checks.__name__:  # shape checks, whose result is not used
             graph.erase_node(node)
-    bare = fx.Graph()  # which does not keep the class of the tracer: pickles would hold its name
+    bare = fx.Graph()  # without the tracer's class, which pickles would need
     bare.output(bare.graph_copy(graph, {}))
     twin = fx.GraphModule(tracer.root, bare, class_name=type(module).__name__)
     twin.graph.eliminate_dead_code()  # the shapes that were checked
@@ -145,7 +142,7 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
 
 
 def with_numbers(conv: nn.Module) -> nn.Module:
-    """Write "same" padding as numbers where both sides are alike, in place, as torch's quantized convolutions need."""
+    """Replace symmetric "same" padding with numbers, in place, as torch's quantized convolutions require."""
     if isinstance(conv, nn.Conv2d) and conv.padding == "same":
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         if (left, top) == (right, bottom):
@@ -154,7 +151,7 @@ def with_numbers(conv: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Traces through layers of ours alone; all other modules are parts of the graph as they are."""
+    """Traces through our layers; all other modules become leaves of the graph."""
 
     enters_widefield_layers = True
 
@@ -165,7 +162,7 @@ class _Tracer(fx.Tracer):
         return not is_layer(m) or isinstance(m, DepthwiseConv2d)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Unpack what ``split`` and ``chunk`` return, whose number is in their arguments."""
+        """Unpack the results of ``split`` and ``chunk``, whose arguments give their number."""
         node = obj.node
         if node.op == "call_method" and node.target in ("split", "chunk"):
             sizes = node.args[1]

@@ -1,4 +1,4 @@
-"""From the structure that trains to the structure that serves, and the proof that they compute the same."""
+"""Merge a trained model into its inference structure, and verify that it computes the same."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class NothingToFuseError(ValueError):
-    """A model in which there is nothing to reparameterize: it is as it computes."""
+    """A model that has nothing to reparameterize."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class _Merge:
     module: nn.Module
     method: str
     twin: nn.Module
-    """What a copy of the module became."""
+    """The merged copy of the module."""
 
 
 @dataclass
 class _Work:
-    """A model on its way, and what happened to its layers."""
+    """A model in progress, and what happened to its layers so far."""
 
     model: nn.Module
     name: str
@@ -133,7 +133,7 @@ def reparameterize(
 
 
 def _merged(model: nn.Module, x: Tensor, *, made_up: bool, count: bool) -> _Work:
-    """Merge what merges itself, in place, with the norms that can go into mixtures."""
+    """Merge the layers that merge themselves, in place, and the norms that can be folded into mixtures."""
     merges, left = _merges(model)
     mixtures = {tried.module: tried.name for tried in merges if takes_norm(tried.module)}
     norms = [module for module in model.modules() if is_norm(module)]
@@ -178,10 +178,9 @@ def _verified(work: _Work, tolerance: float) -> Difference:
 
 
 def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
-    """Return what merges itself, tried on copies, and what should and does not.
+    """Return the modules that merge themselves, tried on copies, and those whose method fails.
 
-    A ``fuse()`` that acts in place and holds others is that of a whole network (timm's RepViT), and calls theirs: they
-    are fused one by one.
+    An in-place ``fuse()`` of a whole network (timm's RepViT) calls those of its layers; the layers are merged instead.
     """
     twins: dict[nn.Module, nn.Module] = {}
     failed: dict[nn.Module, str] = {}
@@ -213,7 +212,7 @@ def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
     for module in names:
         mixture = next((inner for inner in module.modules() if takes_norm(inner)), None)
         if mixture is not None and module not in inside and merge_method(module) is not None:
-            failed[module] = f"its own method would look for a convolution where a {type(mixture).__name__} is"
+            failed[module] = f"its own method expects a convolution where a {type(mixture).__name__} is"
     outer: list[str] = []
     for module, name in names.items():
         reason = computed(module) if merge_method(module) is not None else None
@@ -230,7 +229,7 @@ def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
 
 
 def _structure(module: nn.Module) -> list[tuple[str, object]]:
-    """Return the parts of a module by which one that acted in place differs from one that had nothing to do."""
+    """Return types and shapes of a module's parts, which an in-place merge changes."""
     parts: list[tuple[str, object]] = [(name, type(part)) for name, part in module.named_modules()]
     return parts + [(name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()]
 
@@ -238,7 +237,7 @@ def _structure(module: nn.Module) -> list[tuple[str, object]]:
 def _merge(
     root: nn.Module, merges: list[_Merge], pairs: list[Pair], own: dict[nn.Module, Difference]
 ) -> tuple[nn.Module, list[FusedLayer]]:
-    """Merge for good, in place, what :func:`_merges` tried; return the root and what became of its layers."""
+    """Merge in place what :func:`_merges` tried on copies; return the root and the fused layers."""
     followed = {pair.layer: pair for pair in pairs}
     names = {module: name for name, module in root.named_modules()}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -265,7 +264,7 @@ def _merge(
 
 
 def _fold(root: nn.Module, pairs: list[Pair]) -> list[FusedLayer]:
-    """Put folded layers in their places, and return what became of them."""
+    """Replace layers and norms with their folds, and return the fused layers."""
     names = {module: name for name, module in root.named_modules()}
     replacements: dict[nn.Module, nn.Module] = {}
     fused = []
@@ -280,7 +279,7 @@ def _fold(root: nn.Module, pairs: list[Pair]) -> list[FusedLayer]:
 
 
 def _joined(merged: list[FusedLayer], folded: list[FusedLayer]) -> list[FusedLayer]:
-    """Return both in one list, where a layer of which both speak stands once."""
+    """Return both lists as one, with one entry per layer."""
     first = {layer.name: layer for layer in merged}
     for layer in folded:
         if layer.name in first:
@@ -292,7 +291,7 @@ def _joined(merged: list[FusedLayer], folded: list[FusedLayer]) -> list[FusedLay
 
 
 def _finished(fused: list[FusedLayer], changed: list[Changed], model: nn.Module) -> list[FusedLayer]:
-    """Return the layers with the classes that they have in the end, and those that only changed their class."""
+    """Return the fused layers with their final classes, and the layers that only changed their class."""
     known = {layer.name: layer for layer in fused}
     for name, before, after in changed:
         known.setdefault(name, FusedLayer(name, None, "layer", before, after, None))
@@ -328,7 +327,7 @@ def _nothing(left: list[LeftLayer]) -> str:
 
 
 def _turned(before: Any, after: Any) -> bool:
-    """Say whether an output of whole numbers, such as classes in the order of their scores, is another."""
+    """Return whether an output of integers changed, such as classes in the order of their scores."""
     pairs = zip(*comparable(before, after), strict=True)
     return any(not (a.is_floating_point() or a.is_complex()) and not torch.equal(a, b) for a, b in pairs)
 
@@ -346,13 +345,13 @@ def _too_far(
     named = guilty or [layer.name for layer in fused]
     more = f" and {len(named) - 5} more" if len(named) > 5 else ""
     grown = "" if guilty or not any(layer.difference for layer in fused) else (
-        " Each alone is within it: either this network makes roundings grow (then it passes in float64), or something "
-        "else reads what changed."
+        " Each layer alone is within it: either this network amplifies rounding (then it passes in float64), or other "
+        "code reads what changed."
     )  # fmt: skip
     if grown and turned:
         grown = (
-            " Each alone is within it, and an output of whole numbers differs: a ranking (top-k, non-maximum "
-            "suppression) may have turned over near-equal scores. Try another example input, or the model without its "
+            " Each layer alone is within it, and an output of integers differs: a ranking (top-k, non-maximum "
+            "suppression) may have swapped near-equal scores. Try another example input, or the model without the "
             "ranking."
         )
     dtype = place(model)[1]
@@ -379,7 +378,7 @@ def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
 
 
 def _cost(model: nn.Module, x: Tensor) -> bench.Cost:
-    """Count for the whole example, of which not every model takes a part, and share the work out to its images."""
+    """Return the cost per image, counted on the whole example because not every model accepts part of it."""
     counted = bench.cost(model, x)
     return bench.Cost(counted.parameters, counted.macs // max(1, len(x)), counted.uncounted)
 
@@ -390,5 +389,5 @@ def _still_runs(model: nn.Module, x: Tensor) -> Any:
     except (AttributeError, KeyError, TypeError) as error:
         raise RuntimeError(
             f"the model no longer runs with its layers fused ({type(error).__name__}: {error}): its code reads "
-            "something of a layer that is another now."
+            "an attribute of a layer that was replaced."
         ) from error

@@ -1,8 +1,8 @@
-"""Routing made static where the data allow it: a mixture becomes one plain convolution.
+"""Make routing static where the data allow it: a mixture becomes one plain convolution.
 
-A mixture's kernel is linear in its routing weights, and a dynamic mask's kernel in the mask. The mean of either over
-images therefore gives, exactly, the mean of the kernels that these images get. A layer with that kernel is right where
-the routing is constant, and where it varies as good as one kernel for all images can be guessed without training.
+A mixture's kernel is linear in its routing weights, and a dynamically masked kernel is linear in the mask. The mean of
+either over images therefore gives exactly the mean kernel of these images. A layer with that kernel is exact if the
+routing is constant; otherwise it is the best guess of one kernel without training.
 """
 
 from __future__ import annotations
@@ -38,47 +38,45 @@ Statics = Mapping[str, nn.Conv2d]
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """One routed layer, and what its routing is worth on the data. None where the data never reach it."""
+    """One routed layer, and the effect of its routing on the data; None where the data never reach it."""
 
     name: str
     kind: str
     """Its class."""
     reason: str | None
-    """Why it stays as it is; None if it was made static."""
+    """Why the layer keeps its routing; None if it was made static."""
     variation: float | None = None
-    """How far its routing varies: the root mean square distance of routing weights (or masks) from their mean, over
-    the norm of that mean."""
+    """Root mean square distance of the routing weights (or masks) from their mean, over the norm of that mean."""
     own: float | None = None
-    """What making it static changes in its own output, on its inputs in the original model: as ``Difference.rms``."""
+    """Change of the layer's own output if it is static, on its inputs in the original model, as ``Difference.rms``."""
     change: Difference | None = None
-    """What making it alone static changes in the model's outputs."""
+    """Change of the model's outputs if only this layer is static."""
 
 
 @dataclass(frozen=True)
 class Specialization(Report):
-    """What :func:`specialize` did and what was lost. Every change is one of the model's outputs, on the loader."""
+    """What :func:`specialize` did and what it cost. Changes are of the model's outputs on the loader."""
 
     policy: str
     tolerance: float
     layers: tuple[RoutedLayer, ...]
     """In the order of the model's modules."""
     predicted: Difference
-    """What making all layers static would change if each moved the outputs by as much as it does alone, accuracy and
-    agreement included. This leaves out that a layer reads what those before it have changed."""
+    """Change if all layers are static, predicted from the change by each layer alone. This ignores that a layer reads
+    the changed outputs of earlier layers."""
     independent: float
-    """The ``rms`` of the same by a coarser guess, the root of the sum of the layers' squared changes: of changes in
-    directions that have nothing to do with each other."""
+    """A coarser prediction of its ``rms``, for independent changes: the root of the sum of the squared changes."""
     together: Difference
-    """What making all layers static changes, measured."""
+    """Measured change if all layers are static."""
     measured: Difference
-    """What changed in the model that was returned, measured; with policy "mean" this is ``together``."""
+    """Measured change of the returned model; with policy "mean" the same as ``together``."""
     before: bench.Cost
-    """Of one image of the loader's first batch."""
+    """Cost for one image."""
     after: bench.Cost
 
     @property
     def images(self) -> int:
-        """How many images the loader has."""
+        """Number of images in the loader."""
         return self.measured.images
 
     @property
@@ -87,7 +85,7 @@ class Specialization(Report):
         return tuple(layer.name for layer in self.layers if layer.reason is None)
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row a routed layer."""
+        """Return one table row per routed layer."""
         return [
             {
                 "layer": layer.name,
@@ -103,7 +101,7 @@ class Specialization(Report):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as numbers, strings, sequences and mappings."""
+        """Return the fields as mappings and lists for JSON."""
         return {**asdict(self), "images": self.images}
 
     def summary(self) -> str:
@@ -249,7 +247,7 @@ def _routed_layers(model: nn.Module) -> dict[str, Routed]:
 
 
 def _routing(layer: Routed, x: Tensor) -> Tensor:
-    """Return what a layer decides for each image, and its kernel is linear in: (N, n), or masks (N, KH, KW)."""
+    """Return the routing of each image, in which the kernel is linear: weights (N, n) or masks (N, KH, KW)."""
     if isinstance(layer, DynamicGMConv2d):
         return layer.masks(x if x.ndim == 4 else x[None])
     weights: Tensor = layer.router(x)
@@ -258,12 +256,12 @@ def _routing(layer: Routed, x: Tensor) -> Tensor:
 
 def _static(name: str, layer: Routed, mean: Tensor) -> nn.Conv2d:
     if not mean.isfinite().all():
-        raise ValueError(f"the routing of {name} is not finite on these images: choose others, or mend the model.")
+        raise ValueError(f"the routing of {name} is not finite on these images: choose other images, or fix the model.")
     return layer.collapse(mean)
 
 
 class _Moments:
-    """Mean and spread of tensors, in float64, around the first: equal ones have exactly their mean and no spread."""
+    """Mean and spread of tensors in float64, relative to the first one, so that equal tensors have no spread at all."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -298,13 +296,13 @@ class _Moments:
 
 @contextmanager
 def _watched(layers: Layers, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call ``see`` with the name, input and output of every call of a layer, before anything can change either."""
+    """Call ``see`` with name, input and output for every call of a layer, before other code can change them."""
 
     def hook(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
         if kwargs:
             raise ValueError(
-                f"{name} is called by keyword ({', '.join(kwargs)}=), which the convolution that it would become does "
-                "not know: call it with its input alone."
+                f"{name} is called by keyword ({', '.join(kwargs)}=), which a convolution does not accept: "
+                "pass its input by position."
             )
         see(name, args[0], output)
 
@@ -327,7 +325,7 @@ def _swapped(root: nn.Module, layers: Layers, statics: Statics, names: Iterable[
 
 
 def _record(model: nn.Module, layers: Layers, loader: Iterable[Any]) -> tuple[dict[str, _Moments], Tensor]:
-    """Return what every layer decides over a loader, and the first image (1, C, H, W)."""
+    """Return the routing of every layer over a loader, and the first image (1, C, H, W)."""
     routing = {name: _Moments() for name in layers}
     example = torch.empty(0)
     with _watched(layers, lambda name, x, y: routing[name].add(_routing(layers[name], x))):
@@ -338,7 +336,7 @@ def _record(model: nn.Module, layers: Layers, loader: Iterable[Any]) -> tuple[di
 
 
 class _Effects:
-    """What static layers change: of their own outputs, and of the model's, alone and together."""
+    """The changes by static layers: of their own outputs and of the model's, alone and together."""
 
     def __init__(self, names: Iterable[str]) -> None:
         names = list(names)
@@ -351,7 +349,7 @@ class _Effects:
         return {name: tally.difference() for name, tally in self.alone.items()}
 
     def measure(self, model: nn.Module, layers: Layers, statics: Statics, loader: Iterable[Any]) -> None:
-        """Run the model over a loader, and every variant of it while a batch is at hand."""
+        """Run the model and all its variants on every batch of a loader."""
         for images, labels in batches(loader, model):
             with _watched(layers, lambda name, x, y: self.own[name].add(y, statics[name](x))):
                 outputs = model(images)
@@ -382,11 +380,11 @@ def _within(
     tolerance: float,
     effects: _Effects,
 ) -> tuple[list[str], Difference | None]:
-    """Return the layers that can be static within the tolerance, and the measured change of these (None for none).
+    """Return the layers that can be static within the tolerance, and their measured change (None without any).
 
-    Of all layers in the order of their changes, the longest run is looked for whose measured change is within the
-    tolerance: ``good`` layers are, ``bad`` are not. What to measure next is guessed from independent changes, times
-    what such a guess was off by in the measurement before.
+    Layers are sorted by the change that each causes alone. A search finds the longest prefix whose measured change is
+    within the tolerance: prefixes of length ``good`` are, those of length ``bad`` are not. The next length to measure
+    is predicted from independent changes, times the error of the previous prediction.
     """
     alone, together = effects.alone_differences(), effects.together.difference()
     order = sorted((name for name in alone if alone[name].rms <= tolerance), key=lambda name: alone[name].rms)

@@ -199,13 +199,13 @@ def _watch(model: nn.Module, x: Tensor, *, noise: bool) -> dict[nn.Module, list[
 
 
 def _limited(table: CropTable, limit: int | None) -> int:
-    """Return the index of the largest crop within the limit, or of the whole where there is none so small."""
+    """Return the index of the largest crop within the limit, or of the whole kernel if none is small enough."""
     index = None if limit is None else table.fitting(limit)
     return len(table.sizes) - 1 if index is None else index
 
 
 def _within(layer: Layer, tolerance: float, limit: int | None) -> Sizes:
-    """Return the smallest sizes of a layer by which no output channel loses more than ``tolerance`` of its L1 mass."""
+    """Return the smallest kernel sizes for which no output channel loses more than ``tolerance`` of its L1 mass."""
     tables = [kernel.table for kernel in layer.kernels]
     return tuple(table.sizes[min(table.within(tolerance), _limited(table, limit))] for table in tables)
 
@@ -217,7 +217,7 @@ def _entries(layer: Layer | Left, stage: int, sizes: Sizes, limit: int | None) -
     for kernel, size in zip(layer.kernels, sizes, strict=True):
         index = kernel.table.sizes.index(size)
         stuck = limit is not None and kernel.table.fitting(limit) is None
-        why = "no smaller kernel keeps its outputs where they are: its padding is used up, or its sides are even"
+        why = "a smaller kernel would move its outputs: its padding is used up, or its sides are even"
         entries.append(
             TrimmedKernel(
                 kernel.name,
@@ -237,9 +237,9 @@ def _entries(layer: Layer | Left, stage: int, sizes: Sizes, limit: int | None) -
 
 
 def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
-    """Return how far the trimmed model is from the one with zeros for the same taps; RuntimeError where it is far."""
+    """Return how far the trimmed model is from the one with zeros in the same taps; RuntimeError if too far."""
     masked, trimmed = zero_taps(model, sizes), crop_kernels(model, sizes)
-    if x.dtype in (torch.float16, torch.bfloat16):  # whose rounding would hide what is sought
+    if x.dtype in (torch.float16, torch.bfloat16):  # their rounding would hide a difference
         x, masked, trimmed = x.float(), masked.float(), trimmed.float()
     with torch.no_grad():
         expected = masked(x)
@@ -254,8 +254,8 @@ def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
             apart, why = math.inf, str(error).splitlines()[0]
     if not apart <= ROUNDING:
         raise RuntimeError(
-            "the trimmed model is not the model with zeros for the same taps: some module reads a convolution's "
-            f"kernel size or padding by itself. What was seen: {why}. Cropped were: "
+            "the trimmed model differs from the model with zeros in the same taps, because some module reads a "
+            f"convolution's kernel size or padding by itself: {why}. Cropped layers: "
             f"{', '.join(name or type(model).__name__ for name in sizes)}."
         )
     return apart

@@ -1,8 +1,7 @@
-"""Which kernels of a model can be cropped, how far, and the layer that is left: what :mod:`widefield.surgery.trim`
-chooses from.
+"""Find the kernels of a model that can be cropped, measure how far, and crop them, for :mod:`widefield.surgery.trim`.
 
-A crop takes as many taps from one end of an axis as from the other, and as many pixels of padding with them: outputs
-keep their size and their place. So a convolution can give up what its padding holds, and no more.
+A crop removes as many taps at one end of an axis as at the other, with as many pixels of padding, so outputs keep their
+size and position. A convolution can therefore be cropped only as far as its padding allows.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from widefield.surgery.walk import copied, hooked, replace
 
 Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
-"""(rows, columns) in taps of every kernel of a layer: one, or as many as a mixture has experts."""
+"""(rows, columns) in taps for every kernel of a layer; a mixture has one kernel per expert."""
 
 _KINDS = (nn.Conv2d, DepthwiseConv2d, nn.ConvTranspose2d, FusedMoRFConv2d, Conv2dSame, DepthwiseConv2dSame)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: (H, W) of its input and of its output."""
+    """(H, W) of the input and the output in one call of a layer."""
 
     seen: Pair
     made: Pair
@@ -46,13 +45,13 @@ class Kernel:
     """A kernel that can be cropped."""
 
     name: str
-    """Of the layer; an expert of a mixture has its index in brackets."""
+    """Name of the layer; an expert of a mixture has its index in brackets."""
     size: Pair
-    """(rows, columns) in taps, as it is."""
+    """(rows, columns) in taps, before cropping."""
     dilation: Pair
     table: CropTable
-    """What crops lose. Its last entry is the smallest crop that loses nothing: taps beyond it are zero, or never meet
-    the map. Its first is the smallest that the padding allows."""
+    """What each crop loses, from the smallest crop that the padding allows to the smallest one that loses nothing. Taps
+    outside the latter are zero or never meet the map."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,12 @@ class Layer:
     module: nn.Module
     kernels: tuple[Kernel, ...]
     windows: CropTable
-    """What crops of all its kernels to a common window lose together."""
+    """What is lost if all kernels are cropped to one window."""
     macs: int
-    """Multiply-accumulates for each tap of the window and image, of all calls seen; at least 1."""
+    """Multiply-accumulates per tap of the window and image, over all calls; at least 1."""
 
     def whole(self) -> Sizes:
-        """Return the sizes that the kernels have."""
+        """Return the sizes of the kernels before cropping."""
         return tuple(kernel.size for kernel in self.kernels)
 
     def inside(self, index: int) -> Sizes:
@@ -82,7 +81,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Left:
-    """A layer with spatial kernels that stays as it is."""
+    """A layer with spatial kernels that cannot be cropped, and why."""
 
     name: str
     size: Pair
@@ -99,7 +98,7 @@ def by_outputs(module: nn.Module) -> Tensor:
 
 
 def watch(model: nn.Module, x: Tensor) -> dict[nn.Module, list[Call]]:
-    """Run the model on ``x`` (N, C, H, W), without gradients, and return the calls of all layers with kernels."""
+    """Run the model on ``x`` (N, C, H, W) without gradients; return the calls of all layers with spatial kernels."""
     calls: dict[nn.Module, list[Call]] = {module: [] for _, module in _spatial(model)}
     handles = [module.register_forward_hook(partial(_note, calls[module]), with_kwargs=True) for module in calls]
     try:
@@ -119,7 +118,7 @@ def _note(
 
 
 def _spatial(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers whose kernel has more than one tap."""
+    """Yield the layers whose kernels have more than one tap."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, DynamicGMConv2d, FusedMoRFConv2d)):
             rows, columns = _size(module)
@@ -141,15 +140,15 @@ def _dilation(module: Any) -> Pair:
 def kernels_of(
     model: nn.Module, calls: Mapping[nn.Module, Sequence[Call]] | None, *, fixed: bool
 ) -> list[Layer | Left]:
-    """Return the layers with spatial kernels, in the order of the model, those that can be cropped measured.
+    """Return the layers with spatial kernels, in the order of the model; measure those that can be cropped.
 
     Args:
-        model: reparameterized; only read.
-        calls: see :func:`watch`; None: unknown.
-        fixed: the calls are all that there will be, so that taps which never met the map count as zeros.
+        model: reparameterized. It is only read.
+        calls: the result of :func:`watch`; None: unknown.
+        fixed: whether all future inputs have these sizes, so that taps that never met the map count as zeros.
 
     Raises:
-        ValueError: no such layer, or a kernel that holds no finite numbers.
+        ValueError: no such layer, or a kernel that is not finite.
     """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found: list[Layer | Left] = []
@@ -168,11 +167,11 @@ _UNSEEN = "the model was run and did not call it: it is not used, or another mod
 
 def _why_not(module: Any, owners: Mapping[int, int]) -> str | None:
     if isinstance(module, DynamicGMConv2d):
-        return "its mask depends on the image, so that its kernel is not known"
+        return "its mask depends on the image, so its kernel is unknown"
     if parametrize.is_parametrized(module):
-        return "its kernel is computed by a parametrisation: remove that first (remove_parametrizations)"
+        return "its kernel is computed by a parametrization: call remove_parametrizations first"
     if type(module) not in _KINDS:
-        return f"it is a {type(module).__name__}, which may pad or compute its kernel in a way of its own"
+        return f"it is a {type(module).__name__}, which may pad or compute its kernel differently"
     if hooked(module) or "forward" in vars(module):
         return "it has hooks, which would be lost, or which compute its kernel"
     if isinstance(module, FusedMoRFConv2d):
@@ -197,7 +196,7 @@ def _least(conv: Any) -> Pair:
     spare = [(k - 1) // 2 for k in size]
     if conv.padding == "valid":
         spare = [0, 0]
-    elif conv.padding != "same":  # which shrinks with the kernel
+    elif conv.padding != "same":  # "same" padding shrinks with the kernel
         spare = [min(p // d, s) for p, d, s in zip(conv.padding, _dilation(conv), spare, strict=True)]
     return size[0] - 2 * spare[0], size[1] - 2 * spare[1]
 
@@ -223,7 +222,7 @@ def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
 
 def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: bool = False) -> Kernel:
     size = weight.shape[-2], weight.shape[-1]
-    crop_table(weight, dilation)  # which says what is no kernel
+    crop_table(weight, dilation)  # raises for invalid kernels
     used = (weight != 0).any(1).any(0)
     box = _around(used.any(1), least[0]), _around(used.any(0), least[1])
     if square:
@@ -232,7 +231,7 @@ def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: b
 
 
 def _around(used: Tensor, least: int) -> int:
-    """Return how many taps of an axis, centered, hold all that are used."""
+    """Return the smallest number of centered taps of an axis that covers all used ones."""
     taps = used.nonzero().flatten().tolist()
     spare = min(taps[0], len(used) - 1 - taps[-1]) if taps else len(used)
     return max(len(used) - 2 * spare, least)
@@ -272,7 +271,7 @@ def _constant(padding: Pair, seen: Pair) -> Pair:
 def _meeting(
     weight: Tensor, calls: Sequence[Call], module: Any, padding: Callable[[Pair], Pair], dilation: Pair
 ) -> Tensor:
-    """Return the kernel with zeros for taps that meet nothing but padding in all of these calls; no calls: as it is.
+    """Return the kernel with zeros for taps that meet only padding in all of these calls; unchanged without calls.
 
     ``padding`` maps the size of an input to the rows and columns of padding before it.
     """
@@ -282,30 +281,30 @@ def _meeting(
     stride = _checks.pair("stride", module.stride)
     met = torch.zeros(weight.shape[-2:], dtype=torch.bool)
     for call in calls:
-        # Tap k stands at p = i * stride + k * dilation - padding, i over outputs, and p over inputs; if transposed,
-        # the other way round.
+        # Tap k is at p = i * stride + k * dilation - padding, with i over outputs and p over inputs; in transposed
+        # convolutions i is over inputs and p over outputs.
         walks, lands = (call.seen, call.made) if transposed else (call.made, call.seen)
         axes, before = [], padding(call.seen)
         for axis in (0, 1):
             at = torch.arange(weight.shape[axis - 2]) * dilation[axis] - before[axis]
-            first = -(at.clamp(max=0) // stride[axis])  # the first i at or behind the map's edge
+            first = -(at.clamp(max=0) // stride[axis])  # the first i at or after the map's edge
             axes.append((first < walks[axis]) & (first * stride[axis] + at < lands[axis]))
         met |= axes[0][:, None] & axes[1]
     return weight * met.to(weight)
 
 
-# Layers with crops
+# Cropped layers
 
 
 def crop_kernels(model: nn.Module, sizes: Mapping[str, Sizes], *, inplace: bool = False) -> nn.Module:
-    """Return a copy of the model, or the model itself, whose layers, by name, have kernels of these sizes."""
+    """Return a copy of the model, or the model itself, with the kernels of these layers cropped."""
     twin = model if inplace else copied(model)
     modules = dict(twin.named_modules())
     return replace(twin, {modules[name]: _smaller(modules[name], given) for name, given in sizes.items()})
 
 
 def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
-    """Return a copy of the model with zeros for the taps that :func:`crop_kernels` removes: the same function."""
+    """Return a copy of the model with zeros in the taps that :func:`crop_kernels` removes; it computes the same."""
     twin = copied(model)
     modules: dict[str, Any] = dict(twin.named_modules())
     with torch.no_grad():
@@ -320,7 +319,7 @@ def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
 
 
 def _smaller(module: Any, sizes: Sizes) -> nn.Module:
-    """Return the layer with cropped kernels; all other parameters are the very ones of ``module``."""
+    """Return the layer with cropped kernels; all other parameters are the same objects as in ``module``."""
     if isinstance(module, FusedMoRFConv2d):
         bank = fold.kernel_bank(_kept(module, sizes), module.dilations)
         module.bank = nn.Parameter(bank.detach(), module.bank.requires_grad)

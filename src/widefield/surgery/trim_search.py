@@ -25,47 +25,51 @@ _ROUNDS = 4
 
 @dataclass(frozen=True)
 class _Step:
-    """One crop more of one layer."""
+    """One further crop of one layer."""
 
     layer: int
     index: int
-    """Of the layer's windows."""
+    """Index in the layer's windows."""
     gain: float
-    """Multiply-accumulates saved for each unit of squared change."""
+    """Multiply-accumulates saved per unit of squared change."""
 
 
 class Search:
-    """Finds a large cropping by which outputs change by no more than the budget, each candidate being measured."""
+    """Search for large crops that change the outputs by at most the budget; every candidate is measured."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], loader: Iterable[Any], budget: float) -> None:
         self._model, self._layers, self._loader, self._budget = model, layers, loader, budget
         self._measured: dict[tuple[Sizes, ...], Difference] = {}
 
     def change(self, sizes: Mapping[str, Sizes]) -> Difference:
-        """Return how the outputs change by these crops, on all of the data."""
+        """Return how much these crops change the outputs, on all of the data."""
         key = tuple(sizes.values())
         if key not in self._measured:
             self._measured[key] = compare(self._model, crop_kernels(self._model, sizes), self._loader)
         return self._measured[key]
 
     def run(self, chosen: list[int]) -> dict[str, Sizes]:
-        """Return the sizes found, from windows that are given on.
+        """Return the kernel sizes found.
 
-        Raises RuntimeError where crops that should lose nothing, as no limit asks for more, break the budget.
+        Args:
+            chosen: index of the window that each layer starts from.
+
+        Raises:
+            RuntimeError: crops that should lose nothing already break the budget.
         """
         lossless = chosen == [len(layer.windows.sizes) - 1 for layer in self._layers]
         rms = self.change(self._sizes(chosen)).rms
         if lossless and not rms <= self._budget + _rounding(self._model):
             raise RuntimeError(
-                f"cropping what is zero, or never meets the map, changes the outputs by {rms:.2g} (relative RMS), more "
-                f"than tolerance={self._budget:g}: layers get other maps on these images than on the first of them, or "
-                "the model computes something else at every call."
+                f"removing taps that are zero or never meet the map changes the outputs by {rms:.2g} (relative RMS), "
+                f"more than tolerance={self._budget:g}. Either the maps on these images differ in size from those on "
+                "the first ones, or the model is not deterministic."
             )
         if not self._budget or rms > self._budget:
             return self._sizes(chosen)
         pending = self._steps(chosen)
         for _ in range(_ROUNDS):
-            low, high = 0, len(pending) + 1  # of the steps the first `low` fit
+            low, high = 0, len(pending) + 1  # the first `low` steps fit
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if self._fits(_taken(chosen, pending[:middle])) else (low, middle)
@@ -82,11 +86,10 @@ class Search:
         return self.change(self._sizes(chosen)).rms <= self._budget
 
     def _steps(self, start: Sequence[int]) -> list[_Step]:
-        """Return the crops worth taking, the one that saves most for what it costs first.
+        """Return the useful crops, those that save the most per squared change first.
 
-        What a crop costs is measured for each layer alone, on a few images, down to the crop that breaks the budget by
-        itself. Squared changes of several layers are taken to add up, as they do where the layers' errors are
-        uncorrelated.
+        The change is measured for each layer alone on a few images, down to the crop that breaks the budget by itself.
+        Squared changes of several layers are assumed to add up, as those of uncorrelated errors do.
         """
         images = next(batches(self._loader, self._model))[0]
         whole = crop_kernels(self._model, self._sizes(start))

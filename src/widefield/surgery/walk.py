@@ -1,4 +1,4 @@
-"""The only loop that replaces modules, and which modules merge what is inside them."""
+"""Find, merge, copy and replace modules; the only loop that replaces them is here."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ R = TypeVar("R")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _WITHOUT_MODE = (*FROZEN_NORMS, nn.Identity, nn.ModuleDict, nn.ModuleList, _WeightNorm, _Orthogonal)
-"""Modules that compute the same in training and evaluation mode, so that their mode says nothing about the model."""
+"""Modules that compute the same in training and evaluation mode, so their mode does not matter."""
 
 _COMPUTING_HOOKS = {
     WeightNorm: "remove_weight_norm",
     SpectralNorm: "remove_spectral_norm",
     BasePruningMethod: "prune.remove",
 }
-"""Forward hooks of ``torch.nn.utils`` that compute a weight from other parameters -> what ends that."""
+"""Forward hooks of ``torch.nn.utils`` that compute a weight -> the function that removes them."""
 
 MERGE_METHODS = ("fuse", "reparameterize", "switch_to_deploy", "merge_kernel", "merge_dilated_branches")
-"""``fuse()`` returns the merged module. The others act in place: those of timm's blocks, and of the code of MobileOne,
-RepVGG, RepLKNet and SLaK, and UniRepLKNet.
+"""``fuse()`` returns the merged module. The others work in place: they are methods of timm's blocks and of the official
+code of MobileOne, RepVGG, RepLKNet, SLaK and UniRepLKNet.
 """
 
 COLLECTIVE = ("structural_reparam", "reparameterize_unireplknet")
-"""What official code calls on whole networks (RepLKNet's, UniRepLKNet's): it calls the methods above on what is inside.
-Walking reaches the same, and then each layer has its name and its own figures: these are called, by ``reparameterize``
-alone, where nothing inside has one of the methods above. Our networks have them as users of that code know them.
+"""Methods of whole networks in official code (RepLKNet, UniRepLKNet), which call the methods above on the layers.
+``reparameterize`` walks the layers itself, to report each by name. It calls these only if no layer inside has one of
+the methods above. Our networks have them for users of the official code.
 """
 
 _MADE = ("reparam_conv", "rbr_reparam", "lkb_reparam")
-"""Attributes in which methods that act in place leave what they made."""
+"""Attributes in which in-place methods leave the merged convolution."""
 
 
 def merge_method(module: nn.Module) -> str | None:
-    """Return the name of the method by which ``module`` merges itself, or None.
+    """Return the name of the method with which a module merges itself, or None.
 
-    It takes no arguments: a ``fuse(a, b)`` of somebody else's is another thing. Where a method that acts in place was
-    called before, there is nothing to merge, though it is still there.
+    The method must work without arguments, because a ``fuse(a, b)`` of other code means something else. An in-place
+    method that was called before does not count.
     """
     if isinstance(module, SameAligned) and not module.merges():
         return None
@@ -79,10 +79,14 @@ def _is_merged(module: nn.Module) -> bool:
 
 
 def refuse_training(model: nn.Module, what: str) -> None:
-    """Raise RuntimeError for a model of which a part is in training mode; ``what`` begins the sentence.
+    """Raise RuntimeError if a part of a model is in training mode.
 
-    The mode of frozen batch norms and of weight norm does not count: timm's ``freeze_batch_norm_2d`` and torch's
-    ``weight_norm`` add them to models in evaluation mode, and leave them in training mode.
+    Frozen batch norms and weight norm do not count: timm's ``freeze_batch_norm_2d`` and torch's ``weight_norm`` add
+    them in training mode to models in evaluation mode.
+
+    Args:
+        model: any module.
+        what: the first clause of the message.
     """
     training = [
         name or type(model).__name__
@@ -100,15 +104,15 @@ def check_report(report: object) -> None:
 
 
 def begin(model: nn.Module, what: str, report: object) -> None:
-    """Refuse, before any work, what no function that returns another model can work with.
+    """Check the arguments that ``reparameterize``, ``specialize`` and ``trim`` share.
 
     Args:
-        model: see Raises.
-        what: begins the sentence about training mode.
-        report: None, or what is called with the report.
+        model: the model to work on.
+        what: the first clause of the message about training mode.
+        report: None or a callable.
 
     Raises:
-        TypeError: a report that is no function.
+        TypeError: a report that is not callable.
         RuntimeError: a part of the model is in training mode.
         ValueError: a parameter or buffer on the meta device.
     """
@@ -120,18 +124,18 @@ def begin(model: nn.Module, what: str, report: object) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in evaluation mode, in evaluation mode too: copies of torchvision's extractors are not.
+    """Return a copy of a model, in evaluation mode. Copies of torchvision's feature extractors start in training mode.
 
-    Raises ValueError for a module whose ``forward`` was replaced by a function, in which the copy would be the old
-    module still. What ``torch.compile`` wraps around a module (``_orig_mod``) makes its own anew.
+    Raises ValueError for a module whose ``forward`` was replaced with a function, which would still call the original
+    module in the copy. ``torch.compile``'s wrapper (``_orig_mod``) is fine: it creates its ``forward`` again.
     """
     for name, module in model.named_modules():
         if isinstance(vars(module).get("forward"), FunctionType) and "_orig_mod" not in module._modules:
             where = name or type(module).__name__
             raise ValueError(
-                f"the forward of {where} was replaced by a function, by which a copy of {where} would still compute "
-                "with the old one: give back the forward of its class (del module.forward), and wrap or compile the "
-                "result instead."
+                f"the forward of {where} was replaced with a function, so a copy of {where} would still run the "
+                "original: restore the forward of its class (del module.forward), and wrap or compile the result "
+                "instead."
             )
     return duplicate(model).eval()
 
@@ -139,8 +143,9 @@ def copied(model: nn.Module) -> nn.Module:
 def duplicate(module: _Module) -> _Module:
     """Return a deep copy, also of modules that keep tensors with a gradient function.
 
-    ``copy.deepcopy`` refuses such tensors: weights that weight norm and pruning compute by hooks, and the attention
-    biases that timm caches (LeViT, EfficientViT, TinyViT). The copy holds their values and computes them again.
+    ``copy.deepcopy`` refuses such tensors, for example weights that weight norm and pruning compute in hooks, and the
+    attention biases that timm caches (LeViT, EfficientViT, TinyViT). The copy holds their values until it computes them
+    again.
     """
     held = [tensor for part in module.modules() for tensor in _tensors(vars(part))]
     stand_ins = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
@@ -165,9 +170,9 @@ def hooked(module: nn.Module) -> bool:
 
 
 def computed(module: nn.Module) -> str | None:
-    """Return why the weights inside ``module`` cannot be merged or replaced, or None if they are plain parameters.
+    """Return why the weights in a module cannot be merged or replaced, or None if they are plain parameters.
 
-    The reason names the part whose weight is computed at every call, and the function that makes it a parameter again.
+    The reason names the submodule whose weight is computed in every call, and the function that undoes it.
     """
     for name, part in module.named_modules():
         whose = f"the weight of {name}" if name else "its weight"
@@ -181,7 +186,7 @@ def computed(module: nn.Module) -> str | None:
 
 
 def in_own_types(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function compute in the types that its model has, which is its first argument, whatever autocast says."""
+    """Decorate a function of a model so that autocast does not change its dtypes; the model is the first argument."""
 
     @wraps(function)
     def exact(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -195,9 +200,9 @@ def in_own_types(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def replace(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put every value of ``replacements`` where its key stands in ``root``, in place, and return the root.
+    """Replace modules in ``root`` in place, and return the root.
 
-    A module that stands in several places is replaced in all of them by the same object. If the root itself is a key,
+    A module that is used in several places is replaced in all of them by one object. If the root itself is replaced,
     its replacement is returned.
     """
     if root in replacements:
@@ -210,7 +215,7 @@ def replace(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
 
 
 def takes_norm(module: nn.Module) -> bool:
-    """Say whether a batch norm that follows ``module`` can be folded in as it is fused: ``fuse(norm)``."""
+    """Return whether ``module.fuse(norm)`` can fold in a batch norm that follows the module."""
     if isinstance(module, SameAligned):
         return takes_norm(module.layer)
     return merge_method(module) == "fuse" and "norm" in inspect.signature(module.fuse).parameters  # type: ignore[arg-type]
@@ -219,10 +224,10 @@ def takes_norm(module: nn.Module) -> bool:
 def outermost(
     root: nn.Module, select: Callable[[nn.Module], bool] = lambda module: True
 ) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield (name, module, merge method) of the outermost modules that merge themselves and are selected.
+    """Yield (name, module, merge method) of the outermost selected modules that merge themselves.
 
-    Somebody else's block that merges itself and holds a layer with ``fuse(norm)`` is passed over, as it would look for
-    a convolution there; the layer is not. So is a module with a weight that is :func:`computed`; those inside are not.
+    A block of other code that holds a layer with ``fuse(norm)`` is skipped, because its method expects a convolution
+    there; the layer itself is not. A module with a :func:`computed` weight is skipped, too; modules in it are not.
     """
     done: list[str] = []
     for name, module in root.named_modules():
@@ -236,17 +241,16 @@ def outermost(
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Say whether the class of ``module`` is one of this package."""
+    """Return whether the module's class belongs to this package."""
     return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def merge(module: nn.Module, method: str) -> nn.Module:
-    """Call a :func:`merge_method`, and return what ``module`` became: the module itself if the method acts in place.
+    """Call a :func:`merge_method`, and return the merged module: the same object if the method works in place.
 
-    Methods of other libraries make layers of torch's default dtype, on its default device, that train. What they return
-    gets the dtype, the device and the mode of ``module``, and asks for gradients only if ``module`` did. Types
-    narrower than float32 are merged in float32 and rounded once. Frozen norms, which such methods do not know, are
-    ordinary ones meanwhile.
+    Methods of other libraries create trainable layers with torch's default dtype and device. The result gets dtype,
+    device and mode of ``module``, and requires gradients only if ``module`` did. Types narrower than float32 are merged
+    in float32 and rounded once. Frozen norms, which such methods do not know, are unfrozen meanwhile.
     """
     flags = [(p, p.requires_grad) for p in module.parameters()]
     learns, frozen = any(flag for _, flag in flags), _has_frozen_norm(module)
@@ -255,7 +259,7 @@ def merge(module: nn.Module, method: str) -> nn.Module:
     held = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     if is_ours(module) or not held:
         return _called(module, method)
-    kernel = next((tensor for tensor in held if tensor.ndim > 1), held[0])  # norms beside it may be wider
+    kernel = next((tensor for tensor in held if tensor.ndim > 1), held[0])  # norms next to it may be wider
     dtype, wide = kernel.dtype, torch.promote_types(kernel.dtype, torch.float32)
     types, training = [tensor.dtype for tensor in held], module.training
     try:
@@ -289,7 +293,7 @@ def _called(module: nn.Module, method: str) -> nn.Module:
 
 @contextmanager
 def _factory(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Let layers that are made without a dtype or device get these."""
+    """Set the default dtype and device of new layers."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -302,11 +306,11 @@ def _factory(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def fuse_layers(
     root: nn.Module, *, select: Callable[[nn.Module], bool] = lambda module: True
 ) -> tuple[nn.Module, list[str]]:
-    """Fuse the :func:`outermost` mergeable modules of ``root``, in place; return the root and their names.
+    """Fuse the :func:`outermost` mergeable modules of ``root`` in place; return the root and their names.
 
     Args:
         root: in evaluation mode.
-        select: which modules may be fused.
+        select: whether a module may be fused.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     names: list[str] = []
@@ -317,9 +321,9 @@ def fuse_layers(
 
 
 def unmerged(model: nn.Module) -> list[str]:
-    """Return the names of the modules that have yet to be reparameterized: merging changes what they store.
+    """Return the names of the modules that still need reparameterizing: merging would change their parameters.
 
-    Raises ValueError where one of them cannot be merged, and as :func:`copied` does.
+    Raises ValueError if one of them cannot be merged, or as :func:`copied` does.
     """
     twin = copied(model)
 
@@ -328,7 +332,7 @@ def unmerged(model: nn.Module) -> list[str]:
             return True
         try:
             merge(duplicate(module), merge_method(module) or "")
-        except Exception:  # reparameterize leaves it, with the reason
+        except Exception:  # reparameterize keeps it and reports the reason
             return False
         return True
 
@@ -336,11 +340,9 @@ def unmerged(model: nn.Module) -> list[str]:
         with torch.random.fork_rng([]):  # merging builds layers
             merged, names = fuse_layers(twin, select=works)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be reparameterized, which is to be done first: {error}"
-        ) from error
+        raise ValueError(f"{type(model).__name__} must be reparameterized first, which fails: {error}") from error
     before, after = dict(model.named_modules()), dict(merged.named_modules())
-    places = [name if name in before else "" for name in names]  # the root goes by its class
+    places = [name if name in before else "" for name in names]  # the root is named by its class
     return [name for name, place in zip(names, places, strict=True) if _stored(before[place]) != _stored(after[place])]
 
 
