@@ -160,6 +160,13 @@ def test_functional_calls_gradients_of_each_sample_and_vmap(name):
     assert not torch.equal(functional_call(layer, emptied, (x,)), layer(x))
 
 
+def test_many_kinds_of_layers_compile_in_one_process():
+    """torch.compile limits the versions of each piece of code, so layers must not share their forward."""
+    for name, case in LAYERS.items():
+        layer, x = case.make().eval(), example(name)
+        close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x), FLOAT32)
+
+
 @every_layer
 def test_torch_fx_takes_layers_as_parts_of_a_model(name):
     layer, x = lived(LAYERS[name].make()).eval(), example(name)

@@ -1,39 +1,38 @@
-"""Layers as leaves of torch.fx: symbolic tracing records one call, as it does for the layers of torch.nn."""
+"""Layers as leaves of torch.fx: symbolic tracing records one call, as it does for the layers of torch.nn.
+
+Layers need this if they look at shapes, which symbols do not have. Their ``forward`` begins with::
+
+    if is_symbolic(x):
+        return recorded(self, x)
+
+A decorator would be shorter, but its code would be shared by all layers, and torch.compile limits the number of
+versions of each piece of code.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, cast
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 ENTERS = "enters_widefield_layers"
 """A tracer with this attribute set to True traces the operations inside of layers instead."""
 
-_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+def is_symbolic(x: Any) -> bool:
+    """Return whether torch.fx traces the call, and x stands for a tensor."""
+    return isinstance(x, fx.Proxy) and not getattr(x.tracer, ENTERS, False)
 
 
-def leaf(forward: _Forward) -> _Forward:
-    """Make the ``forward`` of a layer one node in the graphs of torch.fx.
+def recorded(layer: nn.Module, x: Any) -> Tensor:
+    """Record a call of ``layer`` in the graph that is traced, and return the symbol of its output.
 
-    Layers need it if they look at shapes, which symbols do not have.
+    Raises:
+        TypeError: ``layer`` is itself what is traced.
     """
-
-    @functools.wraps(forward)
-    def recorded_or_run(self: Any, x: Any) -> Any:
-        if isinstance(x, fx.Proxy) and not getattr(x.tracer, ENTERS, False):
-            return _recorded(self, x)
-        return forward(self, x)
-
-    return recorded_or_run  # type: ignore[return-value]
-
-
-def _recorded(layer: Any, x: fx.Proxy) -> Any:
-    tracer: Any = x.tracer
-    if tracer.root is layer:
+    if x.tracer.root is layer:
         raise TypeError(
             f"torch.fx records a {type(layer).__name__} as one call, so it cannot be the root of a trace: trace a "
             "model that contains it, such as torch.nn.Sequential(layer)."
         )
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), {})
+    return cast(Tensor, x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), {}))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops._problem import channels_first, is_channels_last, laid_out, size_of
 from widefield.ops.deform import BACKENDS, Sampling, dcnv3, grid_sampled, sampling_points
@@ -128,9 +128,10 @@ class DCNv3(nn.Module):
         places = sampling_points(offset, (x.shape[1], x.shape[2]), self.sampling)
         return places, mask.unflatten(-1, (self.sampling.groups, -1))
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, Ho, Wo, C_out)."""
+        if is_symbolic(x):
+            return recorded(self, x)
         features = self._features(x)
         value = self.input_proj(x)
         y = dcnv3(value, *self._offset_and_mask(features), **self.sampling._asdict(), backend=self.backend)
@@ -248,9 +249,10 @@ class DeformConv2d(DCNv3):
         )
         return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, Ho, Wo)."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.channels)
         y = channels_first(super().forward(x.permute(0, 2, 3, 1)))
         return laid_out(y, is_channels_last(x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield._checks import Pair
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.fusing import learns, refuse_training
 from widefield.ops import depthwise_conv2d
 from widefield.ops._backend import BACKENDS
@@ -87,9 +87,10 @@ class DepthwiseConv2d(nn.Conv2d):
         refuse_training(self)
         return copied_into(bare(self, bias=self.bias is not None), self)
 
-    @leaf
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> as Conv2d's; ValueError for an input of another shape."""
+        if is_symbolic(input):
+            return recorded(self, input)
         return self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

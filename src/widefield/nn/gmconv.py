@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield._checks import Pair
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d, PaddingMode, bare
 from widefield.nn.fusing import fold_norm, learns, refuse_training
 from widefield.ops import depthwise_conv2d, per_sample_conv2d
@@ -243,17 +243,17 @@ class GMConv2d(_MaskedConv2d):
         """Return the kernel that convolves (C_out, C_in/groups, KH, KW): ``weight`` under the mask."""
         return self._under(self.mask())
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         if x.ndim == 3:
             return self.forward(x[None])[0]
         _checks.images(size_of(x), self.in_channels)
         x, padding = self._placed(x)
         if self._is_depthwise():
-            return depthwise_conv2d(
-                x, self.kernel(), self.bias, stride=self.stride, padding=padding, dilation=self.dilation
-            )
+            steps: Any = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+            return depthwise_conv2d(x, self.kernel(), self.bias, **steps)
         return F.conv2d(x, self.kernel(), self.bias, self.stride, padding, self.dilation, self.groups)
 
     def fuse(self, norm: nn.Module | None = None) -> nn.Conv2d:
@@ -338,17 +338,17 @@ class DynamicGMConv2d(_MaskedConv2d):
         """Return the mask (KH, KW) of an image that activates no hidden unit. Before training all masks equal it."""
         return gaussian_mask(self.kernel_size, *self._sigmas(self.predictor.out.bias).unbind(-1))
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) or (C_in, H, W) -> as Conv2d's; ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         if x.ndim == 3:
             return self.forward(x[None])[0]
         kernels = self._under(self.masks(x)[:, None, None])
         biases = None if self.bias is None else self.bias.expand(kernels.shape[0], -1)
         x, padding = self._placed(x)
-        return per_sample_conv2d(
-            x, kernels, biases, stride=self.stride, padding=padding, dilation=self.dilation, groups=self.groups
-        )
+        steps: Any = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        return per_sample_conv2d(x, kernels, biases, groups=self.groups, **steps)
 
     def fuse(self, norm: nn.Module | None = None) -> DynamicGMConv2d:
         """Return a copy of this layer, with ``norm`` folded into its kernel and bias. Exact in evaluation mode.

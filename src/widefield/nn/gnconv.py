@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from widefield import _checks
 from widefield._checks import Pair
 from widefield.nn import reparam
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import refuse_training
 from widefield.ops._problem import size_of
@@ -71,9 +71,10 @@ class GlobalLocalFilter(nn.Module):
         self.pre_norm = LayerNorm2d(channels, eps=1e-6, **where)
         self.post_norm = LayerNorm2d(channels, eps=1e-6, **where)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.channels)
         near, far = self.pre_norm(x).chunk(2, 1)
         y: Tensor = self.post_norm(torch.stack((self.dw(near), self._filter(far)), 2).flatten(1, 2))
@@ -138,9 +139,10 @@ class GatedRecursion(nn.Module):
         y: Tensor = self.dwconv(x)
         return y
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.widths[-1])
         y, rest = self.proj_in(x).split((self.widths[0], sum(self.widths)), 1)
         first, *gates = self.neighborhoods(rest).split(self.widths, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.ops._problem import size_of
 
 
@@ -52,9 +52,10 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, self.channels, device=device, dtype=dtype))
         self.register_parameter("beta", nn.Parameter(torch.zeros_like(self.gamma)) if use_bias else None)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C); raises ValueError for another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         if x.ndim != 4 or size_of(x)[-1] != self.channels:
             raise ValueError(
                 f"the input must be (N, H, W, {self.channels}); got shape {tuple(x.shape)}. "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.nn import depthwise
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.ops import fold
 from widefield.ops._problem import size_of
@@ -127,9 +127,10 @@ class InceptionDWConv2d(nn.Module):
         """Return the convolutions, in the order of their channels."""
         return self.dwconv_hw, self.dwconv_w, self.dwconv_h
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.channels)
         same, *parts = x.split(self.splits, 1)
         return torch.cat([same, *(conv(part) for conv, part in zip(self.branches(), parts, strict=True))], 1)

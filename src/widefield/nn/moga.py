@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from widefield import _checks
 from widefield._checks import Pair
 from widefield.nn import depthwise
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import learns, refuse_training
 from widefield.ops._problem import size_of
@@ -94,9 +94,10 @@ class MultiOrderDWConv(nn.Module):
             self.add_module(f"DW_conv{index}", conv)
         self.PW_conv = nn.Conv2d(self.channels, self.channels, 1, **where)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.channels)
         low, middle, high = self.DW_conv0(x).split(self.splits, 1)  # type: ignore[operator]
         y: Tensor = self.PW_conv(torch.cat([low, self.DW_conv1(middle), self.DW_conv2(high)], 1))  # type: ignore[operator]
@@ -167,9 +168,10 @@ class MultiOrderGatedAggregation(nn.Module):
         layer = cls(conv.in_channels, dilations, split, backend=getattr(conv, "backend", "auto"), **where)
         return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         return x + self.aggregate(x)
 
     def aggregate(self, x: Tensor) -> Tensor:
@@ -218,9 +220,10 @@ class ChannelAggregationFFN(nn.Module):
         self.decompose = nn.Conv2d(hidden, 1, 1, **where)
         self.sigma = Decomposition(hidden, **where)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.channels)
         y = F.gelu(self.dwconv(self.fc1(x)))
         out: Tensor = self.fc2(self.sigma(y, F.gelu(self.decompose(y))))

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield._checks import Expert, Pair
 from widefield.nn import depthwise
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.nn.depthwise import DepthwiseConv2d
 from widefield.nn.fusing import exact_affine, learns, refuse_training
 from widefield.nn.router import Router
 from widefield.ops import bank_conv2d, fold, mixture_conv2d
-from widefield.ops._problem import is_traced, size_of
+from widefield.ops._problem import is_differentiated, is_exported, size_of
 from widefield.ops.mixture import BACKENDS
 
 
@@ -205,9 +205,10 @@ class MoRFConv2d(nn.Module):
         """Return the experts' biases: n parameters (C_out,), or None."""
         return None if self.expert_biases is None else _listed(self.expert_biases)
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride))."""
+        if is_symbolic(x):
+            return recorded(self, x)
         return mixture_conv2d(
             x,
             self.kernels(),
@@ -311,14 +312,16 @@ class FusedMoRFConv2d(nn.Module):
         self.shift = None if shift is None else nn.Parameter(shift, self.bank.requires_grad)
         self.eval()
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, ceil(H/stride), ceil(W/stride)); ValueError for an input of another shape."""
+        if is_symbolic(x):
+            return recorded(self, x)
         _checks.images(size_of(x), self.in_channels)
         experts = tuple(zip(self.kernel_sizes, self.dilations, strict=True))
         bank: Tensor = self.bank
-        if bank.requires_grad and torch.is_grad_enabled() and not is_traced():  # a trace is for inference
-            bank = bank * fold.taps(experts, bank)
+        if is_differentiated(bank) and not is_exported():  # exported graphs are for inference
+            ones = [bank.new_ones(1, 1, size, size) for size in self.kernel_sizes]
+            bank = bank * fold.kernel_bank(ones, self.dilations)
         y = bank_conv2d(
             x,
             bank,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.nn._leaf import leaf
+from widefield.nn._leaf import is_symbolic, recorded
 from widefield.ops._autocast import without_autocast
 
 ROUTING = ("soft", "hard")
@@ -129,9 +129,10 @@ class Router(nn.Module):
                 self.noise.bias.zero_()
             return self._weigh(self.gate.bias[None])[0]
 
-    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """Weigh the experts for each image: (N, C, H, W) -> (N, n) in the parameters' dtype."""
+        if is_symbolic(x):
+            return recorded(self, x)
         with without_autocast(x):
             pooled = x.mean((2, 3), dtype=self.hidden.weight.dtype)
             hidden = F.gelu(self.hidden(pooled))

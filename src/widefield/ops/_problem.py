@@ -149,6 +149,15 @@ def has_numbers(x: Tensor) -> bool:
     return not (hidden or x.is_meta or isinstance(x, FakeTensor) or is_batch_of_gradients(x))
 
 
+def is_differentiated(x: Tensor) -> bool:
+    """Return whether derivatives with respect to x may be taken, in reverse or in forward mode."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def is_batch_of_gradients(x: Tensor) -> bool:
     """Return whether x is inside torch.autograd's own vmap, used by ``is_grads_batched`` and ``vectorize``."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(x)

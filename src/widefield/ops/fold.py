@@ -93,18 +93,6 @@ def kernel_bank(kernels: Sequence[Tensor], dilations: Sequence[int]) -> Tensor:
     )
 
 
-def taps(experts: Sequence[tuple[int, int]], bank: Tensor) -> Tensor:
-    """Return a mask (n, 1, 1, K, K) of the taps that each expert of a bank has, in its dtype.
-
-    ``experts``: (kernel size, dilation) of each.
-    """
-    step = common_dilation([dilation for _, dilation in experts])
-    mask = bank.new_zeros((len(experts), 1, 1, *size_of(bank)[-2:]))
-    for r, (size, dilation) in enumerate(experts):
-        expert(mask, r, size, dilation, step).fill_(1)
-    return mask
-
-
 def expert(bank: Tensor, index: int, size: int, dilation: int, step: int) -> Tensor:
     """Return expert ``index`` of a bank made by :func:`kernel_bank` with grid ``step``, as it went in; a view."""
     relative = dilation // step
