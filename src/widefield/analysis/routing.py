@@ -127,6 +127,7 @@ class RoutingStatistics(RoutedImages, Result):
         }
 
 
+@_checks.guided
 def routing_statistics(
     model: nn.Module,
     images: Tensor | Iterable[Any],
