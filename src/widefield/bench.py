@@ -1,7 +1,6 @@
-"""Measure callables against each other: rows of time and memory, medians of interleaved runs.
+"""Time callables against each other: interleaved runs, medians, peak memory.
 
-Machines drift while they measure. Candidates therefore take turns, round after round, and what is reported of them
-together are ratios within one run.
+Machines drift during a measurement, so candidates take turns, and results are compared as ratios within one run.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from widefield import _checks
+from widefield.report import Report
 
 _MOST_CALLS = 1000
-"""In one timing, however short a call is."""
+"""Largest number of calls in one timing."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,35 @@ class Row:
     p50: float
     p80: float
     repeats: int
-    """How many timings the percentiles are of."""
+    """Number of timings."""
     peak_bytes: int | None = None
-    """What a call held at its peak beyond what was allocated before it. Known on CUDA devices only."""
+    """Peak memory of a call beyond what was allocated before it; CUDA only."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary."""
         return asdict(self)
+
+
+class Rows(Report, dict[str, Row]):
+    """Name of a candidate -> its :class:`Row`; prints and displays as a table."""
+
+    def summary(self) -> str:
+        """Return what was measured in one line."""
+        return f"Milliseconds of one call, {max((row.repeats for row in self.values()), default=0)} timings at most"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per candidate; ratios are the first candidate's median divided by this one's."""
+        first = next(iter(self.values()), None)
+        return [
+            {
+                "name": row.name,
+                "median, ms": f"{1e3 * row.p50:.4g}",
+                "p20-p80, ms": f"{1e3 * row.p20:.4g} - {1e3 * row.p80:.4g}",
+                "speed": "-" if first is None else f"{first.p50 / row.p50:.2f}",
+                "peak, MiB": "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+            }
+            for row in self.values()
+        ]
 
 
 def measure(
@@ -56,29 +78,31 @@ def measure(
     device: torch.device | str = "cpu",
     budget_s: float | None = None,
     shortest_s: float = 0.0,
-) -> dict[str, Row]:
+) -> Rows:
     """Time each candidate ``repeats`` times, taking turns, after ``warmup`` untimed rounds.
 
-    Every other round goes in reverse, so that each follows, and leaves its caches to, both of its neighbors; and
-    rounds begin with one candidate after the other, as those at the ends of two rounds would follow themselves.
+    Every other round runs in reverse order, so each candidate follows both of its neighbors; and rounds start with
+    different candidates, as those at the ends would otherwise follow themselves.
 
     Args:
-        candidates: name -> callable without arguments; its result is dropped.
-        repeats: timings of each candidate.
-        warmup: untimed calls of each before the first timed round.
-        device: on "cuda" every timing ends with a synchronization, and peak memory is recorded.
-        budget_s: a candidate that has used up so many timed seconds sits out the other rounds, yet has at least two
-            timings. Its row says how many. A last untimed call that alone takes longer counts as a timing: what is
-            so slow has no cold start to speak of.
-        shortest_s: a call that is over sooner is repeated within each timing until that takes about so long. Calls of
-            up to ten times that have as many untimed ones before each timing, so that nobody gains or loses by what
-            the one before left in the caches. Rows stay seconds of one call.
+        candidates: name -> callable without arguments; results are dropped.
+        repeats: timings per candidate.
+        warmup: untimed calls of each candidate before the first timed round.
+        device: on "cuda", every timing ends with a synchronization, and peak memory is recorded.
+        budget_s: timed seconds after which a candidate skips further rounds; it gets at least two timings. If the last
+            warm-up call alone takes longer, it counts as a timing.
+        shortest_s: shorter calls are repeated within a timing until it takes about this long. Calls of up to ten times
+            that have as many untimed calls before each timing, so that caches left by the previous candidate do not
+            matter. Rows state the seconds of one call.
+
+    Returns:
+        The rows by name, in the order of the candidates.
 
     Raises:
         ValueError: no candidates, or counts out of range.
     """
     if not candidates:
-        raise ValueError("nothing to measure: candidates is empty.")
+        raise ValueError("candidates is empty: give at least one callable to measure.")
     repeats = _checks.integer("repeats", repeats)
     warmup = _checks.integer("warmup", warmup, minimum=0)
     budget = math.inf if budget_s is None else _checks.number("budget_s", budget_s)
@@ -115,7 +139,7 @@ def measure(
                 seconds[name].append(elapsed / calls)
                 if on_cuda:
                     peaks[name] = torch.cuda.max_memory_allocated(device) - held
-    return {name: _row(name, times, peaks.get(name)) for name, times in seconds.items()}
+    return Rows({name: _row(name, times, peaks.get(name)) for name, times in seconds.items()})
 
 
 def _row(name: str, times: list[float], peak: int | None) -> Row:
@@ -125,30 +149,31 @@ def _row(name: str, times: list[float], peak: int | None) -> Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs whatever machine it runs on."""
+    """Costs of a model that do not depend on the machine."""
 
     parameters: int
     macs: int
     """Multiply-accumulates of convolutions and matrix products in one forward pass."""
     uncounted: tuple[str, ...] = ()
-    """Operators that ran and are not in ``macs``, by name and sorted: Fourier transforms (``"aten._fft_r2c"``),
-    sampling, and operators outside PyTorch for which there is no formula."""
+    """Operators that ran but are not in ``macs``, sorted by name: Fourier transforms (``"aten._fft_r2c"``), sampling,
+    and operators outside PyTorch without a formula.
+    """
 
 
 def cost(model: nn.Module, x: Tensor) -> Cost:
-    """Count parameters, and multiply-accumulates of a forward pass on ``x``; both may be on the meta device.
+    """Count parameters, and the multiply-accumulates of a forward pass on ``x``; both may be on the meta device.
 
-    Counted are convolutions (deformable ones of torchvision too, without their sampling), matrix products, attention
-    and recurrent layers, by torch's FlopCounterMode at half its FLOPs. Counts are the same on all devices: fused
-    layers are counted as what they compute. The result names what was not counted. Elementwise operators, norms and
-    pooling count as nothing. On real numbers hard routing is charged for the experts that it chose; on meta tensors
-    for the largest.
+    Convolutions (torchvision's deformable ones too, without their sampling), matrix products, attention and recurrent
+    layers are counted with torch's FlopCounterMode, at half its FLOPs. Counts are the same on all devices, as fused
+    layers are counted as what they compute. Elementwise operators, norms and pooling count as zero; other operators are
+    listed in the result. With real data, hard routing is charged for the chosen experts; on the meta device, for the
+    largest ones.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     seen = _Seen()
     try:
-        for parameter in learning:  # the counter's hooks stumble over views of these that a model passes along
+        for parameter in learning:  # the counter's hooks fail on views of these
             parameter.requires_grad_(False)
         with torch.no_grad(), _without_fused_encoders(), seen, counter:
             model(x)
@@ -164,7 +189,7 @@ def cost(model: nn.Module, x: Tensor) -> Cost:
 
 
 class _Seen(TorchDispatchMode):
-    """Collects the operators that run; entered before a counter, it sees what the counter has taken apart."""
+    """Collects the operators that run; entered before a counter, it sees decomposed operators."""
 
     supports_higher_order_operators = True
 
@@ -181,11 +206,11 @@ _PRODUCTS = re.compile(
     r"(?<!ga|cu|ha|du)mm|mv_?$|v?dot$|dot_product|conv(?!ert)|attention|encoder_layer|rnn|lstm|gru|fft|trilinear$|matmul"
     r"|linalg_(?!vector_norm|cross|diagonal)|_solve|cholesky|cdist|euclidean_dist|grid_sampler|embedding_bag"
 )
-"""What PyTorch calls operators that multiply and add up."""
+"""Names that PyTorch gives operators that multiply and add."""
 
 
 def _multiplies(operator: str) -> bool:
-    """Whether an operator without a formula leaves something out of the count; one of another library may."""
+    """Return whether an operator without a formula may be missing from the count."""
     namespace, _, name = operator.rpartition(".")
     if namespace not in ("aten", "prim", "prims", "profiler"):
         return True
@@ -194,7 +219,7 @@ def _multiplies(operator: str) -> bool:
 
 @contextmanager
 def _without_fused_encoders() -> Iterator[None]:
-    """Have nn.MultiheadAttention and nn.TransformerEncoderLayer run as separate operators, as in training."""
+    """Run nn.MultiheadAttention and nn.TransformerEncoderLayer as separate operators, as in training."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -204,7 +229,7 @@ def _without_fused_encoders() -> Iterator[None]:
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Return FLOPs of the operators for which FlopCounterMode has no formula, from the shapes of their arguments."""
+    """Return FLOP formulas for operators unknown to FlopCounterMode, from the shapes of their arguments."""
     aten = torch.ops.aten
     formulas: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -219,7 +244,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         aten._addmm_activation: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
         aten.addbmm: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1],
     }
-    deformable = getattr(torch.ops.torchvision, "deform_conv2d", None)  # there once torchvision is imported
+    deformable = getattr(torch.ops.torchvision, "deform_conv2d", None)  # exists once torchvision is imported
     if deformable is not None:
         formulas[deformable] = lambda x, weight, *_, out_shape, **__: 2 * math.prod(out_shape) * math.prod(weight[1:])
     return formulas
@@ -231,11 +256,11 @@ def _recurrent_flops(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
 
 
 def environment(device: torch.device | str = "cpu", beside: Sequence[str] = ()) -> dict[str, str]:
-    """Say what a measurement was made on: processor, threads, versions and the date (UTC).
+    """Return what a measurement ran on: processor, threads, versions and the date (UTC).
 
     Args:
-        device: whose name to give.
-        beside: packages that took part besides PyTorch, torchvision, timm and this one.
+        device: device to name.
+        beside: further packages that took part besides PyTorch, torchvision, timm and this one.
     """
     packages = {}
     for package in ("widefield", "torch", "torchvision", "timm", *beside):

@@ -1,7 +1,7 @@
-"""Rows and arrays to HTML, Markdown and figures.
+"""Tables, figures and pages: HTML, Markdown and matplotlib.
 
-Tables take rows (mappings with the same keys, values already formatted); figures take plain lists and arrays and
-return a matplotlib Figure, which draws without a display. A page holds its pictures in itself: one file to send.
+Tables take rows (mappings with the same keys, values already formatted). Figures take plain lists and arrays and return
+a matplotlib Figure, which needs no display. A page embeds its pictures, so it is a single file.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Report(ABC):
 
 
 def picture(figure: Figure, caption: str) -> str:
-    """Return a figure as an HTML figure with the PNG inside."""
+    """Return a figure as an HTML figure with an embedded PNG."""
     data = base64.b64encode(png(figure)).decode()
     text = html.escape(caption)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
@@ -107,7 +107,7 @@ def png(figure: Figure) -> bytes:
 
 
 def drawing(figure: Figure, kind: str, dpi: int = 200) -> bytes:
-    """Return a figure as a file: "png", or "pdf" or "svg", whose texts stay texts and whose bytes hold no date."""
+    """Return a figure as a file: "png"; or "pdf" or "svg", with selectable text and without a date."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -123,7 +123,7 @@ COLUMN, PAGE = 3.4, 7.0
 """Widths of a paper's column and of its page, in inches."""
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
-"""Okabe and Ito's colors, which people with any kind of color vision tell apart; the yellow darkened for lines."""
+"""Colors of Okabe and Ito, which are safe for color-blind readers; the yellow is darkened for lines."""
 
 MARKERS = "osD^vP*X"
 
@@ -144,7 +144,7 @@ _PAPER: Any = {
 
 @contextmanager
 def paper() -> Iterator[None]:
-    """Draw in sizes that can be read at a paper's column width; use it as a decorator or around the drawing."""
+    """Use sizes that are readable at a paper's column width; a decorator or a context manager."""
     import matplotlib
 
     with matplotlib.rc_context(_PAPER):
@@ -152,7 +152,7 @@ def paper() -> Iterator[None]:
 
 
 def blank(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches, which lays itself out and needs no display."""
+    """Return an empty figure of this size in inches with automatic layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -173,13 +173,14 @@ def examples(
     experts: Sequence[str],
     title: str,
 ) -> Figure:
-    """Draw images, and under each its routing weights: a row a block, a column an expert.
+    """Draw images, and under each its routing weights: one row per block, one column per expert.
 
     Args:
         images: arrays (H, W, 3) in [0, 1].
         captions: one per image.
         weights: for each image an array (blocks, experts).
         blocks, experts: names.
+        title: of the figure.
     """
     figure = blank(1.5 * len(images) + 1.4, 1.7 + 0.24 * len(blocks) + 0.7)
     ratios = [1.5, 0.24 * len(blocks) + 0.35]
@@ -207,7 +208,7 @@ def examples(
 
 
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> Figure:
-    """Draw one line for each name: (x values, y values)."""
+    """Draw one line per name: (x values, y values)."""
     figure = blank(7.0, 3.2)
     axis = figure.subplots()
     for name, (x, y) in lines.items():

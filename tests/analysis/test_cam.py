@@ -16,7 +16,8 @@ from torchvision.models.resnet import BasicBlock
 import widefield  # noqa: F401
 from tolerances import FLOAT32, close
 from widefield.analysis import save
-from widefield.analysis.cam import ClassActivation, class_activation, target_layer
+from widefield.analysis._cam_layer import target_layer
+from widefield.analysis.cam import ClassActivation, class_activation
 
 
 def tiny(classes=5):

@@ -1,4 +1,4 @@
-"""``widefield report``: one page about runs, with all that applies to what they trained."""
+"""``widefield report``: one page about runs, with every analysis that applies."""
 
 import json
 
@@ -13,7 +13,7 @@ TINY = {"patch_size": 4, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "ls_init_
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A mixture, and a network with masks, an epoch of a few steps each."""
+    """A mixture and a network with masks, trained for one epoch of a few steps."""
     output = tmp_path_factory.mktemp("runs")
 
     def trained(name, kind, args):

@@ -22,7 +22,7 @@ def picture(rng, width=50, height=40, kind="png"):
 
 
 def pictures(count, seed=0):
-    """Return {class: [(file name, bytes)]}, ``count`` a class."""
+    """Return {class: [(file name, bytes)]}, ``count`` per class."""
     rng = np.random.default_rng(seed)
     kinds = ("png", "jpeg")
     return {
@@ -103,7 +103,7 @@ def write_cifar(root, files=CIFAR10, version="binary", archive=False, seed=0):
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Writes bytes as Python 2 did, and numpy's functions where they were."""
+    """Pickles bytes like Python 2, and numpy's functions under their old names."""
 
     def _text(self, content):
         encoded = content if isinstance(content, bytes) else content.encode("latin1")
@@ -120,7 +120,7 @@ def python2_pickle(content):
 
 
 def write_parquet(root, split, found, image_key="image", label_key="label", classes=CLASSES, labels=None):
-    """Write a split of a Hugging Face data set; without names of classes labels are mere values."""
+    """Write a split of a Hugging Face data set; without class names, labels are plain values."""
     import datasets
     import pyarrow
     import pyarrow.parquet

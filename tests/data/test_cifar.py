@@ -1,4 +1,4 @@
-"""CIFAR from files as they are published, with fewer images where the number is not the point."""
+"""CIFAR from files in the published format, with fewer images where the number does not matter."""
 
 import dataclasses
 import io

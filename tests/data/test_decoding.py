@@ -1,4 +1,4 @@
-"""Pixels are what the file says, whoever reads it."""
+"""All readers return the pixels of the file."""
 
 import io
 import struct

@@ -30,7 +30,7 @@ def root(tmp_path):
 
 @pytest.fixture(params=["text", "truncated"])
 def corrupt(request, root):
-    """Path of one broken file: index 0 of train."""
+    """Return the path of one broken file: index 0 of train."""
     path = root / "train" / "cat" / "0.jpg"
     path.write_bytes(b"not a jpeg" if request.param == "text" else path.read_bytes()[:-400])
     return path
@@ -155,7 +155,7 @@ def test_samples_carry_the_name_of_their_file_if_asked(root):
 
 
 def numbered(directory, names):
-    """Make class folders with one image each, as bright as the number that they are named by."""
+    """Make class folders with one image each, whose brightness is the number in the folder's name."""
     for name in names:
         (directory / name).mkdir(parents=True)
         Image.new("L", (8, 8), int(name)).save(directory / name / f"{name}.png")

@@ -1,4 +1,4 @@
-"""What readers find, what they leave out, and what they say of it."""
+"""What readers find, what they leave out, and how they report it."""
 
 import os
 import tarfile

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, made on the spot where the package is installed."""
+"""Hugging Face data sets, generated here if the package is installed."""
 
 import importlib.machinery
 import importlib.util

@@ -1,4 +1,4 @@
-"""Broken images, wherever the bytes lie."""
+"""Broken images in every kind of storage."""
 
 import pickle
 import re
@@ -79,7 +79,7 @@ def test_too_many_broken_images_stop_with_the_list_of_all(made, workers):
 
 
 class Told:
-    """A set that returns its errors, as the loop's loader has it."""
+    """A set that returns its errors, as the training loader does."""
 
     def __init__(self, data):
         self.data = data

@@ -1,4 +1,4 @@
-"""A few images from anywhere, in the form that a model expects."""
+"""A few images from any source, in the form that a model expects."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Images in tar files are those of a folder, to the bit, in every layout."""
+"""Images in tar files equal those of a folder to the bit, in every layout."""
 
 import json
 import os
@@ -238,7 +238,7 @@ def test_the_entry_of_the_label_has_a_name(tmp_path):
 def test_an_image_without_label_among_others_is_refused(tmp_path, found):
     write_tar(tmp_path / "train/a.tar", webdataset(found))
     write_tar(tmp_path / "train/b.tar", [("lone.png", b"")])
-    with pytest.raises(ValueError, match=r"b.tar/lone.png has no label beside it .* but .*a.tar/cat0.png has"):
+    with pytest.raises(ValueError, match=r"b.tar/lone.png has no label next to it .* but .*a.tar/cat0.png has"):
         Shards("train", root=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Every layer of widefield.nn: how it is made, and what it takes. Tests of what all layers share read this registry."""
+"""Registry of the layers of widefield.nn, for tests of what all layers share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LAYERS = {
 
 
 def lived(layer: nn.Module) -> nn.Module:
-    """Return the layer as after some training: no parameter and no statistic as it starts."""
+    """Return the layer with all parameters and statistics changed, as after some training."""
     if isinstance(layer, wnn.FusedMoRFConv2d):
         return layer  # the padding of its bank is zero
     with torch.no_grad():

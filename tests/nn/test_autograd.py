@@ -1,4 +1,4 @@
-"""Whatever autograd and torch.func do with torch.nn.Conv2d, they do with every layer of ours."""
+"""Autograd and torch.func work on every layer as they do on torch.nn.Conv2d."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # within
 
 
 def shaken(layer):
-    """Return the layer with random weights in what looks at the image, which starts at zero."""
+    """Return the layer with random weights where it reads the image, as these start at zero."""
     for parameter in layer.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
@@ -89,7 +89,7 @@ def test_outputs_may_be_changed_in_place(name, batch, layout):
 @both_layouts
 @every_layer
 def test_outputs_of_frozen_layers_may_be_changed_in_place_by_what_learns(name, layout):
-    """Under no_grad views are made that gradients refuse."""
+    """Views made under no_grad cannot be modified in place with gradients on."""
     layer, _, x, _ = case(name, layout)
     scale = torch.ones(1, dtype=torch.double, requires_grad=True)
     with torch.no_grad():

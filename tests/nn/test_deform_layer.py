@@ -16,7 +16,7 @@ CASES = [name for name in operators() if name.startswith("dcnv3_module")]
 
 
 def settled(layer, dtype=torch.float64):
-    """Give every parameter random numbers: a new layer has offsets of zero, which lie on kinks."""
+    """Randomize every parameter: a new layer has offsets of zero, at which it is not differentiable."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
@@ -24,7 +24,7 @@ def settled(layer, dtype=torch.float64):
 
 
 def plain(layer, x):
-    """The layer in convolutions and a loop over shifted maps, for offsets of zero."""
+    """Compute the layer by convolutions and a loop over shifted maps, for offsets of zero."""
     s = layer.sampling
     features = layer.dw_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     mask = layer.mask(features).unflatten(-1, (s.groups, -1)).softmax(-1)
@@ -90,11 +90,11 @@ def test_any_stride_and_padding_with_offsets_of_zero(size, kernel, dw, stride, d
 
 @pytest.mark.parametrize("arguments", [{}, {"stride": 2}, {"stride": 3, "pad": 2}, {"pad": 0}, {"dilation": 2}])
 def test_depthwise_branch_and_center_lie_where_the_grid_does(arguments):
-    """Moving the image moves what the layer computes, and a gate of 1 gives the input at the grid's center."""
+    """Shifting the image shifts the output, and a gate of 1 returns the input at the grid's center."""
     layer = settled(DCNv3(4, groups=2, center_feature_scale=True, **arguments))
     stride = layer.sampling.stride
     for parameter in layer.offset.parameters():
-        parameter.data *= 0.2  # or points would meet the border
+        parameter.data *= 0.2  # keeps points inside of the map
     x = torch.randn(1, 36, 36, 4, dtype=torch.double)
     moved = torch.roll(x, (stride, 2 * stride), (1, 2))
     margin = 3 + 6 // stride

@@ -61,7 +61,7 @@ def test_the_constructor_is_conv2d_s():
     assert torch.equal(layer.weight, conv.weight)
     x = torch.randn(2, 4, 9, 9, dtype=torch.double)
     assert torch.equal(layer(x), conv(x))
-    assert DepthwiseConv2d(4, 4, 31, padding="same")(torch.randn(1, 4, 6, 5)).shape == (1, 4, 6, 5)  # "same" by default
+    assert DepthwiseConv2d(4, 4, 31, padding="same")(torch.randn(1, 4, 6, 5)).shape == (1, 4, 6, 5)
 
 
 def test_copies():

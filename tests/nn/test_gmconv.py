@@ -26,7 +26,7 @@ def offsets(kernel_size):
 
 
 def circle(kernel_size, sigma):
-    """Eq. 3 and 4 as they are written."""
+    """Compute eq. 3 and 4 literally."""
     f = [
         math.exp(-(math.hypot(y, x) ** 2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)
         for y, x in offsets(kernel_size)
@@ -35,7 +35,7 @@ def circle(kernel_size, sigma):
 
 
 def ellipse(kernel_size, sigma_1, sigma_2):
-    """Eq. 5 and 6 as they are written."""
+    """Compute eq. 5 and 6 literally."""
     f = [
         math.exp(-(x**2 / sigma_1**2 + y**2 / sigma_2**2) / 2) / (2 * math.pi * sigma_1 * sigma_2)
         for y, x in offsets(kernel_size)
@@ -44,7 +44,7 @@ def ellipse(kernel_size, sigma_1, sigma_2):
 
 
 def unsettled(layer):
-    """Give the predictor numbers that depend on the image, and stay within reason."""
+    """Set weights of the predictor with which sigmas depend on the image, within a moderate range."""
     if isinstance(layer, DynamicGMConv2d):
         nn.init.normal_(layer.predictor.out.weight, std=0.3)
         nn.init.uniform_(layer.predictor.out.bias, 1, 2)
@@ -103,7 +103,7 @@ def convolution(groups, per_in, per_out, kernel_size, stride, padding, dilation,
 
 
 def plain(conv, kernel, x):
-    """What a convolution gives with another kernel, or with one for each sample."""
+    """Return the output of a convolution with another kernel, or with one for each sample."""
     if kernel.ndim == 5:
         return torch.cat([plain(conv, k, x[i : i + 1]) for i, k in enumerate(kernel)])
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
@@ -129,7 +129,7 @@ def test_static_outputs_and_gradients_are_those_of_the_masked_kernel(sigma, n, *
 @settings(max_examples=80, deadline=None)
 @given(predict=st.sampled_from(["sigma", "sigma1_sigma2", "sigma1_ratio"]), n=st.integers(1, 3), **layers)
 def test_dynamic_outputs_and_gradients_are_those_of_a_loop_over_images(predict, n, **arguments):
-    """Eq. 5-7 as they are written."""
+    """Compute eq. 5-7 literally."""
     conv = convolution(**arguments)
     assume(why_not(conv) is None)
     layer = unsettled(DynamicGMConv2d.from_conv2d(conv, init="random", predict=predict)).double()
@@ -351,7 +351,7 @@ def test_fused_static_layers_are_plain_convolutions(folds, **arguments):
     x = torch.randn(2, layer.in_channels, 11, 12).double()
     y = layer(x)
     close(plain(fused, fused.weight, x), norm(y) if folds else y, FLOAT64)
-    close(layer(x), y, 0)  # the layer is as it was
+    close(layer(x), y, 0)  # the layer did not change
 
 
 @settings(max_examples=40, deadline=None)
@@ -384,7 +384,7 @@ def test_a_collapsed_dynamic_layer_is_the_convolution_under_the_mask(**arguments
     depthwise = layer.groups == layer.in_channels == layer.out_channels
     assert type(collapsed) is (DepthwiseConv2d if depthwise else nn.Conv2d)
     assert not collapsed.training
-    # Images that agree on a mask: this is what the layer computes.
+    # If all images have the same mask, this is what the layer computes.
     nn.init.zeros_(layer.predictor.out.weight)
     collapsed = layer.collapse(layer.mask())
     close(plain(collapsed, collapsed.weight, x), layer(x), FLOAT64)

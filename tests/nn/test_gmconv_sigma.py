@@ -1,4 +1,4 @@
-"""What training does to sigma, and what sigma may not do to the mask."""
+"""Training changes sigma as intended, and no value of sigma breaks the mask."""
 
 import math
 

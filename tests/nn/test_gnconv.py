@@ -16,7 +16,7 @@ from widefield.nn.gnconv import GatedRecursion, GlobalLocalFilter, GnConv, highe
 
 
 def settled(layer):
-    """Norms, biases and all that have left their start."""
+    """Return the layer with all parameters changed, norms and biases included."""
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.3 if parameter.ndim == 1 else 0, 0.5)
     return layer.eval()
@@ -46,7 +46,7 @@ def test_is_the_official_filter(name):
     layer = layers(case)
     assert list(layer.state_dict()) == list(case["state_dict"])
     check_operator(loaded(layer, case), case)
-    layer.resize(*case["input"]["shape"][2:])  # the first is of this size already
+    layer.resize(*case["input"]["shape"][2:])  # the first has this size already
     check_operator(layer, case)
 
 
@@ -78,7 +78,7 @@ def test_equals_the_recursion_written_out(order, multiple, kernel, scale, size):
 
 
 def circular(x, layer):
-    """Half of the channels convolved with kernels as large as the map, which wrap around: no spectra."""
+    """Convolve half of the channels with circular kernels as large as the map, without spectra."""
     gains = torch.view_as_complex(layer.complex_weight.detach().contiguous())
     kernels = torch.fft.irfft2(gains, s=x.shape[2:])
     height, width = x.shape[2:]
@@ -249,7 +249,7 @@ def test_takes_the_place_of_a_depthwise_convolution(kind, kernel):
     assert not any(p.requires_grad for p in layer.parameters())
     x = torch.randn(2, 24, 8, 9, dtype=torch.double)
     assert layer(x).shape == conv(x).shape
-    assert not torch.allclose(layer(x), conv(x))  # the function is not kept, and nobody says so
+    assert not torch.allclose(layer(x), conv(x))  # the function is not kept
     assert GnConv.from_conv2d(conv, 2, kernel_size=9).dwconv.kernel_size == (9, 9)
     assert isinstance(GnConv.from_conv2d(conv, 2, global_filter=(8, 5)).dwconv, GlobalLocalFilter)
 

@@ -69,7 +69,7 @@ def test_channels_last_an_empty_batch_and_autocast():
 
 
 def split_by_hand(conv, layer):
-    """What is left of a KxK kernel, as one: a delta in channels that pass, all but the center zero in the others."""
+    """Return the split as one KxK kernel: a delta in unchanged channels, a cropped kernel in the others."""
     size = conv.kernel_size[0]
     middle = size // 2
     same, square, row, _ = layer.splits
@@ -107,7 +107,7 @@ def test_a_split_keeps_the_weights_that_remain(kind, dilation):
     x = torch.randn(2, 18, 15, 14, dtype=torch.double)
     expected = nn.functional.conv2d(x, weight, bias, padding=3 * dilation, dilation=dilation, groups=18)
     close(layer(x), expected, FLOAT64)
-    assert not torch.equal(layer(x), conv(x))  # the function is not kept, and nobody says so
+    assert not torch.equal(layer(x), conv(x))  # the function is not kept
     assert all(p.requires_grad for p in layer.parameters())
 
 

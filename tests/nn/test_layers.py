@@ -1,4 +1,4 @@
-"""What all layers of widefield.nn have in common, read off the registry in layers.py."""
+"""Tests of what all layers of widefield.nn have in common, by the registry in layers.py."""
 
 import copy
 import inspect
@@ -17,7 +17,11 @@ from widefield import nn as wnn
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
 NOT_MADE = {"ReparamConv2d"}  # the base of the sums of branches
-WRAPPERS = {"ConvNorm", "SameAligned", "FusedMoRFConv2d"}  # made from layers, whose device and dtype they have
+WRAPPERS = {
+    "ConvNorm",
+    "SameAligned",
+    "FusedMoRFConv2d",
+}  # have the device and dtype of the layer from which they are made
 CONVOLUTIONS = [name for name in LAYERS if name.endswith(("Conv2d", "Conv2dSame")) and name not in WRAPPERS]
 CONVOLUTIONS.remove("InceptionDWConv2d")  # its kernels have three sizes
 FUSED = [name for name, case in LAYERS.items() if hasattr(case.make(), "fuse")]
@@ -38,7 +42,7 @@ def test_device_and_dtype(name):
     layer = LAYERS[name].make(device="meta", dtype=torch.float64)
     assert {(t.device.type, t.dtype) for t in layer.parameters()} == {("meta", torch.float64)}
     assert {t.device.type for t in layer.buffers()} <= {"meta"}
-    if name not in WRAPPERS and name != "DeformConv2d":  # hands them on
+    if name not in WRAPPERS and name != "DeformConv2d":  # passes them on
         parameters = inspect.signature(getattr(wnn, name)).parameters
         for keyword in ("device", "dtype"):
             assert parameters[keyword].kind is inspect.Parameter.KEYWORD_ONLY
@@ -111,13 +115,13 @@ def test_fused_parameters_require_gradients_where_their_sources_do(name):
     layer.requires_grad_(False)
     assert not any(p.requires_grad for p in layer.fuse().parameters())
     norms = {id(p) for part in layer.modules() if "Norm" in type(part).__name__ for p in part.parameters(recurse=False)}
-    for parameter in layer.parameters():  # one alone; norms do not count
+    for parameter in layer.parameters():  # one at a time; norms do not count
         if id(parameter) in norms:
             continue
         parameter.requires_grad_(True)
         fused = layer.fuse()
         assert any(p.requires_grad for p in fused.parameters())
-        fused(example(name)).square().sum().backward()  # and is reached
+        fused(example(name)).square().sum().backward()  # they get gradients
         parameter.requires_grad_(False)
 
 

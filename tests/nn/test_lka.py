@@ -25,7 +25,7 @@ def test_is_the_official_layer(name, layer):
 
 
 def plain(layer, x):
-    """The layer in torch's own words, each padding worked out from what the taps span."""
+    """Compute the layer with F.conv2d, with paddings derived from the span of the taps."""
     y = x
     for conv in (layer.conv0, layer.conv_spatial):
         (k, _), (d, _) = conv.kernel_size, conv.dilation

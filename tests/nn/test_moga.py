@@ -29,7 +29,7 @@ LAYERS = {
 
 
 def lively(layer):
-    """Give the scales numbers that show: they start at 1e-5."""
+    """Set larger scales: they start at 1e-5."""
     for name, parameter in layer.named_parameters():
         if name.endswith("scale"):
             nn.init.normal_(parameter)
@@ -50,7 +50,7 @@ def test_is_the_official_layer(name):
 
 
 def in_a_row(layer, x):
-    """MultiOrderDWConv, each share by itself, with F.conv2d."""
+    """Compute MultiOrderDWConv with F.conv2d, one share at a time."""
     parts = []
     for index, part in enumerate(layer.DW_conv0(x).split(layer.splits, 1)):
         if index:
@@ -198,7 +198,7 @@ def test_takes_the_place_of_a_depthwise_convolution(kind, size):
     assert not any(p.requires_grad for p in layer.parameters())
     x = torch.randn(2, 12, 15, 14, dtype=torch.double)
     assert layer(x).shape == conv(x).shape
-    assert not torch.allclose(layer(x), conv(x), atol=1e-2)  # the function is not kept, and the docs say so
+    assert not torch.allclose(layer(x), conv(x), atol=1e-2)  # the function is not kept, as documented
     fast = MultiOrderGatedAggregation.from_conv2d(DepthwiseConv2d(8, 8, 3, padding="same", backend="aten"))
     assert fast.value.DW_conv1.backend == "aten"
     assert fast.training

@@ -14,7 +14,7 @@ from widefield.ops import fold
 
 
 def branches(layer, x):
-    """Eq. 6 as it is written, with the layer's own routing weights."""
+    """Compute eq. 6 literally, with the layer's own routing weights."""
     alpha, total = layer.route(x), 0
     for r, (w, d) in enumerate(zip(layer.kernels(), layer.dilations, strict=True)):
         b = None if layer.biases() is None else layer.biases()[r]
@@ -94,7 +94,7 @@ def test_a_collapsed_mixture_is_the_mixture_of_fixed_weights(
         nn.init.normal_(tensor)
     weights = torch.randn(len(experts)).double()
     fused, folded = layer.fuse(), layer.fuse(norm)
-    layer.route = lambda x: weights.expand(len(x), -1)  # which branches() asks
+    layer.route = lambda x: weights.expand(len(x), -1)  # branches() calls it
     x = torch.randn(n, layer.in_channels, height, width).double()
     y = branches(layer, x)
     for conv, expected in (
@@ -207,7 +207,7 @@ def test_from_conv2d_preserves_the_function_and_every_expert_learns_from_the_fir
     if name == "zero kernel":
         return  # its output is zero, and with it the gradient of this loss
     assert all(k.grad.abs().max() > 0 for k in layer.kernels())
-    # A softmax over one expert is 1 whatever the router says.
+    # A softmax over one expert is always 1.
     alone = min(top_k, len(sizes)) == 1 if routing == "hard" else len(sizes) == 1 and attention == "softmax"
     assert (layer.router.gate.weight.grad.abs().max() > 0) != alone
 

@@ -22,7 +22,7 @@ ODD = st.integers(0, 8).map(lambda n: 2 * n + 1)
 
 
 def settled(module):
-    """Give every batch norm statistics and affine parameters of a network that has been trained."""
+    """Set statistics and affine parameters of batch norms as in a trained network."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(norm.running_mean)
@@ -335,7 +335,7 @@ def test_every_branch_learns_from_the_first_step(norm, size, old):
         layer(torch.randn(4, 4, 33, 33)).mul(torch.randn(4, 4, 33, 33)).sum().backward()
         optimizer.step()
     for (part, _), weight in zip(layer.branches(), start, strict=True):
-        assert ((part.weight - weight).abs() > 0).all()  # the taps that were padded, too
+        assert ((part.weight - weight).abs() > 0).all()  # including the padded taps
     if size == 7:  # equal branches, which would stay equal
         large, small = (part.weight for part, _ in layer.branches())
         assert not torch.allclose(large, small)

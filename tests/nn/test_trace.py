@@ -53,7 +53,7 @@ LAYERS = {
 
 def traced(layer, x):
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(layer, x), buffer)  # which a graph with Python in it refuses
+    torch.jit.save(torch.jit.trace(layer, x), buffer)  # fails for graphs with Python calls
     buffer.seek(0)
     loaded = torch.jit.load(buffer)
     assert "widefield::" not in str(loaded.inlined_graph)

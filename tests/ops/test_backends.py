@@ -32,7 +32,7 @@ MODULES = {"aten": _aten, "onednn": _onednn, "fft": _fft}
 
 
 def limits(changed):
-    """Move the limits beyond which a backend takes another way, so that small shapes take every one."""
+    """Change the limits of the backends, so that small shapes reach every branch."""
     return mock.patch.object(_limits, "LIMITS", changed)
 
 
@@ -50,7 +50,7 @@ def geometry(size, kernel, stride=(1, 1), dilation=(1, 1), padding=(0, 0), batch
 
 @st.composite
 def geometries(draw):
-    """Draw (batch, channels, size, kernel, stride, dilation, padding) with an output of a pixel at least."""
+    """Draw (batch, channels, size, kernel, stride, dilation, padding) with a non-empty output."""
     many = draw(st.booleans())
     channels = draw(st.sampled_from([17, 33, 37])) if many else draw(st.integers(1, 5))
     size, kernel, stride, dilation, padding = [], [], [], [], []
@@ -121,14 +121,14 @@ def oracle(x, weight, bias, grad, stride, padding, dilation):
 
 
 def pytorch_reads_out_of_bounds(case, layout):
-    """One channel, which is no depthwise convolution to oneDNN, in channels_last strides and with one column out."""
+    """One channel, which oneDNN does not treat as depthwise, with channels_last strides and one output column."""
     _, channels, size, kernel, stride, _, _ = case
     return channels == 1 and layout != "contiguous" and stride[1] > 1 and kernel[1] > size[1]
 
 
 def check_all_passes(name, case, per_sample, dtype, layout):
     if name != "fft" and pytorch_reads_out_of_bounds(case, layout):
-        return  # for test_depthwise.py
+        return  # see test_depthwise.py
     module, tolerance = MODULES[name], OF_DTYPE[dtype]
     x, weight, bias, grad = tensors(case, per_sample, dtype, layout)
     steps = case[4], case[6], case[5]
@@ -214,7 +214,7 @@ def test_weight_gradients_of_many_numbers_go_by_threes(batch, channels, size, ke
 
 
 class WeightGradients(TorchDispatchMode):
-    """Notes the columns of the kernels whose gradients PyTorch is asked for."""
+    """Record the columns of the kernels for which PyTorch computes gradients."""
 
     def __init__(self):
         super().__init__()
@@ -236,7 +236,7 @@ def forget_choices():
 @settings(max_examples=25, deadline=None)
 @given(case=geometries().filter(lambda case: case[1] > 1), channels_last=st.booleans())
 def test_without_arithmetic_of_its_own_a_cpu_computes_in_32_bits(dtype, case, channels_last):
-    """Every pass, to the bit: it is the float32 call, rounded."""
+    """Every pass equals the rounded float32 call, bit by bit."""
     x, weight, bias, grad = tensors(case, False, dtype, "channels_last" if channels_last else "contiguous")
     options = {"stride": case[4], "dilation": case[5], "padding": case[6]}
     inputs = [x, weight.transpose(0, 1).contiguous(), bias[0]]
@@ -318,7 +318,7 @@ def test_idle_taps_never_meet_the_map_and_no_more_could_be_cut(case):
         assert not any(meets[k - cut :])
         assert p - d * cut >= 0
         assert k - 2 * cut >= 1
-        if s == 1:  # a stride may step over a small map, which idle_taps does not look for
+        if s == 1:  # a stride may skip a small map, which idle_taps does not detect
             stuck = p < d * (cut + 1) or k < 2 * cut + 3
             assert stuck or meets[cut] or meets[k - 1 - cut]
 
@@ -411,7 +411,7 @@ def test_auto_takes_what_can_compute_it_and_says_why(changed, case, step, per_sa
 
 
 def test_the_measured_table():
-    """A few entries of benchmarks/results/depthwise_cpu.md that the issue is about."""
+    """Some entries of benchmarks/results/depthwise_cpu.md."""
 
     def stage(**changed):
         third = {"batch": 8, "channels": 384, "height": 14, "width": 14, "kernel": (7, 7), "padding": (3, 3)}
@@ -463,7 +463,7 @@ def test_a_name_is_one_of_the_backends():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @settings(max_examples=25, deadline=None)
-@example(geometry((7, 7), (7, 7)), True)  # one pixel out, of which no strides tell the layout
+@example(geometry((7, 7), (7, 7)), True)  # one output pixel, whose strides do not tell the layout
 @example(geometry((1, 10), (1, 10)), True)
 @given(case=geometries().filter(lambda case: case[1] > 1 or case[3][0] <= case[2][0]), channels_last=st.booleans())
 def test_what_is_explained_is_what_runs(dtype, case, channels_last):

@@ -20,7 +20,7 @@ every = pytest.mark.parametrize("backend", EVERY)
 
 
 def inputs(sampling, batch=2, height=5, width=6, channels=None, dtype=torch.float64, spread=1.5):
-    """Draw x, offset and mask; offsets stay away from the kinks at whole pixels where the scale is 1."""
+    """Draw x, offset and mask. Offsets avoid whole pixels, at which sampling is not differentiable."""
     rows, columns = sampling.output_size(height), sampling.output_size(width)
     count = sampling.groups * sampling.points
     x = torch.randn(batch, height, width, channels or 2 * sampling.groups)
@@ -39,7 +39,7 @@ def gradients(y, tensors):
 
 
 def pixel(image, row, column):
-    """``image`` (H, W, C) at a place between pixels; zeros around it."""
+    """Interpolate ``image`` (H, W, C) between pixels, with zeros outside."""
     height, width, channels = image.shape
     top, left = math.floor(row.detach()), math.floor(column.detach())
     value = image.new_zeros(channels)

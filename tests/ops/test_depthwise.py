@@ -1,4 +1,4 @@
-"""The public function: what F.conv2d promises with groups == channels, for every backend, layout, dtype and mode."""
+"""The public function keeps the contract of F.conv2d, for every backend, layout, dtype and mode."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def pair(value):
 
 
 def oracle(x, weight, bias, stride, padding, dilation, dtype=torch.float64):
-    """F.conv2d in float64, on maps that are padded by hand where "same" pads one side more than the other."""
+    """Compute F.conv2d in float64, with explicit padding if "same" pads one side more than the other."""
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if padding == "valid":
         padding = 0
@@ -36,7 +36,7 @@ def oracle(x, weight, bias, stride, padding, dilation, dtype=torch.float64):
 
 
 def able(backend, dtype, size, kernel, stride, padding, dilation):
-    """What the documentation says of named backends, in words of its own."""
+    """Return whether the documentation excludes this call for a named backend."""
     stride, dilation = pair(stride), pair(dilation)
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if backend == "onednn":
@@ -48,12 +48,12 @@ def able(backend, dtype, size, kernel, stride, padding, dilation):
 
 
 def pytorch_writes_out_of_bounds(channels, size, kernel):
-    """The weight gradient of one channel, which is no depthwise convolution to oneDNN, in 32 bits and tall kernels."""
+    """The weight gradient of one channel, which oneDNN does not treat as depthwise, in 32 bits and for tall kernels."""
     return channels == 1 and kernel[0] > size[0]
 
 
 def pytorch_reads_out_of_bounds(channels, size, kernel, options, layout):
-    """One channel again, in channels_last strides and with one column out."""
+    """One channel with channels_last strides and one output column."""
     narrow = kernel[1] > size[1] and pair(options["stride"])[1] > 1
     return channels == 1 and layout not in ("contiguous", "channels_last") and narrow
 
@@ -103,7 +103,7 @@ def calls(draw):
 def check_call(call, backend, dtype, layout, with_bias):
     batch, channels, size, kernel, options = call
     if backend in ("auto", "aten") and pytorch_writes_out_of_bounds(channels, size, kernel):
-        return  # for a test of its own
+        return  # has its own test
     if backend in ("auto", "aten") and pytorch_reads_out_of_bounds(channels, size, kernel, options, layout):
         return  # likewise
     x = lay_out(torch.randn(batch, channels, *size).to(dtype), layout).requires_grad_()
@@ -116,7 +116,7 @@ def check_call(call, backend, dtype, layout, with_bias):
             depthwise_conv2d(x, weight, bias, backend=backend, **options)
         return
     y = depthwise_conv2d(x, weight, bias, backend=backend, **options)
-    # PyTorch's own adds up in 16 bits where a CPU has no such arithmetic: all that is promised is that it is that.
+    # On CPUs without 16-bit arithmetic PyTorch's own sums in 16 bits: only equality with it is required.
     own = backend == "aten" and dtype == torch.float16
     expected = oracle(x, weight, bias, **options, dtype=dtype if own else torch.float64)
     assert y.dtype == dtype
@@ -175,7 +175,7 @@ def test_more_channels_than_are_taken_at_a_time(kernel, backend, layout):
 
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_the_kernels_that_leave_the_cache(backend):
-    """31x31 for 160 channels are 153,760 taps, with every limit as it is: channels go some at a time."""
+    """31x31 for 160 channels are 153,760 taps, so channels are computed in groups with the default limits."""
     x, weight = torch.randn(1, 160, 20, 20), torch.randn(160, 1, 31, 31)
     for seen in (x, lay_out(x, "channels_last")):
         y = depthwise_conv2d(seen, weight, backend=backend)
@@ -186,7 +186,7 @@ def test_the_kernels_that_leave_the_cache(backend):
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_kernels_on_large_maps(backend, layout):
-    """Where auto takes spectra; too few channels to be slow elsewhere."""
+    """Sizes for which auto uses spectra, with few channels, as the oracle is slow."""
     check_call((2, 3, (50, 49), (27, 29), {"stride": 1, "padding": "same", "dilation": 1}), backend, torch.float32,
                layout, True)  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_same_pads_as_conv2d_does(kernel, dilation, backend):
     y = depthwise_conv2d(x, weight, dilation=dilation, backend=backend)
     assert y.shape == x.shape
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that even kernels copy
+        warnings.simplefilter("ignore")  # about copies for even kernels
         close(y, F.conv2d(x, weight, padding="same", dilation=dilation, groups=2), FLOAT64)
 
 
@@ -230,7 +230,7 @@ for rows, columns, tall, wide in (
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 def test_kernels_that_tower_over_the_map_of_one_channel(layout):
-    """PyTorch's own weight gradient writes out of bounds there (2.14, CPU): hence in a process of its own."""
+    """PyTorch's own weight gradient writes out of bounds there (2.14, CPU), so this runs in a separate process."""
     done = subprocess.run([sys.executable, "-c", TALL.format(layout=layout)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
 
@@ -272,7 +272,7 @@ def test_weight_gradients_of_maps_narrower_than_the_stride_in_16_bits(size, kern
 @pytest.mark.parametrize("backend", ["auto", "onednn", "fft"])
 @pytest.mark.parametrize("size", [3, 7, 15])
 def test_gradients_keep_the_layout_where_the_output_is_one_pixel(size, backend):
-    """Of one pixel no strides tell the layout, but those of x do."""
+    """The strides of one pixel do not tell the layout, but those of x do."""
     x = lay_out(torch.randn(2, 3, size, size), "channels_last").requires_grad_()
     weight = torch.randn(3, 1, size, size)
     depthwise_conv2d(x, weight, padding="valid", backend=backend).sum().backward()
@@ -303,7 +303,7 @@ def test_no_gradient_without_need(backend):
 
 
 def test_a_channels_last_weight_does_not_change_the_layout_of_the_output():
-    """module.to(memory_format=channels_last) turns parameters, whatever the images' layout is."""
+    """module.to(memory_format=channels_last) converts parameters, independently of the layout of images."""
     for size in (1, 3, 5, 7, 15):
         weight = torch.empty(3, 1, size, size, memory_format=torch.channels_last).normal_()
         for seen in (torch.randn(2, 3, 12, 11), lay_out(torch.randn(2, 3, 12, 11), "channels_last")):
@@ -365,7 +365,7 @@ def test_autocast_leaves_float64_alone_as_it_does_for_conv2d():
 @pytest.mark.parametrize("size", [7, 15])
 @pytest.mark.parametrize("backend", ON_CPU)
 def test_a_backward_pass_within_autocast_is_as_exact_as_outside(backend, size):
-    """What a forward pass in float32 is followed by is in float32, as for F.conv2d."""
+    """The backward pass of a float32 forward pass is in float32, as for F.conv2d."""
     x, weight = torch.randn(3, 4, 12, 11).requires_grad_(), torch.randn(4, 1, size, size).requires_grad_()
     y, expected = depthwise_conv2d(x, weight, backend=backend), oracle(x, weight, None, 1, "same", 1)
     grad = torch.randn_like(y)
@@ -401,11 +401,11 @@ def test_shapes_and_layouts_without_numbers(case, backend, layout):
         return
     x, weight = lay_out(torch.randn(shape), layout), torch.randn(kernel)
     y = depthwise_conv2d(x, weight, backend=backend, **options)
-    if backend != "onednn":  # which there is on CPUs only
+    if backend != "onednn":  # onednn exists on CPUs only
         meta = depthwise_conv2d(x.to("meta"), weight.to("meta"), backend=backend, **options)
         assert meta.is_meta
         assert meta.shape == y.shape
-        assert same_layout(meta, x) or backend == "aten" or not meta.numel()  # conv2d's own twin forgets it
+        assert same_layout(meta, x) or backend == "aten" or not meta.numel()  # conv2d loses the layout on meta tensors
     with FakeTensorMode() as mode:
         seen, kernels = (mode.from_tensor(t).requires_grad_() for t in (x, weight))
         fake = depthwise_conv2d(seen, kernels, backend=backend, **options)

@@ -1,4 +1,4 @@
-"""What explain says of a call, without computing it."""
+"""explain describes a call without computing it."""
 
 from dataclasses import FrozenInstanceError
 

@@ -13,7 +13,7 @@ from widefield.ops import _sparse, bank_conv2d, explain, fold, mixture_conv2d
 
 
 def oracle(x, kernels, biases, weights, stride, groups, dilations):
-    """Eq. 6 as it is written, one sample and one expert at a time."""
+    """Compute eq. 6 literally, one sample and one expert at a time."""
     samples = []
     for i in range(x.shape[0]):
         y = 0
@@ -76,7 +76,7 @@ def test_outputs_and_all_gradients_equal_the_sum_of_branches(
 
 
 def sorting(*, is_free):
-    """Make samples be sorted by the size of kernel that they need whatever it saves, or never."""
+    """Make sorting samples by kernel size free of cost, or too expensive."""
     cost = 0 if is_free else math.inf
     return mock.patch.object(_sparse, "COSTS", _sparse.Costs(move=cost, call=cost))
 
@@ -110,7 +110,7 @@ def test_sparse_weights_skip_without_changing_anything(
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_smallest_maps(side, stride, threads):
-    """Kernels shrink to 1x1 and 3x3 there, which have forms of their own on CPUs."""
+    """Kernels shrink to 1x1 and 3x3 there, which CPUs compute separately."""
     x, kernels, biases, weights = case(3, 4, 1, 1, side, side, [(3, 1), (7, 1)], True)
     expected = oracle(x, kernels, biases, weights, stride, 4, (1, 1))
     before = torch.get_num_threads()
@@ -138,7 +138,7 @@ def test_an_expert_that_no_sample_chose_gets_no_gradient(backend):
 
 @pytest.mark.parametrize("backend", ["merged", "branches"])
 def test_skipped_experts_are_not_computed(backend):
-    """Counts multiplications: a sample that chose 3x3 must not pay for the 11x11 beside it."""
+    """Count multiplications: a sample that chose 3x3 must not pay for the 31x31 of another."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(weights, side):
@@ -153,7 +153,7 @@ def test_skipped_experts_are_not_computed(backend):
     assert flops(small, 48) < flops(both, 48) * (9 / 961) * 1.5
     assert flops(mixed, 48) < flops(both, 48) * 0.7
     assert flops(small, 12) < flops(both, 12) * (9 / 23**2) * 1.5
-    if backend == "merged":  # to move samples takes longer there than it saves
+    if backend == "merged":  # moving samples costs more than it saves
         assert flops(mixed, 12) == flops(both, 12)
 
 
@@ -332,7 +332,7 @@ def test_kernels_of_every_sample_that_are_larger_than_the_map(dtype, stride, cha
 
 
 class Convolutions(TorchDispatchMode):
-    """Notes the dtypes in which dense convolutions are computed."""
+    """Record the dtypes in which dense convolutions are computed."""
 
     def __init__(self):
         super().__init__()
@@ -401,7 +401,7 @@ def test_an_explanation_of_a_mixture():
 
 
 class Passes(TorchDispatchMode):
-    """Notes how many samples are convolved with depthwise kernels of which size."""
+    """Record the number of samples and the kernel size of depthwise convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -472,7 +472,7 @@ def test_an_explanation_of_a_mixture_knows_autocast():
 @pytest.mark.parametrize("side", [2, 9])
 @pytest.mark.parametrize("per_in", [1, 2])
 def test_many_experts_of_few_kinds_in_any_order(side, per_in):
-    """From four of a kind on, kinds are mixed one after the other; spans repeat, and some reach past the map."""
+    """With four experts of a kind, kinds are mixed one by one; spans repeat, and some exceed the map."""
     experts = [(3, 2), (5, 1), (1, 1), (3, 3)] * 4
     x, kernels, biases, weights = case(2, 3, per_in, per_in, side, side, experts, True)
     dilations = [d for _, d in experts]

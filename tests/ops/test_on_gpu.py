@@ -50,7 +50,7 @@ def on_device(tensor, dtype, layout=torch.contiguous_format):
 
 
 def rounded(dtype, *shape):
-    """Numbers that the dtype can hold, in float64: the oracle then sees what the device sees."""
+    """Return float64 numbers that the dtype can represent, so that oracle and device get the same input."""
     return torch.randn(shape).to(dtype).double()
 
 

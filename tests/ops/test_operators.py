@@ -1,4 +1,4 @@
-"""torch.ops.widefield.*: fake twins, derivatives of any order, vmap, torch.compile, torch.export."""
+"""torch.ops.widefield.*: fake implementations, derivatives of any order, vmap, torch.compile, torch.export."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_slow_gradcheck_of_the_public_function(backend):
 @pytest.mark.parametrize("backend", ["onednn", "auto", "fft", "aten"])
 @pytest.mark.parametrize("kernel", [(3, 3), (7, 7), (15, 15), (4, 18)])
 def test_second_derivatives_in_float32_equal_those_of_conv2d_in_float64(kernel, backend, channels_last):
-    """Of a loss on gradients, as a gradient penalty is one."""
+    """Second derivatives as in a gradient penalty."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(2, 3, 12, 11).contiguous(memory_format=layout)
     weight, bias, c = torch.randn(3, 1, *kernel), torch.randn(3), torch.randn(2, 3, 12, 11)
@@ -278,7 +278,7 @@ def test_hessians_by_two_backward_passes(backend):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # within torch.func.jvp
 @pytest.mark.parametrize("backend", ["auto", "onednn", "fft", "aten"])
 def test_forward_mode_derivatives(backend):
-    """F.conv2d has them, and torch.func.hessian is made of them."""
+    """F.conv2d has forward-mode derivatives, and torch.func.hessian uses them."""
     weight, x = torch.randn(2, 1, 3, 3), torch.randn(1, 2, 3, 4)
     _, tangent = torch.func.jvp(lambda w: depthwise_conv2d(x, w, backend=backend), (weight,), (weight.cos(),))
     close(tangent, depthwise_conv2d(x, weight.cos(), backend=backend), FLOAT32)
@@ -293,7 +293,7 @@ def test_forward_mode_derivatives(backend):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["auto", "onednn", "fft"])
 def test_operators_compute_in_the_dtypes_given_also_within_autocast(backend, low, per_sample):
-    """Autocast has had its say before them: within, float32 is float32, and 16 bits are added up in 32."""
+    """Autocast applies before the operators: they keep float32, and sum 16 bits in 32."""
     for dtype in (torch.float32, low):
         x, weight, bias, grad, steps = (
             t.detach().to(dtype) if torch.is_tensor(t) else t for t in tensors("wide", per_sample, False, batch=3)

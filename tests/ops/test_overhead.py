@@ -1,4 +1,4 @@
-"""What our layers cost in Python: calls of functions for one forward pass, PyTorch's own included."""
+"""Python calls of a forward pass or a training step of our layers, including those inside of PyTorch."""
 
 import sys
 
@@ -9,7 +9,7 @@ from widefield.nn import DepthwiseConv2d, MoRFConv2d
 
 
 def calls(run):
-    """Return how many Python functions ``run`` calls."""
+    """Return the number of Python function calls in ``run``."""
     count = 0
 
     def watch(frame, event, _):
@@ -57,7 +57,7 @@ def test_calls_in_python(name):
 
 
 @pytest.mark.parametrize("layer", [DepthwiseConv2d(64, 64, 7, padding=3), MoRFConv2d(64, 64, groups=64)], ids=repr)
-def test_what_was_remembered_excuses_no_other_call(layer):
+def test_remembered_decisions_do_not_skip_checks(layer):
     layer(torch.randn(2, 64, 14, 14))
     for wrong in (torch.randn(2, 63, 14, 14), torch.randn(64, 14), torch.randn(2, 64, 14, 14).double()):
         with pytest.raises((ValueError, TypeError)):

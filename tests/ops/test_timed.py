@@ -1,4 +1,4 @@
-"""Choices by timing, and the file that remembers them: with a device and a clock that are made up."""
+"""Timed choices and their file, with a fake device and a fake clock."""
 
 import json
 from types import SimpleNamespace
@@ -103,7 +103,7 @@ def test_times_without_all_candidates_are_measured_again(card):
     card.able = ["direct", "gemm"]
     assert _backend.choose(card.problem, card.run)[0] == "gemm"
     assert card.calls == ["aten", "direct", "aten", "direct", "gemm"]
-    card.able = ["direct"]  # and fewer are a matter of looking
+    card.able = ["direct"]  # fewer candidates need no new timing
     assert _backend.choose(card.problem, card.run)[0] == "direct"
     assert len(card.calls) == 5
 
@@ -128,7 +128,7 @@ def test_nothing_is_timed_while_a_graph_is_captured_or_determinism_is_asked_for(
     card.times["aten"] = 0.1
     assert _backend.choose(card.problem, card.run)[0] == "aten"
     torch.use_deterministic_algorithms(True)
-    try:  # nor do times that differ from run to run decide
+    try:  # deterministic algorithms do not use timings
         assert _backend.choose(card.problem, card.run)[0] == "direct"
     finally:
         torch.use_deterministic_algorithms(False)

@@ -30,7 +30,7 @@ Run = Callable[..., RunResult]
 
 
 class Told(LabeledImages):
-    """Images whose first pixels are the logits that a model should give; sample 1 is unreadable if asked."""
+    """Images whose first pixels are the expected logits; sample 1 is unreadable on request."""
 
     def __init__(self, logits: Tensor, labels: list[int], classes: int, *, broken: bool = False) -> None:
         super().__init__("val", 8, 0)
@@ -343,7 +343,7 @@ def test_any_of_several_right_answers_counts_once() -> None:
 
 
 def test_a_folder_called_by_numbers_is_evaluated_by_them(tmp_path: Path) -> None:
-    """ImageNet-V2's form, end to end: the folder 10 is class 10, whatever sorting makes of it."""
+    """ImageNet-V2's form, end to end: the folder 10 is class 10 in any sorting order."""
     for name in ("0", "1", "10", "2"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8), (int(name) * 20, 0, 0)).save(tmp_path / name / "a.png")
@@ -362,7 +362,7 @@ def test_a_folder_called_by_numbers_is_evaluated_by_them(tmp_path: Path) -> None
 
 
 def test_evaluate_keeps_to_its_contract() -> None:
-    """The loop of training calls it with its own batches, those of one process's share."""
+    """The training loop calls it with its own batches, those of one process's share."""
     dataset = told()
     task = tasks.create("classification", dataset)
     batches = [*DataLoader(dataset, 5, collate_fn=data.collate), {}]

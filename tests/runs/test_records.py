@@ -1,4 +1,4 @@
-"""Runs as their folders tell of them: listing, sorting, filtering, comparing, drawing."""
+"""Records of runs: listing, sorting, filtering, comparing, drawing."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def made(root: Path, output: Path, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds ``set`` and ``runs/run``, which was trained on it and tells the classes apart."""
+    """A folder with ``set`` and ``runs/run``, which was trained on it and separates the classes."""
     place = tmp_path_factory.mktemp("finished")
     result = train(made(pictures(place / "set"), place / "runs"), console=QUIET)
     assert result.best["top1"] > 0.6

@@ -135,7 +135,7 @@ def test_runs_of_one_name_are_told_apart_and_keep_the_order_of_their_classes(tmp
             name="same", model=model, data=data, output=str(tmp_path / output), epochs=1, batch_size=3, workers=0
         )
         words.append(str(train(recipe, console=Console(quiet=True)).folder))
-    assert [load(word, beside=words).name for word in words] == words
+    assert [load(word, together_with=words).name for word in words] == words
     found = load(words[0])
     assert found.name == "same"
     pictures = found.pictures(count=None)

@@ -13,7 +13,7 @@ CLASSES = 10
 
 
 class Linear(nn.Module):
-    """Logits from the mean color; keeps what it was given."""
+    """Logits from the mean color; keeps its last input."""
 
     def __init__(self, classes: int = CLASSES) -> None:
         super().__init__()

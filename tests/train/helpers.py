@@ -1,4 +1,4 @@
-"""What the tests of training look at."""
+"""Helpers for the tests of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUIET = Console(quiet=True)
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of ``metrics.jsonl`` without the only thing that a repetition changes."""
+    """Return the entries of ``metrics.jsonl`` without the times, which differ between repetitions."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 

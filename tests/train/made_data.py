@@ -1,4 +1,4 @@
-"""Made data sets in the formats of the real ones: noisy pictures, a color for each class."""
+"""Generated data sets in the formats of the real ones: noisy images, one color per class."""
 
 from __future__ import annotations
 

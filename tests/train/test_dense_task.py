@@ -25,7 +25,7 @@ MORF = ConversionSpec("morf", "*.conv_dw", {"kernel_sizes": [3, 7]})
 
 
 class Disks(SampleSet):
-    """A bright disk on noise, of a size, place and picture size of its own in every epoch; no classes."""
+    """A bright disk on noise; size, place and image size differ in every epoch; no classes."""
 
     mean, std = (0.5,) * 3, (0.25,) * 3
 
@@ -119,7 +119,7 @@ class Segmentation(Task):
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """Three epochs of six steps, by the names that a user would register."""
+    """Three epochs of six steps, with the names that a user would register."""
     monkeypatch.setitem(data.SETS, "disks", Disks)
     monkeypatch.setitem(tasks.TASKS, "segmentation", Segmentation)
     return Recipe(
@@ -190,7 +190,7 @@ def _iou(model: nn.Module, samples: Sequence[Sample]) -> float:
 
 @pytest.mark.parametrize("stop", [4, 12])
 def test_it_resumes_exactly(recipe: Recipe, stop_at: Callable[[int], None], stop: int) -> None:
-    """In the middle of an epoch, and at its end; with another number of workers, as images differ in every epoch."""
+    """In the middle of an epoch and at its end, with another number of workers."""
     whole = train(replace(recipe, name="whole"), console=QUIET)
     stop_at(stop)
     part = train(recipe, console=QUIET)

@@ -234,7 +234,7 @@ def test_load_trained_refuses(tmp_path: Path) -> None:
 
 
 class Noise(data.LabeledImages):
-    """Noise with labels; ``poison`` and ``gone`` say at which (split, index) an image is NaN or unreadable."""
+    """Noise with labels; images in ``poison`` are NaN, images in ``gone`` are unreadable."""
 
     classes = ("a", "b", "c")
     mean = std = (1.0, 1.0, 1.0)
@@ -261,7 +261,7 @@ class Noise(data.LabeledImages):
 
 
 class Stuck(Dataset[Any]):
-    """Never gives its only sample; ``reached`` says that it was asked for."""
+    """Hangs on its only sample; ``reached`` is set when it is requested."""
 
     def __init__(self) -> None:
         self.reached = multiprocessing.Event()
@@ -383,7 +383,7 @@ def test_a_process_whose_worker_found_a_corrupt_image_ends(recipe: Recipe, tmp_p
 
 
 def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that hangs in a file system would be; torch asks it by a queue and by SIGTERM, which workers ignore."""
+    """Like a worker that hangs in a file system; torch stops workers by a queue and by SIGTERM, which they ignore."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     before, dataset = multiprocessing.active_children(), Stuck()
     loader = val_loader(dataset, data.collate, 1, 1)

@@ -1,4 +1,4 @@
-"""A disk that fills up on the way: one sentence, the last good checkpoint, and a run that goes on later."""
+"""A disk that fills up: a one-line error, the last good checkpoint, and a run that resumes later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Run = Callable[..., RunResult]
 
 @contextmanager
 def files_no_longer_than(size: int) -> Iterator[None]:
-    """Have the system refuse longer files, with EFBIG, as a full disk does with ENOSPC."""
+    """Make the system refuse longer files with EFBIG, as a full disk does with ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

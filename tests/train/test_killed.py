@@ -1,4 +1,4 @@
-"""A run may be killed at any moment: it loses at most the steps since its last checkpoint, and never a checkpoint."""
+"""A run that is killed at any moment loses at most the steps since its last checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def launch(recipe: Recipe, path: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def steps(folder: Path) -> int:
-    """Steps behind the newest checkpoint, 0 without one; reading all of them proves that all are whole."""
+    """Return the step of the newest checkpoint, or 0; reading all of them proves that all are complete."""
     for found in checkpoints(folder / "checkpoints"):
         found.state()
         load_trained(folder, "last")
@@ -41,7 +41,7 @@ def steps(folder: Path) -> int:
 
 
 def logged(folder: Path) -> int:
-    """Steps that the log speaks of; its last line may be torn."""
+    """Return the steps in the log; its last line may be incomplete."""
     last = 0
     for line in (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""What moves the weights: groups, freezing, accumulation, steps that come to nothing, weights to start from."""
+"""The learner: parameter groups, freezing, accumulation, skipped steps, start weights."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ class TestRepeats:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, gradient: bool = False) -> None:
-    """Have the loss, or only its gradient, be no number in these calls, from 1."""
+    """Make the loss, or only its gradient, NaN in these calls, from 1."""
     plain, calls = Classification.loss, itertools.count(1)
 
     def loss(self: Any, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -310,7 +310,7 @@ class TestNotFinite:
 
 
 class TestLoggedRate:
-    """The recipe's, whatever groups multiply it by."""
+    """The logged rate is the recipe's, independent of the groups' scales."""
 
     @pytest.mark.parametrize("args", [{}, {"layer_decay": 0.5}])
     @pytest.mark.parametrize(

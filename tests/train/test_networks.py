@@ -1,4 +1,4 @@
-"""Name and arguments -> model: every argument counts, or it is refused."""
+"""Name and arguments -> model: an argument without effect is an error."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class TestOptimizerAndSchedule:
 
 
 def test_short_numbers_in_braces_are_numbers() -> None:
-    """As in recipes; YAML 1.1 takes 1e-3 for a text."""
+    """As in recipes; YAML 1.1 reads 1e-3 as a string."""
     found = load("convnext_tiny{ls_init_value: 1e-3, depths: [1, 1, 1, 1], dims: [4, 4, 8, 8]}")
     assert torch.equal(found.model.stages[0].blocks[0].gamma, torch.full((4,), 1e-3))
 

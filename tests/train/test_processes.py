@@ -32,7 +32,7 @@ def launch(recipe: Recipe, path: Path, processes: int, *more: str) -> None:
 
 @pytest.fixture
 def plain(recipe: Recipe) -> Recipe:
-    """Nothing that draws random numbers in a process, and batch norm nowhere."""
+    """A recipe without random numbers in a process and without batch norm."""
     return replace(recipe, model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}))
 
 
@@ -73,7 +73,7 @@ def test_a_sharded_run_resumes(plain: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_without_an_image_to_evaluate_waits_for_nobody(recipe: Recipe, tmp_path: Path) -> None:
-    """Batch norms have buffers, which torch's wrapper would send around in the forward pass of the others."""
+    """Batch norms have buffers, which torch's wrapper would broadcast in the forward pass of the others."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 1)):
         for name in ("cat", "dog"):

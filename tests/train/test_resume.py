@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not."""
+"""A run that was stopped and resumed equals one that was not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUSY: dict[str, Any] = {
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
-    """Have this process get a real signal in the n-th training step from now on."""
+    """Send this process a real signal in the n-th training step from now on."""
     loss = Classification.loss
 
     def arrange(n: int, number: signal.Signals = signal.SIGINT) -> None:

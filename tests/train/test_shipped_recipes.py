@@ -32,7 +32,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 NOT_PUBLISHED = {"demo_digits", "demo_scales", "digits_morf"}
 PUBLISHED = [name for name in shipped_recipes() if name not in NOT_PUBLISHED]
 PROCESSES = (1, 8)
-"""What recipes are made for: one GPU, or a machine with eight."""
+"""Numbers of processes that recipes are written for: one GPU, or a machine with eight."""
 
 
 @cache
@@ -134,7 +134,7 @@ def test_the_two_statements_of_morf_are_one() -> None:
 
 
 class Three:
-    """What a task wants to know of a data set."""
+    """The part of a data set that a task reads."""
 
     classes = ("a", "b", "c")
 
@@ -170,7 +170,7 @@ def test_fine_tuning_starts_from_what_fits(name: str) -> None:
 
 
 def two_steps(recipe: Recipe, root: Path, runs: Path, **changes: Any) -> Path:
-    """Train two steps of a recipe on made data, check what came of it, and return the run's folder."""
+    """Train two steps of a recipe on generated data, check the results, and return the run's folder."""
     schedule = recipe.schedule
     made = replace(
         recipe,

@@ -1,4 +1,4 @@
-"""The state of a run without a pickle: what goes in comes out, to the bit."""
+"""The state of a run without a pickle is restored to the bit."""
 
 from __future__ import annotations
 

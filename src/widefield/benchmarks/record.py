@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: rows printed as they come, and a JSON and a Markdown file of one run."""
+"""Output of a benchmark: rows printed as they come, and a JSON and a Markdown file per run."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from widefield.benchmarks.settings import LAYOUTS, Settings, keep_freed_memory
 Row = dict[str, Any]
 
 _TIMES = 22
-"""Characters that a time and its percentiles take."""
+"""Width of a time and its percentiles, in characters."""
 _WORD = 13
 _WORDS = ("step", "mode", "layout", "layers")
-"""Columns of words up to so long: rows line up from the first on."""
+"""Columns of short words, at most that wide, so that rows line up from the first on."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit that a benchmark is held against, and the row that comes off worst."""
+    """A limit for a benchmark, and the worst row."""
 
     text: str
     limit: float
     at_least: bool
-    """Whether the measured value must be at least the limit, or at most."""
+    """Whether the limit is a lower or an upper bound."""
     measured: float | None
-    """None where no row of the run says anything about it."""
+    """None if no row applies."""
     where: str = ""
 
     @property
     def verdict(self) -> str:
-        """Met, not met or not measured."""
+        """ "met", "not met" or "not measured"."""
         if self.measured is None:
             return "not measured"
         met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
@@ -65,10 +65,10 @@ def bar(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Bar:
-    """Hold the worst of ``rows`` against a limit; a row's "label" says where that was. Give one of the limits."""
+    """Compare the worst of ``rows`` with a limit; its "label" is recorded. Give one of the limits."""
     limit = at_least if at_least is not None else at_most
     if limit is None or (at_least is not None and at_most is not None):
-        raise ValueError("give at_least or at_most, one of them.")
+        raise ValueError("give either at_least or at_most.")
     values = [(value(row), str(row["label"])) for row in rows]
     if not values:
         return Bar(text, limit, at_least is not None, None)
@@ -77,7 +77,7 @@ def bar(
 
 
 class Table:
-    """Rows under a heading. A row is kept as it is, for JSON, and shown through ``columns``: heading -> how to show."""
+    """Rows under a heading. Rows are kept for JSON, and formatted by ``columns``: heading -> formatter."""
 
     def __init__(self, title: str, columns: Mapping[str, Callable[[Row], str]], note: str = "") -> None:
         self.title = title
@@ -96,7 +96,7 @@ class Table:
 
 
 class Record:
-    """One run of a benchmark: prints its parts as they come, and at the end writes ``NAME_DEVICE.json`` and ``.md``."""
+    """One run of a benchmark: prints rows as they come, and finally writes ``NAME_DEVICE.json`` and ``.md``."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""How to measure, whatever is measured; and what the machine could do at best."""
+"""How to measure, in every benchmark; and the machine's upper limits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _WARMUP = {"cpu": 1, "cuda": 3}
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed, as allocators made for long runs do; say whether it does.
+    """Have the C library keep freed memory, as allocators for long runs do; return whether it does.
 
-    By default glibc hands large blocks back to the system, and the next call pays for getting its pages anew: for
-    short calls up to ten times what they compute, and whether it happens hangs on who was measured before.
+    By default glibc returns large blocks to the system, and the next call pays for new pages: up to ten times the time
+    of a short call, depending on what was measured before.
     """
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     try:
@@ -41,16 +41,16 @@ class Settings:
     """How to measure.
 
     Args:
-        command: what the user wrote, for the record.
+        command: the command line, for the record.
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
         repeats: timings of each call.
-        budget_s: timed seconds that a call may use up; slower ones are timed less often, but twice at least.
-        out: folder for the files, or None for none.
+        budget_s: timed seconds per call; slower calls are timed less often, but at least twice.
+        out: folder for the files, or None.
 
     Raises:
-        ValueError: an unknown device or dtype, no CUDA device, or numbers out of range.
-        OSError: ``out`` cannot be made; found before anything is measured.
+        ValueError: unknown device or dtype, no CUDA device, or numbers out of range.
+        OSError: ``out`` cannot be created; checked before anything is measured.
     """
 
     command: str

@@ -72,7 +72,7 @@ def subject(word: str, args: argparse.Namespace) -> Subject:
     from widefield.runs import load
 
     labels = check_labels(args)
-    found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, beside=args.models)
+    found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, together_with=args.models)
     return replace(found, name=labels[args.models.index(word)]) if labels else found
 
 

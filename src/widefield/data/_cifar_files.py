@@ -96,7 +96,7 @@ def read_files(
     Raises:
         FileNotFoundError: the version is not in ``root``.
         OSError: a file cannot be read.
-        ValueError: a file has not the images or labels that it should.
+        ValueError: a file lacks images or labels.
     """
     layout = files.versions[version]
     place = _located(root, files, version)

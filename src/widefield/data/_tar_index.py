@@ -1,10 +1,10 @@
-"""An index of the images in tar files: their headers, read once.
+"""An index of the images in tar files, built by reading their headers once.
 
-Streaming readers (webdataset's, and timm's reader of it) give samples in the order of the files, shuffled in a buffer:
-they can neither go on in the middle of an epoch nor tell how many samples each process has seen. timm's
-``ReaderImageInTar`` has random access, but not to webdataset's layout; it also reads every byte to find the headers,
-shares an open file with forked workers, and keeps its table as a pickle. With the place and length of each image in
-arrays, any reader is one seek away from any image, and a tar file is as good as a folder.
+Streaming readers (webdataset's, and timm's wrapper of it) return samples in the order of the files, shuffled in a
+buffer. They cannot resume in the middle of an epoch, and the number of samples per process is unknown. timm's
+``ReaderImageInTar`` has random access, but does not read webdataset's layout. It also reads every byte to find the
+headers, shares an open file with forked workers, and keeps its table as a pickle. This index stores the offset and the
+length of each image in arrays, so that any image is one seek away.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from widefield.data.class_map import is_index
 from widefield.data.listing import HIDDEN, IMAGE_ENDINGS, Skipped, is_hidden, why_no_image
 
-_FORMAT = 2  # of the kept file; counts up when its meaning changes
+_FORMAT = 2  # version of the stored file; raise it when the meaning changes
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,31 @@ class TarIndex:
     """Images in tar files, in the files' order: arrays of length N, and the names of the classes."""
 
     names: NDArray[np.bytes_]
-    """Path inside the tar file, in UTF-8; that of an inner tar file comes first, without its ``.tar``."""
+    """Path inside the tar file, in UTF-8; starts with the path of an inner tar file without its ``.tar``."""
     tars: NDArray[np.int32]
-    """Which tar file."""
+    """Index of the tar file."""
     offsets: NDArray[np.int64]
-    """First byte in it."""
+    """Offset of the first byte."""
     sizes: NDArray[np.int64]
     """Length in bytes."""
     labels: NDArray[np.int64]
-    """Index into ``classes``; the label that the tar file gives, if there are no classes."""
+    """Index into ``classes``, or the label in the tar file if there are no classes."""
     classes: NDArray[np.str_]
-    """Names of the folders in sorted order, (M,); (0,) where labels lie beside the images."""
+    """Sorted names of the folders, (M,); (0,) if labels are stored next to the images."""
     skipped: NDArray[np.str_]
-    """Reason, count and first name of what was left out, (R, 3)."""
+    """Reason, count and first name of the files that were left out, (R, 3)."""
 
 
 def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
-    """Return the index of ``tars``, from ``store`` if it was kept there, or made and kept there.
+    """Return the index of ``tars`` from ``store``, or build it and store it there.
 
     Args:
         tars: uncompressed tar files.
         label_key: where to find the label in ``.json`` files.
-        store: a folder. What is kept goes by the files' names, lengths and times of change.
+        store: a folder. The stored file is identified by the tar files' names, lengths and modification times.
 
     Raises:
-        OSError: a tar file cannot be read, or is none; the message names it.
+        OSError: a tar file cannot be read, or is not one; the message names it.
         ValueError: an image lacks a label while others have one, or a label is not an integer.
 
     Warns if the index cannot be kept.
@@ -69,11 +69,11 @@ def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
     digest = hashlib.sha256(json.dumps([_FORMAT, label_key, told]).encode()).hexdigest()
     kept = store / f".widefield-tar-index-{digest[:16]}.npz"
     try:
-        # numpy refuses pickled objects unless they are asked for. It leaves files of its own open if they are damaged.
+        # numpy refuses pickled objects by default. It does not close damaged files that it opened itself.
         with kept.open("rb") as file, np.load(file) as arrays:
             return TarIndex(**{field.name: arrays[field.name] for field in fields(TarIndex)})
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # not there, or damaged: it is only a copy
+        pass  # missing or damaged; it is rebuilt
     index = _made(tars, label_key)
     try:
         _keep(index, kept)
@@ -87,12 +87,12 @@ def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
 
 
 def _keep(index: TarIndex, path: Path) -> None:
-    """Write the index beside its place and move it there: several processes may do so at once."""
+    """Write the index next to its place and move it there: several processes may do so at once."""
     descriptor, unfinished = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             np.savez(file, **{field.name: getattr(index, field.name) for field in fields(TarIndex)})
-        Path(unfinished).chmod(0o644)  # mkstemp makes files for their owner only
+        Path(unfinished).chmod(0o644)  # mkstemp makes files private to their owner
         Path(unfinished).replace(path)
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
     left_out = _texts(rows).reshape(-1, 3)
     lacking = labels < 0
     if lacking.all():
-        places = np.argsort(np.argsort(list(folders)))  # of the folders as they came, in sorted order
+        places = np.argsort(np.argsort(list(folders)))  # ranks of the folders, which are numbered as they were found
         return TarIndex(
             names, numbers, offsets, sizes, places[folder], np.array(sorted(folders), dtype=np.str_), left_out
         )
@@ -116,7 +116,7 @@ def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
         without, beside = (
             f"{tars[numbers[i]]}/{names[i].decode('utf-8', 'replace')}" for i in (lacking.argmax(), lacking.argmin())
         )
-        raise ValueError(f"{without} has no label beside it (.cls or .json), but {beside} has.")
+        raise ValueError(f"{without} has no label next to it (.cls or .json), but {beside} has.")
     return TarIndex(names, numbers, offsets, sizes, labels, _texts([]), left_out)
 
 
@@ -129,7 +129,7 @@ def _columns(
 ) -> tuple[NDArray[Any], ...]:
     """Return names, tar files, offsets, sizes, labels (-1: none) and folders of the images in one tar file.
 
-    Which of the last two counts is known when all files have been read. ``folders`` numbers the folders as they come.
+    Whether labels or folders are the classes is known after all files. ``folders`` numbers the folders in their order.
     """
     names, offsets, sizes, labels = _scanned(path, label_key, skipped)
     return (
@@ -143,12 +143,12 @@ def _columns(
 
 
 def _folder(name: str, tar: Path) -> str:
-    """Return the class of an image in a layout of class folders: its folder, or else the tar file."""
+    """Return the class of an image in class folders: its folder, or the tar file if it is in none."""
     return name.split("/")[-2] if "/" in name else tar.stem
 
 
 def _scanned(path: Path, label_key: str, skipped: Skipped) -> tuple[list[str], list[int], list[int], list[int | None]]:
-    """Return names, offsets, sizes and labels of the images in one tar file; a label is None where there is none."""
+    """Return names, offsets, sizes and labels of the images in one tar file; a missing label is None."""
     names: list[str] = []
     links: dict[str, str] = {}
     offsets: list[int] = []
@@ -188,7 +188,7 @@ def _scanned(path: Path, label_key: str, skipped: Skipped) -> tuple[list[str], l
 
 
 class _Member(NamedTuple):
-    """A file in a tar file, at a byte of the outermost one; or a link, to a name of another member."""
+    """A file in a tar file with its offset in the outermost one, or a link to another member."""
 
     name: str
     offset: int
@@ -202,12 +202,12 @@ def _follow(links: dict[str, str], names: list[str], offsets: list[int], sizes: 
     Returns the links that lead to none of ``names``.
     """
     left = dict(links)
-    while left:  # one may lead to another
+    while left:  # links may lead to links
         places = {name: place for place, name in enumerate(names)}
         found = {
             link: [target] if target in places else [name for name in names if name.startswith(f"{target}/")]
             for link, target in left.items()
-            if not link.startswith(f"{target}/")  # to a folder that it lies in
+            if not link.startswith(f"{target}/")  # to a folder above it
         }
         found = {link: images for link, images in found.items() if images}
         complete = {
@@ -215,7 +215,7 @@ def _follow(links: dict[str, str], names: list[str], offsets: list[int], sizes: 
             for link in found
             if left[link] in places or not any(other.startswith(f"{left[link]}/") for other in left)
         }
-        for link in complete or found:  # first those to files, and to folders that no link will add to
+        for link in complete or found:  # first links to files and to complete folders
             for name in found[link]:
                 names.append(link + name.removeprefix(left[link]))
                 offsets.append(offsets[places[name]])
@@ -233,7 +233,7 @@ def _members(raw: BinaryIO, file: Any, start: int, prefix: str) -> Iterator[_Mem
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all headers: gigabytes for millions
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all headers, which takes gigabytes
             name = posixpath.normpath(member.name)
             offset = start + member.offset_data
             if member.islnk() or member.issym():

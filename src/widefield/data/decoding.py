@@ -198,7 +198,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     elif image.mode.startswith("I;16"):
         bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
         values = np.asarray(image, dtype=np.float32) / ((1 << bits) - 1)
-    elif image.mode == "I" and image.format in ("PPM", "PNG"):  # 16 bits, whatever the file's largest value
+    elif image.mode == "I" and image.format in ("PPM", "PNG"):  # scaled to 16 bits, for any largest value of the file
         values = np.asarray(image, dtype=np.float32) / 65535
     elif image.mode == "I":
         raise _without_range(name, "32-bit integers")

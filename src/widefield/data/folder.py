@@ -49,10 +49,10 @@ class Folder(ImageFiles):
         super().__init__(split, **options)
         root = Path(root).expanduser()
         directory = _directory(root, split)
-        beside = [root / name for name in SPLITS if directory != root and (root / name).is_dir()]
+        splits = [root / name for name in SPLITS if directory != root and (root / name).is_dir()]
         if class_map is None:
-            _check_same_classes(beside)
-        found = {name for folder in (directory, *beside) for name in folders_in(folder)}
+            _check_same_classes(splits)
+        found = {name for folder in (directory, *splits) for name in folders_in(folder)}
         skipped = Skipped()
         files = {name: images_in(directory / name, skipped) for name in folders_in(directory, skipped)}
         _check_none_empty(directory, files)

@@ -1,4 +1,4 @@
-"""From a trained model to what serves it: files that run without widefield, verified."""
+"""Export trained models to files that run without widefield, verified; and quantize them."""
 
 from widefield.deploy._trace import ROUTING
 from widefield.deploy.export import PACKAGES, Check, Export, export

@@ -1,4 +1,4 @@
-"""What the rounding of each layer does to a model's outputs: the float32 graph with one layer in 8 bits at a time."""
+"""Effect of rounding each layer on a model's outputs: the float32 graph with one layer in 8 bits at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX graphs: reading, writing and running them, and numbers read off the tensors inside."""
+"""ONNX graphs: read, write and run them, and read values of inner tensors."""
 
 from __future__ import annotations
 

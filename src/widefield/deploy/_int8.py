@@ -1,4 +1,4 @@
-"""ONNX graphs in 8 bits: which weights there are, onnxruntime's static quantization, and outputs added to measure."""
+"""ONNX graphs in 8 bits: their weights, onnxruntime's static quantization, and extra outputs for measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a graph of PyTorch's operators to ONNX, a convolution with a kernel of its own for every sample included."""
+"""Convert graphs of PyTorch's operators to ONNX, including convolutions with one kernel per sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exporters and runtimes print, log and raise, made fit for users."""
+"""Output, logs and errors of exporters and runtimes, made readable."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _ALONE = threading.RLock()
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, as a sentence."""
+    """Return the first line of an error's message as a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith("Exception from")] or lines  # OpenVINO begins with its files
+    told = [line for line in lines if not line.startswith("Exception from")] or lines  # OpenVINO lists files first
     line = told[0] if told else type(error).__name__
     return line.rstrip(".:") + "."
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what exporters warn, log and print about themselves: there is nothing in it that a caller could mend.
+    """Silence what exporters warn, log and print, none of which a caller could act on.
 
-    One thread at a time: this is the process's own state, and so is that of torch.export.
+    One thread at a time, as this is process-wide state, like that of torch.export.
     """
     with _ALONE:
         yield from _silenced()

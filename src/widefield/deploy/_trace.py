@@ -1,4 +1,4 @@
-"""From a model to a graph of PyTorch's operators: what is to be dynamic, and in which form routed layers go in."""
+"""Trace models to graphs of PyTorch's operators: dynamic sizes, and the form of routed layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DYNAMIC = ("batch", "size")
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network inside what wraps whole networks: torch.compile, DataParallel."""
+    """Return the network inside wrappers of whole networks: torch.compile, DataParallel."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

@@ -1,4 +1,4 @@
-"""What whoever serves a model has to know of it: names of its classes, and the images that it expects."""
+"""What a model's user must know: class names, and the images that the model expects."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from typing import Any
 from torch import nn
 
 INFO = "widefield.json"
-"""Where PyTorch's archives, and OpenVINO's files, hold a model's info."""
+"""Key of a model's info in PyTorch's archives and OpenVINO's files."""
 
 Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Classes and images of a model, as far as they are known. What is not known is None, never a guess.
+    """Class names and image properties of a model. Unknown fields are None, never a guess.
 
-    It stands in the JSON file beside an export and in the exported file itself, and :func:`widefield.deploy.load`
-    gives it back.
+    They are stored in the JSON file next to an export and in the exported file, and :func:`widefield.deploy.load`
+    returns them.
     """
 
     classes: tuple[str, ...] | None = None
-    """Names of the outputs, in order."""
+    """Class names in the order of the scores."""
     mean: Numbers | None = None
-    """Of each channel, to subtract from images in [0, 1]."""
+    """Mean of each channel, subtracted from images in [0, 1]."""
     std: Numbers | None = None
-    """Of each channel, to divide by after that."""
+    """Standard deviation of each channel, by which they are then divided."""
     size: tuple[int, int] | None = None
     """Height and width of the images in pixels."""
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelInfo:
-        """Return what timm's configuration of a model says (``pretrained_cfg``); nothing for models without one."""
+        """Return what timm's configuration of a model states (``pretrained_cfg``); empty for other models."""
         config = getattr(model, "pretrained_cfg", None) or {}
         size = config.get("input_size")
         names = config.get("label_names")
         if names is not None and len(names) != getattr(model, "num_classes", None):
-            names = None  # of the weights that were published, and the head is another
+            names = None  # they belong to the published weights, but the head was replaced
         return cls(
             None if names is None else tuple(map(str, names)),
             _numbers(config.get("mean")),
@@ -50,10 +50,10 @@ class ModelInfo:
 
     @classmethod
     def from_weights(cls, weights: Any) -> ModelInfo:
-        """Return what torchvision says of weights, such as ``torchvision.models.ResNet50_Weights.DEFAULT``.
+        """Return what torchvision states about weights, such as ``torchvision.models.ResNet50_Weights.DEFAULT``.
 
         Raises:
-            TypeError: no weights of torchvision.
+            TypeError: not weights of torchvision.
         """
         if not hasattr(weights, "meta") or not hasattr(weights, "transforms"):
             raise TypeError(
@@ -68,12 +68,12 @@ class ModelInfo:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> ModelInfo:
-        """Return what :meth:`to_dict` gave, whatever else stands beside it."""
+        """Return the info in a dictionary made by :meth:`to_dict`; other keys are ignored."""
         given = {name: found.get(name) for name in ("classes", "mean", "std", "size")}
         return cls(**{name: None if value is None else tuple(value) for name, value in given.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
+        """Return all fields in JSON's types."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
 
@@ -87,17 +87,17 @@ def collected(
     info: ModelInfo | None,
     fixed: bool,
 ) -> ModelInfo:
-    """Return what is known of a model: what is given, and for the rest what its configuration says.
+    """Return what is known about a model: the given facts, and timm's configuration for the rest.
 
     Args:
         model: see :meth:`ModelInfo.of`.
-        shape: (N, C, H, W) of the example.
-        outputs: number of classes that the model tells apart; None where its output does not say.
-        classes, normalization, info: of :func:`widefield.deploy.export`.
-        fixed: the file takes images of the example's size only.
+        shape: (N, C, H, W) of the example input.
+        outputs: number of classes; None if the output does not tell.
+        classes, normalization, info: see :func:`widefield.deploy.export`.
+        fixed: the file accepts only images of the example's size.
 
     Raises:
-        TypeError, ValueError: names that are not as many as the outputs; normalization of other channels.
+        TypeError, ValueError: another number of names than outputs; normalization for other channels.
     """
     found = ModelInfo.of(model)
     if info is not None:
@@ -122,7 +122,7 @@ def collected(
 
 
 def _fitting(found: ModelInfo, channels: int, *, given: bool) -> ModelInfo:
-    """Return it with a normalization of so many channels, or none; raises ValueError for one that was given."""
+    """Return the info with normalization for this number of channels, or none; raises ValueError if it was given."""
     if found.mean is None and found.std is None:
         return found
     mean, std = found.mean or (), found.std or ()
@@ -142,12 +142,12 @@ def _numbers(found: Any) -> Numbers | None:
 
 
 def to_texts(info: ModelInfo) -> dict[str, str]:
-    """Return key -> JSON, as an ONNX file's own metadata hold it."""
+    """Return key -> JSON, as stored in ONNX metadata."""
     return {key: json.dumps(value) for key, value in info.to_dict().items()}
 
 
 def from_texts(texts: Mapping[str, str]) -> ModelInfo:
-    """Return what :func:`to_texts` gave; nothing for what others wrote under these keys."""
+    """Return the info made by :func:`to_texts`; empty if others wrote these keys."""
     found = {}
     for key, text in texts.items():
         try:

@@ -1,8 +1,9 @@
-"""Post-training static quantization to 8 bits, in onnxruntime, and its cost: accuracy, routing, layers, thin kernels.
+"""Post-training static quantization to 8 bits with onnxruntime, and its effect on accuracy, routing, layers and
+kernels.
 
-Convolutions and matrix products compute in 8 bits: weights signed, with a scale for every output channel, activations
-unsigned, with a scale and a zero that are read off calibration images. Routers stay in float32, as they cost next to
-nothing and decide over everything behind them.
+Convolutions and matrix products compute in 8 bits: weights are signed, with one scale per output channel; activations
+are unsigned, with a scale and a zero point from calibration images. Routers stay in float32, as they cost little and
+everything after them depends on their choice.
 """
 
 from __future__ import annotations
@@ -41,40 +42,42 @@ log = logging.getLogger(__name__)
 OUTLIERS = ("warn", "refuse", "float")
 CALIBRATION = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 NOISY = 30.0
-"""Signal-to-noise ratio in dB below which a kernel has outliers: rounding moves its output by more than 3%. A kernel of
-Gaussian numbers has 40 to 45; that of a peak and nothing else, of K x K taps, 53 - 20 log10(K)."""
+"""Signal-to-noise ratio in dB below which a kernel counts as having outliers: rounding changes its output by more than
+3 %. A Gaussian kernel has 40 to 45; one with a single peak and K x K taps has 53 - 20 log10(K).
+"""
 
 
 LOSSY = 0.1
-"""Relative RMS by which outputs change, above which the layers to blame are logged."""
+"""Relative RMS change of the outputs above which the responsible layers are logged."""
 
 
 @dataclass(frozen=True)
 class RoundedLayer:
-    """What the rounding of one layer, its weights and its output, does to the model."""
+    """Effect of rounding one layer, its weights and its output, on the model."""
 
     name: str
     operator: str
-    """ONNX operator: of layers with weights, of sums that are read in 8 bits; "input" for the images themselves."""
+    """ONNX operator of layers with weights, or of sums read in 8 bits; "input" for the images."""
     span: tuple[float, float] | None
-    """Smallest and largest value that the rounded output can have; None where the output stays in float32."""
+    """Smallest and largest value of the rounded output; None if the output stays in float32."""
     change: float
-    """Relative RMS by which the model's outputs change if this layer alone is rounded, and all others are not."""
+    """Relative RMS change of the model's outputs if only this layer is rounded."""
 
 
 @dataclass(frozen=True)
 class QuantizedKernel:
-    """One weight, rounded to 8 bits with a scale for each output channel."""
+    """One weight, rounded to 8 bits with one scale per output channel."""
 
     name: str
     shape: tuple[int, ...]
     noise_ratio: float | None
-    """Signal-to-noise ratio of the channel that has the lowest, dB: energy of the weights over that of the rounding.
-    None: no weight is rounded."""
+    """Signal-to-noise ratio of the worst channel in dB: energy of the weights over that of the rounding error. None if
+    rounding is exact.
+    """
     peak: float
     """Largest absolute value over the root mean square, in the same channel."""
     vanished: float
-    """Share of the layer's non-zero taps that round to zero: what the kernel sees less."""
+    """Share of the layer's non-zero taps that round to zero."""
     kept_float: bool
 
 
@@ -84,7 +87,7 @@ class Flips:
 
     name: str
     rate: float
-    """Share of images whose largest routing weight (soft) or set of chosen experts (hard) is another."""
+    """Share of images whose largest routing weight (soft) or set of chosen experts (hard) changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +112,12 @@ class Quantization(Deployed):
 
     @property
     def by_change(self) -> tuple[RoundedLayer, ...]:
-        """The layers, those whose rounding changes the outputs most first."""
+        """The layers, ordered by how much their rounding changes the outputs, largest first."""
         return tuple(sorted(self.layers, key=lambda layer: -layer.change))
 
     @property
     def by_noise(self) -> tuple[QuantizedKernel, ...]:
-        """The kernels, those that rounding spoils most first."""
+        """The kernels, ordered by signal-to-noise ratio, worst first."""
         return tuple(sorted(self.kernels, key=_ratio))
 
     @property
@@ -124,11 +127,11 @@ class Quantization(Deployed):
 
     @property
     def flip_rate(self) -> float | None:
-        """Share of all (image, mixture) whose routing flips; None without mixtures."""
+        """Share of all (image, mixture) pairs whose routing changes; None without mixtures."""
         return sum(f.rate for f in self.flips) / len(self.flips) if self.flips else None
 
     def rows(self) -> list[dict[str, str]]:
-        """Return one row for every kernel, worst first."""
+        """Return one row per kernel, worst first."""
         return [
             {
                 "layer": k.name,
@@ -142,7 +145,7 @@ class Quantization(Deployed):
         ]
 
     def layer_rows(self, count: int | None = None) -> list[dict[str, str]]:
-        """Return one row for every layer, or for the first ``count``: those that cost most first."""
+        """Return one row per layer, largest effect first; at most ``count``."""
         return [
             {
                 "layer": layer.name,
@@ -276,7 +279,7 @@ def quantize(
 
 
 class _Shown:
-    """The images of a loader, as often as they are asked for."""
+    """The images of a loader, iterable repeatedly."""
 
     def __init__(self, loader: Iterable[Any], model: nn.Module) -> None:
         self._loader, self._model = loader, model
@@ -286,7 +289,7 @@ class _Shown:
 
 
 def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, outputs: int) -> tuple[RoundedLayer, ...]:
-    """Measure on ``count`` images what the rounding of each layer alone does to the first ``outputs`` outputs."""
+    """Measure on ``count`` images how the rounding of each layer alone changes the first ``outputs`` outputs."""
     if not count:
         return ()
     ablation = Ablation(plain, rounded)
@@ -304,7 +307,7 @@ def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, ou
 
 
 def _warn(done: Quantization) -> None:
-    """Log that much is lost, and by the rounding of which layers."""
+    """Log a large change of the outputs, and the layers responsible."""
     if done.change.rms <= LOSSY:
         return
     worst = "; ".join(
@@ -324,7 +327,7 @@ def _bytes(folder: Path) -> int:
 
 
 class _Probe(nn.Module):
-    """A model that returns, after its outputs, the routing weights of every call of a mixture."""
+    """A model that also returns the routing weights of every call of a mixture."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -355,7 +358,7 @@ class _Probe(nn.Module):
 def _judged(
     weights: Sequence[_int8.Weight], outliers: str, keep: Sequence[str], steps: int
 ) -> tuple[QuantizedKernel, ...]:
-    """Measure what rounding does to every weight; warn, refuse or leave in float as asked."""
+    """Measure the effect of rounding on every weight; warn, refuse or leave in float as requested."""
     names = tuple(weight.name for weight in weights)
     kept = {_checks.choice("every entry of keep", name, names) for name in ([keep] if isinstance(keep, str) else keep)}
     kernels = tuple(_rounded(weight, steps, kept, noisy=outliers == "float") for weight in weights)

@@ -1,4 +1,4 @@
-"""Exported models as callables: tensors in, tensors out, whatever runs them."""
+"""Exported models as callables, from tensors to tensors."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Runtime:
         self._run = run
 
     def __call__(self, images: Tensor) -> Answer:
-        """Run the model; raises ValueError for images of a shape that it does not take."""
+        """Run the model; raises ValueError for images of a shape that it does not accept."""
         if images.dtype != torch.float32:
             raise TypeError(f"images must be float32, as exports are; got {images.dtype}.")
         try:
             outputs = self._run(images.detach().cpu())
-        except Exception as error:  # each runtime has errors of its own
+        except Exception as error:  # runtimes raise their own types
             raise ValueError(
                 f"the {self.format} model does not run on images of {tuple(images.shape)}: {first_line(error)}"
             ) from error
@@ -56,22 +56,22 @@ class Runtime:
 
 
 def format_of(path: Path) -> str:
-    """Return the format that a file's suffix stands for; raises ValueError for another suffix."""
+    """Return the format of a file by its suffix; raises ValueError for another suffix."""
     suffixes = tuple(FORMATS.values())
     _checks.choice("the suffix of path", path.suffix, suffixes)
     return next(name for name, suffix in FORMATS.items() if suffix == path.suffix)
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Runtime:
-    """Load what :func:`widefield.deploy.export` wrote, or another file of these formats with one image input.
+    """Load a file written by :func:`widefield.deploy.export`, or another file of these formats with one image input.
 
     Args:
-        path: ``.onnx`` (run by onnxruntime), ``.pt2`` (by PyTorch) or ``.xml`` (by OpenVINO).
-        threads: to compute with, in onnxruntime and OpenVINO. Default: as many as PyTorch uses.
+        path: ``.onnx`` (run by onnxruntime), ``.pt2`` (PyTorch) or ``.xml`` (OpenVINO).
+        threads: number of threads in onnxruntime and OpenVINO. Default: as many as PyTorch uses.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is not whole, or of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is incomplete or of another kind.
         ModuleNotFoundError: OpenVINO is not installed.
     """
     path = Path(path)
@@ -96,7 +96,7 @@ def _onnx(path: Path, threads: int) -> _Loaded:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # warnings of the optimizer say nothing to a user
+    options.log_severity_level = 3  # optimizer warnings do not concern the user
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     outputs = tuple(output.name for output in session.get_outputs())
@@ -135,7 +135,7 @@ def _openvino(path: Path, threads: int) -> _Loaded:
 
 
 def import_openvino() -> Any:
-    """Return the module ``openvino``; raises ModuleNotFoundError that says how to get it."""
+    """Return the module ``openvino``; raises ModuleNotFoundError with installation instructions."""
     try:
         import openvino
     except ModuleNotFoundError as error:

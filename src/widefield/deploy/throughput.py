@@ -1,4 +1,4 @@
-"""How fast an exported model runs beside the one that it was made from."""
+"""Speed of an exported model compared with its source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from widefield.surgery.walk import copied
 
 @dataclass(frozen=True)
 class Speed:
-    """Images a second of one way to run a model, on the CPU."""
+    """Images per second of one way to run a model, on the CPU."""
 
     way: str
     """"eager", "compiled" (torch.compile), or a format."""
@@ -25,10 +25,10 @@ class Speed:
     milliseconds: tuple[float, float, float] | None
     """Of one batch: 20th, 50th and 80th percentile."""
     note: str = ""
-    """Why there is no number."""
+    """Why there is no measurement."""
 
     def row(self) -> dict[str, str]:
-        """Return this as a row of text."""
+        """Return this as a table row."""
         times = "-" if self.milliseconds is None else "{1:.2f} ({0:.2f}-{2:.2f})".format(*self.milliseconds)
         return {
             "way": self.way,
@@ -47,14 +47,14 @@ def measure_throughput(
     compiled: bool = True,
     repeats: int = 9,
 ) -> list[Speed]:
-    """Time a model, the same under torch.compile, and an exported one, in turns, all with PyTorch's number of threads.
+    """Time a model, the same under torch.compile, and an exported one, in turns, with PyTorch's number of threads.
 
     Args:
-        model: in evaluation mode; a copy of it runs on the CPU.
+        model: in evaluation mode; a copy runs on the CPU.
         exported: see :func:`widefield.deploy.load`.
-        example_input: (N, C, H, W); its size is that of the images.
+        example_input: (N, C, H, W); gives the size of the images.
         batch_size: images at a time.
-        compiled: time ``torch.compile`` too, which takes its time to compile first.
+        compiled: also time ``torch.compile``, which takes some time to compile.
         repeats: timings of each.
     """
     x = torch.randn(batch_size, *example_input.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def measure_throughput(
             with quiet():
                 call()
             calls["compiled"] = call
-        except Exception as error:  # no compiler on this machine, or code that it does not take
+        except Exception as error:  # no compiler, or code that it does not support
             missing["compiled"] = first_line(error)
     calls[exported.format] = lambda: exported(x)
     rows = bench.measure(calls, repeats=repeats, shortest_s=0.1)

@@ -1,4 +1,4 @@
-"""What timm, and the tools here, ask of a network of stages with a classifier on top; written once for all families."""
+"""What timm requires of a network of stages with a classifier, implemented once for all families."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from widefield import _checks
 class Backbone(nn.Module):
     """Stages that each halve the map, a pooled vector, and a linear layer ``head``.
 
-    A family defines :meth:`enter`, :meth:`stage`, :meth:`parts`, and where it needs to :meth:`finish` and
-    :meth:`pooled`; it sets ``self.head = self.classifier()`` where its official keys have it.
+    A family defines :meth:`enter`, :meth:`stage`, :meth:`parts`, and if needed :meth:`finish` and :meth:`pooled`. It
+    sets ``self.head = self.classifier()`` at the position of its official keys.
 
     Args:
         widths: channels of the feature of each stage.
-        in_chans: channels of the image.
+        in_chans: image channels.
         num_classes: outputs of the classifier; 0 for none.
-        global_pool: timm's word for how the last map becomes a vector: "avg", "max", "avgmax", "catavgmax", "fast" or
-            "" (not at all).
+        global_pool: timm's name of the pooling: "avg", "max", "avgmax", "catavgmax", "fast" or "" (none).
         drop_rate: dropout before the classifier.
-        hidden: numbers in the pooled vector; the last of ``widths`` by default.
+        hidden: length of the pooled vector. Default: the last of ``widths``.
     """
 
     head: nn.Module
@@ -57,10 +56,10 @@ class Backbone(nn.Module):
             {"num_chs": width, "reduction": 4 << i, "module": self.parts(i)[0]} for i, width in enumerate(widths)
         ]
 
-    # What a family is made of
+    # Defined by a family
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Return the input of a stage: of the first from the image, of the others from the feature before."""
+        """Return the input of a stage: from the image for the first, from the previous feature for the others."""
         raise NotImplementedError
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -68,18 +67,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of the submodules that nothing but a stage, or later ones, need; itself first."""
+        """Return the names of the submodules that only this stage and later ones need; the stage itself first."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        """Return what is pooled, from the last feature."""
+        """Return the map that is pooled, from the last feature."""
         return x
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Return what the classifier reads, from the pooled vector (or from the map where nothing is pooled)."""
+        """Return the input of the classifier, from the pooled vector (or the map if nothing is pooled)."""
         return x
 
-    # What timm asks
+    # Required by timm
 
     def classifier(self) -> nn.Module:
         """Return a new head for ``num_classes``."""
@@ -91,7 +90,7 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, freshly initialized head on the network; 0 classes: none."""
+        """Replace the head with a freshly initialized one; 0 classes: none."""
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=0)
         if global_pool is not None:
             self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
@@ -99,11 +98,11 @@ class Backbone(nn.Module):
         self.head = self.classifier().to(like)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks in training, and compute what is inside twice."""
+        """In training, keep only the inputs of blocks, and compute their insides again in the backward pass."""
         self.grad_checkpointing = enable
 
     def run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        """Run the blocks of a stage, with checkpointing where it is on."""
+        """Run the blocks of a stage, with checkpointing if enabled."""
         if self.grad_checkpointing and self.training:
             y: Tensor = checkpoint_seq(blocks, x)
             return y
@@ -117,7 +116,7 @@ class Backbone(nn.Module):
         return self.finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of :meth:`forward_features` -> logits (N, num_classes), or with ``pre_logits`` what they read."""
+        """Map of :meth:`forward_features` -> logits (N, num_classes), or with ``pre_logits`` the classifier's input."""
         x = self.pooled(self.pool(x))
         x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or isinstance(self.head, nn.Identity):
@@ -148,11 +147,11 @@ class Backbone(nn.Module):
 
         Args:
             x: (N, in_chans, H, W).
-            indices: which stages; an integer n: the last n; None: all.
-            norm: give the last feature as :meth:`forward_features` does.
-            stop_early: compute no stage past the last one wanted; then what comes first is that stage's.
+            indices: which stages; an integer n: the last n. Default: all.
+            norm: return the last feature as :meth:`forward_features` does.
+            stop_early: stop after the last requested stage; the first return value is then that stage's feature.
             output_fmt: "NCHW".
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Raises:
             ValueError: another output format.
@@ -172,7 +171,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features of these stages do not need, and return their indices."""
+        """Remove what the features of these stages do not need; return their indices."""
         count = len(self.feature_info)
         taken, deepest = feature_take_indices(count, indices)
         for index in range(deepest + 1, count):
@@ -185,21 +184,21 @@ class Backbone(nn.Module):
         return list(taken)
 
     def unfinish(self) -> None:
-        """Remove what :meth:`finish` and :meth:`pooled` apply."""
+        """Remove the modules of :meth:`finish` and :meth:`pooled`."""
 
 
 class NormedBackbone(Backbone):
-    """A :class:`Backbone` that ends as ConvNeXt does: a norm over the channels of the pooled vector, ``norm``.
+    """A :class:`Backbone` that ends like ConvNeXt: a norm over the channels of the pooled vector, ``norm``.
 
-    The family sets ``self.norm``, and applies :func:`initialize_truncated` to itself.
+    The family sets ``self.norm`` and applies :func:`initialize_truncated` to itself.
     """
 
     norm: nn.Module
     head_init_scale: float = 1.0
-    """What the initial weights of the classifier are multiplied by."""
+    """Factor of the classifier's initial weights."""
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Normalize the pooled vector, or each pixel where nothing is pooled; with "catavgmax" each half."""
+        """Normalize the pooled vector, or each pixel if nothing is pooled; with "catavgmax" each half."""
         halves = x.unflatten(1, (self.pool.feat_mult(), -1)).movedim(2, -1)
         y: Tensor = self.norm(halves).movedim(-1, 2).flatten(1, 2)
         return y
@@ -209,7 +208,7 @@ class NormedBackbone(Backbone):
         self.norm = nn.Identity()
 
     def classifier(self) -> nn.Module:
-        """Return a new head, initialized as the rest of the network and scaled."""
+        """Return a new head, initialized like the rest of the network and scaled."""
         head = super().classifier().apply(initialize_truncated)
         with torch.no_grad():
             for parameter in head.parameters():
@@ -218,7 +217,7 @@ class NormedBackbone(Backbone):
 
 
 def initialize_truncated(module: nn.Module) -> None:
-    """Initialize as ConvNeXt's code, and what grew out of it, does: truncated normals of 0.02, biases of 0."""
+    """Initialize as the code of ConvNeXt and its successors does: truncated normals of 0.02, biases of 0."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -226,7 +225,7 @@ def initialize_truncated(module: nn.Module) -> None:
 
 
 def initialize_fan_out(module: nn.Module) -> None:
-    """Initialize as the code of VAN and MogaNet does: convolutions by what they write, linear layers by 0.02."""
+    """Initialize as the code of VAN and MogaNet does: convolutions by their fan-out, linear layers by 0.02."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""How the networks here get into timm: configurations, construction, and weights in the official keys."""
+"""Registration in timm: configurations, construction, and weights in the official keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class Stated(NamedTuple):
-    """What a paper, or its repository, says of a network; 224x224 pixels and 1000 classes unless noted."""
+    """Counts that a paper or its repository states; 224x224 pixels and 1000 classes unless noted."""
 
     parameters: str
     macs: str
@@ -26,7 +26,7 @@ class Stated(NamedTuple):
 
 
 def cfg(first_conv: str, classifier: str = "head", **kwargs: Any) -> dict[str, Any]:
-    """Return timm's configuration of a network for ImageNet; ``kwargs`` take precedence."""
+    """Return timm's configuration of an ImageNet network; ``kwargs`` take precedence."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -43,7 +43,7 @@ def cfg(first_conv: str, classifier: str = "head", **kwargs: Any) -> dict[str, A
 
 
 def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """Build a :class:`Backbone` as timm does, taking weights in the official keys (:func:`official_weights`)."""
+    """Build a :class:`Backbone` with timm, accepting weights in the official keys (:func:`official_weights`)."""
     return build_model_with_cfg(
         cls,
         variant,
@@ -55,18 +55,18 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -
 
 
 def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Check a state dict against a network that is to load it, and return it; timm calls this.
+    """Check a state dict against the network that loads it, and return it; called by timm.
 
-    Weights of a reparameterized network turn ``model``, in place, into its reparameterized form. timm then adapts the
-    first convolution to other image channels, and leaves out a classifier of another number of classes.
+    Weights of a reparameterized network convert ``model``, in place, to its reparameterized form. timm then adapts the
+    first convolution to other image channels, and drops a classifier with another number of classes.
 
     Raises:
-        ValueError: the weights are those of another network; the message names the first keys that differ.
+        ValueError: the weights belong to another network; the message names the first keys that differ.
     """
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     free = {f"{config.get(part)}.{name}" for part in ("first_conv", "classifier") for name in ("weight", "bias")}
     classes = state.get(f"{config.get('classifier')}.weight")
-    if classes is not None:  # of these weights, which need not be those that the configuration speaks of
+    if classes is not None:  # of these weights, which may not be those of the configuration
         config["num_classes"] = classes.shape[0]
         asked = getattr(model, "num_classes", 0)
         if asked not in (0, classes.shape[0]):
@@ -89,12 +89,12 @@ def _everything(module: nn.Module) -> bool:
 
 
 def _large_kernels(module: nn.Module) -> bool:
-    """What RepLKNet's and SLaK's code merges."""
+    """Return whether the code of RepLKNet and SLaK merges this module."""
     return isinstance(module, ReparamConv2d)
 
 
 def _differences(state: dict[str, Tensor], model: nn.Module, free: Iterable[str]) -> list[str]:
-    """Say how weights differ from what a network holds; ``free`` keys may be absent, or of another shape."""
+    """List how weights differ from the network's; ``free`` keys may be missing, or have another shape."""
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in state.items()}
     missing = [key for key in ours if key not in theirs and key not in free]

@@ -1,7 +1,7 @@
-"""The slides' comparison of networks on ImageNet-1K: what is cited, and which network of timm's registry it is.
+"""A comparison of networks on ImageNet-1K: cited counts, and the matching names in timm's registry.
 
 Source: Siyuan Li, "Convolution Kernel Design and Gated Attention for Modern Convolutional Neural Networks", March 2024,
-tables "Comparison of CNNs: ImageNet". Figures are as printed there. MogaNet is dated by its publication.
+tables "Comparison of CNNs: ImageNet". Numbers are as printed there. MogaNet is dated by its publication.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from typing import NamedTuple
 
 
 class Cited(NamedTuple):
-    """A row of the slides' tables."""
+    """A row of the tables."""
 
     architecture: str
     date: str
     kind: str
     """C: convolutions, T: transformer, H: hybrid."""
     size: int
-    """Pixels a side."""
+    """Side of the images in pixels."""
     parameters: float
     """In millions."""
     macs: float
-    """Multiply-accumulates in billions; the slides say FLOPs."""
+    """Multiply-accumulates in billions; the source says FLOPs."""
     top1: float
-    """Per cent, on ImageNet-1K, as the papers have it."""
+    """Percent, on ImageNet-1K, as stated in the papers."""
     note: str
     """"22K": pretrained on ImageNet-22K; "distilled"."""
     name: str
-    """In timm's registry, or empty where neither timm nor this library has it."""
+    """Name in timm's registry; empty if neither timm nor this library has the network."""
 
 
 CITED = (

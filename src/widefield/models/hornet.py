@@ -41,20 +41,20 @@ STATED = {
     "hornet_large_gf": Stated("196M", "34.6G", _PAPER),
     "hornet_large_gf_img384": Stated("202M", "101.8G at 384", "InternImage's table 2, and the official README"),
 }
-"""What is said of each network. The authors count the Fourier transforms, too."""
+"""Counts stated for each network. The authors include Fourier transforms."""
 
 WIDTHS = {"tiny": 64, "small": 96, "base": 128, "large": 192}
-"""Channels of the first stage; each later one has twice as many."""
+"""Channels of the first stage; each later stage has twice as many."""
 
 FILTERS = {224: (None, None, (14, 8), (7, 4)), 384: (None, None, (24, 13), (12, 7))}
-"""Height and width of the global filters of each stage, for images of this many pixels a side."""
+"""Image size in pixels -> (height, width) of the global filters of each stage."""
 
 CLASSES_22K = 10450
-"""Of the official ImageNet-22K weights: the README's 209M, 211M and 216M parameters fit this size of the data set."""
+"""Number of classes of the official ImageNet-22K weights; it matches the README's 209M, 211M and 216M parameters."""
 
 
 class Branches(nn.Module):
-    """A spatial and a channel mixer, each a normalized branch beside its input; what a merged :class:`Block` is.
+    """A spatial and a channel mixer, each a normalized residual branch; the merged form of :class:`Block`.
 
     (N, C, H, W) -> the same. Made by ``fuse()``.
 
@@ -91,14 +91,14 @@ class Branches(nn.Module):
 
 
 class Block(Branches):
-    """A recursive gated convolution, then an MLP, each scaled by channel inside a residual connection (figure 2).
+    """A recursive gated convolution, then an MLP, each with a layer scale in a residual connection (figure 2).
 
     Args:
         width: C.
         order: of the convolution.
-        drop_path: chance that a sample skips a branch in training.
-        layer_scale_init: first value of the layer scales ``gamma1`` and ``gamma2``; 0 or None: there are none.
-        options: further ones of :class:`widefield.nn.gnconv.GnConv`.
+        drop_path: probability that a sample skips a branch in training.
+        layer_scale_init: initial value of the layer scales ``gamma1`` and ``gamma2``; 0 or None for none.
+        options: further arguments of :class:`widefield.nn.gnconv.GnConv`.
     """
 
     gamma1: nn.Parameter | None
@@ -129,10 +129,10 @@ class Block(Branches):
 
     @torch.no_grad()
     def fuse(self) -> Branches:
-        """Return the block with its layer scales, and the scale of the gates, in the weights before them.
+        """Return the block with its layer scales, and the scale of the gates, folded into the weights before them.
 
-        ``gamma1`` goes into the convolution's ``proj_out`` and ``gamma2`` into ``pwconv2``. Exact in evaluation mode.
-        Its parameters are new ones.
+        ``gamma1`` is folded into the convolution's ``proj_out`` and ``gamma2`` into ``pwconv2``. Exact in evaluation
+        mode. The parameters are new.
 
         Raises:
             RuntimeError: in training mode.
@@ -158,21 +158,21 @@ class HorNet(NormedBackbone):
     """Stages of :class:`Block`, entered by patches of 4x4 pixels, later of 2x2; HorNet-T (7x7) by default.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate: of :class:`Backbone`.
-        depths, widths: blocks and channels of each stage. The channels are divisible by 2^(order-1), with a global
-            filter by 2^order.
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first. The official values are 0.2, 0.4 and
+            0.5 for T, S and B; 0.2 for L on ImageNet-22K, 0.4 for its fine-tuning.
+        depths, widths: blocks and channels of each stage. Channels are divisible by 2^(order-1), with a global filter
+            by 2^order.
         orders: of the convolutions of each stage.
         kernel_sizes: of the depthwise convolutions of each stage, odd.
-        global_filters: for each stage None, or the height and width of the filters that take the place of the
-            depthwise convolutions (:class:`widefield.nn.gnconv.GlobalLocalFilter`).
-        scale: what the gates are multiplied by.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first. The official ones: 0.2, 0.4 and 0.5
-            for T, S and B; 0.2 for L on ImageNet-22K, 0.4 to fine-tune it.
-        layer_scale_init: first value of the layer scales; 0 or None: there are none.
-        head_init_scale: what the initial weights of the classifier are multiplied by.
+        global_filters: for each stage None, or (height, width) of the filters that replace the depthwise convolutions
+            (:class:`widefield.nn.gnconv.GlobalLocalFilter`).
+        scale: factor of the gates.
+        layer_scale_init: initial value of the layer scales; 0 or None for none.
+        head_init_scale: factor of the classifier's initial weights.
 
     Raises:
-        TypeError, ValueError: arguments of other kinds or lengths, or that the layers refuse.
+        TypeError, ValueError: arguments of the wrong type or length, or rejected by the layers.
     """
 
     def __init__(
@@ -234,10 +234,10 @@ class HorNet(NormedBackbone):
         return f"stages.{index}", f"downsample_layers.{index}"
 
     def set_input_size(self, img_size: int | Pair) -> None:
-        """Store the global filters for images of this size, on which the function of the network stays what it is.
+        """Resize the global filters for images of this size; the network computes the same function on them.
 
-        The official code does so to fine-tune at 384 pixels. The filters' parameters are new ones: call it before the
-        optimizer is made.
+        The official code does this to fine-tune at 384 pixels. The filters' parameters are new, so call it before
+        creating the optimizer.
         """
         height, width = _checks.pair("img_size", img_size, minimum=4 << (len(self.stages) - 1))
         for index, blocks in enumerate(self.stages):
@@ -246,14 +246,14 @@ class HorNet(NormedBackbone):
                     layer.resize(height // (4 << index), width // (4 << index))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order; what halves the map goes with the block that follows."""
+        """Return timm's description of the layers in order; downsampling belongs to the block after it."""
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
         whole = r"^(?:downsample_layers|stages)\.(\d+)"
         return {"stem": r"^downsample_layers\.0", "blocks": whole if coarse else blocks}
 
 
 def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """As the official evaluation has it: from 384 pixels on, images are resized to a square and not cropped."""
+    """Return the configuration of the official evaluation: from 384 pixels on, images are resized without cropping."""
     warped: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"} if side >= 384 else {}
     size: dict[str, Any] = {"input_size": (3, side, side), "pool_size": (side // 32, side // 32)}
     source = {"license": "mit", "origin_url": "https://github.com/raoyongming/HorNet"}

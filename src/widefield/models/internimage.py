@@ -37,21 +37,21 @@ STATED: dict[str, Stated] = {
     "internimage_h": Stated("1.08B", "1478G at 640", _PAPER),
     "internimage_g": Stated("3B", "2700G at 512", "the official repository"),
 }
-"""What is said of each network."""
+"""Counts stated for each network."""
 
 NORMS = ("pre", "post", "both")
-"""Where a block normalizes: what goes into its layers, what comes out, or both."""
+"""Position of a block's norms: before its layers, after them, or both."""
 
 SCHEDULES = ("linear", "uniform")
 
 
 class Block(nn.Module):
-    """A deformable convolution, then an MLP, each inside a residual connection: (N, H, W, C) -> the same.
+    """A deformable convolution, then an MLP, each in a residual connection: (N, H, W, C) -> the same.
 
     Args:
         width: C.
         groups, mlp_ratio, norms, layer_scale_init: see :class:`InternImage`.
-        drop_path: chance that a sample skips a branch in training.
+        drop_path: probability that a sample skips a branch in training.
         options: of :class:`widefield.nn.deform.DCNv3`.
     """
 
@@ -96,12 +96,12 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, norms among and after them, and the way down to the next.
+    """The blocks of one resolution, the norms between and after them, and the downsampling to the next.
 
     Args:
         blocks: the blocks.
         width: their channels.
-        has_norm: whether there is a norm after the last.
+        has_norm: whether a norm follows the last block.
         norms_after: indices of blocks that are followed by a norm.
         next_width: channels of the next level, or None for the last one.
     """
@@ -121,7 +121,7 @@ class Level(nn.Module):
             self.downsample = nn.Sequential(OrderedDict(conv=conv, norm=keyed(1, LayerNorm2d(next_width))))
 
     def runs(self) -> Iterator[nn.Module]:
-        """Yield blocks in a row and norms, in the order in which they are applied."""
+        """Yield sequences of blocks and norms, in the order in which they are applied."""
         ends = [index + 1 for index in self.norms_after]
         for place, (start, end) in enumerate(pairwise((0, *ends))):
             yield self.blocks[start:end]
@@ -136,26 +136,26 @@ class Level(nn.Module):
 class InternImage(Backbone):
     """InternImage-T with the default arguments.
 
-    Inside the stages maps are channels last; features are (N, C, H, W) as everywhere. Dropout (``drop_rate``) acts
-    before the classifier; the official code has it after the stem and in the MLPs, where no configuration uses it.
+    Maps inside the stages are channels last; features are (N, C, H, W). Dropout (``drop_rate``) acts before the
+    classifier; the official code has it after the stem and in the MLPs, where no configuration uses it.
 
     Args:
         in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: probability to skip the branches of the last block in training. The paper uses 0.1, 0.4 and 0.5
+            for T, S and B, 0.1 and 0.2 for fine-tuning L and XL.
         depths, widths: blocks and channels of each stage.
         groups: of each stage's deformable convolutions.
-        mlp_ratio: hidden width of the MLPs by that of the stage.
-        norms: where a block normalizes, "pre", "post" or "both". But for "post", stages end in a norm.
-        layer_scale_init: first value of the factors of each branch; None for no such factors.
-        drop_path_rate: chance to skip the branches of the last block in training. The paper's: 0.1, 0.4 and 0.5 for T,
-            S and B, 0.1 and 0.2 for fine-tuning L and XL.
+        mlp_ratio: hidden width of the MLPs in units of the stage's width.
+        norms: position of a block's norms, "pre", "post" or "both". Stages end in a norm unless it is "post".
+        layer_scale_init: initial value of the factors of each branch; None for none.
         drop_path_type: "linear": from 0 at the first block; "uniform": the same for all.
-        head_factor: channels of the map that is pooled, by the last of ``widths``.
+        head_factor: channels of the map that is pooled, in units of the last width.
         norms_after: blocks of the third stage that are followed by a norm, by index from 0 (InternImage-H).
         offset_scale, dw_kernel_size, center_feature_scale, remove_center, backend: of
             :class:`widefield.nn.deform.DCNv3`. With ``center_feature_scale`` every stage ends in a norm.
 
     Raises:
-        TypeError, ValueError: as many depths, widths and groups are not given; numbers out of range; unknown words;
+        TypeError, ValueError: depths, widths and groups differ in number; numbers out of range; unknown options;
             ``layer_scale_init`` with norms "both", for which it is not defined.
     """
 
@@ -237,12 +237,12 @@ class InternImage(Backbone):
                 module.reset_parameters()
 
     def add_head(self, widths: Sequence[int]) -> None:
-        """Make what comes after the stages."""
+        """Create the modules after the stages."""
         self.conv_head: nn.Module = ConvHead(widths[-1], self.num_features)
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Halve the map: twice at the stem, by the level before in later stages."""
+        """Halve the map: twice in the stem, by the previous level in later stages."""
         y: Tensor = self.patch_embed(x) if index == 0 else self.levels[index - 1].downsample(x)  # type: ignore
         return y
 
@@ -263,11 +263,11 @@ class InternImage(Backbone):
         return y
 
     def unfinish(self) -> None:
-        """Remove what comes after the stages."""
+        """Remove the modules after the stages."""
         self.conv_head = nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's grouping of parameters, by levels or by blocks, for a learning rate that decays by depth."""
+        """Return timm's groups of parameters, by levels or by blocks, for layer-wise learning rates."""
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)"}
         last = len(self.levels) - 1
@@ -283,19 +283,20 @@ class InternImage(Backbone):
 class InternImageH(InternImage):
     """InternImage with the head of its largest networks: attention over the maps of the last two stages.
 
-    The last map, brought to twice its size, and the one before are added; a query, their mean, attends to all pixels.
-    The official code refuses sides whose third map has an odd number of rows or columns; here the last row and column
-    of the enlarged map are cut off then.
+    The last map, upsampled to twice its size, and the one before are added. A query, their mean, attends to all pixels.
+    The official code rejects images whose third map has an odd number of rows or columns; here the last row and column
+    of the upsampled map are cropped in that case.
 
     Args:
+        in_chans, num_classes, drop_rate, drop_path_rate: as in :class:`InternImage`.
+        global_pool: "map", for the attention, or "" for the added maps, which allows no classifier.
         head_width: channels of the added maps.
         heads: of the attention.
-        hidden: numbers in the vector that the classifier reads.
-        global_pool: "map", for the attention, or "" for the added maps themselves, which allows no classifier.
-        kwargs: of :class:`InternImage`, ``head_factor`` excepted.
+        hidden: length of the vector that the classifier reads.
+        kwargs: further arguments of :class:`InternImage`, except ``head_factor``.
 
     Raises:
-        TypeError, ValueError: also for a ``head_width`` that the heads do not divide, or a classifier without pooling.
+        TypeError, ValueError: also for a ``head_width`` not divisible by the heads, or a classifier without pooling.
     """
 
     def __init__(
@@ -340,7 +341,7 @@ class InternImageH(InternImage):
         return nn.Linear(self.head_hidden_size, self.num_classes) if self.num_classes else nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new, freshly initialized head on the network; 0 classes: none. ``global_pool``: "map" or ""."""
+        """Replace the head with a freshly initialized one; 0 classes: none. ``global_pool``: "map" or ""."""
         if global_pool is not None:
             self._pools = bool(_checks.choice("global_pool", global_pool, ("map", "")))
         super().reset_classifier(num_classes)

@@ -1,9 +1,9 @@
-"""One macro architecture for every token mixer, so that what mixes pixels can be compared with all else equal.
+"""One macro architecture for every token mixer, to compare mixers with everything else equal.
 
 Papers: Yu et al., "MetaFormer Is Actually What You Need for Vision", CVPR 2022, section 3.1 (a block is a token mixer
-and a channel mixer, each after a norm and inside a shortcut); stem, downsampling, widths and depths are those of Liu et
-al., "A ConvNet for the 2020s", CVPR 2022. timm's MetaFormer has one channel mixer and mixers of its own; this one takes
-any module (N, C, H, W) -> (N, C, H, W) in either place.
+and a channel mixer, each after a norm and in a residual connection); stem, downsampling, widths and depths are those of
+Liu et al., "A ConvNet for the 2020s", CVPR 2022. timm's MetaFormer has one channel mixer and its own token mixers; this
+one accepts any module (N, C, H, W) -> (N, C, H, W) for both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATED = dict.fromkeys(
 )
 
 Mixer = str | Callable[[int], nn.Module]
-"""A name, or a function of the number of channels."""
+"""A name, or a callable that takes the number of channels and returns a module."""
 
 
 NORMS: Mapping[str, Callable[[int], nn.Module]] = {
@@ -35,18 +35,18 @@ NORMS: Mapping[str, Callable[[int], nn.Module]] = {
     "group": GroupNorm1,
     "layer": partial(LayerNorm2d, eps=1e-6),
 }
-"""Name -> function of the channels: batch norm, group norm with one group (PoolFormer's), LayerNorm over channels."""
+"""Name -> callable of the channels: batch norm, group norm with one group (PoolFormer's), LayerNorm over channels."""
 
 
 class MetaFormerBlock(nn.Module):
-    """A token mixer and a channel mixer, each after a norm and inside a shortcut; CVPR 2022, eq. 2 and 3.
+    """A token mixer and a channel mixer, each after a norm and in a residual connection; CVPR 2022, eq. 2 and 3.
 
     Args:
         token_mixer, channel_mixer: (N, C, H, W) -> the same.
-        norm: function of the channels.
+        norm: callable of the channels.
         width: channels.
-        layer_scale: first value of the factors of both branches; 0 for no such factors.
-        drop_path: chance that a sample skips a branch in training.
+        layer_scale: initial value of the factors of both branches; 0 for none.
+        drop_path: probability that a sample skips a branch in training.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class MetaFormer(Backbone):
     """Four stages of :class:`MetaFormerBlock`; ConvNeXt-T's sizes with the default arguments.
 
     Args:
-        token_mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`; or a function of the channels that makes a
-            module (N, C, H, W) -> (N, C, H, W); or one of these for each stage.
-        channel_mixer: likewise, of :data:`widefield.nn.mixers.CHANNEL_MIXERS`.
-        norm: a name of :data:`NORMS`.
-        layer_scale: first value of the factors of each branch; 0 for no such factors.
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
         depths: blocks of each stage.
         widths: channels of each stage.
-        expansion: hidden channels of named channel mixers, as a multiple of the width.
-        drop_path_rate: chance to skip the last block's branches in training; it rises linearly from 0 at the first.
-        kwargs: of :class:`widefield.models._backbone.Backbone`.
+        token_mixer: a name of :data:`widefield.nn.mixers.TOKEN_MIXERS`; or a callable that takes the channels and
+            returns a module (N, C, H, W) -> (N, C, H, W); or one of these for each stage.
+        channel_mixer: the same, with the names of :data:`widefield.nn.mixers.CHANNEL_MIXERS`.
+        norm: a name of :data:`NORMS`.
+        layer_scale: initial value of the factors of each branch; 0 for none.
+        expansion: hidden channels of named channel mixers, in units of the width.
 
     Raises:
-        TypeError, ValueError: an unknown name; not as many mixers, depths and widths.
+        TypeError, ValueError: an unknown name; mixers, depths and widths differ in number.
     """
 
     def __init__(
@@ -143,9 +143,7 @@ class MetaFormer(Backbone):
         self._initialize()
 
     def _initialize(self) -> None:
-        """As ConvNeXt: truncated normals of 0.02 for convolutions and linear layers that are not inside a token mixer,
-        each of which knows its own start.
-        """
+        """Initialize as ConvNeXt does, except inside token mixers, which initialize themselves."""
         inside = {
             m for block in self.modules() if isinstance(block, MetaFormerBlock) for m in block.token_mixer.modules()
         }
@@ -187,12 +185,12 @@ class MetaFormer(Backbone):
 
 
 def _each(name: str, given: Any, known: Mapping[str, Any], count: int) -> list[Mixer]:
-    """Return a mixer for each stage; raises for names that there are not."""
+    """Return a mixer for each stage; raises ValueError for unknown names."""
     each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * count
     if len(each) != count:
         raise ValueError(f"{name} must be one mixer, or one for each of {count} stages; got {len(each)}.")
     for mixer in each:
-        if isinstance(mixer, nn.Module) or not callable(mixer):  # a module would be shared by all blocks
+        if isinstance(mixer, nn.Module) or not callable(mixer):  # a module instance would be shared by all blocks
             _checks.choice(name, mixer, tuple(known))
     return each
 
@@ -206,19 +204,19 @@ default_cfgs = generate_default_cfgs({name: cfg("transitions.0.0") for name in S
 
 @register_model
 def metaformer_tiny(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
-    """ConvNeXt-T's sizes."""
+    """MetaFormer with ConvNeXt-T's sizes."""
     return build(MetaFormer, "metaformer_tiny", pretrained, **kwargs)  # type: ignore[no-any-return]
 
 
 @register_model
 def metaformer_small(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
-    """ConvNeXt-S's sizes."""
+    """MetaFormer with ConvNeXt-S's sizes."""
     model_args = {"depths": (3, 3, 27, 3), **kwargs}
     return build(MetaFormer, "metaformer_small", pretrained, **model_args)  # type: ignore[no-any-return]
 
 
 @register_model
 def metaformer_base(pretrained: bool = False, **kwargs: Any) -> MetaFormer:
-    """ConvNeXt-B's sizes."""
+    """MetaFormer with ConvNeXt-B's sizes."""
     model_args = {"depths": (3, 3, 27, 3), "widths": (128, 256, 512, 1024), **kwargs}
     return build(MetaFormer, "metaformer_base", pretrained, **model_args)  # type: ignore[no-any-return]

@@ -1,9 +1,8 @@
-"""MobileNetV2 with large depthwise kernels: what the guidelines on shortcuts, small kernels beside large ones, and
-small maps were found with.
+"""MobileNetV2 with large depthwise kernels, the network of RepLKNet's guidelines 2 to 5.
 
 Paper: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", CVPR 2022,
-section 3, guidelines 2 to 5 and tables 2 to 4. The network is timm's own ``mobilenetv2_100`` (Sandler et al. 2018) with
-its depthwise convolutions exchanged. No weights have been published.
+section 3, guidelines 2 to 5 and tables 2 to 4. The network is timm's ``mobilenetv2_100`` (Sandler et al. 2018) with
+other depthwise convolutions. No weights have been published.
 """
 
 from __future__ import annotations
@@ -35,16 +34,15 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 
     Args:
         pretrained: as in timm.
-        kernel_sizes: of all depthwise convolutions (tables 2 and 3), or one for each of the five stages, which are
-            those of timm's features: at strides 2, 4, 8, 16 and 32. ``(3, 3, 3, 3, 13)`` is table 4's. 13 by default.
-        small_kernel: size of the kernel beside every larger one, each with a batch norm, merged by
-            ``widefield.reparameterize``; 3 by default, 0 for none.
-        shortcut: False leaves all shortcuts out (table 2); True by default.
-        kwargs: timm's; the norm has to be a batch norm, and the output stride 32.
+        kernel_sizes: of all depthwise convolutions (tables 2 and 3), or one for each of the five stages of timm's
+            features, at strides 2, 4, 8, 16 and 32. ``(3, 3, 3, 3, 13)`` is table 4's network. Default: 13.
+        small_kernel: size of the kernel next to every larger one, each with a batch norm, merged by
+            ``widefield.reparameterize``; 0 for none. Default: 3.
+        shortcut: False removes all shortcuts (table 2). Default: True.
+        kwargs: timm's; the norm must be a batch norm, and the output stride 32.
 
     Raises:
-        TypeError, ValueError: sizes that are no odd integers, not five of them; a convolution that is not to be had
-            with a large kernel.
+        TypeError, ValueError: sizes are not odd integers, or not five; a convolution does not support a large kernel.
     """
     features = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3, 4)}
     return build_model_with_cfg(_build, "mobilenetv2_lk", pretrained, feature_cfg=features, **kwargs)
@@ -72,8 +70,9 @@ def _build(
 
 
 def _enlarged(block: nn.Module, size: int, small: int) -> dict[nn.Module, nn.Module]:
-    """Return what takes the place of a block's depthwise convolution, and of the norm after it: with a small kernel
-    beside the large one each has its norm, and what is left of the block's is its activation.
+    """Return the replacements of a block's depthwise convolution and of the norm after it.
+
+    With a small kernel next to the large one, each has its own norm, and the block's norm is reduced to its activation.
     """
     parts = list(block.children())
     conv: Any = block.conv_dw

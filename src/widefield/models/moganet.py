@@ -1,4 +1,4 @@
-"""MogaNet: depthwise kernels of three reaches, gated, and an MLP that tells its channels apart.
+"""MogaNet: gated depthwise kernels of three sizes, and an MLP with channel aggregation.
 
 Paper: Li et al., "MogaNet: Multi-order Gated Aggregation Network", ICLR 2024, section 4. Keys, initialization and
 variants are those of the official code (github.com/Westlake-AI/MogaNet, Apache 2.0), whose weights load.
@@ -35,14 +35,14 @@ STATED: dict[str, Stated] = {
     "moganet_large": Stated("82.5M", "15.9G", _README),
     "moganet_xlarge": Stated("180.8M", "34.5G", _README),
 }
-"""What is said of each network."""
+"""Counts stated for each network."""
 
 
 class Convs(nn.Sequential):
-    """Convolutions, each followed by a batch norm, and what else stands between them; mergeable."""
+    """Convolutions, each followed by a batch norm, and other layers between them; mergeable."""
 
     def fuse(self) -> nn.Sequential:
-        """Return the convolutions, now with the norms in them, under their names. Exact in evaluation mode.
+        """Return the convolutions with the norms folded in, under their names. Exact in evaluation mode.
 
         Raises:
             RuntimeError: in training mode.
@@ -59,13 +59,13 @@ class Convs(nn.Sequential):
 
 
 class MogaBlock(nn.Module):
-    """Spatial aggregation, then channel aggregation, each after a batch norm and inside a residual connection.
+    """Spatial aggregation, then channel aggregation, each after a batch norm and in a residual connection.
 
     Args:
         width: channels.
         hidden: channels inside the channel aggregation.
-        drop_path: chance that a sample skips a branch in training.
-        layer_scale_init: first value of the factors of each branch.
+        drop_path: probability that a sample skips a branch in training.
+        layer_scale_init: initial value of the factors of each branch.
         dilations, split: of :class:`widefield.nn.moga.MultiOrderGatedAggregation`.
     """
 
@@ -96,11 +96,11 @@ class MogaBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> FusedBlock:
-        """Return the block with its norms and layer scales folded into the 1x1 convolutions beside them.
+        """Return the block with its norms and layer scales folded into the adjacent 1x1 convolutions.
 
-        As the spatial aggregation adds its own input, which is normalized, the block's input is then multiplied by
-        ``1 + layer_scale_1 * (scale of norm1)``. The channel aggregation is merged too. Exact in evaluation mode. Its
-        parameters are new ones.
+        The spatial aggregation adds its own normalized input, so the block's input is multiplied by
+        ``1 + layer_scale_1 * (scale of norm1)``. The channel aggregation is merged too. Exact in evaluation mode. The
+        parameters are new.
 
         Raises:
             RuntimeError: in training mode.
@@ -119,7 +119,7 @@ class MogaBlock(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A merged :class:`MogaBlock`. Made by ``fuse()``. It has no drop path, and can be trained further as it stands."""
+    """A merged :class:`MogaBlock`, made by ``fuse()``. It has no drop path, and can be trained further."""
 
     def __init__(self, shortcut: nn.Parameter, attn: MultiOrderGatedAggregation, mlp: nn.Module) -> None:
         super().__init__()
@@ -136,21 +136,20 @@ class FusedBlock(nn.Module):
 class MogaNet(Backbone):
     """MogaNet-T with the default arguments.
 
-    Every stage ends in a batch norm, which is part of its feature, and of what the next stage reads. Dropout
-    (``drop_rate``) acts before the classifier; the official code has it inside the channel aggregation, where no
-    configuration uses it.
+    Every stage ends in a batch norm, which is part of its feature and feeds the next stage. Dropout (``drop_rate``)
+    acts before the classifier; the official code has it inside the channel aggregation, where no configuration uses it.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate: of :class:`widefield.models._backbone.Backbone`.
-        drop_path_rate: chance to skip a branch of the last block in training; it rises linearly from 0 at the first
-            block. The authors': 0.05 for XT, 0.1 for T and S, 0.2, 0.3 and 0.4 for B, L and XL.
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first. The authors use 0.05 for XT, 0.1 for T
+            and S, 0.2, 0.3 and 0.4 for B, L and XL.
         depths, widths: blocks and channels of each stage.
-        ffn_ratios: of each stage, channels inside the channel aggregation per channel outside.
+        ffn_ratios: hidden channels of the channel aggregation of each stage, in units of its width.
         dilations, split: of :class:`widefield.nn.moga.MultiOrderDWConv`.
-        layer_scale_init: first value of the factors of each branch.
+        layer_scale_init: initial value of the factors of each branch.
 
     Raises:
-        TypeError, ValueError: arguments of other kinds or lengths; a width whose shares leave a convolution no channel.
+        TypeError, ValueError: arguments of the wrong type or length; a width too small for the split.
     """
 
     def __init__(
@@ -221,12 +220,13 @@ class MogaNet(Backbone):
         return super().classifier().apply(initialize_fan_out)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of what timm would decay and the official code does not: weights of one number a channel."""
+        """Return the names of per-channel weights, which timm would decay and the official code does not."""
         return {name for name, parameter in self.named_parameters() if parameter.squeeze().ndim <= 1 < parameter.ndim}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order: what enters a stage goes with its first block, the norm
-        with its last.
+        """Return timm's description of the layers in order.
+
+        Downsampling belongs to the first block of its stage, the norm to the last.
         """
         if coarse:
             return {"stem": r"^patch_embed1", "blocks": r"^(?:patch_embed|blocks|norm)(\d+)"}
@@ -254,13 +254,13 @@ def _halve(channels: int, width: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 
 
 def _read_scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Make a 1x1 convolution compute on x what it computed on ``scale * x + shift``."""
+    """Change a 1x1 convolution to compute on x what it computed on ``scale * x + shift``."""
     cast(Tensor, conv.bias).add_(conv.weight.flatten(1) @ shift)
     conv.weight.mul_(scale.view(1, -1, 1, 1))
 
 
 def _write_scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor | float = 0.0) -> None:
-    """Make a convolution return ``scale * y + shift`` where it returned y."""
+    """Change a convolution to return ``scale * y + shift`` instead of y."""
     conv.weight.mul_(scale.view(-1, 1, 1, 1))
     cast(Tensor, conv.bias).mul_(scale).add_(shift)
 

@@ -26,12 +26,13 @@ STAGES = (1, 2, 3, 4)
 
 
 class MoRFConvNeXt(ConvNeXt):
-    """timm's ConvNeXt whose depthwise convolutions are mixtures; figure 5 of the paper with the default arguments.
+    """timm's ConvNeXt with mixtures as depthwise convolutions; figure 5 of the paper with the default arguments.
 
     Args:
-        kernel_sizes, routing, attention, top_k, router_width: of :class:`widefield.nn.MoRFConv2d`.
-        stages: which of the stages 1 to 4 get mixtures (table 6).
-        kwargs: timm's, ``kernel_sizes`` excepted.
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, depths, dims: as in timm.
+        kernel_sizes, routing, attention, top_k, router_width: see :class:`widefield.nn.MoRFConv2d`.
+        stages: stages with mixtures, from 1 to 4 (table 6).
+        kwargs: further arguments of timm's ConvNeXt, except ``kernel_sizes``.
     """
 
     def __init__(
@@ -72,13 +73,15 @@ class MoRFConvNeXt(ConvNeXt):
 
 
 class MoRFResNet(ResNet):
-    """timm's ResNet whose 3x3 convolutions are mixtures, each initialized as ResNet's convolutions are.
+    """timm's ResNet with mixtures as 3x3 convolutions, each initialized like ResNet's convolutions.
 
     The paper does not state the sizes for ResNets. The default pair, a 3x3 and a 3x3 with dilation 2 (SKNet's), gives
-    the paper's 37M parameters for ResNet-50; for ResNet-18 it gives 23M where the paper says 20M (docs/morf.md).
+    the paper's 37M parameters for ResNet-50, but 23M instead of 20M for ResNet-18 (docs/morf.md).
 
     Args:
+        in_chans, num_classes, global_pool, drop_rate, drop_path_rate, layers, block: as in timm.
         kernel_sizes, routing, attention, top_k, router_width, stages: as in :class:`MoRFConvNeXt`.
+        kwargs: further arguments of timm's ResNet.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""RepLKNet: depthwise kernels of up to 31x31, each with a 5x5 kernel beside it that is merged after training.
+"""RepLKNet: depthwise kernels of up to 31x31, each with a parallel 5x5 kernel that is merged after training.
 
 Paper: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", CVPR 2022,
-section 4, figure 4 and tables 5 and 6. State-dict keys are those of the authors' code (MIT licence,
+section 4, figure 4 and tables 5 and 6. State-dict keys are those of the authors' code (MIT license,
 github.com/DingXiaoH/RepLKNet-pytorch), whose weights load, reparameterized or not.
 """
 
@@ -33,7 +33,7 @@ STATED = {
 
 
 class RepLKBlock(nn.Module):
-    """Norm, 1x1, large kernel, 1x1, each convolution with its own norm, around which the input is added; figure 4."""
+    """Norm, 1x1, large kernel, 1x1, each convolution with its own norm, in a residual connection; figure 4."""
 
     def __init__(self, width: int, inner: int, kernel_size: int, small: int | None, drop_path: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class RepLKBlock(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Norm and two 1x1 convolutions, the channel mixer; figure 4."""
+    """The channel mixer: a norm and two 1x1 convolutions; figure 4."""
 
     def __init__(self, width: int, inner: int, drop_path: float) -> None:
         super().__init__()
@@ -70,21 +70,21 @@ class ConvFFN(nn.Module):
 
 
 class RepLKNet(Backbone):
-    """Four stages, in each of which RepLK blocks and ConvFFN blocks take turns.
+    """Four stages in which RepLK blocks and ConvFFN blocks alternate.
 
     Input (N, in_chans, H, W) of any size; features at strides 4, 8, 16 and 32 (sides round up).
 
     Args:
+        in_chans, num_classes, global_pool, drop_rate: as in timm.
+        drop_path_rate: of the last pair of blocks; it grows linearly from 0, and both blocks of a pair share it. The
+            authors train 31B with 0.5 (ImageNet-1K, 224x224) and 0.1 (ImageNet-22K), 31L with 0.1.
         depths: pairs of a RepLK block and a ConvFFN block in each stage.
         widths: channels of each stage.
         kernel_sizes: of each stage.
-        small_kernel: size of the kernel beside the large one, or 0 for none, as in XL (timm passes no None on). Kernels
-            smaller than that have none beside them.
+        small_kernel: size of the parallel kernel, or 0 for none, as in XL (timm drops None). Kernels smaller than that
+            have no parallel kernel.
         depthwise_ratio: channels of the large kernels per channel of the stage; 1.5 in XL.
         ffn_ratio: hidden channels of a ConvFFN block per channel of the stage.
-        in_chans, num_classes, global_pool, drop_rate: as in timm.
-        drop_path_rate: of the last pair of blocks; it grows linearly from 0, and both of a pair share it. The authors
-            train 31B with 0.5 (ImageNet-1K, 224x224) and 0.1 (ImageNet-22K), 31L with 0.1.
 
     Raises:
         TypeError, ValueError: arguments out of range, or sequences of different lengths.
@@ -169,10 +169,10 @@ class RepLKNet(Backbone):
         self.norm = nn.Identity()
 
     def structural_reparam(self) -> None:
-        """Merge the large kernels in place, and nothing else, by the name that the authors' code has for it.
+        """Merge only the large kernels, in place, under the name used in the authors' code.
 
-        The keys become those of the authors' merged weights. :func:`widefield.reparameterize` merges and folds whatever
-        it can, and verifies that.
+        The keys become those of the authors' merged weights. :func:`widefield.reparameterize` merges and folds
+        everything it can, and verifies the result.
 
         Raises:
             RuntimeError: in training mode.
@@ -180,9 +180,9 @@ class RepLKNet(Backbone):
         fuse_layers(self, select=lambda module: isinstance(module, ReparamConv2d))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's groups of parameters, from the image to the head: blocks, or with ``coarse`` stages."""
+        """Return timm's groups of parameters in the order of the network: blocks, or with ``coarse`` stages."""
         stages = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
-        after = (9999,)  # sorts a transition behind the blocks of the stage before it
+        after = (9999,)  # sorts a transition after the blocks of the previous stage
         return {"stem": r"^stem", "blocks": [(stages, None), (r"^transitions\.(\d+)", after), (r"^norm", (99999,))]}
 
 
@@ -192,7 +192,7 @@ def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
     return cfg("stem.0.conv", **{"input_size": (3, size, size), "pool_size": pool, **source, **kwargs})
 
 
-# Evaluated at 384 pixels the authors' code scales images to a square; at fewer it crops them, as is the default.
+# At 384 pixels the authors' code resizes images to a square; at smaller sizes it crops them, which is the default.
 _384 = _cfg(384, crop_pct=1.0, crop_mode="squash")
 
 default_cfgs = generate_default_cfgs(
@@ -211,7 +211,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def replknet_31b(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
-    """RepLKNet-31B; with other ``kernel_sizes`` the networks of table 5."""
+    """RepLKNet-31B; with other ``kernel_sizes``, the networks of table 5."""
     return build(RepLKNet, "replknet_31b", pretrained, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -224,7 +224,7 @@ def replknet_31l(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
 
 @register_model
 def replknet_xl(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
-    """RepLKNet-XL: no small kernels (remark 3); its kernels are 27-27-27-13 in the authors' code."""
+    """RepLKNet-XL: no parallel kernels (remark 3); its kernels are 27-27-27-13 in the authors' code."""
     model_args = {
         "widths": (256, 512, 1024, 2048),
         "kernel_sizes": (27, 27, 27, 13),

@@ -34,10 +34,10 @@ STATED = {
 
 
 class PaddedShortcut(nn.Module):
-    """Every ``stride``-th pixel, and zeros for the channels that are missing: option A of He et al.
+    """Every ``stride``-th pixel, padded with zero channels: option A of He et al.
 
     Args:
-        channels: how many of the result are zeros; they come last.
+        channels: number of zero channels, which come last.
         stride: of rows and columns.
     """
 
@@ -57,19 +57,19 @@ class PaddedShortcut(nn.Module):
 class CifarResNet(Backbone):
     """A 3x3 convolution and stages ``layer1``, ``layer2``, ... of timm's BasicBlock.
 
-    Input (N, in_chans, H, W) of any size; features at strides 1, 2, 4 and so on, one for each stage (sides round up).
+    Input (N, in_chans, H, W) of any size; features at strides 1, 2, 4, ..., one per stage (sides round up).
 
     Args:
-        depths: blocks of each stage.
-        widths: channels of each stage, none fewer than those before it.
-        shortcut: around the first block of a stage: "pad" (no parameters, option A of He et al.) or "project" (a 1x1
-            convolution and batch norm, option B). With "project" resnet20 and resnet56 have 272,474 and 855,770
-            parameters where "pad" has 269,722 and 853,018.
         in_chans, num_classes, global_pool, drop_rate: as in timm.
         drop_path_rate: of the last block; it grows linearly from 0.
+        depths: blocks of each stage.
+        widths: channels of each stage, not decreasing.
+        shortcut: of the first block of a stage: "pad" (no parameters, option A of He et al.) or "project" (a 1x1
+            convolution and batch norm, option B). resnet20 and resnet56 have 269,722 and 853,018 parameters with "pad",
+            272,474 and 855,770 with "project".
 
     Raises:
-        TypeError, ValueError: arguments out of range, sequences of different lengths, an unknown word.
+        TypeError, ValueError: arguments out of range, sequences of different lengths, an unknown shortcut.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class CifarResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """The stem before the first stage; the others take the feature before."""
+        """Run the stem before the first stage; other stages read the previous feature."""
         return x if index else self.act1(self.bn1(self.conv1(x)))
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class CifarResNet(Backbone):
         return (f"layer{index + 1}",)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Return which parameters belong together, from the image on; timm scales learning rates by it."""
+        """Return timm's groups of parameters in the order of the network, for layer-wise learning rates."""
         return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 

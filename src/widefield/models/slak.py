@@ -1,8 +1,8 @@
-"""SLaK: ConvNeXt with kernels of up to 61x61, each two crossed bands, widened to be trained sparse.
+"""SLaK: ConvNeXt with kernels of up to 61x61, each split into two crossed bands, and widened for sparse training.
 
 Paper: Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity", ICLR 2023, sections 3
-and 4. Keys are those of its code (github.com/VITA-Group/SLaK). Its figures are of networks with 40 % of their weights
-removed in training; here that is :class:`widefield.surgery.sparsity.DynamicSparsity`, and the networks are dense.
+and 4. Keys are those of its code (github.com/VITA-Group/SLaK). Its counts are of networks with 40 % of their weights
+removed in training, which is :class:`widefield.surgery.sparsity.DynamicSparsity` here; these networks are dense.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ STATED: dict[str, Stated] = {
     "slak_small": Stated("55M", "9.8G", _SPARSE),
     "slak_base": Stated("95M", "17.1G", _SPARSE),
 }
-"""What is said of each network."""
+"""Counts stated for each network."""
 
 _EPS = 1e-6
 
 
 class Block(nn.Module):
-    """A large kernel, LayerNorm and an MLP of four times the width, inside one residual connection.
+    """A large kernel, LayerNorm and an MLP of four times the width, in one residual connection.
 
     Args:
         width: channels.
         kernel_size, small_kernel, decomposed: see :class:`SLaK`.
-        drop_path: chance that a sample skips the block in training.
-        layer_scale_init: first value of the factors of the branch; 0 for no such factors.
+        drop_path: probability that a sample skips the block in training.
+        layer_scale_init: initial value of the branch's factors; 0 for none.
     """
 
     def __init__(
@@ -80,21 +80,21 @@ class SLaK(NormedBackbone):
     """SLaK-T with the default arguments, dense.
 
     Args:
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first. The paper uses 0.1, 0.4 and 0.5 for
+            tiny, small and base.
         depths: blocks of each stage.
         widths: channels of each stage before widening.
-        width_factor: what widths are multiplied by, and rounded down.
+        width_factor: factor of the widths, which are rounded down.
         kernel_sizes: of each stage, odd.
-        small_kernel: width of the bands, and size of the square beside them; odd.
-        decomposed: two crossed bands, :class:`widefield.nn.DecomposedConv2d`; else one square kernel,
-            :class:`widefield.nn.LargeKernelConv2d`. Either way the small square is left out where it would not be
-            smaller than the kernel.
-        drop_path_rate: chance to skip the last block in training; it rises linearly from 0 at the first. The paper's:
-            0.1, 0.4 and 0.5 for tiny, small and base.
-        layer_scale_init: first value of the factors of each block's branch; 0 for no such factors.
-        kwargs: of :class:`widefield.models._backbone.Backbone`.
+        small_kernel: width of the bands, and size of the square kernel next to them; odd.
+        decomposed: two crossed bands, :class:`widefield.nn.DecomposedConv2d`; otherwise one square kernel,
+            :class:`widefield.nn.LargeKernelConv2d`. The small square is left out if it would not be smaller than the
+            kernel.
+        layer_scale_init: initial value of the branch's factors; 0 for none.
 
     Raises:
-        TypeError, ValueError: as many depths, widths and kernel sizes are not given; a size is no odd integer.
+        TypeError, ValueError: depths, widths and kernel sizes differ in number; a size is not an odd integer.
     """
 
     def __init__(

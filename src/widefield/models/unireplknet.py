@@ -55,7 +55,7 @@ DILATED_FROM = 7
 
 
 class Permute(nn.Module):
-    """``x.permute(dims)`` as a layer, to stand in a ``Sequential``."""
+    """``x.permute(dims)`` as a layer, for use in a ``Sequential``."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -191,17 +191,16 @@ class UniRepLKNet(NormedBackbone):
     """Stages of :class:`UniRepLKNetBlock`, each entered by a 3x3 convolution of stride 2 (the first by two).
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate: of :class:`Backbone`.
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
         depths: blocks of each stage.
         widths: channels of each stage, at least 4.
-        kernel_sizes: for each stage one size, or one for each of its blocks; by default
-            :func:`default_kernel_sizes`.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first.
-        layer_scale_init: initial value of the layer scales; 0 or None: there are none.
-        head_init_scale: what the initial weights of the classifier are multiplied by.
+        kernel_sizes: one size per stage, or one per block of a stage. Default: :func:`default_kernel_sizes`.
+        layer_scale_init: initial value of the layer scales; 0 or None for none.
+        head_init_scale: factor of the classifier's initial weights.
 
     Raises:
-        TypeError, ValueError: arguments of other kinds or lengths, a kernel size without branches.
+        TypeError, ValueError: arguments of the wrong type or length; a kernel size without branches.
     """
 
     def __init__(
@@ -253,10 +252,10 @@ class UniRepLKNet(NormedBackbone):
         return f"stages.{index}", f"downsample_layers.{index}"
 
     def reparameterize_unireplknet(self) -> None:
-        """Merge all blocks in place, by the name that the authors' code has for it.
+        """Merge all blocks in place, under the name used in the authors' code.
 
-        The keys become those of the authors' merged weights. :func:`widefield.reparameterize` merges and folds whatever
-        it can, and verifies that.
+        The keys become those of the authors' merged weights. :func:`widefield.reparameterize` merges and folds
+        everything it can, and verifies the result.
 
         Raises:
             RuntimeError: in training mode.
@@ -264,7 +263,7 @@ class UniRepLKNet(NormedBackbone):
         fuse_layers(self, select=lambda module: isinstance(module, UniRepLKNetBlock))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order; what halves the map goes with the block that follows."""
+        """Return timm's description of the layers in order; downsampling belongs to the block after it."""
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
         whole = r"^(?:downsample_layers|stages)\.(\d+)"
         return {"stem": r"^downsample_layers\.0", "blocks": whole if coarse else blocks}
@@ -273,8 +272,8 @@ class UniRepLKNet(NormedBackbone):
 def default_kernel_sizes(depths: Sequence[int]) -> list[list[int]]:
     """Return the official kernel size of every block, stage by stage.
 
-    3 in the first stage, 13 in the others; of the third, from 18 blocks on only every second is large, from 27 on every
-    third. The official code has these sizes for its own depths alone, and asks for them at others.
+    3 in the first stage, 13 in the others. In the third stage, from 18 blocks on only every second kernel is large,
+    from 27 on every third. The official code defines these sizes only for its own depths.
     """
     sizes = [[LARGE if index else 3] * depth for index, depth in enumerate(depths)]
     for stage in sizes[2:3]:
@@ -311,7 +310,7 @@ def _halve(channels: int, width: int) -> tuple[nn.Conv2d, LayerNorm2d]:
 
 
 def _cfg(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """As the official evaluation has it: from 384 pixels on, images are resized to a square and not cropped."""
+    """Return the configuration of the official evaluation: from 384 pixels on, images are resized without cropping."""
     warped: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"} if side >= 384 else {}
     size: dict[str, Any] = {"input_size": (3, side, side), "pool_size": (side // 32, side // 32)}
     return cfg("downsample_layers.0.0", **size, **warped, license="apache-2.0", **kwargs)

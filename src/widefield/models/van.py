@@ -36,15 +36,15 @@ STATED: dict[str, Stated] = {
     "van_b5": Stated("90.0M", "17.2G", "the paper"),
     "van_b6": Stated("200M", "38.4G", "the paper"),
 }
-"""What is said of each network."""
+"""Counts stated for each network."""
 
 
 class PatchEmbed(nn.Sequential):
-    """A convolution of stride 2 or 4 whose patches overlap, ``proj``, and batch norm, ``norm``.
+    """An overlapping patch embedding: a convolution of stride 2 or 4, ``proj``, and batch norm, ``norm``.
 
     Args:
-        channels: of the input.
-        width: channels of the output.
+        channels: input channels.
+        width: output channels.
         kernel_size: odd.
         stride: of the convolution.
     """
@@ -57,7 +57,7 @@ class PatchEmbed(nn.Sequential):
         super().__init__(OrderedDict(proj=conv, norm=nn.BatchNorm2d(width)))
 
     def fuse(self) -> nn.Sequential:
-        """Return ``proj`` alone, with the norm folded in. Exact in evaluation mode.
+        """Return ``proj`` with the norm folded in. Exact in evaluation mode.
 
         Raises:
             RuntimeError: in training mode.
@@ -67,16 +67,16 @@ class PatchEmbed(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Attention over a large neighborhood, then an MLP with a 3x3 depthwise convolution in the middle.
+    """Large kernel attention, then an MLP with a 3x3 depthwise convolution inside.
 
-    (N, C, H, W) -> the same. Either half is ``x + layer_scale * branch(batch_norm(x))``.
+    (N, C, H, W) -> the same. Both halves are ``x + layer_scale * branch(batch_norm(x))``.
 
     Args:
         width: C.
         mlp_ratio: channels inside the MLP, in units of C; rounded down.
         kernel_size, dilation: of :class:`widefield.nn.lka.LKA`.
-        drop_path: chance that a sample skips a half in training.
-        layer_scale_init: first value of the factors of both branches.
+        drop_path: probability that a sample skips a half in training.
+        layer_scale_init: initial value of the factors of both branches.
     """
 
     def __init__(
@@ -114,12 +114,11 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> FusedBlock:
-        """Return the block with its norms and layer scales folded into the 1x1 convolutions beside them.
+        """Return the block with its norms and layer scales folded into the adjacent 1x1 convolutions.
 
-        The attention adds its own input, the normalized x. That input is ``gain * x + shift`` in each channel, so
-        beside the x that the block adds it makes a factor ``1 + layer_scale_1 * gain`` of x, kept as ``scale``, and a
-        bias. Exact in evaluation mode: a 1x1 convolution pads nothing, and the depthwise ones come after it. The
-        parameters are new ones.
+        The attention adds its own input, the normalized x, which is ``gain * x + shift`` per channel. Together with the
+        block's shortcut this is a factor ``1 + layer_scale_1 * gain`` of x, kept as ``scale``, and a bias. Exact in
+        evaluation mode, as a 1x1 convolution pads nothing and the depthwise ones come after it. The parameters are new.
 
         Raises:
             RuntimeError: in training mode.
@@ -139,7 +138,7 @@ class Block(nn.Module):
 class FusedBlock(nn.Module):
     """A merged :class:`Block`: ``x = scale * x + attn(x)``, then ``x + mlp(x)``. Made by ``fuse()``.
 
-    It has no drop path, and can be trained further as it stands.
+    It has no drop path, and can be trained further.
 
     Args:
         scale: (C,).
@@ -160,21 +159,21 @@ class FusedBlock(nn.Module):
 
 
 class VAN(Backbone):
-    """Stages of :class:`Block`, each entered by an overlapping convolution and left through LayerNorm.
+    """Stages of :class:`Block`, each entered by an overlapping convolution and followed by LayerNorm.
 
-    VAN-B2 with the default arguments. The norm after a stage belongs to its feature: the next stage reads it.
+    The default arguments give VAN-B2. The norm after a stage belongs to its feature and feeds the next stage.
 
     Args:
-        in_chans, num_classes, global_pool, drop_rate: of :class:`Backbone`.
+        in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
+        drop_path_rate: of the last block; it grows linearly from 0 at the first.
         depths: blocks of each stage.
         widths: channels of each stage.
         mlp_ratios: channels inside the MLPs of each stage, in units of its width.
         kernel_size, dilation: of every :class:`widefield.nn.lka.LKA`.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first.
         layer_scale_init: initial value of the layer scales.
 
     Raises:
-        TypeError, ValueError: arguments of other kinds or lengths.
+        TypeError, ValueError: arguments of the wrong type or length.
     """
 
     def __init__(
@@ -225,18 +224,18 @@ class VAN(Backbone):
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Reduce the image to a quarter of its sides, later maps to a half."""
+        """Reduce the image to a quarter of its sides, later maps to half."""
         y: Tensor = self.get_submodule(f"patch_embed{index + 1}")(x)
         return y
 
     def stage(self, index: int, x: Tensor) -> Tensor:
-        """Run the blocks of a stage, and the norm after them."""
+        """Run the blocks of a stage and the norm after them."""
         x = self.run(cast(nn.Sequential, self.get_submodule(f"block{index + 1}")), x)
         y: Tensor = self.get_submodule(f"norm{index + 1}")(x)
         return y
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of the norm that makes the feature, of the blocks, and of what enters them."""
+        """Return the names of the norm of the feature, of the blocks, and of the patch embedding."""
         return f"norm{index + 1}", f"block{index + 1}", f"patch_embed{index + 1}"
 
     def classifier(self) -> nn.Module:
@@ -246,7 +245,7 @@ class VAN(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's description of the layers in order.
 
-        What enters a stage goes with its first block, the norm after it with its last one.
+        Patch embeddings belong to the first block of their stage, the norm to its last.
         """
         blocks = [
             (r"^patch_embed(\d+)", (0,)),
@@ -258,12 +257,12 @@ class VAN(Backbone):
 
 
 def _after_affine(conv: nn.Conv2d, gain: Tensor, shift: Tensor) -> nn.Conv2d:
-    """Return the 1x1 convolution that is ``conv(gain * x + shift)``."""
+    """Return the 1x1 convolution equal to ``conv(gain * x + shift)``."""
     return _pointwise(conv, conv.weight * gain[:, None, None], conv.weight[..., 0, 0] @ shift + _bias(conv))
 
 
 def _then_affine(conv: nn.Conv2d, gain: Tensor, shift: Tensor) -> nn.Conv2d:
-    """Return the convolution that is ``gain * conv(x) + shift``."""
+    """Return the convolution equal to ``gain * conv(x) + shift``."""
     return _pointwise(conv, conv.weight * gain[:, None, None, None], _bias(conv) * gain + shift)
 
 
@@ -278,13 +277,13 @@ def _pointwise(like: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    """As the official evaluation on ImageNet-1K has it; ``kwargs`` take precedence."""
+    """Return the configuration of the official evaluation on ImageNet-1K; ``kwargs`` take precedence."""
     inputs: dict[str, Any] = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "crop_pct": 0.9}
     return cfg("patch_embed1.proj", **{**inputs, "license": "apache-2.0", **kwargs})
 
 
 def _cfg_22k(side: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """As the ImageNet-22K scripts have it, which are ConvNeXt's: from 384 pixels on nothing is cropped."""
+    """Return the configuration of the ImageNet-22K scripts, which follow ConvNeXt: no cropping from 384 pixels on."""
     warped: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"} if side >= 384 else {}
     size: dict[str, Any] = {"input_size": (3, side, side), "pool_size": (side // 32, side // 32)}
     return cfg("patch_embed1.proj", **size, **warped, license="apache-2.0", **kwargs)
@@ -349,6 +348,6 @@ def van_b5(pretrained: bool = False, **kwargs: Any) -> VAN:
 
 @register_model
 def van_b6(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B6: its third stage is narrower than that of B5, and has 90 blocks."""
+    """VAN-B6: its third stage is narrower than in B5 and has 90 blocks."""
     arguments = {"depths": (6, 6, 90, 6), "widths": (96, 192, 384, 768), **kwargs}
     return build(VAN, "van_b6", pretrained, **arguments)  # type: ignore[no-any-return]

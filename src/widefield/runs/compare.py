@@ -179,8 +179,8 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
     averaged = [run.headline.startswith("ema_") for run in runs]
     if not metrics and len(set(averaged)) > 1:  # the axis label cannot say it for all
         titles = [f"{title} (average)" if ema else title for title, ema in zip(titles, averaged, strict=True)]
-    beside = 2 if max(map(len, titles)) <= 20 else 1
-    figure = report.blank(report.COLUMN, 1.9 * len(lines) + 0.15 * -(-len(runs) // beside) + 0.2)
+    columns = 2 if max(map(len, titles)) <= 20 else 1
+    figure = report.blank(report.COLUMN, 1.9 * len(lines) + 0.15 * -(-len(runs) // columns) + 0.2)
     axes = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, found) in zip(axes, lines.items(), strict=True):
         for index, (epochs, values) in found.items():
@@ -201,7 +201,7 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[-1].set_xlabel("epoch")
     handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=beside)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns)
     return figure
 
 

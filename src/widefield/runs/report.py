@@ -51,7 +51,7 @@ def write_report(
     """
     folders, page = _places(runs, out)
     words = [str(folder) for folder in folders]
-    subjects = [load(word, device=device, beside=words) for word in words]
+    subjects = [load(word, device=device, together_with=words) for word in words]
     sections = [*first, *training(folders)]
     told = _once(say)
     for subject in subjects:

@@ -157,7 +157,7 @@ def load(
     pretrained: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    beside: Sequence[str] = (),
+    together_with: Sequence[str] = (),
     which: str = "best",
     weights: str | None = None,
 ) -> Subject:
@@ -169,7 +169,7 @@ def load(
         pretrained: fetch the weights that timm or torchvision publish.
         seed: of random weights. The global generator is seeded.
         device: where the model goes.
-        beside: words of the models that are shown together. Runs with the same name are called by their folders.
+        together_with: words of the models that are shown together. Runs with the same name are called by their folders.
         which, weights: which of a run's weights; see :func:`widefield.runs.load_trained`.
 
     Raises:
@@ -184,7 +184,7 @@ def load(
         raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from error
     if Path(word).expanduser().is_dir():
         found = _of_run(Path(word).expanduser(), which, weights)
-        if sum(Path(other).name == Path(word).name for other in set(beside)) > 1:
+        if sum(Path(other).name == Path(word).name for other in set(together_with)) > 1:
             found = replace(found, name=word)
     elif _is_path(word):
         raise FileNotFoundError(

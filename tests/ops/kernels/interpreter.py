@@ -1,4 +1,4 @@
-"""Run checks of the kernels in Triton's interpreter, on CPU tensors, in a process of their own.
+"""Run checks of the kernels in Triton's interpreter, on CPU tensors, in a separate process.
 
 Whether a kernel is interpreted is decided when it is decorated, for Triton's own library too: the process that runs the
 ordinary tests, some of which compile with inductor, must never see TRITON_INTERPRET. One process serves all checks of a

@@ -247,9 +247,11 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """dW[c, kh, kw] = sum_(n, oh, ow) g[n, c, oh, ow] x[n, c, oh SH + kh DH - ph, ow SW + kw DW - pw].
 
-    A program owns KC x KD taps of one channel (BB channels in channels_last; BA planes in NCHW where each sample has a
-    kernel of its own) and adds up ``per`` of the tiles that the maps are cut into.
+    A program owns KC x KD taps of one channel (BB channels in channels_last; BA planes in NCHW with per-sample kernels)
+    and sums ``per`` of the tiles into which the maps are cut.
     part: (splits, G, C, KH, KW), or (splits, G, KH, KW, C) in channels_last.
+
+    One long function, because its loops share the tuple of accumulators, which Triton helpers could only return whole.
     """
     COLS: tl.constexpr = (KW + KD - 1) // KD
     CHUNKS: tl.constexpr = COLS * ((KH + KC - 1) // KC)
