@@ -136,6 +136,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         workers=0,
         log_every=1,
         channels_last=True,
+        gradient_checkpointing=True,
         trackers=[],
     )
 

@@ -168,7 +168,7 @@ def _job(
     try:
         if not args.all_outputs:
             data.check_classes(dataset)
-        outputs = count_outputs(subject.model, (len(dataset.mean), dataset.image_size, dataset.image_size))
+        outputs = count_outputs(subject.model, dataset.image_shape)
         names = subject.trained_on.classes if subject.trained_on else labels.imagenet_names(outputs)
         if subject.trained_on and args.data is None and args.class_map == "auto":
             subject.trained_on.check_classes(dataset.classes)

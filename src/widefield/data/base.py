@@ -82,6 +82,12 @@ class SampleSet(Dataset[Sample | None], ABC):
     def __getitem__(self, index: int) -> Sample | None:
         return self.sample(range(len(self))[index])  # range knows negative indices and raises IndexError
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Return (C, H, W) of the images, or None if they differ in size."""
+        size = self.image_size
+        return (len(self.mean), size, size) if self.mean and size else None
+
     def fingerprint(self) -> str:
         """Return a hash of the names and labels of the split's samples; pixels are not read.
 
@@ -126,6 +132,11 @@ class LabeledImages(SampleSet):
     def __init__(self, split: str, size: int, seed: int) -> None:
         super().__init__(split, seed)
         self.image_size = _checks.integer("size", size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of the images."""
+        return len(self.mean), self.image_size, self.image_size
 
     def found(self) -> str:
         """Return one line: images and classes of the split, and what was left out and why."""

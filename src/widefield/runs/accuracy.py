@@ -104,7 +104,7 @@ def evaluate_model(
     model.to(place)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    shape = len(dataset.mean), dataset.image_size, dataset.image_size
+    shape = dataset.image_shape
     share = Share(dataset, state.process_index, state.num_processes)
     loader = val_loader(share, task.collate, batch_size, workers)
     try:

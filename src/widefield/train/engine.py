@@ -171,8 +171,7 @@ class _Run:
             folder.check_data(self.data)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
-        channels, size = len(self.val_set.mean), self.val_set.image_size
-        shape = (channels, size, size) if channels and size else None
+        shape = self.val_set.image_shape
         self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes, shape)
         self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         collate, size = self.task.collate, recipe.batch_size

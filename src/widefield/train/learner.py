@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from widefield.nn import load_balancing
-from widefield.surgery import DynamicSparsity
+from widefield.surgery import DynamicSparsity, anatomy
 from widefield.tasks import Batch, Task
 from widefield.train import checkpoint
 from widefield.train.model import build_model
@@ -275,8 +275,9 @@ def _check_fit(task: Task, model: nn.Module, name: str, shape: tuple[int, int, i
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:
+    backbone: Any = model.get_submodule(anatomy(model).backbone)
     try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} does not offer it (set_grad_checkpointing); leave it out."
