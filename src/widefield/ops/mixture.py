@@ -329,9 +329,10 @@ def _merged(x: Tensor, kernels: Tensor, biases: Tensor | None, weights: Tensor, 
     bank = Bank(fold.crop(kernels, plan.taps), biases, plan.spans, plan.step, plan.stride, plan.groups)
     if sparse:
         weights = _sparse.of_chosen(weights)
-        sorting = _sparse.sort(x, weights, plan)
-        if not sorting.is_plain(plan):
-            return _sparse.mixed_by_size(x, bank, weights, sorting.buckets)
+        if has_numbers(weights):  # batches of a graph may have any size
+            sorting = _sparse.sort(x, weights, plan)
+            if not sorting.is_plain(plan):
+                return _sparse.mixed_by_size(x, bank, weights, sorting.buckets)
     if plan.way == "routed" or (plan.timed and _routed_is_faster(x, bank, weights, plan)):
         return _mixed_inside(x, bank, weights)
     return bank.mixed(x, weights)
