@@ -50,7 +50,7 @@ def test_batch_norms_behind_mixtures_are_folded():
 
 
 class Residual(nn.Module):
-    """A mixture whose output is read by its norm and by somebody else: the norm must stay."""
+    """A mixture whose output is read by its norm and by other code: the norm must stay."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dynamic sparse training in loops: every step masked, resuming to the bit, averages, errors, several processes."""
+"""Dynamic sparsity in training loops: masks at every step, exact resuming, averages, errors, several processes."""
 
 import copy
 import io
