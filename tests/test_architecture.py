@@ -63,6 +63,18 @@ def test_the_page_names_files_that_exist():
             assert any((ROOT / folder / name.rstrip("/")).exists() for folder in ("", "ops", "surgery")), name
 
 
+def test_no_modules_import_each_other():
+    modules = {path.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", "."): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {}
+    for module, path in modules.items():
+        found = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        graph[module] = found & set(modules) - {module}
+    while leaves := {name for name, targets in graph.items() if not targets}:
+        graph = {name: targets - leaves for name, targets in graph.items() if name not in leaves}
+    assert not graph, f"these modules, or some that they import, import each other: {sorted(graph)}"
+
+
 def test_triton_has_one_home():
     for path in FILES:
         if "_triton" not in path.parts:

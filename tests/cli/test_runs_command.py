@@ -111,7 +111,7 @@ def test_runs_are_written_as_json(here: Path) -> None:
         ),
         (["--compare", "first"], "give two runs or more"),
         (["--sort", "top5"], "no run has the metric 'top5'"),
-        (["--where", "optimizer.lr=1"], "no run has the key 'optimizer.lr'. Did you mean 'optimizer.lr'?"),
+        (["--where", "optimzer.lr=1"], "no run has the key 'optimzer.lr'. Did you mean 'optimizer.lr'?"),
         (["--plot", "curves.gif"], "the suffix of --plot must be one of"),
         (["--plot", "curves.png", "--metric", "top5"], "no run has the metric 'top5' to draw"),
     ],

@@ -1,4 +1,4 @@
-"""Models that return mappings, named tuples and dataclasses: compared, ranked, and told how to be wrapped."""
+"""Models that return mappings, named tuples and dataclasses: comparison, ranking, and advice on wrapping."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""How far outputs are apart, tensor by tensor, and what labels may be."""
+"""Differences between outputs, tensor by tensor, and the labels that give accuracies."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_each_output_is_measured_against_its_own_size(scales, split):
     assert change.images == 5
 
 
-def test_a_wrong_score_does_not_hide_beside_large_boxes():
+def test_a_wrong_score_does_not_hide_next_to_large_boxes():
     boxes = 1e4 * torch.ones(2, 4)
     change = tallied(((boxes, torch.ones(2)), (boxes, torch.zeros(2))))
     assert (change.max_abs, change.scale, change.relative, change.rms) == (1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Weights that are computed at every call: parametrizations, weight and spectral norm, pruning."""
+"""Weights that are computed in every call: parametrizations, weight and spectral norm, pruning."""
 
 import logging
 from contextlib import suppress

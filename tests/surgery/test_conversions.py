@@ -1,4 +1,4 @@
-"""What each config makes of whole networks."""
+"""Every conversion on whole networks, and errors for wrong configs."""
 
 import copy
 import re

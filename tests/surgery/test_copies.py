@@ -167,3 +167,19 @@ def test_other_example_inputs_are_refused(example, error, message):
         reparameterize(mixed(), example)
     with pytest.raises(error, match=message):
         trim(plain(), example_input=example)
+
+
+@EACH
+def test_reports_display_themselves_in_notebooks(make, work):
+    reports = []
+    work(make(), report=reports.append)
+    shown = reports[0]._repr_html_()
+    assert shown.count("<tr>") == 1 + len(reports[0].rows())
+    assert shown.startswith("<p>")
+    assert str(reports[0]).startswith(reports[0].summary())
+
+
+def test_plans_display_themselves_in_notebooks():
+    found = plan(plain(), MoRF((3, 5)))
+    assert found._repr_html_().startswith("<p>1 replaced, 1 passed over</p>")
+    assert found._repr_html_().count("<tr>") == 1 + len(found.steps)

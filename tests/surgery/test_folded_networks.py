@@ -1,4 +1,4 @@
-"""Whole networks: timm's and torchvision's, those that official code merges, and our own by their authors' names."""
+"""Whole networks: timm's and torchvision's, those that official code merges, and ours with the authors' methods."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Which batch norm goes into which layer, and that both then compute the same."""
+"""Which batch norm is folded into which layer, and that the result computes the same."""
 
 import copy
 import re

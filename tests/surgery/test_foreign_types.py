@@ -1,4 +1,4 @@
-"""Blocks of timm that merge themselves make float32 layers; what comes back has the model's type and mode."""
+"""timm's blocks merge into float32 layers; the result must have the model's dtype and mode."""
 
 import pytest
 import timm

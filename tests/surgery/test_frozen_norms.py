@@ -1,4 +1,4 @@
-"""Frozen batch norms have no mode, and are folded where batch norms are."""
+"""Frozen batch norms have no mode and are folded like batch norms."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""One call of reparameterize leaves modules that load, trace and quantize without widefield."""
+"""The result of reparameterize loads, traces and quantizes without widefield."""
 
 import copy
 import io

@@ -50,7 +50,7 @@ def test_batch_norms_behind_mixtures_are_folded():
 
 
 class Residual(nn.Module):
-    """A mixture whose output is read by its norm and by somebody else: the norm must stay."""
+    """A mixture whose output is read by its norm and by other code: the norm must stay."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ class Ranks(nn.Module):
 
 
 def test_a_ranking_that_turns_is_told_from_roundings_that_grow():
-    with pytest.raises(RuntimeError, match="Each alone is within it, and an output of whole numbers differs") as told:
+    with pytest.raises(RuntimeError, match="Each layer alone is within it, and an output of integers differs") as told:
         widefield.reparameterize(Ranks().eval(), torch.randn(2, 1, 3, 3))
     assert "float64" not in str(told.value)
 

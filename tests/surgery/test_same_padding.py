@@ -1,4 +1,4 @@
-"""TensorFlow's "SAME" padding, which depends on the input's size: converted, merged, trimmed, on every size."""
+"""TensorFlow's "SAME" padding, which depends on the input size: converting, merging and trimming, at every size."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Dynamic sparse training in loops: every step masked, resuming to the bit, averages, errors, several processes."""
+"""Dynamic sparsity in training loops: masks at every step, exact resuming, averages, errors, several processes."""
 
 import copy
 import io
@@ -332,10 +332,10 @@ def test_a_state_or_a_model_of_another_kind():
         DynamicSparsity(model, where=["6", "11"]).load_state_dict(state)
     with pytest.raises(ValueError, match=r"stages.* is \(.*\) here and absent there"):
         DynamicSparsity(tiny_slak(), where="stages.*").load_state_dict(state)
-    with pytest.raises(ValueError, match=r"this state is of sparsity=0.4; this is 0.5"):
+    with pytest.raises(ValueError, match=r"this state has sparsity=0.4, but this object has 0.5"):
         DynamicSparsity(model, sparsity=0.5).load_state_dict(state)
     for other in (wider, tiny_slak()):
-        with pytest.raises(ValueError, match=r"has no parameter 0.weight of the shape that is masked"):
+        with pytest.raises(ValueError, match=r"has no parameter 0.weight with the shape of its mask"):
             sparse.apply(other)
 
 

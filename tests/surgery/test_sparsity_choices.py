@@ -1,4 +1,4 @@
-"""Which weights dynamic sparsity masks, begins with, prunes and grows: against what is written out here."""
+"""Which weights dynamic sparsity starts with, prunes and grows, against reference code in this file."""
 
 import copy
 import functools

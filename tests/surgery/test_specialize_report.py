@@ -67,7 +67,7 @@ def test_the_report_says_what_each_layer_and_all_of_them_change():
     assert [row["layer"] for row in done.rows()] == list(done.static)
     assert {row["static"] for row in done.rows()} == {"yes"}
     assert str(done).startswith("specialized 4 of 4 routed layers, policy 'mean': outputs on 7 images change by ")
-    assert f"| {done.static[0]} | MoRFConv2d |" in str(done)
+    assert f"| {done.static[0]} | 1 | MoRFConv2d |" in str(done)
 
 
 def test_without_labels_there_is_no_accuracy_and_without_classes_no_agreement():

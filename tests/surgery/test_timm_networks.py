@@ -1,4 +1,4 @@
-"""timm's own networks of these families, which are not written again here: every tool takes them."""
+"""timm's own networks of these families, which widefield does not reimplement, with every verb."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""Cropped kernels against float64 oracles: bounds that hold, crops that are exact, budgets that are kept."""
+"""Trimmed kernels against float64 references: bounds, exact crops, budgets."""
 
 from types import MethodType
 

@@ -1,4 +1,4 @@
-"""On what trim tries its work: sizes that a loader keeps to or not, and models that it makes inputs up for."""
+"""The inputs on which trim verifies its work: loaders with one or several sizes, and made-up examples."""
 
 import logging
 

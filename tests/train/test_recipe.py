@@ -140,7 +140,7 @@ def test_overrides(path: Path) -> None:
     [
         (["--optimizer.lrr", "1"], ValueError, "optimizer.lrr: unknown key. Did you mean 'lr'?"),
         (["--lr", "1"], ValueError, "lr: unknown key. Did you mean 'optimizer.lr'?"),
-        (["--optimizer.lr", "1"], ValueError, "optimizer: unknown key. Did you mean 'optimizer'?"),
+        (["--optimzer.lr", "1"], ValueError, "optimzer: unknown key. Did you mean 'optimizer'?"),
         (["--conversion", "{kind: morf, wher: a}"], ValueError, "conversion.wher: unknown key. Did you mean 'where'?"),
         (["--zzz", "1"], ValueError, "zzz: unknown key. Known here: name, model"),
         (["--optimizer.lr", "fast"], TypeError, "optimizer.lr must be float; got 'fast'"),

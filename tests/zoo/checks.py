@@ -1,4 +1,4 @@
-"""Every verb on one network: passed, refused with a reason, or failed. `checks.py NAME [VERB TO SKIP ...]`."""
+"""Run every verb on one network: pass, refused with a reason, or failed. `checks.py NAME [VERB TO SKIP ...]`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from widefield import analysis
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
 
 TOLERANCE = 1e-4
-"""What the library promises of whole networks in float32, of the largest output."""
+"""Largest difference that the library allows for whole networks in float32, relative to the largest output."""
 
 ROUNDING = 1e-8
-"""The same in float64: random weights amplify the rounding of float32 in some networks, by up to a hundred thousand."""
+"""The same in float64. Random weights amplify float32 rounding in some networks, up to a hundred thousand times."""
 
 KEEPING = {
     "MoRF": widefield.MoRF((3, 5)),
@@ -39,14 +39,14 @@ FRESH = {
     "InceptionSplit": widefield.InceptionSplit(),
     "TokenMixer": widefield.TokenMixer("lka"),
 }
-"""Conversions that start layers afresh."""
+"""Conversions that initialize layers anew."""
 
 ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
-"""Layers of ours that are left after reparameterization, as their kernels depend on the image."""
+"""Our layers that remain after reparameterizing, because their kernels depend on the image."""
 
 
 class WrongError(Exception):
-    """A result that is not what it should be."""
+    """A wrong result."""
 
 
 def run(tested: Subject, skip: Sequence[str] = ()) -> Iterator[dict[str, object]]:
@@ -64,7 +64,7 @@ def run(tested: Subject, skip: Sequence[str] = ()) -> Iterator[dict[str, object]
 
 
 def _judged(error: Exception) -> tuple[str, str]:
-    """Tell apart a refusal, a result or an error of others that widefield caught, and what went through: a failure."""
+    """Return the status and text of an error: refused or caught by widefield, or failed."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     if str(Path(widefield.__file__).parent) not in innermost.filename or isinstance(error, WrongError):
@@ -99,7 +99,7 @@ def _checks(tested: Subject, made: dict[str, nn.Module]) -> Iterator[tuple[str, 
 
 
 def _larger(x: torch.Tensor) -> torch.Tensor:
-    """Return images of which the shifted windows have the size of ``x``."""
+    """Return images whose shifted windows have the size of ``x``."""
     return nn.functional.pad(x, (0, 2, 0, 2)) if x.ndim == 4 else x
 
 
@@ -115,7 +115,7 @@ def _convert(tested: Subject, name: str, config: widefield.surgery.Conversion, m
 
 
 def _trainable(converted: nn.Module, tested: Subject) -> None:
-    """Raise WrongError unless a loss is finite. In training mode: batch norms hold the old layers' scale."""
+    """Raise WrongError unless the loss is finite, in training mode because batch norms have the old layers' scale."""
     try:
         loss = tested.loss(converted.train())
     finally:
@@ -133,7 +133,7 @@ def _gradients(tested: Subject, converted: nn.Module) -> str:
 
 
 def _without_gradient(tested: Subject, model: nn.Module) -> list[str]:
-    """Return which parameters a training step does not reach; raises WrongError for gradients that are not finite."""
+    """Return the parameters that a training step does not reach; raises WrongError if gradients are not finite."""
     model.zero_grad(set_to_none=True)
     try:
         tested.loss(model.train()).backward()
@@ -161,7 +161,7 @@ def _reparameterize(model: nn.Module, x: torch.Tensor, made: dict[str, nn.Module
 
 
 def _same(first: nn.Module, second: nn.Module, x: torch.Tensor, change: Callable[[nn.Module], nn.Module]) -> str:
-    """Compare a network with what ``change`` made of it. Where float32 is too coarse, it is done over in float64."""
+    """Compare a network with its ``change``. If float32 is too coarse, compare again in float64."""
     found = widefield.compare(first, second, x).relative
     if found <= TOLERANCE:
         return f"{found:.0e}"

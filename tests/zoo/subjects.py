@@ -1,4 +1,4 @@
-"""The smallest model of every family of timm and torchvision, ready to run: weights that hide nothing, and an input."""
+"""Build the smallest model of every family in timm and torchvision, with weights that hide no mistake, and an input."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 SIDES = (64, 128, 224, 256, 384)
-"""Sides of images to try, the first that a network runs on is taken."""
+"""Image sides to try; the first that a network runs on is used."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network in evaluation mode, what it is shown, and a loss to train it by."""
+    """A network in evaluation mode, its input, and a loss to train it."""
 
     name: str
     model: nn.Module
     x: Tensor
-    """(N, C, H, W); clips of video are (N, C, T, H, W)."""
+    """(N, C, H, W), or video clips (N, C, T, H, W)."""
     loss: Callable[[nn.Module], Tensor]
 
 
 def catalog() -> Iterator[str]:
     """Yield "timm:NAME" or "torchvision:NAME" of the smallest model, by parameters, of every family.
 
-    A family is a module of either library: its author's own division.
+    A family is one Python module of either library.
     """
     families: dict[str, list[str]] = defaultdict(list)
     for name in timm.list_models():
@@ -46,11 +46,11 @@ def catalog() -> Iterator[str]:
 
 
 def _parameters(name: str) -> int:
-    """Return a model's number of parameters, without memory for them where it can be built like that."""
+    """Return the number of parameters of a model, which is built without memory for them if possible."""
     try:
         with torch.device("meta"):
             model = _built(name)
-    except NotImplementedError:  # torchvision's RegNet reads the numbers of a tensor
+    except NotImplementedError:  # torchvision's RegNet reads tensor values
         model = _built(name)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -63,7 +63,7 @@ def _built(name: str) -> nn.Module:
     known = inspect.signature(builder).parameters
     options: dict[str, object] = {key: None for key in ("weights", "weights_backbone") if key in known}
     if "detection" in builder.__module__:
-        # Every box counts: random weights score none above the usual thresholds. Images stay as small as they are.
+        # Keep every box, as random weights score none above the usual thresholds, and do not enlarge images.
         prefix = "box_" if "rcnn" in name else ""
         options |= {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": 20}
         options |= {} if "ssd" in name else {"min_size": SIDES[0], "max_size": 2 * SIDES[0]}
@@ -71,7 +71,7 @@ def _built(name: str) -> nn.Module:
 
 
 class FramePair(nn.Module):
-    """An optical-flow network as a model of one tensor, (N, 6, H, W): two frames on top of each other."""
+    """Wrapper of an optical-flow network that takes one tensor (N, 6, H, W): two stacked frames."""
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class FramePair(nn.Module):
 
 
 def subject(name: str) -> Subject:
-    """Build one: seeded, in evaluation mode."""
+    """Build a subject, seeded and in evaluation mode."""
     torch.manual_seed(0)
     model = _built(name)
     kind = type(model).__module__
     if "detection" in kind:
-        # In float64: rounding must not decide which of two boxes is dropped.
+        # float64, so that rounding does not decide which of two boxes is dropped.
         model, inputs, loss = model.double(), [torch.rand(2, 3, 96, 64).double()], _detection_loss
     elif "optical_flow" in kind:
         model, inputs, loss = FramePair(model), [torch.rand(1, 6, 128, 128)], _squares
@@ -111,7 +111,7 @@ def _images(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _first_that_runs(model: nn.Module, inputs: Iterable[Tensor], loss: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-    """Return the first input that the model takes in evaluation mode, and in training mode, with heads of its own."""
+    """Return the first input that the model accepts in evaluation and in training mode, which may use more heads."""
     for x in inputs:
         try:
             with torch.no_grad():
@@ -143,10 +143,10 @@ def _detection_loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _shake(model: nn.Module, x: Tensor) -> None:
-    """Let every part of a network matter: what starts at zero hides mistakes, and so do norms that do nothing.
+    """Make every part of a network matter, because zeros and neutral norms hide mistakes.
 
-    Batch norms take their statistics from ``x``, so that the scale stays, and everything of one dimension (norms,
-    layer scales, biases) moves away from 0 and 1.
+    Batch norms take their statistics from ``x``, which keeps the scale. Everything with one dimension (norms, layer
+    scales, biases) moves away from 0 and 1.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -168,7 +168,7 @@ def _shake(model: nn.Module, x: Tensor) -> None:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
-            # Of maps of a pixel or two there is little variance to speak of, and to divide by that amplifies rounding.
+            # Maps of one or two pixels have almost no variance, and dividing by it would amplify rounding.
             norm.running_var.clamp_(min=max(1e-2, 0.3 * norm.running_var.mean().item()))
 
 

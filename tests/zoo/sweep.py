@@ -1,13 +1,13 @@
 """Run every verb of widefield on the smallest model of every family of timm and torchvision.
 
-    python tests/zoo/sweep.py                      # everything; where results are at hand, only what is missing
+    python tests/zoo/sweep.py                      # everything without a result yet
     python tests/zoo/sweep.py "timm:res*"          # some of these
     python tests/zoo/sweep.py timm:resnet50        # any model
-    python tests/zoo/sweep.py --again failed       # once more: what failed, ran out of time or memory
+    python tests/zoo/sweep.py --again failed       # repeat what failed, or exceeded its time or memory
     python tests/zoo/sweep.py --table              # run nothing, print the table
 
-Each model runs in a process of its own, with limits of time and memory, so that one cannot take the others down.
-Results are appended to results.jsonl as they come, a line for each model: interrupt the sweep and start it again.
+Each model runs in its own process with limits on time and memory, so one crash does not stop the sweep. Results are
+appended to results.jsonl, one line per model, so the sweep can be interrupted and started again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ STATUSES = ("pass", "refused", "caught", "failed", "timeout", "memory")
 BAD = ("failed", "timeout", "memory")
 
 Row = dict[str, Any]
-"""Of results.jsonl: "model", "commit", "date", "machine", "seconds", "checks"."""
+"""A line of results.jsonl: "model", "commit", "date", "machine", "seconds", "checks"."""
 
 Reason = tuple[str, str, str]
-"""Verb, status, and the first clause of what was said."""
+"""Verb, status, and the first clause of the message."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run what is asked for; return 1 if anything failed."""
+    """Run the models asked for; return 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "models",
@@ -51,12 +51,12 @@ def main(words: Sequence[str] | None = None) -> int:
         help="names such as timm:resnet18, or globs over the smallest of each family",
     )
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="file to append to")
-    parser.add_argument("--again", choices=("failed", "all"), help="run models once more that have results")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
-    parser.add_argument("--seconds", type=float, default=600, help="limit of time for one model")
-    parser.add_argument("--gib", type=float, default=10, help="limit of memory for one model")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="VERB", help="leave these out, such as quantize")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of what is there")
+    parser.add_argument("--again", choices=("failed", "all"), help="repeat models that have results")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes, each with one thread")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit per model")
+    parser.add_argument("--gib", type=float, default=10, help="memory limit per model")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="VERB", help="verbs to skip, such as quantize")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of results")
     asked = parser.parse_args(words)
     rows = read(asked.results)
     if not asked.table:
@@ -77,9 +77,9 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def _names(globs: Sequence[str]) -> list[str]:
-    """Return the models of the sweep that are asked for; names without wildcards are taken as they are.
+    """Return the models asked for; names without wildcards are used as they are.
 
-    Which are the smallest takes minutes to find out, and memory: that happens in a process of its own.
+    Finding the smallest model of each family takes minutes and memory, so it runs in its own process.
     """
     if not any(set("*?[") & set(glob) for glob in globs):
         return list(globs)
@@ -113,7 +113,7 @@ def _run(names: Sequence[str], asked: argparse.Namespace) -> dict[str, Row]:
 
 
 def measure(name: str, seconds: float, gib: float, skip: Sequence[str] = ()) -> Row:
-    """Run the checks on one model, in a process that is ended when it takes too long or too much."""
+    """Run the checks on one model in a process that is killed if it exceeds its time or memory."""
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", HERE / "checks.py", name, *skip],
@@ -163,7 +163,7 @@ def _commit() -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return a page of Markdown: counts for each verb, refusals by reason, failures one by one."""
+    """Return Markdown: counts per verb, refusals by reason, and every failure."""
     rows = sorted(rows, key=lambda row: row["model"])
     verbs: dict[str, Counter[str]] = defaultdict(Counter)
     refusals: dict[Reason, list[str]] = defaultdict(list)
@@ -193,10 +193,10 @@ def _by_count(groups: Mapping[Reason, list[str]]) -> list[tuple[Reason, list[str
 
 
 def _kind(detail: str) -> str:
-    """Return a refusal's first clause without what is the model's own: names, sizes and numbers."""
+    """Return the first clause of a refusal without names, sizes and numbers of the model."""
     text = detail.split(": ", 1)[-1]
     while text != (text := re.sub(r"\([^()]*\)", "", text)):
-        continue  # from the innermost parentheses outward
+        continue  # removes parentheses from the inside out
     text = re.sub(r"\([^()]*$", "", text).split(": ")[0]
     quoted, dotted, classes = r"'[^']*'", r"\b[A-Za-z_]\w*(\.\w+)+\b", r"^[A-Z]\w+|(?<=\bof )[A-Z]\w+"
     return re.sub(r"\d[\d.,x]*", "#", re.sub(f"{quoted}|{dotted}|{classes}", "…", text))[:150].strip()

@@ -143,6 +143,7 @@ class ClassActivation(Result):
         return figure
 
 
+@_checks.guided
 def class_activation(
     model: nn.Module,
     images: Tensor | Iterable[Any],

@@ -153,6 +153,7 @@ class ReceptiveField(Result):
         return figure
 
 
+@_checks.guided
 def effective_receptive_field(
     model: nn.Module,
     images: Tensor | Iterable[Any] | int | Sequence[int],

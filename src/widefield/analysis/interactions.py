@@ -213,6 +213,7 @@ def forward_passes(
     return _plan(grid, orders, pairs, contexts, reach).passes(_checks.integer("images", images))
 
 
+@_checks.guided
 def interactions(
     model: nn.Module,
     images: Tensor | Iterable[Tensor],

@@ -165,6 +165,7 @@ class KernelMaps(Result):
         return drawn
 
 
+@_checks.guided
 def kernel_energy(
     model: nn.Module,
     *,

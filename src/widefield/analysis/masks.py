@@ -124,6 +124,7 @@ class Masks(Result):
         return drawn
 
 
+@_checks.guided
 def masks(
     model: nn.Module,
     images: Tensor | Iterable[Any] | None = None,

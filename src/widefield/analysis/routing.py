@@ -127,6 +127,7 @@ class RoutingStatistics(RoutedImages, Result):
         }
 
 
+@_checks.guided
 def routing_statistics(
     model: nn.Module,
     images: Tensor | Iterable[Any],
@@ -194,6 +195,7 @@ def routing_statistics(
     )
 
 
+@_checks.guided
 def routing_weights(
     model: nn.Module, images: Tensor | Iterable[Any], *, batch_size: int | None = None
 ) -> list[Routing]:

@@ -121,6 +121,7 @@ class ShapeBias(Result):
         return figure
 
 
+@_checks.guided
 def shape_bias(
     model: nn.Module,
     images: str | Path | ConflictImages,

@@ -111,6 +111,7 @@ class TranslationStability(Result):
         return figure
 
 
+@_checks.guided
 def translation_stability(
     model: nn.Module,
     images: Tensor | Iterable[Any],

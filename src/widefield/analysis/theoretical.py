@@ -61,6 +61,7 @@ class Field:
         return rows, columns
 
 
+@_checks.guided
 def theoretical_receptive_field(
     model: nn.Module,
     images: Tensor | int | Sequence[int],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-SUMMARY = "train what a recipe describes"
+SUMMARY = "train the model of a recipe"
 
 _RECORDS = ("config", "failed")
 """Names of the recipe in the folder of a run."""
@@ -27,7 +27,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     # The recipe is read by hand: argparse would take the value of a recipe's key for it.
     parser.usage = "widefield train [-h] [RECIPE] [--resume RUN] [--KEY VALUE ...]"
-    parser.epilog = "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe."
+    parser.epilog = (
+        "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe. A file may inherit from another "
+        "one: base: NAME or PATH."
+    )
     parser.formatter_class = RecipeHelp
     parser.set_defaults(takes_overrides=True)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly")

@@ -106,6 +106,7 @@ class Export(Deployed):
         ]
 
 
+@_checks.guided
 def export(
     model: nn.Module,
     path: str | Path,

@@ -171,6 +171,7 @@ class Quantization(Deployed):
         return ", ".join(parts)
 
 
+@_checks.guided
 def quantize(
     model: nn.Module,
     path: str | Path,

@@ -264,7 +264,7 @@ def _difference(first: Any, second: Any) -> Difference | None:
 
 
 def _fixed(root: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """Return the modules that must stay as they are whoever reads them, with the reasons."""
+    """Return the modules that can never be folded, with the reasons."""
     places = Counter(module for _, module in root.named_modules(remove_duplicate=False))
     holders = Counter(id(p) for module in root.modules() for p in module._parameters.values() if p is not None)
     found = {}

@@ -1,12 +1,12 @@
-"""Dynamic sparse training: a share of the weights is zero at every step, and which ones changes as training goes on.
+"""Train with dynamic sparsity: a share of the weights is zero at every step, and which ones changes during training.
 
-- The recipe, 40 % of the weights pruned in a network 1.3 times as wide: Liu et al., "More ConvNets in the 2020s:
+- Recipe (40 % of the weights pruned in a network 1.3 times as wide): Liu et al., "More ConvNets in the 2020s:
   Scaling up Kernels Beyond 51x51 using Sparsity" (SLaK), ICLR 2023, section 3; details by its code,
   github.com/VITA-Group/SLaK.
-- Which weights to begin with: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection
+- Initial masks: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection
   Sensitivity", ICLR 2019; Erdos-Renyi-Kernel densities: Evci et al., "Rigging the Lottery" (RigL), ICML 2020.
-- Prune the smallest and grow at random: Mocanu et al., Nature Communications 2018 (SET), and SLaK's code; grow where
-  the gradient is largest: RigL.
+- Prune the smallest, grow at random: Mocanu et al., Nature Communications 2018 (SET), and SLaK's code. Grow where the
+  gradient is largest: RigL.
 """
 
 from __future__ import annotations
@@ -28,66 +28,65 @@ from widefield.surgery.walk import computed
 log = logging.getLogger(__name__)
 
 _SHOWN = 3
-"""Layers that a message names."""
+"""Number of layers that a message names."""
 
 GROWTH = ("random", "gradient")
 INIT = ("snip", "snip_density", "erk", "uniform")
 
 MOMENTA = ("momentum_buffer", "momentum", "exp_avg", "exp_avg_diff")
-"""Running means of gradients, as the optimizers of torch and timm call them."""
+"""Names of running means of gradients in the optimizers of torch and timm."""
 
 
 class DynamicSparsity:
-    """Keeps a share of a model's weights at zero while any loop and any optimizer train it.
+    """Keep a share of a model's weights at zero while any loop and any optimizer train it.
 
-    Every ``interval`` steps the smallest active weights of each tensor are pruned and as many others grow, from zero:
-    the number of active weights of a tensor never changes. Weights stay dense tensors that hold zeros; this saves no
-    time and no memory on its own (each mask takes a byte a weight), it makes a wider network of which fewer weights
-    count. ::
+    Every ``interval`` steps the smallest active weights of each tensor are pruned and as many others grow from zero, so
+    the number of active weights per tensor is constant. Weights stay dense tensors with zeros: this saves neither time
+    nor memory (each mask takes one byte per weight), but allows a wider network with the same number of active weights.
+    ::
 
         sparse = DynamicSparsity(model, end=total_steps)
         sparse.start(first_batches, loss)         # loss(model, batch) -> scalar
         for batch in batches:
-            loss(model, batch).backward()         # several times where gradients are accumulated
+            loss(model, batch).backward()         # several times to accumulate gradients
             optimizer.step()
             sparse.step(optimizer)                # after the optimizer, before the gradients are cleared
             optimizer.zero_grad()
 
-    Pruned weights have gradients, as nothing but their zero hides them; the optimizer moves them, and :meth:`step`
-    sets them back. So weight decay does nothing to them, but a norm of all gradients (for clipping) counts theirs
-    too. With a ``GradScaler`` call :meth:`step` after every step, skipped ones as well: growth by gradients that are
-    not finite waits for the next one.
+    Pruned weights still get gradients; the optimizer moves them and :meth:`step` resets them to zero. Weight decay
+    therefore does not affect them, but they count in a gradient norm for clipping. With a ``GradScaler``, call
+    :meth:`step` after every step, even a skipped one: growth by gradients that are not finite waits for the next step.
 
-    With several processes all masks are the same: they come from the weights, from the gradients (which
-    DistributedDataParallel has averaged), from saliencies (averaged here) and from one seed. Weights must be whole
-    tensors on every process. Optimizers that compute weights anew from a state of their own (MADGRAD, schedule-free
-    ones) keep the masks, but what grows then does not start from zero.
+    All processes have the same masks, which depend on the weights, the gradients (averaged by
+    DistributedDataParallel), saliencies (averaged here) and one seed. Weights must be whole tensors on every process.
+    Optimizers that recompute weights from their own state (MADGRAD, schedule-free ones) keep the masks, but grown
+    weights then do not start from zero.
 
     Args:
         model: the network itself, not a wrapper around it.
         sparsity: share of the selected weights that is zero, from 0 to below 1.
         exploration: share of each tensor's active weights that moves at a time.
-        interval: steps from one move to the next.
-        growth: "random": anywhere with equal chance, as by default in SLaK's code and in its commands; "gradient":
+        interval: steps between moves.
+        growth: "random": anywhere with equal probability, as in SLaK's code by default and in its commands; "gradient":
             where the gradient of the last step is largest, as in RigL.
-        init: which weights to begin with. "snip": those of the largest saliency, the product of weight and gradient,
-            over all tensors together. "snip_density": as many of each tensor as SNIP keeps, chosen at random, as
-            SLaK's code does. "erk": a density for each tensor in proportion to the sum over the product of its sides,
-            at random. "uniform": the same density everywhere, at random.
-        where: which layers, by a glob over module names, several globs, or a predicate ``(module, name) -> bool``.
-            Default: every convolution and linear layer, first and last included, as in SLaK's code; only their
-            ``weight``, and only where it is trained. SLaK's bands alone: ``"*.large_kernel.LoRA*"``.
-        end: step from which nothing moves any more; until then ``exploration`` falls by half a cosine to 0. SLaK: the
-            number of steps of the run. None: it never falls.
-        seed: of what is random.
+        init: initial masks. "snip": the weights with the largest saliency (weight times gradient) over all tensors.
+            "snip_density": as many weights of each tensor as SNIP keeps, at random, as in SLaK's code. "erk": densities
+            in proportion to the sum over the product of a tensor's sides, at random. "uniform": the same density
+            everywhere, at random.
+        where: the layers: a glob over module names, several globs, or a predicate ``(module, name) -> bool``. Default:
+            the trained ``weight`` of every convolution and linear layer, as in SLaK's code. For SLaK's bands only:
+            ``"*.large_kernel.LoRA*"``.
+        end: step at which moves stop; until then ``exploration`` falls to 0 along half a cosine. SLaK uses the number
+            of steps of the run. None: constant exploration.
+        seed: seed of all random choices.
 
     Attributes:
-        masks: name of a parameter -> which of its entries are active (bool, its shape); empty before :meth:`start`.
-        steps: how often :meth:`step` was called.
+        masks: parameter name -> its active entries (bool, same shape); empty before :meth:`start`.
+        steps: number of calls of :meth:`step`.
 
     Raises:
-        TypeError, ValueError: an argument is out of range; ``where`` matches nothing, and the message lists what there
-            is to match.
+        TypeError, ValueError: an argument out of range; ``where`` matches nothing (the message lists what it could
+            match).
     """
 
     def __init__(
@@ -123,20 +122,20 @@ class DynamicSparsity:
     def start(
         self, batches: Iterable[Any] | None = None, loss: Callable[[nn.Module, Any], Tensor] | None = None
     ) -> None:
-        """Choose the first masks, and set the weights that they leave out to zero.
+        """Choose the initial masks, and set the pruned weights to zero.
 
-        SNIP's gradients are taken in the mode that the model is in; its buffers (the statistics of batch norm) and its
-        own gradients stay as they are. All batches count as one large one.
+        SNIP computes gradients in the current mode of the model. Buffers (batch norm statistics) and existing gradients
+        do not change. All batches count as one large batch.
 
         Args:
-            batches: for SNIP, at least one; SLaK takes one. Different ones on different processes.
-            loss: for SNIP: ``loss(model, batch)``, as a scalar. A factor changes nothing, and under float16 autocast
-                keeps small gradients from vanishing.
+            batches: at least one batch for SNIP (SLaK uses one); different batches on different processes.
+            loss: ``loss(model, batch)`` for SNIP, a scalar. A constant factor has no effect, but keeps small gradients
+                from vanishing under float16 autocast.
 
         Raises:
-            RuntimeError: there are masks already.
-            ValueError: SNIP has no batches or no loss, its gradients are not finite, or it would keep no weight at all
-                of some tensor, which could then never grow.
+            RuntimeError: masks exist already.
+            ValueError: SNIP without batches or loss, or with gradients that are not finite; or it would keep no weight
+                of a tensor, which could then never grow.
         """
         if self.masks:
             raise RuntimeError("sparse training has started already: start() or load_state_dict() is called once.")
@@ -160,24 +159,23 @@ class DynamicSparsity:
 
     @property
     def rate(self) -> float:
-        """Return the share of the active weights that would move now."""
+        """Return the share of the active weights that moves in the current step."""
         if self.end is None:
             return self.exploration
         return self.exploration * (1 + math.cos(math.pi * min(self.steps / self.end, 1.0))) / 2
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer) -> None:
-        """Apply the masks after a step of the optimizer, and move them when it is time.
+        """Apply the masks after an optimizer step, and move them every ``interval`` steps.
 
-        Pruned weights become zero, and so does what the optimizer remembers as their mean gradient, so that a weight
-        that grows does not jump by what it would have done while it was pruned. Mean squares of gradients go on: they
-        say how large a step it may take.
+        Pruned weights and their mean gradients in the optimizer become zero, so that a weight that grows later does not
+        jump. Mean squared gradients stay, because they scale its steps.
 
         Args:
-            optimizer, others: all that train the model. Wrappers with a ``state`` will do, such as accelerate's.
+            optimizer, others: all optimizers of the model. Wrappers with a ``state`` work, such as accelerate's.
 
         Raises:
-            RuntimeError: there are no masks yet; or growth is by gradient, and the gradients have been cleared.
+            RuntimeError: there are no masks yet, or gradients were cleared before growth by gradient.
         """
         self._check_started()
         self.steps += 1
@@ -192,18 +190,18 @@ class DynamicSparsity:
         """Set the pruned weights of ``model`` to zero, in place.
 
         Args:
-            model: one with parameters of the same names, such as a moving average (``ema.module``, each time after it
-                is updated); the model itself by default.
+            model: a model with the same parameter names, such as a moving average (``ema.module``, after each
+                update). Default: the model itself.
 
         Raises:
             RuntimeError: there are no masks yet.
-            ValueError: ``model`` has no such parameters; nothing has been changed then.
+            ValueError: ``model`` lacks some of the parameters. Nothing is changed.
         """
         self._check_started()
         for name, weight in self._weights(self.model if model is None else model).items():
             weight.masked_fill_(~self.masks[name].to(weight.device), 0)
 
-    # What there is
+    # State
 
     def densities(self) -> dict[str, float]:
         """Return the share of active weights in each tensor, by name."""
@@ -211,14 +209,14 @@ class DynamicSparsity:
         return {name: int(mask.sum()) / mask.numel() for name, mask in self.masks.items()}
 
     def density(self) -> float:
-        """Return the share of active weights in all tensors together: 1 - ``sparsity``, but for rounding."""
+        """Return the share of active weights over all tensors: 1 - ``sparsity``, up to rounding."""
         self._check_started()
         return sum(int(mask.sum()) for mask in self.masks.values()) / sum(mask.numel() for mask in self.masks.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what, with the model's and the optimizer's state, makes a resumed run the same run.
+        """Return the state from which, with the model's and the optimizer's, a run can be resumed exactly.
 
-        Nothing in it changes later; ``torch.load(weights_only=True)`` takes it.
+        The state is a snapshot, and ``torch.load(weights_only=True)`` can load it.
 
         Raises:
             RuntimeError: there are no masks yet.
@@ -233,11 +231,10 @@ class DynamicSparsity:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, in place of :meth:`start`, and apply its masks to the model.
+        """Continue from a :meth:`state_dict` instead of calling :meth:`start`, and apply its masks to the model.
 
         Raises:
-            ValueError: the state is that of another model, of another ``where`` or of another sparsity; nothing has
-                been changed then.
+            ValueError: the state belongs to another model, ``where`` or sparsity. Nothing is changed.
         """
         weights = self._weights(self.model)
         masks: Mapping[str, Tensor] = state["masks"]
@@ -249,7 +246,7 @@ class DynamicSparsity:
                 f"{theirs or 'absent'} there, the first of {len(differ)} differences."
             )
         if state["sparsity"] != self.sparsity:
-            raise ValueError(f"this state is of sparsity={state['sparsity']}; this is {self.sparsity}.")
+            raise ValueError(f"this state has sparsity={state['sparsity']}, but this object has {self.sparsity}.")
         self.steps, self._moved_at = state["steps"], state["moved_at"]
         self._generator.set_state(state["random"].cpu())
         self.masks = {name: masks[name].to(weight.device) for name, weight in weights.items()}
@@ -266,8 +263,8 @@ class DynamicSparsity:
         for name in self._names:
             if name not in parameters or (self.masks and _shape(parameters, name) != _shape(self.masks, name)):
                 raise ValueError(
-                    f"{type(model).__name__} has no parameter {name} of the shape that is masked: give a model like "
-                    f"the {type(self.model).__name__} that trains, without wrappers and not yet reparameterized."
+                    f"{type(model).__name__} has no parameter {name} with the shape of its mask: pass a model like the "
+                    f"{type(self.model).__name__} in training, without wrappers and not reparameterized."
                 )
         return {name: parameters[name] for name in self._names}
 
@@ -284,7 +281,7 @@ class DynamicSparsity:
                         value.masked_fill_(pruned, 0)
 
     def _move(self) -> bool:
-        """Prune and grow in every tensor; say whether that was possible."""
+        """Prune and grow in every tensor; return whether that was possible."""
         weights = self._weights(self.model)
         if self.growth == "gradient":
             grads = [weight.grad for weight in weights.values() if weight.grad is not None]
@@ -306,14 +303,14 @@ class DynamicSparsity:
         return _largest(self._random(weight), count, self._generator)
 
     def _random(self, weight: Tensor) -> Tensor:
-        """Return numbers from 0 to 1 in the shape of ``weight``, the same on every process and kind of device."""
+        """Return random numbers in the shape of ``weight``, the same on every process and device type."""
         return torch.rand(weight.shape, generator=self._generator, dtype=torch.float32, device="cpu").to(weight.device)
 
 
 def _moved(weight: Tensor, mask: Tensor, promise: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """Return ``mask`` without the smallest active weights, and with as many of the most promising (>= 0) others.
+    """Return ``mask`` without the smallest active weights, and with as many others that have the largest ``promise``.
 
-    What has just been pruned is among those others: should it promise most, it stays, with its weight.
+    Weights that were just pruned are among the others; if their promise (at least 0) is largest, they stay.
     """
     active = int(mask.sum())
     count = math.ceil(rate * active)
@@ -322,7 +319,7 @@ def _moved(weight: Tensor, mask: Tensor, promise: Tensor, rate: float, generator
 
 
 def _largest(scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return a mask of the ``count`` largest scores; among equal ones, many zeros perhaps, chance decides."""
+    """Return a mask of the ``count`` largest scores; ties, often many zeros, are broken at random."""
     flat = scores.flatten()
     if count == 0:
         return torch.zeros_like(flat, dtype=torch.bool).view(scores.shape)
@@ -343,7 +340,7 @@ def _saliencies(
 ) -> dict[str, Tensor]:
     """Return |weight * gradient| of each parameter, the gradient summed over all batches of all processes.
 
-    Not taken on a copy of the model: its ``forward`` may be a wrapper that calls the original, such as accelerate's.
+    This does not use a copy of the model, whose ``forward`` may be a wrapper that calls the original (accelerate).
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     grads: list[Tensor] = []
@@ -365,7 +362,7 @@ def _saliencies(
             dist.all_reduce(grad)
     saliencies = {name: (weights[name].detach() * grad).abs() for name, grad in zip(weights, grads, strict=True)}
     if not all(bool(saliency.isfinite().all()) for saliency in saliencies.values()):
-        raise ValueError("SNIP's gradients are not finite: look at the loss of the first batches.")
+        raise ValueError("SNIP's gradients are not finite: check the loss of the first batches.")
     return saliencies
 
 
@@ -383,14 +380,14 @@ def _snip(saliencies: Mapping[str, Tensor], density: float, generator: torch.Gen
     if lost:
         others = f" and {len(lost) - 1} other tensors" if len(lost) > 1 else ""
         raise ValueError(
-            f"SNIP would keep no weight of {lost[0]}{others}, their gradients are so small at first, and nothing could "
-            'ever grow there: take init="erk" or "uniform", a lower sparsity, or leave these out with where.'
+            f"SNIP would keep no weight of {lost[0]}{others}, because their initial gradients are too small, and "
+            'nothing could ever grow there: use init="erk" or "uniform", a lower sparsity, or exclude them with where.'
         )
     return masks
 
 
 def _erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
-    """Return RigL's Erdos-Renyi-Kernel densities: in proportion to sum(shape) / prod(shape), none above 1."""
+    """Return RigL's Erdos-Renyi-Kernel densities, in proportion to sum(shape) / prod(shape) and at most 1."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     full: set[str] = set()
     while True:
@@ -405,7 +402,7 @@ def _erk(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, flo
 
 
 def _chosen(model: nn.Module, where: Where | None) -> list[str]:
-    """Return the names of the selected layers' weights. Weights that are computed are left out, with a warning."""
+    """Return the names of the selected layers' weights. Computed weights are skipped, with a warning."""
     found: dict[str, tuple[nn.Module, str]] = {}
     seen: set[int] = set()
     selects, left = selector(where), []

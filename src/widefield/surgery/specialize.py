@@ -23,6 +23,7 @@ from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import Report
 from widefield.surgery import walk
+from widefield.surgery.anatomy import anatomy
 from widefield.surgery.compare import Difference, Tally, comparable, compare
 from widefield.surgery.inputs import batches, check_loader
 
@@ -41,6 +42,8 @@ class RoutedLayer:
     """One routed layer, and the effect of its routing on the data; None where the data never reach it."""
 
     name: str
+    stage: int
+    """Index from 0, see :meth:`widefield.surgery.Anatomy.count_stages`."""
     kind: str
     """Its class."""
     reason: str | None
@@ -89,6 +92,7 @@ class Specialization(Report):
         return [
             {
                 "layer": layer.name,
+                "stage": str(layer.stage + 1),
                 "kind": layer.kind,
                 "routing varies by": _text(layer.variation),
                 "own output changes by": _text(layer.own),
@@ -182,10 +186,11 @@ def specialize(
         result = walk.replace(result, {places[name]: statics[name] for name in chosen})
         after = bench.cost(result, example)
     alone = effects.alone_differences()
+    stages = anatomy(model).count_stages(list(layers))
     done = Specialization(
         policy,
         tolerance,
-        tuple(_entry(name, layer, routing[name], effects, chosen) for name, layer in layers.items()),
+        tuple(_entry(name, stages[name], layer, routing[name], effects, chosen) for name, layer in layers.items()),
         effects.predicted.difference(),
         _independent(alone.values()),
         effects.together.difference(),
@@ -199,13 +204,16 @@ def specialize(
     return result
 
 
-def _entry(name: str, layer: Routed, routing: _Moments, effects: _Effects, chosen: Sequence[str]) -> RoutedLayer:
+def _entry(
+    name: str, stage: int, layer: Routed, routing: _Moments, effects: _Effects, chosen: Sequence[str]
+) -> RoutedLayer:
     """Return the report's entry of one layer."""
     kind = type(layer).__name__
     if not routing.count:
-        return RoutedLayer(name, kind, reason=UNSEEN)
+        return RoutedLayer(name, stage, kind, reason=UNSEEN)
     return RoutedLayer(
         name,
+        stage,
         kind,
         reason=None if name in chosen else "outputs would change by more than the tolerance",
         variation=routing.variation(),

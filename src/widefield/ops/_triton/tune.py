@@ -29,7 +29,7 @@ from widefield.ops._triton.host import INTERPRETED
 Config = dict[str, int]
 Key = tuple[object, ...]
 
-# Milliseconds for warming up and for measuring one candidate: enough for a median within a few per cent.
+# Milliseconds for warming up and for measuring one candidate: enough for a median within a few percent.
 WARMUP, REPEAT = 5, 25
 
 _best: dict[tuple[str, int | None, Key], Config] = {}
