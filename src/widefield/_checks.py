@@ -35,6 +35,7 @@ def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -
 
 
 _SYNONYMS = (
+    {"batch_size", "batch"},
     {"model", "net", "network", "module"},
     {"config", "conversion", "to"},
     {"where", "layers", "names", "include", "modules", "filter"},
@@ -47,20 +48,22 @@ _SYNONYMS = (
     {"report", "callback", "verbose"},
     {"kernel_sizes", "kernel_size", "kernels", "sizes"},
     {"limit", "max_size", "max_kernel_size"},
-    {"batch_size", "batch"},
     {"position", "target", "unit", "pixel"},
     {"layer", "target_layer", "layer_name", "node"},
     {"path", "file", "filename", "output", "f"},
+    {"progress", "verbose", "show_progress"},
+    {"normalization", "normalize", "mean_std", "preprocessing"},
+    {"classes", "class_names", "labels"},
     {"targets", "target", "class_index", "class_idx", "category"},
 )  # fmt: skip
-"""Argument names that people use for the same thing, ours among them."""
+"""Argument names that people use for the same thing, ours among them; earlier groups win."""
 
 
 def known_arguments(function: str, given: Iterable[str], parameters: Sequence[str]) -> None:
     """Raise TypeError for a keyword that is none of the parameters; the message names the one that was meant."""
     for name in given:
         if name not in parameters:
-            same = [parameter for parameter in parameters for group in _SYNONYMS if {name, parameter} <= group]
+            same = [parameter for group in _SYNONYMS for parameter in parameters if {name, parameter} <= group]
             hint = f" Did you mean {same[0]!r}?" if same else did_you_mean(name, parameters)
             raise TypeError(f"{function}() has no argument {name!r}.{hint} It takes {', '.join(parameters)}.")
 

@@ -51,3 +51,18 @@ def test_a_view_runs_every_analysis_of_a_plain_classifier():
         assert html.count("data:image/png;base64,") >= 1
         assert "<table>" in html
         assert "tiny" in result.summary()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("erf", "target", "position"),
+        ("erf", "target_layer", "layer"),
+        ("cam", "target", "targets"),
+        ("routing", "batch", "batch_size"),
+        ("stability", "verbose", "progress"),
+    ],
+)
+def test_another_librarys_argument_names_lead_to_ours(name, wrong, right):
+    with pytest.raises(TypeError, match=rf"has no argument '{wrong}'\. Did you mean '{right}'\?"):
+        ANALYSES[name].function(torch.nn.Identity(), torch.zeros(1, 3, 8, 8), **{wrong: None})

@@ -135,7 +135,7 @@ def test_a_bar_is_held_against_the_worst_row(limits, measured, where, verdict):
 
 def test_a_bar_without_rows_is_not_measured_and_one_without_a_limit_is_an_error():
     assert bar("text", [], lambda r: r["v"], at_least=1).verdict == "not measured"
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match="either at_least or at_most"):
         bar("text", [], lambda r: r["v"])
 
 

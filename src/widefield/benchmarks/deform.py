@@ -35,7 +35,7 @@ GROUP = 16
 """Channels of a group."""
 POINTS = 9
 NOISE = 0.95
-"""Two timings of the same call differ by some hundredths: a ratio from here on counts as no slower."""
+"""Timings of equal calls differ by a few percent; ratios from here on count as not slower."""
 
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,7 +54,7 @@ class Case:
         return f"{self.batch} x {self.side}x{self.side} x {self.channels}"
 
     def tensors(self) -> tuple[list[Tensor], Tensor]:
-        """Return x, offset and mask, and the gradient of an output: the same numbers every time."""
+        """Return x, offset and mask, and the gradient of an output: with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(channels: int) -> Tensor:
@@ -143,7 +143,7 @@ def _call(op: Op, case: Case, step: str) -> Callable[[], object]:
 
         return forward
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    edge = get_gradient_edge(op(*leaves))  # an edge keeps no output alive
+    edge = get_gradient_edge(op(*leaves))  # an edge does not keep outputs alive
     return lambda: torch.autograd.grad(edge, leaves, grad, retain_graph=True)
 
 
@@ -239,7 +239,7 @@ def run(
     width: int = 64,
     stages: Sequence[int] = (1, 2, 3, 4),
 ) -> list[Bar]:
-    """Measure, print, write what ``settings.out`` asks for, and return the bars.
+    """Measure and print, write files to ``settings.out``, and return the bars.
 
     Args:
         settings: how.

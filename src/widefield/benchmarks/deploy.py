@@ -94,7 +94,7 @@ def run(
     batch_sizes: Sequence[int] = (1, 8),
     size: int = 224,
 ) -> None:
-    """Measure, print, and write what ``settings.out`` asks for.
+    """Measure and print, and write files to ``settings.out``.
 
     Args:
         settings: how; on the CPU in float32.

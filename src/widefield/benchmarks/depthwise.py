@@ -39,21 +39,21 @@ MORE_SHAPES = ((96, 56), (192, 28), (384, 14), (768, 7))
 """(channels, side) of ConvNeXt-T's stages, measured with MORE_KERNELS on CPUs."""
 MORE_KERNELS = (7, 11, 31)
 LARGE_SHAPES = ((384, 28), (384, 56), (768, 28), (768, 56))
-"""On CPUs with LARGE_KERNELS: maps and channels that the project's bars speak of."""
+"""On CPUs with LARGE_KERNELS: the maps and channels of the project's bars."""
 LARGE_KERNELS = (7, 31)
 HALF_SHAPES = ((384, 28), (384, 14))
 """On CPUs in bfloat16, with HALF_KERNELS."""
 HALF_KERNELS = (3, 7, 13, 31)
 
 STRIDED_SHAPES = ((96, 56), (192, 28), (384, 14))
-"""On CPUs with STRIDED_KERNELS and a stride of two, as MobileNets and EfficientNets have them."""
+"""On CPUs with STRIDED_KERNELS and stride 2, as in MobileNets and EfficientNets."""
 STRIDED_KERNELS = (5, 7, 13)
 BAND_SHAPES = ((96, 56), (384, 14))
-"""On CPUs with BANDS of so many rows and columns: SLaK's and InceptionNeXt's."""
+"""On CPUs with BANDS of (rows, columns): SLaK's and InceptionNeXt's."""
 BANDS = ((51, 5), (5, 51), (11, 1), (1, 11))
 
 NOISE = 0.95
-"""Two timings of the same call differ by some hundredths: a ratio from here on counts as no slower."""
+"""Timings of equal calls differ by a few percent; ratios from here on count as not slower."""
 _DOUBTFUL = 0.98
 """Ratios below are measured again."""
 
@@ -93,7 +93,7 @@ class Case:
         return 2 * self.layers * self.batch * self.channels * products * (2 if step == "backward" else 1)
 
     def tensors(self, layout: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return the input, the layers' kernels and the gradient of an output: the same numbers every time."""
+        """Return the input, the layers' kernels and the gradient of an output: with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -151,7 +151,7 @@ def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, stride: in
     for weight in weights:
         kernel = weight.detach().requires_grad_(step != "input_grad")
         wanted = [tensor for tensor in (leaf, kernel) if tensor.requires_grad]
-        graphs.append((get_gradient_edge(op(leaf, kernel, stride)), wanted))  # an edge keeps no output alive
+        graphs.append((get_gradient_edge(op(leaf, kernel, stride)), wanted))  # an edge does not keep outputs alive
 
     def backward() -> Tensor:
         for edge, wanted in graphs:
@@ -244,7 +244,7 @@ def run(
     layers: int | None = None,
     top: Ceilings | None = None,
 ) -> list[Bar]:
-    """Measure, print, write what ``settings.out`` asks for, and return the bars.
+    """Measure and print, write files to ``settings.out``, and return the bars.
 
     Args:
         settings: how.
@@ -311,7 +311,7 @@ def scaled_batch(channels: int, side: int) -> int:
 
 
 def latencies(rows: Sequence[Row], step: str) -> list[dict[str, str]]:
-    """Lay one pass out as the paper's table does: a row for each resolution and peer, a column for each kernel."""
+    """Format one pass like the paper's table: a row for each resolution and peer, a column for each kernel."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         if row["step"] != step:
@@ -324,7 +324,7 @@ def latencies(rows: Sequence[Row], step: str) -> list[dict[str, str]]:
 
 
 def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
-    """Hold rows against what the project promises on a CPU."""
+    """Compare rows with the project's bars on a CPU."""
     single = [r for r in rows if r["dtype"] == "float32"]
     large = [r for r in single if r["kernel"] == "31" and r["step"] == "forward" and r["side"] >= 28]
     many = [r for r in large if r["channels"] >= 384]
@@ -375,7 +375,7 @@ def cpu_bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def cuda_bars(rows: Sequence[Row], dtype: str) -> list[Bar]:
-    """Hold rows against what the project promises on a GPU."""
+    """Compare rows with the project's bars on a GPU."""
     large = [r for r in rows if r["kernel"] == "31" and r["side"] == 32]
     return [
         *(

@@ -75,7 +75,7 @@ def run(
     batch_size: int | None = None,
     size: int = 224,
 ) -> None:
-    """Measure, print, and write what ``settings.out`` asks for.
+    """Measure and print, and write files to ``settings.out``.
 
     Args:
         settings: how; networks are cast to its dtype.

@@ -91,7 +91,7 @@ class Inputs:
 
 
 def inputs(case: Case, layout: str) -> Inputs:
-    """Draw the tensors of a case: the same numbers every time."""
+    """Draw the tensors of a case: with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -317,7 +317,7 @@ def run(
     dense_shapes: Sequence[tuple[int, int]] | None = None,
     top: Ceilings | None = None,
 ) -> list[Bar]:
-    """Measure, print, write what ``settings.out`` asks for, and return the bars.
+    """Measure and print, write files to ``settings.out``, and return the bars.
 
     Args:
         settings: how.
@@ -374,7 +374,7 @@ def run(
 
 
 def throughput(rows: Sequence[Row], mode: str) -> list[dict[str, str]]:
-    """Lay one mode out as figure 4 does: images/s of one layer against sets of experts, each in its better layout."""
+    """Format one mode like figure 4: images/s of one layer against sets of experts, each in its better layout."""
     lines = []
     for row in rows:
         if row["mode"] != mode or row["layout"] != "NCHW":
@@ -396,7 +396,7 @@ def _steps(rows: Sequence[Row]) -> list[Row]:
 
 
 def cpu_bars(rows: Sequence[Row], many: Sequence[Row], hard: Sequence[Row]) -> list[Bar]:
-    """Hold rows against what the project promises on a CPU: all layouts of ours, and our better one."""
+    """Compare rows with the project's bars on a CPU: all layouts of ours, and our better one."""
     steps = _steps(rows)
     wide = [r for r in steps if r["side"] >= 14]
     return [
@@ -442,7 +442,7 @@ def cpu_bars(rows: Sequence[Row], many: Sequence[Row], hard: Sequence[Row]) -> l
 
 
 def cuda_bars(rows: Sequence[Row], many: Sequence[Row], hard: Sequence[Row]) -> list[Bar]:
-    """Hold rows against what the project promises on a GPU."""
+    """Compare rows with the project's bars on a GPU."""
     steps = _steps(rows)
     return [
         bar(

@@ -62,7 +62,7 @@ def call(model: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
         y = model(x)
         labels = torch.arange(len(x), device=x.device) % y.shape[1]
         F.cross_entropy(y.float(), labels).backward()
-        model.zero_grad(set_to_none=True)  # or the next call would seem to need less memory
+        model.zero_grad(set_to_none=True)  # otherwise the next call would appear to need less memory
 
     return step if mode == "step" else infer
 
@@ -108,7 +108,7 @@ def rows_of(name: str, mode: str, batch: int, measured: dict[str, bench.Row], co
 
 
 def run(settings: Settings, names: Sequence[str], *, batch_size: int | None = None, size: int | None = None) -> None:
-    """Measure, print, and write what ``settings.out`` asks for.
+    """Measure and print, and write files to ``settings.out``.
 
     Args:
         settings: how; models are cast to its dtype.

@@ -1,8 +1,8 @@
-"""Graphs made fit for rounding, without another function, and rounded graphs relieved of their bias.
+"""Prepare graphs for rounding without changing their function, and correct the bias of rounded graphs.
 
-Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019: channels of unequal
-size share one step of rounding (section 4.1), and the error of rounded weights has a mean that adds to every output
-(section 4.2). Both are measured on calibration images here.
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019: channels of different
+magnitude share one rounding step (section 4.1), and the mean error of rounded weights adds to every output (section
+4.2). Both are measured on calibration images here.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor
 from widefield.deploy import _graph
 
 _HEADROOM = 2.0
-"""A channel is stretched to half of its tensor's range: other images may have larger values."""
+"""Channels are stretched to half of their tensor's range, as other images may have larger values."""
 _MOST = 64.0
-"""Largest factor: beyond it a channel has next to no values."""
+"""Largest factor; a channel that needs more has almost no values."""
 _DEAD = 1e-6
-"""Share of a tensor's range below which a channel has no values at all on these images."""
+"""Share of a tensor's range below which a channel counts as zero on these images."""
 
 _SATURATED = {"Gelu": (-4.0, None), "Mish": (-10.0, None), "HardSwish": (-3.0, None)}
-"""Activation -> where its input may be cut off: beyond, it changes by less than half a step of 8 bits of its output."""
+"""Activation -> range of its input outside of which its output changes by less than half an 8-bit step."""
 _GATES = {"Sigmoid": (-7.0, 7.0), "Tanh": (-3.2, 3.2)}
-"""The same, where what reads the output does not magnify its ends, as a logarithm does."""
+"""The same for activations whose readers do not magnify the ends, as a logarithm would."""
 _SILU = (-10.0, None)
 
 _Ends = tuple[float | None, float | None]
 
 
 def prepare(model: Any) -> None:
-    """Make a float32 graph fit for rounding, in place: biases to correct, ranges cut."""
+    """Prepare a float32 graph for rounding, in place: add missing biases, cut ranges."""
     _give_biases(model)
     _cut(model)
 
 
 def correct(plain: Any, rounded: Any, images: Iterable[Tensor]) -> None:
-    """Take the mean error that rounded weights make out of the biases of ``rounded``, in place.
+    """Subtract the mean error of rounded weights from the biases of ``rounded``, in place.
 
     Args:
         plain: the float32 graph.
-        rounded: what :func:`widefield.deploy._int8.quantize` made of it.
-        images: to take the mean over.
+        rounded: made from it by :func:`widefield.deploy._int8.quantize`.
+        images: over which the mean is taken.
     """
     from onnx import helper
 
@@ -67,7 +67,7 @@ def correct(plain: Any, rounded: Any, images: Iterable[Tensor]) -> None:
 
 
 def weights_of(rounded: Any) -> dict[str, np.ndarray]:
-    """Return the name of every weight that is rounded -> its values as they are computed with."""
+    """Return the name of every rounded weight -> its values as used."""
     known, found = _graph.constants(rounded), {}
     for node in rounded.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in known:
@@ -121,7 +121,7 @@ def _dequantized(node: Any, known: Any) -> np.ndarray:
 
 
 def _give_biases(model: Any) -> None:
-    """Add zeros to the convolutions and Gemms that add nothing."""
+    """Add zero biases to convolutions and Gemms without one."""
     known = _graph.constants(model)
     for node in _graph.weighted(model):
         if node.op_type in ("Conv", "Gemm") and (len(node.input) < 3 or not node.input[2]):
@@ -136,7 +136,7 @@ def _channels(node: Any, known: Any) -> int:
 
 
 def _cut(model: Any) -> None:
-    """Cut off what an activation does not tell apart, so that rounding spends no steps on it."""
+    """Clip tensors where all their readers saturate, so that no rounding steps are wasted."""
     from onnx import helper
 
     made, read = _graph.producers(model), _graph.readers(model)

@@ -54,19 +54,19 @@ def annotate(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def copied(model: Any) -> Any:
-    """Return another ModelProto with the same content."""
+    """Return a copy of a ModelProto."""
     twin = type(model)()
     twin.CopyFrom(model)
     return twin
 
 
 def constants(model: Any) -> dict[str, Any]:
-    """Return name -> TensorProto of the constants of a graph."""
+    """Return name -> TensorProto of a graph's constants."""
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
 def values(tensor: Any) -> np.ndarray:
-    """Return the numbers of a TensorProto."""
+    """Return the values of a TensorProto."""
     from onnx import numpy_helper
 
     return np.array(numpy_helper.to_array(tensor))

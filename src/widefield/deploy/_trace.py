@@ -17,13 +17,13 @@ from widefield.surgery.answers import plainly
 from widefield.surgery.walk import copied, refuse_training, replace
 
 ROUTING = ("branches", "per-sample")
-"""What becomes of a layer whose kernel depends on the image.
+"""Form of a layer whose kernel depends on the image.
 
-- "branches": every expert convolves, and the routing weights add the results up. Convolutions have constant kernels,
-  which runtimes prepare once; this was the faster form in onnxruntime on a CPU (docs/deployment.md).
+- "branches": every expert convolves, and routing weights sum the results. Convolutions have constant kernels, which
+  runtimes prepare once; this was the faster form in onnxruntime on a CPU (docs/deployment.md).
 - "per-sample": the experts' kernels are mixed for each image, and a loop over the batch convolves.
 
-Layers without experts (a Gaussian mask that depends on the image, timm's CondConv) have the second form only.
+Layers without experts (Gaussian masks that depend on the image, timm's CondConv) have only the second form.
 """
 
 DYNAMIC = ("batch", "size")
@@ -41,19 +41,19 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
-    """Return a copy on the CPU whose mixtures compute in the form asked for, and the rest in one that runtimes know.
+    """Return a copy on the CPU with mixtures in the requested form, and other layers in forms that runtimes support.
 
     Raises:
         RuntimeError: training mode.
-        TypeError: parameters that are not float32, in which runtimes compute on CPUs and exports are verified.
-        ValueError: an unknown form; a ``forward`` that was replaced (:func:`widefield.surgery.walk.copied`).
+        TypeError: parameters are not float32, the dtype of CPU runtimes and of verification.
+        ValueError: an unknown form; a replaced ``forward`` (:func:`widefield.surgery.walk.copied`).
     """
     _checks.choice("routing", routing, ROUTING)
     model = bare(model)
     refuse_training(model, "an export holds the evaluation-mode function")
     others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
     if others:
-        raise TypeError(f"exports are of float32 models; this one has {', '.join(sorted(others))}: call model.float().")
+        raise TypeError(f"exports need a float32 model; this one has {', '.join(sorted(others))}: call model.float().")
     twin = copied(model).cpu()
     replacements: dict[nn.Module, nn.Module] = {}
     for module in twin.modules():
@@ -97,17 +97,17 @@ class _Branches(nn.Module):
 
 
 def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
-    """Return the graph of a model in evaluation mode, as :func:`torch.export.export` sees it.
+    """Return the graph of a model in evaluation mode, by :func:`torch.export.export`.
 
-    Its outputs are tensors alone, or in tuples, lists and dicts: see :func:`widefield.surgery.answers.plainly`.
+    Its outputs are tensors, alone or in tuples, lists and dictionaries: see :func:`widefield.surgery.answers.plainly`.
 
     Args:
         model: on the CPU.
-        x: (N, C, H, W), an example; any N.
-        dynamic: which sizes may change: "batch" (N), "size" (H and W).
+        x: (N, C, H, W), an example with any N.
+        dynamic: sizes that may change: "batch" (N), "size" (H and W).
 
     Raises:
-        ValueError: it has no such graph, or none in which these sizes may change; says why, and what would do.
+        ValueError: there is no such graph, or none with these dynamic sizes; gives the reason and the alternative.
     """
     name = type(model).__name__
     if "batch" in dynamic and len(x) == 1:
