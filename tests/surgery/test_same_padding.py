@@ -128,7 +128,7 @@ def test_the_phase_is_that_of_tensorflow():
     [
         (Conv2dSame(8, 8, 4, 2, groups=8), "its kernel size is even"),
         (Conv2dSame(8, 8, 3, 5, groups=8), "its kernel of 3x3 is smaller than its stride"),
-        (StdConv2dSame(8, 8, 3, 2), "it is a StdConv2dSame, which standardizes its kernel at every call"),
+        (StdConv2dSame(8, 8, 3, 2), "it is a StdConv2dSame, which standardizes its kernel in every call"),
         (ScaledStdConv2dSame(8, 8, 3, 2), "it is a ScaledStdConv2dSame, which standardizes"),
     ],
 )
