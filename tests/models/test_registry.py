@@ -198,22 +198,31 @@ def test_reparameterized_by_timm_under_autocast_and_as_features(name):
         close(ours, theirs, NETWORK)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*BACKBONES, "mobilenetv2_lk"])
+SLOW_TO_COMPILE = [name for name in (*BACKBONES, "mobilenetv2_lk") if not name.startswith(("slak", "replknet"))]
+
+
+@pytest.mark.parametrize(
+    "name", ["slak_tiny", "replknet_31b", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_COMPILE)]
+)
 def test_compile_traces_both_forms_without_breaks(name):
+    torch.compiler.reset()  # the families share a forward, and it is compiled once for each class, at most 8 times
     model = settled(small(name))
     x = torch.randn(2, 3, 64, 64)
     for network in (model, model if name.startswith("resnet") else widefield.reparameterize(model, x)):
         close(torch.compile(network, backend="aot_eager", fullgraph=True)(x), network(x), NETWORK)
 
 
+VARIANTS = [("hornet_tiny_gf", {"layer_scale_init": 0}), ("slak_tiny", {"decomposed": False})]
+"""Networks that have other keys, or merge other layers, than the family's published ones."""
+
+
 @pytest.mark.parametrize("form", ["training", "merged"])
-@pytest.mark.parametrize("name", BACKBONES)
-def test_published_weights_load_in_every_form_and_file(tmp_path, name, form):
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BACKBONES), *VARIANTS])
+def test_published_weights_load_in_every_form_and_file(tmp_path, name, options, form):
     if form == "merged" and name.startswith("resnet"):
         pytest.skip("plain networks, in which nothing merges")
     x = torch.randn(2, 3, 64, 64)
-    source = settled(small(name, num_classes=21))
+    source = settled(small(name, num_classes=21, **options))
     source = widefield.reparameterize(source, x) if form == "merged" else source
     state = {key: value.contiguous() for key, value in source.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 300, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "w.pth.tar")
@@ -223,7 +232,7 @@ def test_published_weights_load_in_every_form_and_file(tmp_path, name, form):
 
     def load(file="w.pth", **arguments):
         overlay = {"file": str(tmp_path / file)}
-        return small(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+        return small(name, pretrained=True, pretrained_cfg_overlay=overlay, **options, **arguments)
 
     with torch.no_grad():
         for file in ("w.pth.tar", "wrapped.pth", "w.pth", "w.safetensors"):
