@@ -46,7 +46,7 @@ def batches(split: str, size: int) -> Batches:
 
 
 def fused(model: nn.Module, images: Tensor) -> nn.Module:
-    """Return the re-parameterized model, or the model itself if there is nothing to merge."""
+    """Return the reparameterized model, or the model itself if there is nothing to merge."""
     try:
         return reparameterize(model, images[:2])
     except NothingToFuseError:

@@ -2,8 +2,8 @@
 
     python benchmarks/morf_parameters.py [--out benchmarks/results]
 
-Three counts, as the paper does not say which it means by "after re-parameterization": the network that is trained (all
-experts and routers); the re-parameterised network as it is stored (the padded kernel bank and the routers); and the
+Three counts, as the paper does not say which it means by "after reparameterization": the network that is trained (all
+experts and routers); the reparameterized network as it is stored (the padded kernel bank and the routers); and the
 network with one mixed kernel a layer, which is what an image meets (and the routers).
 """
 

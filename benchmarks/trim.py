@@ -1,4 +1,4 @@
-"""Measure trimming: a GMConv network is trained on digits, re-parameterized, trimmed, and timed before and after.
+"""Measure trimming: a GMConv network is trained on digits, reparameterized, trimmed, and timed before and after.
 
 python benchmarks/trim.py [--epochs 8] [--repeats 21] [--out benchmarks/results]
 
@@ -33,7 +33,7 @@ from widefield.surgery.trim_report import Trimming
 from widefield.train import ConversionSpec, DataSpec, ModelSpec, OptimizerSpec, Recipe, train
 
 SIZE = 32
-WHOLE = "re-parameterised"
+WHOLE = "reparameterized"
 WAYS: dict[str, dict[str, Any]] = {
     "exact, for 32x32 only": {"tolerance": 0.0, "example_input": SIZE},
     "guarantee 0.01": {"tolerance": 0.01},

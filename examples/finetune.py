@@ -1,4 +1,4 @@
-"""Convert a network, fine-tune it and re-parameterize it: a minute on a laptop.
+"""Convert a network, fine-tune it and reparameterize it: a minute on a laptop.
 
 A network trained on the embedded digits stands in for pretrained weights. With internet access,
 ``ModelSpec("convnext_atto", pretrained=True)`` starts from timm's weights instead.

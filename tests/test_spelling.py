@@ -16,7 +16,7 @@ ISE = (
 """Stems of verbs in -ize; "synthesis" and "emphasis" are nouns as they stand."""
 
 BRITISH = re.compile(
-    r"re-parameteris\w*"
+    r"re-parameteri\w*"
     + "".join(rf"|{stem}(?:e|ed|es|er|ers|ing|able|ation|ations)(?![a-z])" for stem in ISE.split())
     + r"|(?:analys|catalys|paralys)(?:e|ed|er|ing)(?![a-z])"
     r"|centre|centring|colour|grey(?!hound)|behaviour|favour|neighbour|honour|labour|flavour|rigour|vigour"

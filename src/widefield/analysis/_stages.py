@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from widefield import report
+from widefield._checks import Pair
 from widefield.ops import fold
-
-Pair = tuple[int, int]
 
 COLUMNS = 8
 """Largest number of maps side by side."""

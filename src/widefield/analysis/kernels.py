@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from widefield import _checks, report
+from widefield._checks import Pair
 from widefield.analysis import _stages
 from widefield.analysis._model import visited
 from widefield.analysis._result import Result
-from widefield.analysis._stages import Pair
 from widefield.nn import DepthwiseConv2d, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.ops import fold
 from widefield.ops.crop_table import CropTable, crop_table

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
+from widefield._checks import Pair
 from widefield.analysis import _stages
 from widefield.analysis._model import chunks, running, track, visited, watched
 from widefield.analysis._result import Result
-from widefield.analysis._stages import Pair
 from widefield.nn import DynamicGMConv2d, GMConv2d
 from widefield.nn.gmconv import gaussian_mask
 from widefield.surgery.anatomy import anatomy

@@ -18,7 +18,7 @@ class GRN(nn.Module):
     ``x * (1 + gamma * N) + beta`` with ``N = |x_c| / (mean over c of |x_c| + eps)``: eq. 1 to 3, with the residual.
     (N, H, W, C) -> the same, in the dtype of the input. ``timm.layers.grn.GlobalResponseNorm`` computes the same with
     other keys and shapes (``weight``, ``bias``, (C,)). This layer has the keys of the official weights, and a form
-    without bias for re-parameterized networks.
+    without bias for reparameterized networks.
 
     Norms and their ratio are computed in float32 at least: a norm over pixels grows with the root of their number, and
     16 bits would lose ``eps``.

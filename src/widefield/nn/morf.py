@@ -230,7 +230,7 @@ class MoRFConv2d(nn.Module):
         return super().__getattr__(name)
 
     def fuse(self, norm: nn.Module | None = None) -> FusedMoRFConv2d:
-        """Return the re-parameterized layer: one padded kernel bank and the router. Exact in evaluation mode.
+        """Return the reparameterized layer: one padded kernel bank and the router. Exact in evaluation mode.
 
         Args:
             norm: a batch norm that directly follows this layer, to be folded in.
@@ -277,7 +277,7 @@ class MoRFConv2d(nn.Module):
 
 
 class FusedMoRFConv2d(nn.Module):
-    """The re-parameterized :class:`MoRFConv2d` (eq. 7): mixes one kernel per sample from one bank. Made by ``fuse()``.
+    """The reparameterized :class:`MoRFConv2d` (eq. 7): mixes one kernel per sample from one bank. Made by ``fuse()``.
 
     Attributes:
         bank: parameter (n, C_out, C_in/groups, K, K), see :func:`widefield.ops.fold.kernel_bank`. Its padding gets no

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.ops import fold
-
-Pair = tuple[int, int]
 
 _CHUNK = 1 << 22
 """Numbers of a kernel that are turned into float64 at a time."""

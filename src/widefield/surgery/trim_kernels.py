@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from widefield import _checks
+from widefield._checks import Pair
 from widefield.nn import DepthwiseConv2d, DepthwiseConv2dSame, DynamicGMConv2d, FusedMoRFConv2d
 from widefield.nn.same import is_same, least_size
 from widefield.ops import fold
 from widefield.ops.crop_table import CropTable, crop_table
 from widefield.surgery.walk import copied, hooked, replace
 
-Pair = tuple[int, int]
 Sizes = tuple[Pair, ...]
 """(rows, columns) in taps for every kernel of a layer; a mixture has one kernel per expert."""
 

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from widefield._checks import Pair
 from widefield.report import Report
 from widefield.surgery.compare import Difference
-from widefield.surgery.trim_kernels import Pair
 
 
 @dataclass(frozen=True)
