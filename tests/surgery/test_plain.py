@@ -19,6 +19,12 @@ from tolerances import BFLOAT16, FLOAT64, NETWORK, close
 from widefield.nn import LKA, DeformConv2d, DepthwiseConv2d, MultiOrderGatedAggregation
 from widefield.surgery import NothingToFuseError
 
+# torch.ao (2.14) leaves the ids of freed objects in TorchScript's table of builtins. A list that is later allocated at one
+# of these addresses counts as an operator, and scripting any Conv2d fails now and then.
+_BUILTINS = torch.jit._builtins._get_builtin_table()
+for _freed in [key for key, name in _BUILTINS.items() if name.startswith("quantized_decomposed::")]:
+    del _BUILTINS[_freed]
+
 
 class Same(nn.Module):
     """A strided layer with TensorFlow's "SAME" padding, as in timm's ``tf_*`` models."""
@@ -145,7 +151,8 @@ for path in sys.argv[1:]:
 @pytest.mark.parametrize("name", ["small", "masks", "deformable", "lka", "gnconv"])
 def test_torchs_own_tools_take_what_is_left(name):
     x = torch.randn(2, 3, 32, 32)
-    fused = widefield.reparameterize(converted("mobilenet", CONVERSIONS[name]), x)
+    network = "convnext" if name == "deformable" else "mobilenet"  # exporters are slow on graphs of grid_sample
+    fused = widefield.reparameterize(converted(network, CONVERSIONS[name]), x)
     expected = fused(x)
     close(torch.fx.symbolic_trace(fused)(x), expected, NETWORK)
     close(torch.jit.script(fused)(x), expected, NETWORK)
