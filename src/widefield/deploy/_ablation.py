@@ -1,4 +1,4 @@
-"""Effect of rounding each layer on a model's outputs: the float32 graph with one layer in 8 bits at a time."""
+"""Measure the effect of rounding each layer: a float32 graph in which single layers can run in 8 bits."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from widefield.deploy import _balance, _graph
 
 _SWITCHES = "rounded"
 _ON_OUTPUT = "_QuantizeLinear_Input"
-"""onnxruntime's suffix of an output of the graph before it is rounded."""
+"""Suffix that onnxruntime gives an output of the graph before rounding."""
 
 
 @dataclass
 class Layer:
-    """What is rounded in one layer: its weights, its output, or both."""
+    """The rounded parts of one layer: its weights, its output, or both."""
 
     name: str
-    """As :func:`widefield.deploy._graph.layer_name` has it; for the input of the graph its own name."""
+    """From :func:`widefield.deploy._graph.layer_name`; the graph's input has its own name."""
     operator: str
     span: tuple[float, float] | None = None
-    """Smallest and largest value that its rounded output can have; None where the output is not rounded."""
+    """Smallest and largest possible value of the rounded output; None where the output is not rounded."""
     output: tuple[str, np.ndarray, np.ndarray] | None = None
-    """Of that output: tensor, scale, zero."""
+    """Tensor name, scale and zero point of the rounded output."""
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    """Weights and bias as they are in 8 bits, with what was corrected."""
+    """Name -> 8-bit values of weights and bias, dequantized, after bias correction."""
 
 
 class Ablation:
-    """A float32 graph in which the roundings of an int8 one can be switched on, layer by layer."""
+    """A float32 graph in which the rounding of an int8 graph can be switched on, layer by layer."""
 
     def __init__(self, plain: Any, rounded: Any) -> None:
-        """Take both as onnx.ModelProto; ``rounded`` is what was made of ``plain``."""
+        """Build the graph from two onnx.ModelProto: ``plain`` and its int8 version, ``rounded``."""
         self.layers = tuple(_layers(plain, rounded))
         self._input = plain.graph.input[0].name
-        # Not optimized: onnxruntime would look for the pairs of rounding and compute in integers.
+        # Not optimized: onnxruntime would fuse the rounding nodes and compute in integers.
         self._session = _graph.session(_switched(plain, self.layers), optimized=False)
 
     def __call__(self, images: Tensor, on: Sequence[int]) -> list[Tensor]:
-        """Return the outputs with the layers of these indices in 8 bits, and all others in float32."""
+        """Return the outputs with the layers at these indices in 8 bits and all others in float32."""
         switches = np.zeros(len(self.layers), bool)
         switches[list(on)] = True
         found = self._session.run(None, {self._input: images.numpy(), _SWITCHES: switches})
@@ -51,7 +51,7 @@ class Ablation:
 
 
 def _layers(plain: Any, rounded: Any) -> list[Layer]:
-    """Return the layers in the order of the graph."""
+    """Return the rounded layers in graph order."""
     made, known = _graph.producers(plain), _graph.constants(rounded)
     found: dict[str, Layer] = {}
     weights = _balance.weights_of(rounded)
@@ -80,7 +80,7 @@ def _layers(plain: Any, rounded: Any) -> list[Layer]:
 
 
 def _source(tensor: str, made: Any) -> Any:
-    """Return the node that computes a tensor, looking through what only clips it; None for the input of the graph."""
+    """Return the node that computes a tensor, skipping nodes that only clip it; None for the graph's input."""
     node = made.get(tensor)
     while node is not None and node.op_type in _graph.FOLDED and node.input[0] in made:
         node = made[node.input[0]]
@@ -88,7 +88,7 @@ def _source(tensor: str, made: Any) -> Any:
 
 
 def _switched(plain: Any, layers: Sequence[Layer]) -> Any:
-    """Return a graph with one more input, a switch for each layer, (layers,) bool."""
+    """Return a graph with an additional input: one switch per layer, (layers,) bool."""
     from onnx import TensorProto, helper
 
     model = _graph.copied(plain)
@@ -110,7 +110,7 @@ def _switched(plain: Any, layers: Sequence[Layer]) -> Any:
     for node in graph.node:
         node.input[:] = [f"{name}_{_SWITCHES}" if name in after else name for name in node.input]
         nodes += [node, *(added for name in node.output for added in after.get(name, []))]
-    for node in nodes:  # a rounded output of the graph keeps its name
+    for node in nodes:  # a rounded output of the graph must keep its name
         for names in (node.input, node.output):
             names[:] = [_kept(name, outputs & after.keys()) for name in names]
     del graph.node[:]
@@ -129,7 +129,7 @@ def _rounding(model: Any, tensor: str, scale: np.ndarray, zero: np.ndarray, swit
 
 
 def _kept(name: str, outputs: set[str]) -> str:
-    """Swap the names of an output before and after it is rounded."""
+    """Swap the names of a graph output before and after rounding, and keep any other name."""
     rounded = name.removesuffix(f"_{_SWITCHES}")
     if name in outputs:
         return f"{name}_{_SWITCHES}_not"

@@ -18,21 +18,21 @@ from widefield.deploy import _graph
 _HEADROOM = 2.0
 """Channels are stretched to half of their tensor's range, as other images may have larger values."""
 _MOST = 64.0
-"""Largest factor; a channel that needs more has almost no values."""
+"""Largest factor; a channel that needs more is almost zero."""
 _DEAD = 1e-6
 """Share of a tensor's range below which a channel counts as zero on these images."""
 
 _SATURATED = {"Gelu": (-4.0, None), "Mish": (-10.0, None), "HardSwish": (-3.0, None)}
-"""Activation -> range of its input outside of which its output changes by less than half an 8-bit step."""
+"""Activation -> range of its input; outside it, the output changes by less than half an 8-bit step."""
 _GATES = {"Sigmoid": (-7.0, 7.0), "Tanh": (-3.2, 3.2)}
-"""The same for activations whose readers do not magnify the ends, as a logarithm would."""
+"""The same, valid only if the readers of the activation do not magnify its ends, as a logarithm would."""
 _SILU = (-10.0, None)
 
 _Ends = tuple[float | None, float | None]
 
 
 def prepare(model: Any) -> None:
-    """Prepare a float32 graph for rounding, in place: add missing biases, cut ranges."""
+    """Prepare a float32 graph for rounding, in place: add missing biases and clip ranges."""
     _give_biases(model)
     _cut(model)
 
@@ -67,7 +67,7 @@ def correct(plain: Any, rounded: Any, images: Iterable[Tensor]) -> None:
 
 
 def weights_of(rounded: Any) -> dict[str, np.ndarray]:
-    """Return the name of every rounded weight -> its values as used."""
+    """Return name -> dequantized values of every rounded weight."""
     known, found = _graph.constants(rounded), {}
     for node in rounded.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in known:
@@ -78,10 +78,10 @@ def weights_of(rounded: Any) -> dict[str, np.ndarray]:
 
 
 def bias_of(model: Any, name: str) -> tuple[Any, float | np.ndarray] | None:
-    """Return the constant that is added to what a node computes, and its step; None where there is none of its own.
+    """Return the bias constant of a node and its rounding step, or None if it has no bias of its own.
 
     Args:
-        model: float32 or rounded.
+        model: float32 or rounded graph.
         name: of the node.
     """
     known, made, read = _graph.constants(model), _graph.producers(model), _graph.readers(model)
@@ -136,7 +136,7 @@ def _channels(node: Any, known: Any) -> int:
 
 
 def _cut(model: Any) -> None:
-    """Clip tensors where all their readers saturate, so that no rounding steps are wasted."""
+    """Clip tensors to the range outside which all readers saturate, so that no rounding steps are wasted."""
     from onnx import helper
 
     made, read = _graph.producers(model), _graph.readers(model)
@@ -160,7 +160,7 @@ def _cut(model: Any) -> None:
 
 
 def _ends(tensor: str, read: Any, made: Any) -> _Ends | None:
-    """Return the ends beyond which the readers of a tensor saturate."""
+    """Return the range outside which all readers of a tensor saturate, or None."""
     users = read.get(tensor, [])
     kinds = sorted(node.op_type for node in users)
     if kinds == ["Mul", "Sigmoid"]:
@@ -178,10 +178,10 @@ def _ends(tensor: str, read: Any, made: Any) -> _Ends | None:
 
 
 def equalize(model: Any, images: Iterable[Tensor]) -> None:
-    """Scale the channels between two convolutions to a like size, in place, after :func:`prepare`.
+    """Scale the channels between two convolutions to similar magnitudes, in place, after :func:`prepare`.
 
-    The function is the same, but for a Clip between the two: it stays as it is, and cuts off what is more than
-    twice as large as on any of these images.
+    The graph computes the same function, with one exception. A Clip between the two convolutions keeps its bounds, so
+    it cuts off values more than twice as large as on any of these images.
     """
     known, pairs = _graph.constants(model), _pairs(model)
     peaks = _graph.observe(model, {second.input[0]: None for *_, second in pairs}, images, "ReduceMax")
@@ -201,10 +201,13 @@ def _factor(peak: np.ndarray, weight: np.ndarray, depthwise: bool, *, only_up: b
 
     Args:
         peak: (channels,), largest absolute value of each.
-        weight: of the convolution that reads them. A depthwise one has a step of rounding for each of its kernels; in
-            another, channels that shrink make weights that grow, and the square root is between (equation 12).
-        depthwise: see above.
+        weight: of the convolution that reads the channels.
+        depthwise: whether that convolution is depthwise, so that each kernel has its own rounding step. Otherwise,
+            shrinking a channel enlarges its weights; the square root balances the two (equation 12).
         only_up: no factor below 1.
+
+    Returns:
+        (channels,).
     """
     largest, alive = peak.max(), peak > _DEAD * peak.max()
     if not alive.any():
@@ -224,7 +227,7 @@ def _factor(peak: np.ndarray, weight: np.ndarray, depthwise: bool, *, only_up: b
 
 
 def _pairs(model: Any) -> list[tuple[Any, bool, Any]]:
-    """Return (convolution, whether a Clip follows it, convolution) wherever nothing else reads what is between."""
+    """Return (convolution, whether a Clip follows, next convolution) for each pair whose link has no other reader."""
     known, read = _graph.constants(model), _graph.readers(model)
     outputs = {output.name for output in model.graph.output}
     own = {node.name for node in _graph.own_weights(model) if node.op_type == "Conv"}
@@ -248,7 +251,7 @@ def _pairs(model: Any) -> list[tuple[Any, bool, Any]]:
 
 
 def _scales(node: Any, known: Any) -> bool:
-    """Return whether a node is a Relu, or a Clip that leaves zero alone."""
+    """Return whether a node is a Relu, or a Clip whose range contains zero."""
     if node.op_type != "Clip":
         return bool(node.op_type == "Relu")
     ends = [(word, side) for word, side in zip(node.input[1:], (-1, 1), strict=False) if word]

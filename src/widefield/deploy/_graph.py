@@ -1,4 +1,4 @@
-"""ONNX graphs: read, write and run them, and read values of inner tensors."""
+"""Read, write and run ONNX graphs, and measure their intermediate tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 30
-"""Bytes of a graph from which its weights go into a file of their own: a protobuf holds twice that at most."""
+"""Bytes of a graph above which its weights go into a separate file. A protobuf holds at most twice as much."""
 
 PRODUCTS = ("Gemm", "MatMul")
 COMPUTED = ("Conv", *PRODUCTS)
-"""What multiplies bytes, and holds weights in its second input."""
+"""Operators that can multiply 8-bit numbers; their second input holds the weights."""
 
 FOLDED = ("Clip", "Relu")
-"""What only cuts off a convolution's output: rounding does that, too, where its range ends."""
+"""Operators that only clip a convolution's output. Rounding clips too, at the ends of its range."""
 
 
 def read(path: Path) -> Any:
@@ -33,7 +33,7 @@ def read(path: Path) -> Any:
 
 
 def write(model: Any, path: Path) -> None:
-    """Write a graph, its weights beside it where it is large; what was there is replaced."""
+    """Write a graph, replacing existing files; the weights of a large graph go into a separate file next to it."""
     import onnx
 
     beside = f"{path.name}.data"
@@ -45,7 +45,7 @@ def write(model: Any, path: Path) -> None:
 
 
 def annotate(path: Path, texts: Mapping[str, str]) -> None:
-    """Give the file of a graph metadata of its own."""
+    """Set the metadata of a graph's file."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -73,7 +73,7 @@ def values(tensor: Any) -> np.ndarray:
 
 
 def store(tensor: Any, numbers: np.ndarray) -> None:
-    """Give a TensorProto other numbers, in the type that it has."""
+    """Replace the values of a TensorProto, keeping its dtype."""
     from onnx import numpy_helper
 
     tensor.CopyFrom(numpy_helper.from_array(numbers.astype(values(tensor).dtype), tensor.name))
@@ -102,7 +102,7 @@ def readers(model: Any) -> dict[str, list[Any]]:
 
 
 def weighted(model: Any) -> Iterator[Any]:
-    """Yield the nodes that compute with constant weights, routers left out."""
+    """Yield the nodes that compute with constant weights, except those in routers."""
     known = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in COMPUTED and node.input[1] in known and not in_router(node):
@@ -110,7 +110,7 @@ def weighted(model: Any) -> Iterator[Any]:
 
 
 def own_weights(model: Any) -> Iterator[Any]:
-    """Yield those whose weights, and bias, no other node reads."""
+    """Yield the nodes of :func:`weighted` whose weights and bias no other node reads."""
     uses = Counter(name for node in model.graph.node for name in node.input)
     for node in weighted(model):
         if all(uses[name] == 1 for name in node.input[1:] if name):
@@ -118,18 +118,18 @@ def own_weights(model: Any) -> Iterator[Any]:
 
 
 def scopes(node: Any) -> list[str]:
-    """Return the modules that a node was called in, outermost first, as torch's exporter notes them."""
+    """Return the modules that a node was called in, outermost first, from the metadata of torch's exporter."""
     noted = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
     return [str(scope) for scope in ast.literal_eval(noted)]
 
 
 def in_router(node: Any) -> bool:
-    """Return whether a node chooses or weighs kernels."""
+    """Return whether a node is part of a router, which selects or weights kernels."""
     return any(scope.endswith((".router", ".predictor")) for scope in scopes(node))
 
 
 def layer_name(node: Any) -> str:
-    """Return the layer of a node: the module that its weights are of, or that it was called in, or its own name."""
+    """Return the layer of a node: the module that owns its weights, else the module that calls it, else its name."""
     constant = node.input[1] if node.op_type in COMPUTED else ""
     if constant.startswith("model."):
         return str(constant.removeprefix("model.").removesuffix(".weight"))
@@ -156,14 +156,17 @@ def session(model: Any, *, optimized: bool = True) -> Any:
 def observe(
     model: Any, tensors: Mapping[str, int | None], images: Iterable[Tensor], operator: str
 ) -> dict[str, np.ndarray]:
-    """Run a graph and return a number for each channel of these tensors, over all images and places.
+    """Run a graph and reduce intermediate tensors to one number per channel, over all images and positions.
 
     Args:
-        model: an onnx.ModelProto; untouched.
-        tensors: inside the graph -> number of channels, which are last; None for maps, (N, C, H, W). Only the numbers
-            asked for leave the runtime.
+        model: onnx.ModelProto; not modified.
+        tensors: name of an intermediate tensor -> its number of channels where they are the last axis, or None for a
+            feature map, (N, C, H, W).
         images: (N, C, H, W) each.
         operator: "ReduceMean", or "ReduceMax" of the absolute values.
+
+    Returns:
+        tensor -> (channels,).
     """
     from onnx import TensorProto, helper
 

@@ -1,4 +1,4 @@
-"""ONNX graphs in 8 bits: their weights, onnxruntime's static quantization, and extra outputs for measurements."""
+"""Quantize ONNX graphs to 8 bits with onnxruntime, list their weights and remove their extra outputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from widefield.deploy._others import first_line, quiet
 
 
 class Weight(NamedTuple):
-    """A constant that is convolved or multiplied with."""
+    """A constant weight of a convolution or matrix product."""
 
     name: str
-    """As :func:`widefield.deploy._graph.layer_name` has it."""
+    """Its layer, from :func:`widefield.deploy._graph.layer_name`."""
     shape: tuple[int, ...]
     values: Tensor
-    """(output channels, numbers of each)."""
+    """(output channels, values per channel)."""
 
 
 def weights(model: Any) -> list[Weight]:
@@ -32,21 +32,22 @@ def weights(model: Any) -> list[Weight]:
 def quantize(
     model: Any, out: Path, images: Iterable[Tensor], method: str, floating: Collection[str], *, seven_bits: bool
 ) -> None:
-    """Write a graph in int8, ranges of activations read off images.
+    """Write a graph in int8, with activation ranges measured on images.
 
-    A convolution's output is rounded, since onnxruntime computes convolutions of bytes only into bytes; where a Clip or
-    Relu alone reads it, after that. Matrix products of bytes give float32, and their outputs stay as they are.
+    Outputs of convolutions are rounded, since onnxruntime's 8-bit convolutions have 8-bit outputs. Where a Clip or Relu
+    is the only reader, its output is rounded instead. 8-bit matrix products return float32; their outputs are not
+    rounded.
 
     Args:
         model: onnx.ModelProto.
         out: ONNX file.
         images: (N, C, H, W) each.
-        method: of onnxruntime's CalibrationMethod.
+        method: name of a member of onnxruntime's CalibrationMethod.
         floating: names of weights whose nodes stay in float32.
-        seven_bits: of weights, for processors whose products of bytes saturate.
+        seven_bits: round weights to 7 bits, for processors whose 8-bit products saturate.
 
     Raises:
-        ValueError: onnxruntime cannot quantize it.
+        ValueError: onnxruntime cannot quantize the graph.
     """
     from onnxruntime import quantization
 
@@ -61,19 +62,19 @@ def quantize(
                 op_types_to_quantize=[*_graph.COMPUTED, *_graph.FOLDED],
                 per_channel=True,
                 nodes_to_exclude=kept + routers,
-                activation_type=quantization.QuantType.QUInt8,  # signed ones take a slower way on x86
+                activation_type=quantization.QuantType.QUInt8,  # signed activations are slower on x86
                 weight_type=quantization.QuantType.QInt8,
                 reduce_range=seven_bits,
                 calibrate_method=quantization.CalibrationMethod[method],
                 use_external_data_format=model.ByteSize() > _graph.LARGE,
                 extra_options={"OpTypesToExcludeOutputQuantization": list(_graph.PRODUCTS)},
             )
-    except Exception as error:  # onnxruntime's own, and assertions
+    except Exception as error:  # onnxruntime raises its own errors and AssertionError
         raise ValueError(f"onnxruntime cannot quantize this model: {first_line(error)}") from error
 
 
 def drop_outputs(path: Path, names: Sequence[str]) -> None:
-    """Leave a graph its first outputs alone, under these names."""
+    """Keep only a graph's first ``len(names)`` outputs and rename them, in place."""
     model = _graph.read(path)
     graph = model.graph
     del graph.output[len(names) :]
@@ -81,7 +82,7 @@ def drop_outputs(path: Path, names: Sequence[str]) -> None:
     for output, name in zip(graph.output, names, strict=True):
         old = output.name
         if name in taken:
-            continue  # the name of something inside
+            continue  # a weight or an intermediate tensor has the name
         output.name = name
         for node in graph.node:
             node.output[:] = [name if word == old else word for word in node.output]
@@ -94,7 +95,7 @@ def _reader(images: Iterable[Tensor], name: str) -> Any:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            # One by one: a last batch that is smaller would make results that onnxruntime cannot stack.
+            # One image at a time: onnxruntime cannot stack the results of a smaller last batch.
             self._left = (image for batch in images for image in batch.split(1))
 
         def get_next(self) -> dict[str, np.ndarray] | None:

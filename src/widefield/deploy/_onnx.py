@@ -1,4 +1,4 @@
-"""Convert graphs of PyTorch's operators to ONNX, including convolutions with one kernel per sample."""
+"""Convert PyTorch graphs to ONNX, including convolutions with per-sample kernels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ LEAST_OPSET, MOST_OPSET = 18, 23
 
 
 def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[str]:
-    """Write a graph as ONNX, its weights beside it where it would be larger than a protobuf may be.
+    """Write a graph as ONNX; weights that exceed the size limit of a protobuf go into a separate file next to it.
+
+    Args:
+        program: of the model.
+        path: ONNX file.
+        opset: :data:`LEAST_OPSET` to :data:`MOST_OPSET`; None for the default of torch's exporter.
 
     Returns:
-        operator -> how often it occurs.
+        operator -> number of its nodes.
 
     Raises:
-        ValueError: an operator that has no form in ONNX, named.
+        ValueError: the graph has an operator without an ONNX equivalent; the message names it.
     """
     table: dict[Any, Any] = {torch.ops.aten.conv2d.default: _convolution}
     if opset is not None:
@@ -56,14 +61,14 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
 
 
 def output_names(outputs: Any) -> list[str]:
-    """Return a name for each tensor that a model returns: its keys in dicts, "output" and its places in tuples."""
+    """Return a name for each output tensor: its keys in dicts, "output" and its indices in tuples."""
     paths = [path for path, _ in tree_flatten_with_path(outputs)[0]]
     keys = ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path in paths]
     return ["_".join(filter(None, ("output" if key[:1].isdigit() or not key else "", key))) for key in keys]
 
 
 def _rename(model: Any, value: Any, name: str) -> None:
-    """Name an input or output; a weight, or something inside, that has the name already gets another."""
+    """Rename an input or output; any other value with that name gets the suffix "_inside"."""
     others = [*model.graph.initializers.values(), *(v for node in model.graph.all_nodes() for v in node.outputs)]
     for other in others:
         if other is not value and other.name == name:
@@ -72,7 +77,7 @@ def _rename(model: Any, value: Any, name: str) -> None:
 
 
 def _missing(error: BaseException | None) -> str:
-    """Return which operators the exporter does not know, or else its innermost words."""
+    """Return the operator that the exporter does not support, or else the innermost error message."""
     texts, cause = [], error
     while cause is not None:
         texts.append(str(cause))
@@ -84,7 +89,7 @@ def _missing(error: BaseException | None) -> str:
 
 
 def _name_sizes(model: Any, shape: Sequence[int | None]) -> None:
-    """Call the dynamic sizes of the graph "batch", "height" and "width" instead of s77 and the like."""
+    """Rename dynamic sizes to "batch", "height" and "width"; torch names them s77 and the like."""
     images = model.graph.inputs[0]
     names = {}
     for dim, fixed, name in zip(images.shape, shape, ("batch", "channels", "height", "width"), strict=True):
@@ -98,7 +103,7 @@ def _name_sizes(model: Any, shape: Sequence[int | None]) -> None:
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None:
-            # A size that is not known has no name: runtimes take sizes of one name for equal.
+            # Unknown sizes stay unnamed: runtimes assume that sizes with the same name are equal.
             value.shape = ir.Shape(
                 dim if isinstance(dim, int) or dim.value is None else pattern.sub(lambda f: names[f[0]], dim.value)
                 for dim in value.shape
@@ -114,8 +119,10 @@ def _convolution(
     dilation: Sequence[int] = (1, 1),
     groups: Any = 1,
 ) -> Any:
-    """Translate aten.conv2d. ONNX's Conv has its number of groups for an attribute: a number that grows with the batch,
-    as convolutions with a kernel for every sample are written, makes a Scan over the samples.
+    """Translate aten.conv2d, including grouped convolutions with per-sample kernels.
+
+    A convolution with per-sample kernels has a number of groups proportional to the batch. ONNX's Conv has its number
+    of groups as a constant attribute, so such a convolution becomes a Scan over the samples.
     """
     op: Any = importlib.import_module("onnxscript").opset18
     down, right = padding if len(padding) == 2 else (*padding, *padding)
@@ -144,7 +151,7 @@ def _convolution(
 
 
 def _one_convolution(inputs: int, groups: int, attributes: dict[str, Any]) -> Any:
-    """Return the graph of one Conv of (1, C, H, W) with a kernel and perhaps a bias, all float32."""
+    """Return the graph of one Conv of (1, C, H, W) with a kernel and an optional bias, all float32."""
     import onnx_ir as ir
     from onnx import TensorProto, helper
 
@@ -156,6 +163,6 @@ def _one_convolution(inputs: int, groups: int, attributes: dict[str, Any]) -> An
 
 
 def _each(size: Any) -> int | None:
-    """Return k for a size of k times the batch, as torch writes it (16*s77), or None."""
+    """Return k for a size of k times the batch (torch writes 16*s77), or None for any other size."""
     found = re.fullmatch(r"(?:(\d+)\*)?[a-z]\w*", "" if isinstance(size, int) else str(size.value))
     return None if found is None else int(found[1] or 1)

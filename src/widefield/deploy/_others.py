@@ -1,4 +1,4 @@
-"""Output, logs and errors of exporters and runtimes, made readable."""
+"""Silence exporters and runtimes, and shorten their error messages."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what exporters warn, log and print, none of which a caller could act on.
+    """Silence the warnings, logs and prints of exporters, none of which a caller can act on.
 
-    One thread at a time, as this is process-wide state, like that of torch.export.
+    A lock admits one thread at a time, since this state and that of torch.export are process-wide.
     """
     with _ALONE:
         yield from _silenced()

@@ -1,4 +1,4 @@
-"""Trace models to graphs of PyTorch's operators: dynamic sizes, and the form of routed layers."""
+"""Trace models to PyTorch graphs with dynamic sizes, and choose the form of routed layers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from widefield.surgery.answers import plainly
 from widefield.surgery.walk import copied, refuse_training, replace
 
 ROUTING = ("branches", "per-sample")
-"""Form of a layer whose kernel depends on the image.
+"""Forms of a layer whose kernel depends on the image.
 
-- "branches": every expert convolves, and routing weights sum the results. Convolutions have constant kernels, which
-  runtimes prepare once; this was the faster form in onnxruntime on a CPU (docs/deployment.md).
-- "per-sample": the experts' kernels are mixed for each image, and a loop over the batch convolves.
+- "branches": every expert convolves, and the results are summed with the routing weights. The convolutions have
+  constant kernels, which runtimes prepare once. This was the faster form in onnxruntime on a CPU (docs/deployment.md).
+- "per-sample": the experts' kernels are mixed for each image, then a loop over the batch convolves.
 
-Layers without experts (Gaussian masks that depend on the image, timm's CondConv) have only the second form.
+Layers without experts (Gaussian masks that depend on the image, timm's CondConv) support only "per-sample".
 """
 
 DYNAMIC = ("batch", "size")
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network inside wrappers of whole networks: torch.compile, DataParallel."""
+    """Return the network inside wrappers such as torch.compile and DataParallel."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -41,12 +41,13 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
-    """Return a copy on the CPU with mixtures in the requested form, and other layers in forms that runtimes support.
+    """Return a copy on the CPU with mixtures in the requested form and other layers in forms that runtimes support.
 
     Raises:
-        RuntimeError: training mode.
+        RuntimeError: the model is in training mode.
         TypeError: parameters are not float32, the dtype of CPU runtimes and of verification.
-        ValueError: an unknown form; a replaced ``forward`` (:func:`widefield.surgery.walk.copied`).
+        ValueError: unknown ``routing``, or a module with a replaced ``forward``
+            (:func:`widefield.surgery.walk.copied`).
     """
     _checks.choice("routing", routing, ROUTING)
     model = bare(model)
@@ -69,7 +70,7 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
 
 
 class _Branches(nn.Module):
-    """A fused mixture whose experts are constants of their own again, for runtimes to prepare."""
+    """A fused mixture with its experts as separate constants again, which runtimes can prepare once."""
 
     def __init__(self, layer: FusedMoRFConv2d) -> None:
         super().__init__()
@@ -97,17 +98,19 @@ class _Branches(nn.Module):
 
 
 def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
-    """Return the graph of a model in evaluation mode, by :func:`torch.export.export`.
+    """Trace a model in evaluation mode with :func:`torch.export.export`.
 
-    Its outputs are tensors, alone or in tuples, lists and dictionaries: see :func:`widefield.surgery.answers.plainly`.
+    The graph's outputs are tensors, alone or in tuples, lists and dictionaries: see
+    :func:`widefield.surgery.answers.plainly`.
 
     Args:
         model: on the CPU.
-        x: (N, C, H, W), an example with any N.
+        x: example input, (N, C, H, W), with any N.
         dynamic: sizes that may change: "batch" (N), "size" (H and W).
 
     Raises:
-        ValueError: there is no such graph, or none with these dynamic sizes; gives the reason and the alternative.
+        ValueError: torch.export cannot trace the model, or not with these dynamic sizes. The message gives the reason
+            and, where there is one, the alternative.
     """
     name = type(model).__name__
     if "batch" in dynamic and len(x) == 1:
@@ -115,7 +118,7 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
     try:
         model = plainly(model, x)
         return _export(model, x, dynamic)
-    except Exception as error:  # torch.export raises whatever the model's code runs into
+    except Exception as error:  # torch.export passes on any error of the model's code
         reason = _reason(error)
         for fewer in ([name for name in dynamic if name != "size"], []):
             if len(fewer) < len(dynamic) and _exports(model, x, fewer):
@@ -128,19 +131,19 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
 
 
 def _export(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgram:
-    # DYNAMIC, not a named Dim: those refuse models that ask for a size of at least so much, as a kernel does. Unlike
-    # AUTO it never makes a constant of a size in silence.
+    # Not a named Dim, which rejects models that require a minimum size, as large kernels do. Not AUTO, which may
+    # silently make a size constant.
     axes = (0,) * ("batch" in dynamic) + (2, 3) * ("size" in dynamic)
     sizes = dict.fromkeys(axes, Dim.DYNAMIC)
     with quiet(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = x.clone()  # torch.export writes on it what is dynamic
+        x = x.clone()  # torch.export marks the dynamic sizes on the tensor
         return torch.export.export(model, (x,), dynamic_shapes=(sizes,) if sizes else None)
 
 
 def _exports(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> bool:
     try:
         _export(model, x, dynamic)
-    except Exception:  # whatever the model's code runs into, as above: here it is the answer
+    except Exception:  # any error of the model's code, as above, means that it cannot be exported
         return False
     return True
 
