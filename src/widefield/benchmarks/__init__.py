@@ -1,10 +1,9 @@
-"""The tables of the papers as commands: ``widefield bench depthwise``, ``mixture``, ``deform``,
-``mixers``, ``model`` and ``deploy``.
+"""Reproduce the papers' tables with ``widefield bench``: depthwise, mixture, deform, mixers, model and deploy.
 
-Every table is made the same way. A frozen case says what a row is about; one function, ``calls``, sets its peers up by
-name; :meth:`Settings.measure` measures those against each other, time and memory, in interleaved rounds; ``rows_of``
-takes ratios of medians of one such measurement. :class:`Record` prints rows as they come and writes them to files, and
-a :class:`Bar` holds them against a limit.
+All benchmarks have the same structure. A frozen case describes a row. The function ``calls`` returns its peers by name.
+:meth:`Settings.measure` measures their time and memory in interleaved rounds. ``rows_of`` computes ratios of medians of
+one such measurement. :class:`Record` prints each row once it is measured and writes all rows to files. A :class:`Bar`
+compares them with a limit.
 """
 
 from widefield.benchmarks.record import Bar, Record

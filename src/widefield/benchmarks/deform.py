@@ -1,15 +1,20 @@
-"""``widefield bench deform``: DCNv3's sampling on the maps of InternImage-T's stages, time and memory.
+"""Measure time and memory of DCNv3's sampling at InternImage-T's stages (``widefield bench deform``).
 
-Peers, on the same numbers: ours, :func:`widefield.ops.deform.dcnv3`, and three ways to write it without an operator of
-its own: indexing and arithmetic (``gather``, its other backend), ``F.grid_sample`` on a batch of groups and a sum over
-points, as the PyTorch version in the paper's repository does, and ``torchvision.ops.deform_conv2d`` with kernels of
-ones, which is compiled, for CPUs and CUDA.
+Ours is :func:`widefield.ops.deform.dcnv3`. It is compared, on the same tensors, with three implementations without a
+dedicated operator:
+
+- ``gather``: indexing and arithmetic, the other backend of ours.
+- ``grid_sample``: ``F.grid_sample`` on a batch of groups and a sum over points, as the PyTorch version in the paper's
+  repository does.
+- ``deform_conv2d``: ``torchvision.ops.deform_conv2d`` with kernels of ones, which is compiled, for CPUs and CUDA.
+
+Passes:
 
 - ``forward``: under ``torch.no_grad()``.
 - ``backward``: ``torch.autograd.grad`` of a graph built beforehand and retained, all three gradients.
 
-Memory is the most that a pass holds beside its inputs, results included, and what the graph keeps between the two
-beside inputs and output. On CPUs PyTorch's profiler counts it. Ratios are a peer's over ours.
+The memory of a pass is its peak, results included and inputs excluded. The memory kept between the passes is that of
+the graph, without inputs and output. On CPUs PyTorch's profiler counts it. Ratios are a peer's over ours.
 """
 
 from __future__ import annotations
@@ -32,10 +37,10 @@ from widefield.ops.deform import dcnv3
 
 STEPS = ("forward", "backward")
 GROUP = 16
-"""Channels of a group."""
+"""Channels per group."""
 POINTS = 9
 NOISE = 0.95
-"""Timings of equal calls differ by a few percent; ratios from here on count as not slower."""
+"""Smallest ratio that counts as not slower: timings of equal calls differ by a few percent."""
 
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,7 +59,7 @@ class Case:
         return f"{self.batch} x {self.side}x{self.side} x {self.channels}"
 
     def tensors(self) -> tuple[list[Tensor], Tensor]:
-        """Return x, offset and mask, and the gradient of an output: with a fixed seed."""
+        """Return [x, offset, mask] and the gradient of an output, drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(channels: int) -> Tensor:
@@ -69,17 +74,17 @@ class Case:
 
 
 def ours(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    """The operator with ``backend="auto"``."""
+    """Run our operator with ``backend="auto"``."""
     return dcnv3(x, offset, mask, groups=x.shape[-1] // GROUP)
 
 
 def gather(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    """Indexing and arithmetic."""
+    """Run our operator's other backend: indexing and arithmetic."""
     return dcnv3(x, offset, mask, groups=x.shape[-1] // GROUP, backend="gather")
 
 
 def grid_sample(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    """Sample all points of all groups, then sum them by the mask."""
+    """Sample all points of all groups with ``F.grid_sample``, then sum them weighted by the mask."""
     batch, height, width, channels = x.shape
     groups = channels // GROUP
     points = offset.unflatten(-1, (groups, POINTS, 2))
@@ -96,7 +101,10 @@ def grid_sample(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
 
 
 def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    """Let torchvision sample, its depthwise kernels all ones; it has rows before columns, and points by rows."""
+    """Sample with torchvision's operator and depthwise kernels of ones.
+
+    Its offsets have rows before columns, and its points are ordered by rows.
+    """
     from torchvision.ops import deform_conv2d as operator
 
     channels = x.shape[-1]
@@ -112,7 +120,7 @@ OTHERS = tuple(PEERS)[1:]
 
 
 def in_32_bits(op: Op) -> Op:
-    """Return ``op`` for narrower numbers, as one would write it around an operator that takes none."""
+    """Return ``op`` wrapped to compute in float32, as a user would do for an operator without 16-bit support."""
 
     def run(*tensors: Tensor) -> Tensor:
         return op(*(tensor.float() for tensor in tensors)).to(tensors[0].dtype)
@@ -121,14 +129,14 @@ def in_32_bits(op: Op) -> Op:
 
 
 def peers(case: Case) -> dict[str, Op]:
-    """Return the peers; those that lose the places of points in 16 bits, or lack them, compute in 32."""
+    """Return the peers; those that do not support 16 bits, or lose the points' positions in them, use float32."""
     if case.dtype == torch.float32:
         return PEERS
     return {name: op if name in ("ours", "gather") else in_32_bits(op) for name, op in PEERS.items()}
 
 
 def calls(case: Case, step: str) -> dict[str, Callable[[], object]]:
-    """Set up one pass for every peer."""
+    """Return peer -> a call of one pass."""
     return {name: _call(op, case, step) for name, op in peers(case).items()}
 
 
@@ -148,7 +156,7 @@ def _call(op: Op, case: Case, step: str) -> Callable[[], object]:
 
 
 def held(call: Callable[[], object], device: str) -> tuple[int, int]:
-    """Return the bytes that a call holds at its peak, and those that it leaves with its result."""
+    """Return the bytes that a call allocates: at its peak, and those still held by its result."""
     call()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -159,7 +167,7 @@ def held(call: Callable[[], object], device: str) -> tuple[int, int]:
         found = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
         del result
         return found
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and end on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs its start and end to stderr
     with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
         result = call()
     found_events = getattr(profile, "kineto_results").events()  # noqa: B009  private, and None before
@@ -173,14 +181,14 @@ def held(call: Callable[[], object], device: str) -> tuple[int, int]:
 
 
 def kept(op: Op, case: Case) -> int:
-    """Return the bytes that the graph of a call keeps, beside inputs and output."""
+    """Return the bytes that the graph of a call keeps, without inputs and output."""
     tensors, grad = case.tensors()
     leaves = [tensor.requires_grad_() for tensor in tensors]
     return max(0, held(lambda: op(*leaves), case.device)[1] - grad.nbytes)
 
 
 def time_row(case: Case, step: str, settings: Settings) -> Row:
-    """Measure one pass of all peers in turns."""
+    """Measure the time of one pass of all peers, interleaved."""
     measured = settings.measure(calls(case, step))
     return {
         **_about(case, step),
@@ -190,7 +198,7 @@ def time_row(case: Case, step: str, settings: Settings) -> Row:
 
 
 def memory_row(case: Case, step: str) -> Row:
-    """Count what one pass of each peer holds, or what the graph keeps between the passes (``step="kept"``)."""
+    """Measure each peer's peak memory in one pass, or the memory between the passes with ``step="kept"``."""
     if step == "kept":
         found = {name: kept(op, case) for name, op in peers(case).items()}
     else:
@@ -239,14 +247,14 @@ def run(
     width: int = 64,
     stages: Sequence[int] = (1, 2, 3, 4),
 ) -> list[Bar]:
-    """Measure and print, write files to ``settings.out``, and return the bars.
+    """Run the benchmark: print rows, write files to ``settings.out`` and return the bars.
 
     Args:
-        settings: how.
-        batch_size: images.
-        side: rows and columns of the first stage's map; each later one has half as many.
-        width: channels of the first stage, a multiple of 16; each later one has twice as many.
-        stages: which.
+        settings: of the measurement.
+        batch_size: number of images.
+        side: rows and columns of the first stage's map; each later stage has half as many.
+        width: channels of the first stage, a multiple of 16; each later stage has twice as many.
+        stages: numbers of the stages to measure, from 1.
 
     Raises:
         TypeError, ValueError: numbers out of range.

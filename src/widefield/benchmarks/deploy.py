@@ -1,9 +1,13 @@
-"""``widefield bench deploy``: what routing costs where models are served, MoRF networks beside the plain ones.
+"""Measure the cost of routing in deployment: MoRF networks compared with plain ones (``widefield bench deploy``).
 
-Every form of one network is measured beside the network that it was made from, in onnxruntime and in PyTorch, all
-interleaved: "plain" is timm's, "branches" and "per-sample" are the two graphs of a reparameterized MoRF network
-(:data:`widefield.deploy.ROUTING`), and "specialized" has its routing made static, which leaves one convolution a layer,
-of the size of the largest expert. Weights are random: they change no time.
+All forms of a network are measured in onnxruntime and in PyTorch, interleaved:
+
+- "plain": timm's network without mixtures.
+- "branches", "per-sample": the two graphs of a reparameterized MoRF network (:data:`widefield.deploy.ROUTING`).
+- "specialized": the MoRF network with static routing, which leaves one convolution per layer, of the size of the
+  largest expert.
+
+Weights are random, since they do not affect the time.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import widefield.models  # noqa: F401  registers ours
+import widefield.models  # noqa: F401  registers our networks
 from widefield import _checks, bench
 from widefield.benchmarks import record
 from widefield.benchmarks.record import Record, Row, bar
@@ -29,11 +33,11 @@ from widefield.surgery import NothingToFuseError, reparameterize, specialize
 RUNTIMES = ("onnxruntime", "eager")
 PLAIN = "plain"
 LEAST = 0.9
-"""Of the plain network's speed in onnxruntime, what is asked of a specialized one."""
+"""Required speed of a specialized network in onnxruntime, as a fraction of the plain network's."""
 
 
 def forms(name: str, x: Tensor) -> dict[str, tuple[nn.Module, str]]:
-    """Return form -> (network in evaluation mode, the routing to export it with), the plain one first."""
+    """Return form -> (network in evaluation mode, routing of its export), the plain form first."""
     plain = timm.create_model(name.removeprefix("morf_")).eval()
     with contextlib.suppress(NothingToFuseError):  # ConvNeXt has no batch norms
         plain = reparameterize(plain, x)
@@ -59,7 +63,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 SHORT = ("form", "batch", "onnxruntime, ms (p20-p80)", "plain / this", "eager, ms (p20-p80)", "plain / this, eager")
-"""Columns that stand at the head of the Markdown file."""
+"""Columns of the summary at the head of the Markdown file."""
 
 
 def rows_of(
@@ -69,7 +73,7 @@ def rows_of(
     differences: dict[str, float],
     measured: dict[str, dict[str, bench.Row]],
 ) -> list[Row]:
-    """Turn runtime -> form -> what was measured into a row for each form."""
+    """Return one row per form from the measurements, runtime -> form -> row."""
     times = {runtime: record.times(rows) for runtime, rows in measured.items()}
     return [
         {
@@ -94,12 +98,12 @@ def run(
     batch_sizes: Sequence[int] = (1, 8),
     size: int = 224,
 ) -> None:
-    """Measure and print, and write files to ``settings.out``.
+    """Run the benchmark: print rows and write files to ``settings.out``.
 
     Args:
-        settings: how; on the CPU in float32.
-        names: MoRF networks of timm's registry.
-        batch_sizes: images at a time.
+        settings: of the measurement; the device is the CPU and the dtype float32.
+        names: MoRF networks in timm's registry.
+        batch_sizes: numbers of images per call.
         size: side of the images in pixels.
 
     Raises:

@@ -1,15 +1,15 @@
-"""``widefield bench depthwise``: RepLKNet's table 1 (Ding et al. 2022), every pass, ours against F.conv2d.
+"""Measure every pass of RepLKNet's table 1, ours against F.conv2d (``widefield bench depthwise``).
 
-The paper times a stack of 24 depthwise layers on (64, 384, R, R). Here the layers stand side by side on one input, so
-that each pass can be timed by itself:
+Source: Ding et al. 2022, who time a stack of 24 depthwise layers on (64, 384, R, R). Here the layers are parallel on
+one input, so that each pass can be timed by itself:
 
 - ``forward``: the operator under ``torch.no_grad()``.
-- ``input_grad``, ``weight_grad``: ``torch.autograd.grad`` of a graph in which only the input, or only the kernel, wants
-  a gradient. Graphs are built beforehand and retained; autograd's own overhead is in, for both sides.
+- ``input_grad``, ``weight_grad``: ``torch.autograd.grad`` of a graph in which only the input, or only the kernel,
+  requires a gradient. Graphs are built beforehand and retained. Both sides include autograd's own overhead.
 - ``backward``: the same with both gradients.
 
-All four peers, ours and stock in both memory formats, take turns on the same numbers. Columns of ratios are times of
-F.conv2d over times of ours: *same layout* on the same tensor, *better layout* the faster of the two formats.
+All four peers, ours and stock in both memory formats, are interleaved on the same tensors. Columns of ratios are times
+of F.conv2d over times of ours: *same layout* on the same tensor, *better layout* the faster of the two formats.
 """
 
 from __future__ import annotations
@@ -39,32 +39,31 @@ MORE_SHAPES = ((96, 56), (192, 28), (384, 14), (768, 7))
 """(channels, side) of ConvNeXt-T's stages, measured with MORE_KERNELS on CPUs."""
 MORE_KERNELS = (7, 11, 31)
 LARGE_SHAPES = ((384, 28), (384, 56), (768, 28), (768, 56))
-"""On CPUs with LARGE_KERNELS: the maps and channels of the project's bars."""
+"""(channels, side) of the project's bars, measured with LARGE_KERNELS on CPUs."""
 LARGE_KERNELS = (7, 31)
 HALF_SHAPES = ((384, 28), (384, 14))
-"""On CPUs in bfloat16, with HALF_KERNELS."""
+"""(channels, side) measured with HALF_KERNELS in bfloat16 on CPUs."""
 HALF_KERNELS = (3, 7, 13, 31)
 
 STRIDED_SHAPES = ((96, 56), (192, 28), (384, 14))
-"""On CPUs with STRIDED_KERNELS and stride 2, as in MobileNets and EfficientNets."""
+"""(channels, side) measured with STRIDED_KERNELS and stride 2 on CPUs, as in MobileNets and EfficientNets."""
 STRIDED_KERNELS = (5, 7, 13)
 BAND_SHAPES = ((96, 56), (384, 14))
-"""On CPUs with BANDS of (rows, columns): SLaK's and InceptionNeXt's."""
+"""(channels, side) measured with BANDS on CPUs."""
 BANDS = ((51, 5), (5, 51), (11, 1), (1, 11))
+"""(rows, columns) of SLaK's and InceptionNeXt's kernels."""
 
 NOISE = 0.95
-"""Timings of equal calls differ by a few percent; ratios from here on count as not slower."""
+"""Smallest ratio that counts as not slower: timings of equal calls differ by a few percent."""
 _DOUBTFUL = 0.98
-"""Ratios below are measured again."""
+"""Smaller ratios are measured again."""
 
 Op = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a few rows are about: ``layers`` depthwise convolutions of (batch, channels, side, side), half a kernel of
-    padding on every side.
-    """
+    """A set of ``layers`` depthwise convolutions of (batch, channels, side, side), padded by half a kernel."""
 
     batch: int
     channels: int
@@ -81,19 +80,19 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The kernel in words: "7", "51x5", "7 /2" where the stride is two."""
+        """The kernel as text: "7", "51x5", or "7 /2" with a stride of two."""
         rows, columns = self.kernel
         step = f" /{self.stride}" if self.stride > 1 else ""
         return f"{columns if rows == columns else f'{rows}x{columns}'}{step}"
 
     def flops(self, step: str) -> int:
-        """Count two operations for every product of a tap and a pixel inside the map; padding is not counted."""
+        """Return the operations of a pass: two per product of a tap and a pixel; padding is not counted."""
         half = self.kernel[0] // 2, self.kernel[1] // 2
         products = multiply_adds((self.side, self.side), self.kernel, (self.stride, self.stride), half, (1, 1))
         return 2 * self.layers * self.batch * self.channels * products * (2 if step == "backward" else 1)
 
     def tensors(self, layout: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return the input, the layers' kernels and the gradient of an output: with a fixed seed."""
+        """Return the input, the layers' kernels and the gradient of an output, drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -107,17 +106,17 @@ class Case:
 
 
 def ours(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The operator with ``backend="auto"``."""
+    """Run our operator with ``backend="auto"``."""
     return depthwise_conv2d(x, weight, stride=stride, padding=_half(weight))
 
 
 def stock(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """PyTorch's own."""
+    """Run ``F.conv2d``."""
     return F.conv2d(x, weight, None, stride, _half(weight), groups=x.shape[1])
 
 
 def upcast(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """PyTorch's own in float32 and back, what a user would write who finds 16 bits slow."""
+    """Run ``F.conv2d`` in float32 and cast back, the usual workaround for slow 16-bit convolutions."""
     return stock(x.float(), weight.float(), stride).to(x.dtype)
 
 
@@ -126,7 +125,7 @@ def _half(weight: Tensor) -> tuple[int, int]:
 
 
 def calls(case: Case, step: str) -> dict[str, Callable[[], object]]:
-    """Set up one pass for every peer: "ours NCHW", "stock channels_last" and so on -> a call of all layers."""
+    """Return "ours NCHW", "stock channels_last" and so on -> a call of one pass of all layers."""
     peers = {"ours": ours, "stock": stock}
     if case.device == "cpu" and case.dtype != torch.float32:
         peers["upcast"] = upcast
@@ -162,17 +161,17 @@ def _call(op: Op, x: Tensor, weights: Sequence[Tensor], grad: Tensor, stride: in
 
 
 def backends(case: Case, layout: str) -> dict[str, str]:
-    """Return the backend of every pass."""
+    """Return pass -> its backend."""
     x, weights, _ = replace(case, layers=1).tensors(layout)
     found = explain(depthwise_conv2d, x, weights[0], stride=case.stride, padding=_half(weights[0]))
     return {step: found[step].backend for step in ("forward", "input_grad", "weight_grad")}
 
 
 def rows_of(case: Case, step: str, settings: Settings, top: Ceilings) -> Iterator[Row]:
-    """Measure one pass; yield a row for each layout of ours.
+    """Measure one pass; yield one row per layout of ours.
 
-    Where something comes out more than 2% slower than stock, noise or not, all peers are measured once more with three
-    times the repeats, and that second measurement is the one that counts.
+    If ours is more than 2% slower than stock in a layout, all peers are measured again with three times the repeats,
+    and only that second measurement is reported.
     """
     called = calls(case, step)
     measured = settings.measure(called)
@@ -244,15 +243,15 @@ def run(
     layers: int | None = None,
     top: Ceilings | None = None,
 ) -> list[Bar]:
-    """Measure and print, write files to ``settings.out``, and return the bars.
+    """Run the benchmark: print rows, write files to ``settings.out`` and return the bars.
 
     Args:
-        settings: how.
-        channels, resolutions, kernels: RepLKNet's when None; on CPUs the shapes of ConvNeXt-T, larger ones, and some in
-            bfloat16 are then measured too.
-        batch_size: on CUDA devices 64 when None; on CPUs as many as make 4096 pixels, at most 8.
-        layers: on CUDA devices 24 when None, on CPUs 1.
-        top: the machine's ceilings, when they are known already.
+        settings: of the measurement.
+        channels, resolutions, kernels: RepLKNet's when None. If all are None, CPUs also measure the shapes of
+            ConvNeXt-T, larger ones, and some in bfloat16.
+        batch_size: when None, 64 on CUDA devices; on CPUs enough for 4096 pixels, at most 8.
+        layers: when None, 24 on CUDA devices and 1 on CPUs.
+        top: the machine's ceilings; measured when None.
 
     Raises:
         ValueError: numbers out of range, even kernels.
@@ -305,13 +304,13 @@ def run(
 
 
 def scaled_batch(channels: int, side: int) -> int:
-    """Return a power of two for a CPU: at most 8, about 4096 pixels, fewer for more than 384 channels."""
+    """Return a CPU's batch size: a power of two, at most 8, for about 4096 pixels (fewer above 384 channels)."""
     images = 4096 * min(1.0, 384 / channels) / side**2
     return next((n for n in (8, 4, 2) if images >= n), 1)
 
 
 def latencies(rows: Sequence[Row], step: str) -> list[dict[str, str]]:
-    """Format one pass like the paper's table: a row for each resolution and peer, a column for each kernel."""
+    """Format one pass like the paper's table: a row per resolution and peer, a column per kernel."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
         if row["step"] != step:

@@ -1,7 +1,10 @@
-"""``widefield bench mixers``: what a token mixer costs, all else equal: one MetaFormer, every mixer.
+"""Measure the cost of token mixers: the same MetaFormer with each mixer in turn (``widefield bench mixers``).
 
-``inference`` is a forward pass of the merged network, ``step`` forward and backward of the one that trains, both in
-NCHW. All mixers are timed in turns, in one run; ratios are the plain 7x7 depthwise convolution's time over a mixer's.
+- ``inference``: a forward pass of the merged network.
+- ``step``: forward and backward passes of the training network.
+
+Both are in NCHW. All mixers are timed in one run, interleaved. Ratios are the plain 7x7 depthwise convolution's time
+over a mixer's.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-import widefield.models  # noqa: F401  registers ours
+import widefield.models  # noqa: F401  registers our networks
 from widefield import _checks, bench
 from widefield.benchmarks import record
 from widefield.benchmarks.model import MODES, call
@@ -38,7 +41,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def networks(name: str, mixers: Sequence[str]) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Return mixer -> (the network that trains, the merged one)."""
+    """Return mixer -> (training network, merged network)."""
     pairs = {}
     for mixer in mixers:
         model = timm.create_model(name, token_mixer=mixer)
@@ -50,7 +53,7 @@ def networks(name: str, mixers: Sequence[str]) -> dict[str, tuple[nn.Module, nn.
 def rows_of(
     batch: int, counts: Mapping[str, Sequence[bench.Cost]], measured: Mapping[str, Mapping[str, bench.Row]]
 ) -> list[Row]:
-    """Turn counts (training form, merged) and what was measured (mode -> mixer -> row) into rows."""
+    """Return rows from counts (training form, merged form) and measurements (mode -> mixer -> row)."""
     times = {mode: record.times(rows) for mode, rows in measured.items()}
     return [
         {
@@ -75,12 +78,12 @@ def run(
     batch_size: int | None = None,
     size: int = 224,
 ) -> None:
-    """Measure and print, and write files to ``settings.out``.
+    """Run the benchmark: print rows and write files to ``settings.out``.
 
     Args:
-        settings: how; networks are cast to its dtype.
-        name: which MetaFormer of timm's registry.
-        mixers: names of :data:`widefield.nn.mixers.TOKEN_MIXERS`; all when None. The peer is always among them.
+        settings: of the measurement; networks are cast to its dtype.
+        name: a MetaFormer in timm's registry.
+        mixers: names of :data:`widefield.nn.mixers.TOKEN_MIXERS`; all when None. The peer is always included.
         batch_size: 64 on CUDA devices when None, 4 on CPUs.
         size: side of the images in pixels.
 

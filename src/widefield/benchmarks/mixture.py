@@ -1,13 +1,13 @@
-"""``widefield bench mixture``: MoRF's figure 4 (Lian, Yu, Wang 2024), training and inference against sets of experts.
+"""Measure MoRF's figure 4, training and inference over sets of experts (``widefield bench mixture``).
 
-On the shapes of ConvNeXt-T's four stages, depthwise, one layer:
+Source: Lian, Yu, Wang 2024. On the shapes of ConvNeXt-T's four stages, depthwise, one layer:
 
 - ``step``: forward and backward, gradients to the input, all kernels and biases, and the routing weights.
 - ``inference``: forward under ``torch.no_grad()``; ours from the padded bank that reparameterization stores.
 
-Peers, in both memory formats: the naive branches (n convolutions and a weighted sum, as one would write them), a single
-stock convolution as large as the largest expert, and our own of that size. The routing network is in none of them.
-Further tables: many experts, hard routing, and dense mixtures, where "auto" has a choice to make.
+Peers, in both memory formats: the naive branches (n convolutions and a weighted sum), a single stock convolution as
+large as the largest expert, and our own convolution of that size. None of them includes the routing network. Further
+tables: many experts, hard routing, and dense mixtures, for which "auto" chooses between two backends.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ HARD_SETS = (STANDARD, (3, 7, 15, 23, 31))
 COUNTS = (5, 64, 128)
 COUNT_SHAPE = (384, 14)
 DENSE_SHAPES = ((64, 56), (128, 28), (256, 14), (512, 7))
-"""ResNet's stages; experts DENSE_SIZES, groups 1."""
+"""(channels, side) of ResNet's stages, measured with experts DENSE_SIZES and groups 1."""
 DENSE_SIZES = (3, 5)
 CHOSEN = 2
-"""Experts that hard routing chooses for a sample."""
+"""Experts per sample in hard routing."""
 
 Calls = dict[str, Callable[[], object]]
 
@@ -60,20 +60,20 @@ class Case:
 
     @property
     def experts(self) -> str:
-        """The sizes, or how many there are of how many sizes."""
+        """The sizes, or with repeated sizes the number of experts and the range of sizes."""
         if len(set(self.sizes)) == len(self.sizes):
             return "{" + ", ".join(map(str, self.sizes)) + "}"
         return f"{len(self.sizes)} of {min(self.sizes)} to {max(self.sizes)}"
 
     @property
     def groups(self) -> int:
-        """Of the convolutions."""
+        """Number of groups of the convolutions."""
         return 1 if self.dense else self.channels
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case in one layout. Peers share them."""
+    """The tensors of a case in one layout, shared by all peers."""
 
     x: Tensor
     kernels: list[Tensor]
@@ -86,12 +86,12 @@ class Inputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What a training step wants gradients of."""
+        """The tensors that get a gradient in a training step."""
         return [self.x, *self.kernels, *self.biases, self.weights]
 
 
 def inputs(case: Case, layout: str) -> Inputs:
-    """Draw the tensors of a case: with a fixed seed."""
+    """Return the tensors of a case, drawn with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -110,7 +110,7 @@ def inputs(case: Case, layout: str) -> Inputs:
 
 
 def naive(x: Tensor, kernels: Sequence[Tensor], biases: Sequence[Tensor], weights: Tensor, groups: int) -> Tensor:
-    """Eq. 6 as one would write it: a convolution for each expert, and a weighted sum."""
+    """Compute eq. 6 directly: one convolution per expert, and a weighted sum."""
     y = torch.zeros((), dtype=x.dtype, device=x.device)
     for r, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
         y = y + weights[:, r, None, None, None] * F.conv2d(
@@ -120,12 +120,12 @@ def naive(x: Tensor, kernels: Sequence[Tensor], biases: Sequence[Tensor], weight
 
 
 def step(compute: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
-    """Return a call of forward and backward. Experts that nobody chose have no gradient."""
+    """Return a call of forward and backward. Experts that no sample chose have no gradient."""
     return lambda: torch.autograd.grad(compute(), leaves, grad, allow_unused=True)
 
 
 def inference(compute: Callable[[], Tensor]) -> Callable[[], object]:
-    """Return a call of the forward pass alone."""
+    """Return a call of only the forward pass."""
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -137,7 +137,7 @@ def inference(compute: Callable[[], Tensor]) -> Callable[[], object]:
 def mixed(
     t: Inputs, mode: str, weights: Tensor, *, sparse: bool = False, backend: str = "auto"
 ) -> Callable[[], object]:
-    """Return a call of our operator: from the single kernels in training, from their bank in inference."""
+    """Return a call of our operator, with separate kernels in training and with their bank in inference."""
     if mode == "step":
         leaves = [t.x, *t.kernels, *t.biases, weights]
         return step(
@@ -156,7 +156,7 @@ def mixed(
 
 
 def calls(case: Case, mode: str) -> Calls:
-    """Set up a set of experts: "ours NCHW", "branches ...", "stock largest ...", "our largest ..." -> a call."""
+    """Return "ours NCHW", "branches ...", "stock largest ...", "our largest ..." -> a call, for one set of experts."""
     found: Calls = {}
     for layout in LAYOUTS:
         t = inputs(case, layout)
@@ -168,7 +168,7 @@ def calls(case: Case, mode: str) -> Calls:
 
 
 def _peers(t: Inputs) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-    """What ours is compared with, and what each wants gradients of."""
+    """Return peer -> (its computation, the tensors that get a gradient)."""
     largest, bias = t.kernels[-1], t.biases[-1]
     padding = largest.shape[-1] // 2
     return {
@@ -179,7 +179,7 @@ def _peers(t: Inputs) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
 
 
 def hard_calls(case: Case, mode: str) -> Calls:
-    """Set up soft against hard routing, the latter with zeros that ``sparse=True`` may skip."""
+    """Return calls of soft and hard routing; the latter has zeros, which ``sparse=True`` may skip."""
     found: Calls = {}
     for layout in LAYOUTS:
         t = inputs(case, layout)
@@ -189,7 +189,7 @@ def hard_calls(case: Case, mode: str) -> Calls:
 
 
 def many_calls(cases: Sequence[Case], mode: str) -> Calls:
-    """Set up mixtures of several sizes against each other: "64 NCHW" and so on -> a call."""
+    """Return "64 NCHW" and so on -> a call, for mixtures with different numbers of experts."""
     return {
         f"{len(case.sizes)} {layout}": mixed(t, mode, t.weights)
         for case in cases
@@ -199,13 +199,13 @@ def many_calls(cases: Sequence[Case], mode: str) -> Calls:
 
 
 def dense_calls(case: Case, layout: str) -> Calls:
-    """Set up the two ways of a dense mixture's training step against each other."""
+    """Return calls of a dense mixture's training step with each of the two backends."""
     t = inputs(case, layout)
     return {backend: mixed(t, "step", t.weights, backend=backend) for backend in ("branches", "merged")}
 
 
 def rows_of(case: Case, mode: str, measured: dict[str, bench.Row]) -> list[Row]:
-    """Turn what was measured of :func:`calls` into a row for each layout of ours."""
+    """Return one row per layout of ours from measurements of :func:`calls`."""
     best = {name: min(measured[f"{name} {layout}"].p50 for layout in LAYOUTS) for name in ("branches", "stock largest")}
     rows = []
     for layout in LAYOUTS:
@@ -224,7 +224,7 @@ def rows_of(case: Case, mode: str, measured: dict[str, bench.Row]) -> list[Row]:
 
 
 def many_rows(cases: Sequence[Case], mode: str, measured: dict[str, bench.Row]) -> list[Row]:
-    """Turn what was measured of :func:`many_calls` into rows; ratios are to the first case in the same layout."""
+    """Return rows from measurements of :func:`many_calls`; ratios are to the first case in the same layout."""
     first = len(cases[0].sizes)
     return [
         {
@@ -239,7 +239,7 @@ def many_rows(cases: Sequence[Case], mode: str, measured: dict[str, bench.Row]) 
 
 
 def hard_rows(case: Case, mode: str, measured: dict[str, bench.Row]) -> list[Row]:
-    """Turn what was measured of :func:`hard_calls` into a row for each layout."""
+    """Return one row per layout from measurements of :func:`hard_calls`."""
     return [
         {
             **_about(case, mode, layout),
@@ -251,7 +251,7 @@ def hard_rows(case: Case, mode: str, measured: dict[str, bench.Row]) -> list[Row
 
 
 def dense_row(case: Case, layout: str, measured: dict[str, bench.Row]) -> Row:
-    """Turn what was measured of :func:`dense_calls` into a row that also says what "auto" takes."""
+    """Return a row from measurements of :func:`dense_calls`, including the backend that "auto" chooses."""
     t = inputs(case, layout)
     choice = explain(mixture_conv2d, t.x, t.kernels, t.biases, t.weights, groups=t.groups)["mixture"]
     return {
@@ -317,17 +317,17 @@ def run(
     dense_shapes: Sequence[tuple[int, int]] | None = None,
     top: Ceilings | None = None,
 ) -> list[Bar]:
-    """Measure and print, write files to ``settings.out``, and return the bars.
+    """Run the benchmark: print rows, write files to ``settings.out`` and return the bars.
 
     Args:
-        settings: how.
+        settings: of the measurement.
         batch_size: samples of every row.
-        shapes: (channels, side) of the depthwise rows; ConvNeXt-T's stages when None.
+        shapes: (channels, side) of the depthwise rows; ConvNeXt-T's stages when None. Many experts are measured on
+            the last of ``shapes``, or on 384 x 14x14 when None.
         sets: sets of experts' sizes; the paper's when None.
         counts: numbers of experts, sizes 3 to 11 repeated; 5, 64 and 128 when None. Ratios are to the first.
-        dense_shapes: (channels, side) of the dense rows; ResNet's stages when None, which are left out when only
-            ``shapes`` is given. Many experts are measured on 384 x 14x14, or then on the last of ``shapes``.
-        top: the machine's ceilings, when they are known already.
+        dense_shapes: (channels, side) of the dense rows; when None, ResNet's stages, or no rows if ``shapes`` is given.
+        top: the machine's ceilings; measured when None.
 
     Raises:
         ValueError: numbers out of range, even kernels.
@@ -374,7 +374,7 @@ def run(
 
 
 def throughput(rows: Sequence[Row], mode: str) -> list[dict[str, str]]:
-    """Format one mode like figure 4: images/s of one layer against sets of experts, each in its better layout."""
+    """Format one mode like figure 4: images/s of one layer over sets of experts, each in its better layout."""
     lines = []
     for row in rows:
         if row["mode"] != mode or row["layout"] != "NCHW":
@@ -387,7 +387,7 @@ def throughput(rows: Sequence[Row], mode: str) -> list[dict[str, str]]:
 
 
 def _ours(row: Row, over: str) -> float:
-    """Ratio of our better layout to a peer's better layout."""
+    """Return the time of our better layout over that of a peer's better layout."""
     return record.in_better_layout(row, "ours") / record.in_better_layout(row, over)
 
 

@@ -1,11 +1,11 @@
-"""``widefield bench model NAME...``: throughput and memory of timm's models, as they are and with our operators.
+"""Measure throughput and memory of timm's models, stock and with our operators (``widefield bench model NAME...``).
 
 - ``inference``: forward under ``torch.inference_mode()``, in evaluation mode.
 - ``step``: forward, cross-entropy and backward in training mode, gradients to all parameters; no optimizer.
 
-Both for the model that timm makes and for the same model with its depthwise convolutions exchanged by
-:class:`widefield.surgery.FastDepthwise`, in both memory formats, all four interleaved. Memory is what a call holds at
-its peak beyond weights and inputs; PyTorch counts it on CUDA devices only.
+Each is measured for timm's model and for the same model with its depthwise convolutions replaced by
+:class:`widefield.surgery.FastDepthwise`, in both memory formats. All four are interleaved. Memory is the peak of a call
+beyond weights and inputs; PyTorch counts it on CUDA devices only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-import widefield.models  # noqa: F401  registers ours
+import widefield.models  # noqa: F401  registers our networks
 from widefield import _checks, bench
 from widefield.benchmarks import record
 from widefield.benchmarks.record import Record, Row
@@ -32,7 +32,7 @@ Models = dict[str, nn.Module]
 
 
 def build(name: str) -> tuple[Models, str | None]:
-    """Return {"timm": model, "FastDepthwise": the same converted}, and why there is no second where there is none."""
+    """Return {"timm": model, "FastDepthwise": converted model}, and the reason if it could not be converted."""
     model = timm.create_model(name)
     try:
         return {"timm": model, "FastDepthwise": convert(model, FastDepthwise())}, None
@@ -41,7 +41,7 @@ def build(name: str) -> tuple[Models, str | None]:
 
 
 def calls(models: Models, x: Tensor, mode: str) -> dict[str, Callable[[], object]]:
-    """Set up one mode: "timm NCHW", "FastDepthwise channels_last" and so on -> a call. Models are copied."""
+    """Return "timm NCHW", "FastDepthwise channels_last" and so on -> a call of one mode. Models are copied."""
     found: dict[str, Callable[[], object]] = {}
     for layout, memory_format in LAYOUTS.items():
         images = x.contiguous(memory_format=memory_format)
@@ -52,7 +52,7 @@ def calls(models: Models, x: Tensor, mode: str) -> dict[str, Callable[[], object
 
 
 def call(model: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
-    """Return one call of a mode. The model is taken as it is, in training mode for "step"."""
+    """Return a call of one mode. The caller sets the model's mode: training mode for "step"."""
 
     def infer() -> None:
         with torch.inference_mode():
@@ -83,7 +83,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def rows_of(name: str, mode: str, batch: int, measured: dict[str, bench.Row], cost: bench.Cost) -> list[Row]:
-    """Turn what was measured of :func:`calls` into rows. MACs are of one image."""
+    """Return rows from measurements of :func:`calls`. MACs are per image."""
     best = min(measured[f"timm {layout}"].p50 for layout in LAYOUTS)
     rows = []
     for key, row in measured.items():
@@ -108,13 +108,13 @@ def rows_of(name: str, mode: str, batch: int, measured: dict[str, bench.Row], co
 
 
 def run(settings: Settings, names: Sequence[str], *, batch_size: int | None = None, size: int | None = None) -> None:
-    """Measure and print, and write files to ``settings.out``.
+    """Run the benchmark: print rows and write files to ``settings.out``.
 
     Args:
-        settings: how; models are cast to its dtype.
-        names: timm's, ours included.
+        settings: of the measurement; models are cast to its dtype.
+        names: models in timm's registry, ours included.
         batch_size: 64 on CUDA devices when None, 8 on CPUs.
-        size: side of the images in pixels; what timm says of the model when None.
+        size: side of the images in pixels; the one in timm's configuration of the model when None.
 
     Raises:
         ValueError: an unknown name, numbers out of range.

@@ -1,4 +1,4 @@
-"""Output of a benchmark: rows printed as they come, and a JSON and a Markdown file per run."""
+"""Print the rows of a benchmark as they are measured, and write a JSON and a Markdown file per run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _TIMES = 22
 """Width of a time and its percentiles, in characters."""
 _WORD = 13
 _WORDS = ("step", "mode", "layout", "layers")
-"""Columns of short words, at most that wide, so that rows line up from the first on."""
+"""Columns of short words. They get a fixed width of ``_WORD`` characters, so that all rows line up."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit for a benchmark, and the worst row."""
+    """A limit for a benchmark, with the worst row."""
 
     text: str
     limit: float
     at_least: bool
-    """Whether the limit is a lower or an upper bound."""
+    """True if the limit is a lower bound, False if it is an upper bound."""
     measured: float | None
     """None if no row applies."""
     where: str = ""
@@ -47,7 +47,7 @@ class Bar:
         return {**asdict(self), "verdict": self.verdict}
 
     def formatted(self) -> dict[str, str]:
-        """Return a row of the summary."""
+        """Return the bar as a row of the summary."""
         return {
             "bar": self.text,
             "limit": f"{'>=' if self.at_least else '<='} {self.limit:g}",
@@ -65,7 +65,15 @@ def bar(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Bar:
-    """Compare the worst of ``rows`` with a limit; its "label" is recorded. Give one of the limits."""
+    """Return a bar that compares the worst of ``rows`` with a limit.
+
+    Args:
+        text: name of the bar.
+        rows: may be empty; the "label" of the worst row is recorded.
+        value: row -> the number to compare.
+        at_least: lower bound; give either this or ``at_most``.
+        at_most: upper bound.
+    """
     limit = at_least if at_least is not None else at_most
     if limit is None or (at_least is not None and at_most is not None):
         raise ValueError("give either at_least or at_most.")
@@ -77,7 +85,7 @@ def bar(
 
 
 class Table:
-    """Rows under a heading. Rows are kept for JSON, and formatted by ``columns``: heading -> formatter."""
+    """Rows under a title, kept for JSON and formatted by ``columns``: heading -> formatter."""
 
     def __init__(self, title: str, columns: Mapping[str, Callable[[Row], str]], note: str = "") -> None:
         self.title = title
@@ -90,13 +98,13 @@ class Table:
         return {heading: show(row) for heading, show in self.columns.items()}
 
     def markdown(self) -> str:
-        """Return heading, note and rows."""
+        """Return title, note and rows as Markdown."""
         note = f"{self.note}\n\n" if self.note else ""
         return f"## {self.title}\n\n{note}{report.markdown([self.formatted(row) for row in self.rows])}"
 
 
 class Record:
-    """One run of a benchmark: prints rows as they come, and finally writes ``NAME_DEVICE.json`` and ``.md``."""
+    """One run of a benchmark: prints rows as they are added, and finally writes ``NAME_DEVICE.json`` and ``.md``."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -115,12 +123,12 @@ class Record:
         print(line, flush=True)
 
     def fact(self, text: str) -> None:
-        """Print and keep a sentence on how or on what was measured."""
+        """Print and keep a sentence about the measurement."""
         self.facts.append(text)
         self._say(text)
 
     def table(self, title: str, columns: Mapping[str, Callable[[Row], str]], note: str = "") -> Table:
-        """Make a table; add rows with :meth:`add`. Its heading is printed with the first."""
+        """Return a new table; add rows with :meth:`add`. Its headings are printed with the first row."""
         table = Table(title, columns, note)
         self.tables.append(table)
         return table
@@ -142,18 +150,18 @@ class Record:
 
     @contextlib.contextmanager
     def until_interrupted(self) -> Iterator[None]:
-        """Let Ctrl-C end the measuring inside, not the run: what there is gets its summary and its files."""
+        """End the measurements inside on Ctrl-C without ending the run, so that finished rows are still written."""
         try:
             yield
         except KeyboardInterrupt:
             self.fact("Interrupted: the rows that are missing were not measured.")
 
     def finish(self, bars: Sequence[Bar], digest: Sequence[tuple[str, Sequence[Mapping[str, str]]]] = ()) -> None:
-        """Print the summary, and write the files where there is a folder for them.
+        """Print the summary, and write the files if ``settings.out`` is a folder.
 
         Args:
             bars: may be empty.
-            digest: further small tables of text, (title, rows), for the head of the Markdown file.
+            digest: additional small tables of text, (title, rows), for the head of the Markdown file.
         """
         shown = [b.formatted() for b in bars]
         if shown:
@@ -173,7 +181,7 @@ class Record:
         }
         rows = {table.title: table.rows for table in self.tables}
         stem.with_suffix(".json").write_text(_document(result, rows))
-        # The markers let a page of the docs take the head alone.
+        # A page of the docs includes only the text between these markers.
         parts = ["<!-- --8<-- [start:summary] -->", f"`{self.settings.command}`: {self._about()}", *self.facts]
         if shown:
             parts.append(report.markdown(shown).rstrip())
@@ -187,13 +195,14 @@ class Record:
 def publish(
     stem: Path, command: str, content: Mapping[str, Any], text: str, *, before: str = "", beside: Sequence[str] = ()
 ) -> None:
-    """Write what a script measured: STEM.json and STEM.md, each with the command, machine, versions and date.
+    """Write a script's measurements to STEM.json and STEM.md, each with the command, machine, versions and date.
 
     Args:
-        stem: path without a suffix; its folder is made if need be.
-        command: that made the figures.
+        stem: path without a suffix; its folder is created if needed.
+        command: the command line that produced the figures.
         content: of the JSON file.
-        text: Markdown, after the line on how it was made; ``before`` goes before that line.
+        text: Markdown after the line with the command and environment.
+        before: Markdown before that line.
         beside: see :func:`widefield.bench.environment`.
     """
     environment = bench.environment(beside=beside)
@@ -209,12 +218,12 @@ def _wider(widths: Sequence[int], cells: Sequence[str]) -> list[int]:
 
 
 def in_better_layout(row: Row, peer: str) -> float:
-    """Return a peer's median in seconds, in the memory format that it is faster in."""
+    """Return a peer's median in seconds, in its faster memory format."""
     return float(min(row["times"][f"{peer} {layout}"]["p50"] for layout in LAYOUTS))
 
 
 def milliseconds(row: Mapping[str, Any]) -> str:
-    """Show a row of times as "p50 (p20-p80)", three digits of each."""
+    """Format a row of times in milliseconds as "p50 (p20-p80)", three digits of each."""
     return f"{_ms(row['p50'])} ({_ms(row['p20'])}-{_ms(row['p80'])})"
 
 
@@ -224,7 +233,7 @@ def _ms(seconds: float) -> str:
 
 
 def times(rows: Mapping[str, bench.Row]) -> dict[str, Row]:
-    """Return measured rows as plain dictionaries: seconds, and the peak of memory where it is known."""
+    """Return measured rows as plain dictionaries: times in seconds, and peak memory where it is known."""
     return {
         name: {key: value for key, value in row.to_dict().items() if key != "name" and value is not None}
         for name, row in rows.items()
@@ -232,7 +241,7 @@ def times(rows: Mapping[str, bench.Row]) -> dict[str, Row]:
 
 
 def _document(result: Mapping[str, Any], tables: Mapping[str, Sequence[Row]]) -> str:
-    """Return JSON with a line for each row, so that a run can be compared with the next line by line."""
+    """Return JSON with one line per row, so that runs can be compared line by line."""
     parts = (
         f"  {json.dumps(title)}: [\n" + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
         for title, rows in tables.items()

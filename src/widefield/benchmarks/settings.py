@@ -1,4 +1,4 @@
-"""How to measure, in every benchmark; and the machine's upper limits."""
+"""Define the measurement settings of all benchmarks, and measure the machine's upper limits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _WARMUP = {"cpu": 1, "cuda": 3}
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory, as allocators for long runs do; return whether it does.
+    """Make the C library keep freed memory, as allocators for long runs do; return whether that succeeded.
 
-    By default glibc returns large blocks to the system, and the next call pays for new pages: up to ten times the time
-    of a short call, depending on what was measured before.
+    By default glibc returns large blocks to the system, and the next call pays for new pages. That takes up to ten
+    times as long as a short call, depending on the previous measurements.
     """
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     try:
@@ -38,10 +38,10 @@ def keep_freed_memory() -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement.
 
     Args:
-        command: the command line, for the record.
+        command: the command line, which is recorded.
         device: "cpu" or "cuda".
         dtype: "float32", "bfloat16" or "float16".
         repeats: timings of each call.
@@ -72,19 +72,21 @@ class Settings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch has it."""
+        """The torch.dtype."""
         return DTYPES[self.dtype]
 
     @property
     def slug(self) -> str:
-        """What tells the files of this device and dtype from others': ``cpu``, ``cuda_bf16``."""
+        """Suffix of file names for this device and dtype, such as ``cpu`` or ``cuda_bf16``."""
         short = {"float32": "", "bfloat16": "_bf16", "float16": "_fp16"}
         return self.device + short[self.dtype]
 
     def measure(self, calls: Mapping[str, Callable[[], object]], *, more: int = 1) -> dict[str, bench.Row]:
-        """Measure calls against each other: seconds of one call, and on CUDA devices the memory that it takes.
+        """Measure calls, interleaved: seconds per call, and on CUDA devices its memory.
 
-        ``more`` times as many timings, in as much more time, where it matters.
+        Args:
+            calls: name -> call.
+            more: factor of the number of timings and of the time budget.
         """
         keep_freed_memory()
         return bench.measure(
@@ -99,21 +101,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches in the same run: no convolution can be faster than both allow."""
+    """Upper limits of this machine, measured in the same run; they bound the speed of any convolution."""
 
     gemm_flops: float
     """Floating-point operations per second of a large square matrix product, in the dtype of the rows."""
     copy_bytes: float
-    """Bytes per second, read and written, of a copy that leaves every cache."""
+    """Bytes per second, read and written, of a copy larger than every cache."""
 
     def __str__(self) -> str:
         return f"matrix product {self.gemm_flops / 1e9:.0f} GFLOP/s, copy {self.copy_bytes / 1e9:.1f} GB/s"
 
 
 def ceilings(settings: Settings, *, side: int | None = None, copy_bytes: int | None = None) -> Ceilings:
-    """Measure a matrix product of ``side`` squared and a copy of ``copy_bytes``; defaults suit the device.
+    """Measure a matrix product of ``side`` squared and a copy of ``copy_bytes``; defaults depend on the device.
 
-    On CPUs the product is in float32 whatever the dtype, as that is what 16-bit convolutions are computed in there.
+    On CPUs the product is always in float32, the dtype in which 16-bit convolutions are computed there.
     """
     on_cpu = settings.device == "cpu"
     side = side or (2048 if on_cpu else 8192)
