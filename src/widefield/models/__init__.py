@@ -1,4 +1,4 @@
-"""Backbones, registered in timm by importing this package."""
+"""Provide the backbones; importing this package registers them in timm."""
 
 from widefield.models import mobilenetv2_lk as mobilenetv2_lk
 from widefield.models._registry import Stated as Stated
@@ -18,7 +18,7 @@ from widefield.models.van import VAN as VAN
 _FAMILIES = {name: module for name, module in sorted(globals().items()) if hasattr(module, "STATED")}
 
 MODULES = tuple(_FAMILIES)
-"""Names of the modules here that register networks, one family each; timm knows networks by their module."""
+"""Names of the modules that register networks, one per family; timm groups networks by module."""
 
 STATED: dict[str, Stated] = {name: stated for module in _FAMILIES.values() for name, stated in module.STATED.items()}
 """Name of a network -> what its paper or repository states about it."""

@@ -1,4 +1,4 @@
-"""What timm requires of a network of stages with a classifier, implemented once for all families."""
+"""Provide the base classes of all backbones, with the interface that timm requires."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of the submodules that only this stage and later ones need; the stage itself first."""
+        """Return the names of the submodules that earlier stages do not need, with the stage itself first."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         self.head = self.classifier().to(like)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the inputs of blocks, and compute their insides again in the backward pass."""
+        """In training, keep only the inputs of blocks, and recompute the rest in the backward pass."""
         self.grad_checkpointing = enable
 
     def run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the features of these stages do not need; return their indices."""
+        """Remove the modules that the features of these stages do not need; return the stages' indices."""
         count = len(self.feature_info)
         taken, deepest = feature_take_indices(count, indices)
         for index in range(deepest + 1, count):
@@ -188,7 +188,7 @@ class Backbone(nn.Module):
 
 
 class NormedBackbone(Backbone):
-    """A :class:`Backbone` that ends like ConvNeXt: a norm over the channels of the pooled vector, ``norm``.
+    """A :class:`Backbone` that ends like ConvNeXt, in a norm over the channels of the pooled vector, ``norm``.
 
     The family sets ``self.norm`` and applies :func:`initialize_truncated` to itself.
     """
@@ -198,7 +198,7 @@ class NormedBackbone(Backbone):
     """Factor of the classifier's initial weights."""
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Normalize the pooled vector, or each pixel if nothing is pooled; with "catavgmax" each half."""
+        """Normalize the pooled vector (with "catavgmax" each half of it), or each pixel if nothing is pooled."""
         halves = x.unflatten(1, (self.pool.feat_mult(), -1)).movedim(2, -1)
         y: Tensor = self.norm(halves).movedim(-1, 2).flatten(1, 2)
         return y

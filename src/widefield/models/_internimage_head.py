@@ -1,4 +1,4 @@
-"""What InternImage has after its stages: Wang et al., CVPR 2023; keys and numbers of the official code."""
+"""Provide the layers after InternImage's stages: Wang et al., CVPR 2023; keys and numbers of the official code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from widefield.nn.fusing import fold_norm, refuse_training
 
 
 def layer_norm(width: int) -> nn.Sequential:
-    """Return LayerNorm over channels last, under the key that the official code has it."""
+    """Return LayerNorm over channels last, with the key that it has in the official code."""
     return keyed(0, LayerNorm(width))
 
 
@@ -20,7 +20,7 @@ class ConvHead(nn.Sequential):
     """Pointwise convolution, batch norm, GELU; mergeable.
 
     Args:
-        width, out_width: channels.
+        width, out_width: input and output channels.
     """
 
     def __init__(self, width: int, out_width: int) -> None:
@@ -43,7 +43,7 @@ class AttentionPool(nn.Module):
     Args:
         width: C.
         out_width: C_out.
-        heads: of the attention.
+        heads: number of attention heads.
     """
 
     def __init__(self, width: int, out_width: int, heads: int) -> None:
@@ -60,12 +60,12 @@ class AttentionPool(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention between sequences, with the biases of its projections in parameters of their own.
+    """Attention between sequences, with the biases of its projections in separate parameters.
 
     Args:
         width: channels of the sequences.
-        out_width: channels of what is returned.
-        heads: how many; they divide ``width``.
+        out_width: channels of the output.
+        heads: number of attention heads; divides ``width``.
     """
 
     def __init__(self, width: int, out_width: int, heads: int) -> None:

@@ -1,4 +1,4 @@
-"""Registration in timm: configurations, construction, and weights in the official keys."""
+"""Register networks in timm: configurations, construction, and weights with the official keys."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cfg(first_conv: str, classifier: str = "head", **kwargs: Any) -> dict[str, A
 
 
 def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """Build a :class:`Backbone` with timm, accepting weights in the official keys (:func:`official_weights`)."""
+    """Build a :class:`Backbone` with timm, accepting weights with the official keys (:func:`official_weights`)."""
     return build_model_with_cfg(
         cls,
         variant,
@@ -55,7 +55,7 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -
 
 
 def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Check a state dict against the network that loads it, and return it; called by timm.
+    """Check a state dict against the network that loads it and return it; called by timm.
 
     Weights of a reparameterized network convert ``model``, in place, to its reparameterized form. timm then adapts the
     first convolution to other image channels, and drops a classifier with another number of classes.
@@ -66,7 +66,7 @@ def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     free = {f"{config.get(part)}.{name}" for part in ("first_conv", "classifier") for name in ("weight", "bias")}
     classes = state.get(f"{config.get('classifier')}.weight")
-    if classes is not None:  # of these weights, which may not be those of the configuration
+    if classes is not None:  # these weights may have other classes than the configuration
         config["num_classes"] = classes.shape[0]
         asked = getattr(model, "num_classes", 0)
         if asked not in (0, classes.shape[0]):
@@ -94,7 +94,7 @@ def _large_kernels(module: nn.Module) -> bool:
 
 
 def _differences(state: dict[str, Tensor], model: nn.Module, free: Iterable[str]) -> list[str]:
-    """List how weights differ from the network's; ``free`` keys may be missing, or have another shape."""
+    """Return the differences of weights from the network's; ``free`` keys may be missing or have another shape."""
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in state.items()}
     missing = [key for key in ours if key not in theirs and key not in free]

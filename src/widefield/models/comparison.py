@@ -1,4 +1,4 @@
-"""A comparison of networks on ImageNet-1K: cited counts, and the matching names in timm's registry.
+"""List a published comparison of networks on ImageNet-1K: cited counts, and the matching names in timm's registry.
 
 Source: Siyuan Li, "Convolution Kernel Design and Gated Attention for Modern Convolutional Neural Networks", March 2024,
 tables "Comparison of CNNs: ImageNet". Numbers are as printed there. MogaNet is dated by its publication.

@@ -1,4 +1,4 @@
-"""HorNet: blocks of a transformer around a recursive gated convolution.
+"""HorNet: transformer blocks with a recursive gated convolution in place of attention.
 
 Paper: Rao et al., "HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions", NeurIPS 2022,
 section 3.3. Keys, initialization and variants are those of the official code (github.com/raoyongming/HorNet, MIT),
@@ -75,12 +75,12 @@ class Branches(nn.Module):
             self.add_module(name, part)
 
     def spatial(self, x: Tensor) -> Tensor:
-        """Return the first branch."""
+        """Return the output of the spatial branch."""
         y: Tensor = self.gnconv(self.norm1(x))
         return y
 
     def pointwise(self, x: Tensor) -> Tensor:
-        """Return the second branch."""
+        """Return the output of the channel branch."""
         y: Tensor = self.pwconv2(self.act(self.pwconv1(self.norm2(x.permute(0, 2, 3, 1)))))
         return y.permute(0, 3, 1, 2)
 
@@ -155,7 +155,7 @@ def _scaled(y: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class HorNet(NormedBackbone):
-    """Stages of :class:`Block`, entered by patches of 4x4 pixels, later of 2x2; HorNet-T (7x7) by default.
+    """Stages of :class:`Block`, each after patches of 4x4 pixels, later of 2x2; HorNet-T (7x7) by default.
 
     Args:
         in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
@@ -221,7 +221,7 @@ class HorNet(NormedBackbone):
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Halve the map; the image twice."""
+        """Downsample the image by 4 and later maps by 2."""
         y: Tensor = self.downsample_layers[index](x)
         return y
 
@@ -230,7 +230,7 @@ class HorNet(NormedBackbone):
         return self.run(cast(nn.Sequential, self.stages[index]), x)
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of a stage and of what enters it."""
+        """Return the names of a stage and of the downsampling before it."""
         return f"stages.{index}", f"downsample_layers.{index}"
 
     def set_input_size(self, img_size: int | Pair) -> None:
@@ -246,7 +246,7 @@ class HorNet(NormedBackbone):
                     layer.resize(height // (4 << index), width // (4 << index))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order; downsampling belongs to the block after it."""
+        """Return timm's groups of parameters in network order; downsampling is grouped with the next block."""
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
         whole = r"^(?:downsample_layers|stages)\.(\d+)"
         return {"stem": r"^downsample_layers\.0", "blocks": whole if coarse else blocks}

@@ -1,4 +1,4 @@
-"""InternImage: blocks of a transformer around a deformable convolution.
+"""InternImage: transformer blocks with a deformable convolution in place of attention.
 
 Paper: Wang et al., "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions", CVPR
 2023, section 3. Keys, initialization and variants are those of the official code (github.com/OpenGVLab/InternImage,
@@ -242,7 +242,7 @@ class InternImage(Backbone):
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Halve the map: twice in the stem, by the previous level in later stages."""
+        """Downsample the image by 4 in the stem, and later maps by 2 in the previous level."""
         y: Tensor = self.patch_embed(x) if index == 0 else self.levels[index - 1].downsample(x)  # type: ignore
         return y
 
@@ -254,7 +254,7 @@ class InternImage(Backbone):
         return x.permute(0, 3, 1, 2)
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of a level and of the way to it."""
+        """Return the names of a level and of the downsampling before it."""
         return f"levels.{index}", f"levels.{index - 1}.downsample" if index else "patch_embed"
 
     def finish(self, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class InternImage(Backbone):
         last = len(self.levels) - 1
         blocks = [
             (r"^levels\.(\d+)\.blocks\.(\d+)", None),
-            *((rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(last)),  # with what they lead to
+            *((rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(last)),  # grouped with the next level
             (r"^levels\.(\d+)\.post_norms", (99999,)),
             (rf"^levels\.{last}\.norm|^conv_head|^dcnv3_head|^clip_projector|^fc_norm", (99999,)),
         ]
@@ -325,7 +325,7 @@ class InternImageH(InternImage):
         super().__init__(in_chans, num_classes, "", drop_rate, drop_path_rate, **kwargs)
 
     def add_head(self, widths: Sequence[int]) -> None:
-        """Make what comes after the stages."""
+        """Create the modules after the stages."""
         width, heads, hidden = self._head
         self.num_features, self.head_hidden_size = width, hidden
         self.dcnv3_head_x4: nn.Module = nn.Sequential(nn.Conv2d(widths[-1], 4 * width, 1), nn.PixelShuffle(2))
@@ -353,7 +353,7 @@ class InternImageH(InternImage):
         return small + large[..., : small.shape[2], : small.shape[3]]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Return the normalized answer of the attention, or the map where nothing is pooled."""
+        """Return the normalized output of the attention, or the map if nothing is pooled."""
         y: Tensor = self.fc_norm(self.clip_projector(x)) if self._pools else x
         return y
 
@@ -381,7 +381,7 @@ class InternImageH(InternImage):
         return features if intermediates_only else (merged, features)
 
     def unfinish(self) -> None:
-        """Remove what comes after the stages."""
+        """Remove the modules after the stages."""
         self.dcnv3_head_x4, self.dcnv3_head_x3 = nn.Identity(), nn.Identity()
         self.clip_projector, self.fc_norm = nn.Identity(), nn.Identity()
 
@@ -424,7 +424,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _network(variant: str, pretrained: bool, width: int, kwargs: dict[str, Any], **model_args: Any) -> Any:
-    """Build a network whose widths double from ``width`` and whose blocks normalize as those of S to XL do."""
+    """Build a network whose widths double from ``width``, with the norms of S to XL."""
     widths = tuple(width << i for i in range(4))
     given = {"widths": widths, "groups": tuple(w // 16 for w in widths), "norms": "post", "layer_scale_init": 1e-5}
     return build(InternImage, variant, pretrained, **{**given, **model_args, **kwargs})
@@ -463,7 +463,7 @@ def internimage_xl(pretrained: bool = False, **kwargs: Any) -> InternImage:
 
 
 def _largest(variant: str, pretrained: bool, width: int, kwargs: dict[str, Any], **model_args: Any) -> Any:
-    """Build a network with the head of the largest, 32 channels a group, and a norm after every sixth block."""
+    """Build a network like H and G: their head, 32 channels per group, and a norm after every sixth block."""
     widths = tuple(width << i for i in range(4))
     given = {**model_args, **kwargs}
     given = {
@@ -486,6 +486,6 @@ def internimage_h(pretrained: bool = False, **kwargs: Any) -> InternImageH:
 
 @register_model
 def internimage_g(pretrained: bool = False, **kwargs: Any) -> InternImageH:
-    """InternImage-G, of 3 billion parameters: of the official repository, not of the paper."""
+    """InternImage-G with 3 billion parameters, from the official repository; not in the paper."""
     model_args = {"depths": (2, 2, 48, 4), "norms": "post"}
     return _largest("internimage_g", pretrained, 512, kwargs, **model_args)  # type: ignore[no-any-return]

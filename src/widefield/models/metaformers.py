@@ -1,4 +1,4 @@
-"""One macro architecture for every token mixer, to compare mixers with everything else equal.
+"""MetaFormer: one architecture for all token mixers, to compare mixers with everything else equal.
 
 Papers: Yu et al., "MetaFormer Is Actually What You Need for Vision", CVPR 2022, section 3.1 (a block is a token mixer
 and a channel mixer, each after a norm and in a residual connection); stem, downsampling, widths and depths are those of
@@ -176,7 +176,7 @@ class MetaFormer(Backbone):
         self.norm = nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return which parameters belong together, for timm's layer-wise learning rates."""
+        """Return timm's groups of parameters, for layer-wise learning rates."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {
             "stem": r"^transitions\.0",
@@ -190,7 +190,7 @@ def _each(name: str, given: Any, known: Mapping[str, Any], count: int) -> list[M
     if len(each) != count:
         raise ValueError(f"{name} must be one mixer, or one for each of {count} stages; got {len(each)}.")
     for mixer in each:
-        if isinstance(mixer, nn.Module) or not callable(mixer):  # a module instance would be shared by all blocks
+        if isinstance(mixer, nn.Module) or not callable(mixer):  # all blocks would share a module instance
             _checks.choice(name, mixer, tuple(known))
     return each
 

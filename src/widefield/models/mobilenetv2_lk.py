@@ -1,4 +1,4 @@
-"""MobileNetV2 with large depthwise kernels, the network of RepLKNet's guidelines 2 to 5.
+"""MobileNetV2 with large depthwise kernels, from RepLKNet's guidelines 2 to 5.
 
 Paper: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", CVPR 2022,
 section 3, guidelines 2 to 5 and tables 2 to 4. The network is timm's ``mobilenetv2_100`` (Sandler et al. 2018) with
@@ -51,7 +51,7 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 def _build(
     *, kernel_sizes: int | Sequence[int] = 13, small_kernel: int = 3, shortcut: bool = True, **kwargs: Any
 ) -> EfficientNet:
-    model: EfficientNet = model_entrypoint("mobilenetv2_100")(**kwargs)  # create_model would drop what is None
+    model: EfficientNet = model_entrypoint("mobilenetv2_100")(**kwargs)  # create_model would drop None values
     sizes = [kernel_sizes] * len(model.stage_ends) if isinstance(kernel_sizes, int) else list(kernel_sizes)
     if len(sizes) != len(model.stage_ends):
         raise ValueError(

@@ -201,18 +201,18 @@ class MogaNet(Backbone):
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Halve the map; the image twice."""
+        """Downsample the image by 4 and later maps by 2."""
         y: Tensor = self.get_submodule(f"patch_embed{index + 1}")(x)
         return y
 
     def stage(self, index: int, x: Tensor) -> Tensor:
-        """Run the blocks of a stage, and normalize."""
+        """Run the blocks of a stage, then its norm."""
         blocks = cast(nn.Sequential, self.get_submodule(f"blocks{index + 1}"))
         y: Tensor = self.get_submodule(f"norm{index + 1}")(self.run(blocks, x))
         return y
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of the norm that gives a feature, of the blocks before it and of what enters them."""
+        """Return the names of a stage's norm, of its blocks and of its patch embedding."""
         return f"norm{index + 1}", f"blocks{index + 1}", f"patch_embed{index + 1}"
 
     def classifier(self) -> nn.Module:
@@ -224,9 +224,9 @@ class MogaNet(Backbone):
         return {name for name, parameter in self.named_parameters() if parameter.squeeze().ndim <= 1 < parameter.ndim}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order.
+        """Return timm's groups of parameters in the order of the network.
 
-        Downsampling belongs to the first block of its stage, the norm to the last.
+        Downsampling is grouped with the first block of its stage, the norm with the last.
         """
         if coarse:
             return {"stem": r"^patch_embed1", "blocks": r"^(?:patch_embed|blocks|norm)(\d+)"}
@@ -254,13 +254,13 @@ def _halve(channels: int, width: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 
 
 def _read_scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Change a 1x1 convolution to compute on x what it computed on ``scale * x + shift``."""
+    """Fold the scale and shift of its input into a 1x1 convolution: it then returns ``conv(scale * x + shift)``."""
     cast(Tensor, conv.bias).add_(conv.weight.flatten(1) @ shift)
     conv.weight.mul_(scale.view(1, -1, 1, 1))
 
 
 def _write_scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor | float = 0.0) -> None:
-    """Change a convolution to return ``scale * y + shift`` instead of y."""
+    """Fold a scale and shift of its output into a convolution: it then returns ``scale * conv(x) + shift``."""
     conv.weight.mul_(scale.view(-1, 1, 1, 1))
     cast(Tensor, conv.bias).mul_(scale).add_(shift)
 

@@ -155,7 +155,7 @@ class RepLKNet(Backbone):
         return self.run(self.get_submodule(f"stages.{index}.blocks"), x)  # type: ignore[arg-type]
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of what a stage is made of."""
+        """Return the names of a stage's blocks and of the stem or transition before them."""
         blocks = f"stages.{index}.blocks"
         return (blocks, f"transitions.{index - 1}") if index else (blocks, "stem")
 

@@ -1,10 +1,11 @@
-"""ResNets for images of 32x32, the networks of table I of GMConv (Chen et al.; docs/gmconv.md).
+"""ResNets for images of 32x32, as in table I of GMConv (Chen et al.; docs/gmconv.md).
 
 Paper: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2: a 3x3 convolution,
-three stages of 16, 32 and 64 channels at strides 1, 2 and 4, no parameters in the shortcuts. The 18-layer one is that
-of DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017, whose training GMConv
-takes over: the ImageNet network with a 3x3 convolution in place of the 7x7 and the max pool, at strides 1 to 8. Blocks
-and keys are timm's, the classifier is called ``head``.
+three stages of 16, 32 and 64 channels at strides 1, 2 and 4, no parameters in the shortcuts.
+
+The network of 18 layers is from DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks with
+Cutout", 2017, whose training GMConv adopts. It is the ImageNet network with a 3x3 convolution in place of the 7x7 and
+the max pool, at strides 1 to 8. Blocks and keys are timm's; the classifier is ``head``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SLaK: ConvNeXt with kernels of up to 61x61, each split into two crossed bands, and widened for sparse training.
 
 Paper: Liu et al., "More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity", ICLR 2023, sections 3
-and 4. Keys are those of its code (github.com/VITA-Group/SLaK). Its counts are of networks with 40 % of their weights
-removed in training, which is :class:`widefield.surgery.sparsity.DynamicSparsity` here; these networks are dense.
+and 4. Keys are those of its code (github.com/VITA-Group/SLaK). The paper counts networks with 40 % of their weights
+removed in training, for which use :class:`widefield.surgery.sparsity.DynamicSparsity`; the networks here are dense.
 """
 
 from __future__ import annotations
@@ -161,11 +161,11 @@ class SLaK(NormedBackbone):
         return self.run(self.stages[index], x)  # type: ignore[arg-type]
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of a stage and of the downsampling in front of it."""
+        """Return the names of a stage and of the downsampling before it."""
         return f"stages.{index}", f"downsample_layers.{index}"
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's grouping of parameters, by stages or by blocks, for a learning rate that decays by depth."""
+        """Return timm's groups of parameters, by stages or by blocks, for layer-wise learning rates."""
         if coarse:
             return {"stem": r"^downsample_layers\.0", "blocks": r"^(?:downsample_layers|stages)\.(\d+)"}
         blocks = [

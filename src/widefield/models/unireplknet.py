@@ -1,4 +1,4 @@
-"""UniRepLKNet: few large kernels, each trained as a sum of dilated ones, between many small ones.
+"""UniRepLKNet: a few large kernels, each trained as a sum of dilated ones, among many small kernels.
 
 Paper: Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series
 and Image Recognition", CVPR 2024, section 3. Keys, initialization and variants are those of the official code
@@ -91,13 +91,13 @@ class SqueezeExcite(nn.Module):
 class UniRepLKNetBlock(nn.Module):
     """Depthwise convolution, gates, and two pointwise layers with a global response norm between (section 3.1).
 
-    (N, C, H, W) -> the same. From 7x7 on the depthwise convolution has dilated ones beside it.
+    (N, C, H, W) -> the same. From 7x7 on, the depthwise convolution has parallel dilated branches.
 
     Args:
         channels: C.
         kernel_size: of the depthwise convolution: 3 or a key of :data:`widefield.nn.large_kernel.DILATED_BRANCHES`.
-        drop_path: how often, in training, a sample skips the block.
-        layer_scale_init: initial value of the layer scale ``gamma``; 0 or None: there is none.
+        drop_path: probability that a sample skips the block in training.
+        layer_scale_init: initial value of the layer scale ``gamma``; 0 or None for none.
     """
 
     gamma: nn.Parameter | None
@@ -135,15 +135,15 @@ class UniRepLKNetBlock(nn.Module):
     def fuse(self) -> FusedBlock:
         """Return the block with its branches, norms, layer scale and the bias of its GRN folded in.
 
-        The first norm goes into the depthwise convolution; all that is linear after the GRN into ``pwconv2.0``. Exact
-        in evaluation mode. Its parameters are new ones.
+        The first norm is folded into the depthwise convolution, and everything linear after the GRN into ``pwconv2.0``.
+        Exact in evaluation mode. The parameters are new.
 
         Raises:
             RuntimeError: in training mode.
         """
         refuse_training(self)
         large: Any = self.dwconv
-        if isinstance(large, (DilatedReparamConv2d, nn.Sequential)):  # the latter: merged in place before
+        if isinstance(large, (DilatedReparamConv2d, nn.Sequential)):  # a Sequential after an in-place merge
             conv = merged(large) if isinstance(large, DilatedReparamConv2d) else cast(nn.Conv2d, large.lk_origin)
             dwconv: nn.Module = nn.Sequential(OrderedDict(lk_origin=fold_norm(conv, self.norm)))
         else:
@@ -161,7 +161,7 @@ class UniRepLKNetBlock(nn.Module):
 
     @torch.no_grad()
     def _projection(self) -> nn.Linear:
-        """``pwconv2`` as one layer: the GRN's bias goes through the weights, the layer scale multiplies the norm."""
+        """Return ``pwconv2`` as one layer, with the GRN's bias, the norm and the layer scale folded in."""
         linear, norm = cast(nn.Linear, self.pwconv2[0]), cast(nn.BatchNorm2d, self.pwconv2[2])
         beta, learns = cast(Tensor, self.act[1].beta), linear.weight.requires_grad
         pointwise = nn.Conv2d(linear.in_features, linear.out_features, 1, device="meta").eval()
@@ -176,9 +176,9 @@ class UniRepLKNetBlock(nn.Module):
 
 
 class FusedBlock(nn.Sequential):
-    """A merged :class:`UniRepLKNetBlock`: its layers in a row, and the input added. Made by ``fuse()``.
+    """A merged :class:`UniRepLKNetBlock`: its layers in sequence, with a residual connection. Made by ``fuse()``.
 
-    It has no drop path, and can be trained further as it stands.
+    It has no drop path, and can be trained further.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class FusedBlock(nn.Sequential):
 
 
 class UniRepLKNet(NormedBackbone):
-    """Stages of :class:`UniRepLKNetBlock`, each entered by a 3x3 convolution of stride 2 (the first by two).
+    """Stages of :class:`UniRepLKNetBlock`, each after a 3x3 convolution of stride 2 (the first after two).
 
     Args:
         in_chans, num_classes, global_pool, drop_rate: see :class:`widefield.models._backbone.Backbone`.
@@ -239,7 +239,7 @@ class UniRepLKNet(NormedBackbone):
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Halve the map; the image twice."""
+        """Downsample the image by 4 and later maps by 2."""
         y: Tensor = self.downsample_layers[index](x)
         return y
 
@@ -248,7 +248,7 @@ class UniRepLKNet(NormedBackbone):
         return self.run(cast(nn.Sequential, self.stages[index]), x)
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of a stage and of what enters it."""
+        """Return the names of a stage and of the downsampling before it."""
         return f"stages.{index}", f"downsample_layers.{index}"
 
     def reparameterize_unireplknet(self) -> None:
@@ -263,7 +263,7 @@ class UniRepLKNet(NormedBackbone):
         fuse_layers(self, select=lambda module: isinstance(module, UniRepLKNetBlock))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order; downsampling belongs to the block after it."""
+        """Return timm's groups of parameters in network order; downsampling is grouped with the next block."""
         blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
         whole = r"^(?:downsample_layers|stages)\.(\d+)"
         return {"stem": r"^downsample_layers\.0", "blocks": whole if coarse else blocks}
@@ -366,14 +366,14 @@ def unireplknet_n(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
 
 @register_model
 def unireplknet_t(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-T: every second block of the third stage is large."""
+    """UniRepLKNet-T: every second block of the third stage has a large kernel."""
     arguments = {"depths": (3, 3, 18, 3), "widths": (80, 160, 320, 640), **kwargs}
     return build(UniRepLKNet, "unireplknet_t", pretrained, **arguments)  # type: ignore[no-any-return]
 
 
 @register_model
 def unireplknet_s(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-S: every third block of the third stage is large, here and in B, L and XL."""
+    """UniRepLKNet-S: every third block of the third stage has a large kernel, as in B, L and XL."""
     arguments = {"depths": (3, 3, 27, 3), "widths": (96, 192, 384, 768), **kwargs}
     return build(UniRepLKNet, "unireplknet_s", pretrained, **arguments)  # type: ignore[no-any-return]
 

@@ -69,13 +69,13 @@ class PatchEmbed(nn.Sequential):
 class Block(nn.Module):
     """Large kernel attention, then an MLP with a 3x3 depthwise convolution inside.
 
-    (N, C, H, W) -> the same. Both halves are ``x + layer_scale * branch(batch_norm(x))``.
+    (N, C, H, W) -> the same. Each of the two computes ``x + layer_scale * branch(batch_norm(x))``.
 
     Args:
         width: C.
         mlp_ratio: channels inside the MLP, in units of C; rounded down.
         kernel_size, dilation: of :class:`widefield.nn.lka.LKA`.
-        drop_path: probability that a sample skips a half in training.
+        drop_path: probability that a sample skips a branch in training.
         layer_scale_init: initial value of the factors of both branches.
     """
 
@@ -159,7 +159,7 @@ class FusedBlock(nn.Module):
 
 
 class VAN(Backbone):
-    """Stages of :class:`Block`, each entered by an overlapping convolution and followed by LayerNorm.
+    """Stages of :class:`Block`, each after an overlapping patch embedding and followed by LayerNorm.
 
     The default arguments give VAN-B2. The norm after a stage belongs to its feature and feeds the next stage.
 
@@ -224,7 +224,7 @@ class VAN(Backbone):
         self.head = self.classifier()
 
     def enter(self, index: int, x: Tensor) -> Tensor:
-        """Reduce the image to a quarter of its sides, later maps to half."""
+        """Downsample the image by 4 and later maps by 2."""
         y: Tensor = self.get_submodule(f"patch_embed{index + 1}")(x)
         return y
 
@@ -235,7 +235,7 @@ class VAN(Backbone):
         return y
 
     def parts(self, index: int) -> tuple[str, ...]:
-        """Return the names of the norm of the feature, of the blocks, and of the patch embedding."""
+        """Return the names of a stage's norm, of its blocks and of its patch embedding."""
         return f"norm{index + 1}", f"block{index + 1}", f"patch_embed{index + 1}"
 
     def classifier(self) -> nn.Module:
@@ -243,14 +243,14 @@ class VAN(Backbone):
         return super().classifier().apply(initialize_fan_out)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's description of the layers in order.
+        """Return timm's groups of parameters in the order of the network.
 
-        Patch embeddings belong to the first block of their stage, the norm to its last.
+        A patch embedding is grouped with the first block of its stage, the norm with the last.
         """
         blocks = [
             (r"^patch_embed(\d+)", (0,)),
             (r"^block(\d+)\.(\d+)", None),
-            (r"^norm(\d+)", (99999,)),  # timm's number for: with the one before
+            (r"^norm(\d+)", (99999,)),  # to timm this number means: group with the previous layer
         ]
         whole = r"^(?:patch_embed|block|norm)(\d+)"
         return {"stem": r"^patch_embed1", "blocks": whole if coarse else blocks}
