@@ -1,7 +1,7 @@
-"""Block sizes worth measuring, most promising first; the first also serves where nothing is measured.
+"""List candidate block sizes for measurement, most promising first; the first is the default without measurement.
 
-Each is a dict of a kernel's constants in capitals and of Triton's ``num_warps`` and ``num_stages``. They are guesses
-from counting loads and registers; every one gives the right result for every problem.
+Each candidate is a dict of a kernel's constants in capitals and of Triton's ``num_warps`` and ``num_stages``. They are
+guesses from counting loads and registers. Every candidate is correct for every problem.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def weight_grad_configs(
 
 
 def _tiles(width: int, columns: int, channels: int, batch: int, channels_last: bool) -> Iterable[Config]:
-    """Return tiles of lanes for rows of ``columns``: what each thread holds, and the number of threads."""
+    """Yield tiles of lanes for rows of ``columns``, with their numbers of warps."""
     if channels_last:
         a = min((8, 4, 2, 16), key=lambda a: -(-columns // a) * (a + width / 4))
-        for warps, each in ((4, 4), (4, 2), (2, 4)):  # each: neighboring channels of a thread, one load
+        for warps, each in ((4, 4), (4, 2), (2, 4)):  # each: neighboring channels per thread, in one load
             b = min(power_of_two(channels), max(each, 32 * warps * each // a))
             yield {"BA": a, "BB": b, "num_warps": warps}
         return
     b = _columns(width, columns)
-    if b >= 64:  # one plane: its taps are scalars, loaded once for all columns of a thread
+    if b >= 64:  # in a tile of one plane, taps are scalars, loaded once for all columns of a thread
         yield {"BA": 1, "BB": b, "num_warps": 1}
         yield {"BA": 1, "BB": b, "num_warps": 2}
     for warps in (4, 2):
@@ -79,7 +79,7 @@ def _tiles(width: int, columns: int, channels: int, batch: int, channels_last: b
 
 
 def _columns(width: int, columns: int) -> int:
-    """Return a number of lanes for rows of ``columns``: few are idle, and few columns are read twice."""
+    """Return a number of lanes for rows of ``columns`` with few idle lanes and few columns read twice."""
     return min((128, 64, 32, 16, 8), key=lambda b: -(-columns // b) * (b + (min(width, 16) + 3) / 2))
 
 
@@ -90,8 +90,8 @@ def _distinct(found: Iterable[Config]) -> list[Config]:
 def band_configs(size: Pair, batch: int, precision: str) -> list[Config]:
     """Return candidates for :func:`.kernels.band.band_kernel`; ``size`` is that of the output.
 
-    One stage first: copies that run ahead of the products pass the L1 cache by, from which each image row is read KH
-    times.
+    Configurations with one stage come first. With more stages, copies ahead of the products bypass the L1 cache, from
+    which each image row is read KH times.
     """
     whole = max(16, power_of_two(size[1]))
     height = max(16, power_of_two(batch * size[0]))
@@ -99,7 +99,7 @@ def band_configs(size: Pair, batch: int, precision: str) -> list[Config]:
         guesses = [(128, 16, 16, 4), (64, 16, 16, 4), (256, 16, 16, 8)]
     elif size[1] <= 32:
         guesses = [(128, 32, 32, 4), (64, 32, 32, 4), (256, 32, 32, 8)]
-    elif precision == "tf32x3":  # keeps each operand in two parts: wider blocks do not fit in the registers
+    elif precision == "tf32x3":  # each operand is kept in two parts, so wider blocks do not fit in the registers
         guesses = [(128, 32, 32, 4), (256, 32, 32, 8), (64, 32, 32, 4)]
     else:
         guesses = [(128, 32, 32, 4), (128, 64, 32, 8), (256, 32, 32, 8)]
@@ -124,11 +124,11 @@ def band_weight_grad_configs(size: Pair) -> list[Config]:
 
 
 def mixture_configs(side: int, size: Pair, channels: int, batch: int, channels_last: bool) -> list[Config]:
-    """Return candidates for :func:`.kernels.mix.mixture_kernel`: many rows, as they share the work of mixing."""
+    """Return candidates for :func:`.kernels.mix.mixture_kernel`, with many rows, which share the work of mixing."""
     chunk = side if side <= 16 else even_parts(side, 8)
     found = []
     tiles = list(_tiles(side, size[1], channels, batch, channels_last))
-    if channels_last:  # two channels a thread before four: the taps of four leave few registers
+    if channels_last:  # two channels per thread first: the taps of four leave few registers
         tiles = [tiles[1], tiles[0], *tiles[2:]]
     for tile in tiles:
         for rows in (8, 16) if channels_last else (16, 8):

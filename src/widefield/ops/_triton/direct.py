@@ -1,6 +1,6 @@
-"""Backend of depthwise convolution for small kernels: launches :mod:`.kernels.fma`, any stride, padding and dilation.
+"""Launch :mod:`.kernels.fma`, depthwise convolution with small kernels and any stride, padding and dilation.
 
-channels_last tensors are computed as they lie; kernels are then copied to (G, KH, KW, C), so that channels are lanes.
+channels_last tensors are not copied; their kernels are copied to (G, KH, KW, C), so that channels are lanes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Convolve x (N, C, H, W) with weight (G, C, KH, KW), G = 1 or N, and bias None or (G, C); x's memory format."""
+    """Convolve x (N, C, H, W) with weight (G, C, KH, KW), G = 1 or N, bias (G, C) or None, in x's memory format."""
     size = output_size((x.shape[2], x.shape[3]), _kernel(weight), stride, padding, dilation)
     return _convolve(x, weight, bias, size, stride, padding, dilation, flip=False)
 
@@ -41,7 +41,7 @@ def input_grad(
 ) -> Tensor:
     """Return the gradient with respect to x of ``input_size`` (N, C, H, W), in the memory format of grad."""
     size = (input_size[2], input_size[3])
-    if tuple(stride) == (1, 1):  # a convolution with the flipped kernel, whose padding may be negative
+    if tuple(stride) == (1, 1):  # a convolution with the flipped kernel; its padding may be negative
         turned = tuple(dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in range(2))
         return _convolve(grad, weight, None, size, stride, (turned[0], turned[1]), dilation, flip=True)
     return _strided_input_grad(grad, weight, size, stride, padding, dilation)
@@ -51,7 +51,7 @@ def weight_grad(
     grad: Tensor, x: Tensor, weight_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the kernels (G, C, KH, KW), summed over the batch if G = 1. ``out_dtype``: grad's."""
+    """Return the gradient of the kernels (G, C, KH, KW), summed over the batch if G = 1; grad's dtype by default."""
     groups, channels, height, width = weight_size
     dtype = out_dtype or grad.dtype
     if grad.numel() == 0:
@@ -159,7 +159,7 @@ def _kernel(weight: Tensor) -> Pair:
 
 
 def _taps(weight: Tensor, last: bool) -> Tensor:
-    """Put channels next to each other where lanes are channels."""
+    """Return the kernels with adjacent channels if lanes are channels."""
     return weight.permute(0, 2, 3, 1).contiguous() if last else weight.contiguous()
 
 

@@ -1,10 +1,10 @@
-"""Backend of depthwise convolution for large kernels, on tensor cores: launches :mod:`.kernels.band`, stride 1.
+"""Launch :mod:`.kernels.band`, depthwise convolution with large kernels on tensor cores, stride 1.
 
-Kernels work on NCHW; channels_last tensors are copied to it and back. With one kernel for each sample the batch is put
-among the channels, which costs the sharing of T over samples. float32 is split in three TF32 products ("tf32x3"), as
-exact as float32 to a few units in the last place, or rounded to TF32 where ``torch.backends.cudnn.allow_tf32`` says so.
+The GPU kernels work on NCHW; channels_last tensors are copied to it and back. Per-sample kernels fold the batch into
+the channels, so samples cannot share T. float32 is computed as three TF32 products ("tf32x3"), as exact as float32 to a
+few units in the last place. With ``torch.backends.cudnn.allow_tf32`` it is rounded to TF32 instead.
 
-Taps outside the kernel are multiplied as zeros: an infinity or NaN in x spreads over the columns of its block.
+Taps outside the kernel are multiplied as zeros, so an infinity or NaN in x spreads over the columns of its block.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """Convolve x (N, C, H, W) with weight (G, C, KH, KW), G = 1 or N, and bias None or (G, C); x's memory format."""
+    """Convolve x (N, C, H, W) with weight (G, C, KH, KW), G = 1 or N, bias (G, C) or None, in x's memory format."""
     size = output_size((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), stride, padding, dilation)
     return _convolve(x, weight, bias, size, padding)
 
@@ -59,7 +59,7 @@ def weight_grad(
     grad: Tensor, x: Tensor, weight_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of the kernels (G, C, KH, KW), summed over the batch if G = 1. ``out_dtype``: grad's."""
+    """Return the gradient of the kernels (G, C, KH, KW), summed over the batch if G = 1; grad's dtype by default."""
     shape = tuple(weight_size)
     groups, _, tall, wide = shape
     dtype = out_dtype or grad.dtype
@@ -104,7 +104,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, size: Pair, paddin
     def launch(config: tune.Config) -> Tensor:
         rows, cols, deep = config["BM"], config["BN"], config["BK"]
         shift, reach = _window(wide, padding[1], cols, width, size[1])
-        if shift == 0 and reach == width:  # the whole row at once
+        if shift == 0 and reach == width:  # one block covers the whole row
             deep = max(16, power_of_two(width))
         chunks = -(-reach // deep)
         before = max(0, cols - 1 + shift - padding[1])  # zeros that the band needs on both sides
@@ -135,7 +135,7 @@ def _planes(x: Tensor, groups: int) -> Tensor:
 def _window(wide: int, padding: int, cols: int, width: int, out_width: int) -> Pair:
     """Return (shift, reach): a block of ``cols`` outputs from column 0 needs columns -shift to reach - shift of x.
 
-    All of the map where one block writes all outputs and the map is no wider than the window.
+    The window is the whole map if one block writes all outputs and the map is no wider than the window.
     """
     shift = -(-padding // ALIGN) * ALIGN
     reach = shift + cols - padding + wide - 1

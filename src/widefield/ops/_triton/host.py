@@ -1,4 +1,4 @@
-"""Helpers of all kernel launchers: sizes, memory formats, precision, reasons to refuse."""
+"""Provide helpers for all kernel launchers: sizes, memory formats, precision, unsupported devices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from widefield._checks import Pair
 from widefield.ops._problem import memory_format
 
-# Kernels that were decorated under TRITON_INTERPRET=1 run on the CPU, slowly; that is how they are tested.
+# Kernels decorated under TRITON_INTERPRET=1 run on the CPU, slowly; the tests use this.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# Weight gradients are split until there are this many programs. A constant, not a property of the device: the order
-# in which partial sums are added, and with it every bit of the result, is the same on every GPU.
+# Weight gradients are split until there are this many programs. This is a constant, not a property of the device, so
+# that partial sums are added in the same order, and results are bitwise equal, on every GPU.
 PROGRAMS = 4096
 
 
@@ -33,7 +33,7 @@ def device_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:
-    """Return x without gaps in the given memory format; x itself where it is so."""
+    """Return x without gaps in the given memory format; x itself if it already is."""
     return x.contiguous(memory_format=memory_format(channels_last))
 
 
@@ -48,7 +48,7 @@ def empty(
 def tf32_allowed() -> bool:
     """Return whether the user allows convolutions to round float32 to TF32.
 
-    PyTorch has two interfaces. Reading the old flag raises if the new one is set to something that it cannot express.
+    PyTorch has two interfaces. Reading the old flag raises if the new one has a value that the old cannot express.
     """
     try:
         return bool(torch.backends.cudnn.allow_tf32)
@@ -58,11 +58,11 @@ def tf32_allowed() -> bool:
 
 
 def even_parts(size: int, at_most: int) -> int:
-    """Return the length of the parts when ``size`` is cut into as few parts of at most ``at_most`` as possible."""
+    """Return the length of parts that split ``size`` evenly into the fewest parts of at most ``at_most``."""
     parts = -(-size // at_most)
     return -(-size // parts)
 
 
 def power_of_two(n: int) -> int:
-    """Return the least power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

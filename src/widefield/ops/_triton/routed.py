@@ -1,15 +1,15 @@
-"""Mixture of depthwise experts, mixed inside the convolution (MoRF, Lian, Yu, Wang 2024, eq. 6 and 7).
+"""Compute mixtures of depthwise experts by mixing inside the convolution (MoRF, Lian, Yu, Wang 2024, eq. 6 and 7).
 
-The mixture is linear in x, so each sample has one kernel. It is never written to memory (stride 1, "same" padding)::
+The mixture is linear in x, so each sample has one kernel, which is never stored (stride 1, "same" padding)::
 
     y[n, c] = (sum_r a[n, r] bank[r, c]) * x[n, c] + sum_r a[n, r] bias[r, c]
 
-The forward kernel is that of :mod:`.kernels.fma`, except that it reads n experts for each tap: n multiply-adds that BH
-rows of every column of a thread share. Taps outside an expert's span are neither loaded nor multiplied.
+The forward kernel is that of :mod:`.kernels.fma`, except that it reads n experts for each tap. The n multiply-adds are
+shared by BH rows of every column of a thread. Taps outside an expert's span are neither loaded nor multiplied.
 
-Backward has three steps. dx is the forward with every expert turned by 180 degrees. dW[n, c], the gradient of one
-sample's kernel, is the weight gradient of :mod:`.direct` or :mod:`.gemm`, in float32: it is small next to the maps. One
-pass over it then gives both ::
+Backward has three steps. dx is the forward with every expert rotated by 180 degrees. dW[n, c], the gradient of one
+sample's kernel, is the weight gradient of :mod:`.direct` or :mod:`.gemm`, in float32; it is small compared with the
+maps. One pass over it then computes both ::
 
     d_bank[r, c] = sum_n a[n, r] dW[n, c],    d_weights[n, r] = sum_c <dW[n, c], bank[r, c]>
 
@@ -33,7 +33,7 @@ from widefield.ops._triton.kernels.mix import bank_grad_kernel, mixture_kernel
 # From this size on dW uses tensor cores and bands, below it one register per tap.
 GEMM_FROM = 15
 
-# Taps that one program of the last step holds.
+# Taps per program of the last step.
 TAPS = 128
 
 
@@ -50,8 +50,8 @@ def forward(x: Tensor, bank: Tensor, spans: Sequence[int], bias_bank: Tensor | N
 
     Args:
         x: (N, C, H, W).
-        bank: (n, C, K, K), K odd, experts centered; of any float dtype but float64, as the two below.
-        spans: n odd sizes of at most K. Taps of expert r outside its central (span, span) are taken for zero.
+        bank: (n, C, K, K), K odd, experts centered; like the two below of any float dtype except float64.
+        spans: n odd sizes of at most K. Taps of expert r outside its central (span, span) are treated as zero.
         bias_bank: (n, C) or None.
         weights: (N, n).
     """
@@ -71,7 +71,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients (dx, d_bank, d_bias, d_weights) of :func:`forward`, each in the dtype of its tensor.
 
-    None for dx without ``need_x``; for the others without ``need_parameters``; for d_bias without biases.
+    dx is None without ``need_x``, the others without ``need_parameters``, and d_bias without biases.
     """
     dx = _mix(grad, bank, spans, None, weights, flip=True) if need_x else None
     if not need_parameters:
@@ -120,7 +120,7 @@ def _mix(
 def _parameter_grads(
     grad: Tensor, x: Tensor, bank: Tensor, spans: Sequence[int], weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return d_bank, and d_weights in float32 without the part of the biases."""
+    """Return d_bank, and d_weights in float32 without the contribution of the biases."""
     experts, channels, side, _ = bank.shape
     batch = x.shape[0]
     if grad.numel() == 0:

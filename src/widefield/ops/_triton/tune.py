@@ -1,8 +1,11 @@
-"""Block sizes: measured once for each kind of problem, remembered in memory and in a file.
+"""Choose block sizes: measure them once per kind of problem, and cache the choice in memory and in a file.
 
-Triton's own autotuner is not used. It chooses among launches of one kernel, but here the host's part of the work
-depends on the choice too: how weights are padded, into how many partial sums a gradient is split. It would also measure
-while a CUDA graph is being captured, and its key is exact sizes, where similar ones can share.
+Triton's own autotuner is not used, for three reasons:
+
+- It chooses among launches of one kernel. Here the host's work depends on the choice, too: the padding of weights and
+  the number of partial sums of a gradient.
+- It would measure during CUDA graph capture.
+- Its key has exact sizes, but similar sizes can share a choice.
 
 The file is ``$XDG_CACHE_HOME/widefield/triton/<device>-<torch>-<triton>.json`` (``~/.cache`` by default). A file that
 cannot be read or written is ignored.
@@ -47,11 +50,11 @@ def run(
 
     Args:
         name: of the kernel.
-        key: what the speed of a candidate depends on. Every candidate must be correct for every problem.
-        candidates: makes the list. The first is a good guess. It is used where nothing may be measured: in the
-            interpreter, during CUDA graph capture, and under ``torch.use_deterministic_algorithms``, since another
-            choice adds in another order.
-        launch: does all the work that depends on the choice, any number of times with the same result.
+        key: the properties of the problem that affect speed. Every candidate must be correct for every problem.
+        candidates: returns the list. Its first entry is used where measuring is not allowed: in the interpreter, during
+            CUDA graph capture, and under ``torch.use_deterministic_algorithms``, since the choice affects the order of
+            additions.
+        launch: does all work that depends on the choice; may be called repeatedly with the same result.
         device: of the tensors.
     """
     if INTERPRETED or device.type != "cuda":
@@ -62,7 +65,7 @@ def run(
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return a context that launches on this device. Triton uses the current one, wherever the tensors are."""
+    """Return a context that launches on this device; Triton ignores the tensors' device and uses the current one."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -77,11 +80,11 @@ def _choose(
         path, entry = cache_file(device), f"{name} {json.dumps(key)}"
         known = _best.get((name, device.index, key)) or _cache.read(path).get(
             entry
-        )  # another thread's, another process's
-        if known is None or known not in candidates:  # not measured yet, or by a version with other candidates
+        )  # measured by another thread or process
+        if known is None or known not in candidates:  # not measured, or by a version with other candidates
             try:
                 known = fastest(candidates, launch)
-            except torch.OutOfMemoryError:  # measuring takes memory of its own
+            except torch.OutOfMemoryError:  # measuring needs additional memory
                 return candidates[0]
             _cache.write(path, entry, known)
         _best[name, device.index, key] = known
@@ -93,7 +96,7 @@ def fastest(
     launch: Callable[[Config], Tensor],
     measure: Callable[[Callable[[], Tensor]], float] | None = None,
 ) -> Config:
-    """Return the candidate with the least median time. Those that do not compile or fit on the device are skipped."""
+    """Return the candidate with the lowest median time, skipping those that do not compile or fit on the device."""
     if len(candidates) == 1:
         return candidates[0]
     measure = measure or _median
@@ -122,7 +125,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def bucket(n: int) -> int:
-    """Round a side of a map up: exact to 16, to steps of 8 up to 64, then to powers of two."""
+    """Round the side of a map up: exact up to 16, in steps of 8 up to 64, then to powers of two."""
     if n <= 16:
         return n
     return -(-n // 8) * 8 if n <= 64 else 1 << (n - 1).bit_length()

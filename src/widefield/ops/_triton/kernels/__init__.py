@@ -1,1 +1,1 @@
-"""The kernels themselves: Triton's language in Python's syntax, which type checkers cannot follow."""
+"""Define the GPU kernels in Triton's language, which type checkers cannot check."""

@@ -1,20 +1,20 @@
 # ruff: noqa: RUF005 (see fma.py)
-"""Depthwise convolution on tensor cores, for large kernels: stride 1, dilation 1, any padding.
+"""Compute depthwise convolutions with large kernels on tensor cores: stride 1, dilation 1, any padding.
 
 For one channel and one row kh of its kernel, a row convolution is a product with a band (Toeplitz) matrix::
 
     y[n, oh, ow] = sum_kh sum_iw x[n, oh + kh - ph, iw] T_kh[iw, ow],    T_kh[iw, ow] = w[kh, iw - ow + pw]
 
-so that BM image rows, of any sample, meet a BN-column block of T in one tl.dot; for the 31x31 kernels of RepLKNet (Ding
-et al. 2022, section 3) about half of the products count. Kernels are padded by the launcher, so that T is gathered
-without a mask, and blocks of x begin at multiples of ALIGN columns, so that loads are wide.
+One tl.dot multiplies BM image rows, of any samples, by a BN-column block of T. For the 31x31 kernels of RepLKNet (Ding
+et al. 2022, section 3) about half of the products are with nonzero entries of T. The launcher pads kernels, so that T
+is gathered without a mask. Blocks of x begin at multiples of ALIGN columns, so that loads are wide.
 
-The gradient with respect to x is the same with the kernel turned by 180 degrees. That of the kernel is another
-product of the same two maps::
+The gradient with respect to x is the same with the kernel rotated by 180 degrees. The gradient with respect to the
+kernel is another product of the same two maps::
 
     D_kh[iw, ow] = sum_(n, oh) x[n, oh + kh - ph, iw] g[n, oh, ow],    dW[kh, kw] = sum_ow D_kh[ow + kw - pw, ow]
 
-with rows that the kernel takes out of the map left out, and the sums over diagonals read by tl.gather.
+Rows that the kernel moves outside the map are skipped, and the sums over diagonals use tl.gather.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def band_kernel(
     VECTOR: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """y[n, c, oh, ow] = bias[c] + sum_(kh, iw) x[n, c, oh + kh - ph, iw] w[c, kh, iw - ow + ORIGIN].
+    """Compute y[n, c, oh, ow] = bias[c] + sum_(kh, iw) x[n, c, oh + kh - ph, iw] w[c, kh, iw - ow + ORIGIN].
 
     w: (C, KH, LENGTH), zero around the kernel. W = x_wide * VECTOR, which tells the compiler how rows are aligned.
-    Rows of the product are ordered by (oh, n) under BY_ROW: then all rows of a block leave the map together, and the
-    rows of the kernel that meet none of them are skipped. Ordered by (n, oh) they share more of x.
+    With BY_ROW, rows of the product are ordered by (oh, n). Then all rows of a block leave the map together, and kernel
+    rows that overlap none of them are skipped. Otherwise they are ordered by (n, oh) and share more of x.
     """
     pid = tl.program_id(0)
     row_block = pid % row_blocks
@@ -67,7 +67,7 @@ def band_kernel(
             other=0.0,
         )
         b = tl.load(band + kh * LENGTH + chunk * BK)
-        if WIDEN:  # the interpreter multiplies the bits of bfloat16 as integers
+        if WIDEN:  # the interpreter would multiply the bits of bfloat16 as integers
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if BIAS:
@@ -95,10 +95,12 @@ def band_weight_grad_kernel(
     X_VECTOR: tl.constexpr, G_VECTOR: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, KWP: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
-    """part[split, c, kh, kw] = sum_(n, oh, ow) x[n, c, oh + kh - ph, ow + kw - pw] g[n, c, oh, ow], (n, oh) in split.
+    """Compute the kernel's gradient, one partial sum per split of the rows (n, oh) of g.
 
-    A program owns KB rows of the kernel, which share the loads of g, and one of ``parts`` splits. OFFSET = SHIFT - pw;
-    tap kw of column ow of a block is D[ow + kw + OFFSET, ow], where BI covers the window or else all of the map.
+    part[split, c, kh, kw] = sum_(n, oh, ow) x[n, c, oh + kh - ph, ow + kw - pw] g[n, c, oh, ow], (n, oh) in split.
+
+    A program computes KB rows of the kernel, which share the loads of g, and one of ``parts`` splits. Tap kw of column
+    ow of a block is D[ow + kw + OFFSET, ow], OFFSET = SHIFT - pw. BI covers the window or else the whole map.
     """
     GROUPS: tl.constexpr = (KH + KB - 1) // KB
     pid = tl.program_id(0)
@@ -107,7 +109,7 @@ def band_weight_grad_kernel(
     c = pid // (GROUPS * parts)
     W = x_wide * X_VECTOR
     OW = g_wide * G_VECTOR
-    first = tl.maximum(ph - kh0 - (KB - 1), 0)  # rows of g that any of the KB kernel rows links to a row of x
+    first = tl.maximum(ph - kh0 - (KB - 1), 0)  # first row of g that uses a row of x with any of the KB kernel rows
     count = tl.maximum(tl.minimum(OH, H + ph - kh0) - first, 0)
     total = N * count
     per = tl.cdiv(tl.cdiv(total, BM), parts) * BM

@@ -1,18 +1,19 @@
-# ruff: noqa: RUF005, SIM108 (Triton reads neither unpacking nor a choice between two blocks the Python way)
-"""Depthwise convolution by multiply-add, for small kernels: any stride, padding and dilation, either memory format.
+# ruff: noqa: RUF005, SIM108 (Triton supports neither unpacking nor conditional expressions as Python does)
+"""Compute depthwise convolutions with small kernels by multiply-adds: any stride, padding, dilation and memory format.
 
 A program computes BH rows of a tile of lanes. In NCHW the tile is BA planes (n, c) by BB columns, so that small maps
-fill it too; in channels_last it is BA columns by BB channels. For one column of the kernel at a time it loads the
+fill it too; in channels_last it is BA columns by BB channels. For each column of the kernel, the program loads the
 column's taps and every image row that any of its output rows needs, each once::
 
     y[r] += w[kh, kw] * x[r * stride + kh * dilation - padding]   for all r < BH, kh < KC
 
-with all r and kh unrolled: BH + 2 KC loads stand against BH * KC multiply-adds. Rows are values of their own, as an
-axis of the tile would be spread over threads. Large kernels go by chunks of KC rows, those outside the map skipped.
+All r and kh are unrolled, so BH + 2 KC loads serve BH * KC multiply-adds. Rows are separate values, since an axis of
+the tile would be distributed over threads. Large kernels are processed in chunks of KC rows; rows outside the map are
+skipped.
 
-The gradient with respect to the input is the same convolution with the kernel turned by 180 degrees, for stride 1; for
-larger strides each phase of the columns has a program of its own, so that no lane meets the zeros between the columns.
-The gradient with respect to the kernel keeps one sum for each tap and lane; no atomics, fixed order.
+With stride 1, the gradient with respect to the input is the same convolution with the kernel rotated by 180 degrees.
+With larger strides, each phase of the columns has its own program, so that no lane processes the zeros between columns.
+The gradient with respect to the kernel keeps one sum per tap and lane, in a fixed order without atomics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import triton.language as tl
 
 @triton.jit
 def add(acc, at: tl.constexpr, value):
-    """Return the tuple with value added to one of its tiles."""
+    """Return the tuple of tiles with ``value`` added to the tile at index ``at``."""
     return acc[:at] + (acc[at] + value,) + acc[at + 1 :]
 
 
@@ -38,9 +39,9 @@ def sums(BA: tl.constexpr, BB: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def lanes(pid, row_blocks, col_blocks, C, planes, BA: tl.constexpr, BB: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Return what a program works on: plane (n * C + c), n, c and column of every lane, whether it exists; row block.
+    """Return a program's work: each lane's plane (n * C + c), n, c, column and whether it exists; and its row block.
 
-    Programs that share image rows or cache lines follow each other.
+    Programs that share image rows or cache lines are adjacent.
     """
     if CHANNELS_LAST:
         channel_blocks = tl.cdiv(C, BB)
@@ -57,7 +58,7 @@ def lanes(pid, row_blocks, col_blocks, C, planes, BA: tl.constexpr, BB: tl.const
         rest = pid // col_blocks
         row_block = rest % row_blocks
         plane = (rest // row_blocks).to(tl.int64) * BA
-        if BA > 1:  # else a scalar, and all that is computed from it
+        if BA > 1:  # otherwise it stays a scalar, and so does everything computed from it
             plane = plane + tl.arange(0, BA)[:, None]
         n = plane // C
         c = (plane % C).to(tl.int32)
@@ -70,7 +71,7 @@ def accumulate(
     acc, taps, source, ok, row, height, pitch,
     SH: tl.constexpr, DH: tl.constexpr, KC: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Add to each of BH output rows KC taps times image rows ``row + r * SH + kh * DH``; ``source``: row 0."""
+    """Add KC taps times image rows ``row + r * SH + kh * DH`` to each of BH output rows; ``source`` is row 0."""
     for i in tl.static_range((BH - 1) * SH + (KC - 1) * DH + 1):
         value = tl.load(
             source + (row + i).to(tl.int64) * pitch, mask=ok & (row + i >= 0) & (row + i < height), other=0.0
@@ -86,7 +87,7 @@ def read_taps(
     w, live, kh, kw, step,
     KH: tl.constexpr, KW: tl.constexpr, KC: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """Return taps (kh, kw) to (kh + KC - 1, kw); zero below the kernel."""
+    """Return taps (kh, kw) to (kh + KC - 1, kw), zero below the kernel."""
     taps = ()
     for j in tl.static_range(KC):
         if FLIP:
@@ -107,9 +108,10 @@ def kernel_pointers(
     KH: tl.constexpr, KW: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Return where each lane's kernel begins: in (G, KH, KW, C) for channels_last, (G, C, KH, KW) else.
+    """Return a pointer to each lane's kernel, in (G, KH, KW, C) for channels_last, otherwise in (G, C, KH, KW).
 
-    As wide as the tile, so that a tap is loaded where it is used; a narrower one would be passed through shared memory.
+    The pointers are as wide as the tile, so that each thread loads the taps it uses; narrower ones would be passed
+    through shared memory.
     """
     if CHANNELS_LAST:
         if PER_SAMPLE:
@@ -130,7 +132,10 @@ def forward_kernel(
     CHANNELS_LAST: tl.constexpr, PER_SAMPLE: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
     BH: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, KC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """y[n, c, oh, ow] = bias[c] + sum_(kh, kw) w[c, kh, kw] x[n, c, oh SH + kh DH - ph, ow SW + kw DW - pw]."""
+    """Convolve x with w.
+
+    y[n, c, oh, ow] = bias[c] + sum_(kh, kw) w[c, kh, kw] x[n, c, oh SH + kh DH - ph, ow SW + kw DW - pw].
+    """
     plane, n, c, col, live, row_block = lanes(
         tl.program_id(0), row_blocks, col_blocks, C, planes, BA, BB, CHANNELS_LAST
     )
@@ -153,7 +158,7 @@ def forward_kernel(
     acc = sums(BA, BB, BH)
     if KC == KH:
         lo, hi = 0, 1
-    else:  # rows of the kernel that meet the map from any of the BH rows
+    else:  # rows of the kernel that overlap the map for any of the BH rows
         lo = tl.maximum(0, tl.cdiv(tl.maximum(ph - (top + BH - 1) * SH, 0), DH))
         hi = tl.minimum(KH, tl.cdiv(tl.maximum(H + ph - top * SH, 0), DH))
     for kh in range(lo, hi, KC):
@@ -189,10 +194,12 @@ def strided_input_grad_kernel(
     PH: tl.constexpr, CHANNELS_LAST: tl.constexpr, PER_SAMPLE: tl.constexpr,
     BH: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """dx[n, c, ih, iw] = sum_(kh, kw) w[c, kh, kw] g[n, c, (ih + PH - kh DH) / SH, (iw + pw - kw DW) / SW].
+    """Compute the gradient with respect to the input, for any stride.
 
-    Over those (kh, kw) for which both divisions are exact.
-    BH is a multiple of SH, so that which rows divide is known when compiling; columns iw = SW * lane + phase.
+    dx[n, c, ih, iw] = sum_(kh, kw) w[c, kh, kw] g[n, c, (ih + PH - kh DH) / SH, (iw + pw - kw DW) / SW],
+    over all (kh, kw) for which both divisions are exact.
+
+    BH is a multiple of SH, so that the compiler knows which rows divide; columns iw = SW * lane + phase.
     """
     pid = tl.program_id(0)
     phase = pid % SW
@@ -213,7 +220,7 @@ def strided_input_grad_kernel(
         dx += plane * (W.to(tl.int64) * H) + col
         dx_pitch = W.to(tl.int64)
     w = kernel_pointers(w, plane, n, c, C, KH, KW, BA, BB, CHANNELS_LAST, PER_SAMPLE)
-    FIRST: tl.constexpr = (PH - (KH - 1) * DH) // SH  # of the rows of g that BH rows of dx need, from top / SH
+    FIRST: tl.constexpr = (PH - (KH - 1) * DH) // SH  # first row of g that BH rows of dx need, from top / SH
     LAST: tl.constexpr = (BH - 1 + PH) // SH
     acc = sums(BA, BB, BH)
     for kw in range(KW):
@@ -245,13 +252,16 @@ def weight_grad_kernel(
     CHANNELS_LAST: tl.constexpr, PER_SAMPLE: tl.constexpr,
     BH: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, KC: tl.constexpr, KD: tl.constexpr,
 ):  # fmt: skip
-    """dW[c, kh, kw] = sum_(n, oh, ow) g[n, c, oh, ow] x[n, c, oh SH + kh DH - ph, ow SW + kw DW - pw].
+    """Compute the gradient with respect to the kernel, in partial sums.
 
-    A program owns KC x KD taps of one channel (BB channels in channels_last; BA planes in NCHW with per-sample kernels)
-    and sums ``per`` of the tiles into which the maps are cut.
+    dW[c, kh, kw] = sum_(n, oh, ow) g[n, c, oh, ow] x[n, c, oh SH + kh DH - ph, ow SW + kw DW - pw].
+
+    A program computes KC x KD taps of one channel (BB channels in channels_last; BA planes in NCHW with per-sample
+    kernels) and sums over ``per`` of the tiles into which the maps are split.
     part: (splits, G, C, KH, KW), or (splits, G, KH, KW, C) in channels_last.
 
-    One long function, because its loops share the tuple of accumulators, which Triton helpers could only return whole.
+    This is one long function because its loops share a tuple of accumulators, which Triton helpers could only return
+    as a whole.
     """
     COLS: tl.constexpr = (KW + KD - 1) // KD
     CHUNKS: tl.constexpr = COLS * ((KH + KC - 1) // KC)
@@ -262,7 +272,7 @@ def weight_grad_kernel(
     if CHANNELS_LAST:
         channel_blocks = tl.cdiv(C, BB)
         c = (unit % channel_blocks) * BB + b
-        sample = (unit // channel_blocks).to(tl.int64)  # 0 unless each has a kernel
+        sample = (unit // channel_blocks).to(tl.int64)  # 0 unless kernels are per-sample
         step = C
     else:
         step: tl.constexpr = 1

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005, SIM108 (see fma.py)
-"""Kernels of :mod:`widefield.ops._triton.routed`, where their formulas are."""
+"""Define the kernels of :mod:`widefield.ops._triton.routed`, which states their formulas."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def mixed_taps(
     K: tl.constexpr, KC: tl.constexpr, EXPERTS: tl.constexpr, SPANS: tl.constexpr, FLIP: tl.constexpr,
     BA: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return taps (kh, kw) to (kh + KC - 1, kw) of sum_r shares[r] bank[r]; ``expert`` is the distance of experts."""
+    """Return taps (kh, kw) to (kh + KC - 1, kw) of sum_r shares[r] bank[r]; ``expert`` is the stride of experts."""
     taps = ()
     for _ in tl.static_range(KC):
         if WIDE:
@@ -23,7 +23,7 @@ def mixed_taps(
         else:
             taps = taps + (0.0,)
     for r in tl.static_range(EXPERTS):
-        if (kw >= (K - SPANS[r]) // 2) & (kw < (K + SPANS[r]) // 2):  # a column that the expert has
+        if (kw >= (K - SPANS[r]) // 2) & (kw < (K + SPANS[r]) // 2):  # the column is within the expert's span
             for j in tl.static_range(KC):
                 if FLIP:
                     at = ((K - 1 - kh - j) * K + (K - 1 - kw)) * step
@@ -47,7 +47,10 @@ def mixture_kernel(
     CHANNELS_LAST: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
     BH: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, KC: tl.constexpr,
 ):  # fmt: skip
-    """y[n, c] = (sum_r weights[n, r] bank[r, c]) * x[n, c] + sum_r weights[n, r] bias[r, c]; see :mod:`.fma`."""
+    """Mix and convolve; see :mod:`.fma`.
+
+    y[n, c] = (sum_r weights[n, r] bank[r, c]) * x[n, c] + sum_r weights[n, r] bias[r, c].
+    """
     plane, n, c, col, live, row_block = lanes(
         tl.program_id(0), row_blocks, col_blocks, C, planes, BA, BB, CHANNELS_LAST
     )
@@ -66,7 +69,7 @@ def mixture_kernel(
         at_y = start + col
     bank = kernel_pointers(bank, plane, n, c, C, K, K, BA, BB, CHANNELS_LAST, False)
     share = weights + n * EXPERTS
-    if WIDE and not CHANNELS_LAST:  # planes of other samples: as wide as the tile, like the pointers to kernels
+    if WIDE and not CHANNELS_LAST:  # planes of several samples: as wide as the tile, like the pointers to kernels
         share += tl.zeros((BA, BB), tl.int32)
     shares = ()
     for r in tl.static_range(EXPERTS):
@@ -89,7 +92,7 @@ def mixture_kernel(
             acc = accumulate(acc, taps, x + start + (left + kw) * step, ok, top - P + kh, H, pitch, 1, 1, KC, BH)
     shift = 0.0
     if BIAS:
-        for r in tl.static_range(EXPERTS):  # one for each plane, from loads as narrow as that
+        for r in tl.static_range(EXPERTS):  # one share per plane, from equally narrow loads
             part = tl.load(weights + n * EXPERTS + r, mask=n * C < planes, other=0.0).to(tl.float32)
             shift += part * tl.load(bias + r * C + c, mask=c < C, other=0.0).to(tl.float32)
     for r in tl.static_range(BH):
@@ -105,15 +108,18 @@ def bank_grad_kernel(
     dw, bank, weights, d_bank, part, N, expert, tap_blocks,
     K: tl.constexpr, EXPERTS: tl.constexpr, SPANS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """d_bank[r, c] = sum_n a[n, r] dw[n, c] in the span of r, else 0; part[., n, r] = <dw[n, c], bank[r, c]> in it.
+    """Compute the gradient of the bank, and partial sums of the gradient of the routing weights.
 
-    A program has a block of BT taps of one channel, and a row of part. ``expert`` is the distance of two experts.
+    d_bank[r, c] = sum_n a[n, r] dw[n, c] within the span of r, otherwise 0.
+    part[., n, r] = <dw[n, c], bank[r, c]> within the span of r.
+
+    A program computes a block of BT taps of one channel, and a row of part. ``expert`` is the stride of experts.
     """
     pid = tl.program_id(0)
     c = (pid // tap_blocks).to(tl.int64)
     t = pid % tap_blocks * BT + tl.arange(0, BT)
     up, across = tl.abs(t // K - K // 2), tl.abs(t % K - K // 2)
-    far = tl.where(t < K * K, tl.maximum(up, across), K)  # of the center, in taps
+    far = tl.where(t < K * K, tl.maximum(up, across), K)  # distance from the center, in taps
     at = c * (K * K) + t
     kernels = ()
     acc = ()
