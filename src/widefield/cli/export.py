@@ -71,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.trim and "size" in args.dynamic:
         raise ValueError("--trim drops taps that meet no map of one size: leave 'size' out of --dynamic.")
     found = _subjects.subject(args.models[0], args)
-    # Photographs are enough to verify a file. Calibration and trimming need images of the data.
+    # Photographs suffice to verify a file. Calibration and trimming need images from the data set.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
     pictures = _subjects.pictures(args, found, stand_in=not reads)
     images = _subjects.labeled_batches(found.view(pictures, batch_size=args.batch_size))
     shown, held_out = images[::2], images[1::2] or images
     example = images[0][0]
-    with torch.no_grad(), running(found.model, example):  # an unsupported size is a one-line error here
+    with torch.no_grad(), running(found.model, example):  # reports an unsupported size as a one-line error
         found.model(example[:1])
     if "batch" not in args.dynamic:
         held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.Module:
-    """Return the model to export, and print what was done to it."""
+    """Return the model to export, and print the steps applied to it."""
     from widefield.surgery import NothingToFuseError, reparameterize, specialize, trim
 
     if args.routing in ("mean", "auto"):
@@ -131,4 +131,4 @@ def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.
 
 
 def _say(report: object) -> None:
-    print(str(report).partition("\n\n")[0])  # in Python, report= has the tables, too
+    print(str(report).partition("\n\n")[0])  # in Python, report= also returns the tables

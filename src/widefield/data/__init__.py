@@ -1,4 +1,4 @@
-"""Data sets: embedded (`Digits`), generated (`Scales`), CIFAR, your files (`Folder`, `Shards`, `HuggingFace`)."""
+"""Provide data sets: built-in (`Digits`), generated (`Scales`), CIFAR, files (`Folder`, `Shards`, `HuggingFace`)."""
 
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
 from widefield.data.catalog import SETS, create, create_both

@@ -1,4 +1,4 @@
-"""The published files of CIFAR-10 and CIFAR-100: a binary version, and a Python version of pickles."""
+"""Read the published files of CIFAR-10 and CIFAR-100: the binary version and the Python version of pickles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Version:
-    """The file names of one version."""
+    """File names of one version."""
 
     folder: str
     archive: str
@@ -31,7 +31,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Files:
-    """One of the two data sets."""
+    """Files and records of one of the two data sets."""
 
     title: str
     classes: int
@@ -91,7 +91,7 @@ CIFAR100 = Files(
 def read_files(
     root: Path, files: Files, version: str, split: str
 ) -> tuple[tuple[str, ...], NDArray[np.uint8], NDArray[np.int64]]:
-    """Return names of the classes, pixels uint8 (N, 3072), red, green and blue planes by row, and labels (N,).
+    """Return class names, pixels uint8 (N, 3072) as red, green and blue planes by row, and labels (N,).
 
     Raises:
         FileNotFoundError: the version is not in ``root``.
@@ -121,7 +121,7 @@ def read_files(
 
 
 def _check_labels(labels: NDArray[np.int64], names: tuple[str, ...], where: str, files: Files) -> None:
-    """Raise ValueError unless all classes are equally frequent, as they are in both sets."""
+    """Raise ValueError unless all classes are equally frequent, as in both published sets."""
     wrong = labels[(labels < 0) | (labels >= files.classes)]
     if len(wrong):
         raise ValueError(f"{where} has the label {wrong[0]}; those of {files.title} are 0 to {files.classes - 1}.")
@@ -209,9 +209,9 @@ def _python_images(content: bytes, path: str, files: Files) -> tuple[NDArray[np.
 
 
 class _Plain(pickle.Unpickler):
-    """Creates arrays, numbers, strings, lists and dictionaries, and refuses to call anything else."""
+    """An unpickler that creates only arrays, numbers, strings, lists and dictionaries, and rejects anything else."""
 
-    _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy has moved it since the files were written
+    _RECONSTRUCT = np.empty(0).__reduce__()[0]  # its module in numpy has changed since the files were written
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -223,7 +223,7 @@ class _Plain(pickle.Unpickler):
 
 def _unpickled(content: bytes, path: str) -> dict[str, Any]:
     try:
-        found = _Plain(io.BytesIO(content), encoding="latin1").load()  # how numpy wants what Python 2 wrote
+        found = _Plain(io.BytesIO(content), encoding="latin1").load()  # numpy requires latin1 for Python 2's pickles
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of CIFAR's Python version: {type(error).__name__}: {error}.") from error
     if not isinstance(found, dict):

@@ -1,10 +1,11 @@
-"""An index of the images in tar files, built by reading their headers once.
+"""Index the images in tar files by reading their headers once.
 
-Streaming readers (webdataset's, and timm's wrapper of it) return samples in the order of the files, shuffled in a
-buffer. They cannot resume in the middle of an epoch, and the number of samples per process is unknown. timm's
-``ReaderImageInTar`` has random access, but does not read webdataset's layout. It also reads every byte to find the
-headers, shares an open file with forked workers, and keeps its table as a pickle. This index stores the offset and the
-length of each image in arrays, so that any image is one seek away.
+The index stores the offset and length of each image in arrays, so that reading an image takes one seek.
+
+Existing readers do not fit. Streaming readers (webdataset's, and timm's wrapper of it) return samples in file order,
+shuffled in a buffer. They cannot resume in the middle of an epoch, and the number of samples per process is unknown.
+timm's ``ReaderImageInTar`` has random access, but does not read webdataset's layout. It also reads every byte to find
+the headers, shares an open file with forked workers, and stores its table as a pickle.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from numpy.typing import NDArray
 from widefield.data.class_map import is_index
 from widefield.data.listing import HIDDEN, IMAGE_ENDINGS, Skipped, is_hidden, why_no_image
 
-_FORMAT = 2  # version of the stored file; raise it when the meaning changes
+_FORMAT = 2  # version of the stored file; increase it when the content changes
 
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Images in tar files, in the files' order: arrays of length N, and the names of the classes."""
+    """Images in tar files, in file order: arrays of length N, and the class names."""
 
     names: NDArray[np.bytes_]
-    """Path inside the tar file, in UTF-8; starts with the path of an inner tar file without its ``.tar``."""
+    """Path inside the tar file, in UTF-8; for an inner tar file, prefixed with that file's path without ``.tar``."""
     tars: NDArray[np.int32]
     """Index of the tar file."""
     offsets: NDArray[np.int64]
@@ -46,7 +47,7 @@ class TarIndex:
     labels: NDArray[np.int64]
     """Index into ``classes``, or the label in the tar file if there are no classes."""
     classes: NDArray[np.str_]
-    """Sorted names of the folders, (M,); (0,) if labels are stored next to the images."""
+    """Sorted folder names, (M,); (0,) if labels are stored next to the images."""
     skipped: NDArray[np.str_]
     """Reason, count and first name of the files that were left out, (R, 3)."""
 
@@ -57,19 +58,19 @@ def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
     Args:
         tars: uncompressed tar files.
         label_key: where to find the label in ``.json`` files.
-        store: a folder. The stored file is identified by the tar files' names, lengths and modification times.
+        store: folder of the stored file, which is identified by the tar files' names, lengths and modification times.
 
     Raises:
-        OSError: a tar file cannot be read, or is not one; the message names it.
+        OSError: a file cannot be read or is not a tar file; the message names it.
         ValueError: an image lacks a label while others have one, or a label is not an integer.
 
-    Warns if the index cannot be kept.
+    Warns if the index cannot be stored.
     """
     told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in tars]
     digest = hashlib.sha256(json.dumps([_FORMAT, label_key, told]).encode()).hexdigest()
     kept = store / f".widefield-tar-index-{digest[:16]}.npz"
     try:
-        # numpy refuses pickled objects by default. It does not close damaged files that it opened itself.
+        # np.load rejects pickled objects by default, but does not close damaged files that it opened itself.
         with kept.open("rb") as file, np.load(file) as arrays:
             return TarIndex(**{field.name: arrays[field.name] for field in fields(TarIndex)})
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
@@ -87,7 +88,7 @@ def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
 
 
 def _keep(index: TarIndex, path: Path) -> None:
-    """Write the index next to its place and move it there: several processes may do so at once."""
+    """Write the index to a temporary file and move it in place, since several processes may do so at once."""
     descriptor, unfinished = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -108,7 +109,7 @@ def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
     left_out = _texts(rows).reshape(-1, 3)
     lacking = labels < 0
     if lacking.all():
-        places = np.argsort(np.argsort(list(folders)))  # ranks of the folders, which are numbered as they were found
+        places = np.argsort(np.argsort(list(folders)))  # ranks of the folders; numbers are in the order of discovery
         return TarIndex(
             names, numbers, offsets, sizes, places[folder], np.array(sorted(folders), dtype=np.str_), left_out
         )
@@ -129,7 +130,8 @@ def _columns(
 ) -> tuple[NDArray[Any], ...]:
     """Return names, tar files, offsets, sizes, labels (-1: none) and folders of the images in one tar file.
 
-    Whether labels or folders are the classes is known after all files. ``folders`` numbers the folders in their order.
+    Whether labels or folders define the classes is known only after all files. ``folders`` numbers the folders in the
+    order of discovery.
     """
     names, offsets, sizes, labels = _scanned(path, label_key, skipped)
     return (
@@ -143,7 +145,7 @@ def _columns(
 
 
 def _folder(name: str, tar: Path) -> str:
-    """Return the class of an image in class folders: its folder, or the tar file if it is in none."""
+    """Return the class of an image: its folder, or the tar file if it is not in a folder."""
     return name.split("/")[-2] if "/" in name else tar.stem
 
 
@@ -197,17 +199,14 @@ class _Member(NamedTuple):
 
 
 def _follow(links: dict[str, str], names: list[str], offsets: list[int], sizes: list[int]) -> list[str]:
-    """Add the images that links lead to: to a file, or to a folder and so to all images in it.
-
-    Returns the links that lead to none of ``names``.
-    """
+    """Add the images behind links to files, and behind links to folders; return the links without an image."""
     left = dict(links)
-    while left:  # links may lead to links
+    while left:  # links may point to links
         places = {name: place for place, name in enumerate(names)}
         found = {
             link: [target] if target in places else [name for name in names if name.startswith(f"{target}/")]
             for link, target in left.items()
-            if not link.startswith(f"{target}/")  # to a folder above it
+            if not link.startswith(f"{target}/")  # not a link to a parent folder
         }
         found = {link: images for link, images in found.items() if images}
         complete = {
@@ -215,7 +214,7 @@ def _follow(links: dict[str, str], names: list[str], offsets: list[int], sizes: 
             for link in found
             if left[link] in places or not any(other.startswith(f"{left[link]}/") for other in left)
         }
-        for link in complete or found:  # first links to files and to complete folders
+        for link in complete or found:  # links to files and to complete folders come first
             for name in found[link]:
                 names.append(link + name.removeprefix(left[link]))
                 offsets.append(offsets[places[name]])
@@ -233,11 +232,11 @@ def _members(raw: BinaryIO, file: Any, start: int, prefix: str) -> Iterator[_Mem
     """
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all headers, which takes gigabytes
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise all headers stay in memory, which takes gigabytes
             name = posixpath.normpath(member.name)
             offset = start + member.offset_data
             if member.islnk() or member.issym():
-                folder = posixpath.dirname(name) if member.issym() else ""  # hard links name their target from the root
+                folder = posixpath.dirname(name) if member.issym() else ""  # hard links are relative to the root
                 target = posixpath.normpath(posixpath.join(folder, member.linkname))
                 yield _Member(prefix + name, 0, 0, prefix + target)
             elif member.isreg() and name.endswith(".tar") and not is_hidden(posixpath.basename(name)):
@@ -248,7 +247,7 @@ def _members(raw: BinaryIO, file: Any, start: int, prefix: str) -> Iterator[_Mem
 
 
 def _key(name: str) -> str:
-    """Return the key of webdataset's samples: the path up to the first dot in the file's name."""
+    """Return the key of a webdataset sample: the path up to the first dot in the file's name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 

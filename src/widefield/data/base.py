@@ -1,4 +1,4 @@
-"""The base classes of data sets: seeded samples, labeled images, and how samples become batches.
+"""Provide the base classes of data sets: seeded samples, labeled images, and their collation into batches.
 
 The randomness of a sample is a function of (seed, epoch, index) alone. It does not depend on the number of loader
 workers, on the samples read before, or on the global generators. A run that resumes in the middle of an epoch
@@ -28,7 +28,7 @@ SPLITS = ("train", "val")
 
 
 class SampleSet(Dataset[Sample | None], ABC):
-    """A map-style data set of samples whose randomness repeats; a subclass gives ``__len__`` and ``sample``.
+    """A map-style data set with reproducible randomness; a subclass defines ``__len__`` and ``sample``.
 
     Samples may hold anything: images of any size, masks, boxes, texts. A set of images with one label each is
     a `LabeledImages`.
@@ -48,9 +48,9 @@ class SampleSet(Dataset[Sample | None], ABC):
     std: tuple[float, ...] = ()
     image_size: int | None = None
     place = ""
-    """Where the files are, for messages; empty for sets without files."""
+    """Location of the files, for messages; empty for sets without files."""
     needs: ClassVar[dict[str, str]] = {}
-    """Required options -> what to give for each, for the message about a missing one."""
+    """Required option -> description of its value, for the message about a missing option."""
     further: ClassVar[tuple[str, ...]] = ()
     """Options that the constructor takes as ``**options`` without passing them to its base class."""
     _visit = 0
@@ -58,7 +58,7 @@ class SampleSet(Dataset[Sample | None], ABC):
     def __init__(self, split: str, seed: int) -> None:
         self.split = _checks.choice("split", split, SPLITS)
         self.seed = _checks.integer("seed", seed, minimum=0, maximum=2**32 - 1)
-        # In shared memory, so that workers that outlive an epoch (persistent_workers) see it change.
+        # In shared memory, so that workers that outlive an epoch (persistent_workers) see new values.
         self._epoch = shared(torch.zeros((), dtype=torch.int64))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class SampleSet(Dataset[Sample | None], ABC):
         return hashlib.sha256(b"\0".join([str(len(self)).encode(), *self._identity()])).hexdigest()
 
     def _identity(self) -> Iterable[bytes]:
-        """Yield what distinguishes this set's samples from another's: names relative to its root, labels."""
+        """Yield the bytes that identify this set's samples: names relative to its root, and labels."""
         return ()
 
     def found(self) -> str:
@@ -121,10 +121,10 @@ class SampleSet(Dataset[Sample | None], ABC):
 
 
 class LabeledImages(SampleSet):
-    """Square images of one size with one label each; a subclass gives ``__len__``, ``sample`` and the attributes.
+    """Square images of one size with one label each; a subclass defines ``__len__``, ``sample`` and the attributes.
 
     Samples: ``image`` float32 (C, image_size, image_size), normalized by ``mean`` and ``std``; ``label`` int, an index
-    into ``classes``; whatever else the set knows.
+    into ``classes``; any further entries of the set.
     """
 
     image_size: int
@@ -144,7 +144,7 @@ class LabeledImages(SampleSet):
 
 
 def check_classes(dataset: LabeledImages) -> None:
-    """Raise ValueError for a data set of one class, from which a classifier learns nothing."""
+    """Raise ValueError for a data set with one class, on which a classifier cannot be trained."""
     if len(dataset.classes) < 2:
         where = f" in {dataset.place!r}" if dataset.place else ""
         named = f"only the class {dataset.classes[0]!r}" if dataset.classes else "no classes"
@@ -152,12 +152,12 @@ def check_classes(dataset: LabeledImages) -> None:
 
 
 def summarize(*datasets: SampleSet) -> str:
-    """Return one line for each data set; see `SampleSet.found`."""
+    """Return one line per data set; see `SampleSet.found`."""
     return "\n".join(dataset.found() for dataset in datasets)
 
 
 def shared(values: torch.Tensor) -> torch.Tensor:
-    """Move ``values`` to memory that worker processes see change, and return it."""
+    """Move ``values`` to memory shared with worker processes, and return it."""
     values.share_memory_()
     return values
 
@@ -184,7 +184,7 @@ def seeded(key: Sequence[int]) -> Iterator[None]:
 def collate(samples: Sequence[Sample | None]) -> Sample:
     """Stack samples into a batch: ``image`` (N, C, H, W), ``label`` int64 (N,), and so on for the other entries.
 
-    ``None`` samples (skipped images) are dropped; a batch of nothing else is ``{}``.
+    ``None`` samples (skipped images) are dropped; a batch of only such samples is ``{}``.
     """
     kept = [sample for sample in samples if sample is not None]
     batch: Sample = default_collate(kept) if kept else {}

@@ -1,4 +1,4 @@
-"""Data sets by name, for recipes and the command line."""
+"""Create data sets by name, for recipes and the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETS: dict[str, type[SampleSet]] = {
     "shards": Shards,
     "hfds": HuggingFace,
 }
-"""Data sets by the name that recipes use. Add a class of your own to train on it from a recipe."""
+"""Name in recipes -> data set. Add your own class to use it in a recipe."""
 
 
 def create(name: str, split: str, **options: Any) -> SampleSet:
@@ -57,7 +57,7 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
 
 
 def create_both(name: str, **options: Any) -> tuple[SampleSet, SampleSet]:
-    """Build the train and the val split of the data set ``name``; arguments and errors as of ``create``.
+    """Build the train and the val split of the data set ``name``; see ``create`` for arguments and errors.
 
     Raises ValueError if a label means different classes in the two, or if labeled images have only one class. Val may
     lack the last classes.

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).
+"""Provide CIFAR-10 and CIFAR-100 (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009).
 
 60,000 color images of 32x32 pixels, read from the files that the author publishes; nothing is downloaded. The training
 images are augmented as in He et al. 2016 (section 4.2) and GMConv (section IV-A): four pixels of padding, a random
@@ -32,8 +32,8 @@ class Cifar(LabeledImages):
     Args:
         split: ``"train"``, 50,000 images, or ``"val"``, 10,000.
         root: the extracted folder, its archive (.tar.gz), or a folder that holds one of them.
-        version: which of the published files: ``"binary"``, plain bytes, or ``"python"``. The latter are pickles; they
-            are read by a reader that only creates arrays, lists and strings.
+        version: version of the published files: ``"binary"``, plain bytes, or ``"python"``, pickles. An unpickler that
+            creates only arrays, lists and strings reads them.
         size: side of the images in pixels; train images are resized after the crop.
         seed: seed of the augmentation.
         padding: train: pixels of black added on each side before the random crop of 32x32.

@@ -1,4 +1,4 @@
-"""Names of classes -> class indices."""
+"""Map class names to class indices."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def shown(name: str) -> str:
 
 
 def alike(names: Iterable[str]) -> str:
-    """Return a sentence, to append to a message, about two names that look the same, or an empty string."""
+    """Return a sentence for a message about two names that look the same, or an empty string."""
     seen: dict[str, str] = {}
     for name in sorted(names):
         other = seen.setdefault(_composed(name), name)

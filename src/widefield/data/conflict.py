@@ -1,7 +1,7 @@
-"""Images whose shape and texture belong to different classes: the published ones, and generated ones.
+"""Read or generate images whose shape and texture belong to different classes.
 
 The published images are those of Geirhos et al., "ImageNet-trained CNNs are biased towards texture" (ICLR 2019): 1,280
-of 224 pixels, in one folder a class of shape, with names ``SHAPEi-TEXTUREj.png`` such as ``cat7-elephant1.png``.
+of 224 pixels, in one folder per shape class, with names ``SHAPEi-TEXTUREj.png`` such as ``cat7-elephant1.png``.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def _numbers(ranges: str) -> tuple[int, ...]:
 
 
 SIXTEEN: dict[str, tuple[int, ...]] = {name: _numbers(ranges) for name, ranges in _SIXTEEN.items()}
-"""The sixteen classes of the published images, and which of ImageNet's 1,000 belong to each: 207 in all.
+"""Each of the sixteen classes of the published images -> its classes among ImageNet's 1,000, 207 in all.
 
-The lists of ``code/helper/human_categories.py`` in github.com/rgeirhos/texture-vs-shape, the same as in
-github.com/bethgelab/model-vs-human.
+From ``code/helper/human_categories.py`` in github.com/rgeirhos/texture-vs-shape; github.com/bethgelab/model-vs-human
+has the same lists.
 """
 
 _NAME = re.compile(r"(?P<shape>.*?\D)\d+-(?P<texture>.*?\D)\d+\.png")
@@ -60,24 +60,24 @@ _NAME = re.compile(r"(?P<shape>.*?\D)\d+-(?P<texture>.*?\D)\d+\.png")
 class ConflictImages:
     """The images of a folder, as batches: ``image`` float32 (N, 3, size, size), normalized; ``shape`` and ``texture``.
 
-    The last two are int64 (N,), indices into ``classes``. Images of the right size are taken as they are; others are
-    resized so that the shorter side fits, and cropped in the center. Iterate over it as often as you like.
+    The last two are int64 (N,), indices into ``classes``. Images of another size are resized so that the shorter side
+    fits, and cropped in the center. The batches can be iterated repeatedly.
 
     Attributes:
         classes: the names of the classes, sorted; the published sixteen if they suffice, otherwise the folders' names.
         files: the images' paths, in order.
 
     Args:
-        folder: holds a folder a class of shape, with files ``SHAPEi-TEXTUREj.png``.
+        folder: holds one folder per shape class, with files ``SHAPEi-TEXTUREj.png``.
         size: side of the images in pixels.
         mean, std: of each channel for pixels in [0, 1].
         batch_size: images in a batch.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
-        ValueError: a file whose name does not parse, is of an unknown class, or of another shape than its folder; or an
-            argument out of range.
-        TypeError: an argument of the wrong kind.
+        FileNotFoundError: the folder does not exist or holds no image.
+        ValueError: a file name does not parse, or names an unknown class or another shape than its folder; or an
+            argument is out of range.
+        TypeError: an argument is of the wrong type.
     """
 
     def __init__(
@@ -186,9 +186,9 @@ def write_conflicts(folder: str | Path, *, size: int = 32, per_pair: int = 2, se
 
 
 _LARGE, _SMALL = 28 / 32, 5 / 32  # sides in units of the image's; a small shape fits into the rim of a large ring
-_RIM = 0.5 / 32  # what stays between a hole and the outline, at least
-_APART = 1.15  # distance of two holes' centers in units of their side, at least
-_CLUTTER = 0.25  # amplitude of the ground's texture: what `Scales` draws by default
+_RIM = 0.5 / 32  # smallest distance between a hole and the outline
+_APART = 1.15  # smallest distance of two holes' centers, in units of their side
+_CLUTTER = 0.25  # amplitude of the ground's texture: the default of `Scales`
 
 
 def _draw(shape: str, texture: str, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _draw(shape: str, texture: str, size: int, rng: np.random.Generator) -> tupl
     outer = _distances(shape, size, large, ((size - 1) / 2 + room * rng.uniform(-1, 1, 2)).tolist(), rng)
     inner = torch.full_like(outer, large)
     width = 2 * round(0.6 * small) + 3  # of a window that holds a hole and its edge
-    step = max(1, size // 48)  # between places that are tried: fine enough to pack the holes
+    step = max(1, size // 48)  # distance of candidate positions, small enough to pack the holes
     places = (outer[::step, ::step] < -0.3 * small).nonzero() * step
     taken = places[:0]
     for place in places[torch.from_numpy(rng.permutation(len(places)))]:

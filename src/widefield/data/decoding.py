@@ -1,4 +1,4 @@
-"""Image files -> pixels: the only module that decodes, with rules for pixels that do not fit into 8 bits of RGB.
+"""Decode image files, including those whose pixels do not fit into 8 bits of RGB; no other module decodes.
 
 Networks take RGB with 8 bits per channel. Files may hold other pixels, and Pillow's conversion clips them: 16-bit gray
 becomes white, floats between 0 and 1 become black.
@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from widefield import _checks
 
-# Pillow's errors for broken bytes; OSErrors of the system have an errno.
+# Pillow's errors for broken bytes. Unlike these, OSErrors of the system have an errno.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -48,11 +48,11 @@ _BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270
 
 
 class CorruptImageError(OSError):
-    """A file can be opened, but is not a complete image."""
+    """A file that can be opened, but is not a complete image."""
 
 
 class UnsupportedImageError(CorruptImageError):
-    """A file is an intact image that is not read: too large, or with pixels of unknown range."""
+    """An intact image that is not supported: too large, or with pixels of unknown range."""
 
 
 def read(
@@ -78,8 +78,8 @@ def read(
     Raises:
         CorruptImageError: the image cannot be fully decoded.
         UnsupportedImageError: it has too many pixels, or pixels of unknown range.
-        OSError: the system refuses to open or read it.
-        MemoryError: the image does not fit into memory. All of these name the file.
+        OSError: the file cannot be opened or read.
+        MemoryError: the image does not fit into memory. All of these messages name the file.
     """
     name = str(source if name is None else name)
     try:

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: 1,797 real images of 8x8 pixels, without a download.
+"""Provide the handwritten digits of scikit-learn: 1,797 real images of 8x8 pixels, without a download.
 
 Origin: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
 (CC BY 4.0); scikit-learn ships its test part. Any working network reaches over 95 % in seconds. The set is good for
@@ -69,7 +69,7 @@ class Digits(LabeledImages):
             degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR
         )
         with seeded(self.key(index)):
-            moved: torch.Tensor = move(self._pixels[index])  # before normalizing: the paper is 0
+            moved: torch.Tensor = move(self._pixels[index])  # before normalizing, since the fill value 0 is paper
         return normalize(moved, (_MEAN,), (_STD,))
 
 

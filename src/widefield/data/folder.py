@@ -1,7 +1,7 @@
-"""Folders of images, one folder per class: ``root/train/<class>/*.jpg`` and ``root/val/<class>/*.jpg``.
+"""Read folders of images, one folder per class: ``root/train/<class>/*.jpg`` and ``root/val/<class>/*.jpg``.
 
 Classes and files are in the order of torchvision's ``ImageFolder``, and timm's ``create_transform`` builds the
-transforms. A set therefore behaves as in timm's scripts, except that its augmentation repeats to the bit and that
+transforms. A set therefore behaves as in timm's scripts, except that its augmentation is bitwise reproducible and
 hidden folders and files are left out.
 """
 

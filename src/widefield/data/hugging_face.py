@@ -1,4 +1,4 @@
-"""Hugging Face data sets, through timm's reader and the optional package ``datasets``."""
+"""Read Hugging Face data sets with timm's reader and the optional package ``datasets``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from widefield.data.image_files import ImageFiles
 class HuggingFace(ImageFiles):
     """A data set of the Hugging Face hub, or a folder of its file formats (parquet, images with metadata).
 
-    ``datasets`` downloads what is not in the cache. Code that comes with a data set is never run. Only sets with random
-    access are read; none is streamed. Classes are named by the set, or by their index.
+    ``datasets`` downloads sets that are not in the cache. Code that comes with a set is never run. Only sets with
+    random access are supported, not streams. The set names the classes; otherwise their names are their indices.
 
     Args:
         split: ``"train"`` or ``"val"``.
         path: name on the hub, such as ``"timm/mini-imagenet"``, or a folder.
         train: the set's own name for the training split; slices such as ``"train[:90%]"`` work.
-        val: its name for the validation split.
+        val: the set's own name for the validation split.
         image_key: name of the column that holds the images.
         label_key: name of the column that holds the indices of the classes.
         cache: folder for downloads; None means the package's own.
@@ -53,7 +53,7 @@ class HuggingFace(ImageFiles):
     ) -> None:
         super().__init__(split, **options)
         spec = importlib.util.find_spec("datasets")
-        if spec is None or spec.origin is None:  # or only a folder of that name on the path
+        if spec is None or spec.origin is None:  # origin is None for a plain folder named datasets
             raise ModuleNotFoundError("Hugging Face data sets need the package datasets: pip install datasets.")
 
         from timm.data.readers.reader_hfds import ReaderHfds
@@ -73,7 +73,7 @@ class HuggingFace(ImageFiles):
                 f"train, val, image_key and label_key."
             ) from error
         labels = self._labels_of(label_key)
-        if self._reader.dataset[0][image_key] is None:  # the package has added the column
+        if self._reader.dataset[0][image_key] is None:  # the package adds an empty column for a missing one
             raise ValueError(f"{self._path!r} has no column {image_key!r} of images. Set image_key.")
         named = sorted(self._reader.class_to_idx, key=self._reader.class_to_idx.__getitem__)
         largest = int(labels.max())

@@ -1,4 +1,4 @@
-"""The base class of sets of encoded images, wherever the bytes are: transforms, and broken files."""
+"""Provide the base class of sets of encoded images: transforms, and the handling of broken files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from widefield.data.decoding import CorruptImageError, UnsupportedImageError, de
 from widefield.data.listing import Skipped
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
-_LISTED = 100  # names in the message of CorruptImagesError; each was in a warning before
+_LISTED = 100  # names in the message of CorruptImagesError; earlier warnings name every file
 
 
 class ImageFiles(LabeledImages):
@@ -48,7 +48,7 @@ class ImageFiles(LabeledImages):
         std: standard deviation of each of the 3 channels.
         crop_pct: val: side of the crop relative to the resized image, in (0, 1]; None means 0.875.
         crop_mode: val: ``"center"`` resizes the shorter side to size / crop_pct and crops, ``"squash"`` resizes both
-            sides so and crops, ``"border"`` resizes the longer side so, and pads or crops.
+            sides to it and crops, ``"border"`` resizes the longer side to it and pads or crops.
         augmentation: train: the arguments of `widefield.data.transforms.Augmentation`, such as ``auto_augment`` and
             ``hflip``. ``interpolation`` applies to both splits.
 
@@ -83,7 +83,7 @@ class ImageFiles(LabeledImages):
         self.decoding = decoding_options(exif_orientation, max_pixels)
         self.mean, self.std = transforms.statistics(mean, std)
         drawn = Augmentation(**augmentation)
-        # Both are built, so that a wrong option of either split is found in both.
+        # Both are built, so that a wrong option of one split is also reported for the other.
         built = {
             "train": transforms.training(size, self.mean, self.std, drawn),
             "val": transforms.evaluation(
@@ -93,7 +93,7 @@ class ImageFiles(LabeledImages):
         self._transform = built[split]
 
     def _hold(self, classes: Sequence[str], labels: NDArray[np.int64], skipped: Skipped | None = None) -> None:
-        """Store what the subclass found: class names, a label for each image, (N,), and what it left out."""
+        """Store the subclass's class names, the label of each image, (N,), and the files that it left out."""
         self.classes = tuple(classes)
         self._labels = labels
         self.skipped = skipped or Skipped()

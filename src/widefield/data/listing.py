@@ -1,4 +1,4 @@
-"""One rule for all readers: which files of a folder or a tar file are images, and what is left out and why."""
+"""Decide for all readers which files of a folder or tar file are images, and record what is left out and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _BESIDE = ("__MACOSX", "@eaDir")
-"""Folders that macOS and Synology create when they pack or index files; their content only looks like images."""
+"""Folders that macOS and Synology create when they pack or index files; their files look like images but are not."""
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of image files: those of torchvision, whose module is slow to import."""
@@ -18,7 +18,7 @@ HIDDEN = "hidden"
 
 @dataclass
 class Skipped:
-    """Files and folders that a reader left out: their number and the first of them, for each reason."""
+    """Files and folders that a reader left out: their number and the first name, for each reason."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 

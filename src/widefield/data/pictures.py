@@ -1,4 +1,4 @@
-"""A few images for analyses: from a folder, from a data set, or from installed packages.
+"""Provide a few images for analyses: from a folder, from a data set, or from installed packages.
 
 scikit-learn ships two photographs of 427x640 pixels (china.jpg and flower.jpg, both CC BY). Random crops of them
 replace natural images if there are none.
@@ -35,14 +35,13 @@ class Pictures(LabeledImages):
 
     Args:
         source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation split), or a
-            folder that is searched for images at any depth, links included and hidden folders excluded. The folders in
-            it are the classes, as of `Folder`, if no file lies outside of them. If it has a ``val`` folder, that one is
-            used.
+            folder that is searched for images at any depth, links included and hidden folders excluded. Its folders are
+            the classes, as in `Folder`, if no file lies outside them. If it has a ``val`` folder, that folder is used.
         count: number of images; a seeded choice if there are more. None: all of them (64 photographs).
         size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the center.
         mean, std: of each channel for pixels in [0, 1]. None: ImageNet's, or the data set's own.
         seed: of the choice and the crops.
-        exif_orientation, max_pixels: of files in a folder, as of `ImageFiles`.
+        exif_orientation, max_pixels: for files in a folder, as in `ImageFiles`.
         options: further options of the data set.
 
     Raises:
@@ -108,7 +107,7 @@ class Pictures(LabeledImages):
         }
 
     def found(self) -> str:
-        """Return one line: the number of images, of how many, and what was left out and why."""
+        """Return one line: the number of images used, the number found, and what was left out and why."""
         if self._from is not None:
             return f"{len(self):,} of {self.source} {self._from.found()}"
         if not self._files:
@@ -172,7 +171,7 @@ class Pictures(LabeledImages):
         return torch.stack([self.sample(i)["image"] for i in range(len(self))])
 
     def shown(self, images: Tensor) -> Tensor:
-        """Return normalized images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], as figures take them."""
+        """Return normalized images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], for figures."""
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1).movedim(1, -1)
 
@@ -184,7 +183,7 @@ def _class(path: Path, root: Path) -> str:
 def _files(root: Path) -> tuple[Path, list[Path], Skipped]:
     """Return the folder that was searched, the images in it, and what was left out."""
     if not root.is_dir():
-        known = [name for name in (PHOTOGRAPHS, *SETS) if name != "folder"]  # needs a root
+        known = [name for name in (PHOTOGRAPHS, *SETS) if name != "folder"]  # "folder" needs a root
         folders = [str(path) for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
         raise FileNotFoundError(
             f"no folder of images {str(root)!r}.{_checks.did_you_mean(str(root), (*known, *folders))} "

@@ -1,4 +1,4 @@
-"""Shapes of very different sizes: a generated data set that compares receptive fields in minutes on a CPU.
+"""Generate images of shapes of very different sizes, to compare receptive fields in minutes on a CPU.
 
 Each image shows one of eight shapes on a mild texture, at a random place and at a size drawn log-uniformly over more
 than two octaves. Fine detail identifies a small shape, and edges far apart identify a large one, so the receptive field
@@ -25,8 +25,9 @@ _CELLS = (1, 2, 4, 8)  # sides in pixels of the cells of the texture's layers
 _CHUNK = 512  # images rendered at once; keeps temporaries in tens of megabytes
 _COUNTS = {"train": 12_000, "val": 2_000}
 
-# Pixels are computed with + - * / sqrt min max only, which IEEE 754 rounds in one way: an image has the same bytes
-# on every machine, with any number of threads and at any place in a chunk. (A matrix product or atan2 would not.)
+# Pixels are computed only with + - * / sqrt min max, whose rounding IEEE 754 specifies. An image therefore has the
+# same bytes on every machine, with any number of threads and at any position in a chunk. This does not hold for matrix
+# products or atan2.
 
 
 def _disk(u: Tensor, v: Tensor, radius: float) -> Tensor:
@@ -38,7 +39,7 @@ def _box(u: Tensor, v: Tensor, half_width: float, half_height: float) -> Tensor:
 
 
 def _sides(u: Tensor, v: Tensor, count: int, inradius: float) -> Tensor:
-    """Signed distances to the lines through the sides of a regular polygon that stands on one, (count, ...)."""
+    """Return signed distances to the lines through the sides of a regular polygon standing on a side, (count, ...)."""
     turns = [2 * math.pi * k / count for k in range(count)]
     return torch.stack([math.sin(turn) * u + math.cos(turn) * v - inradius for turn in turns])
 
@@ -175,7 +176,7 @@ class Scales(LabeledImages):
         return 2 * torch.from_numpy(generator.random(length, dtype=np.float32)) - 1
 
     def _distances(self, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Sides of the objects (N,) and distances in pixels to their outlines (N, size, size), negative inside."""
+        """Return object sides (N,) and distances in pixels to the outlines (N, size, size), negative inside."""
         # The four columns determine size, rotation and place. Functions that libraries round differently run in
         # float64.
         octave, turn = draws[:, :2].double().unbind(1)
@@ -207,9 +208,9 @@ def _interpolate(noise: Tensor, cell: int, size: int) -> Tensor:
 
 
 def _colors(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle color and step from background to object, each (N, 3, 1, 1), from seven numbers in [-1, 1)."""
+    """Return the middle color and the step from background to object, (N, 3, 1, 1), from seven numbers in [-1, 1)."""
     middle = 0.5 + 0.15 * draws[:, :3]
-    polarity = 1 - 2 * (draws[:, 3:4] < 0).float()  # as often darker as lighter than the background
+    polarity = 1 - 2 * (draws[:, 3:4] < 0).float()  # objects are equally often darker and lighter than the background
     step = polarity * (0.5 + 0.2 * draws[:, 4:])
     return middle[:, :, None, None], step[:, :, None, None]
 

@@ -1,4 +1,4 @@
-"""Images in tar files, read in place: webdataset's layout, and tar files of class folders."""
+"""Read images in tar files without extraction: webdataset's layout, and tar files of class folders."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Shards(ImageFiles):
         with Path(self._tars[self._index.tars[index]]).open("rb", buffering=0) as file:
             file.seek(int(self._index.offsets[index]))
             content = file.read(size)
-        if len(content) < size:  # the file was cut since its headers were read
+        if len(content) < size:  # the file was truncated after its headers were read
             raise CorruptImageError(f"cannot read the image {self._name(index)}: the tar file ends before it does.")
         return io.BytesIO(content)
 

@@ -1,4 +1,4 @@
-"""From a decoded image to a normalized tensor: timm's transforms with checked options."""
+"""Transform decoded images to normalized tensors with timm's transforms, after checking their options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to the images of a train split, with timm's meaning and defaults.
+    """Augmentation of a train split, with timm's semantics and defaults.
 
     Args:
         interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two (then val uses bicubic).
@@ -32,7 +32,7 @@ class Augmentation:
             means none. timm drops ``color_jitter`` next to any policy but ``"3a"``.
         color_jitter: strength of brightness, contrast and saturation jitter; 0 means none.
         re_prob: probability of random erasing.
-        re_mode: what erased pixels become: ``"const"``, ``"rand"`` or ``"pixel"``.
+        re_mode: values of erased pixels: ``"const"``, ``"rand"`` or ``"pixel"``.
         re_count: largest number of erased rectangles.
 
     Raises:
@@ -78,7 +78,7 @@ def training(
     Args:
         size: side of the result in pixels.
         mean, std: of ``statistics``.
-        augmentation: what to do.
+        augmentation: of the train split.
         crop: replaces the crop by ``scale`` and ``ratio``; it must return images of ``size``.
 
     Raises:
@@ -90,19 +90,19 @@ def training(
     options = {**asdict(augmentation), "color_jitter": augmentation.color_jitter or None}
     try:
         built = create_transform(size, is_training=True, mean=tuple(mean), std=tuple(std), **options)
-    except (AssertionError, ValueError) as error:  # timm asserts that it knows the policy
+    except (AssertionError, ValueError) as error:  # timm asserts that the policy is known
         raise ValueError(
             f"timm cannot build auto_augment={augmentation.auto_augment!r}: {error}. Write a policy such as "
             f"'rand-m9-mstd0.5-inc1', or None."
         ) from error
     _mend_posterize(built.transforms)
-    # The crop is the first of timm's transforms; the recipes for small images that build on timm replace it, too.
+    # The crop is the first of timm's transforms. Recipes for small images that build on timm replace it, too.
     made: Transform = built if crop is None else Compose([*crop, *built.transforms[1:]])
     return made
 
 
 def _mend_posterize(steps: Iterable[Any]) -> None:
-    """Make timm's posterize return a black image for 0 bits, which its policies ask for at their largest magnitude.
+    """Make timm's posterize return a black image for 0 bits, the value at the largest magnitude of its policies.
 
     Pillow 12 did so. Pillow 13 raises ValueError, for one image in 650 under ``"rand-m9-mstd0.5-inc1"``, the policy of
     most recipes.
@@ -139,7 +139,7 @@ def evaluation(
     Args:
         size: side of the result in pixels.
         mean, std: of ``statistics``.
-        interpolation, crop_pct, crop_mode: as of `ImageFiles`.
+        interpolation, crop_pct, crop_mode: see `ImageFiles`.
 
     Raises:
         ValueError, TypeError: an option is out of range or of the wrong type.
