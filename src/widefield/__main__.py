@@ -1,4 +1,4 @@
-"""``python -m widefield`` is ``widefield``."""
+"""Run the command line: ``python -m widefield`` is the same as ``widefield``."""
 
 from widefield.cli import main
 

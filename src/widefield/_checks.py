@@ -1,4 +1,4 @@
-"""Argument checks: one function per kind of argument, with its error messages.
+"""Check arguments: one function per kind of argument, with its error messages.
 
 Each function returns the value in canonical form, or raises an error that shows the value and what to write instead.
 Public functions and constructors call them first, before anything is built or changed.

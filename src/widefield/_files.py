@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders."""
+"""Write files and folders atomically."""
 
 from __future__ import annotations
 

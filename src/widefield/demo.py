@@ -1,4 +1,4 @@
-"""A demonstration in a few minutes: train three networks, reparameterize, verify, measure, show the routing.
+"""Run a demonstration of a few minutes: train three networks, reparameterize, verify, measure, show the routing.
 
 `widefield demo` trains a narrow ConvNeXt with 7x7 kernels, and the same network with soft and hard mixtures of
 receptive fields, with the same data, seed and budget, and writes a page about it.

@@ -1,4 +1,4 @@
-"""Tables, figures and pages: HTML, Markdown and matplotlib.
+"""Make tables, figures and pages with HTML, Markdown and matplotlib.
 
 Tables take rows (mappings with the same keys, values already formatted). Figures take plain lists and arrays and return
 a matplotlib Figure, which needs no display. A page embeds its pictures, so it is a single file.

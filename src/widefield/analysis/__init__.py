@@ -1,4 +1,4 @@
-"""What a model looks at. Every function leaves the model as it found it, and returns numbers that draw themselves."""
+"""Analyze what a model responds to; functions do not change the model, and their results can draw figures."""
 
 from widefield.analysis._result import Result, save, section
 from widefield.analysis.cam import ClassActivation, class_activation

@@ -1,4 +1,4 @@
-"""The layer that Grad-CAM looks at by default."""
+"""Find the default layer of Grad-CAM."""
 
 from __future__ import annotations
 

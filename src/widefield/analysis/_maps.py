@@ -1,4 +1,4 @@
-"""Layer outputs as maps of positions: reading them, and routing them through a module that can be hooked."""
+"""Read layer outputs as maps of positions, and pass them through a module that can be hooked."""
 
 from __future__ import annotations
 

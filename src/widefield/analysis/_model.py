@@ -1,4 +1,4 @@
-"""How an analysis runs a model: modes, gradients and hooks are restored, also after an exception."""
+"""Run a model in an analysis, and restore its modes, gradients and hooks, also after an exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base class of analysis results: arrays with facts about their origin, a figure and a table."""
+"""Provide the base class of analysis results: arrays with facts about their origin, a figure and a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of the routing weights of one mixture.
+"""Compute statistics of the routing weights of one mixture.
 
 All of them are functions of the weights (N, n) of N images and n experts, and of the images' classes. Weights do not
 reflect the magnitude of the kernels that they multiply.

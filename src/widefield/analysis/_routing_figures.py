@@ -1,4 +1,4 @@
-"""Figures of routing statistics: pies, heat maps, and preferred field sizes."""
+"""Draw figures of routing statistics: pies, heat maps, and preferred field sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class scores of a model: logits of classifiers, or scores derived from segmentation maps and detections."""
+"""Compute class scores of a model: logits of classifiers, or scores from segmentation maps and detections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps of kernels and masks: averaged over the layers of a stage, and drawn on one scale of pixels and colors."""
+"""Average maps of kernels and masks over the layers of a stage, and draw them on one scale of pixels and colors."""
 
 from __future__ import annotations
 

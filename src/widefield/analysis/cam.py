@@ -1,4 +1,4 @@
-"""Class activation maps: where a class is seen, by Grad-CAM (Selvaraju et al. 2017, section 3)."""
+"""Compute class activation maps, which show where a class is seen (Grad-CAM: Selvaraju et al. 2017, section 3)."""
 
 from __future__ import annotations
 

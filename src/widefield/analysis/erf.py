@@ -1,4 +1,4 @@
-"""Effective receptive fields: which pixels a unit responds to.
+"""Measure effective receptive fields: the pixels that a unit responds to.
 
 Ding et al. 2022 (RepLKNet), section 5, figure 1 and appendix B.
 """

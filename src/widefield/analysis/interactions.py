@@ -1,4 +1,4 @@
-"""Multi-order interactions: how much context two patches of an image need to interact.
+"""Measure multi-order interactions: the amount of context that two patches of an image need to interact.
 
 The measure is that of Deng, Ren, Zhang and Zhang, "Discovering and explaining the representation bottleneck of DNNs"
 (ICLR 2022), used in MogaNet's figures. For n patches, a context S of m others, and the log-odds f of a class,

@@ -1,4 +1,4 @@
-"""Extent of a model's kernels: energy by radius, and the smallest crop that keeps a share of it.
+"""Measure the extent of a model's kernels: energy by radius, and the smallest crop that keeps a share of it.
 
 A large kernel is worth its cost if its outer taps matter. :func:`crops` measures every centered crop of one kernel;
 :func:`kernel_energy` does this for all kernels of a model as they compute.

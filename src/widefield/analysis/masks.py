@@ -1,4 +1,4 @@
-"""Gaussian masks learned by GMConv layers: Chen et al., "GMConv", section IV-E and figure 7.
+"""Measure Gaussian masks learned by GMConv layers: Chen et al., "GMConv", section IV-E and figure 7.
 
 The size of a mask is given as its **extent** along each axis: the sum of its profile ``exp(-d^2 / (2 sigma^2))`` over
 the taps of that axis, the side of an unmasked kernel with the same sum. It ranges from 1 (only the nearest tap is left;

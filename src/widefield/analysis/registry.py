@@ -1,4 +1,4 @@
-"""The analyses by name: how commands and reports call them, and what each needs of the model and its images."""
+"""List the analyses by name, with their calls in commands and reports and their requirements on model and images."""
 
 from __future__ import annotations
 

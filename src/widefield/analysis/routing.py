@@ -1,4 +1,4 @@
-"""Routing statistics: which experts each image gets, how evenly experts are used, and whether routers read the image.
+"""Measure routing: each image's experts, how evenly experts are used, and whether routers depend on the image.
 
 MoRF (Lian, Yu, Wang 2024), section 4.3 and figure 3.
 """

@@ -1,4 +1,4 @@
-"""Shape bias: whether a classifier decides by shape or by texture.
+"""Measure shape bias: whether a classifier decides by shape or by texture.
 
 The measure and its images are those of Geirhos, Rubisch, Michaelis, Bethge, Wichmann and Brendel, "ImageNet-trained
 CNNs are biased towards texture; increasing shape bias improves accuracy and robustness" (ICLR 2019): among the

@@ -1,4 +1,4 @@
-"""Translation stability: how a shift of the image changes a model's outputs (Zhang 2019)."""
+"""Measure translation stability: how a shift of the image changes a model's outputs (Zhang 2019)."""
 
 from __future__ import annotations
 

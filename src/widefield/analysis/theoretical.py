@@ -1,4 +1,4 @@
-"""Theoretical receptive fields of any model: which pixels a unit can depend on."""
+"""Compute theoretical receptive fields of any model: the pixels that a unit can depend on."""
 
 from __future__ import annotations
 

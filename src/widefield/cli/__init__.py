@@ -1,4 +1,4 @@
-"""The command line: thin commands over the library, a module each with SUMMARY, ``add(parser)`` and ``run(args)``."""
+"""Provide the command line: one module per command, with SUMMARY, ``add(parser)`` and ``run(args)``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by the commands that analyze models: their arguments, models, images and result files."""
+"""Provide arguments, models, images and result files for the commands that analyze models."""
 
 from __future__ import annotations
 

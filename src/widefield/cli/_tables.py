@@ -1,4 +1,4 @@
-"""Tables on the screen."""
+"""Print tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's user must know: class names, and the images that the model expects."""
+"""Describe the class names of an exported model and the images that it expects."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Post-training static quantization to 8 bits with onnxruntime, and its effect on accuracy, routing, layers and
-kernels.
+"""Quantize trained models to 8 bits with onnxruntime, and report the effect on accuracy, routing, layers and kernels.
 
-Convolutions and matrix products compute in 8 bits: weights are signed, with one scale per output channel; activations
-are unsigned, with a scale and a zero point from calibration images. Routers stay in float32, as they cost little and
-everything after them depends on their choice.
+Quantization is static. Convolutions and matrix products compute in 8 bits: weights are signed, with one scale per
+output channel; activations are unsigned, with a scale and a zero point from calibration images. Routers stay in
+float32, as they cost little and everything after them depends on their choice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What export and quantize return: a record of the files written, which is also the JSON file next to them."""
+"""Record the files that export and quantize write; they return the record and save it as JSON next to the files."""
 
 from __future__ import annotations
 

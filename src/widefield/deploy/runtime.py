@@ -1,4 +1,4 @@
-"""Exported models as callables, from tensors to tensors."""
+"""Load exported models as callables from tensors to tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed of an exported model compared with its source."""
+"""Measure the speed of an exported model compared with its source."""
 
 from __future__ import annotations
 

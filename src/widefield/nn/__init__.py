@@ -1,4 +1,4 @@
-"""Layers, one idea per file. A layer that can be reparameterized has ``fuse() -> nn.Module``."""
+"""Provide layers; those that can be reparameterized have ``fuse() -> nn.Module``."""
 
 from widefield.nn.deform import DCNv3, DeformConv2d
 from widefield.nn.depthwise import DepthwiseConv2d

@@ -1,12 +1,12 @@
-"""Layers as leaves of torch.fx: symbolic tracing records one call, as it does for the layers of torch.nn.
+"""Make layers leaves of torch.fx: symbolic tracing records one call, as for the layers of torch.nn.
 
-Layers need this if they look at shapes, which symbols do not have. Their ``forward`` begins with::
+Layers need this if they read shapes, which symbols do not have. Their ``forward`` begins with::
 
     if is_symbolic(x):
         return recorded(self, x)
 
-A decorator would be shorter, but its code would be shared by all layers, and torch.compile limits the number of
-versions of each piece of code.
+A decorator would be shorter, but all layers would share its code, and torch.compile limits the number of versions of
+each piece of code.
 """
 
 from __future__ import annotations

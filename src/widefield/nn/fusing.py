@@ -1,4 +1,4 @@
-"""The contract of ``fuse()``, and how a norm is folded into the layer before it.
+"""Define the contract of ``fuse()``, and fold a norm into the layer before it.
 
 Every ``fuse()`` returns a module that computes what the layer computes in evaluation mode, and every one
 

@@ -1,4 +1,4 @@
-"""A depthwise convolution with different kernels for groups of channels: a square, a row, a column, or none.
+"""Depthwise convolution with different kernels for groups of channels: a square, a row, a column, or none.
 
 Yu, Zhou, Yan, Wang, "InceptionNeXt: When Inception Meets ConvNeXt", CVPR 2024, section 3. Keys are those of its code,
 and of timm's ``inception_next_*``, which are the networks.

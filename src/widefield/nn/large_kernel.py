@@ -1,4 +1,4 @@
-"""Three forms of large depthwise kernels that train as a sum of branches; see :mod:`widefield.nn.reparam`.
+"""Large depthwise kernels that train as a sum of branches, in three forms; see :mod:`widefield.nn.reparam`.
 
 - A large kernel plus a small one: Ding, Zhang, Han, Ding, "Scaling Up Your Kernels to 31x31", CVPR 2022,
   section 3, guideline 3.

@@ -1,4 +1,4 @@
-"""The two layers of MogaNet: gated context of three ranges, and channel aggregation.
+"""MogaNet's two layers: gated context of three ranges, and channel aggregation.
 
 Li et al., "MogaNet: Multi-order Gated Aggregation Network", ICLR 2024, sections 4.2 (spatial aggregation) and 4.3
 (channel aggregation). Keys are those of its code.

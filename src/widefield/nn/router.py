@@ -1,4 +1,4 @@
-"""The network that weighs experts, and the loss that balances their use.
+"""Router network, which computes the weights of experts, and the loss that balances their use.
 
 Router: MoRF (Lian, Yu, Wang 2024), section 3.2 and eq. 4-6: global average pooling, FC, GELU, FC. Balance: Shazeer et
 al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.

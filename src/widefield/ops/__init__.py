@@ -1,4 +1,4 @@
-"""Operators: tensors in, tensors out. Each has a plain-torch form that is the oracle of its other backends."""
+"""Provide operators on tensors; each has a plain PyTorch implementation as the reference for its other backends."""
 
 from widefield.ops.deform import dcnv3
 from widefield.ops.depthwise import depthwise_conv2d

@@ -1,4 +1,4 @@
-"""PyTorch's own convolution on any device. The oracle for the other backends, and the fallback."""
+"""Compute with PyTorch's own convolution, on any device; it is the fallback and the reference for other backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Autocast for operators that choose their own precision."""
+"""Handle autocast for operators that choose their own precision."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Choose the backend for a pass of a depthwise convolution: what each cannot compute, and what "auto" uses.
+"""Choose the backend for a pass of a depthwise convolution: limits of each backend, and the choice of "auto".
 
 On CPUs the choice is a table from measurements (benchmarks/results/depthwise_cpu.md), so the same call always uses the
-same backend. On CUDA devices the fastest one depends on the card and on cuDNN: all are timed once for each kind of
-problem, and the winner is remembered (:mod:`widefield.ops._timed`).
+same backend. On CUDA devices the fastest one depends on the card and on cuDNN: all are timed once per kind of problem,
+and the choice is cached (:mod:`widefield.ops._timed`).
 """
 
 from __future__ import annotations

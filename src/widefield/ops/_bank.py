@@ -1,4 +1,4 @@
-"""What a mixture is computed from: the plan for one shape of call, and the experts as one bank of kernels."""
+"""Prepare the inputs of a mixture: the plan for the shapes of a call, and the experts as one bank of kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Measurements on a device, kept between runs in JSON files under ``$XDG_CACHE_HOME/widefield``.
+"""Cache measurements of a device between runs, in JSON files under ``$XDG_CACHE_HOME/widefield``.
 
-A file that cannot be read or written is ignored: everything in it can be measured again.
+A file that cannot be read or written is ignored, since everything in it can be measured again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convolution as a product of spectra. For large kernels on large maps, where it needs the fewest operations.
+"""Compute convolutions as products of spectra, which needs the fewest operations for large kernels on large maps.
 
 Stride 1 and dilation 1; any padding. Maps are padded with zeros to a length for which transforms are fast. A few maps
 are transformed at a time, so that their spectra stay in the caches; moving them to memory would cost what they save.

@@ -1,4 +1,4 @@
-"""Sizes at which the CPU backends change how they compute. Results do not depend on them, beyond rounding."""
+"""Define the sizes at which CPU backends switch algorithms; results do not depend on them, except for rounding."""
 
 from __future__ import annotations
 

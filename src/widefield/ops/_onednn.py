@@ -1,18 +1,18 @@
-"""Every pass as a convolution of a shape and layout for which oneDNN has a fast kernel. CPUs.
+"""Compute every pass on CPUs as a convolution of a shape and layout for which oneDNN has a fast kernel.
 
 oneDNN computes a depthwise forward convolution fast in NCHW as long as the kernel, dilated, is at most 13 columns
 wide, and in channels_last at any width but 12 and 13. Everything else falls back to a loop over small matrix products:
 NCHW wider than 13, dilations past that width, the weight gradient of every width but 1 to 3. All of these can be
 rewritten as fast convolutions:
 
-- taps that never meet the map are cut off first;
+- taps that never overlap the map are cropped first;
 - wide kernels run in channels_last, some channels at a time so that their weights stay in the cache;
 - channels_last kernels 11 to 13 columns wide are padded with zero columns to 15, or 14;
 - a dilated kernel that spans too much is a plain kernel on each of the d*d interleaved maps;
 - the gradient with respect to x is the convolution with the flipped kernel;
 - the gradient with respect to the kernel is, for each sample, the convolution of x with the output gradient as the
   kernel. A dilation there becomes a stride; a stride splits x into interleaved maps;
-- in channels_last, that of up to 9 columns of many numbers is put together from gradients of three columns.
+- in channels_last, the kernel gradient of up to 9 columns of many numbers is composed of gradients of three columns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The three passes of a depthwise convolution as operators of PyTorch: ``torch.ops.widefield.depthwise*``.
+"""Register the three passes of a depthwise convolution as PyTorch operators: ``torch.ops.widefield.depthwise*``.
 
 Each has a fake implementation (shapes and layouts, for torch.compile and torch.export), derivatives in terms of the
 three, a rule for vmap, and a FLOP count. All are bilinear, so the derivatives hold at any order, in forward and in

@@ -1,4 +1,4 @@
-"""The problem that a backend of the depthwise convolution solves, and helpers on shapes, layouts and tracing.
+"""Describe a depthwise convolution for its backends; helpers for shapes, layouts and tracing.
 
 All backends compute ``y[n, c] = sum_k weight[g, c, k] x[n, c, .]`` with weights (G, C, KH, KW). G is 1 (the batch
 shares its kernels) or N (every sample has its own kernels, as in a mixture).

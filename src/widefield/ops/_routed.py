@@ -1,7 +1,7 @@
-"""PyTorch operators for depthwise experts that are mixed inside the convolution. CUDA devices.
+"""Register PyTorch operators for depthwise experts that are mixed inside the convolution, for CUDA devices.
 
-``torch.ops.widefield.routed`` never writes a sample's kernel to memory. This pays on small maps, where the kernels of
-a batch are as large as its maps. Stride 1, "same" alignment, dilation 1. Differentiable once.
+``torch.ops.widefield.routed`` never writes a sample's kernel to memory. This is faster on small maps, where the kernels
+of a batch are as large as its maps. Stride 1, "same" alignment, dilation 1. Differentiable once.
 """
 
 from __future__ import annotations

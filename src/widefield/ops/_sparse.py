@@ -1,6 +1,6 @@
-"""The sparse path of a mixture: samples are sorted by the largest expert that they chose.
+"""Compute sparse mixtures by sorting samples by their largest chosen expert.
 
-A weight of exactly 0 means that an expert was not chosen. A sample that chose small experts needs a small kernel only.
+A weight of exactly 0 means that an expert was not chosen. A sample that chose small experts needs only a small kernel.
 """
 
 from __future__ import annotations

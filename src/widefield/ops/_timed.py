@@ -1,4 +1,4 @@
-"""Timed choices on CUDA devices: every kind of problem is measured once, and the winner is remembered on disk.
+"""Choose by timing on CUDA devices: every kind of problem is measured once, and the choice is cached on disk.
 
 For the same choice on every machine, copy the file (:func:`cache_file`), name a backend, or enable
 ``torch.use_deterministic_algorithms``, under which nothing is timed.

@@ -1,18 +1,19 @@
 """Deformable sampling of DCNv3: Wang et al., "InternImage: Exploring Large-Scale Vision Foundation Models with
 Deformable Convolutions", CVPR 2023, section 3.1, eq. 2 without its projections.
 
-For every pixel p0 and group g, with K points on a fixed grid p_k, moved by offsets d and weighed by a mask m::
+For every pixel p0 and group g, with K points on a fixed grid p_k, moved by offsets d and weighted by a mask m::
 
     y_g(p0) = sum_k m_gk(p0) x_g(p0 + s (p_k + d_gk(p0)))
 
-Pixels between four are read bilinearly, pixels outside are zero. Three backends compute the same function:
+Positions between pixels are interpolated bilinearly from four neighbors; pixels outside are zero. Three backends
+compute the same function:
 
-- ``"bags"``: the map is a table with a row for each pixel and group, and an output is a weighted sum of rows, what
+- ``"bags"``: the map is a table with a row for each pixel and group, and an output is a weighted sum of rows, which
   PyTorch calls an embedding bag; one for each of the four neighbors. Nothing as large as K maps is ever written, and
   only the inputs are kept for the backward pass.
-- ``"gather"``: indexing and arithmetic. The oracle; it can be differentiated in every way that PyTorch knows.
-- ``"grid"``: torch.nn.functional.grid_sample, an operator that other runtimes have, too: what is exported to ONNX. It
-  writes K maps.
+- ``"gather"``: indexing and arithmetic; the reference. It supports every kind of differentiation in PyTorch.
+- ``"grid"``: torch.nn.functional.grid_sample, which is exported to ONNX since other runtimes have it, too. It writes K
+  maps.
 """
 
 from __future__ import annotations

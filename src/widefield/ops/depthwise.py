@@ -1,4 +1,4 @@
-"""Depthwise convolution of any kernel size. Forward and both gradients each use the fastest backend.
+"""Compute depthwise convolutions of any kernel size; forward and both gradients each use the fastest backend.
 
 It computes ``y[n, c, i, j] = b[c] + sum_kl w[c, k, l] x[n, c, s i + d k - p, s j + d l - p]``, as F.conv2d does with
 ``groups == channels``. PyTorch's own kernels are fast for few widths and layouts, and slow for others (issues 18631 and

@@ -1,4 +1,4 @@
-"""Which backend each pass of a call would use, and why not the others."""
+"""Report the backend that each pass of a call would use, and why it would not use the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact algebra on convolution kernels: dilate, pad, crop, stack, fold a batch norm.
+"""Transform convolution kernels exactly: dilate, pad, crop, stack, fold a batch norm.
 
 Every function returns a kernel that computes the same convolution as its input. For :func:`crop` this holds under the
 conditions that it documents. Kernels have shape (C_out, C_in/groups, K_h, K_w) with odd K_h and K_w, and any number of

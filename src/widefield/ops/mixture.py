@@ -1,4 +1,4 @@
-"""One kernel per sample, mixed from a bank of experts (MoRF, Lian, Yu, Wang 2024, eq. 6 and 7).
+"""Convolve with per-sample kernels mixed from a bank of experts (MoRF, Lian, Yu, Wang 2024, eq. 6 and 7).
 
 A mixture of n convolutions is linear in the input, so for sample i it is one convolution::
 
@@ -7,8 +7,8 @@ A mixture of n convolutions is linear in the input, so for sample i it is one co
 The paper merges at inference. Here training uses the merged form too: autograd differentiates the sum with respect to
 x, every W_r, every b_r and the routing weights a. Three backends compute the same function:
 
-- ``"branches"``: n convolutions and a weighted sum. The oracle. It is faster where per-sample kernels are larger than
-  the map.
+- ``"branches"``: n convolutions and a weighted sum; the reference. It is faster where per-sample kernels are larger
+  than the map.
 - ``"merged"``: one convolution per sample; for depthwise experts, that of :mod:`widefield.ops.depthwise`.
 - ``"routed"``: the same, without writing a sample's kernel to memory; depthwise on CUDA devices, for small maps.
 """

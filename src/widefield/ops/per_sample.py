@@ -1,4 +1,4 @@
-"""Convolution with per-sample kernels, as mixtures and dynamic masks need it."""
+"""Convolve with per-sample kernels, for mixtures and dynamic masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished runs and other trained models: load, evaluate, compare, report."""
+"""Load, evaluate, compare and report finished runs and other trained models."""
 
 from widefield.runs.accuracy import Evaluation, evaluate_model
 from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs

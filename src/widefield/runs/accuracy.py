@@ -1,4 +1,4 @@
-"""Accuracy and throughput of a finished model on a data set."""
+"""Measure accuracy and throughput of a finished model on a data set."""
 
 from __future__ import annotations
 

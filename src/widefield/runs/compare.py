@@ -1,4 +1,4 @@
-"""Comparison of runs: sorting, filtering, tables and curves."""
+"""Compare runs: sort, filter, make tables and curves."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Evaluation on data whose classes are not the model's outputs one by one: ImageNet-V2, -A, -R and -ReaL.
+"""Evaluate on data whose classes do not match the model's outputs one to one: ImageNet-V2, -A, -R and -ReaL.
 
-A data set names its classes, and a model numbers its outputs. This module finds the output of each class.
+A data set has named classes, and a model has numbered outputs. This module finds the output of each class.
 """
 
 from __future__ import annotations

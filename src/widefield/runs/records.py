@@ -1,4 +1,4 @@
-"""Records of runs on disk: their recipe, state and metrics. Reads logs and recipes, never weights."""
+"""Read the records of runs on disk: recipe, state and metrics, from logs and recipes without reading weights."""
 
 from __future__ import annotations
 

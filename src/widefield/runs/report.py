@@ -1,4 +1,4 @@
-"""One page about training runs: their metrics, and every analysis that applies to their models."""
+"""Write a page about training runs: their metrics, and every analysis that applies to their models."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Models by name, with what each expects of images: timm's, torchvision's, and those of runs.
+"""Load models by name, with the preprocessing that each expects: timm's, torchvision's, and those of runs.
 
-The commands, the report about runs and the evaluation load their models here.
+The commands, the report about runs and the evaluation load their models with this module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The folder of a finished run -> its trained model."""
+"""Load the trained model from the folder of a finished run."""
 
 from __future__ import annotations
 

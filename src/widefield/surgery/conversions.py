@@ -1,4 +1,4 @@
-"""Frozen configs that say what a convolution becomes, each a :class:`Conversion`."""
+"""Define the conversions, frozen configs that determine the replacement of a convolution: :class:`Conversion`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train with dynamic sparsity: a share of the weights is zero at every step, and which ones changes during training.
+"""Train with dynamic sparsity: a share of the weights is zero at every step, and their choice changes in training.
 
 - Recipe (40 % of the weights pruned in a network 1.3 times as wide): Liu et al., "More ConvNets in the 2020s:
   Scaling up Kernels Beyond 51x51 using Sparsity" (SLaK), ICLR 2023, section 3; details by its code,

@@ -1,4 +1,4 @@
-"""Find, merge, copy and replace modules; the only loop that replaces them is here."""
+"""Find, merge, copy and replace modules; no other module has a loop that replaces them."""
 
 from __future__ import annotations
 

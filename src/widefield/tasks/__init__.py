@@ -1,4 +1,4 @@
-"""Tasks: the model that is trained, its batches, its loss and its metrics."""
+"""Provide tasks, which define the trained model, its batches, its loss and its metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of a task: the model it trains, its batches, its loss and its metrics."""
+"""Define the interface of a task: its model, batches, loss and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification: one label per image, cross-entropy, top-1 and top-5 accuracy.
+"""Define the classification task: one label per image, cross-entropy, top-1 and top-5 accuracy.
 
 Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019) and label smoothing (Szegedy et al. 2016) are timm's. Their
 defaults are those of the recipes of DeiT and ConvNeXt.

@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, checkpoints."""
+"""Train models: recipes, the training loop, checkpoints."""
 
 from widefield.train.engine import RunResult, train
 from widefield.train.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""Diagnostics of a run besides its metrics: collapsed routers of mixtures, and the reach of masks."""
+"""Diagnose a run beyond its metrics: collapsed routers of mixtures, and the reach of masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, written atomically.
+"""Write and read checkpoints on disk, atomically.
 
 A checkpoint is a folder ``checkpoints/step-00000123`` with
 

@@ -1,7 +1,7 @@
-"""The training loop, for any task, on accelerate's devices and precisions.
+"""Run the training loop for any task, on accelerate's devices and precisions.
 
 The state of a run is its epoch, its position in the epoch and the content of a checkpoint. Everything else is a
-function of the recipe. A resumed run therefore continues as if it had not stopped; on the CPU it is equal to the bit.
+function of the recipe. A resumed run therefore continues as if it had not stopped; on the CPU it is bitwise equal.
 """
 
 from __future__ import annotations

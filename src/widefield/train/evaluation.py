@@ -1,4 +1,4 @@
-"""Metrics of a model over batches, and one process's share of a data set."""
+"""Compute metrics of a model over batches, and one process's shard of a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step."""
+"""Treat Ctrl-C and SIGTERM as a request to stop at the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with everything that changes its weights: the training step and its state."""
+"""Define the training step and its state: the model and everything that changes its weights."""
 
 from __future__ import annotations
 

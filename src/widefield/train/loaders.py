@@ -1,4 +1,4 @@
-"""Loaders whose order of samples is a function of (seed, epoch) alone."""
+"""Make loaders whose order of samples depends only on (seed, epoch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logs of a run: always ``metrics.jsonl``, and TensorBoard and Weights & Biases on request."""
+"""Write the logs of a run: always ``metrics.jsonl``, and TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 

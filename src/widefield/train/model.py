@@ -1,4 +1,4 @@
-"""Recipe -> model: a network by name, its start weights, its conversion, and what the task makes of it."""
+"""Build the model of a recipe: a network by name, its initial weights, its conversion, and the task's changes."""
 
 from __future__ import annotations
 

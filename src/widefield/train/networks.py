@@ -1,4 +1,4 @@
-"""Name and arguments -> network of timm or torchvision. An argument that has no effect is an error."""
+"""Build networks of timm or torchvision from name and arguments; an argument without effect is an error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Frozen parameters, optimizers, schedules, and parameter groups with their own rates, on top of timm.
+"""Build optimizers, schedules and parameter groups with their own rates on top of timm, and freeze parameters.
 
-timm drops arguments that an optimizer or a schedule does not read; here they are errors.
+timm ignores arguments that an optimizer or a schedule does not use; here they are errors.
 """
 
 from __future__ import annotations

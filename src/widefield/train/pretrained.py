@@ -1,4 +1,4 @@
-"""Weights to start from: read from a file or a run, and loaded into a model in full or not at all."""
+"""Read initial weights from a file or a run, and load them into a model in full or not at all."""
 
 from __future__ import annotations
 

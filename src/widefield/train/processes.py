@@ -1,4 +1,4 @@
-"""Decisions that all processes must make alike."""
+"""Make decisions that must be the same in all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, lines of text elsewhere."""
+"""Show the progress of a run: a bar on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of the global random generators, saved and restored."""
+"""Save and restore the state of the global random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe of a run: frozen dataclasses that check their values."""
+"""Define the recipe of a run as frozen dataclasses that check their values."""
 
 from __future__ import annotations
 

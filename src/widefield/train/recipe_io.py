@@ -1,4 +1,4 @@
-"""Recipes <-> YAML and the command line; an unknown key is an error that suggests the nearest one.
+"""Read and write recipes as YAML and from the command line; an unknown key is an error with a suggestion.
 
 jsonargparse decides whether a value has the type of its key. This module adds bases, suggestions for unknown keys, null
 only where a key allows it, one-line errors, and a YAML dialect that reads back exactly what it wrote.

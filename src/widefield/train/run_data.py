@@ -1,4 +1,4 @@
-"""A run's record of its data, ``data.json`` in its folder. It makes a run usable where its data are missing."""
+"""Record a run's data in ``data.json`` in its folder, so that the run is usable where its data are missing."""
 
 from __future__ import annotations
 

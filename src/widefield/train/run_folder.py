@@ -1,6 +1,6 @@
-"""The folder of a run: it is claimed before anything is built, then filled with ``config.yaml`` and so on.
+"""Manage the folder of a run: claim it before anything is built, then write ``config.yaml`` and other files.
 
-A run that fails before its first checkpoint leaves ``failed.yaml`` instead of ``config.yaml``, and its name stays free.
+A run that fails before its first checkpoint leaves ``failed.yaml`` instead of ``config.yaml``; its name can be reused.
 """
 
 from __future__ import annotations

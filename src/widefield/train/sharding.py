@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state sharded over processes, by torch's fully sharded data parallel."""
+"""Shard weights, gradients and optimizer state over processes with torch's fully sharded data parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a run in two files without a pickle: tensors as safetensors, everything else as JSON.
+"""Store the state of a run in two files without a pickle: tensors as safetensors, everything else as JSON.
 
 Nested mappings with any keys, lists, tuples, numbers, strings and tensors are restored exactly. Floats are exact to the
 bit: JSON stores their shortest decimal form, from which Python reads the same number.
