@@ -47,7 +47,7 @@ def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Ten
 
 
 def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Scores:
-    """Run a model, with ``weights`` in place of its own of those names; return the score of every class.
+    """Run a model with its parameters replaced by ``weights``, by name; return the score of every class.
 
     - Classifier, (N, classes): its logits.
     - Segmentation model, (N, classes, h, w): the mean logit of the pixels predicted as the class, as in Seg-Grad-CAM

@@ -95,7 +95,7 @@ class Analysis:
     stand_in: bool = True
     """Whether photographs may stand in for missing images of a run."""
     reported: Callable[[int], int] | None = None
-    """Number of images in a report that asks for so many; None: not part of reports."""
+    """Report's number of images -> number that this analysis uses; None: not part of reports."""
     report_options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the function in a report."""
     margin: Callable[[Mapping[str, Any]], int] = lambda options: 0

@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def depthwise(self) -> bool:
-        """Whether every channel has a kernel of its own."""
+        """Whether every channel has its own kernel."""
         return self.channels == (self.groups, 1)
 
 

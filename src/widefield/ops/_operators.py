@@ -188,7 +188,7 @@ def _implementation(name: str, step: str, fake: Callable[..., Tensor]) -> Callab
         inputs: tuple[Any, ...] = (first, second, third if size is None else size)
         if way.widens:
             inputs = tuple([value.float() if isinstance(value, Tensor) else value for value in inputs])
-        # Below the dispatch key that tracks views: a view made here could not be changed in place by who gets it.
+        # Below the dispatch key that tracks views: callers could not modify a view made here in place.
         with torch._C._AutoDispatchBelowADInplaceOrView(), without_autocast(first):
             compute = way.compute or _chosen_now(way, backend, (*inputs, *geometry))
             return compute(*inputs, *geometry).to(way.dtype).contiguous(memory_format=way.layout)
@@ -283,7 +283,7 @@ def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, 
 
 
 def _primal(x: Tensor) -> Tensor:
-    """Return x without its tangent. Tensors inside vmap have none of their own."""
+    """Return x without its tangent. Tensors inside vmap have no tangent."""
     hidden = _functorch.is_batchedtensor(x) or is_batch_of_gradients(x)
     return x if hidden else forward_ad.unpack_dual(x).primal
 

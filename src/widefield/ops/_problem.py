@@ -122,7 +122,7 @@ def is_eager(x: Tensor) -> bool:
 
 
 PLAIN = (Tensor, nn.Parameter)
-"""Types without a ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
+"""Types that do not override ``__torch_function__`` or ``__torch_dispatch__``."""
 
 
 def is_traced() -> bool:

@@ -56,7 +56,7 @@ class Sampling(NamedTuple):
         return self.dilation * (self.kernel_size - 1) // 2
 
     def output_size(self, side: int) -> int:
-        """Return the rows (columns) of the output for so many rows (columns) of the input."""
+        """Return the number of output rows (columns) for a number of input rows (columns)."""
         return (side + 2 * self.padding - self.dilation * (self.kernel_size - 1) - 1) // self.stride + 1
 
     def checked(self) -> Sampling:
@@ -100,7 +100,7 @@ def dcnv3(
         mask: (N, Ho, Wo, groups * K), the weights; not normalized here.
         kernel_size: the grid has ``K = kernel_size**2`` points; any size.
         stride, padding, dilation: of the grid, as in a convolution.
-        groups: each has points of its own for its ``C / groups`` channels.
+        groups: number of groups; each has its own points for its ``C / groups`` channels.
         offset_scale: multiplies the offsets, and the grid too.
         remove_center: leave out the point at the center; the kernel must be odd then.
         backend: "auto", "bags", "gather" or "grid".

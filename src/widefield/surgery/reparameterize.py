@@ -86,9 +86,9 @@ def reparameterize(
     Layers with ``fuse()`` are merged first, and blocks that timm or official code merges in place by
     ``reparameterize()``, ``switch_to_deploy()``, ``merge_kernel()`` or ``merge_dilated_branches()``. Then every batch
     norm is folded into the convolution, transposed convolution, linear layer, mixture or masked convolution before it,
-    if nothing else reads that layer's output. The example input shows who reads what, so the model must be used along
-    the paths that the example takes. Layers that are called more than once, shared, hooked, or compute their kernel
-    stay, as do norms without running statistics.
+    if nothing else reads that layer's output. The example input determines which modules read each output, so the model
+    must be used along the paths that the example takes. Layers that are called more than once, shared, hooked, or
+    compute their kernel are left unchanged, as are norms without running statistics.
 
     Our depthwise layers become ``torch.nn.Conv2d``, which is slow for large kernels. To serve the model in PyTorch,
     convert the result with :class:`FastDepthwise`.

@@ -17,7 +17,7 @@ ROUNDING = 1e-4
 """Relative difference of float32 outputs that a different order of summation may cause."""
 
 _PROBED = 32
-"""At most so many images measure each layer alone. They only decide the order; the budget is measured on all images."""
+"""Largest number of images for measuring single layers, which only sets the order; the budget uses all images."""
 
 _ROUNDS = 4
 """How often the search continues without the layer at which it stopped."""

@@ -148,9 +148,9 @@ def _depths(model: nn.Module) -> Callable[[str], float] | None:
 
 
 def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.optim.Optimizer:
-    """Build timm's optimizer for the parameters that learn.
+    """Build timm's optimizer for the trainable parameters.
 
-    Parameters that an entry of ``spec.groups`` selects get groups of their own; the first matching entry wins. Its
+    Parameters that an entry of ``spec.groups`` selects get separate groups; the first matching entry applies. Its
     ``lr_scale`` multiplies that of layer-wise decay, which follows the backbone's layers if the model has one inside.
 
     Args:
