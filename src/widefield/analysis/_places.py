@@ -287,7 +287,7 @@ def _both(value: Any) -> tuple[int, int]:
 
 
 def _routed(call: _Call) -> Trace:
-    """The mixture of experts: stride 1, "same" alignment."""
+    """Trace a mixture of experts: stride 1, "same" alignment."""
     _, grid = call.first()
     if grid is None:
         return call.anywhere()
@@ -305,7 +305,7 @@ def _adaptive(call: _Call) -> Trace:
 
 
 def _product(call: _Call) -> Trace:
-    """Matrix product: a grid is kept unless the sum runs along it."""
+    """Trace a matrix product: a grid is kept unless the sum runs along it."""
     left, right = [value for value in call.named.values() if isinstance(value, Tensor)][-2:]
     grids = [trace.grid if (trace := call.of(value)) else None for value in (left, right)]
     summed = -1 if grids[0] else -2
@@ -325,7 +325,7 @@ def _reduction(call: _Call) -> Trace:
 
 
 def _along(call: _Call) -> Trace:
-    """Operators that combine the entries of a dimension and keep it, such as softmax."""
+    """Trace operators that combine the entries of a dimension and keep it, such as softmax."""
     _, grid = call.first()
     return call.anywhere(grid) if grid is None or call.axes() & set(grid.dims) else call.on(grid)
 
@@ -375,18 +375,18 @@ def _pad(call: _Call) -> Trace:
 
 
 def _shuffled(call: _Call) -> Trace:
-    """Operators that reorder, add or remove entries in the dimensions that they name."""
+    """Trace operators that reorder, add or remove entries in the dimensions in their arguments."""
     _, grid = call.first()
     axes = call.axes("dims" if "dims" in call.named else "dim")
     return call.lost() if grid is None or axes & set(grid.dims) else call.on(grid)
 
 
 def _constant(call: _Call) -> None:
-    """Operators that read only the shape of their argument."""
+    """Trace operators that read only the shape of their argument."""
 
 
 def _viewed(call: _Call) -> list[Trace | None]:
-    """Views: strides of a tensor without data show where entries went."""
+    """Trace views: the strides of a tensor without data show where entries are."""
     value, grid = call.first()
     if grid is None:
         return [call.lost()] * len(call.outputs)
@@ -398,7 +398,7 @@ def _viewed(call: _Call) -> list[Trace | None]:
 
 
 def _located(grid: Grid, shape: Sequence[int], view: Tensor) -> Grid | None:
-    """Return the grid of a view of a contiguous tensor; None if its positions are on no grid."""
+    """Return the grid of a view of a contiguous tensor; None if its positions are not on a grid."""
     (dy, dx), (H, W) = grid.dims, grid.shape
     inner, offset = prod(shape[len(shape) + dx + 1 :]), view.storage_offset()
     seen = [(dim, n, step) for dim, (n, step) in enumerate(zip(view.shape, view.stride(), strict=True), -view.ndim)]

@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         self.head = self.classifier().to(like)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the inputs of blocks, and recompute the rest in the backward pass."""
+        """Enable checkpointing: training keeps only the inputs of blocks and recomputes the rest in backward passes."""
         self.grad_checkpointing = enable
 
     def run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
