@@ -1,4 +1,4 @@
-"""Memory layouts that tensors come in."""
+"""Memory layouts of input tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,8 @@ LAYOUTS = (
 
 
 def lay_out(x, layout):
-    """Return a tensor of the shape of x, (N, C, H, W), in a layout; its numbers are x's, but for expanded ones."""
+    """Return a tensor with the shape of x, (N, C, H, W), in a layout; it has x's values unless the layout is
+    expanded."""
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "channels_last slice":

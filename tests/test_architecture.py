@@ -28,7 +28,7 @@ def room(path):
 
 
 def imports(path):
-    """Yield the absolute dotted name of every import in a file, wherever it stands."""
+    """Yield the absolute dotted name of every import in a file, at any level."""
     package = ("widefield", *path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -18,7 +18,7 @@ def test_rows_hold_the_percentiles_of_interleaved_calls():
         repeats=4,
         warmup=2,
     )
-    assert "".join(order) == "sllslsslslls"  # each comes first as often as last, and seldom twice
+    assert "".join(order) == "sllslsslslls"  # each is first as often as last, and rarely twice in a row
     assert rows["long"].repeats == 4
     assert rows["short"].p20 <= rows["short"].p50 <= rows["short"].p80
     assert rows["long"].p50 >= 0.005
@@ -58,7 +58,7 @@ def test_short_calls_are_repeated_within_a_timing_and_rows_stay_seconds_of_one()
 
 
 class Applied(nn.Module):
-    """A function of one tensor as a module, with the layers that it uses."""
+    """A function of one tensor as a module, with its layers."""
 
     def __init__(self, function, **layers):
         super().__init__()
@@ -73,7 +73,7 @@ def recurrent(cls, **options):
 
 
 def attention(queries, keys, width):
-    """Scores and weighted sums."""
+    """Count scores and weighted sums."""
     return 2 * queries * keys * width
 
 

@@ -1,4 +1,4 @@
-"""The Python in the README and the docs runs as it stands."""
+"""The Python snippets in the README and the docs run without changes."""
 
 import re
 from pathlib import Path

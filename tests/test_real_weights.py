@@ -1,4 +1,4 @@
-"""The verbs on a network that sees: EfficientNet-Lite0 with ImageNet weights still says what is on photographs."""
+"""The verbs on a trained network: EfficientNet-Lite0 with ImageNet weights still classifies photographs correctly."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_the_photographs_are_recognized(model):
 @pytest.mark.parametrize("kind", KEEPING)
 def test_converted_and_reparameterized_it_has_the_same_top_five(model, kind):
     converted = widefield.convert(model, KEEPING[kind])
-    assert len(widefield.plan(model, KEEPING[kind]).replaced) >= 16  # of 17 depthwise convolutions, strided ones too
+    assert len(widefield.plan(model, KEEPING[kind]).replaced) >= 16  # of 17 depthwise ones, strided included
     assert top5(converted).equal(top5(model))
     fused = widefield.reparameterize(converted, photographs()[:2])
     assert top5(fused).equal(top5(model))
@@ -68,4 +68,4 @@ def test_in_8_bits_it_names_the_same_classes(model, tmp_path):
     assert report.change.agreement >= 0.9
     found = top5(deploy.load(tmp_path / "lite0.onnx"))
     kept = (top5(model)[:, :, None] == found[:, None]).any(2).float().mean()
-    assert kept >= 0.8  # of five classes, of which the last are a hair's breadth apart
+    assert kept >= 0.8  # of five classes, of which the last have almost equal scores

@@ -13,7 +13,7 @@ ISE = (
     "localis memoris penalis polaris prioritis randomis rasteris realis serialis deserialis stabilis synchronis "
     "synthesis tokenis utilis materialis symbolis capitalis apologis emphasis formalis idealis neutralis"
 )
-"""Stems of verbs in -ize; "synthesis" and "emphasis" are nouns as they stand."""
+"""Stems of verbs in -ize; "synthesis" and "emphasis" are correct nouns."""
 
 BRITISH = re.compile(
     r"re-parameteri\w*"
@@ -33,7 +33,7 @@ FILES = sorted(
 TEXT = {".py", ".md", ".yaml", ".toml", ".sh", ".json", ".css", ".html"}
 
 OTHERS: dict[str, set[str]] = {}
-"""Names that are not ours to spell: file -> words."""
+"""Names spelled by others: file -> words."""
 
 
 @pytest.mark.parametrize(

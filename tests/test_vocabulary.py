@@ -1,4 +1,4 @@
-"""Snippets that a user of timm would guess without the docs: they work, or the error names the right argument."""
+"""Snippets that a timm user would guess without the docs either work, or the error names the right argument."""
 
 import inspect
 

@@ -1,28 +1,28 @@
-"""Every tolerance of the suite, with its reason. All are relative to the largest absolute value of what is expected."""
+"""Every tolerance of the suite, with its reason. All are relative to the largest absolute expected value."""
 
 import torch
 
-# Sums of up to a few thousand float64 products in another order: rounding alone, with room for unlucky cancellation.
+# Sums of up to a few thousand float64 products in another order: only rounding, with a margin for cancellation.
 FLOAT64 = 1e-10
 
 # The same in float32 (unit roundoff 6e-8), one operator.
 FLOAT32 = 1e-5
 
-# bf16 keeps 8 bits: a few roundings of inputs, kernels and output.
+# bf16 keeps 8 bits: a few rounding errors of inputs, kernels and output.
 BFLOAT16 = 3e-2
 
-# float16 keeps 11 bits, and so does every factor of a TF32 product: the same, eight times finer.
+# float16 keeps 11 bits, like every factor of a TF32 product: the same, eight times finer.
 FLOAT16 = 4e-3
 TF32 = 4e-3
 
-# What a dtype allows one operator that adds up in 32 bits or more.
+# Tolerance by dtype for one operator that accumulates in 32 bits or more.
 OF_DTYPE = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
-# A whole network in float32: errors of its layers add up. What the project promises for conversion and fusing.
+# A whole network in float32: errors of its layers add up. The project guarantees this for conversion and fusing.
 NETWORK = 1e-4
 
-# A whole network under bf16 autocast, as the L2 norm of the difference over that of the outputs: 50 layers of roundings
-# at 4e-3 each, amplified by random weights. Something computed wrongly is off by 1.
+# A whole network under bf16 autocast, as the L2 norm of the difference over that of the outputs: 50 layers with
+# rounding errors of 4e-3 each, amplified by random weights. A wrong computation is off by 1.
 NETWORK_BFLOAT16 = 0.2
 
 

@@ -1,4 +1,4 @@
-"""Small models of the anatomies that people build around a backbone, for tests."""
+"""Small models with a backbone, a neck and heads, for tests."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ def conv(inputs, outputs, stride=1):
 
 
 class Encoder(nn.Module):
-    """Gives all its maps, as encoders of segmentation-models-pytorch do."""
+    """Return all maps, like the encoders of segmentation-models-pytorch."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class UNet(nn.Module):
 
 
 class Detector(nn.Module):
-    """One detection a quadrant: its label is fixed, its score looks at one channel of the backbone's map there."""
+    """Detect one object per quadrant: its label is fixed, its score is one channel of the backbone's map there."""
 
     labels = (3, 1, 3, 2)
 
@@ -68,7 +68,7 @@ class Detector(nn.Module):
 
 
 class Answers(nn.Module):
-    """A classifier whose output is whatever ``form`` makes of its scores and its map."""
+    """A classifier whose output is ``form`` of its scores and its map."""
 
     def __init__(self, form, classes=5):
         super().__init__()
@@ -80,7 +80,7 @@ class Answers(nn.Module):
 
 
 def shaken(model):
-    """Give every norm statistics of its own, and return the model in evaluation mode."""
+    """Give every norm different statistics, and return the model in evaluation mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)

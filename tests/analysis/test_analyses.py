@@ -1,4 +1,4 @@
-"""The registry of analyses: complete, with one call shape, and the same for commands and reports."""
+"""The registry of analyses: complete, one call signature, and the same entries for commands and reports."""
 
 import inspect
 
@@ -42,7 +42,7 @@ def test_a_view_runs_every_analysis_of_a_plain_classifier():
     }
     applies = {name for name, entry in ANALYSES.items() if entry.applies(model)}
     assert applies == set(ANALYSES) - {"routing", "masks"}
-    for name in applies - {"shape-bias"}:  # it looks at images of its own
+    for name in applies - {"shape-bias"}:  # it uses images of its own
         entry = ANALYSES[name]
         seen = View(model, "tiny", "random") if not entry.reads_images(model) else view
         result = entry.run(seen, **options.get(name, {}))

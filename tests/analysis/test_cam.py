@@ -1,4 +1,4 @@
-"""Class activation maps: Grad-CAM against a plain oracle, known answers, and the right layer of any family."""
+"""Class activation maps: Grad-CAM against a plain reference, known results, and the right layer in every family."""
 
 import json
 
@@ -21,13 +21,13 @@ from widefield.analysis.cam import ClassActivation, class_activation
 
 
 def tiny(classes=5):
-    """Two convolutions with something that works in place behind the second."""
+    """Return two convolutions, with an in-place module after the second."""
     features = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.GELU(), nn.Conv2d(6, 8, 3, 2, 1))
     return nn.Sequential(features, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
 
 def oracle(model, layer, images, target, places):
-    """Grad-CAM one image at a time, by the paper's equations 1 and 2; ``places`` makes (h, w, C) of an output."""
+    """Compute Grad-CAM for each image by the paper's equations 1 and 2; ``places`` makes (h, w, C) of an output."""
     maps, kept = [], {}
     handle = model.get_submodule(layer).register_forward_hook(lambda m, args, output: kept.update(map=output.clone()))
     for image in images:
@@ -64,7 +64,7 @@ def test_maps_are_those_of_the_paper(target):
 @pytest.mark.parametrize(
     ("name", "layer", "places"),
     [
-        ("test_vit", "blocks.5.norm1", lambda x: x[1:].reshape(5, 5, -1)),  # tokens behind a class token
+        ("test_vit", "blocks.5.norm1", lambda x: x[1:].reshape(5, 5, -1)),  # tokens after a class token
         ("swin", "layers.0", lambda x: x),  # channels last
     ],
 )
@@ -76,7 +76,7 @@ def test_tokens_and_channels_last_maps_are_maps(name, layer, places):
 
 
 class Corner(nn.Module):
-    """Class k scores what its own channel shows in quadrant k."""
+    """The score of class k is its own channel in quadrant k."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class Corner(nn.Module):
 def test_what_a_class_sees_in_one_quadrant_is_mapped_there(k):
     images = torch.zeros(4, 4, 8, 8)
     for c, (top, left) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
-        images[:, c, top : top + 4, left : left + 4] = 1  # every image has something in each quadrant
+        images[:, c, top : top + 4, left : left + 4] = 1  # every image has content in each quadrant
     found = class_activation(Corner(), images, targets=k)
     expected = np.zeros((8, 8))
     expected[4 * (k // 2) :, 4 * (k % 2) :][:4, :4] = 1
@@ -179,7 +179,7 @@ def make(name):
         ("test_convnext", "stages"),
         ("test_efficientnet", "bn2"),
         ("test_nfnet", "final_act"),
-        ("test_vit", "blocks.5.norm1"),  # reads off a class token: its last block's other tokens are not heard
+        ("test_vit", "blocks.5.norm1"),  # uses a class token: other tokens of the last block have no effect
         ("test_vit3", "norm"),  # pools its tokens
         ("swin", "norm"),
         ("deit", "blocks.1.norm1"),
@@ -204,7 +204,7 @@ def test_the_layer_is_the_last_map_that_the_class_hears_of(name, layer):
     found = class_activation(model, image)
     assert (found.layer, found.about["layer"]) == (layer, layer)
     assert found.maps.shape[1] == found.maps.shape[2] > 1
-    # timm's mixers and torchvision's ViT begin with heads of zeros: there is a layer, and nothing to see in it.
+    # timm's mixers and torchvision's ViT start with zero heads: a layer is found, but its map is empty.
     assert found.empty == (name in ("mixer", "tv vit"))
 
 
@@ -231,7 +231,7 @@ def test_the_model_and_the_images_are_left_as_they_were(name):
         class_activation(model, images, targets=5)
     with pytest.raises(ValueError, match="returns no map"):
         class_activation(model, images, layer=list(dict(model.named_modules()))[-1])
-    with torch.no_grad():  # nor does it matter what surrounds it
+    with torch.no_grad():  # its surroundings do not matter either
         assert np.array_equal(class_activation(model, images).maps, found.maps)
     assert state(model) == before
     assert all(torch.equal(v, stored[k]) for k, v in model.state_dict().items())
@@ -319,7 +319,7 @@ def test_results_are_named_kept_small_and_drawn(tmp_path):
     assert one.to_dict()["maps"] == one.maps.tolist()
     drawing = save(results, tmp_path / "x.svg", count=2).read_text()
     assert "an animal of unusual" in drawing
-    assert "an animal of unusual length" not in drawing  # cut to the width of its picture
+    assert "an animal of unusual length" not in drawing  # cropped to the width of its picture
     assert "a_network_with_a_" in drawing
     assert save({"one": one}, tmp_path / "x.html", count=1).stat().st_size > 10_000
     figure = ClassActivation.draw(results, count=2)

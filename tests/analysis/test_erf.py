@@ -23,7 +23,7 @@ def boxes(layers, kernel, dtype=torch.float32):
 
 
 def box_field(layers, kernel, side):
-    """The L-fold convolution of a box with itself, in the middle of an image."""
+    """Return the L-fold convolution of a box with itself, in the middle of an image."""
     profile = np.ones(1)
     for _ in range(layers):
         profile = np.convolve(profile, np.full(kernel, 1 / kernel))
@@ -78,7 +78,7 @@ def test_images_are_averaged_after_what_is_negative_goes():
     result = effective_receptive_field(model, x, position=(1, 4))
     model.eval()
     jacobian = torch.autograd.functional.jacobian(lambda image: model(image[None])[0, :, 1, 4].sum(), x[0])
-    assert not (jacobian >= 0).all()  # or nothing would be dropped
+    assert not (jacobian >= 0).all()  # otherwise nothing would be dropped
     expected = sum(
         torch.autograd.functional.jacobian(lambda image: model(image[None])[0, :, 1, 4].sum(), one).clamp(min=0).sum(0)
         for one in x
@@ -100,7 +100,7 @@ def test_batches_do_not_matter_and_calls_repeat_to_the_bit():
 
 
 def squares(scores, center):
-    """Areas by the definition: squares of 1, 3, 5... pixels around a pixel."""
+    """Compute areas by their definition: squares of 1, 3, 5... pixels around a pixel."""
     found = {}
     for share in THRESHOLDS:
         reach = 0
@@ -151,7 +151,7 @@ def test_the_logarithm_depends_on_the_magnitude_and_the_scores_do_not():
 
 def test_transformers_and_maps_with_channels_last():
     vit = effective_receptive_field(timm.create_model("test_vit"), torch.randn(1, 3, 160, 160))
-    # The last map is that of the norm, whose channels add up to nothing: the one before is taken.
+    # The last map is the norm's, whose channels sum to zero, so the one before is used.
     assert vit.layer == "blocks"
     assert vit.position == (5, 5)
     assert vit.theoretical.size is None
@@ -164,7 +164,7 @@ def test_transformers_and_maps_with_channels_last():
     result = effective_receptive_field(swin, torch.randn(1, 3, 64, 64), layer="layers.0")
     assert result.about["unit"] == "(8, 8) of 16"
     assert np.unravel_index(result.scores.argmax(), (64, 64)) >= (32, 32)
-    assert not result.scores[:8].any()  # two windows of 16 pixels, moved by 8, reach no further
+    assert not result.scores[:8].any()  # two windows of 16 pixels, shifted by 8, limit the field
 
 
 def test_a_norm_that_cancels_is_an_error_until_it_has_learnt():
@@ -203,7 +203,7 @@ def test_contexts_layouts_and_dtypes():
 @pytest.mark.filterwarnings("ignore:.*jit.*")
 def test_what_cannot_be_followed_has_an_effective_field_and_a_reason():
     x = torch.randn(2, 1, 12, 12)
-    model = nn.Sequential(torch.jit.script(boxes(1, 3)), *boxes(1, 3))  # which takes no hooks
+    model = nn.Sequential(torch.jit.script(boxes(1, 3)), *boxes(1, 3))  # it accepts no hooks
     result = effective_receptive_field(model, x, layer="1")
     expected = effective_receptive_field(boxes(2, 3), x)
     close(torch.from_numpy(result.scores), torch.from_numpy(expected.scores), FLOAT32)
@@ -213,7 +213,7 @@ def test_what_cannot_be_followed_has_an_effective_field_and_a_reason():
 
 
 class Breaks(nn.Module):
-    """Fails when it is called for the nth time."""
+    """A model that fails in the nth call."""
 
     def __init__(self, at):
         super().__init__()

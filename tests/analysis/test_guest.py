@@ -1,4 +1,4 @@
-"""An analysis is a guest in a model: everything is put back, and maps are found in any."""
+"""Analyses restore the model completely, and find the maps of any model."""
 
 import pytest
 import timm

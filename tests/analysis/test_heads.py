@@ -1,4 +1,4 @@
-"""Models with necks and heads, of clips, and with any form of output: what is looked at, and what is refused."""
+"""Models with necks and heads, video models, and all forms of output: the analyzed layer, and errors."""
 
 import collections
 
@@ -28,7 +28,7 @@ def small(name, **options):
     kind = {} if name in dir(torchvision.models.video) else {"weights_backbone": None}
     model = torchvision.models.get_model(name, weights=None, **kind, **options)
     for module in model.modules():
-        if hasattr(module, "score_thresh"):  # untrained detectors are sure of nothing
+        if hasattr(module, "score_thresh"):  # scores of untrained detectors are low
             module.score_thresh = 0.0
     return shaken(model)
 
@@ -58,7 +58,7 @@ def test_torchvisions_models_are_looked_at_where_their_backbone_ends(name, optio
     assert field.scores.shape == (64, 64)
     assert field.theoretical == theoretical_receptive_field(model, images)
     seen = class_activation(model, images, targets=1, pixels=images.movedim(1, -1))
-    # An SSD's smaller objects are read off an earlier map.
+    # An SSD reads smaller objects from an earlier map.
     assert seen.layer == layer or (seen.layer, layer) == ("backbone.features.0", "backbone.features.1")
     assert seen.maps.shape[0] == 2
     assert seen.targets.tolist() == [1, 1]
@@ -152,7 +152,7 @@ def test_maps_of_a_detector_are_those_of_its_detections_of_the_class():
     close(torch.from_numpy(found.maps), without_scale(torch.stack(expected)).float(), FLOAT32)
     assert found.probability == pytest.approx(best, rel=FLOAT32)
     free = class_activation(model, images)
-    assert free.targets.tolist() == free.predicted.tolist() == [3, 3, 3]  # two detections go before one
+    assert free.targets.tolist() == free.predicted.tolist() == [3, 3, 3]  # two detections outrank one
     assert class_activation(model, images, classes=list("abcdef")).labels == ("d", "d", "d")
     with pytest.raises(ValueError, match="classes has 2 names, but the model returns 4 scores"):
         class_activation(model, images, classes=["a", "b"])
@@ -161,7 +161,7 @@ def test_maps_of_a_detector_are_those_of_its_detections_of_the_class():
 def test_where_nothing_is_detected_the_map_is_empty():
     model, images = shaken(Detector()), torch.randn(3, 3, 16, 16)
     scores = [found["scores"].max().item() for found in model(images)]
-    model.threshold = sorted(scores)[1]  # leaves the surest image alone
+    model.threshold = sorted(scores)[1]  # does not change the image with the highest score
     surest = scores.index(max(scores))
     found = class_activation(model, images)
     assert [k >= 0 for k in found.targets.tolist()] == [i == surest for i in range(3)]
@@ -328,7 +328,7 @@ def test_pixels_may_be_of_any_scale_and_number_of_channels(shape):
 def test_pixels_in_another_layout_are_refused_with_the_mend(sides):
     images = torch.rand(2, 3, *sides)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten())
-    if sides != (3, 3):  # there nobody can tell
+    if sides != (3, 3):  # ambiguous
         with pytest.raises(ValueError, match=r"got \(2, 3, .*look like \(N, C, H, W\): pass pixels.movedim\(1, -1\)"):
             class_activation(model, images, pixels=images)
     with pytest.raises(ValueError, match=r"torch.uint8 \(2, .*Pass pixels / 255"):

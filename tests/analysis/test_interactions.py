@@ -14,11 +14,11 @@ from widefield.analysis import save
 from widefield.analysis.interactions import Interactions, forward_passes, interactions
 
 ALL = {"grid": 3, "pairs": 36, "contexts": 35, "reach": None, "orders": tuple(m / 7 for m in range(8))}
-"""Every pair, context and order of a 3x3 grid."""
+"""All pairs, contexts and orders of a 3x3 grid."""
 
 
 class OfPatches(nn.Module):
-    """Logits from the means of 3x3 patches (N, 9), in float64."""
+    """Compute logits from the means of 3x3 patches (N, 9), in float64."""
 
     def __init__(self, function):
         super().__init__()
@@ -30,7 +30,7 @@ class OfPatches(nn.Module):
 
 
 def network(classes=4, width=24):
-    """Something far from additive, that still has structure: the same for all tests."""
+    """Return a strongly non-additive network with structure, the same for all tests."""
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((9, width), (width, classes)))
     return OfPatches(lambda p: torch.tanh(2 * p @ first) @ second)
@@ -41,7 +41,7 @@ def random_images(count=2, side=6, seed=0):
 
 
 def enumerated(model, image, target):
-    """|I(m)(i, j)| for all pairs (i < j) and all m of a 3x3 grid, straight from the definition: (36, 8)."""
+    """Compute |I(m)(i, j)| for all pairs (i < j) and all m of a 3x3 grid by the definition: (36, 8)."""
 
     def value(shown):
         mask = torch.zeros(9, dtype=torch.float64)
@@ -91,7 +91,7 @@ def test_sampled_contexts_bracket_the_definition_and_errors_are_of_the_right_siz
     for side, sign in ((lower, 1), (upper, -1)):
         room = 4 * side.std(0, ddof=1) / math.sqrt(len(runs))
         assert (sign * (truth - side.mean(0)) >= -room - 1e-12).all()
-    # Both biases matter at all orders with sampled contexts, and nearly cancel in their geometric mean.
+    # With sampled contexts both biases are large at all orders, and nearly cancel in their geometric mean.
     sampled = runs[0].contexts < np.array([math.comb(7, m) for m in range(8)])
     assert sampled.tolist() == [False, True, True, True, True, True, True, False]
     biases = [abs(side - truth)[sampled].sum() for side in (lower.mean(0), upper.mean(0))]
@@ -134,7 +134,7 @@ def test_a_product_of_two_patches_interacts_alike_at_all_orders(contexts):
     close(torch.tensor(found.lower), expected, FLOAT64)
     close(torch.tensor(found.upper), expected, FLOAT64)
     close(torch.tensor(found.strength), torch.ones(8, dtype=torch.float64), FLOAT64)
-    assert np.isfinite(found.strength_error).all()  # of pairs, there being one image
+    assert np.isfinite(found.strength_error).all()  # the error over pairs, because there is only one image
 
 
 def test_a_product_of_three_patches_interacts_the_more_the_larger_the_context():
@@ -142,15 +142,15 @@ def test_a_product_of_three_patches_interacts_the_more_the_larger_the_context():
     image = random_images(1)
     patches = nn.functional.adaptive_avg_pool2d(image, 3).mean(1).flatten()
     found = interactions(model, image, **ALL)
-    share = torch.arange(8, dtype=torch.float64) / 7  # of contexts that hold the third patch
+    share = torch.arange(8, dtype=torch.float64) / 7  # share of contexts with the third patch
     close(torch.tensor(found.upper), 3 * abs(patches[[0, 4, 8]].prod()) * share / 36, FLOAT64)
     near = interactions(model, image, **{**ALL, "reach": 1})
-    assert near.about["pairs"] == 20  # 12 side by side, 8 across corners
+    assert near.about["pairs"] == 20  # 12 side by side, 8 diagonal
     close(torch.tensor(near.upper), 2 * abs(patches[[0, 4, 8]].prod()) * share / 20, FLOAT64)
 
 
 def test_log_odds_of_extreme_logits_are_exact():
-    # p rounds to 1 here, so that log(p / (1 - p)) from probabilities would be infinite.
+    # p rounds to 1 here, so log(p / (1 - p)) from probabilities would be infinite.
     model = OfPatches(lambda p: torch.stack([400 * p[:, 0] * p[:, 1], torch.zeros(len(p)).double()], 1))
     image = torch.ones(1, 3, 3, 3, dtype=torch.float64)
     found = interactions(model, image, **ALL, targets=[0])
@@ -180,7 +180,7 @@ def test_hidden_patches_become_the_baseline_and_patches_need_not_divide_the_imag
         rows, columns = torch.arange(7) * 3 // 7, torch.arange(8) * 3 // 8
         for patch in (first, second):
             cells = {(rows[y].item(), columns[x].item()) for y, x in patch.nonzero().tolist()}
-            assert len(cells) == 1  # one patch, and all of it
+            assert len(cells) == 1  # one patch, and the whole image
             row, column = cells.pop()
             assert patch.sum() == (rows == row).sum() * (columns == column).sum()
 

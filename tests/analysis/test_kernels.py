@@ -1,4 +1,4 @@
-"""What crops of kernels lose, against brute force and against what convolutions put out; and the kernels of models."""
+"""Losses of cropped kernels, against brute force and the outputs of convolutions; and the kernels of models."""
 
 import json
 
@@ -35,16 +35,16 @@ STEPS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 def inside(size, dilation, side):
-    """Which taps a window of side x side pixels keeps: a mask (rows, columns), by distance from the center alone."""
+    """Return a mask (rows, columns) of the taps in a window of side x side pixels, by distance from the center."""
     axes = []
     for taps, step in zip(size, dilation, strict=True):
-        reach = [abs(2 * i - (taps - 1)) * step + 1 for i in range(taps)]  # side of the window that just holds tap i
+        reach = [abs(2 * i - (taps - 1)) * step + 1 for i in range(taps)]  # smallest window with tap i
         axes.append(torch.tensor([r <= max(side, min(reach)) for r in reach]))
     return axes[0][:, None] & axes[1]
 
 
 def windows(size, dilation):
-    """The different windows, smallest first."""
+    """Return the different windows, smallest first."""
     found = []
     for side in range(1, max(_stages.span(size, dilation)) + 1):
         mask = inside(size, dilation, side)
@@ -54,7 +54,7 @@ def windows(size, dilation):
 
 
 def impulse_response(layer, channels, size):
-    """The kernels of a depthwise layer that keeps the size of its map: (C, 1, size, size), biases taken off."""
+    """Return the kernels of a depthwise layer that keeps the size of its map: (C, 1, size, size), without biases."""
     x = torch.zeros(channels, channels, size, size, dtype=torch.double)
     x[range(channels), range(channels), size // 2, size // 2] = 1
     with torch.no_grad():
@@ -70,14 +70,14 @@ def same(one, other, tolerance=FLOAT64):
 
 
 def repvgg():
-    """A block of timm's that merges itself, without its activation."""
+    """Return a block of timm's that merges itself, without its activation."""
     block = RepVggBlock(4, 4, 3, group_size=1)
     block.act = nn.Identity()
     return block
 
 
 def lived(layer):
-    """A layer whose norms have seen something, in double precision and evaluation mode."""
+    """Return a layer with batch norm statistics like after training, in double precision and evaluation mode."""
     for module in layer.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -174,7 +174,7 @@ def test_zeros_tiny_numbers_half_precision_and_chunks(monkeypatch):
     close(crop_table(silent).l1, crop_table(silent[1:]).l1, FLOAT64)
     weight = torch.randn(7, 3, 5, 6).double()
     whole = crop_table(weight)
-    close(crop_table(weight * 1e-200).energy, whole.energy, FLOAT64)  # whose squares are 0
+    close(crop_table(weight * 1e-200).energy, whole.energy, FLOAT64)  # their squares underflow to 0
     close(crop_table(weight * 1e200).bound / 1e200, whole.bound, FLOAT64)
     same(crop_table(weight.half()), crop_table(weight.half().double()))
     monkeypatch.setattr("widefield.ops.crop_table._CHUNK", 1)
@@ -228,7 +228,7 @@ def test_kernels_are_those_that_the_layer_convolves_with(layer):
     response = impulse_response(layer, 4, 11)
     down, right = (11 - found.size[0]) // 2, (11 - found.size[1]) // 2
     kernel = response[..., down : 11 - down, right : 11 - right]
-    close(kernel.abs().sum(), response.abs().sum(), FLOAT64)  # which is all of it
+    close(kernel.abs().sum(), response.abs().sum(), FLOAT64)  # the whole kernel
     close(torch.from_numpy(found.magnitude), kernel.abs().mean((0, 1)), FLOAT64)
     same(found.table, crop_table(kernel))
 
@@ -325,7 +325,7 @@ def test_stages_and_rows_of_a_network():
     rows = result.rows()
     assert sum(int(row["kernels"].split()[0]) for row in rows) == len(result.layers)
     assert "stages.1.blocks.*.conv_dw" in [row["layers"] for row in rows]
-    repvit = timm.create_model("repvit_m0_9")  # which merges itself as a whole
+    repvit = timm.create_model("repvit_m0_9")  # it merges itself as a whole
     assert len({x.stage for x in kernel_energy(repvit).layers}) == 4
     converted = surgery.convert(torchvision.models.squeezenet1_1(), surgery.MoRF((3, 5)))  # without feature_info
     kinds = [x.kind for x in kernel_energy(converted).layers]
@@ -406,7 +406,7 @@ def test_the_figure_shows_the_widest_kernels_of_each_stage():
     assert bar.get_ylabel() == "mean |weight|"
     both = type(result).draw({"a": result, "b": kernel_energy(nn.Conv2d(3, 4, 9))})
     assert [line.get_label() for line in both.axes[0].lines] == ["a", "b"]
-    assert {axis.images[0].get_extent()[1] for axis in both.axes if axis.images} == {4.5}  # one scale of pixels
+    assert {axis.images[0].get_extent()[1] for axis in both.axes if axis.images} == {4.5}  # one scale for all pixels
 
 
 def test_a_layer_that_learns_while_it_is_read_is_left_alone():

@@ -1,4 +1,4 @@
-"""GMConv's masks against their formula, with sigmas set by hand and predicted from planted images."""
+"""GMConv's masks against their formula, with sigmas set manually or predicted from prepared images."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from widefield.nn import DynamicGMConv2d, GMConv2d
 
 
 def formula(size, sigma_x, sigma_y):
-    """Eq. 4 and 6 of the paper, tap by tap: exp(-(x^2 / sigma_x^2 + y^2 / sigma_y^2) / 2) over its maximum."""
+    """Compute eq. 4 and 6 of the paper, tap by tap: exp(-(x^2 / sigma_x^2 + y^2 / sigma_y^2) / 2) over its maximum."""
     rows, columns = size
     mask = np.empty(size)
     for i in range(rows):
@@ -60,7 +60,7 @@ def test_extents_lie_between_one_tap_and_all():
     for sigma in (0.0, 1.5, 1e9):
         nn.init.constant_(layer.sigma, sigma)
         extents.append(masks(layer).layers[0].extent[0])
-    assert extents[0] == pytest.approx(1.0, abs=1e-3)  # a quarter of a tap is the least sigma
+    assert extents[0] == pytest.approx(1.0, abs=1e-3)  # the smallest sigma is a quarter of a tap
     assert extents[1] == pytest.approx(sum(math.exp(-(d**2) / 4.5) for d in range(-4, 5)))
     assert extents[2] == pytest.approx(9.0, rel=1e-3)
 

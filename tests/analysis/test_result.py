@@ -1,4 +1,4 @@
-"""What all results share: numbers that JSON holds, files that appear whole."""
+"""Properties of all results: numbers that JSON can represent, and files that are written completely or not at all."""
 
 import json
 from collections.abc import Mapping

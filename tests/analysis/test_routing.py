@@ -1,4 +1,4 @@
-"""Routing statistics against planted routers, plain oracles, and models of other people."""
+"""Routing statistics against prepared routers, plain references, and models from other libraries."""
 
 import json
 from collections import Counter
@@ -25,13 +25,13 @@ SIZES = np.array([3, 5, 7])
 NAMES = ("3x3", "5x5", "3x3 d3")
 COLORS = np.array([0, 0, 1, 1, 2, 2, 0, 1])
 LABELS = np.array([0, 0, 0, 1, 1, 1, 2, -1])
-WANTED = ([1, 2, 0], [0, 0, 2])  # by two mixtures: the expert for each color
+WANTED = ([1, 2, 0], [0, 0, 2])  # of two mixtures: the expert for each color
 
 
 def plant(layer, wanted):
-    """Make a mixture give an image of color c to expert wanted[c], with the weight gelu(8 * its brightness) if soft.
+    """Make a mixture route images of color c to expert wanted[c].
 
-    Its experts hand the image on.
+    The weight is gelu(8 * its brightness) if soft. The experts return the image unchanged.
     """
     router = layer.router
     with torch.no_grad():
@@ -51,7 +51,7 @@ def planted(**options):
 
 
 def pictures():
-    """Return images of one color each, the later the brighter."""
+    """Return images of one color each, with increasing brightness."""
     images = torch.zeros(len(COLORS), 3, 6, 6)
     for i, color in enumerate(COLORS):
         images[i, color] = 1 + i / 8
@@ -208,7 +208,7 @@ def test_variation_is_that_of_the_weights_in_their_own_size():
     assert of([[1, 0], [0, 1]]).variation() == pytest.approx(0.5**0.5)
     assert of([[3.0], [-3.0]]).variation() == 1
     assert np.isnan(of([[1, 1]]).variation())
-    assert of([[1, 1]]).depends_on_input  # one image shows nothing
+    assert of([[1, 1]]).depends_on_input  # one image gives no spread
     assert not of(np.zeros((3, 2))).depends_on_input
     for scale in (1e-3, 1, 1e3):
         assert not of(scale * np.array([[1, 1.0005], [1, 1]])).depends_on_input
@@ -236,7 +236,7 @@ def test_other_peoples_models_once_converted(of):
         assert len(found.blocks) == sum(isinstance(m, MoRFConv2d) for m in mixture.modules()) > 0
         assert [block.depends_on_input for block in found.blocks] == [looks] * len(found.blocks)
         assert found.classes == ("0", "1", "2")
-        if not looks:  # settled: nobody is preferred
+        if not looks:  # balanced: no expert is preferred
             assert found.blocks[0].frequencies().tolist() == pytest.approx([1 / 3] * 3)
             assert np.isnan(found.blocks[0].variance(found.labels).eta_squared)
             assert "(constant)" in found.rows()[0]["varies, %"]
@@ -273,7 +273,7 @@ def test_figures_show_the_numbers():
     heat = found.plot(kind="heat").axes[0]
     shares = np.stack([block.shares() for block in found.blocks])
     assert np.allclose(heat.images[0].get_array(), 100 * shares)
-    # From the smallest field to the largest; colors of three, three and two images.
+    # From the smallest field to the largest; three colors with three, three and two images.
     assert [text.get_text() for text in heat.texts] == ["25", "38", "38", "75", "dead", "25"]
     assert sorted(t.get_text() for t in heat.get_xticklabels()) == ["3x3", "3x3 d3", "5x5"]
     pies = [axis for axis in found.plot(kind="pies").axes if axis.patches]

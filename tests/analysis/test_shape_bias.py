@@ -22,7 +22,7 @@ def drawn(tmp_path_factory):
 
 
 class Planted(nn.Module):
-    """Knows every image of a folder, and answers what it is told to."""
+    """A model that recognizes every image of a folder, and predicts the class that ``answer`` gives for it."""
 
     def __init__(self, folder, answer, names=Scales.classes, **reading):
         super().__init__()
@@ -68,7 +68,7 @@ def test_a_model_that_goes_by_shape_or_by_texture_is_found_out(drawn):
 
 def test_counts_by_class_and_the_interval_of_a_mixed_model(drawn):
     def answer(k, shape, texture):
-        # Hearts by shape; of the others every third image by shape, every third by texture, the rest by neither.
+        # Hearts by shape; of the others, every third image by shape, every third by texture, the rest by neither.
         neither = next(name for name in Scales.classes if name not in (shape, texture))
         return shape if shape == "heart" else (shape, texture, neither)[k % 3]
 
@@ -101,8 +101,9 @@ def test_imagenet_models_choose_by_the_mean_probability_of_the_sixteen(tmp_path)
 
     class Thousand(Planted):
         def logits(self, word):
-            # In sum the dogs have 0.545, in mean 0.005; a word is one class of its sixteen, at 0.3: a mean of 0.05 for
-            # cats. The rest lies outside of the sixteen.
+            # The sum for the dogs is 0.545, the mean 0.005. A word is one class of its sixteen, at 0.3: a mean of 0.05
+            # for
+            # cats. The rest is outside of the sixteen.
             p = torch.full((1000,), 1e-30, dtype=torch.float64)
             p[list(SIXTEEN["dog"])] = 0.005
             p[SIXTEEN[word][0]] += 0.3
@@ -114,7 +115,7 @@ def test_imagenet_models_choose_by_the_mean_probability_of_the_sixteen(tmp_path)
     assert found.classes == tuple(SIXTEEN)
     assert (found.shape.sum(), found.texture.sum()) == (2, 1)
     assert found.left_out == 1
-    assert model.seen == 3  # an image without a conflict is not even shown
+    assert model.seen == 3  # an image without a conflict is never passed to the model
     assert found.about["choice"] == "of 16 classes, by mean probability"
     assert [row["class"] for row in found.rows()] == ["all", "cat", "dog"]
     far = Thousand(folder, lambda k, shape, texture: shape, size=8)

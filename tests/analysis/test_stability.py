@@ -1,4 +1,4 @@
-"""Translation stability: models that a shift cannot touch, models that it must, and sums that need no second pass."""
+"""Translation stability: models that shifts cannot affect, models that they must affect, and one-pass statistics."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_even_images_have_nothing_that_shifts():
 
 def test_periodic_images_look_alike_to_a_mean_over_places():
     tile = torch.randn(4, 3, 4, 4, dtype=torch.float64)
-    images = tile.repeat(1, 1, 7, 6)  # 28 x 24; windows of 20 x 16 hold whole periods
+    images = tile.repeat(1, 1, 7, 6)  # 28 x 24; windows of 20 x 16 contain whole periods
     found = translation_stability(pointwise(), images, shifts=(1, 2, 5, 8))
     assert found.same.all()
     assert found.change.max() < FLOAT64
@@ -48,7 +48,7 @@ def test_periodic_images_look_alike_to_a_mean_over_places():
 
 
 class EverySecond(nn.Module):
-    """Two scores: the mean of every second column from the first, and one half."""
+    """Return two scores: the mean of every second column from the first, and one half."""
 
     def forward(self, x):
         seen = x[:, 0, :, ::2].mean((1, 2))
@@ -57,7 +57,7 @@ class EverySecond(nn.Module):
 
 def test_a_stride_is_blind_to_what_a_shift_by_less_brings():
     images = torch.zeros(2, 1, 20, 20)
-    images[0, :, :, ::2] = 1  # stripes, first lit, then dark; the other way about
+    images[0, :, :, ::2] = 1  # stripes: bright, then dark; and the reverse
     images[1, :, :, 1::2] = 1
     found = translation_stability(EverySecond(), images, shifts=(1, 2, 3, 4))
     for name, moved in zip(DIRECTIONS, (True, False, True), strict=True):
@@ -75,11 +75,11 @@ def test_a_stride_is_blind_to_what_a_shift_by_less_brings():
 
 
 class Corner(nn.Module):
-    """Scores: the upper left pixel's channels; so a shift shows what lies there."""
+    """Return the upper left pixel's channels as scores, so a shift reveals the pixel there."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("of", torch.zeros((), dtype=torch.float64))  # what it computes in
+        self.register_buffer("of", torch.zeros((), dtype=torch.float64))  # the dtype of its computation
 
     def forward(self, x):
         return x[:, :, 0, 0]
@@ -184,7 +184,7 @@ def test_models_of_others_stand_on_one_figure(tmp_path):
         assert axis.get_yscale() == "log"
         assert axis.get_xlabel() == "shift (pixels)"
     still = translation_stability(small().float(), torch.zeros(1, 3, 20, 20), shifts=(1,))
-    assert still.plot().axes[3].get_yscale() == "linear"  # nothing changed, and a logarithm has no place for that
+    assert still.plot().axes[3].get_yscale() == "linear"  # no change, which a logarithmic axis cannot show
     stored = json.loads(save({"still": still}, tmp_path / "x.json").read_text())["results"]["still"]
     assert stored["between"] is None
     assert stored["change"] == [[[0.0]]] * 3

@@ -15,7 +15,7 @@ from widefield.ops import dcnv3
 
 
 class Network(nn.Module):
-    """A function with layers."""
+    """A layer whose forward is a given function."""
 
     def __init__(self, function, **layers):
         super().__init__()
@@ -32,7 +32,7 @@ def look(function, size=32, **layers):
 
 
 def strides_in_the_first_1x1(model):
-    """ResNet as it was published first."""
+    """ResNet in its first published form."""
     for stage in (model.layer2, model.layer3, model.layer4):
         stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
     return model
@@ -72,7 +72,7 @@ def stack(specifications):
 
 
 def backwards(layers, unit):
-    """First and last pixel, along rows and columns, from the unit back to the image, layer by layer."""
+    """Return first and last pixel, along rows and columns, from the unit back to the image, layer by layer."""
     found = []
     for axis in (0, 1):
         first = last = unit[axis]
@@ -170,7 +170,7 @@ def test_layouts_are_followed():
 
 
 def rearrange(x, draw):
-    """Apply one change of layout that fits x."""
+    """Apply a random layout change that is valid for x."""
     dim = draw(st.integers(0, x.ndim - 1))
     kind = draw(st.sampled_from(["permute", "flatten", "unflatten", "slice", "unsqueeze", "select", "last", "token"]))
     if kind == "permute":
@@ -188,7 +188,7 @@ def rearrange(x, draw):
         return x.select(dim, x.shape[dim] - 1) if x.ndim > 2 else x
     if kind == "last":
         return x.chunk(2, dim)[-1]
-    if kind == "token":  # put before, used by nobody, taken off
+    if kind == "token":  # prepended, unused, removed
         return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x], dim).narrow(dim, 1, x.shape[dim])
     return x.unsqueeze(dim)
 
@@ -197,7 +197,7 @@ def rearrange(x, draw):
 @given(st.data())
 def test_places_are_where_the_trace_says(data):
     h, w = data.draw(st.integers(2, 6)), data.draw(st.integers(2, 6))
-    pixels = 100 * torch.arange(h)[:, None] + torch.arange(w)  # each its row and column
+    pixels = 100 * torch.arange(h)[:, None] + torch.arange(w)  # its own row and column
     x = pixels.expand(1, 4, h, w).contiguous()
     tracer = Tracer(x)
     with tracer:
@@ -218,7 +218,7 @@ def test_places_are_where_the_trace_says(data):
 
 
 def test_slices_lie_on_a_coarser_grid():
-    def merging(m, x):  # as Swin joins patches
+    def merging(m, x):  # Swin's patch merging
         return torch.cat([x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1)
 
     field = look(merging)

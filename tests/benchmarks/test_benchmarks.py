@@ -1,4 +1,4 @@
-"""Benchmarks by their parts: what is counted, what is compared, when a bar is met. And the commands, on tiny shapes."""
+"""Parts of the benchmarks: counts, comparisons and thresholds; and the commands, on tiny shapes."""
 
 import itertools
 import json
@@ -154,11 +154,11 @@ def test_the_bars_of_the_depthwise_convolution_read_the_rows_that_they_speak_of(
     rows = [
         depthwise_row(31, 28, "forward", nchw=19.0, last=1.5),
         depthwise_row(31, 56, "forward", nchw=30.0, last=1.3, channels=96),  # too few channels for the second bar
-        depthwise_row(31, 14, "forward", nchw=1.0, last=1.0),  # too small a map
+        depthwise_row(31, 14, "forward", nchw=1.0, last=1.0),  # map too small
         depthwise_row(31, 32, "forward", "channels_last", nchw=99.0, last=1.2),
         depthwise_row(7, 28, "weight_grad", nchw=9.0, last=2.1),
         depthwise_row(31, 56, "weight_grad", nchw=26.0, last=90.0),
-        depthwise_row(31, 64, "weight_grad", nchw=2.0, last=3.0),  # beyond 56
+        depthwise_row(31, 64, "weight_grad", nchw=2.0, last=3.0),  # larger than 56
         depthwise_row(3, 28, "backward", nchw=0.94, last=0.94),
         {**depthwise_row(3, 14, "forward", nchw=0.93, last=0.93), "is_stock": True},
         {**depthwise_row(7, 28, "forward", dtype="bfloat16"), "upcast": 0.9},

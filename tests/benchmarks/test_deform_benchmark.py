@@ -20,7 +20,7 @@ def test_peers_compute_the_same(step):
     else:
         for gradients in found.values():
             for actual, expected in zip(gradients, found["gather"], strict=True):
-                close(actual, expected, NETWORK)  # grid_sample's places are rounded twice
+                close(actual, expected, NETWORK)  # grid_sample rounds positions twice
 
 
 def test_peers_in_16_bits():
@@ -40,7 +40,7 @@ def test_memory_is_counted_where_it_is_held():
     assert 8_000_000 <= peak < 8_100_000
     assert 4000 <= left < 5000
     rows = {step: deform.memory_row(CASE, step) for step in ("forward", "kept", "backward")}
-    assert rows["kept"]["bytes"]["ours"] == 0  # but for its inputs, which it has not made
+    assert rows["kept"]["bytes"]["ours"] == 0  # except for its inputs, which existed before
     assert rows["kept"]["ratios"]["gather"] is None
     assert deform.MEMORY["gather / ours"](rows["kept"]) == "-"
     assert rows["kept"]["bytes"]["gather"] > rows["kept"]["bytes"]["grid_sample"] > 0

@@ -1,4 +1,4 @@
-"""widefield bench deploy, on images of a few pixels."""
+"""``widefield bench deploy`` on images of a few pixels."""
 
 import json
 

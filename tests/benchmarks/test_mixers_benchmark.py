@@ -1,4 +1,4 @@
-"""widefield bench mixers, on a map of a few pixels."""
+"""``widefield bench mixers`` on a map of a few pixels."""
 
 import json
 

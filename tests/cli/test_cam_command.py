@@ -1,4 +1,4 @@
-"""``widefield cam``: models of timm, torchvision and ours side by side, and a run with names for its classes."""
+"""``widefield cam``: models of timm, torchvision and widefield in one figure, and a run with class names."""
 
 import json
 

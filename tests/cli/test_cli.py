@@ -91,7 +91,7 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
     assert [e["epoch"] for e in entries if e["kind"] == "epoch"] == [0, 1]
     assert cli.main(words) == 1  # the folder holds a run
     assert "--resume" in capsys.readouterr().err
-    assert cli.main(["train", "--resume", "runs/digits_morf"]) == 0  # finished: says so and returns at once
+    assert cli.main(["train", "--resume", "runs/digits_morf"]) == 0  # finished: reports this and returns at once
     shown = capsys.readouterr().err
     assert "the run in runs/digits_morf is finished: all 2 epochs are done (train_loss" in shown
     command = re.search(r"from its weights: widefield (.*)$", shown.strip())[1].replace("NEW", "longer")

@@ -1,4 +1,4 @@
-"""widefield erf."""
+"""``widefield erf``."""
 
 import json
 

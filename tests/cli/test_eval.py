@@ -1,4 +1,4 @@
-"""widefield eval."""
+"""``widefield eval``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMM = "test_resnet{num_classes: %d}"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs with a moving average."""
+    """Return a run of two epochs with a moving average."""
     torch.manual_seed(0)
     recipe = Recipe(
         name="run",
@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Callable[..., Path]:
-    """Make class folders of these names with three images each, of random colors, in the form of ImageNet's files."""
+    """Create class folders of these names with three images of random colors each, in ImageNet's file format."""
 
     def make(*names: str, split: str = "") -> Path:
         generator = torch.Generator().manual_seed(3)
@@ -75,7 +75,7 @@ def evaluated(tmp_path: Path) -> Eval:
     return call
 
 
-# What was found
+# Results
 
 
 def test_what_was_found_is_said_before_the_results(images: Any, evaluated: Eval, capsys: pytest.CaptureFixture) -> None:
@@ -139,14 +139,14 @@ def test_a_run_on_other_images_sees_them_as_its_own(trained: Path, evaluated: Ev
     assert (found["classes"], found["outputs"], found["images"]) == (2, 8, 6)
     (among_all,) = evaluated(trained, "--data", f"folder:{folder}", "--all-outputs")
     assert (among_all["classes"], among_all["metrics"]["loss"] > found["metrics"]["loss"]) == (8, True)
-    assert source["mean"] == [0.5] * 3  # of the run's data, not ImageNet's
+    assert source["mean"] == [0.5] * 3  # the classes of the run's data, not ImageNet's
 
 
 # Models of timm and torchvision
 
 
 def by_hand(folder: Path, model: torch.nn.Module, size: int, places: list[int], **options: Any) -> dict[str, float]:
-    """timm's own transform, image by image; the classes in the order of the sorted folders."""
+    """Apply timm's own transform image by image; the classes are in the order of the sorted folders."""
     config = {**timm.data.resolve_model_data_config(model), "input_size": (3, size, size), **options}
     transform = create_transform(**config)
     right, losses = [], []
@@ -192,7 +192,7 @@ def test_a_broken_image_is_an_error_or_left_out(
     words = [TIMM % 2, "--data", str(folder), "--size", "32"]
     assert cli.main(["eval", *words, "--device", "cpu", "--workers", "0"]) == 1
     assert str(broken) in capsys.readouterr().err
-    # Beyond max_corrupt, which is a matter of large sets, skipping is refused too.
+    # Beyond max_corrupt, which is meant for large sets, skipping is an error as well.
     for number in range(100):
         (folder / "b" / f"{number}.png").write_bytes((folder / "b" / "ILSVRC2012_val_00000004.JPEG").read_bytes())
     with pytest.warns(UserWarning, match=broken.name):
@@ -212,7 +212,7 @@ def test_reassessed_labels_go_by_file(evaluated: Eval, images: Callable, tmp_pat
         files = sorted(folder.rglob("*.JPEG"), key=lambda file: file.name)[1:]
         hits = [model(transform(Image.open(file).convert("RGB"))[None])[0, [5, 300]].argmax() == 0 for file in files]
     assert found["metrics"]["real_top1"] == pytest.approx(sum(map(int, hits)) / 5)
-    # timm's copy says other things than 5 and 300 of these names: nothing is left unless all outputs may win.
+    # timm's copy has other indices than 5 and 300 for these names: without all outputs, nothing remains.
     (timms,) = evaluated("test_resnet", "--data", folder, "--size", 32, "--real")
     assert timms["metrics"]["real_top1"] is None
     (timms,) = evaluated("test_resnet", "--data", folder, "--size", 32, "--all-outputs", "--real")

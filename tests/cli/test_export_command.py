@@ -1,4 +1,4 @@
-"""widefield export: from a model's name, or a run, to files that onnxruntime runs."""
+"""``widefield export``: from a model's name or a run to files that onnxruntime runs."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     told = json.loads((tmp_path / "morf_convnext_tiny.onnx.json").read_text())
     assert told["routing"] is None  # static
-    assert told["operators"]["Conv"] == 8  # stem, three between stages, one a block
+    assert told["operators"]["Conv"] == 8  # stem, three between stages, one per block
     assert [check["shape"][0] for check in told["checks"]] == [1, 3, 8, 4]
     assert deploy.load(tmp_path / "morf_convnext_tiny.onnx")(torch.zeros(7, 3, 32, 32)).shape == (7, 5)
     assert deploy.load(tmp_path / "morf_convnext_tiny-int8.onnx")(torch.zeros(7, 3, 32, 32)).shape == (7, 5)

@@ -1,4 +1,4 @@
-"""widefield kernels: models of timm, torchvision and ours on one figure."""
+"""``widefield kernels``: models of timm, torchvision and widefield in one figure."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_what_cropping_to_the_limit_costs(tmp_path, monkeypatch, capsys):
     for word in (slak, MORF):
         cost = costs[word]
         assert cost["change"]["images"] == 6
-        assert cost["change"]["accuracy_before"] is None  # whose classes are not those of the photographs
+        assert cost["change"]["accuracy_before"] is None  # its classes are not those of the photographs
         assert cost["parameters_after"] < cost["parameters_before"]
         assert max(side for kernel in cost["kernels"] for side in kernel["after"]) <= 9
     assert costs[slak]["change"]["rms"] > 0

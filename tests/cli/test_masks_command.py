@@ -1,4 +1,4 @@
-"""widefield masks: of a run that learned them, and of other models as training would start."""
+"""``widefield masks``: of a run with learned masks, and of other models with initial masks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""widefield models --compare: the slides' table next to measurements."""
+"""``widefield models --compare``: the slides' table next to measurements."""
 
 import timm
 

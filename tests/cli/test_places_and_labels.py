@@ -1,4 +1,4 @@
-"""Shared by all commands: output places are checked first, missing folders, labels of models."""
+"""Behavior of all commands: output paths are checked first, missing folders, labels of models."""
 
 import json
 
@@ -15,7 +15,7 @@ COMMANDS = ["erf", "cam", "kernels", "masks", "routing", "interactions", "stabil
 
 @pytest.fixture
 def _no_models(monkeypatch):
-    """Fail if a model is built: errors must be found before."""
+    """Fail if a model is built, because errors must be found before."""
 
     def build(*args, **options):
         raise AssertionError("a model was loaded before the place to write to was looked at")

@@ -13,7 +13,7 @@ TINY = {"patch_size": 4, "depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8], "ls_init_
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A mixture and a network with masks, trained for one epoch of a few steps."""
+    """Return a mixture and a network with masks, trained for one epoch of a few steps."""
     output = tmp_path_factory.mktemp("runs")
 
     def trained(name, kind, args):
@@ -57,7 +57,7 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
     assert set(found["Effective receptive field"]) == {"mixture", "masks"}
     assert set(found["Routing"]) == {"mixture"}
     assert set(found["Learned masks"]) == {"masks"}
-    assert "conversion.kind" in out.read_text()  # in what their recipes differ
+    assert "conversion.kind" in out.read_text()  # differences between their recipes
 
 
 def test_what_cannot_be_reported_is_said(runs, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""``widefield routing`` on ours, on a run, and on models without mixtures."""
+"""``widefield routing`` on widefield's models, on a run, and on models without mixtures."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""widefield runs."""
+"""``widefield runs``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, save_rec
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three runs: two finished, one interrupted."""
+    """Return three runs: two finished, one interrupted."""
     monkeypatch.chdir(tmp_path)
     for name, lr, accuracies in (("first", 0.1, [0.5, 0.6]), ("second", 0.2, [0.7, 0.65]), ("third", 0.2, [0.4])):
         model, data = ModelSpec("resnet18"), DataSpec("scales")
@@ -40,7 +40,7 @@ def rows(text: str) -> list[list[str]]:
 def test_all_runs_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["runs", "--sort", "name"]) == 0
     text = capsys.readouterr().out
-    found = [row[:-1] for row in rows(text)]  # all but the date
+    found = [row[:-1] for row in rows(text)]  # everything except the date
     start = ["resnet18", "scales"]
     assert found == [
         ["first", *start, "finished", "2/2", "top1", "60.00%", "60.00%", "1.25", "1m00s"],

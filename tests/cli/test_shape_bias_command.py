@@ -14,7 +14,7 @@ OURS = "unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}"
 
 @pytest.fixture
 def published(tmp_path):
-    """A few generated images under the published names."""
+    """Create a few generated images under the published names."""
     rng = np.random.default_rng(0)
     for name in ("cat7-elephant1", "cat1-dog2", "knife2-oven1", "truck3-truck1"):
         path = tmp_path / "images" / name.rstrip("0123456789").split("-")[0].rstrip("0123456789") / f"{name}.png"

@@ -1,4 +1,4 @@
-"""``widefield stability``: models of timm, torchvision and ours on one figure."""
+"""``widefield stability``: models of timm, torchvision and widefield in one figure."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small data sets in the formats that are published, made of noise."""
+"""Small data sets of noise in published formats."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def tar_bytes(files):
 
 
 def webdataset(found, label="cls"):
-    """Return [(name, bytes)] of webdataset's layout; label is the ending of the files that hold it."""
+    """Return [(name, bytes)] in webdataset's layout; ``label`` is the extension of the label files."""
     members = []
     for index, name in enumerate(found):
         text = str(index) if label == "cls" else json.dumps({"label": index, "filename": name})
@@ -69,7 +69,7 @@ def webdataset(found, label="cls"):
 
 
 def write_cifar(root, files=CIFAR10, version="binary", archive=False, seed=0):
-    """Write a version of CIFAR of noise; returns {split: (pixels (N, 3072), labels (N,))}."""
+    """Write a version of CIFAR of noise; return {split: (pixels (N, 3072), labels (N,))}."""
     layout = files.versions[version]
     rng = np.random.default_rng(seed)
     names = [f"class_{i}" for i in range(files.classes)]

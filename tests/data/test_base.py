@@ -104,7 +104,7 @@ def test_options_are_those_of_the_class_and_of_what_it_passes_on():
 
 
 def labeled(root, train, val):
-    """Write class folders with an image each."""
+    """Write class folders with one image each."""
     for split, names in (("train", train), ("val", val)):
         for name in names:
             (root / split / name).mkdir(parents=True)

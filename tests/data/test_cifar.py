@@ -1,4 +1,4 @@
-"""CIFAR from files in the published format, with fewer images where the number does not matter."""
+"""CIFAR from files in the published format, with fewer images if their number does not matter."""
 
 import dataclasses
 import io
@@ -249,7 +249,7 @@ def test_bad_options_are_refused(root, options, error, text):
 
 
 def test_the_made_pickles_are_those_of_python_2():
-    """As torchvision reads the published ones."""
+    """The files are read like the published ones in torchvision."""
     content = python2_pickle({"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]})
     assert b"cnumpy.core.multiarray\n_reconstruct" in content
     assert pickle.BINSTRING + b"\x06\x00\x00\x00labels" in content

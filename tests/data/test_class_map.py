@@ -74,7 +74,7 @@ def test_names_are_found_in_either_normal_form(tmp_path):
     path.write_text(f"dog\n{CAFE}\n", encoding="utf-8")
     classes, indices = classes_of([DECOMPOSED, "dog"], path)
     assert (classes, indices[DECOMPOSED]) == (("dog", CAFE), 1)
-    path.write_text(f"\ufeffdog\n{CAFE}\n{DECOMPOSED}\n", encoding="utf-8")  # with the mark that Windows' editors write
+    path.write_text(f"\ufeffdog\n{CAFE}\n{DECOMPOSED}\n", encoding="utf-8")  # with Windows' byte order mark
     assert classes_of([DECOMPOSED, "dog"], path)[1] == {"dog": 0, CAFE: 1, DECOMPOSED: 2}
 
 

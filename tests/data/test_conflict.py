@@ -44,7 +44,7 @@ def test_the_sixteen_classes_are_the_published_ones():
         "oven": "n04111531",
         "truck": "n03345487 n03417042 n03770679 n03796401 n03930630 n03977966 n04461696 n04467665",
     }
-    # Of ImageNet's dogs and birds, the published lists leave these out.
+    # Of ImageNet's dogs and birds, the published lists omit these.
     assert set(range(151, 269)) - set(SIXTEEN["dog"]) == {151, 192, 204, 227, 242, 251, 258, 260, 264}
     birds = {*range(7, 25), *range(80, 101), *range(127, 147)}
     assert birds - set(SIXTEEN["bird"]) == {7, 9, 17, 21, 84, 85, 86, 97, 134, 146}
@@ -62,7 +62,7 @@ def test_images_come_in_order_with_the_labels_of_their_names(tmp_path):
         (images.classes[s], images.classes[t]) for b in images for s, t in zip(b["shape"], b["texture"], strict=True)
     ]
     assert labels == [("bear", "cat"), ("cat", "cat"), ("cat", "elephant")]
-    pixels = torch.from_numpy(np.array(Image.open(images.files[1]))).permute(2, 0, 1) / 255  # no margin is cut
+    pixels = torch.from_numpy(np.array(Image.open(images.files[1]))).permute(2, 0, 1) / 255  # no margin is cropped
     expected = (pixels - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.6, 0.7])[:, None, None]
     assert torch.allclose(first["image"][1], expected, atol=1e-6)
     assert ConflictImages(tmp_path, size=5).sample(0)["image"].shape == (3, 5, 5)
@@ -122,7 +122,7 @@ def test_drawn_images_repeat_to_the_byte_and_can_be_read(tmp_path):
 
 
 def centered(mask, side):
-    """Masks about their center of gravity, bool (side, side)."""
+    """Return masks around their center of gravity, bool (side, side)."""
     y, x = ndimage.center_of_mass(mask)
     rows = (np.arange(side) - side // 2 + round(y))[:, None]
     columns = (np.arange(side) - side // 2 + round(x))[None, :]
@@ -131,7 +131,7 @@ def centered(mask, side):
 
 
 def templates(side):
-    """Masks of `Scales` at one size in many rotations, and their classes."""
+    """Return masks of `Scales` at one size in many rotations, and their classes."""
     size = round(1.15 * side)
     drawn = Scales("val", size=size, count=8 * 16, object_sizes=(side, side), clutter=0)
     samples = [drawn[k] for k in range(len(drawn))]
@@ -156,13 +156,13 @@ def test_the_silhouette_is_of_one_class_and_every_hole_of_the_other():
             assert nearest(whole, large) == shape
             marks, count = ndimage.label(holes, structure=np.ones((3, 3)))
             sizes = np.bincount(marks.ravel())
-            pieces = [m for m in range(1, count + 1) if sizes[m] > 5]  # a crescent's tip may stand alone
+            pieces = [m for m in range(1, count + 1) if sizes[m] > 5]  # a crescent's tip may be separate
             assert len(pieces) >= 2
             assert {nearest(marks == m, small) for m in pieces} == {texture}
             areas = sizes[pieces] / small[0][np.array(small[1]) == texture].sum((1, 2)).mean()
-            assert ((areas > 0.85) & (areas < 1.15)).all()  # none is cut off
+            assert ((areas > 0.85) & (areas < 1.15)).all()  # none is cropped
             assert not (ndimage.binary_dilation(holes, iterations=2) & ~whole).any()  # the outline is whole
-            # Holes and ground look alike, and unlike the shape.
+            # Holes and background look alike, and differ from the shape.
             far = ndimage.binary_dilation(whole, iterations=2)
             filled = ndimage.binary_erosion(whole & ~holes, iterations=1)
             bare = ndimage.binary_erosion(holes, iterations=1)

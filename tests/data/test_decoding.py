@@ -104,13 +104,13 @@ def test_color_models_are_converted_and_transparency_is_ignored():
     assert pixels(saved(Image.new("LA", (8, 8), (70, 0)), "PNG"))[4, 4].tolist() == [70] * 3
     assert pixels(saved(Image.new("1", (8, 8), 1), "PNG"))[4, 4].tolist() == [255] * 3
     assert pixels(saved(Image.new("L", (8, 8), 70), "PNG", transparency=70))[4, 4].tolist() == [70] * 3
-    for transparency in (0, b"\x00\x80"):  # Pillow warns of the second, and warnings are errors here
+    for transparency in (0, b"\x00\x80"):  # Pillow warns about the second, and warnings are errors here
         palette = colors.quantize(4)
         assert pixels(saved(palette, "PNG", transparency=transparency))[4, 4].tolist() == [200, 100, 50]
 
 
 UPRIGHT = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-AS_STORED = {  # what a camera stores of UPRIGHT (JEITA CP-3451, orientation)
+AS_STORED = {  # UPRIGHT as a camera stores it (JEITA CP-3451, orientation)
     1: UPRIGHT,
     2: UPRIGHT[:, ::-1],
     3: UPRIGHT[::-1, ::-1],
@@ -144,7 +144,7 @@ def test_an_orientation_that_cannot_be_read_or_is_none_changes_nothing():
     beyond[0x0112] = 9
     for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", beyond):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Pillow's own, about the second
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's own warning, about the second
             assert pixels(saved(picture, "PNG", exif=exif))[..., 0].tolist() == UPRIGHT.tolist()
 
 
@@ -160,7 +160,7 @@ def test_a_sound_image_beyond_pillows_limit_is_not_called_corrupt(monkeypatch, t
     assert pixels(content, max_pixels=300).shape == (10, 30, 3)
     with pytest.raises(UnsupportedImageError, match=r"it has 300 pixels, more than max_pixels=299. Raise max_pixels"):
         pixels(content, max_pixels=299)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)  # Pillow only warns, here as an error
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)  # only a warning of Pillow, here an error
     with pytest.raises(UnsupportedImageError, match="DecompressionBombWarning"):
         pixels(content)
     assert Image.MAX_IMAGE_PIXELS == 299

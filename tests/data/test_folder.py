@@ -106,7 +106,7 @@ def test_workers_give_the_same_batches_as_none(root):
 
 def test_val_images_are_cropped_squashed_or_padded(root):
     path = root / "val" / "cat" / "0.jpg"
-    Image.linear_gradient("L").resize((20, 40)).save(path.with_suffix(".png"))  # black at the top, white below
+    Image.linear_gradient("L").resize((20, 40)).save(path.with_suffix(".png"))  # black at the top, white at the bottom
     path.unlink()
     options = {"root": root, "size": 20, "mean": (0, 0, 0), "std": (1, 1, 1), "crop_pct": 1.0}
     modes = ("center", "squash", "border")
@@ -128,7 +128,7 @@ def test_the_policies_of_the_recipes_are_timms(root, policy):
 
 
 def test_the_largest_magnitude_is_no_error(root):
-    """timm keeps 0 bits there, which Pillow refuses."""
+    """timm keeps 0 bits there, which Pillow rejects."""
     data = Folder("train", root=root, size=8, auto_augment="rand-m10-n8-p1.0-inc1")
     for epoch in range(20):
         data.set_epoch(epoch)
@@ -230,7 +230,7 @@ def test_skip_warns_once_and_drops_the_sample(root, corrupt):
     assert data[0] is None  # a second warning would be an error
     (batch,) = DataLoader(data, 6, collate_fn=collate)
     assert batch["image"].shape[0] == len(batch["label"]) == 5
-    for _ in range(2):  # fresh workers have been told as well
+    for _ in range(2):  # new workers know it as well
         (batch,) = DataLoader(data, 6, num_workers=1, collate_fn=collate)
         assert batch["label"].tolist() == [0, 0, 1, 1, 1]
 

@@ -1,4 +1,4 @@
-"""What readers find, what they leave out, and how they report it."""
+"""Files that readers find or omit, and their reports."""
 
 import os
 import tarfile
@@ -149,7 +149,7 @@ def test_hidden_members_of_tar_files_are_left_out(tmp_path):
     write_tar(tmp_path / "train" / "all.tar", [*litter, *members])
     write_tar(tmp_path / "train" / "._all.tar", [("cat/b.png", image())])
     data = Shards("train", root=tmp_path, size=8)
-    again = Shards("train", root=tmp_path, size=8)  # from the index that was kept
+    again = Shards("train", root=tmp_path, size=8)  # from the cached index
     for found in (data, again):
         assert found.classes == ("cat", "dog", "eel")
         assert len(found) == 3

@@ -15,7 +15,7 @@ BROKEN = (1, 4, 7)  # the second image of each of the three classes
 
 
 def break_some(files, broken):
-    """Return ``files`` with the images of the numbers ``broken`` cut in half."""
+    """Return ``files`` with the images numbered ``broken`` cut in half."""
     number = iter(range(1000))
     return {
         name: [(file, content[: len(content) // 2] if next(number) in broken else content) for file, content in found]
@@ -71,7 +71,7 @@ def test_too_many_broken_images_stop_with_the_list_of_all(made, workers):
         warnings.simplefilter("ignore", UserWarning)
         found = [batch[0] for batch in loader]
     errors = [sample for sample in found if isinstance(sample, OSError)]
-    # Whichever worker finds the third of three knows of the other two; with workers the order is a matter of chance.
+    # The worker that finds the third of three knows of the other two. With several workers the order varies.
     complete = [e for e in errors if all(f"\n  {data._name(index)}" in str(e) for index in BROKEN)]
     assert complete
     assert type(complete[0]) is CorruptImagesError
@@ -79,7 +79,7 @@ def test_too_many_broken_images_stop_with_the_list_of_all(made, workers):
 
 
 class Told:
-    """A set that returns its errors, as the training loader does."""
+    """A set that returns its errors, like the training loader."""
 
     def __init__(self, data):
         self.data = data

@@ -1,4 +1,4 @@
-"""A few images from any source, in the form that a model expects."""
+"""A few images from any source, preprocessed for a model."""
 
 import re
 

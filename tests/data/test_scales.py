@@ -70,7 +70,7 @@ def test_rendering_ignores_the_number_of_threads():
 
 
 def test_the_images_are_those_of_the_first_release():
-    # Pixels are computed with correctly rounded operations alone, so this holds on every machine.
+    # Pixels are computed only with correctly rounded operations, so this holds on every machine.
     images = torch.stack([s["image"] for s in Scales("train", count=16)])
     pixels = (images * 0.27 + 0.5).mul(255).round().to(torch.int64)
     weights = torch.arange(pixels.numel()).reshape(pixels.shape) % 251

@@ -1,4 +1,4 @@
-"""Images in tar files equal those of a folder to the bit, in every layout."""
+"""Images in tar files equal those of a folder bit by bit, in every layout."""
 
 import json
 import os

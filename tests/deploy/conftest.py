@@ -1,4 +1,4 @@
-"""Networks that several tests export."""
+"""Networks for several export tests."""
 
 import pytest
 from torch import nn

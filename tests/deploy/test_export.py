@@ -1,4 +1,4 @@
-"""What is exported is the model: onnxruntime, PyTorch's archive and OpenVINO against eager, and what is refused."""
+"""Exported files compute the same as the model, in onnxruntime, PyTorch's archive and OpenVINO; and export errors."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def mixture(**options):
     layer = MoRFConv2d(6, 6, (3, 5, (3, 2)), **{"groups": 6, **options}).eval()
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))  # or the router starts even
+            parameter.add_(0.2 * torch.randn_like(parameter))  # otherwise the router starts with even weights
     return layer
 
 
@@ -101,7 +101,7 @@ def test_masks_that_depend_on_the_image_and_other_peoples_routing(tmp_path):
     assert deploy.export(masked, tmp_path / "masked.onnx", torch.randn(2, 4, 9, 8)).relative <= FLOAT32
     assert "Scan" in named(tmp_path / "masked.onnx")
 
-    class Conditional(nn.Module):  # timm's EfficientNet-CC, in little
+    class Conditional(nn.Module):  # a small version of timm's EfficientNet-CC
         def __init__(self):
             super().__init__()
             self.router = nn.Linear(4, 3)
@@ -161,8 +161,8 @@ def test_a_dynamic_size_of_networks_with_strides_and_mixtures(tmp_path, routing)
     done = deploy.export(fused, tmp_path / "any.onnx", example, dynamic=("size", "batch"), routing=routing)
     assert done.relative <= FLOAT32
     assert {check.shape[2:] for check in done.checks} == {(32, 24), (40, 36)}
-    assert vars(example) == {}  # torch.export writes on its example
-    small = torch.randn(2, 3, 9, 12)  # on which much of the kernel meets no pixel
+    assert vars(example) == {}  # torch.export writes to its example
+    small = torch.randn(2, 3, 9, 12)  # much of the kernel falls outside this map
     with torch.no_grad():
         close(deploy.load(tmp_path / "any.onnx")(small), fused(small), FLOAT32)
 
@@ -317,7 +317,7 @@ def test_what_wraps_a_network_is_taken_off(tmp_path):
 
 def test_copies_stay_in_evaluation_mode_and_closures_are_refused(tmp_path):
     model = create_feature_extractor(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), ["1"]).eval()
-    x = torch.randn(2, 3, 8, 8)  # copies of torchvision's extractors are in training mode
+    x = torch.randn(2, 3, 8, 8)  # copies of torchvision's extractors start in training mode
     with torch.no_grad():
         next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).running_mean.normal_()
         deploy.export(model, tmp_path / "x.onnx", x)
@@ -354,7 +354,7 @@ def test_paths(tmp_path):
     assert deploy.export(model, tmp_path / "new" / "folder" / "x.onnx", x).path == "x.onnx"
     locked = tmp_path / "locked"
     locked.mkdir()
-    (locked / "x.onnx").mkdir()  # a folder stands where the file is to be
+    (locked / "x.onnx").mkdir()  # a folder has the name of the file
     with pytest.raises(OSError, match=r"x\.onnx"):
         deploy.export(model, locked / "x.onnx", x)
     assert [path.name for path in locked.iterdir()] == ["x.onnx"]
@@ -389,7 +389,7 @@ def test_layers_that_would_merge_are_named(tmp_path, caplog):
 
 
 class ChangesViews(nn.Module):
-    """Changes parts of maps of two sizes in place: what the exporter makes of that has sizes that it does not know."""
+    """Change parts of maps of two sizes in place. The exporter's graph then has unknown sizes."""
 
     def forward(self, x):
         large, small = x + 1, nn.functional.avg_pool2d(x, 2) + 1
@@ -399,7 +399,7 @@ class ChangesViews(nn.Module):
 
 
 def test_sizes_that_are_not_known_have_no_name(tmp_path):
-    """Runtimes take sizes of one name for equal, and write one tensor over another."""
+    """Runtimes treat sizes of the same name as equal, and overwrite one tensor with another."""
     deploy.export(ChangesViews().eval(), tmp_path / "model.onnx", torch.randn(2, 3, 12, 12))
     graph = onnx.load(tmp_path / "model.onnx").graph
     named = {dim.dim_param for value in graph.value_info for dim in value.type.tensor_type.shape.dim}

@@ -1,4 +1,4 @@
-"""Outputs of types that PyTorch does not know, and what is no tensor, do not stand in the way of an export."""
+"""Models with output types unknown to PyTorch, or outputs that are not tensors, can be exported."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ from widefield import deploy
 
 
 class ModelOutput(collections.OrderedDict):
-    """As Hugging Face's."""
+    """An output class like Hugging Face's."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""What an export says of itself: classes, normalization, size; in the JSON file beside it and in the file alone."""
+"""Metadata of an export: classes, normalization and size, in the JSON file next to it and in the file itself."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def network(channels=3):
 
 
 def alone(path, folder):
-    """Load a file that nothing stands beside but what it needs to run."""
+    """Load a file without its JSON file, with only the files that it needs to run."""
     folder.mkdir()
     for part in path.parent.iterdir():
         if part.suffix != ".json":
@@ -40,7 +40,7 @@ def test_what_is_given_stands_in_the_file_and_beside_it(tmp_path, suffix):
     assert told["classes"] == list(done.classes) == list(NAMES)
     assert told["input"]["mean"] == [0.5] * 3
     assert told["input"]["std"] == [0.25] * 3
-    assert told["input"]["size"] == [12, 16]  # height, width: the graph takes no other
+    assert told["input"]["size"] == [12, 16]  # height, width: the graph accepts only this size
     expected = deploy.ModelInfo(NAMES, (0.5,) * 3, (0.25,) * 3, (12, 16))
     assert deploy.load(path).info == alone(path, tmp_path / "elsewhere") == expected
 
@@ -94,13 +94,13 @@ def test_torchvisions_weights(tmp_path):
     assert info.classes == tuple(weights.meta["categories"])
     assert (info.mean, info.std, info.size) == (*IMAGENET, (224, 224))
     detector = deploy.ModelInfo.from_weights(FasterRCNN_ResNet50_FPN_Weights.DEFAULT)
-    assert (detector.mean, detector.std, detector.size) == (None, None, None)  # it normalizes by itself
+    assert (detector.mean, detector.std, detector.size) == (None, None, None)  # it normalizes its input itself
     with pytest.raises(TypeError, match=r"weights must be of torchvision.*got 'DEFAULT'"):
         deploy.ModelInfo.from_weights("DEFAULT")
     x = torch.randn(2, 3, 32, 32)
     done = deploy.export(resnet18().eval(), tmp_path / "a.onnx", x, info=info)
     assert done.classes[967] == "espresso"
-    assert done.input["size"] == [32, 32]  # it was exported for these, whatever it was trained on
+    assert done.input["size"] == [32, 32]  # exported for these, independent of the training
     with pytest.raises(ValueError, match=r"a name for each of the model's 4 outputs; got 1000: tench"):
         deploy.export(network(), tmp_path / "b.onnx", x, info=info)
 

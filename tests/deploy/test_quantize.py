@@ -1,4 +1,4 @@
-"""Eight bits: what is measured of them is what onnxruntime computes, and kernels that they spoil are found."""
+"""Quantization to 8 bits: reported numbers equal onnxruntime's, and kernels that lose precision are found."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def test_what_is_told_is_what_the_file_computes(tmp_path, routing):
     x, labels = (torch.cat(parts) for parts in zip(*held_out, strict=True))
     with torch.no_grad():
         before, after = model(x), exported(x)
-        assert after.shape == before.shape  # nothing that was put in to measure is left
+        assert after.shape == before.shape  # nothing inserted for measuring remains
     change = done.change
     assert change.images == 24
     assert change.agreement == (before.argmax(1) == after.argmax(1)).double().mean().item()
@@ -65,7 +65,7 @@ def test_flips_are_counted(tmp_path, monkeypatch):
     model, x = network("hard"), torch.randn(8, 3, 12, 12)
     real = deploy.Runtime.__call__
 
-    def turned(self, batch):  # half of the images get the other expert
+    def turned(self, batch):  # half of the images use the other expert
         y, weights = real(self, batch)
         weights[:4] = weights[:4].flip(1)
         return y, weights
@@ -79,7 +79,7 @@ def test_flips_are_counted(tmp_path, monkeypatch):
 def test_signal_to_noise_of_a_kernel_is_what_rounding_does(tmp_path):
     done = deploy.quantize(spiked(9, 10.0), tmp_path / "a.onnx", [torch.randn(4, 2, 12, 12)])
     (kernel,) = done.kernels
-    step = 10 / 127  # of the spike; all other taps are 1
+    step = 10 / 127  # of the outlier; all other taps are 1
     noise = 80 * (1 - round(1 / step) * step) ** 2
     assert kernel.noise_ratio == pytest.approx(10 * math.log10((100 + 80) / noise), rel=1e-4)
     assert kernel.peak == pytest.approx(10 / math.sqrt(180 / 81), rel=1e-5)
@@ -89,7 +89,7 @@ def test_signal_to_noise_of_a_kernel_is_what_rounding_does(tmp_path):
 
 
 def test_outliers_are_warned_of_refused_or_kept_in_float(tmp_path, caplog):
-    model = nn.Sequential(spiked(31, 300.0), nn.Conv2d(2, 3, 1)).eval()  # taps of 1 beside 300 round to 0
+    model = nn.Sequential(spiked(31, 300.0), nn.Conv2d(2, 3, 1)).eval()  # taps of 1 next to 300 round to 0
     x = [torch.randn(4, 2, 12, 12)]
     done = deploy.quantize(model, tmp_path / "warned.onnx", x)
     (worst,) = done.outliers
@@ -108,7 +108,7 @@ def test_outliers_are_warned_of_refused_or_kept_in_float(tmp_path, caplog):
 
 
 def test_a_kernel_that_rounding_leaves_alone_and_a_smaller_last_batch(tmp_path):
-    model = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Conv2d(2, 3, 3)).eval()  # one tap a channel is exact
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2), nn.Conv2d(2, 3, 3)).eval()  # one tap per channel is exact
     ragged = [torch.randn(4, 2, 12, 12), torch.randn(1, 2, 12, 12)]
     for calibration in ("minmax", "entropy", "percentile"):
         done = deploy.quantize(model, tmp_path / "a.onnx", ragged, calibration=calibration)

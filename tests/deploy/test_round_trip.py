@@ -1,4 +1,4 @@
-"""Train form, reparameterized, ONNX, onnxruntime: one function, for all of the registry and converted networks."""
+"""Training form, reparameterized form, ONNX and onnxruntime agree for all registered and converted networks."""
 
 import pytest
 import timm
@@ -72,7 +72,7 @@ def test_every_registered_network(tmp_path, name):
 def test_converted_networks(tmp_path, name):
     model, conversion, where = CONVERTED[name]()
     model = settled(widefield.convert(model, conversion, where))
-    with torch.no_grad():  # routing that depends on the image, offsets that are not zero
+    with torch.no_grad():  # image-dependent routing, nonzero offsets
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.add_(0.02 * torch.randn_like(parameter))

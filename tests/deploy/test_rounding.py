@@ -1,4 +1,4 @@
-"""Where eight bits lose: activations that cut off, products, uneven channels, biased weights; the layer to blame."""
+"""Sources of 8-bit errors: clipping activations, products, uneven channels, biased weights; and the layer at fault."""
 
 import dataclasses
 import importlib.util
@@ -19,7 +19,7 @@ from widefield import data, deploy, reparameterize, report
 
 
 def pictures(count=8, size=16, channels=3):
-    """Return images as cameras give them: 256 values, all of which 8 bits can hold."""
+    """Return images with the 256 values of camera images, all of which 8 bits can represent."""
     return torch.randint(0, 256, (count, channels, size, size)) / 255
 
 
@@ -52,14 +52,14 @@ class SqueezeExcite(nn.Module):
 
 
 def loud(*middle):
-    """Return a network whose first convolution answers far beyond what its activation tells apart."""
+    """Return a network whose first convolution returns values far outside its activation's range."""
     first = nn.Conv2d(3, 16, 3)
     with torch.no_grad():
         first.weight *= 100
     return nn.Sequential(first, *middle, nn.Conv2d(16, 8, 1)).eval()
 
 
-LOUD = {  # relative RMS that is allowed: less than rounding before the activation costs, by a sixth or more
+LOUD = {  # allowed relative RMS: at least a sixth less than with rounding before the activation
     "ReLU6": ([nn.ReLU6()], 0.015),
     "Hardtanh": ([nn.Hardtanh()], 0.025),
     "Hardsigmoid": ([nn.Hardsigmoid()], 0.015),
@@ -89,10 +89,10 @@ def test_ends_that_are_magnified_are_not_cut_off(tmp_path, activation):
     torch.manual_seed(0)
     model = loud(activation)
     with torch.no_grad():
-        model[0].weight *= 0.1  # up to 12 or so: beyond, onnxruntime's own sigmoid ends
+        model[0].weight *= 0.1  # up to about 12: onnxruntime's own sigmoid saturates beyond
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     done = deploy.quantize(model, tmp_path / "a.onnx", [pictures()], keep=layers)
-    assert done.change.relative < FLOAT32  # with all layers in float32 nothing is lost
+    assert done.change.relative < FLOAT32  # with all layers in float32 there is no error
 
 
 def _drawn(module):
@@ -101,7 +101,7 @@ def _drawn(module):
 
 
 def kinds(path, folder):
-    """Return how often each operator occurs in what onnxruntime runs."""
+    """Return the number of operators of each type that onnxruntime runs."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
@@ -119,14 +119,14 @@ def test_nothing_stands_in_the_way_of_integers(tmp_path):
 def test_products_keep_their_outputs_in_float(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, num_classes=5).eval()
     done = deploy.quantize(model, tmp_path / "a.onnx", [pictures(), pictures()], compare_layers=1)
-    assert done.change.rms < 0.05  # with attention scores in 8 bits it is 0.7 and more
+    assert done.change.rms < 0.05  # with attention scores in 8 bits it is at least 0.7
     assert any(layer.operator == "MatMul" and layer.span is None for layer in done.layers)
 
 
 def test_biased_weights_add_nothing_to_the_outputs(tmp_path):
     conv = nn.Conv2d(2, 2, 5, padding=2, groups=2).eval()
     with torch.no_grad():
-        conv.weight.fill_(0.4)  # rounds to 0, all in one direction
+        conv.weight.fill_(0.4)  # rounds to 0, always in the same direction
         conv.weight[:, :, 2, 2] = 127.0
     x = pictures(channels=2)
     deploy.quantize(conv, tmp_path / "a.onnx", [x])
@@ -148,7 +148,7 @@ def test_small_channels_beside_large_ones_have_steps_of_their_own(tmp_path, acti
     with torch.no_grad():
         before, after = model(x), deploy.load(tmp_path / "a.onnx")(x)
     small = (after - before)[:, 1].norm() / before[:, 1].norm()
-    assert small < 0.01  # one step for both channels leaves three values to the small one
+    assert small < 0.01  # with a common step the small channel would have only three values
 
 
 @pytest.mark.parametrize("middle", [[nn.ReLU()], [nn.ReLU6()], [nn.Hardtanh()], [nn.Hardswish()], []])
@@ -167,7 +167,7 @@ def test_what_is_done_before_rounding_changes_no_function(tmp_path, middle):
 
 
 def spoiled():
-    """Return a network of which 8 bits spoil one layer."""
+    """Return a network in which 8 bits degrade one layer."""
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 9), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     with torch.no_grad():
         layers[2].weight[:, :, 4, 4] = 40 * torch.randn(8, 8)

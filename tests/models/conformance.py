@@ -1,7 +1,7 @@
-"""The rules by which the fixtures in tests/fixtures/conformance were made, and how a model is held against one.
+"""The rules for the fixtures in tests/fixtures/conformance, and the checks of a model against them.
 
-The fixtures hold key names, shapes, counts and outputs of the papers' official implementations, computed in float64
-with weights that :func:`filled` gives every tensor by its key.
+The fixtures contain key names, shapes, counts and outputs of the papers' official implementations, computed in float64.
+:func:`filled` derives the weights of every tensor from its key.
 """
 
 import json
@@ -14,10 +14,10 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance"
 WITHIN = 1e-8
-"""Of every printed number: ten significant digits are printed, and float64 sums may be taken in another order."""
+"""Tolerance of every printed number: ten significant digits are printed, and the order of float64 sums may differ."""
 
 OPERATORS_WITHIN = 1e-10
-"""Of single operators twelve digits are printed."""
+"""Tolerance for single operators, of which twelve digits are printed."""
 
 
 @cache
@@ -36,7 +36,7 @@ def array(entry):
 
 
 def filled(model):
-    """Give every entry of the state dict the numbers that its key stands for, and return the model in float64."""
+    """Fill every entry of the state dict with the numbers that belong to its key; return the model in float64."""
     state = model.state_dict()
     for key, value in state.items():
         if key.endswith("num_batches_tracked") or not value.is_floating_point():
@@ -73,12 +73,13 @@ def same_numbers(actual, expected):
 
 
 def check_state(model, expected):
-    """Key for key, shape for shape."""
+    """Check that keys and shapes are equal."""
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == expected
 
 
 def check_logits(model, expected):
-    """``expected``: the file, one of its extra runs (they name their input) or its merged forms (the file's input)."""
+    """Check logits. ``expected`` is the file, an extra run (with its own input) or a merged form (with the file's
+    input)."""
     size = expected.get("input", {"size": 64})["size"]
     with torch.no_grad():
         logits = model(image(size))[0]
@@ -101,7 +102,7 @@ def check_features(model, expected, key="stage_features"):
 
 
 def check_tensors(model, expected):
-    """What a merge made or changed: [L2 norm, mean, first element]."""
+    """Return [L2 norm, mean, first element] of every tensor that a merge created or changed."""
     state = model.state_dict()
     for key, numbers in expected["tensor_checks"].items():
         value = state[key]
@@ -109,13 +110,14 @@ def check_tensors(model, expected):
 
 
 def loaded(module, case, key="state_dict"):
-    """Give a module the weights of an operator's case, every key of them; in float64 and evaluation mode."""
+    """Load the weights of an operator's case into a module, with all keys; in float64 and evaluation mode."""
     module.double().load_state_dict({name: array(entry) for name, entry in case[key].items()})
     return module.eval()
 
 
 def check_operator(run, case):
-    """``run``: input -> output, in the layout of the case. The gradient is that of ``sum(output**2)``."""
+    """Check output and gradient. ``run`` maps input to output in the layout of the case; the gradient is of
+    ``sum(output**2)``."""
     x = array(case["input"]).requires_grad_()
     y = run(x)
     (grad,) = torch.autograd.grad(y.square().sum(), x)

@@ -1,4 +1,4 @@
-"""Every registered network, made small, with numbers as after training."""
+"""Small versions of every registered network, with weights and statistics like those of a trained one."""
 
 import timm
 import torch
@@ -44,7 +44,7 @@ BACKBONES = [
     "unireplknet_a",
     "van_b0",
 ]
-"""Of every family that is built here rather than converted from timm's; more where variants have other layers."""
+"""Networks of every family built here, not converted from timm's; several where variants have other layers."""
 ONE_A_FAMILY = [
     "hornet_tiny_gf", "metaformer_tiny", "moganet_xtiny", "van_b0",
     "internimage_t", "mobilenetv2_lk", "morf_convnext_tiny", "replknet_31b", "resnet20_cifar", "slak_tiny",
@@ -58,13 +58,13 @@ def small(name, **arguments):
 
 
 def settled(model):
-    """Give norms statistics as after training, and let every layer show: some start with scales of 0 or 1e-6."""
+    """Give norms statistics like after training, and make every layer matter: some start with scales of 0 or 1e-6."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "layer_scale" in name:  # around products of branches, which grow with their square
+            if "layer_scale" in name:  # products of branches grow with the square of these
                 nn.init.uniform_(parameter, 0.05, 0.15)
             elif name.endswith((".offset.weight", ".mask.weight", "center_feature_scale_proj_weight")):
-                nn.init.normal_(parameter, 0, 0.1)  # these start at zero, and so would the gradients before them
+                nn.init.normal_(parameter, 0, 0.1)  # zeros would block the gradients before them
             elif "gamma" in name or "beta" in name or "scale" in name:
                 nn.init.uniform_(parameter, 0.3, 0.6)
         for module in model.modules():

@@ -43,7 +43,7 @@ def test_is_the_official_network_before_and_after_merging(name):
     found = [layer.complex_weight.shape[1:3] for layer in filters(model)]
     assert sorted(set(map(tuple, found)), reverse=True) == [tuple(hw) for hw in config["global_filter_hw"] or ()]
     x = torch.randn(1, 3, 64, 64, dtype=torch.double)
-    check_logits(widefield.reparameterize(model, x, inplace=True), expected)  # the authors have no such form
+    check_logits(widefield.reparameterize(model, x, inplace=True), expected)  # the official code has no merged form
 
 
 @pytest.mark.parametrize("name", [name for name in STATED if STATED[name].macs != "not stated"])
@@ -56,7 +56,7 @@ def test_the_published_networks_have_what_is_stated_of_them(name):
     if name in NAMES:
         assert (found.parameters, found.macs) == (fixture(name)["params"], fixture(name)["macs_224"])
     assert f"{found.parameters / 1e6:.0f}M" == stated.parameters
-    # The authors add norms and Fourier transforms: at most 0.6 % of the whole.
+    # The official counts include norms and Fourier transforms: at most 0.6 % of the total.
     given = float(re.match(r"[\d.]+", stated.macs)[0])
     assert 0.994 * given - 0.05 <= found.macs / 1e9 <= given + 0.05
     assert [info["num_chs"] for info in model.feature_info] == [model.feature_info[0]["num_chs"] << i for i in range(4)]
@@ -78,7 +78,7 @@ def test_all_are_registered_and_have_stated_figures():
 
 
 def test_the_22k_classes_are_those_at_which_the_stated_parameters_fit():
-    """The README counts 209M, 211M and 216M for the networks trained on ImageNet-22K."""
+    """The README states 209M, 211M and 216M for the networks trained on ImageNet-22K."""
     for name, expected in (("7x7", "209M"), ("gf", "211M"), ("gf_img384", "216M")):
         with torch.device("meta"):
             model = timm.create_model(f"hornet_large_{name}.in22k")
@@ -161,7 +161,7 @@ def test_layers_in_order_for_layer_wise_decay():
     assert of["stages.2.0.gamma2"] == of["downsample_layers.2.0.weight"] == 0.125
     assert of["downsample_layers.0.0.weight"] == 2**-6
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    assert all((id(p) in decayed) == (p.ndim > 1) for p in model.parameters())  # the filters, too
+    assert all((id(p) in decayed) == (p.ndim > 1) for p in model.parameters())  # including the filters
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert coarse["stages.2.1.gamma1"] == coarse["downsample_layers.2.0.weight"] == 3
 
@@ -224,7 +224,7 @@ def test_the_384_network_is_that_for_224_with_its_filters_resized(name, tmp_path
     larger = tiny(f"{name}_img384", pretrained=True, pretrained_cfg_overlay=file)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(larger.eval()(x), model.eval()(x))
-    with pytest.raises(ValueError, match=f"do not fit {name}:"):  # which is why the name is needed
+    with pytest.raises(ValueError, match=f"do not fit {name}:"):  # so the right name is necessary
         tiny(name, pretrained=True, pretrained_cfg_overlay=file)
 
 
@@ -265,7 +265,7 @@ def test_weights_for_other_classes(tmp_path, classes):
     x = torch.randn(1, 3, 64, 64)
     name = "hornet_large_gf.in22k"
     assert torch.equal(load(file, name, num_classes=classes)(x), source(x))
-    model = load(file, "hornet_large_gf")  # to be fine-tuned
+    model = load(file, "hornet_large_gf")  # for fine-tuning
     assert model(x).shape == (1, 7)
     assert torch.equal(model.forward_features(x), source.forward_features(x))
 

@@ -17,7 +17,7 @@ SIZES = {"internimage_l": 384, "internimage_xl": 384, "internimage_h": 640, "int
 
 
 def settled(model):
-    """Nothing at its first value, where whole branches add nothing or get no gradient."""
+    """Replace initial values that make whole branches add nothing or get no gradient."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gamma" in name:
@@ -54,7 +54,7 @@ def test_the_network_is_the_official_one():
     check_logits(model, run)
     check_features(model, run)
     found = {}
-    for i, level in enumerate(model.levels):  # what goes into the norms that end the stages
+    for i, level in enumerate(model.levels):  # inputs of the norms that end the stages
         level.norm.register_forward_pre_hook(lambda _, inputs, i=i: found.update({i: inputs[0].permute(0, 3, 1, 2)}))
     with torch.no_grad():
         model(image(64))
@@ -71,7 +71,7 @@ def test_the_network_is_the_official_one():
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     [
-        ("internimage_t", 29_918_424, 4_785_752_064),  # the fixture's
+        ("internimage_t", 29_918_424, 4_785_752_064),  # the fixture's count
         ("internimage_s", 50_079_880, 8_173_313_280),
         ("internimage_b", 97_461_832, 15_996_712_704),
         ("internimage_l", 223_334_810, 106_887_797_760),
@@ -294,14 +294,14 @@ def test_layers_are_grouped_from_the_image_to_the_head(name, coarse):
         blocks = [[name for name in part if "blocks" in name] for part in order[1:-1]]
         names = ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")
         assert blocks == [[f"levels.{n}"] for n in names]
-        for i, part in ((0, order[2]), (1, order[3]), (2, order[5])):  # as the official code groups them
+        for i, part in ((0, order[2]), (1, order[3]), (2, order[5])):  # the groups of the official code
             assert {f"levels.{i}.downsample.conv", f"levels.{i}.norm.0"} <= set(part)
         assert order[-1] == ["head.bias", "head.weight"]
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
 
 
 def test_what_a_new_network_learns_first():
-    """Offsets and masks start at zero, and so do the gradients of what predicts them, in the first step."""
+    """Offsets and masks start at zero, so the layers that predict them get no gradient in the first step."""
     model = timm.create_model("internimage_t", **TINY).train()
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     still = {key for key, parameter in model.named_parameters() if not parameter.grad.any()}

@@ -1,4 +1,4 @@
-"""One macro architecture, every mixer: each trains a step, exports and gives features."""
+"""One macro architecture with every mixer: each one trains a step, exports and returns features."""
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ from widefield.nn.mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 
 SMALL = {"depths": (1, 1, 2, 1), "widths": (16, 32, 48, 64), "num_classes": 5}
 PLAIN = {"attention", "deformable", "focal", "gnconv", "lka", "pooling"}
-"""Token mixers in which nothing merges."""
+"""Token mixers without anything to merge."""
 
 
 def small(**arguments):
@@ -75,7 +75,8 @@ def test_any_module_is_a_mixer_and_stages_may_differ():
 
 
 def test_sizes_are_those_of_convnext():
-    """Its block has one norm and one shortcut: with both, and as many convolutions, there is a norm more a block."""
+    """ConvNeXt's block has one norm and one shortcut. With two of each and the same convolutions, a block has one more
+    norm."""
     with torch.device("meta"):
         ours, theirs = timm.create_model("metaformer_tiny"), timm.create_model("convnext_tiny")
     more = sum(3 * depth * width for depth, width in zip((3, 3, 9, 3), (96, 192, 384, 768), strict=True))

@@ -13,7 +13,7 @@ from widefield.nn import DepthwiseConv2d, LargeKernelConv2d
 
 
 def depthwise(model):
-    """Name -> what stands where timm has a depthwise convolution."""
+    """Return name -> the module that replaces timm's depthwise convolution."""
     return {name: module for name, module in model.named_modules() if name.endswith(".conv_dw")}
 
 
@@ -55,7 +55,7 @@ def test_with_kernels_of_3_it_is_timms_network():
     for name, p in timm.create_model("mobilenetv2_lk", kernel_sizes=7, small_kernel=0).named_parameters():
         expected = theirs.get_parameter(name)
         if name.endswith("conv_dw.weight"):
-            assert p.std().item() == pytest.approx((2 / 49) ** 0.5, rel=0.1)  # as timm initializes a 7x7
+            assert p.std().item() == pytest.approx((2 / 49) ** 0.5, rel=0.1)  # timm's initialization of a 7x7
         assert p.shape[:2] == expected.shape[:2]
 
 
@@ -73,7 +73,7 @@ def test_every_depthwise_convolution_is_replaced(small_kernel):
 
 
 def test_the_last_stage_alone():
-    """Table 4: the small kernel stands beside the large ones only."""
+    """Table 4: only the large kernels have a parallel small kernel."""
     layers = depthwise(timm.create_model("mobilenetv2_lk", kernel_sizes=(3, 3, 3, 3, 13)))
     large = [name for name, layer in layers.items() if isinstance(layer, LargeKernelConv2d)]
     assert large == ["blocks.5.0.conv_dw", "blocks.5.1.conv_dw", "blocks.5.2.conv_dw", "blocks.6.0.conv_dw"]
@@ -100,7 +100,7 @@ def test_every_branch_is_normalized_once_and_activated_after_the_sum(name, small
         total = total + normalized(F.conv2d(inner, conv.weight, None, conv.stride, padding, 1, conv.groups), norm)
     y = normalized(block.conv_pwl(F.relu6(total)), block.bn3)
     close(block(x), y + x if block.has_skip else y, FLOAT64)
-    first = model.blocks[0][0].bn1  # of the other kind of block
+    first = model.blocks[0][0].bn1  # the other kind of block
     assert isinstance(first, nn.ReLU6 if small_kernel else nn.BatchNorm2d)
 
 
@@ -125,7 +125,7 @@ def test_reparameterization_keeps_the_function(arguments):
 
 
 def test_timms_network_with_its_weights_grows_by_conversion():
-    """Without norms in the branches, as the block has one: the function is kept, and all of it merges."""
+    """Without norms in the branches, as the block has one: the function is kept, and everything merges."""
     model = settled(timm.create_model("mobilenetv2_100", num_classes=7)).double()
     larger = widefield.convert(model, widefield.LargeKernel(13, small=3, norm=False))
     x = torch.randn(2, 3, 64, 32).double()
@@ -163,7 +163,7 @@ def test_behaves_as_everywhere_in_timm():
     assert [tuple(f.shape) for f in features(torch.randn(1, 3, 64, 64))] == [(1, 24, 16, 16), (1, 320, 2, 2)]
     assert features.feature_info.channels() == [24, 320]
     groups = group_parameters(model, model.group_matcher())
-    assert len(groups) == 19  # the stem, 17 blocks, and the classifier; the last norm goes with the last block
+    assert len(groups) == 19  # the stem, 17 blocks, and the classifier; the last norm belongs to the last block
     assert "classifier.weight" in groups[18]
 
 

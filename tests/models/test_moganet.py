@@ -34,7 +34,7 @@ def tiny(name="moganet_tiny", **arguments):
 
 
 def lively(module):
-    """As after training: norms have seen something, and scales show; not too much, as blocks of gates multiply up."""
+    """Make norms and scales look trained. Values stay moderate, because consecutive gates multiply."""
     for name, parameter in module.named_parameters():
         if "scale" in name:
             nn.init.uniform_(parameter, *((0.05, 0.15) if "layer_scale" in name else (0.2, 0.8)))
@@ -48,7 +48,7 @@ def lively(module):
 
 
 def counted(model, side=224):
-    """Parameters, multiply-accumulates, and these with one more for every bias and two for every norm's output."""
+    """Return parameters, multiply-accumulates, and these plus one for every bias and two for every norm's output."""
     more = 0
 
     def count(module, given, y):

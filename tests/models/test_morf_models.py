@@ -151,7 +151,7 @@ def test_deepcopy_state_dict_channels_last_and_autocast(routing):
     assert torch.equal(twin(x), expected)
     last = twin.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
     close(last, expected, FLOAT32)
-    if routing == "soft":  # rounding may change which experts are the top two
+    if routing == "soft":  # rounding may change the two best experts
         with torch.autocast("cpu", torch.bfloat16):
             close(model(x), expected, BFLOAT16)
     else:

@@ -1,4 +1,4 @@
-"""Every registered network, made small, does what timm's and this library's tools ask of a network."""
+"""Small versions of every registered network work with timm's and this library's tools."""
 
 import argparse
 import copy
@@ -18,7 +18,7 @@ from tolerances import NETWORK, NETWORK_BFLOAT16, close
 from widefield import models
 
 BEFORE_A_NORM = re.compile(r"patch_embed\d\.projection\.(?:[03]\.)?bias|conv_head\.0\.bias")
-"""Parameters whose effect the norm behind them takes away again."""
+"""Parameters without effect, because a norm follows them."""
 
 
 def test_all_are_here():
@@ -105,7 +105,7 @@ def test_heads_can_be_changed(name):
         small(name, pretrained=True)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "internimage_h"])  # which pools by attention
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "internimage_h"])  # it pools by attention
 def test_every_pool_fits_the_classifier(name):
     model = small(name).eval()
     x = torch.randn(2, 3, 64, 64)
@@ -119,7 +119,7 @@ def test_every_pool_fits_the_classifier(name):
         assert model(x).shape == (2, 3, *model.forward_features(x).shape[2:])
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "internimage_h"])  # whose head reads two stages
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "internimage_h"])  # its head reads two stages
 def test_intermediate_features_and_pruning(name):
     model = settled(small(name))
     x = torch.randn(1, 3, 64, 64)
@@ -205,7 +205,7 @@ SLOW_TO_COMPILE = [name for name in (*BACKBONES, "mobilenetv2_lk") if not name.s
     "name", ["slak_tiny", "replknet_31b", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_COMPILE)]
 )
 def test_compile_traces_both_forms_without_breaks(name):
-    torch.compiler.reset()  # the families share a forward, and it is compiled once for each class, at most 8 times
+    torch.compiler.reset()  # the families share a forward, which is compiled once for each class, at most 8 times
     model = settled(small(name))
     x = torch.randn(2, 3, 64, 64)
     for network in (model, model if name.startswith("resnet") else widefield.reparameterize(model, x)):
@@ -213,7 +213,7 @@ def test_compile_traces_both_forms_without_breaks(name):
 
 
 VARIANTS = [("hornet_tiny_gf", {"layer_scale_init": 0}), ("slak_tiny", {"decomposed": False})]
-"""Networks that have other keys, or merge other layers, than the family's published ones."""
+"""Networks with other keys or merged layers than the family's published ones."""
 
 
 @pytest.mark.parametrize("form", ["training", "merged"])
@@ -241,7 +241,7 @@ def test_published_weights_load_in_every_form_and_file(tmp_path, name, options, 
             assert list(model.state_dict()) == list(state)
             close(model.eval()(x), source(x), NETWORK)
         body = source.forward_features(x)
-        for classes in (7, 0):  # another head starts afresh
+        for classes in (7, 0):  # another head is newly initialized
             close(load(num_classes=classes).eval().forward_features(x), body, NETWORK)
         first = source.pretrained_cfg["first_conv"] + ".weight"
         gray = load(in_chans=1, num_classes=3)

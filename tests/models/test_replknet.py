@@ -29,7 +29,7 @@ def macs(model, size):
 
 
 def merged(model):
-    """What the authors' code merges."""
+    """Merge only the layers that the authors' code merges."""
     return fuse_layers(copy.deepcopy(model).eval(), select=lambda m: isinstance(m, ReparamConv2d))[0]
 
 
@@ -87,7 +87,7 @@ TABLE_5 = {
 
 @pytest.mark.parametrize("kernels", TABLE_5)
 def test_table_5_counts_merged_networks_without_norms(kernels):
-    """Four of five to the last digit printed. For 31-29-27-13 this is 79.39M and 15.354G, next to 79.3M and 15.3G."""
+    """Four of five agree to the last printed digit. 31-29-27-13 has 79.39M and 15.354G, stated as 79.3M and 15.3G."""
     model = merged(meta(kernel_sizes=kernels))
     operations = macs(model, 224)
     fuse_layers(model, select=lambda m: isinstance(m, ConvNorm))
@@ -163,7 +163,7 @@ def test_layers_are_grouped_from_the_image_to_the_head(coarse):
     order = [{name.rsplit(".", 1)[0] for name in names} for names in groups.values()]
     assert (
         len(order) == 1 + (4 if coarse else 10) + 3 + 1
-    )  # stem; stages or blocks, the last with the norm; between; head
+    )  # stem; stages or blocks, the last one with the norm; transitions; head
     stages = [next(iter(sorted(names))) for names in order]
     assert stages[0].startswith("stem")
     assert stages[-1] == "head"

@@ -16,7 +16,7 @@ TINY = {"depths": (1, 2, 1), "widths": (4, 8, 12)}
 
 
 def masked(model, dynamic):
-    """Table I and II: masks on all spatial convolutions, on the first of them a dynamic one if asked for."""
+    """Tables I and II: masks on all spatial convolutions; the first mask is dynamic if requested."""
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d) and why_not(m) is None]
     kinds = [DynamicGMConv2d if dynamic and i == 0 else GMConv2d for i in range(len(layers))]
     replace(model, {conv: kind.from_conv2d(conv) for conv, kind in zip(layers, kinds, strict=True)})
@@ -24,7 +24,7 @@ def masked(model, dynamic):
 
 
 def norm_outputs(model, x):
-    """How many numbers the batch norms of a model return."""
+    """Return the number of outputs of a model's batch norms."""
     counts = []
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -47,8 +47,10 @@ TABLES = {
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", TABLES)
 def test_costs_are_those_of_tables_1_and_2(name, dynamic):
-    """The tables count a multiply-accumulate once and, as their digits tell, four operations for each output of a
-    batch norm. ResNet-20 has 41.3M so, and 42M in the table; with projections it would have 41.6M.
+    """Check the tables' counts.
+
+    According to their digits, the tables count a multiply-accumulate once and four operations for each output of a
+    batch norm. This gives 41.3M for ResNet-20, and the table has 42M; with projections it would be 41.6M.
     """
     make, side, millions, operations = TABLES[name]
     with torch.device("meta"):

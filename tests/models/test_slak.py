@@ -21,7 +21,7 @@ TINY = {
 
 
 def tiny(**arguments):
-    """One whose norms have seen something."""
+    """Return a network with batch norm statistics like after training."""
     model = timm.create_model("slak_tiny", **{**TINY, **arguments})
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -52,7 +52,7 @@ def test_the_network_is_the_official_one_before_and_after_merging():
     check_logits(model, run)
     check_features(model, run)
     fused = widefield.reparameterize(model, torch.randn(1, 3, 64, 64, dtype=torch.double), inplace=True)
-    check_logits(fused, expected)  # the authors do not merge the bands; it is exact
+    check_logits(fused, expected)  # exact, although the authors do not merge the bands
 
 
 def test_the_block_is_the_official_one():
@@ -65,7 +65,7 @@ def test_the_block_is_the_official_one():
 @pytest.mark.parametrize(
     ("name", "decomposed", "parameters", "macs"),
     [
-        ("slak_tiny", True, 50_703_838, 8_704_776_370),  # the fixture's
+        ("slak_tiny", True, 50_703_838, 8_704_776_370),  # the fixture's count
         ("slak_tiny_31", True, 49_581_838, 8_178_281_170),
         ("slak_tiny_61", True, 51_264_838, 8_968_023_970),
         ("slak_small", True, 91_131_820, 16_604_014_234),
@@ -101,9 +101,9 @@ def test_widths_depths_and_names():
     }
     assert [len(stage) for stage in meta("slak_small").stages] == [3, 3, 27, 3]
     narrow = meta("slak_tiny", width_factor=1, kernel_sizes=(7, 7, 7, 7), decomposed=False, small_kernel=100)
-    # ConvNeXt-T with a batch norm after each kernel, as the authors' repository runs it
+    # ConvNeXt-T with a batch norm after each kernel, as in the authors' repository
     convnext = {key: value.shape for key, value in timm.create_model("convnext_tiny").state_dict().items()}
-    assert len(narrow.state_dict()) == len(convnext) + 18 * 4  # no bias in front of weight, bias and statistics
+    assert len(narrow.state_dict()) == len(convnext) + 18 * 4  # weight, bias and statistics of a norm replace a bias
     layers = [m for m in narrow.modules() if isinstance(m, LargeKernelConv2d)]
     assert {conv.kernel_size for layer in layers for conv, _ in layer.branches()} == {(7, 7)}
 
@@ -187,7 +187,7 @@ def test_layers_are_grouped_from_the_image_to_the_head(coarse):
         assert [sorted({name.split(".")[0] for name in part}) for part in order[1:5]] == [[str(i)] for i in range(4)]
     else:
         assert [part for part in order if part] == [["0.0"], ["1.0"], ["2.0"], ["2.1"], ["3.0"]]
-    for i in (1, 2, 3):  # a stage's downsampling is with its first blocks
+    for i in (1, 2, 3):  # a stage's downsampling belongs to its first blocks
         (group,) = [names for names in groups.values() if f"downsample_layers.{i}.1.weight" in names]
         assert any(name.startswith(f"stages.{i}.0.") for name in group)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))

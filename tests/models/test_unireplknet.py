@@ -112,7 +112,7 @@ def test_the_published_networks_have_what_is_stated_of_them(size):
     for ours, theirs in ((parameters(merged) / 1e6, stated.parameters), (macs(merged, side) / 1e9, stated.macs)):
         number = re.match(r"[\d.]+", theirs)[0]
         digits = len(number.partition(".")[2])
-        # XL has 386.53M parameters, which the repository cuts to 386M instead of rounding
+        # XL has 386.53M parameters; the repository truncates to 386M
         assert abs(ours - float(number)) <= 0.54 * 10**-digits, theirs
 
 
@@ -205,7 +205,7 @@ def test_layers_in_order_for_layer_wise_decay():
     assert of["stages.2.0.gamma"] == of["downsample_layers.2.0.weight"] == 0.125
     assert of["downsample_layers.0.0.weight"] == 2**-6
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    assert all((id(p) in decayed) == (p.ndim > 1) for p in model.parameters())  # GRN's tensors with the weights
+    assert all((id(p) in decayed) == (p.ndim > 1) for p in model.parameters())  # GRN's tensors decay as well
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert coarse["stages.2.1.gamma"] == coarse["downsample_layers.2.0.weight"] == 3
 
@@ -267,7 +267,7 @@ def test_weights_for_21841_classes(tmp_path, form):
     arguments = {k: v for k, v in TINY.items() if k != "num_classes"}
     tagged = timm.create_model("unireplknet_l.in22k", pretrained=True, pretrained_cfg_overlay=file, **arguments).eval()
     assert torch.equal(tagged(x), source(x))
-    model = tiny("unireplknet_l", pretrained=True, pretrained_cfg_overlay=file).eval()  # to be fine-tuned
+    model = tiny("unireplknet_l", pretrained=True, pretrained_cfg_overlay=file).eval()  # for fine-tuning
     assert model(x).shape == (1, 7)
     assert torch.equal(model.forward_features(x), source.forward_features(x))
 
@@ -286,7 +286,7 @@ def test_a_network_whose_branches_were_merged_in_place_reparameterizes_further()
     x = torch.randn(1, 3, 64, 64)
     merged = copy.deepcopy(model)
     for layer in list(merged.modules()):
-        if hasattr(layer, "merge_dilated_branches"):  # as the authors' scripts do
+        if hasattr(layer, "merge_dilated_branches"):  # like the authors' scripts
             layer.merge_dilated_branches()
     with torch.no_grad():
         close(widefield.reparameterize(merged, x)(x), model(x), NETWORK)

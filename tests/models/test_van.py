@@ -44,7 +44,7 @@ def tiny(name="van_b0", **arguments):
 
 
 def shown(model):
-    """Norms that have seen something, and layer scales with which every branch shows."""
+    """Set norm statistics, and layer scales that make every branch matter."""
     for name, parameter in filled(model).named_parameters():
         if "layer_scale" in name:
             nn.init.uniform_(parameter, 0.2, 0.4)
@@ -79,7 +79,7 @@ def test_is_the_official_network_before_and_after_merging(name):
         same_numbers(before_norm[i].flatten()[:4], entry["first4"])
     fused = widefield.reparameterize(model, image(64))
     for run in (expected, *expected["extra_runs"]):
-        check_logits(fused, run)  # the authors merge nothing; it is exact
+        check_logits(fused, run)  # exact, although the authors merge nothing
         check_features(fused, run)
 
 
@@ -106,7 +106,7 @@ def test_the_published_networks_have_what_is_stated_of_them(name):
     stated = STATED[name]
     digits = len(stated.parameters.partition(".")[2].rstrip("M"))
     assert f"{training.parameters / 1e6:.{digits}f}M" == stated.parameters
-    # stated figures count norms and products beside convolutions, which adds a hundredth; that of B6 does not fit
+    # Stated counts add norms and products to convolutions, about one percent. B6's stated count does not fit.
     lowest, highest = (training.macs * factor / 1e9 for factor in ((0.985, 1) if name == "van_b6" else (1, 1.01)))
     assert lowest - 0.05 <= float(stated.macs.rstrip("G")) <= highest + 0.05
 
@@ -249,7 +249,7 @@ def test_features_at_strides_4_to_32(size):
     shapes = [(1, channels, *(math.ceil(side / step) for side in size)) for channels, step in steps]
     features = model(torch.randn(1, 3, *size))
     assert [feature.shape for feature in features] == shapes
-    for feature in features:  # the norm after a stage is part of it
+    for feature in features:  # the norm after a stage belongs to it
         close(feature.mean(1), torch.zeros_like(feature[:, 0]), FLOAT32)
     if size == (75, 90):
         assert [list(shape[2:]) for shape in shapes] == fixture("van_b0")["train_extra"]["arbitrary_size_check"][
@@ -292,7 +292,7 @@ def test_weights_for_21841_classes(tmp_path, caplog, name):
     options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     close(timm.create_model(f"{name}.in22k", **options, **arguments).eval()(x), source(x), FLOAT32)
     assert not caplog.records
-    model = tiny(name, **options).eval()  # to be fine-tuned
+    model = tiny(name, **options).eval()  # for fine-tuning
     assert caplog.messages == ["the weights have 21841 classes, the network 7: its head starts afresh"]
     assert model(x).shape == (1, 7)
     close(model.forward_features(x), source.forward_features(x), FLOAT32)

@@ -1,4 +1,4 @@
-"""Registry of the layers of widefield.nn, for tests of what all layers share."""
+"""Registry of the layers of widefield.nn, for tests of common properties."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from widefield import nn as wnn
 
 
 class Case(NamedTuple):
-    """One layer in a small size. ``make`` takes ``device`` and ``dtype``."""
+    """One small layer. ``make`` takes ``device`` and ``dtype``."""
 
     make: Callable[..., nn.Module]
     channels_last: bool = False
-    """Whether it takes (N, H, W, C)."""
+    """Whether the layer takes (N, H, W, C)."""
 
 
 LAYERS = {
@@ -47,7 +47,7 @@ LAYERS = {
 
 
 def lived(layer: nn.Module) -> nn.Module:
-    """Return the layer with all parameters and statistics changed, as after some training."""
+    """Return the layer with all parameters and statistics changed, like after some training."""
     if isinstance(layer, wnn.FusedMoRFConv2d):
         return layer  # the padding of its bank is zero
     with torch.no_grad():

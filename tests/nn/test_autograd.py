@@ -1,4 +1,4 @@
-"""Autograd and torch.func work on every layer as they do on torch.nn.Conv2d."""
+"""Autograd and torch.func work on every layer as on torch.nn.Conv2d."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # within
 
 
 def shaken(layer):
-    """Return the layer with random weights where it reads the image, as these start at zero."""
+    """Return the layer with random weights in the parts that read the image, because these start at zero."""
     for parameter in layer.parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.2)
@@ -50,7 +50,7 @@ both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch
 # PyTorch's own softmax cannot be differentiated in reverse after forward mode on dual numbers (2.14).
 WITH_SOFTMAX = ("hard", "hard branches", "deformable")
 
-# Nor is its layer norm differentiated rightly after forward mode: silently, 2.14.
+# After forward mode, the derivative of its layer norm is also wrong, without an error (2.14).
 NORMALIZED = ("deformable",)
 
 

@@ -16,7 +16,7 @@ CASES = [name for name in operators() if name.startswith("dcnv3_module")]
 
 
 def settled(layer, dtype=torch.float64):
-    """Randomize every parameter: a new layer has offsets of zero, at which it is not differentiable."""
+    """Randomize every parameter: a new layer has offsets of zero, where it is not differentiable."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
@@ -31,7 +31,7 @@ def plain(layer, x):
     value = nn.functional.pad(layer.input_proj(x), (0, 0, *4 * (s.padding,)))
     rows, columns = features.shape[1:3]
     parts = []
-    for i in range(s.kernel_size):  # columns slow
+    for i in range(s.kernel_size):  # columns in the outer loop
         for j in range(s.kernel_size):
             top, left = j * s.dilation, i * s.dilation
             part = value[:, top :: s.stride, left :: s.stride][:, :rows, :columns]
@@ -94,7 +94,7 @@ def test_depthwise_branch_and_center_lie_where_the_grid_does(arguments):
     layer = settled(DCNv3(4, groups=2, center_feature_scale=True, **arguments))
     stride = layer.sampling.stride
     for parameter in layer.offset.parameters():
-        parameter.data *= 0.2  # keeps points inside of the map
+        parameter.data *= 0.2  # keeps points inside the map
     x = torch.randn(1, 36, 36, 4, dtype=torch.double)
     moved = torch.roll(x, (stride, 2 * stride), (1, 2))
     margin = 3 + 6 // stride
@@ -110,7 +110,7 @@ def test_depthwise_branch_and_center_lie_where_the_grid_does(arguments):
     nn.init.zeros_(layer.offset.bias)
     gated = layer(x)
     nn.init.constant_(layer.center_feature_scale_proj_bias, -1e3)
-    close(gated, layer(x), FLOAT64)  # the one point of the mask is the center
+    close(gated, layer(x), FLOAT64)  # the only point of the mask is the center
 
 
 def test_starts_on_the_regular_grid_with_equal_weights():

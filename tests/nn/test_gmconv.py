@@ -20,7 +20,7 @@ sigmas = st.floats(0.3, 50)
 
 
 def offsets(kernel_size):
-    """(y, x) of every tap from the center, row by row."""
+    """Return (y, x) of every tap relative to the center, row by row."""
     rows, columns = kernel_size
     return [(i - (rows - 1) / 2, j - (columns - 1) / 2) for i in range(rows) for j in range(columns)]
 
@@ -44,7 +44,7 @@ def ellipse(kernel_size, sigma_1, sigma_2):
 
 
 def unsettled(layer):
-    """Set weights of the predictor with which sigmas depend on the image, within a moderate range."""
+    """Set weights of the predictor so that sigmas depend on the image, within a moderate range."""
     if isinstance(layer, DynamicGMConv2d):
         nn.init.normal_(layer.predictor.out.weight, std=0.3)
         nn.init.uniform_(layer.predictor.out.bias, 1, 2)
@@ -384,7 +384,7 @@ def test_a_collapsed_dynamic_layer_is_the_convolution_under_the_mask(**arguments
     depthwise = layer.groups == layer.in_channels == layer.out_channels
     assert type(collapsed) is (DepthwiseConv2d if depthwise else nn.Conv2d)
     assert not collapsed.training
-    # If all images have the same mask, this is what the layer computes.
+    # If all images have the same mask, the layer computes this.
     nn.init.zeros_(layer.predictor.out.weight)
     collapsed = layer.collapse(layer.mask())
     close(plain(collapsed, collapsed.weight, x), layer(x), FLOAT64)

@@ -1,4 +1,4 @@
-"""Training changes sigma as intended, and no value of sigma breaks the mask."""
+"""Training changes sigma as intended, and every value of sigma gives a valid mask."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_any_stored_sigma_gives_a_finite_mask_and_a_gradient_that_leads_back(val
     mask = layer.mask()
     assert mask.isfinite().all()
     assert mask.max() == 1
-    mask.sum().backward()  # a larger mask is one of a larger |sigma|
+    mask.sum().backward()  # a larger |sigma| gives a larger mask
     assert layer.sigma.grad.isfinite()
     assert layer.sigma.grad * (-1 if value < 0 else 1) > 0
     if abs(value) > 1:

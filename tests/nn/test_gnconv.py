@@ -16,7 +16,7 @@ from widefield.nn.gnconv import GatedRecursion, GlobalLocalFilter, GnConv, highe
 
 
 def settled(layer):
-    """Return the layer with all parameters changed, norms and biases included."""
+    """Return the layer with all parameters changed, including norms and biases."""
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.3 if parameter.ndim == 1 else 0, 0.5)
     return layer.eval()
@@ -135,7 +135,7 @@ def test_gradients(filters):
 
 
 def test_an_order_is_a_degree():
-    """Without biases an output of order n grows with the n + 1st power of its input."""
+    """Without biases an output of order n grows with power n + 1 of its input."""
     for order in range(1, 6):
         layer = settled(GnConv(16, order, 3).double())
         for name, parameter in layer.named_parameters():
@@ -196,7 +196,7 @@ def test_layouts_copies_an_empty_batch_and_autocast(filters):
 @pytest.mark.parametrize("autocast", [True, False])
 def test_spectra_are_computed_in_float32_at_least(dtype, autocast):
     layer = settled(GlobalLocalFilter(4, 6, 4))
-    x = torch.randn(2, 4, 5, 7)  # lengths for which there are no narrow transforms
+    x = torch.randn(2, 4, 5, 7)  # lengths without transforms in narrow types
     seen = []
     rfft2 = torch.fft.rfft2
     with pytest.MonkeyPatch.context() as patch:
@@ -225,7 +225,7 @@ def test_export_for_maps_of_any_size_the_stored_one_too(filters):
     close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x), FLOAT32)
 
 
-# In place of convolutions
+# As a replacement for convolutions
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, DepthwiseConv2d])

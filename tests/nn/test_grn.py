@@ -17,7 +17,7 @@ def random(channels, use_bias=True):
 
 
 def oracle(x, layer):
-    """Equations 1 to 3 of the paper, one after the other, in float64."""
+    """Compute equations 1 to 3 of the paper one by one, in float64."""
     x = x.double()
     norms = x.square().sum((1, 2)).sqrt()
     relative = norms / (norms.mean(1, keepdim=True) + layer.eps)
@@ -88,7 +88,7 @@ def test_narrow_dtypes_survive_norms_that_they_cannot_hold(dtype, tolerance):
 
 def test_narrow_dtypes_see_small_inputs_as_wide_ones_do():
     layer = random(4)
-    x = torch.full((1, 2, 2, 4), 1e-6).half()  # eps is of the size of these norms, and rounds in float16
+    x = torch.full((1, 2, 2, 4), 1e-6).half()  # eps is as large as these norms, and is rounded in float16
     close(1e6 * layer.half()(x).double(), 1e6 * oracle(x, layer), FLOAT16)
 
 

@@ -1,4 +1,4 @@
-"""Tests of what all layers of widefield.nn have in common, by the registry in layers.py."""
+"""Common properties of all layers of widefield.nn, by the registry in layers.py."""
 
 import copy
 import inspect
@@ -16,12 +16,12 @@ from tolerances import FLOAT32, NETWORK, close
 from widefield import nn as wnn
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
-NOT_MADE = {"ReparamConv2d"}  # the base of the sums of branches
+NOT_MADE = {"ReparamConv2d"}  # the base class of sums of branches
 WRAPPERS = {
     "ConvNorm",
     "SameAligned",
     "FusedMoRFConv2d",
-}  # have the device and dtype of the layer from which they are made
+}  # use the device and dtype of the source layer
 CONVOLUTIONS = [name for name in LAYERS if name.endswith(("Conv2d", "Conv2dSame")) and name not in WRAPPERS]
 CONVOLUTIONS.remove("InceptionDWConv2d")  # its kernels have three sizes
 FUSED = [name for name, case in LAYERS.items() if hasattr(case.make(), "fuse")]
@@ -121,11 +121,11 @@ def test_fused_parameters_require_gradients_where_their_sources_do(name):
         parameter.requires_grad_(True)
         fused = layer.fuse()
         assert any(p.requires_grad for p in fused.parameters())
-        fused(example(name)).square().sum().backward()  # they get gradients
+        fused(example(name)).square().sum().backward()  # these get gradients
         parameter.requires_grad_(False)
 
 
-# Tools that people use on the layers of torch.nn
+# Common tools for the layers of torch.nn
 
 
 @every_layer

@@ -44,12 +44,12 @@ def test_equals_three_convolutions_and_a_product(kernel, channels, size):
 @pytest.mark.parametrize(
     ("kernel_size", "dilation", "taps", "sees"),
     [
-        # the rows of the paper's table on K and d: even taps 2 apart are centered, and its parameters have them
+        # rows of the paper's table on K and d, with its parameters: an even number of taps 2 apart is centered
         (7, 2, (3, 4), 9),
         (14, 3, (5, 5), 17),
         (21, 3, (5, 7), 23),
         (28, 4, (7, 7), 31),
-        (10, 3, (5, 5), 17),  # 10 pixels in steps of 3 take 4 taps, which have no center
+        (10, 3, (5, 5), 17),  # 10 pixels in steps of 3 need 4 taps, which cannot be centered
         (5, 1, (1, 5), 5),
         (4, 1, (1, 5), 5),
         (1, 3, (5, 1), 5),
@@ -159,7 +159,7 @@ def depthwise(**options):
 @pytest.mark.parametrize(
     ("conv", "sees"),
     [
-        (depthwise(), 11),  # 5 taps, and 3 of them 3 apart
+        (depthwise(), 11),  # 5 taps, and 3 taps that are 3 apart
         (depthwise(padding="same", bias=False), 11),
         (depthwise(dilation=3, padding=9), 23),  # 19 pixels
         (depthwise(kernel_size=(3, 21), padding=(1, 10), padding_mode="reflect"), 23),
@@ -175,7 +175,7 @@ def test_a_gate_takes_the_place_of_a_depthwise_convolution_and_sees_as_far(conv,
     assert not layer.training
     x = torch.randn(2, 6, 24, 25)
     assert layer(x).shape == conv(x).shape
-    # quadratic in the input, but for what the biases add: the function of conv is not kept
+    # quadratic in the input, except for the biases: the function of conv is not kept
     for part in (layer.conv0, layer.conv_spatial, layer.conv1):
         nn.init.zeros_(part.bias)
     close(layer(2 * x), 4 * layer(x), FLOAT32)

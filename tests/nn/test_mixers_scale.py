@@ -1,4 +1,4 @@
-"""Fresh token mixers start at the scale of the convolution that they replace."""
+"""New token mixers start at the scale of the convolution that they replace."""
 
 import pytest
 import timm
@@ -19,14 +19,14 @@ def depthwise(width=64, size=3, factor=1.0):
 
 
 def inputs():
-    """Return white noise, noise over levels, and what a ReLU gives."""
+    """Return white noise, noise plus a constant per channel, and outputs of a ReLU."""
     torch.manual_seed(1)
     noise = torch.randn(2, 64, 20, 20)
     return noise, noise + torch.randn(2, 64, 1, 1), noise.relu()
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 30.0])
-@pytest.mark.parametrize("mixer", [name for name in TOKEN_MIXERS if name != "pooling"])  # which has no parameters
+@pytest.mark.parametrize("mixer", [name for name in TOKEN_MIXERS if name != "pooling"])  # it has no parameters
 def test_the_output_is_about_as_large(mixer, factor):
     conv = depthwise(factor=factor)
     layer = in_place_of(conv, mixer, 1)

@@ -145,7 +145,7 @@ def test_defaults_are_the_papers():
 
 
 def test_dynamic_convolution_is_a_mixture_of_equal_sizes():
-    """Chen et al. 2020: kernels aggregated by softmax attention, then one convolution."""
+    """Chen et al. 2020: kernels are averaged with softmax attention, then one convolution follows."""
     layer = MoRFConv2d(3, 5, (3, 3, 3, 3), attention="softmax").double()
     x = torch.randn(2, 3, 7, 8).double()
     attention = layer.route(x)
@@ -205,7 +205,7 @@ def test_from_conv2d_preserves_the_function_and_every_expert_learns_from_the_fir
     close(layer(x), conv(x), FLOAT32)
     layer.train()(x).square().sum().backward()
     if name == "zero kernel":
-        return  # its output is zero, and with it the gradient of this loss
+        return  # its output is zero, and so is the gradient of this loss
     assert all(k.grad.abs().max() > 0 for k in layer.kernels())
     # A softmax over one expert is always 1.
     alone = min(top_k, len(sizes)) == 1 if routing == "hard" else len(sizes) == 1 and attention == "softmax"

@@ -22,7 +22,7 @@ ODD = st.integers(0, 8).map(lambda n: 2 * n + 1)
 
 
 def settled(module):
-    """Set statistics and affine parameters of batch norms as in a trained network."""
+    """Set statistics and affine parameters of batch norms like in a trained network."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(norm.running_mean)
@@ -292,7 +292,7 @@ def test_networks_of_these_layers_re_parameterise():
     close(fused(x), model(x), FLOAT64)
 
 
-# In place of convolutions
+# As a replacement for convolutions
 
 TAKEN = [
     {"kernel_size": 7, "padding": 3},
@@ -336,7 +336,7 @@ def test_every_branch_learns_from_the_first_step(norm, size, old):
         optimizer.step()
     for (part, _), weight in zip(layer.branches(), start, strict=True):
         assert ((part.weight - weight).abs() > 0).all()  # including the padded taps
-    if size == 7:  # equal branches, which would stay equal
+    if size == 7:  # equal branches would stay equal
         large, small = (part.weight for part, _ in layer.branches())
         assert not torch.allclose(large, small)
 

@@ -86,7 +86,7 @@ def test_traces_can_be_trained():
         close(a, b, 10 * FLOAT32)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of timm's own checks
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # from timm's own checks
 @pytest.mark.parametrize("name", ["morf_resnet18", "morf_convnext_tiny"])
 def test_traces_of_networks_serve_every_batch(name):
     model = timm.create_model(name, num_classes=5).eval()

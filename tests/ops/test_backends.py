@@ -1,4 +1,4 @@
-"""Each backend against the oracle, and the choice between them."""
+"""Each backend against the reference, and the choice between them."""
 
 import dataclasses
 import subprocess
@@ -76,14 +76,14 @@ NOTABLE = [
     geometry((7, 9), (33, 33), padding=(16, 16)),
     geometry((14, 14), (1, 14), padding=(0, 7)),
     geometry((1, 1), (1, 1)),
-    geometry((1, 1), (1, 3), dilation=(1, 2), padding=(0, 3)),  # one tap is left, and padding beyond it
+    geometry((1, 1), (1, 3), dilation=(1, 2), padding=(0, 3)),  # one tap remains, and padding beyond it
     geometry((5, 6), (1, 1), stride=(2, 3)),
     geometry((5, 6), (1, 1), padding=(1, 0)),
     geometry((6, 5), (3, 3), padding=(1, 1), batch=1),
     geometry((6, 5), (3, 3), padding=(5, 4)),
     geometry((3, 30), (2, 9), dilation=(1, 3), padding=(1, 12)),
     geometry((30, 3), (9, 2), dilation=(3, 2), padding=(13, 2)),
-    geometry((17, 4), (7, 9), dilation=(2, 4), padding=(6, 15)),  # one column to each interleaved map
+    geometry((17, 4), (7, 9), dilation=(2, 4), padding=(6, 15)),  # one column for each interleaved map
     geometry((16, 13), (9, 11), stride=(3, 2), padding=(4, 5)),
     geometry((2, 2), (5, 7), stride=(3, 3), padding=(9, 3)),
     geometry((12, 12), (31, 13), padding=(15, 6), channels=40),
@@ -269,8 +269,9 @@ for channels in (2, 16, 40):
 
 
 def test_kernels_that_pytorch_never_returns_from():
-    """bfloat16, channels_last, 2 to 16 channels, 15 columns and maps of 31 and more, on CPUs with such arithmetic
-    (PyTorch 2.14). A process of its own can be stopped.
+    """PyTorch (2.14) hangs for bfloat16, channels_last, 2 to 16 channels, 15 columns and maps of 31 and more.
+
+    It does so on CPUs with bfloat16 arithmetic. A separate process can be stopped.
     """
     subprocess.run([sys.executable, "-c", WIDE_AND_FEW], check=True, timeout=120)
     x = torch.zeros(1, 16, 40, 40, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -411,7 +412,7 @@ def test_auto_takes_what_can_compute_it_and_says_why(changed, case, step, per_sa
 
 
 def test_the_measured_table():
-    """Some entries of benchmarks/results/depthwise_cpu.md."""
+    """Some rows of benchmarks/results/depthwise_cpu.md."""
 
     def stage(**changed):
         third = {"batch": 8, "channels": 384, "height": 14, "width": 14, "kernel": (7, 7), "padding": (3, 3)}
@@ -463,7 +464,7 @@ def test_a_name_is_one_of_the_backends():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @settings(max_examples=25, deadline=None)
-@example(geometry((7, 7), (7, 7)), True)  # one output pixel, whose strides do not tell the layout
+@example(geometry((7, 7), (7, 7)), True)  # one output pixel, whose strides do not determine the layout
 @example(geometry((1, 10), (1, 10)), True)
 @given(case=geometries().filter(lambda case: case[1] > 1 or case[3][0] <= case[2][0]), channels_last=st.booleans())
 def test_what_is_explained_is_what_runs(dtype, case, channels_last):

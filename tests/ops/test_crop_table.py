@@ -1,4 +1,4 @@
-"""Crops that stop at a least size, and the crop itself; what crops lose is in tests/analysis/test_kernels.py."""
+"""Crops with a minimum size, and the crop itself. tests/analysis/test_kernels.py checks the losses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""DCNv3's sampling against the papers' code (fixtures), a float64 oracle of loops, and a convolution."""
+"""DCNv3's sampling against the papers' code (fixtures), a float64 reference of loops, and a convolution."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ every = pytest.mark.parametrize("backend", EVERY)
 
 
 def inputs(sampling, batch=2, height=5, width=6, channels=None, dtype=torch.float64, spread=1.5):
-    """Draw x, offset and mask. Offsets avoid whole pixels, at which sampling is not differentiable."""
+    """Draw x, offset and mask. Offsets avoid whole pixels, where sampling is not differentiable."""
     rows, columns = sampling.output_size(height), sampling.output_size(width)
     count = sampling.groups * sampling.points
     x = torch.randn(batch, height, width, channels or 2 * sampling.groups)
@@ -225,7 +225,7 @@ def test_sixteen_bits_are_computed_in_32(backend, dtype, autocast):
         y = run(narrow, sampling, backend)
     expected = run(wide, sampling, backend)
     assert y.dtype == dtype
-    assert torch.equal(y, expected.to(dtype))  # places beyond column 256 too
+    assert torch.equal(y, expected.to(dtype))  # also at positions beyond column 256
     for actual, wanted in zip(gradients(y.float(), narrow), gradients(expected, wide), strict=True):
         assert actual.dtype == dtype
         close(actual, wanted, BFLOAT16)
@@ -247,7 +247,7 @@ def test_float32_is_near_float64_at_the_size_of_a_stage():
     y, expected = run(narrow, sampling), run(wide, sampling)
     close(y, expected, FLOAT32)
     for actual, wanted in zip(gradients(y, narrow), gradients(expected, wide), strict=True):
-        close(actual, wanted, NETWORK)  # between columns 40 and 41 there are 2**18 places in float32
+        close(actual, wanted, NETWORK)  # between columns 40 and 41 there are 2**18 positions in float32
 
 
 def test_gradients_are_the_same_to_the_bit_on_every_run():
@@ -276,7 +276,7 @@ def test_export_with_any_batch_and_no_operators_of_ours(backend):
         y = program.module()(*fresh)
         close(y, run(fresh, sampling), FLOAT32)
         for actual, wanted in zip(gradients(y, fresh), gradients(run(fresh, sampling), fresh), strict=True):
-            close(actual, wanted, FLOAT32)  # an exported graph can be trained, too
+            close(actual, wanted, FLOAT32)  # an exported graph can be trained as well
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("widefield" in name for name in names)
 

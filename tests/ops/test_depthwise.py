@@ -103,7 +103,7 @@ def calls(draw):
 def check_call(call, backend, dtype, layout, with_bias):
     batch, channels, size, kernel, options = call
     if backend in ("auto", "aten") and pytorch_writes_out_of_bounds(channels, size, kernel):
-        return  # has its own test
+        return  # a separate test checks this
     if backend in ("auto", "aten") and pytorch_reads_out_of_bounds(channels, size, kernel, options, layout):
         return  # likewise
     x = lay_out(torch.randn(batch, channels, *size).to(dtype), layout).requires_grad_()
@@ -116,7 +116,7 @@ def check_call(call, backend, dtype, layout, with_bias):
             depthwise_conv2d(x, weight, bias, backend=backend, **options)
         return
     y = depthwise_conv2d(x, weight, bias, backend=backend, **options)
-    # On CPUs without 16-bit arithmetic PyTorch's own sums in 16 bits: only equality with it is required.
+    # On CPUs without 16-bit arithmetic PyTorch accumulates in 16 bits, so only equality with PyTorch is required.
     own = backend == "aten" and dtype == torch.float16
     expected = oracle(x, weight, bias, **options, dtype=dtype if own else torch.float64)
     assert y.dtype == dtype
@@ -186,7 +186,7 @@ def test_the_kernels_that_leave_the_cache(backend):
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_kernels_on_large_maps(backend, layout):
-    """Sizes for which auto uses spectra, with few channels, as the oracle is slow."""
+    """Draw sizes for which auto uses spectra, with few channels, because the reference is slow."""
     check_call((2, 3, (50, 49), (27, 29), {"stride": 1, "padding": "same", "dilation": 1}), backend, torch.float32,
                layout, True)  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_same_pads_as_conv2d_does(kernel, dilation, backend):
     y = depthwise_conv2d(x, weight, dilation=dilation, backend=backend)
     assert y.shape == x.shape
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about copies for even kernels
+        warnings.simplefilter("ignore")  # a warning about copies for even kernels
         close(y, F.conv2d(x, weight, padding="same", dilation=dilation, groups=2), FLOAT64)
 
 
@@ -253,7 +253,7 @@ def test_kernels_wider_than_the_map_of_one_channel_with_a_stride(size, kernel, l
     ("size", "kernel", "padding"), [((9, 1), (2, 7), (0, 6)), ((9, 1), (3, 2), (1, 2)), ((5, 1), (3, 3), (1, 1))]
 )
 def test_weight_gradients_of_maps_narrower_than_the_stride_in_16_bits(size, kernel, padding):
-    """PyTorch's own reads out of bounds in channels_last (2.14, CPUs that multiply in bfloat16): what was freed."""
+    """PyTorch's own reads out of bounds in channels_last (2.14, CPUs that multiply in bfloat16): freed memory."""
     for _ in range(20):
         x = lay_out(torch.randn(5, 16, *size).bfloat16(), "channels_last")
         weight = torch.randn(16, 1, *kernel).bfloat16().requires_grad_()
@@ -272,7 +272,7 @@ def test_weight_gradients_of_maps_narrower_than_the_stride_in_16_bits(size, kern
 @pytest.mark.parametrize("backend", ["auto", "onednn", "fft"])
 @pytest.mark.parametrize("size", [3, 7, 15])
 def test_gradients_keep_the_layout_where_the_output_is_one_pixel(size, backend):
-    """The strides of one pixel do not tell the layout, but those of x do."""
+    """The strides of one pixel do not determine the layout, but those of x do."""
     x = lay_out(torch.randn(2, 3, size, size), "channels_last").requires_grad_()
     weight = torch.randn(3, 1, size, size)
     depthwise_conv2d(x, weight, padding="valid", backend=backend).sum().backward()
@@ -376,7 +376,7 @@ def test_a_backward_pass_within_autocast_is_as_exact_as_outside(backend, size):
         close(a, b, FLOAT32)
 
 
-# Shapes without numbers, and counts
+# Symbolic shapes, and counts
 
 
 FAKES = [

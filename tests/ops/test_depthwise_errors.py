@@ -1,4 +1,4 @@
-"""depthwise_conv2d refuses invalid arguments before it computes anything."""
+"""depthwise_conv2d rejects invalid arguments before any computation."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_auto_computes_whatever_dtype_conv2d_does(dtype):
     ],
 )
 def test_other_types_are_refused(change, message):
-    depthwise_conv2d(X, WEIGHT, stride=1, padding=1, dilation=1)  # remembered for 1, not for 1.0
+    depthwise_conv2d(X, WEIGHT, stride=1, padding=1, dilation=1)  # cached for 1, not for 1.0
     depthwise_conv2d(X, WEIGHT, stride=(1, 1), padding=(1, 1), dilation=(1, 1))
     with Watch() as watch, pytest.raises(TypeError, match=message):
         depthwise_conv2d(**{"x": X, "weight": WEIGHT, "bias": None, **change})

@@ -76,7 +76,7 @@ def test_outputs_and_all_gradients_equal_the_sum_of_branches(
 
 
 def sorting(*, is_free):
-    """Make sorting samples by kernel size free of cost, or too expensive."""
+    """Make sorting samples by kernel size free, or too expensive."""
     cost = 0 if is_free else math.inf
     return mock.patch.object(_sparse, "COSTS", _sparse.Costs(move=cost, call=cost))
 
@@ -138,7 +138,7 @@ def test_an_expert_that_no_sample_chose_gets_no_gradient(backend):
 
 @pytest.mark.parametrize("backend", ["merged", "branches"])
 def test_skipped_experts_are_not_computed(backend):
-    """Count multiplications: a sample that chose 3x3 must not pay for the 31x31 of another."""
+    """Count multiplications: a sample routed to 3x3 must not pay for the 31x31 of another."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(weights, side):
@@ -332,7 +332,7 @@ def test_kernels_of_every_sample_that_are_larger_than_the_map(dtype, stride, cha
 
 
 class Convolutions(TorchDispatchMode):
-    """Record the dtypes in which dense convolutions are computed."""
+    """Record the dtypes of dense convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -347,7 +347,7 @@ class Convolutions(TorchDispatchMode):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("within", [False, True], ids=["bf16", "autocast"])
 def test_grouped_convolutions_in_sixteen_bits_are_computed_in_thirty_two_on_cpus(within, layout):
-    """PyTorch loops over groups otherwise."""
+    """Otherwise PyTorch loops over groups."""
     x, kernels, biases, weights = case(3, 2, 2, 3, 9, 8, [(3, 1), (5, 1)], True, dtype=torch.float32)
     expected = oracle(x.double(), [k.double() for k in kernels], [b.double() for b in biases], weights, 1, 2, (1, 1))
     x = x.detach().contiguous(memory_format=layout)
@@ -472,7 +472,7 @@ def test_an_explanation_of_a_mixture_knows_autocast():
 @pytest.mark.parametrize("side", [2, 9])
 @pytest.mark.parametrize("per_in", [1, 2])
 def test_many_experts_of_few_kinds_in_any_order(side, per_in):
-    """With four experts of a kind, kinds are mixed one by one; spans repeat, and some exceed the map."""
+    """With four experts of a kind, each kind is mixed separately; spans repeat, and some exceed the map."""
     experts = [(3, 2), (5, 1), (1, 1), (3, 3)] * 4
     x, kernels, biases, weights = case(2, 3, per_in, per_in, side, side, experts, True)
     dilations = [d for _, d in experts]

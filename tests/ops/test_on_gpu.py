@@ -1,6 +1,6 @@
-"""The operators on a CUDA device against the float64 oracle on the CPU; skipped where there is no device.
+"""The operators on a CUDA device against the float64 reference on the CPU; skipped without a device.
 
-Everything else of the suite runs without one, the kernels in Triton's interpreter.
+The rest of the suite runs without a device, with the kernels in Triton's interpreter.
 """
 
 import contextlib
@@ -33,8 +33,10 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def _exact(request):
-    """Full float32, which PyTorch's own convolutions do not compute in by default; and the first block sizes instead of
-    the fastest: to compile and time all of them takes minutes, and the benchmarks do it.
+    """Use full float32, and the first block sizes instead of the fastest.
+
+    PyTorch's own convolutions do not use full float32 by default. Compiling and timing all block sizes takes minutes,
+    and the benchmarks do it.
     """
     tune = pytest.importorskip("widefield.ops._triton.tune")
     with contextlib.ExitStack() as stack:
@@ -50,7 +52,7 @@ def on_device(tensor, dtype, layout=torch.contiguous_format):
 
 
 def rounded(dtype, *shape):
-    """Return float64 numbers that the dtype can represent, so that oracle and device get the same input."""
+    """Return float64 numbers that the dtype can represent, so that reference and device get the same input."""
     return torch.randn(shape).to(dtype).double()
 
 
@@ -129,7 +131,7 @@ def test_mixture_and_gradients(layout, dtype, sparse):
     kernels, biases = [rounded(dtype, channels, 1, k, k) for k in sizes], [rounded(dtype, channels) for _ in sizes]
     exact = [t.requires_grad_() for t in (x, *kernels, *biases, weights)]
     n = len(sizes)
-    # Without `sparse` a weight of 0 has a gradient; with it, only those that were chosen.
+    # Without `sparse` a weight of 0 has a gradient; with it, only chosen experts have one.
     live = (weights.detach() != 0) if sparse else torch.ones_like(weights, dtype=torch.bool)
     expected = sum(
         (weights[:, r] * live[:, r])[:, None, None, None]

@@ -74,7 +74,7 @@ def test_twins_have_the_shapes_layouts_and_dtypes_of_the_real_ones(geometry, bat
         fake = getattr(OPS, op)(*arguments(op, *metas, steps, "auto"))
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
         for size, one, other in zip(real.shape, real.stride(), fake.stride(), strict=True):
-            assert one == other or size <= 1  # where strides mean nothing
+            assert one == other or size <= 1  # strides have no meaning there
         layout = torch.channels_last if channels_last and op != NAMES[2] else torch.contiguous_format
         assert real.is_contiguous(memory_format=layout) or not batch
 
@@ -153,7 +153,7 @@ def test_second_derivatives_in_float32_equal_those_of_conv2d_in_float64(kernel, 
     actual = penalty(lambda *inputs: depthwise_conv2d(*inputs, backend=backend), x, weight, bias, c)
     expected = penalty(reference, *(t.double() for t in (x, weight, bias, c)))
     for a, b in zip(actual, expected, strict=True):
-        close(a, b, 10 * FLOAT32)  # two passes, one after the other, and a sum of both
+        close(a, b, 10 * FLOAT32)  # two passes in sequence, and a sum of both
 
 
 def test_only_the_gradients_that_are_needed_are_computed():
@@ -242,7 +242,7 @@ def test_vmap_of_the_operators_themselves(per_sample, channels_last):
         def run(*inputs, f=f, fixed=fixed):
             return f(*inputs, *fixed, *steps, "auto")
 
-        for which in range(2 ** len(mapped) - 1):  # of which inputs only one is given
+        for which in range(2 ** len(mapped) - 1):  # these inputs have no batch dimension
             dims = [None if which >> i & 1 else 0 for i in range(len(mapped))]
             given = [t if d == 0 else t[0] for t, d in zip(mapped, dims, strict=True)]
             actual = torch.func.vmap(run, tuple(dims))(*given)
@@ -293,7 +293,7 @@ def test_forward_mode_derivatives(backend):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["auto", "onednn", "fft"])
 def test_operators_compute_in_the_dtypes_given_also_within_autocast(backend, low, per_sample):
-    """Autocast applies before the operators: they keep float32, and sum 16 bits in 32."""
+    """Autocast applies before the operators: they keep float32, and accumulate 16 bits in 32."""
     for dtype in (torch.float32, low):
         x, weight, bias, grad, steps = (
             t.detach().to(dtype) if torch.is_tensor(t) else t for t in tensors("wide", per_sample, False, batch=3)

@@ -1,4 +1,4 @@
-"""Python calls of a forward pass or a training step of our layers, including those inside of PyTorch."""
+"""Python calls in a forward pass or a training step of our layers, including calls inside PyTorch."""
 
 import sys
 
@@ -24,7 +24,7 @@ def calls(run):
     return count
 
 
-# A plain torch.nn.Conv2d makes 7 calls. Before decisions were remembered, these made 13, 67, 148, 74, 295, 379, 323 and
+# A plain torch.nn.Conv2d makes 7 calls. Before choices were cached, these made 13, 67, 148, 74, 295, 379, 323 and
 # 147 calls (PyTorch 2.14).
 CASES = {
     "depthwise": (lambda: DepthwiseConv2d(64, 64, 7, padding=3), "serve", 17),

@@ -9,12 +9,12 @@ from test_backends import problem
 
 from widefield.ops import _backend, _timed
 
-# Timed choices, with a device and a clock that are made up.
+# Timed choices, with a fake device and a fake clock.
 
 
 @pytest.fixture
 def card(monkeypatch, tmp_path):
-    """A CUDA device of which both Triton backends can compute everything; returns the problem, times and calls."""
+    """Return problem, times and calls of a fake CUDA device on which both Triton backends can compute everything."""
     times = {"aten": 3.0, "direct": 2.0, "gemm": 1.0}
     state = SimpleNamespace(
         problem=problem(device=torch.device("cuda", 0)), times=times, calls=[], capturing=False,
@@ -52,7 +52,7 @@ def test_times_outlive_the_process(card, monkeypatch):
     path = _timed.cache_file(card.problem.device)
     assert path.parent == card.folder / "widefield" / "backends"
     assert path.name.startswith("Card_A_100_x-")
-    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary files remain
     assert sorted(json.loads(path.read_text()).values(), key=str) == [card.times] * 2
     monkeypatch.setattr(_timed, "_memory", {})
     assert _backend.choose(card.problem, card.run)[0] == "gemm"
@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(card, monkeypatch):
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     assert _backend.choose(card.problem, card.run)[0] == "gemm"
-    assert _backend.choose(card.problem, card.run)[0] == "gemm"  # still known to this process
+    assert _backend.choose(card.problem, card.run)[0] == "gemm"  # still cached in this process
     assert len(card.calls) == 3
 
 

@@ -1,4 +1,4 @@
-"""evaluate_model, and evaluating models whose outputs are not the data's classes."""
+"""evaluate_model, and evaluation of models whose outputs are not the data's classes."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_a_model_that_refuses_the_size_is_found_before_any_image_is_read() -> None:
     import timm
 
-    model = timm.create_model("test_vit", num_classes=12)  # for 160x160 alone
+    model = timm.create_model("test_vit", num_classes=12)  # accepts only 160x160
     dataset = told()
     dataset.broken = None  # type: ignore[assignment]  # reading would fail
     dataset.sample = None  # type: ignore[assignment]
@@ -178,7 +178,7 @@ def _process(rank: int, port: int, folder: str) -> None:
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in environment.items()})
     found = []
-    for dataset in (told(broken=True), told(images=1)):  # of one image the second process gets none
+    for dataset in (told(broken=True), told(images=1)):  # with one image, the second process gets none
         task = MappedClassification(
             range(12), 12, real={f"ILSVRC2012_val_{i + 1:08}.JPEG": [i % 12] for i in range(23)}
         )
@@ -200,12 +200,12 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
         assert mine["metrics"] == other["metrics"]
         assert mine["images"] == other["images"] == alone.images == images
         assert mine["processes"] == 2
-        for name, value in alone.metrics.items():  # counts of images are exact, a sum of losses is one to rounding
+        for name, value in alone.metrics.items():  # image counts are exact, a sum of losses is exact up to rounding
             expected = pytest.approx(value, rel=tolerances.FLOAT32) if name == "loss" else value
             assert mine["metrics"][name] == expected
 
 
-# Which output is which class
+# Assignment of outputs to classes
 
 
 def test_known_names_find_their_places_in_any_order() -> None:
@@ -264,7 +264,7 @@ def test_a_misspelt_map_is_no_missing_file_alone() -> None:
 
 def test_classes_without_names_go_in_order() -> None:
     assert output_places(["a", "b"], 2) == (0, 1)
-    assert output_places(["0", "1"], 2) == (0, 1)  # both orders are one
+    assert output_places(["0", "1"], 2) == (0, 1)  # both orders are the same
 
 
 # Evaluation
@@ -296,7 +296,7 @@ def test_outputs_in_another_order_change_nothing() -> None:
 def test_reassessed_labels_count_as_timm_counts_them(tmp_path: Path) -> None:
     dataset = told(images=40)
     labels = [torch.randperm(12)[: torch.randint(4, ())].tolist() for _ in range(40)]
-    assert sum(not found for found in labels) > 3  # images of which nothing is known
+    assert sum(not found for found in labels) > 3  # unlabeled images
     file = tmp_path / "real.json"
     file.write_text(json.dumps(labels))
     found = measured(Says(12), dataset, MappedClassification(range(12), 12, real=real_labels(file))).metrics
@@ -306,7 +306,7 @@ def test_reassessed_labels_count_as_timm_counts_them(tmp_path: Path) -> None:
     assert found["real_top5"] == pytest.approx(oracle.get_accuracy(5) / 100)
     assert 0 < found["real_top1"] < found["real_top5"] < 1
     assert found["top1"] != found["real_top1"]
-    # The same with a model whose outputs stand in another order, and labels that go by them.
+    # The same with a model whose outputs are in another order, and labels in that order.
     order = torch.randperm(12).tolist()
     file.write_text(json.dumps([[order[place] for place in places] for places in labels]))
     moved = Told(dataset.logits[:, torch.tensor(order).argsort()], dataset.labels, 12)
@@ -343,7 +343,7 @@ def test_any_of_several_right_answers_counts_once() -> None:
 
 
 def test_a_folder_called_by_numbers_is_evaluated_by_them(tmp_path: Path) -> None:
-    """ImageNet-V2's form, end to end: the folder 10 is class 10 in any sorting order."""
+    """ImageNet-V2's format, end to end: the folder 10 is class 10 in any sorting order."""
     for name in ("0", "1", "10", "2"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8), (int(name) * 20, 0, 0)).save(tmp_path / name / "a.png")
@@ -362,10 +362,10 @@ def test_a_folder_called_by_numbers_is_evaluated_by_them(tmp_path: Path) -> None
 
 
 def test_evaluate_keeps_to_its_contract() -> None:
-    """The training loop calls it with its own batches, those of one process's share."""
+    """The training loop passes its own batches, those of one process's shard."""
     dataset = told()
     task = tasks.create("classification", dataset)
     batches = [*DataLoader(dataset, 5, collate_fn=data.collate), {}]
     plain = evaluate(Says(12), batches, task)
     assert plain == measured(Says(12), dataset, task).metrics
-    assert evaluate(Says(12), batches, task, shares=True) == plain  # the only process's share is all
+    assert evaluate(Says(12), batches, task, shares=True) == plain  # the only process's shard is the whole set

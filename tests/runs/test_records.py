@@ -166,7 +166,7 @@ def test_folders_are_searched_to_the_runs_and_no_deeper(make: Make, recipe: Reci
     second.rename(tmp_path / "elsewhere" / "b")
     second.symlink_to(tmp_path / "elsewhere" / "b")
     assert names(find_runs(recipe.output)) == ["a", "b"]
-    assert names(find_runs(recipe.output, first)) == ["a", "b"]  # none twice
+    assert names(find_runs(recipe.output, first)) == ["a", "b"]  # no duplicates
     assert names(find_runs(first)) == ["a"]
     assert find_runs(tmp_path / "runs" / "deep" / "er" / "b" / "checkpoints") == []
     with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
@@ -238,7 +238,7 @@ def test_picking(three: list[RunRecord], make: Make, recipe: Recipe) -> None:
     with pytest.raises(ValueError, match=r"no run 'lov' among 3.*Did you mean 'low'\?"):
         pick_runs(three, ["lov"])
     with pytest.raises(ValueError, match="no run"):
-        pick_runs(three, [recipe.output])  # a folder, and no run's
+        pick_runs(three, [recipe.output])  # a folder, but not a run's
     with pytest.raises(ValueError, match="'low' names 2 runs"):
         pick_runs([three[0], three[0]], ["low"])
 

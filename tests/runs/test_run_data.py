@@ -1,4 +1,4 @@
-"""A run's record of its data: its classes by name, and what is needed to use it without the data."""
+"""A run's record of its data: class names, and everything needed to use the run without the data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPLITS = {"train": 6, "val": 3}
 
 
 def pictures(root: Path, names: str = "abc") -> Path:
-    """Write noisy images, a color for each class, in class folders of both splits."""
+    """Write noisy images, one color per class, in class folders of both splits."""
     rng = np.random.default_rng(0)
     for split, count in SPLITS.items():
         for place, name in enumerate(names):
@@ -74,7 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, at which the run's recipe points, as the current folder."""
+    """Return a copy of it as the current folder, with the run's recipe pointing at the copy."""
     place = tmp_path / "copy"
     shutil.copytree(finished, place)
     config = place / "runs" / "run" / "config.yaml"
@@ -243,7 +243,7 @@ class TestClasses:
 class TestResume:
     @pytest.fixture
     def part(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A run of six steps that was killed after four."""
+        """Return a run of six steps that was killed after four."""
         recipe = replace(load_recipe("runs/run"), name="part", output=str(here / "runs"), epochs=2)
         train(replace(recipe, name="whole"), console=QUIET)
         plain = _Run._finish_epoch

@@ -1,4 +1,4 @@
-"""Models by name: timm's, torchvision's, ours, and those of runs, with what they expect of images."""
+"""Models by name (timm, torchvision, widefield, runs) with their expected image format."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ def test_outputs_have_names_where_they_are_known():
     assert load("test_resnet").classes == ()
     assert names("test_resnet")[0].startswith("tench")
     assert names("test_resnet", "file")[967].startswith("espresso")
-    assert names("test_resnet{num_classes: 5}", "file") == ()  # the head is another
+    assert names("test_resnet{num_classes: 5}", "file") == ()  # the head differs
     assert names("torchvision:squeezenet1_1")[967] == "espresso"
 
 
@@ -176,9 +176,7 @@ def test_weights_from_files_are_recorded_as_such(tmp_path):
         assert found.weights == Weights("file", str(file)), word
         assert torch.equal(found.model.state_dict()["fc.weight"], stored["fc.weight"])
     untouched = load(f"test_resnet{{pretrained_cfg_overlay: {{file: {file}}}}}")
-    assert untouched.weights == Weights(
-        "random"
-    )  # timm does not look at the file unless pretrained weights are asked for
+    assert untouched.weights == Weights("random")  # timm reads the file only if pretrained weights are requested
     assert not torch.equal(untouched.model.state_dict()["fc.weight"], stored["fc.weight"])
 
 

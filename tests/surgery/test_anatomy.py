@@ -1,4 +1,4 @@
-"""The parts of a model: of networks alone and in wrappers, detectors and segmentation models; and the default plans."""
+"""The parts of a model: plain and wrapped networks, detectors, segmentation models; and the default plans."""
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -82,7 +82,7 @@ def test_torchvisions(name, backbone, stem, stages, necks, heads):
         ("maxvit_pico_rw_256", "stem", "stem.conv1", "stem", [2, 4, 8, 16, 32], ["head"]),
         ("test_vit", "patch_embed", "patch_embed.proj", "blocks.0", [16] * 6, ["head"]),
         ("vgg11", "features.0", "features.0", "features.1", [1, 2, 4, 8, 16, 32], ["pre_logits", "head"]),
-        ("hrnet_w18_small", "conv1", "conv1", None, [], ["classifier"]),  # its feature_info names no modules
+        ("hrnet_w18_small", "conv1", "conv1", None, [], ["classifier"]),  # its feature_info has no module names
     ],
 )
 def test_timms(name, stem, reader, first, reductions, heads):

@@ -1,4 +1,4 @@
-"""Models that return mappings, named tuples and dataclasses: comparison, ranking, and advice on wrapping."""
+"""Models that return mappings, named tuples and dataclasses: comparison, ranking, and hints about wrapping."""
 
 import collections
 import dataclasses
@@ -15,10 +15,10 @@ from widefield.surgery.answers import described, exchanged, meant, plainly, tens
 
 
 class ModelOutput(collections.OrderedDict):
-    """As Hugging Face's: a mapping of a type that PyTorch does not know."""
+    """A mapping type unknown to PyTorch, like Hugging Face's."""
 
 
-Named = collections.namedtuple("Named", ["logits", "aux"])  # as torchvision's GoogLeNetOutputs
+Named = collections.namedtuple("Named", ["logits", "aux"])  # like torchvision's GoogLeNetOutputs
 
 
 @dataclasses.dataclass

@@ -77,7 +77,7 @@ def test_labels_must_be_as_many_as_images(labels):
 
 
 class Total(nn.Module):
-    """One number for all images."""
+    """Returns one number for all images."""
 
     def forward(self, x):
         return x.sum()
@@ -89,7 +89,7 @@ def test_images_are_counted_whatever_the_outputs_are():
     assert compare(model, model, loader).images == 5
     assert tallied((torch.tensor(2.0), torch.tensor(3.0))).images == 1
     assert tallied(((torch.tensor(2.0), torch.ones(4, 2)),) * 2).images == 4
-    rows = torch.eye(6)  # two rows an image are no classes
+    rows = torch.eye(6)  # two rows per image are not classes
     change = tallied((rows, rows, torch.arange(3)), images=3)
     assert (change.images, change.agreement, change.accuracy_before) == (3, None, None)
 
@@ -103,7 +103,7 @@ def test_there_must_be_something_to_compare():
     with pytest.raises(ValueError, match="nothing to compare"):
         compare(nn.Flatten(), nn.Flatten(), torch.empty(0, 1, 2, 2))
     some = {"boxes": torch.ones(1, 4), "scores": torch.ones(1)}
-    assert tallied((none, none), (some, some), images=2).images == 4  # one image without detections is none too many
+    assert tallied((none, none), (some, some), images=2).images == 4  # one image without detections is allowed
     assert tallied((torch.zeros(2), torch.ones(2))).rms == math.inf
 
 

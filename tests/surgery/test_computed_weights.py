@@ -1,4 +1,4 @@
-"""Weights that are computed in every call: parametrizations, weight and spectral norm, pruning."""
+"""Weights computed in every call: parametrizations, weight and spectral norm, pruning."""
 
 import logging
 from contextlib import suppress
@@ -42,7 +42,7 @@ def network(config=None):
 
 
 def spatial_name(model):
-    """Return the name of the first layer with a kernel in the place of the depthwise convolution."""
+    """Return the name of the layer with a kernel that replaced the depthwise convolution."""
     return next(
         name
         for name, module in model.named_modules()
@@ -60,7 +60,7 @@ def test_they_are_left_with_the_reason(name, way):
     layer = spatial_name(model)
     make(model.get_submodule(layer))
     model.eval()
-    expected = model(x)  # whose weight is no leaf, which copy.deepcopy refuses
+    expected = model(x)  # the weight is not a leaf now, which copy.deepcopy rejects
     reports = []
     with suppress(NothingToFuseError):
         widefield.reparameterize(model, x, report=reports.append)
@@ -122,11 +122,11 @@ def test_sparse_training_says_what_stays_dense(caplog):
 
 @pytest.mark.parametrize("make", [parametrizations.weight_norm, parametrizations.orthogonal])
 def test_weight_norm_on_a_model_in_evaluation_mode(make):
-    """torch adds it in training mode, which changes nothing about what it computes."""
+    """torch adds it in training mode, which does not affect its outputs."""
     model, x, reports = network(widefield.GMConv(body="static")), torch.randn(2, 3, 12, 12), []
     make(model[1])
     with suppress(NothingToFuseError):
         close(widefield.reparameterize(model, x, report=reports.append)(x), model(x), FLOAT32)
     parametrizations.spectral_norm(model[0]).parametrizations.weight[0].train()
-    with pytest.raises(RuntimeError, match="is in training mode"):  # it iterates at each call, until eval()
+    with pytest.raises(RuntimeError, match="is in training mode"):  # it iterates in each call until eval()
         widefield.reparameterize(model, x)

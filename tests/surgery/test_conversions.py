@@ -1,4 +1,4 @@
-"""Every conversion on whole networks, and errors for wrong configs."""
+"""Every conversion on whole networks, and errors for invalid configurations."""
 
 import copy
 import re
@@ -73,7 +73,7 @@ def test_gmconv_fused_static_layers_cost_what_the_model_did():
     x = torch.empty(1, 3, 64, 64, device="meta")
     before, after = bench.cost(model.to("meta"), x), bench.cost(fused.to("meta"), x)
     assert after.macs == before.macs
-    # Each norm of two parameters a channel became a bias of one; those of 1x1 convolutions, which get no mask, stay.
+    # Each norm of two parameters per channel became a bias of one. 1x1 convolutions get no mask and keep their norms.
     kept = sum(p.numel() for m in fused.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     assert after.parameters == before.parameters - (norms - kept) // 2
 
@@ -128,7 +128,7 @@ def test_large_kernels_keep_the_function(name, sizes, norm):
 
 
 def test_sizes_go_by_the_stages_that_hold_depthwise_convolutions():
-    """timm counts five features of a MobileNetV2, and all five stages hold depthwise convolutions."""
+    """timm counts five features of a MobileNetV2, and all five stages have depthwise convolutions."""
     model = create("mobilenetv2_100")
     with pytest.raises(ValueError, match=r"has 2 sizes, but .* are in 5 stages: pass one size for each stage, or one"):
         widefield.convert(model, widefield.LargeKernel((9, 7)))
@@ -175,7 +175,7 @@ def test_dense_convolutions_get_no_large_kernels():
         widefield.convert(create("resnet18"), widefield.LargeKernel(31))
 
 
-# The fresh starts
+# New initializations
 
 
 def test_inception_split_and_deformable_take_the_place_and_train():

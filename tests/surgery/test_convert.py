@@ -14,7 +14,7 @@ from widefield.surgery import walk
 
 
 def unsettled(model):
-    """Give norms, layer scales and weights random values: as initialized, they hide most of a network's blocks.
+    """Give norms, layer scales and weights random values: initial values hide most of a network's blocks.
 
     Mixtures keep theirs: unnormalized routing weights grow with the activations, block by block.
     """
@@ -51,7 +51,7 @@ def test_conversion_keeps_the_logits_of_real_models(name, routing):
     assert len(mixtures) >= 12
     assert not converted.training
     assert widefield.compare(model, converted, x).relative < NETWORK
-    # What has been compared is not a network that ignores its convolutions.
+    # The compared network depends on its convolutions.
     for kernel in (kernel for layer in mixtures for kernel in layer.kernels()):
         nn.init.zeros_(kernel)
     assert widefield.compare(model, converted, x).relative > 100 * NETWORK
@@ -155,7 +155,7 @@ def test_plan_gives_a_reason_for_every_convolution_passed_over_and_prints_a_tabl
 
 
 def test_plan_is_what_convert_does_also_for_subclassed_and_same_padded_convolutions():
-    model = timm.create_model("tf_efficientnet_b0")  # TensorFlow's asymmetric padding where the stride is 2
+    model = timm.create_model("tf_efficientnet_b0")  # TensorFlow's asymmetric padding for stride 2
     plan = widefield.plan(model, widefield.MoRF())
     assert sum("SameAligned(MoRFConv2d(" in s.after for s in plan.replaced) == 4
     converted = widefield.convert(model, widefield.MoRF())

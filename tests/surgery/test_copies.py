@@ -1,4 +1,4 @@
-"""The shape that all verbs share: what they refuse, copies or in place, reports, and example inputs."""
+"""Common behavior of all verbs: invalid arguments, copies or in place, reports, and example inputs."""
 
 import copy
 
@@ -72,13 +72,13 @@ def test_wrappers_that_copy_well_are_copied():
     model = plain()
     compiled, called, graph = copy.deepcopy(model), copy.deepcopy(model), torch.fx.symbolic_trace(model)
     compiled.compile(backend="eager")
-    called.forward = called.forward  # its own method
+    called.forward = called.forward  # an instance attribute now
     for kept in (torch.compile(copy.deepcopy(model), backend="eager"), compiled, called, graph):
         twin = copied(kept)
         with torch.no_grad():
             close(twin(X), model(X), FLOAT32)
             next(p for p in twin.parameters() if p.ndim == 4).zero_()
-            assert (twin(X) - model(X)).abs().max() > 1e-3  # the copy computes with its own numbers
+            assert (twin(X) - model(X)).abs().max() > 1e-3  # the copy uses its own weights
             close(kept(X), model(X), FLOAT32)
 
 

@@ -72,7 +72,7 @@ def test_plan_says_what_is_passed_over():
 
 
 def test_blocks_that_merge_themselves_still_do():
-    """They read the weights of their convolutions, which are where they were."""
+    """They read the weights of their convolutions under the same names."""
     model = timm.create_model("mobileone_s0", num_classes=3).eval()
     fast = widefield.convert(model, widefield.FastDepthwise())
     assert layers(fast)

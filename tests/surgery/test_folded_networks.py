@@ -1,4 +1,4 @@
-"""Whole networks: timm's and torchvision's, those that official code merges, and ours with the authors' methods."""
+"""Whole networks: timm's and torchvision's, those with merging in their official code, and ours by official names."""
 
 import copy
 
@@ -59,13 +59,13 @@ def test_networks_of_timm_and_torchvision_lose_their_norms(name):
     assert {layer.reason for layer in report.left} <= {why}
     assert all(layer.difference is not None and layer.difference.relative < FLOAT32 for layer in report.fused)
     assert widefield.compare(model, fused, torch.randn(2, 3, size, size + 32)).relative < NETWORK
-    assert sum(map(is_norm, model.modules())) > left  # the one given is as it was
+    assert sum(map(is_norm, model.modules())) > left  # the original is unchanged
     with pytest.raises(ValueError, match="nothing to fuse"):
         widefield.reparameterize(fused, torch.randn(1, 3, size, size))
 
 
 def shaken_a_little(model):
-    """Give norms the statistics of a network that trained: with those of ``shaken`` deep ones overflow."""
+    """Give norms the statistics of a trained network; with those of ``shaken`` deep networks overflow."""
     with torch.no_grad():
         for module in shaken(model).modules():
             if is_norm(module):
@@ -96,7 +96,7 @@ def test_a_decoder_of_transposed_convolutions():
     close(fused(x), model(x), FLOAT32)
 
 
-# Methods of official code, which act in place and return nothing
+# Methods of official code, which work in place and return nothing
 
 
 def folded(conv, norm):
@@ -108,7 +108,7 @@ def folded(conv, norm):
 
 
 class LargeKernel(nn.Module):
-    """What ``merge_kernel`` is called on: it fails where it was called before."""
+    """A layer with ``merge_kernel``, which fails if it is called twice."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -127,7 +127,7 @@ class LargeKernel(nn.Module):
 
 
 class Dilated(LargeKernel):
-    """What ``merge_dilated_branches`` is called on: the merged kernel has the name of the large one."""
+    """A layer with ``merge_dilated_branches``: the merged kernel has the name of the large one."""
 
     merge_kernel = None
 
@@ -150,7 +150,7 @@ class Deployable(LargeKernel):
 
 
 class Gated(LargeKernel):
-    """Merged, it still holds several layers, and its method is still there."""
+    """A layer that contains several layers when merged, and keeps its method."""
 
     merge_kernel = None
 
@@ -169,7 +169,7 @@ class Gated(LargeKernel):
 
 
 class Bands(LargeKernel):
-    """Its method is for another structure, as SLaK's is for bands."""
+    """Its method expects another structure and fails, as on SLaK's bands."""
 
     def merge_kernel(self):
         self.first = self.lkb_origin
@@ -233,7 +233,7 @@ def test_a_method_that_fails_is_reported_and_its_norms_are_folded_all_the_same()
 
 
 class Whole(LargeKernel):
-    """A network that merges itself, and whose parts do not say that they can."""
+    """A network with a merging method, while its parts have none."""
 
     merge_kernel = None
 
@@ -258,7 +258,7 @@ def norms(model):
 @pytest.mark.parametrize(
     ("name", "options", "method", "key", "left"),
     [
-        # Large kernels alone, as the authors do; all other convolutions keep their norms.
+        # Only large kernels are merged, as in the authors' code; all other convolutions keep their norms.
         ("replknet_31b", {"kernel_sizes": (9, 7)}, "structural_reparam", "large_kernel.lkb_reparam.bias", 19),
         ("unireplknet_a", {}, "reparameterize_unireplknet", "dwconv.lk_origin.bias", 0),
     ],
@@ -271,7 +271,7 @@ def test_our_networks_answer_to_the_names_that_their_authors_gave(name, options,
     with pytest.raises(RuntimeError, match=r"call model.eval\(\) first"):
         getattr(copy.deepcopy(model).train(), method)()
     assert not any(name.endswith(key) for name in model.state_dict())
-    for _ in range(2):  # there is nothing left to do the second time
+    for _ in range(2):  # the second call has nothing to do
         assert getattr(model, method)() is None
         assert any(name.endswith(key) for name in model.state_dict())
         assert norms(model) == left

@@ -1,4 +1,4 @@
-"""Which batch norm is folded into which layer, and that the result computes the same."""
+"""Folding of batch norms into layers, with unchanged outputs."""
 
 import copy
 import re
@@ -22,7 +22,7 @@ from widefield.surgery.folding import is_norm
 
 
 def shaken(model):
-    """Give every norm numbers as after training: new ones hide whatever is done to them."""
+    """Give every norm statistics like after training: those of new norms hide errors."""
     with torch.no_grad():
         for module in model.modules():
             if is_norm(module) and module.running_mean is not None:
@@ -72,7 +72,7 @@ def test_every_kind_of_norm_goes_into_every_kind_of_convolution(conv, norm):
     x = torch.randn(2, 4, 9, 8)
     model, fused, report = fold(nn.Sequential(layer, NORMS[norm](layer.out_channels)), x)
     assert not any(is_norm(m) for m in fused.modules())
-    assert (torch.relu(fused[1](x)) == torch.relu(x)).all()  # what is left of it is the activation
+    assert (torch.relu(fused[1](x)) == torch.relu(x)).all()  # only the activation remains
     assert isinstance(fused[0], nn.Conv2d if isinstance(layer, DepthwiseConv2d) else type(layer))
     assert (report.fused[0].name, report.fused[0].norm, report.left) == ("0", "1", ())
     assert 0 <= report.fused[0].difference.relative < FLOAT64
@@ -114,7 +114,7 @@ def test_a_norm_of_several_processes_with_activation():
 
 
 class Net(nn.Module):
-    """A convolution and a norm, used in a way of its own."""
+    """A convolution and a norm, connected by the given function."""
 
     def __init__(self, conv=None, norm=None, **others):
         super().__init__()
@@ -218,7 +218,7 @@ def test_what_is_not_alone_or_not_plain_is_left_and_the_reason_given(case):
     net = nn.Sequential(build(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     x = torch.randn(2, 4, 6, 6)
     model, fused, report = fold(net, x)
-    assert [layer.name for layer in report.fused] == ["1"]  # and not the one in question
+    assert [layer.name for layer in report.fused] == ["1"]  # the tested norm is not folded
     assert {layer.name for layer in report.left} >= {"0.norm"}
     why = next(layer.reason for layer in report.left if layer.name == "0.norm")
     assert re.match(f"(0.)?({reason})", why), why
@@ -276,7 +276,7 @@ def test_an_input_that_changes_before_the_norm_is_not_compared():
 
 
 def test_activations_do_not_outlive_their_time():
-    """Of a chain of a hundred convolutions, as of the model itself, two activations are alive at a time."""
+    """In a chain of a hundred convolutions, two activations are alive at a time, as in the model itself."""
     alive, most = set(), []
 
     class Counted(nn.Module):
@@ -305,7 +305,7 @@ def test_parameters_keep_their_layout_place_and_whether_they_learn():
 
 
 def test_kernels_are_rounded_once():
-    """In float32 the scale itself would be off by a rounding or two."""
+    """In float32 the scale itself would have one or two rounding errors."""
     conv, norm = nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64)
     net = shaken(nn.Sequential(conv, norm))
     fused = widefield.reparameterize(net, torch.randn(1, 4, 8, 8))

@@ -1,4 +1,4 @@
-"""timm's blocks merge into float32 layers; the result must have the model's dtype and mode."""
+"""timm's blocks merge into float32 layers; the result must have the model's dtype and training mode."""
 
 import pytest
 import timm
@@ -52,7 +52,7 @@ def test_the_type_comes_back_for_all_that_merges_itself(name, dtype):
 
 @pytest.mark.parametrize("name", ["fastvit_t8", "ghostnetv3_050"])
 def test_what_learns_still_learns(name):
-    """timm's methods detach the parameters of the whole block, those of its squeeze-and-excitation too."""
+    """timm's methods detach the parameters of the whole block, including its squeeze-and-excitation."""
     model, x = network(name, torch.float32)
     fused = widefield.reparameterize(model.requires_grad_(), x)
     assert [key for key, p in fused.named_parameters() if not p.requires_grad] == []
@@ -60,7 +60,7 @@ def test_what_learns_still_learns(name):
 
 @pytest.mark.parametrize("name", ["levit_128s", "efficientvit_m0"])
 def test_models_that_ran_with_gradients(name):
-    """They keep attention biases with a gradient function, which copy.deepcopy refuses."""
+    """They store attention biases with a gradient function, which copy.deepcopy rejects."""
     model, x = network(name, torch.float64)
     y = model.requires_grad_()(x)
     fused = widefield.reparameterize(model, x, tolerance=FLOAT64)
@@ -68,7 +68,7 @@ def test_models_that_ran_with_gradients(name):
 
 
 class Foreign(nn.Module):
-    """A block as they are: a norm and a convolution, which its fuse() makes anew."""
+    """A typical block of timm's: its fuse() replaces the norm and the convolution by new ones."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def test_a_fuse_that_fails_leaves_its_block_with_the_reason():
 
     model, reports = nn.Sequential(nn.Conv2d(3, 8, 1), Failing()).eval(), []
     x = torch.randn(2, 3, 8, 8)
-    fused = widefield.reparameterize(model, x, report=reports.append)  # the norm is folded all the same
+    fused = widefield.reparameterize(model, x, report=reports.append)  # the norm is still folded
     assert [left.reason for left in reports[0].left] == ["its fuse() fails with AssertionError: not today"]
     close(fused(x), model(x), 1e-5)
     close(widefield.trim(model, 0.0)(x), model(x), 1e-5)

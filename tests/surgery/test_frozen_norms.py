@@ -1,4 +1,4 @@
-"""Frozen batch norms have no mode and are folded like batch norms."""
+"""Frozen batch norms have no training mode and are folded like batch norms."""
 
 import copy
 

@@ -20,7 +20,7 @@ from widefield.nn import LKA, DeformConv2d, DepthwiseConv2d, MultiOrderGatedAggr
 from widefield.surgery import NothingToFuseError
 
 # torch.ao (2.14) leaves the ids of freed objects in TorchScript's table of builtins. A list that is later allocated at
-# one of these addresses counts as an operator, and scripting any Conv2d fails now and then.
+# one of these addresses counts as an operator, and scripting any Conv2d fails at random.
 _BUILTINS = torch.jit._builtins._get_builtin_table()
 for _freed in [key for key, name in _BUILTINS.items() if name.startswith("quantized_decomposed::")]:
     del _BUILTINS[_freed]
@@ -221,5 +221,5 @@ def test_deformable_sampling_becomes_grid_sample(name):
     assert set(fused.state_dict()) == set(layer.state_dict())
     for x in (torch.randn(3, 8, 12, 7), torch.randn(1, 8, 6, 9).contiguous(memory_format=torch.channels_last)):
         close(fused(x.double()), layer(x.double()), FLOAT64)
-        close(copy.deepcopy(fused).float()(x), layer(x.double()).float(), NETWORK)  # its type may change afterwards
+        close(copy.deepcopy(fused).float()(x), layer(x.double()).float(), NETWORK)  # its dtype may change afterwards
         close(copy.deepcopy(fused).bfloat16()(x.bfloat16()), copy.deepcopy(layer).bfloat16()(x.bfloat16()), BFLOAT16)

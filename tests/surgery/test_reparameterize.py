@@ -42,7 +42,8 @@ def test_timms_own_function_and_ours_agree_with_the_unfused_model(name, routing)
 def test_batch_norms_behind_mixtures_are_folded():
     model = unsettled(timm.create_model("morf_resnet18", num_classes=10, **SMALL["morf_resnet18"]))
     fused = widefield.reparameterize(model, torch.randn(1, 3, 64, 64))
-    # Every block has two mixtures, each followed by its norm; the stem's and the three shortcuts' follow convolutions.
+    # Every block has two mixtures, each followed by its norm. Those of the stem and the three shortcuts follow
+    # convolutions.
     assert count(model, nn.BatchNorm2d) == 12
     assert count(fused, nn.BatchNorm2d) == 0
     assert sum(m.shift is not None for m in fused.modules() if isinstance(m, FusedMoRFConv2d)) == 8
@@ -50,7 +51,7 @@ def test_batch_norms_behind_mixtures_are_folded():
 
 
 class Residual(nn.Module):
-    """A mixture whose output is read by its norm and by other code: the norm must stay."""
+    """A mixture whose output is read by its norm and by other code, so the norm must stay."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +63,7 @@ class Residual(nn.Module):
 
 
 class Twice(nn.Module):
-    """One mixture read by two norms, one norm that reads two mixtures."""
+    """One mixture read by two norms, and one norm that reads two mixtures."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +76,7 @@ class Twice(nn.Module):
 
 
 class Returned(nn.Module):
-    """The mixture's output is a result itself."""
+    """The mixture's output is itself a result."""
 
     def __init__(self):
         super().__init__()
@@ -253,7 +254,7 @@ def test_the_report_says_it_all(caplog):
     assert "layer1" not in line
     (report,) = reports
     norms = sum(m.num_features for m in model.modules() if is_norm(m))
-    assert report.before.parameters - report.after.parameters == norms  # two numbers a channel became one
+    assert report.before.parameters - report.after.parameters == norms  # two numbers per channel became one
     assert report.before.macs == report.after.macs > 0
     assert (
         report.difference
@@ -306,7 +307,7 @@ def test_a_model_that_reads_a_norm_as_it_runs_fails_with_the_reason():
 
 
 class Ranks(nn.Module):
-    """Returns a whole number, as a ranking does, that is another as soon as the norm is folded."""
+    """Returns an integer, like a ranking, that changes as soon as the norm is folded."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +326,7 @@ def test_a_ranking_that_turns_is_told_from_roundings_that_grow():
 
 
 class Detector(nn.Module):
-    """Detects as many things as it is told to."""
+    """Detects a given number of objects."""
 
     def __init__(self, found):
         super().__init__()

@@ -63,7 +63,7 @@ def test_merged_they_are_timms_convolution_again(name):
     converted = widefield.convert(model, PRESERVING[name], where="1")
     fused = widefield.reparameterize(converted, torch.randn(1, 3, 9, 10).double())
     assert [type(layer) for layer in fused] == [nn.Conv2d, Conv2dSame, nn.Identity]
-    trimmed = widefield.trim(fused, 1e-6)  # sums of dilated branches leave roundings
+    trimmed = widefield.trim(fused, 1e-6)  # sums of dilated branches have rounding errors
     assert (type(trimmed[1]), trimmed[1].kernel_size) == (Conv2dSame, (3, 3))
 
 
@@ -117,7 +117,8 @@ def test_taps_that_never_meet_the_map_go(side):
 
 
 def test_the_phase_is_that_of_tensorflow():
-    # TensorFlow's documentation: 13 pixels, 6 taps, stride 5 are padded by 1 before and 2 after; odd kernels likewise.
+    # TensorFlow's documentation: 13 pixels, 6 taps, stride 5 are padded by 1 before and 2 after. The same holds for odd
+    # kernels.
     for side, stride, size in itertools.product(range(1, 12), range(1, 5), (5, 7)):
         total = max((-(-side // stride) - 1) * stride + size - side, 0)
         assert phase(side, stride) == size // 2 - total // 2
@@ -164,7 +165,7 @@ def test_a_strided_stem_is_masked():
 
 @pytest.mark.parametrize("side", [8, 9])
 def test_what_follows_may_change_the_map_in_place(side, tmp_path):
-    """A view could not be changed after no_grad; exported, it is scattered, in a graph that onnxruntime cannot run."""
+    """A view cannot be changed after no_grad. Its export uses scatter, which onnxruntime cannot run there."""
     conv = Conv2dSame(8, 8, 3, 2, groups=8)
     model = widefield.convert(nn.Sequential(nn.Conv2d(3, 8, 1), conv, nn.ReLU6(inplace=True)), widefield.MoRF((3, 5)))
     x = torch.randn(2, 3, side, side)

@@ -36,7 +36,7 @@ MODELS = [small_cnn, tiny_slak]
 
 
 def batches(count, size=16, side=32, seed=0):
-    """Images of noise with one bright quarter, which is the class."""
+    """Return images of noise with one bright quarter; its position is the class."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for _ in range(count):
@@ -185,7 +185,7 @@ def test_a_moving_average_keeps_the_masks():
 
 
 def run(steps, growth, build_optimizer, stop=None):
-    """Train; with ``stop``, through a checkpoint into new objects after so many steps."""
+    """Train. With ``stop``, save a checkpoint after that many steps and continue with new objects."""
     model, sparse = make(growth=growth, end=20, exploration=0.4)
     optimizer = build_optimizer(model)
     for step, batch in enumerate(batches(steps, seed=5), 1):
@@ -259,11 +259,11 @@ def test_growth_waits_for_finite_gradients_and_asks_for_any():
     model, sparse = make(growth="gradient", interval=1)
     optimizer = sgd(model)
     loss(model, batches(1)[0]).backward()
-    model[3].weight.grad[0, 0, 0, 0] = math.inf  # what a GradScaler skips
+    model[3].weight.grad[0, 0, 0, 0] = math.inf  # a GradScaler skips this step
     old = dict(sparse.masks)
     sparse.step(optimizer)
     assert all(torch.equal(sparse.masks[name], mask) for name, mask in old.items())
-    model[3].weight.grad = None  # not used in this step: stays as it is
+    model[3].weight.grad = None  # not used in this step: its mask does not change
     sparse.step(optimizer)
     changed = [name for name, mask in old.items() if not torch.equal(sparse.masks[name], mask)]
     assert changed
@@ -349,7 +349,7 @@ def _worker(rank, port, folder):
         torch.manual_seed(0)
         model = small_cnn()
         sparse = DynamicSparsity(model, interval=2, growth=growth)
-        sparse.start(batches(1, seed=rank), loss)  # each has its own images
+        sparse.start(batches(1, seed=rank), loss)  # each process has its own images
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = sgd(model)
         for batch in batches(5, seed=10 + rank):
@@ -380,7 +380,7 @@ def test_on_a_gpu_with_a_grad_scaler(growth):
     model, sparse = make(growth=growth)  # the model is moved after the start
     before = counts(sparse)
     model.cuda()
-    optimizer, scaler = adamw(model), torch.amp.GradScaler(init_scale=2.0**40)  # skips its first steps
+    optimizer, scaler = adamw(model), torch.amp.GradScaler(init_scale=2.0**40)  # the first steps are skipped
     for x, y in batches(40, seed=1):
         with torch.autocast("cuda", torch.float16):
             value = F.cross_entropy(model(x.cuda()), y.cuda())

@@ -49,7 +49,7 @@ def test_snip_keeps_the_most_salient_weights_and_leaves_the_model_alone(build):
     model = build().train()
     twin = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
-    sparse = DynamicSparsity(model, sparsity=0.3)  # at a half, SNIP may empty one of these tiny tensors, and refuses
+    sparse = DynamicSparsity(model, sparsity=0.3)  # at 0.5, SNIP may empty a tiny tensor: an error
     data = batches(3)
     sparse.start(data, loss)
     assert model.training
@@ -71,7 +71,7 @@ def test_snip_sees_through_a_wrapped_forward():
     def masks(wrap):
         torch.manual_seed(0)
         model = small_cnn()
-        if wrap:  # as accelerate does for mixed precision: a copy's forward would still be the original's
+        if wrap:  # like accelerate in mixed precision: a copy's forward would still call the original's
             model.forward = functools.partial(type(model).forward, model)
         model[0].weight.grad = kept = torch.ones_like(model[0].weight)
         sparse = DynamicSparsity(model)

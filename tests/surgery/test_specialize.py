@@ -31,7 +31,7 @@ def shaken(model, std=0.3):
 
 
 def settled(model):
-    """Give all images the same routing, of random numbers."""
+    """Give all images the same, random routing."""
     for module in model.modules():
         if isinstance(module, (MoRFConv2d, FusedMoRFConv2d)):
             nn.init.zeros_(module.router.gate.weight)
@@ -43,7 +43,7 @@ def settled(model):
 
 
 def classifier(layers=4, channels=6, classes=5, std=1.0):
-    """Residual blocks with a mixture each, in float64."""
+    """Return residual blocks with a mixture each, in float64."""
 
     class Block(nn.Module):
         def __init__(self, layer):
@@ -114,7 +114,7 @@ def test_a_constant_router_is_exact(groups, per, experts, stride, bias, how, for
     batches = loader((3, 2), channels, side=7, labels=False)
     static = specialize(model, batches, report=reports.append)
     assert type(static[0]) is (DepthwiseConv2d if per == 1 else nn.Conv2d)
-    x = 5 * images_of(batches)  # other images than it was specialized on
+    x = 5 * images_of(batches)  # not the images used to specialize it
     close(static(x), model(x), FLOAT64)
     assert reports[0].layers[0].variation == 0
     assert max(reports[0].measured.relative, reports[0].predicted.relative, reports[0].layers[0].own) < FLOAT64
@@ -149,7 +149,7 @@ def test_the_kernel_is_the_mean_of_the_images_kernels(options, form):
     batches = loader((5, 2), 4, labels=False)
     x = images_of(batches)
     alpha = mixture.route(x)
-    # One image's kernel after another, as they are written: a dilated 3x3 has its taps at every other place of a 5x5.
+    # One image's kernel after another, in the stored layout: a dilated 3x3 has every other tap of a 5x5.
     spread = [F.pad(mixture.kernels()[0], (1,) * 4), torch.zeros(6, 2, 5, 5).double(), mixture.kernels()[2]]
     spread[1][..., ::2, ::2] = mixture.kernels()[1]
     kernels = [sum(a * w for a, w in zip(row, spread, strict=True)) for row in alpha]
@@ -162,7 +162,7 @@ def test_the_kernel_is_the_mean_of_the_images_kernels(options, form):
     close(static.weight, kernel, FLOAT64)
     close(static.bias, bias, FLOAT64)
     uneven = torch.stack([alpha[:5].mean(0), alpha[5:].mean(0)]).mean(0)
-    assert (uneven - alpha.mean(0)).abs().max() > 1e-3  # a mean over batches would be another
+    assert (uneven - alpha.mean(0)).abs().max() > 1e-3  # a mean over batches would differ
 
 
 def test_the_mask_is_the_mean_mask_and_not_the_mask_of_the_mean_sigma():
@@ -172,7 +172,7 @@ def test_the_mask_is_the_mean_mask_and_not_the_mask_of_the_mean_sigma():
     static = specialize(nn.Sequential(layer).eval(), batches)[0]
     one_by_one = [layer.weight * layer.masks(x[i : i + 1])[0] for i in range(len(x))]
     close(static.weight, torch.stack(one_by_one).mean(0), FLOAT64)
-    # Convolution is linear: of one image, this is the mean of what all the kernels make of it.
+    # Convolution is linear: for one image, this is the mean of the outputs of all kernels.
     image = x[:1]
     outputs = [F.conv2d(image, kernel, layer.bias, padding=2) for kernel in one_by_one]
     close(static(image), torch.stack(outputs).mean(0), FLOAT64)
@@ -187,7 +187,8 @@ def gaussian(sigma):
 
 
 def test_the_means_are_of_the_original_model():
-    """The second router sees other inputs once the first layer is static; its means stay those of the original."""
+    """The second router gets other inputs once the first layer is static. Its mean weights stay those of the
+    original."""
     model = shaken(nn.Sequential(MoRFConv2d(3, 3, (1, 3)), MoRFConv2d(3, 3, (1, 3))).double().eval(), 3.0)
     batches = loader((6,), labels=False)
     static = specialize(model, batches)
@@ -231,7 +232,7 @@ def test_the_root_itself_may_be_routed():
 
 
 class Shared(nn.Module):
-    """One mixture in two places, called in both."""
+    """One mixture registered under two names, both of them called."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +255,7 @@ def test_a_layer_that_is_called_twice_gets_the_mean_over_its_calls():
 
 
 class Auxiliary(nn.Module):
-    """A branch that only training takes."""
+    """A branch that runs only in training."""
 
     def __init__(self, always=True):
         super().__init__()
@@ -348,7 +349,7 @@ def test_a_timm_network(routing):
     assert done.predicted.rms == pytest.approx(done.together.rms, rel=0.2)
     x = images_of(batches)
     assert widefield.compare(static, specialize(widefield.reparameterize(model, x), batches), x).relative < NETWORK
-    # What is left is the plain network with a larger kernel, key by key.
+    # The result is the plain network with a larger kernel, key by key.
     plain = timm.create_model("convnext_atto", depths=(1, 1, 2, 1), num_classes=10, kernel_sizes=11).eval()
     plain.load_state_dict(static.state_dict())
     close(plain(x), static(x), FLOAT32)
@@ -387,7 +388,7 @@ def test_what_cannot_be_done_is_refused_with_the_mend():
 
 
 class ByName(nn.Module):
-    """Calls its layer by keyword."""
+    """Calls its layer with keyword arguments."""
 
     def __init__(self):
         super().__init__()

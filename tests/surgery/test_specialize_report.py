@@ -94,7 +94,8 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def six():
-    """A model of six routed layers with the changes of every run of the least important ones, by brute force."""
+    """Return a model of six routed layers, and by brute force the changes from each number of least important
+    layers."""
     torch.manual_seed(1)
     model, batches, reports = classifier(6, std=0.4), loader((4, 3)), []
     static = specialize(model, batches, report=reports.append)
@@ -113,7 +114,7 @@ def six():
 @given(share=st.floats(0.0, 1.2))
 def test_auto_keeps_as_many_as_fit_and_never_exceeds_the_tolerance(six, share):
     model, batches, runs, alone = six
-    tolerance = runs[0][1] * (1.5 * runs[-1][1] / runs[0][1]) ** share * 0.9  # from just too little to more than enough
+    tolerance = runs[0][1] * (1.5 * runs[-1][1] / runs[0][1]) ** share * 0.9  # from too little to more than enough
     counting, reports = Counting(batches), []
     result = specialize(model, counting, policy="auto", tolerance=tolerance, report=reports.append)
     (done,) = reports
@@ -158,10 +159,10 @@ def test_auto_takes_some_all_or_none(six, caplog):
 def test_mean_takes_two_rounds_and_layers_and_three_passes(layers):
     model, calls = classifier(layers), []
     counting = Counting(loader())
-    model[0].register_forward_hook(lambda *a: calls.append(len(a[2])))  # hooks elsewhere are kept
+    model[0].register_forward_hook(lambda *a: calls.append(len(a[2])))  # existing hooks are kept
     static = specialize(model, counting)
     assert counting.rounds == 2
-    # And one image, before and after, to count what it costs.
+    # Two more forward passes of one image, before and after, count the cost.
     assert sum(calls) == 7 * (layers + 3) + 2
     assert len(static[0]._forward_hooks) == 1
 
@@ -190,7 +191,7 @@ def test_predicted_and_measured_change_agree_on_the_trained_model_of_the_demo():
     static = specialize(model, batches, report=reports.append)
     (done,) = reports
     assert done.measured.accuracy_before > 0.85
-    assert done.measured.rms > 1e-3  # it learned to route
+    assert done.measured.rms > 1e-3  # the routing is learned
     assert done.measured == compare(model, static, batches)
     assert 1 / 1.2 < done.predicted.rms / done.measured.rms < 1.2
     assert 1 / 1.5 < done.independent / done.measured.rms < 1.5

@@ -22,7 +22,7 @@ CONFIGS = {
     "MoRF": widefield.MoRF((3, 5, 7, 11)),
 }
 KEEPS = {"FastDepthwise", "GMConv", "LargeKernel", "MoRF"}
-NOTHING = {  # what has no convolutions for it
+NOTHING = {  # networks without convolutions for it
     ("FastDepthwise", "poolformer_s12"): True,
     ("FastDepthwise", "test_resnet"): True,
     ("InceptionSplit", "poolformer_s12"): True,

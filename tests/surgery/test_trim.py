@@ -43,14 +43,14 @@ def reported(model, *args, **options):
 
 
 def masked(conv, sigma):
-    """The convolution, its kernel under a Gaussian mask, so that its outer taps are small."""
+    """Return the convolution with its kernel under a Gaussian mask, so that its outer taps are small."""
     with torch.no_grad():
         conv.weight.mul_(gaussian_mask(conv.kernel_size, torch.tensor(sigma).double()))
     return conv.double().eval()
 
 
 def oracle(conv, x):
-    """What a convolution computes, written out tap by tap."""
+    """Compute a convolution tap by tap."""
     rows, columns = conv.kernel_size
     (sy, sx), (dy, dx) = conv.stride, conv.dilation
     before = conv._reversed_padding_repeated_twice
@@ -82,7 +82,7 @@ def stack(*layers):
     data=st.data(),
 )  # fmt: skip
 @settings(max_examples=60)
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # which torch says of them, cropped or not
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")  # a warning of torch, with or without cropping
 def test_no_output_of_a_layer_moves_by_more_than_the_guarantee(
     size, dilation, stride, spare, groups, mode, sigma, tolerance, data
 ):
@@ -91,13 +91,13 @@ def test_no_output_of_a_layer_moves_by_more_than_the_guarantee(
     conv = masked(nn.Conv2d(4, 4, size, stride, padding, dilation, groups, padding_mode=mode), sigma)
     trimmed, report = reported(conv, tolerance)
     reach = [d * (k - 1) + 1 for k, d in zip(size, dilation, strict=True)]
-    shape = [max(r, 10) for r in reach]  # a map that may be padded by so much in every mode
+    shape = [max(r, 10) for r in reach]  # a map large enough for this padding in every mode
     mass = conv.weight.abs().sum((1, 2, 3))
     with torch.no_grad():
         gone = conv.weight.clone()
         fold.crop(gone, trimmed.kernel_size).zero_()
         x = torch.randn(2, 4, *shape).double()
-        signs = torch.zeros(4, 4, *shape).double()  # the worst there is: one for each output channel
+        signs = torch.zeros(4, 4, *shape).double()  # worst case: one image for each output channel
         for channel in range(4):
             first = channel // (4 // groups) * (4 // groups)
             taps = gone[channel].sign()
@@ -111,7 +111,7 @@ def test_no_output_of_a_layer_moves_by_more_than_the_guarantee(
     assert type(trimmed) is nn.Conv2d
     table = crop_table(conv.weight, dilation)
     widest = table.sizes[table.within(tolerance)]
-    if padding == "same":  # where nothing else is in the way, the crop is as small as the table says
+    if padding == "same":  # without other constraints, the crop is as small as the table allows
         assert trimmed.kernel_size[0] <= widest[0]
         assert trimmed.kernel_size[1] <= widest[1]
 
@@ -207,7 +207,7 @@ def test_taps_that_never_meet_the_map_are_cut_off_exactly(size, image, stride, d
     x = torch.randn(2, 4, *image).double()
     with torch.no_grad():
         close(trimmed(x), conv(x), FLOAT64)
-        # A tap is live if the outputs depend on it: brute force, by gradients.
+        # A tap is live if the outputs depend on it. The reference tests every tap by gradients.
         weight = conv.weight.detach().abs().requires_grad_()
     with torch.enable_grad():
         (live,) = torch.autograd.grad(
@@ -271,7 +271,7 @@ def test_networks_of_the_registry_stay_what_they_are_at_tolerance_0(name):
 
 
 def network():
-    """Masked depthwise kernels and dense ones, on small maps, with classes that the images decide."""
+    """Return masked depthwise kernels and dense ones, on small maps, with classes that depend on the images."""
     layers = [nn.Conv2d(3, 8, 4, 2, 1), nn.GELU(), *[masked(nn.Conv2d(8, 8, 13, padding=6, groups=8), 2.5)]]
     layers += [nn.GELU(), nn.Conv2d(8, 12, 5, padding=2), nn.GELU(), nn.Flatten(), nn.Linear(12 * 36, 5)]
     return stack(*layers).float()
@@ -289,7 +289,7 @@ def test_a_budget_is_kept_and_used(budget):
     assert change.accuracy_before == 1.0
     if budget == 0.3:
         assert report.macs_after < 0.6 * report.macs_before
-        assert change.rms > 0.05  # which is not by chance on the safe side
+        assert change.rms > 0.05  # not below the budget by chance
     if not budget:
         assert report.trimmed() == ()
     words = str(report)
@@ -320,7 +320,7 @@ def test_a_budget_over_mixtures_and_a_size():
     assert compare(fused, trimmed, loader).rms <= 0.05
 
 
-# What a device supports
+# Kernels that a device supports
 
 
 def test_a_limit_is_met_whatever_it_costs_and_the_cost_is_told(caplog):
@@ -352,7 +352,7 @@ def test_a_limit_is_met_whatever_it_costs_and_the_cost_is_told(caplog):
     assert not told.beyond()
 
 
-# Layers that stay, and what stays of layers
+# Layers that are not trimmed, and attributes that are kept
 
 
 def test_what_cannot_be_cropped_is_left_with_the_reason():
@@ -384,7 +384,7 @@ def test_what_cannot_be_cropped_is_left_with_the_reason():
 
 
 class Reads(nn.Module):
-    """Pads by itself, and one of its convolutions is never called."""
+    """Reads a convolution's weight with padding of its own, and never calls another convolution."""
 
     def __init__(self):
         super().__init__()
@@ -427,7 +427,7 @@ def test_layers_keep_their_type_and_all_that_belongs_to_it(dtype):
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     assert not {id(p) for p in model.parameters()} & {id(p) for p in trimmed.parameters()}
     assert [k.after for k in report.kernels] == [m.kernel_size for m in trimmed]
-    _, told = reported(trimmed, 0)  # what was trimmed can be trimmed
+    _, told = reported(trimmed, 0)  # trimmed models can be trimmed again
     assert told.trimmed() == ()
     twice = nn.Conv2d(4, 4, 9, padding=4)
     doubled = trim(stack(twice, twice), 0.5)

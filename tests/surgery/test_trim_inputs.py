@@ -1,4 +1,4 @@
-"""The inputs on which trim verifies its work: loaders with one or several sizes, and made-up examples."""
+"""The inputs that verify trim: loaders with one or several sizes, and generated examples."""
 
 import logging
 
@@ -24,7 +24,7 @@ def test_every_batch_must_have_the_size_of_the_example():
 
 
 class Enlarging(nn.Module):
-    """Looks closer at some images, so that its kernel meets a larger map."""
+    """Enlarges bright images, so that its kernel meets a larger map."""
 
     def __init__(self):
         super().__init__()
@@ -41,13 +41,13 @@ def test_a_start_beyond_the_tolerance_is_an_error():
     with pytest.raises(RuntimeError, match=r"changes the outputs by .* more than tolerance=0.001"):
         trim(Enlarging().eval(), 0.001, loader=loader, example_input=5)
     reports = []
-    trim(Enlarging().eval(), 0.001, loader=loader, example_input=5, limit=3, report=reports.append)  # at any cost
+    trim(Enlarging().eval(), 0.001, loader=loader, example_input=5, limit=3, report=reports.append)  # overrides it
     assert reports[0].change.rms > 0.001
-    trim(conv(), 0.0, loader=[torch.randn(2, 3, 5, 5)], example_input=5)  # rounding is none
+    trim(conv(), 0.0, loader=[torch.randn(2, 3, 5, 5)], example_input=5)  # rounding errors are ignored
 
 
 class Reads(nn.Module):
-    """Pads by itself."""
+    """Reads the weight of its convolution, with padding of its own."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Reads(nn.Module):
 
 
 class Picky(nn.Module):
-    """Takes images of one size alone."""
+    """Accepts images of one size only."""
 
     def __init__(self):
         super().__init__()
@@ -95,12 +95,12 @@ def test_outputs_that_cannot_be_compared_are_named(caplog):
     for options in ({"example_input": 9}, {"loader": [torch.randn(1, 3, 9, 9)]}):
         with pytest.raises(ValueError, match=r"cannot be verified: .* outputs are not finite"):
             trim(Diverges().eval(), 0.8, **options)
-    trim(Diverges().eval(), 0.8)  # what is guaranteed is of each layer
+    trim(Diverges().eval(), 0.8)  # the guarantee is per layer
     assert "not verified" in caplog.text
 
 
 class Exhausted:
-    """Gives its images once."""
+    """An iterable that is exhausted after one pass."""
 
     def __init__(self, images):
         self.images = iter(images)
@@ -118,5 +118,5 @@ def test_same_padding_gives_up_as_many_taps_as_wanted_dilated_too():
     conv = torch.nn.Conv2d(2, 2, 7, padding="same", dilation=3).eval()
     with torch.no_grad():
         conv.weight[:, :, :3] = conv.weight[:, :, 4:] = 0
-        conv.weight[..., :3] = conv.weight[..., 4:] = 0  # but for the center
+        conv.weight[..., :3] = conv.weight[..., 4:] = 0  # except for the center
     assert trim(conv, 0.0).kernel_size == (1, 1)

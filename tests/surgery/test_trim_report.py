@@ -1,4 +1,4 @@
-"""The report of trim: rows, totals, and what JSON holds."""
+"""The report of trim: rows, totals, and JSON."""
 
 import json
 

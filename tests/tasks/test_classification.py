@@ -13,7 +13,7 @@ CLASSES = 10
 
 
 class Linear(nn.Module):
-    """Logits from the mean color; keeps its last input."""
+    """Computes logits from the mean color, and stores its last input."""
 
     def __init__(self, classes: int = CLASSES) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_mixing_leaves_the_batch_and_takes_any_size(options: dict[str, float], n
 
 
 def test_mixing_is_linear_in_the_targets() -> None:
-    """Mixup's loss is the mix of the losses against both labels, at timm's lambda."""
+    """Mixup's loss is the mean of the losses against both labels, weighted by timm's lambda."""
     model, data = Linear(), batch()
     np.random.seed(3)
     loss = Classification(CLASSES, mixup=0.8).loss(model, data)
@@ -142,7 +142,7 @@ def test_one_class_is_refused() -> None:
 
 
 class Normed(nn.Sequential):
-    """Logits by way of a batch norm whose map has one pixel."""
+    """Computes logits with a batch norm whose map has one pixel."""
 
     def __init__(self) -> None:
         super().__init__(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, CLASSES))

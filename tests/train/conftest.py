@@ -15,7 +15,7 @@ from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, RunResul
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """Two epochs of six steps."""
+    """Return a recipe of two epochs of six steps."""
     return Recipe(
         name="run",
         model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "drop_rate": 0.1}),
@@ -31,7 +31,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def run(recipe: Recipe) -> Callable[..., RunResult]:
-    """Train the recipe with some keys replaced, in silence."""
+    """Train the recipe with some keys replaced, without output."""
 
     def start(resume: Path | None = None, **changes: Any) -> RunResult:
         return train(replace(recipe, **changes), resume=resume, console=QUIET)

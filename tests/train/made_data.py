@@ -16,10 +16,10 @@ WNIDS = ("n01440764", "n01443537", "n01484850")
 
 
 def imagenet(root: Path, *, train: int, val: int, side: int = 48) -> Path:
-    """Write ``root/train/WNID/*.JPEG`` and ``root/val/WNID/*.JPEG``, so many images in each split, and return root.
+    """Write ``root/train/WNID/*.JPEG`` and ``root/val/WNID/*.JPEG`` with the given number of images; return root.
 
-    The images are 4:3, about ``side`` pixels high, each of another size; the first of each split is gray, as some of
-    ImageNet's are.
+    The images are 4:3, about ``side`` pixels high, and differ in size. The first of each split is gray, like some of
+    ImageNet's.
     """
     draw = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
@@ -34,9 +34,9 @@ def imagenet(root: Path, *, train: int, val: int, side: int = 48) -> Path:
 
 
 def cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write the binary version of ``cifar10`` or ``cifar100`` with one image a class in each split, and return root.
+    """Write the binary version of ``cifar10`` or ``cifar100`` with one image per class in each split; return root.
 
-    The reader is told for the time of the test to expect no more.
+    During the test, the reader is patched to expect this number of images.
     """
     files = {"cifar10": _cifar_files.CIFAR10, "cifar100": _cifar_files.CIFAR100}[name]
     version = files.versions["binary"]

@@ -1,4 +1,4 @@
-"""A task that is not classification: masks of images of several sizes, in lists, through the real engine."""
+"""A task other than classification: masks of images of several sizes, in lists, with the real engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MORF = ConversionSpec("morf", "*.conv_dw", {"kernel_sizes": [3, 7]})
 
 
 class Disks(SampleSet):
-    """A bright disk on noise; size, place and image size differ in every epoch; no classes."""
+    """A bright disk on noise. Size, position and image size differ in every epoch; there are no classes."""
 
     mean, std = (0.5,) * 3, (0.25,) * 3
 
@@ -47,7 +47,7 @@ class Disks(SampleSet):
 
 
 class Masks(nn.Module):
-    """The backbone's first map, turned into one logit per pixel."""
+    """Turn the backbone's first map into one logit per pixel."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Masks(nn.Module):
 
 
 class Overlap(Metric):
-    """Intersection over union of all masks."""
+    """Accumulate the intersection over union of all masks."""
 
     full_state_update = False
 
@@ -119,7 +119,7 @@ class Segmentation(Task):
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """Three epochs of six steps, with the names that a user would register."""
+    """Return a recipe of three epochs of six steps, with the names of a user's registrations."""
     monkeypatch.setitem(data.SETS, "disks", Disks)
     monkeypatch.setitem(tasks.TASKS, "segmentation", Segmentation)
     return Recipe(
@@ -143,7 +143,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Send this process a signal in the n-th training step."""
+    """Send a signal to this process in the n-th training step."""
     loss = Segmentation.loss
 
     def arrange(n: int) -> None:
@@ -162,7 +162,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_it_learns_and_its_run_is_loaded(recipe: Recipe) -> None:
     result = train(recipe, console=QUIET)
     entries = [entry for entry in log(result.folder) if entry["kind"] == "epoch"]
-    assert set(result.metrics) >= {"train_loss", "iou", "ema_iou", "router_entropy"}  # the routers are watched, too
+    assert set(result.metrics) >= {"train_loss", "iou", "ema_iou", "router_entropy"}  # the routers are checked as well
     assert entries[-1]["iou"] > 0.8
     assert entries[-1]["train_loss"] < 0.5 * entries[0]["train_loss"]
     assert result.best["ema_iou"] == max(entry["ema_iou"] for entry in entries)
@@ -177,7 +177,7 @@ def test_it_learns_and_its_run_is_loaded(recipe: Recipe) -> None:
 
 
 def _iou(model: nn.Module, samples: Sequence[Sample]) -> float:
-    """One image at a time, in the batch's size."""
+    """Process one image at a time, in the batch's size."""
     inter = union = 0
     for sample in samples:
         height, width = sample["mask"].shape
@@ -191,7 +191,7 @@ def _iou(model: nn.Module, samples: Sequence[Sample]) -> float:
 
 @pytest.mark.parametrize("stop", [4, 12])
 def test_it_resumes_exactly(recipe: Recipe, stop_at: Callable[[int], None], stop: int) -> None:
-    """In the middle of an epoch and at its end, with another number of workers."""
+    """Stop in the middle of an epoch and at its end; resume with another number of workers."""
     whole = train(replace(recipe, name="whole"), console=QUIET)
     stop_at(stop)
     part = train(recipe, console=QUIET)

@@ -130,7 +130,7 @@ def test_every_part_at_once(run: Run) -> None:
     steps = [entry for entry in log(result.folder) if entry["kind"] == "step"]
     rates = [entry["lr"] for entry in steps]
     assert rates[:6] == pytest.approx([0.01 * k / 6 for k in range(6)])
-    assert rates[6] == pytest.approx(0.005, rel=0.2)  # the cosine goes on under the warm-up
+    assert rates[6] == pytest.approx(0.005, rel=0.2)  # the cosine continues under the warm-up
     assert rates[6:] == sorted(rates[6:], reverse=True)
     assert all(math.isfinite(entry["loss"]) for entry in steps)
 
@@ -153,7 +153,7 @@ def test_a_second_run_may_ask_for_another_precision(run: Run) -> None:
     assert result.model(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
 
 
-# Refusals
+# Errors
 
 
 def test_an_existing_run_is_refused(run: Run, recipe: Recipe) -> None:
@@ -166,7 +166,7 @@ def test_an_existing_run_is_refused(run: Run, recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.yaml"])
 def test_a_folder_with_anything_in_it_is_refused(run: Run, recipe: Recipe, name: str) -> None:
-    """A run that has just started has no checkpoint either."""
+    """A new run has no checkpoint either."""
     recipe.folder.mkdir(parents=True)
     (recipe.folder / name).touch()
     with pytest.raises(FileExistsError, match="no checkpoint: delete it, or choose another --name"):
@@ -230,7 +230,7 @@ def test_load_trained_refuses(tmp_path: Path) -> None:
         load_trained(tmp_path, "worst")
 
 
-# Odd data
+# Invalid and missing data
 
 
 class Noise(data.LabeledImages):
@@ -261,7 +261,7 @@ class Noise(data.LabeledImages):
 
 
 class Stuck(Dataset[Any]):
-    """Hangs on its only sample; ``reached`` is set when it is requested."""
+    """Blocks on its only sample; ``reached`` is set when it is requested."""
 
     def __init__(self) -> None:
         self.reached = multiprocessing.Event()
@@ -383,7 +383,7 @@ def test_a_process_whose_worker_found_a_corrupt_image_ends(recipe: Recipe, tmp_p
 
 
 def test_a_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Like a worker that hangs in a file system; torch stops workers by a queue and by SIGTERM, which they ignore."""
+    """Simulate a worker that blocks in a file system and ignores torch's queue and SIGTERM."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     before, dataset = multiprocessing.active_children(), Stuck()
     loader = val_loader(dataset, data.collate, 1, 1)

@@ -73,7 +73,7 @@ def test_a_disk_that_fills_up_names_the_last_good_checkpoint(
     kept = re.escape(f"{recipe.folder / 'checkpoints'}/step-000000")
     found = re.search(rf"The last good checkpoint is {kept}(\d\d): make room, then continue with", str(caught.value))
     assert found, caught.value
-    assert int(found[1]) == (12 if write == "metrics" else 6) or write == "events"  # which are written by a thread
+    assert int(found[1]) == (12 if write == "metrics" else 6) or write == "events"  # a thread writes the events
     assert caught.value.errno == errno.ENOSPC
     assert "\n" not in str(caught.value)
     assert not list((recipe.folder / "checkpoints").glob(".*"))

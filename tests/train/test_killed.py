@@ -1,4 +1,4 @@
-"""A run that is killed at any moment loses at most the steps since its last checkpoint."""
+"""A run that is killed at any time loses at most the steps since its last checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def launch(recipe: Recipe, path: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def steps(folder: Path) -> int:
-    """Return the step of the newest checkpoint, or 0; reading all of them proves that all are complete."""
+    """Return the step of the newest checkpoint, or 0. Read all checkpoints to check that they are complete."""
     for found in checkpoints(folder / "checkpoints"):
         found.state()
         load_trained(folder, "last")
@@ -65,7 +65,7 @@ def test_killed_at_random_and_resumed_it_is_the_run_that_was_not(
         deadline = time.monotonic() + 120
         while process.poll() is None and logged(folder) < goal and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(chance.random() * 0.2)  # in a step, in an evaluation, in the writing of a checkpoint
+        time.sleep(chance.random() * 0.2)  # in a step, in an evaluation, while writing a checkpoint
         assert process.poll() is None, (tmp_path / "r.log").read_text()
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -73,7 +73,7 @@ def test_killed_at_random_and_resumed_it_is_the_run_that_was_not(
         assert reached >= behind
         assert reached >= logged(folder) - EVERY
         behind = reached
-        if not behind:  # nothing to resume: a fresh start needs a fresh folder
+        if not behind:  # nothing to resume, and a new start needs an empty folder
             assert logged(folder) < EVERY + 1
             folder.rename(folder.with_name(f"dead-{kill}"))
     rest = run(resume=folder, **{**BUSY, "epochs": busy.epochs, "checkpoint": busy.checkpoint})

@@ -130,7 +130,7 @@ class TestGroups:
         alone = {n: lr for lr, _, members in names(create_optimizer(bare, spec, 1.0), bare) for n in members}
         nested = Nested(inner)
         found = {n: lr for lr, _, members in names(create_optimizer(nested, spec, 1.0), nested) for n in members}
-        heads = {"top.weight": 1.0, "top.bias": 1.0}  # one layer more, which learns at the full rate
+        heads = {"top.weight": 1.0, "top.bias": 1.0}  # an additional layer, with the full rate
         assert found == {**{f"body.{name}": lr / 2 for name, lr in alone.items()}, **heads}
         assert not hasattr(nested, "group_matcher")
 
@@ -151,7 +151,7 @@ class TestGroups:
 
 
 class Nested(nn.Module):
-    """A network in another module, with a layer of its own."""
+    """A wrapper module around a network, with a layer of its own."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -240,11 +240,11 @@ class TestRepeats:
             assert len({i for i, _ in triple}) == 1
             assert not torch.equal(triple[0][1], triple[1][1])
         assert len({i for i, _ in seen}) == len(seen) // 3
-        assert torch.equal(seen[0][1], digits[seen[0][0]]["image"])  # the first visit is the only one's
+        assert torch.equal(seen[0][1], digits[seen[0][0]]["image"])  # the first repeat is the image without repeats
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, gradient: bool = False) -> None:
-    """Make the loss, or only its gradient, NaN in these calls, from 1."""
+    """Make the loss, or only its gradient, NaN in the given calls, counted from 1."""
     plain, calls = Classification.loss, itertools.count(1)
 
     def loss(self: Any, model: nn.Module, batch: Any) -> torch.Tensor:
@@ -375,7 +375,7 @@ class TestPretrained:
         assert torch.equal(model.forward_features(x), first.model.forward_features(x))  # type: ignore[operator]
         second = run(name="second", conversion=MORF, epochs=1, model=start.model)
         shutil.rmtree(first.folder)
-        assert same_weights(load_trained(second.folder), second.model)  # without the file that it started from
+        assert same_weights(load_trained(second.folder), second.model)  # without the file of its start weights
 
     def test_heads_are_found_where_timm_has_them(self) -> None:
         for name in ("levit_128s", "repvit_m0_9", "caformer_s18", "inception_v4", "resnet18", "test_convnext"):

@@ -1,4 +1,4 @@
-"""Name and arguments -> model: an argument without effect is an error."""
+"""Models by name and arguments: an argument without effect is an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = {"depths": [1, 1, 1, 1], "dims": [4, 4, 8, 8]}
 
 
 def scales(model: nn.Module) -> list[str]:
-    """Names of layer scales; unireplknet has another gamma in its GRN, act.1."""
+    """Return the names of layer scales; unireplknet has another gamma in its GRN, act.1."""
     return [name for name, _ in model.named_parameters() if "gamma" in name and ".act." not in name]
 
 
@@ -74,7 +74,7 @@ class TestNone:
 
 
 class Deaf(nn.Linear):
-    """A model that takes any argument and reads one."""
+    """A model that accepts any argument and uses one."""
 
     def __init__(self, width: int = 3, **kwargs: Any) -> None:
         super().__init__(width, 2)
@@ -201,7 +201,7 @@ class TestOptimizerAndSchedule:
 
 
 def test_short_numbers_in_braces_are_numbers() -> None:
-    """As in recipes; YAML 1.1 reads 1e-3 as a string."""
+    """As in recipes: YAML 1.1 reads 1e-3 as a string."""
     found = load("convnext_tiny{ls_init_value: 1e-3, depths: [1, 1, 1, 1], dims: [4, 4, 8, 8]}")
     assert torch.equal(found.model.stages[0].blocks[0].gamma, torch.full((4,), 1e-3))
 

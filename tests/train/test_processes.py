@@ -1,4 +1,4 @@
-"""Two processes with half the batch each are one process with the whole batch."""
+"""Two processes with half the batch each give the results of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from widefield.train import CheckpointSpec, DataSpec, EmaSpec, ModelSpec, Recipe
 
 
 def launch(recipe: Recipe, path: Path, processes: int, *more: str) -> None:
-    """Run ``widefield train`` in several processes on the CPU, as ``accelerate launch`` does."""
+    """Run ``widefield train`` in several processes on the CPU, like ``accelerate launch``."""
     save_recipe(recipe, path)
     words = ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv-backend=c10d"]
     words += ["--rdzv-endpoint=localhost:0", "-m", "widefield", "train", str(path), *more]
@@ -32,7 +32,7 @@ def launch(recipe: Recipe, path: Path, processes: int, *more: str) -> None:
 
 @pytest.fixture
 def plain(recipe: Recipe) -> Recipe:
-    """A recipe without random numbers in a process and without batch norm."""
+    """Return a recipe without random numbers in a process and without batch norm."""
     return replace(recipe, model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}))
 
 
@@ -73,7 +73,7 @@ def test_a_sharded_run_resumes(plain: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_without_an_image_to_evaluate_waits_for_nobody(recipe: Recipe, tmp_path: Path) -> None:
-    """Batch norms have buffers, which torch's wrapper would broadcast in the forward pass of the others."""
+    """Batch norms have buffers, which torch's wrapper would broadcast in the forward pass of the other processes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 1)):
         for name in ("cat", "dog"):

@@ -294,7 +294,7 @@ class TestBase:
     ) -> None:
         path = write("mine.yaml", text)
         write("other.yaml", "base: mine.yaml")
-        write("broken.yaml", "epoch: 3")  # whose message names the file that the key is in
+        write("broken.yaml", "epoch: 3")  # the message names the file with the key
         with pytest.raises(error, match=re.escape(message)):
             load_recipe(path)
 

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed equals one that was not."""
+"""A stopped and resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from widefield.train.loaders import EpochSampler
 
 Run = Callable[..., RunResult]
 
-# What draws random numbers or carries state: dropout, mixing, the average, the optimizer, the schedule.
+# Everything with random numbers or state: dropout, mixing, the average, the optimizer, the schedule.
 BUSY: dict[str, Any] = {
     "task": TaskSpec(args={"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}),
     "ema": EmaSpec(0.9, warmup=True),
@@ -33,7 +33,7 @@ BUSY: dict[str, Any] = {
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
-    """Send this process a real signal in the n-th training step from now on."""
+    """Send a real signal to this process in the n-th training step from now on."""
     loss = Classification.loss
 
     def arrange(n: int, number: signal.Signals = signal.SIGINT) -> None:
@@ -53,7 +53,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], 
 
 @pytest.mark.parametrize(("stop", "steps"), [(4, 4), (6, 6), (9, 9), (12, 12)])
 def test_resumed_equals_uninterrupted(run: Run, recipe: Recipe, stop_at: Any, stop: int, steps: int) -> None:
-    """In the middle of an epoch, at its end before the evaluation, and after the last step."""
+    """Stop in the middle of an epoch, at its end before the evaluation, and after the last step."""
     whole = run(name="whole", **BUSY)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stop_at(stop)
@@ -105,7 +105,7 @@ def test_a_run_killed_after_its_last_checkpoint_repeats_what_was_lost(run: Run, 
     whole = run(name="whole")
     stop_at(4)
     part = run()
-    with (part.folder / "metrics.jsonl").open("a") as file:  # what a kill -9 two steps later would have left
+    with (part.folder / "metrics.jsonl").open("a") as file:  # files that a kill -9 two steps later would leave
         file.write('{"kind": "step", "step": 5, "loss": 0}\n{"kind": "epoch", "step": 6, "loss": 0}\n{"kind": "st')
     (part.folder / "checkpoints" / ".unfinished-x").mkdir()
     rest = run(resume=part.folder)
@@ -159,14 +159,14 @@ sys.exit(128 + result.interrupted if result.interrupted else 0)
 
 
 def test_sigterm_from_outside(run: Run, recipe: Recipe, tmp_path: Path, stop_at: Any) -> None:
-    recipe = replace(recipe, workers=1, epochs=500)  # long enough to be caught
+    recipe = replace(recipe, workers=1, epochs=500)  # long enough to be interrupted
     save_recipe(recipe, tmp_path / "recipe.yaml")
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, tmp_path / "recipe.yaml"],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: losses are compared to the bit
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the same as in this process: losses are compared bit by bit
     )
     entries = recipe.folder / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -174,7 +174,7 @@ def test_sigterm_from_outside(run: Run, recipe: Recipe, tmp_path: Path, stop_at:
         while time.monotonic() < deadline and not (entries.is_file() and len(entries.read_text().splitlines()) > 8):
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: loader workers get it too
+        os.killpg(process.pid, signal.SIGTERM)  # like a scheduler: loader workers get it too
         _, shown = process.communicate(timeout=60)
     assert process.returncode == 143, shown
     assert f"continue with: widefield train --resume {recipe.folder}" in shown
@@ -182,7 +182,7 @@ def test_sigterm_from_outside(run: Run, recipe: Recipe, tmp_path: Path, stop_at:
     stopped = [entry for entry in log(recipe.folder) if entry["kind"] == "step"]
     assert len(stopped) > 6
 
-    # Resumed here for some steps, it is still the run that was never stopped.
+    # Resumed in this process for some steps, it still equals the uninterrupted run.
     stop_at(5)
     rest = run(resume=recipe.folder, epochs=500)
     stop_at(len(stopped) + 5)
@@ -192,7 +192,7 @@ def test_sigterm_from_outside(run: Run, recipe: Recipe, tmp_path: Path, stop_at:
 
 
 def test_second_signal_acts_at_once(request: pytest.FixtureRequest) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A run with mixtures reports its routing, and warns when routers collapse."""
+"""A run with mixtures reports its routing, and warns about collapsed routers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mixtures(**options: Any) -> dict[str, Any]:
 
 
 def test_dead_experts_and_constant_routers_raise_the_alarm(recipe: Recipe) -> None:
-    """With top-1 routing and no balance loss a converted mixture keeps using the expert with the old kernel."""
+    """With top-1 routing and no balance loss, a converted mixture keeps using the expert with the old kernel."""
     screen = io.StringIO()
     collapsed = dataclasses.replace(recipe, **mixtures(routing="hard", top_k=1), epochs=1)
     result = train(collapsed, console=Console(file=screen, width=80))

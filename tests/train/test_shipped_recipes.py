@@ -1,4 +1,4 @@
-"""Every shipped recipe: its options, its numbers in the docs and in its own first lines, and two steps of it.
+"""Every shipped recipe: its options, its numbers in the docs and in its own first lines, and two training steps.
 
 ``-m slow`` runs all of them at full width, with small images.
 """
@@ -32,7 +32,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 NOT_PUBLISHED = {"demo_digits", "demo_scales", "digits_morf"}
 PUBLISHED = [name for name in shipped_recipes() if name not in NOT_PUBLISHED]
 PROCESSES = (1, 8)
-"""Numbers of processes that recipes are written for: one GPU, or a machine with eight."""
+"""The numbers of processes that recipes are written for: one GPU, or a machine with eight."""
 
 
 @cache
@@ -125,7 +125,7 @@ def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
 
 
 def test_the_two_statements_of_morf_are_one() -> None:
-    """Its text has 0.001 for a batch of 1024, its table 5 has 4e-3 for 4096."""
+    """MoRF's text has 0.001 for a batch of 1024, its table 5 has 4e-3 for 4096."""
     recipes = [shipped(name) for name in PUBLISHED if name.startswith("morf") and "384" not in name]
     assert len(recipes) == 16
     for recipe in recipes:
@@ -142,7 +142,7 @@ class Three:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
     recipe = shipped(name)
-    for split in ("train", "val"):  # all that is wrong is that the data are not there
+    for split in ("train", "val"):  # the missing data are the only error
         with pytest.raises(FileNotFoundError):
             data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
     assert recipe.data.args["root"] == f"data/{recipe.data.name if recipe.data.name != 'folder' else 'imagenet'}"
@@ -176,7 +176,7 @@ def two_steps(recipe: Recipe, root: Path, runs: Path, **changes: Any) -> Path:
         recipe,
         output=str(runs),
         data=replace(recipe.data, args={**recipe.data.args, "root": str(root)}),
-        # One epoch, neither longer before nor after.
+        # Exactly one epoch.
         schedule=replace(
             schedule,
             warmup_epochs=min(schedule.warmup_epochs, 1),
@@ -236,19 +236,19 @@ def test_two_sparse_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_two_steps_of_every_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = shipped(name)
-    # Gone at once: a network of 200 million weights leaves gigabytes behind, with its averages.
+    # Delete it at once: a network of 200 million weights writes gigabytes, including its averages.
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         if recipe.data.name.startswith("cifar"):
             root = made_data.cifar(place, recipe.data.name, monkeypatch)
             batch = {"cifar10": 5, "cifar100": 50}[recipe.data.name]
         else:
-            # A block that drops out for every image of the first batch has no gradient for SNIP to rank.
+            # A block that is dropped for every image of the first batch gives SNIP no gradient.
             batch = 8 if recipe.sparsity else 2
             root = made_data.imagenet(place / "imagenet", train=2 * batch, val=3)
             recipe = with_side(recipe, 64)
         if recipe.model.pretrained:
-            # Weights of other classes from ImageNet-22K, of the same ones from ImageNet-1k.
+            # ImageNet-22K weights have other classes, ImageNet-1k weights the same ones.
             fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
             model = build_model(fresh, Classification(5 if "in22k" in name else len(made_data.WNIDS)))
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, place / "w.safetensors")

@@ -1,4 +1,4 @@
-"""Sparse training in the engine: masks hold through steps, the average, checkpoints and resume."""
+"""Sparse training in the engine: masks hold in steps, the average, checkpoints and resumed runs."""
 
 from __future__ import annotations
 

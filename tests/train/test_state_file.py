@@ -1,4 +1,4 @@
-"""The state of a run without a pickle is restored to the bit."""
+"""The state of a run is restored bit by bit, without pickle."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ FRESH = {
     "InceptionSplit": widefield.InceptionSplit(),
     "TokenMixer": widefield.TokenMixer("lka"),
 }
-"""Conversions that initialize layers anew."""
+"""Conversions that replace layers by newly initialized ones."""
 
 ROUTED = (MoRFConv2d, FusedMoRFConv2d, DynamicGMConv2d)
 """Our layers that remain after reparameterizing, because their kernels depend on the image."""

@@ -1,4 +1,4 @@
-"""Build the smallest model of every family in timm and torchvision, with weights that hide no mistake, and an input."""
+"""Build the smallest model of every family in timm and torchvision, with weights that reveal errors, and an input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 SIDES = (64, 128, 224, 256, 384)
-"""Image sides to try; the first that a network runs on is used."""
+"""Image sides to try; the first one that a network accepts is used."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def catalog() -> Iterator[str]:
     for name in torchvision.models.list_models():
         families[torchvision.models.get_model_builder(name).__module__].append(f"torchvision:{name}")
     for family in sorted(families):
-        if not family.startswith("widefield."):  # tests/models has those
+        if not family.startswith("widefield."):  # tests/models covers those
             yield min(families[family], key=lambda name: (_parameters(name), name))
 
 
 def _parameters(name: str) -> int:
-    """Return the number of parameters of a model, which is built without memory for them if possible."""
+    """Return the number of parameters of a model, built without memory for them if possible."""
     try:
         with torch.device("meta"):
             model = _built(name)
@@ -63,7 +63,7 @@ def _built(name: str) -> nn.Module:
     known = inspect.signature(builder).parameters
     options: dict[str, object] = {key: None for key in ("weights", "weights_backbone") if key in known}
     if "detection" in builder.__module__:
-        # Keep every box, as random weights score none above the usual thresholds, and do not enlarge images.
+        # Keep every box, because random weights give scores below the usual thresholds, and do not enlarge images.
         prefix = "box_" if "rcnn" in name else ""
         options |= {f"{prefix}score_thresh": 0.0, f"{prefix}detections_per_img": 20}
         options |= {} if "ssd" in name else {"min_size": SIDES[0], "max_size": 2 * SIDES[0]}
@@ -136,7 +136,7 @@ def _detection_loss(model: nn.Module, x: Tensor) -> Tensor:
         "boxes": box,
         "labels": torch.tensor([1]),
         "masks": torch.ones(1, height, width, dtype=torch.uint8),
-        "keypoints": torch.tensor([10.0, 12.0, 1.0]).expand(1, 17, 3),  # float32, always
+        "keypoints": torch.tensor([10.0, 12.0, 1.0]).expand(1, 17, 3),  # always float32
     }
     losses = model(list(x), [target] * len(x))
     return torch.stack(list(losses.values())).sum()

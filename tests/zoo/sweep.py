@@ -42,7 +42,7 @@ Reason = tuple[str, str, str]
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the models asked for; return 1 if anything failed."""
+    """Run the requested models; return 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "models",
@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def _names(globs: Sequence[str]) -> list[str]:
-    """Return the models asked for; names without wildcards are used as they are.
+    """Return the requested models; names without wildcards are used as they are.
 
     Finding the smallest model of each family takes minutes and memory, so it runs in its own process.
     """

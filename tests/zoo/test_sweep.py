@@ -1,4 +1,4 @@
-"""The sweep over foreign architectures: it tells refusals from failures, ends what takes too long, and goes on."""
+"""The sweep over other libraries' models: it separates refusals from failures, enforces limits, and continues."""
 
 import json
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Stubborn(nn.Module):
-    """A network that no verb can work with, for a reason of its own."""
+    """A network that every verb rejects, for a specific reason."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise KeyError("not an error of ours")

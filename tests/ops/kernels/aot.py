@@ -1,7 +1,7 @@
-"""Compile the launches that a call would make, for a GPU that is not there, and count registers and spills.
+"""Compile the launches of a call for a GPU that is not present, and count registers and spills.
 
-The call gets meta tensors and runs the real launchers; what reaches Triton is recorded with its specializations and
-compiled ahead of time. Not for a process in which the kernels run in the interpreter.
+The call gets meta tensors and runs the real launchers. Arguments for Triton are recorded with their specializations and
+compiled ahead of time. Do not use this in a process in which the kernels run in the interpreter.
 """
 
 import inspect
@@ -31,7 +31,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Build:
-    """One compiled kernel: threads hold ``registers`` each, ``spill`` bytes of them in memory."""
+    """One compiled kernel: ``registers`` per thread, and ``spill`` bytes per thread in memory."""
 
     kernel: str
     config: dict
@@ -46,7 +46,7 @@ class Build:
 
 
 def builds(call, arch=90, *, candidates=slice(0, 1)):
-    """Compile what ``call`` launches with each of the chosen block sizes; the first is the default."""
+    """Compile the launches of ``call`` with each of the chosen block sizes; the first is the default."""
     found = []
     config = {}
 

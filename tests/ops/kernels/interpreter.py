@@ -1,8 +1,8 @@
 """Run checks of the kernels in Triton's interpreter, on CPU tensors, in a separate process.
 
-Whether a kernel is interpreted is decided when it is decorated, for Triton's own library too: the process that runs the
-ordinary tests, some of which compile with inductor, must never see TRITON_INTERPRET. One process serves all checks of a
-test worker.
+Triton decides when a kernel is decorated whether it is interpreted, in its own library as well. The process of the
+ordinary tests must therefore never see TRITON_INTERPRET, because some of them compile with inductor. One process serves
+all checks of a test worker.
 """
 
 import os
@@ -30,6 +30,6 @@ def _checked(check, args, kwargs):
 
 @contextmanager
 def interpreting():
-    """Yield run(check, ...), which calls ``check(...)`` where kernels are interpreted, and raises what it raises."""
+    """Yield run(check, ...), which calls ``check(...)`` in the interpreter's process, and raises its errors."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_start) as pool:
         yield lambda check, *args, **kwargs: pool.submit(_checked, check, args, kwargs).result(timeout=300)

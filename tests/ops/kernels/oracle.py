@@ -1,4 +1,4 @@
-"""The checks that run in the interpreter: a backend's functions against F.conv2d and autograd in float64."""
+"""Checks for the interpreter: a backend's functions against F.conv2d and autograd in float64."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from tolerances import FLOAT32, OF_DTYPE, close
 
 
 def convolve(x, weight, bias, stride, padding, dilation):
-    """One F.conv2d for each sample."""
+    """Compute one F.conv2d for each sample."""
     samples = []
     for i in range(x.shape[0]):
         g = i % weight.shape[0]
@@ -21,7 +21,7 @@ def convolve(x, weight, bias, stride, padding, dilation):
 
 
 def like(x, channels_last, sparse):
-    """Return x in a memory format, or a slice of something larger in that format."""
+    """Return x in a memory format, or a slice of a larger tensor in that format."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if not sparse:
         return x.contiguous(memory_format=layout)
@@ -34,7 +34,7 @@ def like(x, channels_last, sparse):
 
 @contextlib.contextmanager
 def candidate(tune, index):
-    """Launch with another of the block sizes than the default."""
+    """Launch with other block sizes than the default."""
 
     def run(name, key, candidates, launch, device):
         found = candidates()
@@ -90,7 +90,7 @@ def passes(
 
 
 def empty_batch(backend, per_sample):
-    """Nothing is launched, and the kernel's gradient is zero."""
+    """Check that nothing is launched, and that the kernel's gradient is zero."""
     module = importlib.import_module(f"widefield.ops._triton.{backend}")
     x, weight = torch.zeros(0, 3, 7, 6), torch.randn(0 if per_sample else 1, 3, 5, 5)
     settings = ((1, 1), (2, 1), (1, 1))
@@ -112,7 +112,7 @@ def routed(
     side = side or max(spans)
     n = len(spans)
     x = torch.randn(shape).to(dtype)
-    given = torch.randn(n, channels, side, side).to(bank or torch.float32)  # taps outside spans are to be ignored
+    given = torch.randn(n, channels, side, side).to(bank or torch.float32)  # taps outside spans must be ignored
     shifts = torch.randn(n, channels) if bias else None
     weights = torch.randn(batch, n)
     live = torch.zeros(n, 1, side, side)
@@ -151,7 +151,7 @@ def routed(
 
 
 def routed_needs():
-    """What is not needed is None; an empty batch gives zeros."""
+    """Check that unneeded gradients are None, and that an empty batch gives zeros."""
     from widefield.ops._triton import routed as module
 
     bank, weights = torch.randn(2, 3, 5, 5), torch.randn(2, 2)

@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not here, and keep what they compute with in registers."""
+"""Kernels compile for GPUs that are not present, and keep their operands in registers."""
 
 from functools import partial
 
@@ -8,8 +8,8 @@ import torch
 
 from widefield.ops._triton import direct, gemm, routed
 
-# Bytes that threads of a default may keep outside registers, and of one that is only measured. Zero where one is lucky:
-# the compilers differ between versions by a few.
+# Bytes that threads may spill, of a default and of a candidate that is only timed. Ideally zero, but
+# compiler versions differ by a few bytes.
 DEFAULT, CANDIDATE = 64, 128
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -82,11 +82,11 @@ def test_float32_is_one_product_where_tf32_is_allowed():
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize(("step", "stride"), [("forward", 1), ("input_grad", 2), ("weight_grad", 1)])
 def test_direct_kernels(step, stride, channels_last):
-    size = 5 if step == "weight_grad" else 7  # its compiling takes a second for each 16 taps
+    size = 5 if step == "weight_grad" else 7  # compiling takes one second per 16 taps
     shape = (64, 96, 56, 56)
     (build,) = aot.builds(calls(direct, shape, size, stride=stride, channels_last=channels_last)[step])
     hold([build], DEFAULT)
-    assert build.shared <= 1024  # lanes exchange sums at the end of a weight gradient, and nothing else
+    assert build.shared <= 1024  # lanes exchange only the sums at the end of a weight gradient
     if channels_last and step != "weight_grad":
         assert "ld.global.v4" in build.ptx
 

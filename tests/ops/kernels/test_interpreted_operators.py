@@ -1,4 +1,4 @@
-"""The operators that reach the kernels: dispatch by name, autograd, fake twins. In Triton's interpreter."""
+"""The operators that reach the kernels, in Triton's interpreter: dispatch by name, autograd, fake implementations."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tolerances import FLOAT32, close
 def depthwise(backend, channels_last):
     from widefield.ops import _triton, depthwise_conv2d
 
-    _triton.unavailable = lambda: None  # there is no GPU, and none is needed here
+    _triton.unavailable = lambda: None  # no GPU is present, and none is needed here
     x, w, b = torch.randn(2, 3, 6, 7), torch.randn(3, 1, 5, 3), torch.randn(3)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -43,7 +43,7 @@ def mixture(channels_last, bias):
     x = torch.randn(2, 3, 5, 6)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    kernels = [torch.randn(3, 1, k, k) for k in (5, 1, 3)]  # sorted on the way, and back
+    kernels = [torch.randn(3, 1, k, k) for k in (5, 1, 3)]  # sorted for the kernel, and back
     biases = [torch.randn(3) for _ in kernels] if bias else []
     inputs = [x, torch.rand(2, 3), *kernels, *biases]
     doubles = [t.double().requires_grad_() for t in inputs]

@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """Pretend that there is a GPU; yield what decides whether the choice is measured, and the measured launches."""
+    """Pretend that there is a GPU; yield the state that decides about measuring, and the measured launches."""
     measured = []
 
     def fastest(candidates, launch):
