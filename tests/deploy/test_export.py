@@ -10,6 +10,7 @@ import onnx
 import pytest
 import timm
 import torch
+from onnx_ir.passes import PassError
 from timm.layers import CondConv2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -111,6 +112,16 @@ def test_masks_that_depend_on_the_image_and_other_peoples_routing(tmp_path):
             return self.conv(x, self.router(x.mean((2, 3))).sigmoid())
 
     assert deploy.export(Conditional().eval(), tmp_path / "cond.onnx", torch.randn(2, 4, 9, 8)).relative <= FLOAT32
+
+
+def test_a_graph_that_the_optimizer_fails_on_is_written_without_it(tmp_path, monkeypatch):
+    def fail(self):
+        raise PassError("as on the splits of RAFT")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", fail)
+    done = deploy.export(nn.Conv2d(3, 4, 3).eval(), tmp_path / "a.onnx", torch.randn(2, 3, 9, 9))
+    assert done.operators["Conv"] == 1
+    assert done.relative < NETWORK
 
 
 def test_operators_of_ours_become_plain_nodes(tmp_path):

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,8 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     Raises:
         ValueError: the graph has an operator without an ONNX equivalent; the message names it.
     """
+    from onnx_ir.passes import PassError
+
     table: dict[Any, Any] = {torch.ops.aten.conv2d.default: _convolution}
     if opset is not None:
         opset = _checks.integer("opset", opset, minimum=LEAST_OPSET, maximum=MOST_OPSET)
@@ -42,11 +45,15 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
     ]
+    write = partial(
+        torch.onnx.export, program, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=table
+    )
     try:
         with quiet():
-            written = torch.onnx.export(
-                program, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=table
-            )
+            try:
+                written = write()
+            except PassError:  # the optimizer of the graph fails on some operators; the graph is right without it
+                written = write(optimize=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"the model has no form in ONNX: {_missing(error)}") from error
     model = cast(Any, written).model
