@@ -63,7 +63,7 @@ def test_runs_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert rows(capsys.readouterr().out) == [
             ["optimizer.lr", "0.1", "0.2"],
             ["state", "finished", "interrupted"],
-            ["epochs done", "2/2", "1/2"],
+            ["trained", "2/2 epochs", "1/2 epochs"],
             ["time", "1m00s", "30s"],
             ["last top1", "60.00%", "40.00%"],
             ["best top1", "60.00%", "40.00%"],
