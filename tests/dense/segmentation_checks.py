@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from widefield.tasks.pixel_losses import cross_entropy, pixel_accuracy
 
 from dense.rules import IGNORED, Differences, features, images, labels, published_fill
 from widefield import dense
 from widefield.dense.layers import resize
+from widefield.tasks.pixel_losses import cross_entropy, pixel_accuracy
 
 Document = Mapping[str, Any]
 

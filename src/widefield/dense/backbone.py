@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.surgery import anatomy
-from widefield.surgery.answers import described
+from widefield.surgery.answers import described, evaluating
 from widefield.surgery.walk import duplicate
 
 Backboned = str | nn.Module
@@ -284,7 +283,7 @@ def _run(network: nn.Module, stages: Sequence[str] = ()) -> tuple[Tensor, Any]:
     hooks = [network.get_submodule(name).register_forward_hook(lambda _m, _x, y: seen.append(y)) for name in stages]
     error: Exception | None = None
     try:
-        with _evaluating(network), torch.enable_grad():
+        with evaluating(network), torch.enable_grad():
             for side in _SIDES:
                 images = torch.zeros(1, channels, side, side, dtype=like.dtype, device=like.device)
                 try:
@@ -300,18 +299,6 @@ def _run(network: nn.Module, stages: Sequence[str] = ()) -> tuple[Tensor, Any]:
         f"{type(network).__name__} refuses images of {channels}x{_SIDES[0]}x{_SIDES[0]}, so its feature maps cannot be "
         f"measured: {str(error).splitlines()[0]}"
     ) from error
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for one block; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
