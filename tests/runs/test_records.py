@@ -260,7 +260,7 @@ def test_a_comparison_has_a_column_a_run(three: list[RunRecord]) -> None:
     assert rows == {
         "optimizer.lr": ["0.01", "0.002"],
         "state": ["finished", "finished"],
-        "epochs done": ["3/3", "3/3"],
+        "trained": ["3/3 epochs", "3/3 epochs"],
         "time": ["2m02s", "2m02s"],
         "last train_loss": ["0", "0"],
         "best train_loss": ["0", "0"],
@@ -325,5 +325,5 @@ def test_many_runs_stay_apart(make: Make) -> None:
 def test_nothing_to_draw_is_an_error(three: list[RunRecord]) -> None:
     with pytest.raises(ValueError, match=r"no run has the metric 'top2' to draw; there are .*Did you mean 'top1'\?"):
         draw_runs(three, ["top2"])
-    with pytest.raises(ValueError, match="no run has a finished epoch to draw"):
+    with pytest.raises(ValueError, match="no run has an evaluation to draw"):
         draw_runs([])
