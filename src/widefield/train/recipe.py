@@ -151,19 +151,19 @@ class ScheduleSpec:
 
     name: Annotated[str, f"one of {', '.join(SCHEDULES)}"] = "cosine"
     warmup_epochs: Annotated[int, "epochs of linear warm-up, counted in epochs"] = 0
-    warmup_steps: Annotated[int | None, "steps of linear warm-up, instead of warmup_epochs"] = None
     warmup_lr: Annotated[float, "learning rate at the start of the warm-up"] = 0.0
-    warmup_ratio: Annotated[
-        float | None,
-        "learning rate at the start of the warm-up relative to the schedule's, which the warm-up multiplies, as in "
-        "OpenMMLab; null: warmup_lr",
-    ] = None
     min_lr: Annotated[float, "learning rate at the end"] = 0.0
     args: Annotated[
         dict[str, Any],
         "further arguments of create_scheduler_v2, such as decay_rate, the power of poly; with max_steps they count "
         "steps in place of epochs",
     ] = field(default_factory=dict)
+    warmup_steps: Annotated[int | None, "steps of linear warm-up, instead of warmup_epochs"] = None
+    warmup_ratio: Annotated[
+        float | None,
+        "learning rate at the start of the warm-up relative to the schedule's, which the warm-up multiplies, as in "
+        "OpenMMLab; null: warmup_lr",
+    ] = None
 
     def __post_init__(self) -> None:
         _checks.choice("schedule.name", self.name, SCHEDULES)
