@@ -11,6 +11,7 @@ from widefield.data.hugging_face import HuggingFace
 from widefield.data.image_files import CorruptImagesError
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
+from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
 
 __all__ = [
@@ -30,12 +31,14 @@ __all__ = [
     "Sample",
     "SampleSet",
     "Scales",
+    "SegmentationSet",
     "Shards",
     "UnsupportedImageError",
     "check_classes",
     "collate",
     "create",
     "create_both",
+    "default_palette",
     "seeded",
     "summarize",
     "write_conflicts",
