@@ -312,7 +312,7 @@ def _freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
     reached = [x.sum() for x in maps if x.requires_grad]
     if not learned or not reached:
         return
-    grads = torch.autograd.grad(reached, learned, allow_unused=True)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(reached, learned, allow_unused=True)
     for parameter, grad in zip(learned, grads, strict=True):
         if grad is None:
             parameter.requires_grad_(False)
