@@ -1,4 +1,4 @@
-"""Provide data sets: built-in (`Digits`), generated (`Scales`), CIFAR, files (`Folder`, `Shards`, `HuggingFace`)."""
+"""Provide data sets: built-in (`Digits`), generated (`Scales`, `Scenes`), CIFAR, files (`Folder`, `Shards`, ...)."""
 
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
 from widefield.data.catalog import SETS, create, create_both
@@ -11,6 +11,7 @@ from widefield.data.hugging_face import HuggingFace
 from widefield.data.image_files import CorruptImagesError
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
+from widefield.data.scenes import Scenes
 from widefield.data.shards import Shards
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Sample",
     "SampleSet",
     "Scales",
+    "Scenes",
     "Shards",
     "UnsupportedImageError",
     "check_classes",
