@@ -12,6 +12,7 @@ from widefield.data.image_files import CorruptImagesError
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.scenes import Scenes
+from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
 
 __all__ = [
@@ -32,12 +33,14 @@ __all__ = [
     "SampleSet",
     "Scales",
     "Scenes",
+    "SegmentationSet",
     "Shards",
     "UnsupportedImageError",
     "check_classes",
     "collate",
     "create",
     "create_both",
+    "default_palette",
     "seeded",
     "summarize",
     "write_conflicts",
