@@ -85,7 +85,7 @@ def test_the_scenes_are_those_of_the_first_release():
             digest.update(pixels(data, sample).numpy().tobytes())
             for name in TENSORS[1:]:
                 digest.update(sample[name].numpy().astype("<f4").tobytes())
-    assert digest.hexdigest() == "GOLDEN"
+    assert digest.hexdigest() == "6440f764a6fff8a546f9084bcc2dba90397542fa099ad5cd3c9d30c43c0506b2"
 
 
 def inside(name: str, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +185,7 @@ def test_masks_are_the_visible_parts_of_the_shapes(options):
         undecided_pixels += undecided.sum()
         shapes |= set(sample["labels"].tolist())
     assert shapes == set(range(1, 9))
-    assert undecided_pixels < 1e-3 * len(data) * data.image_size**2
+    assert undecided_pixels < 3e-3 * len(data) * data.image_size**2
 
 
 def test_class_and_size_maps_agree_with_the_objects(val):
@@ -256,7 +256,7 @@ def test_sizes_are_log_uniform_over_a_factor_of_18():
 
 
 def test_numbers_of_objects_and_classes(val):
-    counts = np.bincount([len(sample["labels"]) for sample in Scenes("val", count=200, min_visible=1e-6)])
+    counts = np.bincount([len(sample["labels"]) for sample in Scenes("val", count=60, min_visible=1e-6)])
     assert np.flatnonzero(counts).max() == 12
     labels = torch.cat([sample["labels"] for sample in val])
     shares = torch.bincount(labels, minlength=9)[1:] / len(labels)
@@ -293,20 +293,27 @@ def test_a_scene_may_be_empty():
     assert shapes == {"masks": (0, 128, 128), "boxes": (0, 4), "keypoints": (0, 5, 3), "sides": (0,)}
 
 
+def grown(mask: torch.Tensor, by: int) -> torch.Tensor:
+    return torch.nn.functional.max_pool2d(mask[None].float(), 2 * by + 1, 1, by)[0] > 0
+
+
 def test_the_image_shows_the_objects():
     data = Scenes("val", count=30, clutter=0)
     steps = []
     for sample in data:
         image = pixels(data, sample).float()
-        for own in sample["masks"]:
-            inner = -torch.nn.functional.max_pool2d(-own[None].float(), 3, 1, 1)[0] > 0
+        for index, own in enumerate(sample["masks"]):
+            nearer = sample["masks"][index + 1 :].any(0)
+            inner = ~grown(~own, 1) & ~grown(nearer, 6)  # the tips of a star fade out over a few pixels
+            inner[[0, -1]] = inner[:, [0, -1]] = False
             if inner.sum() < 9:
                 continue
             color = image[:, inner]
             assert (color == color[:, :1]).all()  # without texture an object has one color
-            around = torch.nn.functional.max_pool2d(own[None].float(), 5, 1, 2)[0] > 0
-            around &= torch.nn.functional.max_pool2d(own[None].float(), 3, 1, 1)[0] == 0
-            steps.append(float((image[:, around].mean(1) - color[:, 0]).abs().max()) / 255)
+            around = grown(own, 2) & ~grown(own, 1) & ~grown(nearer, 6)
+            if around.any():
+                steps.append(float((image[:, around].mean(1) - color[:, 0]).abs().max()) / 255)
+    assert len(steps) > 100
     assert np.mean(np.array(steps) > 0.1) > 0.9
 
 
@@ -314,7 +321,7 @@ def test_color_and_texture_say_nothing_of_the_class_or_the_size(val):
     values = {"brightness": [], "roughness": [], "label": [], "octave": []}
     for sample in val:
         for label, side, own in zip(sample["labels"], sample["sides"], sample["masks"], strict=True):
-            inner = -torch.nn.functional.max_pool2d(-own[None].float(), 3, 1, 1)[0] > 0
+            inner = ~grown(~own, 1)
             if inner.sum() > 20:
                 values["brightness"].append(float(sample["image"][:, inner].mean()))
                 values["roughness"].append(float(sample["image"][:, inner].std(1).mean()))
@@ -348,12 +355,12 @@ def flipped(sample: dict) -> dict:
 
 
 def test_train_scenes_are_flipped_by_epoch_and_val_scenes_are_not():
-    data, plain = Scenes("train", count=100), Scenes("train", count=100, hflip=0)
+    data, plain = Scenes("train", count=60), Scenes("train", count=60, hflip=0)
     fraction = []
     for epoch in range(2):
         data.set_epoch(epoch)
         turned = []
-        for index in range(100):
+        for index in range(60):
             sample, base = data[index], plain[index]
             turned.append(not same(sample, base))
             assert same(sample, flipped(base) if turned[-1] else base)
@@ -392,10 +399,12 @@ def test_photographs_are_backgrounds_and_the_splits_use_different_parts():
 
 def find(crop: torch.Tensor, background: torch.Tensor, photographs: list[torch.Tensor]) -> int:
     """Return the column of the photograph from which a crop was taken; it may be flipped."""
-    background = -torch.nn.functional.max_pool2d(-background[None].float(), 3, 1, 1)[0] > 0  # without soft edges
+    background = ~grown(~background, 4)  # without soft edges
     for turned in (False, True):
         wanted, ground = (crop.flip(-1), background.flip(-1)) if turned else (crop, background)
-        top, left = next((r, c) for r, c in itertools.product((0, 30, 60), (0, 30, 60)) if ground[r : r + 4, c : c + 4].all())
+        top, left = next(
+            (r, c) for r, c in itertools.product((0, 30, 60), (0, 30, 60)) if ground[r : r + 4, c : c + 4].all()
+        )
         probe = wanted[:, top : top + 4, left : left + 4]
         for photograph in photographs:
             windows = photograph.unfold(1, 4, 1).unfold(2, 4, 1)
@@ -421,7 +430,7 @@ def test_recipes_create_the_set_by_name():
     assert isinstance(train, Scenes)
     assert len(train) == len(val) == 3
     assert (len(Scenes("train")), len(Scenes("val"))) == (4000, 500)
-    with pytest.raises(TypeError, match="has no option 'object_size'.*Did you mean 'object_sizes'"):
+    with pytest.raises(TypeError, match=r"has no option 'object_size'.*Did you mean 'object_sizes'"):
         create("scenes", "val", object_size=(4, 8))
 
 

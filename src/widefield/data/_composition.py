@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from widefield.data.drawing import (
     CELLS,
@@ -25,13 +25,17 @@ from widefield.data.drawing import (
     interpolate_smooth,
 )
 
+Floats = NDArray[np.float32]
+Window = tuple[slice, slice]
+
 MATERIAL_DRAWS = 12  # random numbers of one material
 OBJECT_DRAWS = 7  # random numbers of one object
 PATCHES = 3  # materials of a generated background
 _CONTRAST = 0.35  # largest distance of a material's color from mid gray, by channel
 _TEXTURE = 0.2  # amplitude of a texture with a clutter of 1
 _FRONT = 2.0  # an object's distance varies by this many octaves of size either way
-_OUTLINES, _POINTS = tuple(OUTLINES.values()), tuple(POINTS.values())
+_OUTLINES = tuple(OUTLINES.values())
+_POINTS = np.array(tuple(POINTS.values()), dtype=np.float32)  # (shapes, K, 2)
 
 
 @dataclass(frozen=True)
@@ -68,30 +72,26 @@ class Thing:
         )
 
     @cached_property
-    def distances(self) -> Tensor:
+    def distances(self) -> Floats:
         """Return distances in pixels from pixel centers to the outline, negative inside, in a window around it."""
         top, bottom, left, right = self._span
         x = (torch.arange(left, right, dtype=torch.float32) + 0.5 - self.x)[None, :]
         y = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - self.y)[:, None]
         u, v = (self.cos * x + self.sin * y) / self.side, (self.cos * y - self.sin * x) / self.side
-        return _OUTLINES[self.shape](-u if self.mirrored else u, v) * self.side
+        distances = _OUTLINES[self.shape](-u if self.mirrored else u, v) * self.side
+        return distances.numpy()
 
-    def window(self, size: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    @cached_property
+    def inside(self) -> NDArray[np.bool_]:
+        """Return whether pixel centers are inside the outline, in the window of ``distances``."""
+        return self.distances <= 0
+
+    def window(self, size: int) -> tuple[Window, Window]:
         """Return the part of the window inside an image of ``size``: in the image, and in ``distances``."""
         top, bottom, left, right = self._span
-        rows, columns = (max(top, 0), min(bottom, size)), (max(left, 0), min(right, size))
-        inside = slice(*rows), slice(*columns)
-        return inside, (slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left))
-
-    def points(self) -> Tensor:
-        """Return the places (x, y) of the key points, float32 (K, 2)."""
-        u, v = torch.tensor(_POINTS[self.shape], dtype=torch.float32).unbind(1)
-        if self.mirrored:  # left stays left of the center: the names change places
-            swapped = list(KEYPOINTS_FLIPPED)
-            u, v = -u[swapped], v[swapped]
-        x = self.x + self.side * (self.cos * u - self.sin * v)
-        y = self.y + self.side * (self.sin * u + self.cos * v)
-        return torch.stack([x, y], 1)
+        rows, columns = slice(max(top, 0), min(bottom, size)), slice(max(left, 0), min(right, size))
+        part = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
+        return (rows, columns), part
 
 
 def thing(draws: Sequence[float], size: int, sizes: tuple[float, float], rotation: float) -> Thing:
@@ -126,94 +126,91 @@ def arranged(things: Sequence[Thing], size: int, min_visible: float) -> list[Thi
     Objects are taken nearest first. One is left out if less than the fraction ``min_visible`` of its area is inside the
     image and not covered by the nearer ones that are drawn, so every object that is drawn is at least so visible.
     """
-    free = torch.ones(size, size, dtype=torch.bool)
+    free = np.ones((size, size), bool)
     drawn = []
     for one in sorted(things, key=lambda one: one.distance):
-        inside, part = one.window(size)
-        own = one.distances <= 0
-        seen = own[part] & free[inside]
-        area = int(seen.sum())
-        if area and area >= min_visible * int(own.sum()):
-            free[inside] &= ~own[part]
+        window, part = one.window(size)
+        seen = one.inside[part] & free[window]
+        area = np.count_nonzero(seen)
+        if area and area >= min_visible * np.count_nonzero(one.inside):
+            free[window] &= ~one.inside[part]
             drawn.append(one)
     return drawn[::-1]
 
 
-def owners(things: Sequence[Thing], size: int) -> Tensor:
-    """Return the index of the object seen at each pixel, int64 (size, size), or -1; later objects hide earlier ones."""
-    seen = torch.full((size, size), -1)
+def owners(things: Sequence[Thing], size: int) -> NDArray[np.int16]:
+    """Return the index of the object seen at each pixel, (size, size), or -1; later objects hide earlier ones."""
+    seen = np.full((size, size), -1, np.int16)
     for index, one in enumerate(things):
-        inside, part = one.window(size)
-        seen[inside].masked_fill_(one.distances[part] <= 0, index)
+        window, part = one.window(size)
+        seen[window][one.inside[part]] = index
     return seen
 
 
-def keypoints(things: Sequence[Thing], seen: Tensor) -> Tensor:
-    """Return (x, y, visibility) of all key points, float32 (M, K, 3), given the ``owners`` of the pixels.
+def keypoints(things: Sequence[Thing], seen: NDArray[np.int16]) -> Floats:
+    """Return (x, y, visibility) of all key points, (M, K, 3), given the ``owners`` of the pixels.
 
     Visibility is 2 if no other object lies over the point's pixel, 1 if one does, and 0 if the point is outside the
     image.
     """
+    points = _POINTS[[one.shape for one in things]]
+    for index, one in enumerate(things):
+        if one.mirrored:  # left stays left of the center: the names change places
+            points[index] = points[index, list(KEYPOINTS_FLIPPED)] * np.array([-1, 1], np.float32)
+    names = ("x", "y", "side", "cos", "sin")
+    frames = np.array([[getattr(one, name) for name in names] for one in things], np.float32).reshape(-1, 5, 1)
+    x, y, side, cos, sin = frames.swapaxes(0, 1)
+    u, v = points[..., 0], points[..., 1]
+    places = np.stack([x + side * (cos * u - sin * v), y + side * (sin * u + cos * v)], -1)
     size = len(seen)
-    if not things:
-        return torch.zeros(0, len(KEYPOINTS_FLIPPED), 3)
-    places = torch.stack([one.points() for one in things])
-    inside = ((places >= 0) & (places < size)).all(-1)
-    column, row = places.clamp(0, size - 1).long().unbind(-1)
-    covered = seen[row, column] > torch.arange(len(things))[:, None]
-    visibility = torch.where(covered, 1.0, 2.0) * inside
-    return torch.cat([places, visibility[..., None]], -1)
+    column, row = np.moveaxis(places.clip(0, size - 1).astype(np.int64), -1, 0)
+    covered = seen[row, column] > np.arange(len(things))[:, None]
+    visibility = np.where(covered, 1, 2) * ((places >= 0) & (places < size)).all(-1)
+    return np.concatenate([places, visibility[..., None].astype(np.float32)], -1)
 
 
 class Materials:
-    """Colored textures from one tile of periodic noise; each material has its own color, strengths and shift.
+    """Colored textures from one layered noise; each material has its own color, strengths and piece of the noise.
 
     Args:
-        draws: ``MATERIAL_DRAWS`` random numbers in [0, 1) per material, float32 (N, 12).
-        noise: random numbers in [-1, 1) for the tile, float32 (``Materials.nodes(size)``,).
+        draws: ``MATERIAL_DRAWS`` random numbers in [0, 1) per material, (N, 12).
+        noise: random numbers in [-1, 1), (``Materials.nodes(size)``,).
         size: side of the images in pixels.
         clutter: amplitude of the textures.
     """
 
-    def __init__(self, draws: Tensor, noise: Tensor, size: int, clutter: float) -> None:
-        self._side = _tile(size)
-        layers = []
-        for cell, part in zip(CELLS, noise.split(_layer_sizes(size)), strict=True):
-            nodes = part.reshape(self._side // cell, -1)
-            nodes = torch.cat([nodes, nodes[:1]])
-            nodes = torch.cat([nodes, nodes[:, :1]], 1)
-            layers.append(interpolate(nodes[None], cell, self._side)[0])
-        self._layers = torch.stack(layers)
-        self._colors = 0.5 + _CONTRAST * (2 * draws[:, :3] - 1)
-        self._steps = 2 * draws[:, 3:6] - 1
+    def __init__(self, draws: Floats, noise: Floats, size: int, clutter: float) -> None:
+        layers, self._size = [], size
+        for cell, nodes in zip(CELLS, np.split(noise, np.cumsum(_layer_sizes(size))[:-1]), strict=True):
+            side = math.isqrt(len(nodes))
+            square = torch.from_numpy(nodes).reshape(1, side, side)
+            layers.append((square if cell == 1 else interpolate(square, cell, size))[0].numpy())
+        self._layers = layers
+        self._colors = 0.5 + _CONTRAST * (2 * draws[:, :3, None, None] - 1)
+        self._steps = 2 * draws[:, 3:6, None, None] - 1
         self._strengths = (clutter * _TEXTURE * (2 * draws[:, 6:10] - 1)).tolist()
-        self._shifts = (draws[:, 10:] * self._side).long().tolist()
+        self._places = draws[:, 10:].tolist()
 
     @staticmethod
     def nodes(size: int) -> int:
-        """Return the number of random numbers that the tile needs."""
+        """Return the number of random numbers that the noise needs."""
         return sum(_layer_sizes(size))
 
-    def __getitem__(self, place: tuple[int, slice, slice]) -> Tensor:
-        """Return the pixels of material ``place[0]`` in a window of the image, float32 (3, h, w)."""
-        index, rows, columns = place
-        down, right = self._shifts[index]
-        row = (torch.arange(rows.start, rows.stop) + down) % self._side
-        column = (torch.arange(columns.start, columns.stop) + right) % self._side
-        layers = self._layers[:, row][:, :, column]
-        texture = torch.zeros(layers.shape[1:])
-        for layer, strength in zip(layers, self._strengths[index], strict=True):
-            texture += strength * layer
-        return self._colors[index][:, None, None] + self._steps[index][:, None, None] * texture
-
-
-def _tile(size: int) -> int:
-    """Return the side of the tile of noise: the next multiple of the largest cell."""
-    return -(-size // CELLS[-1]) * CELLS[-1]
+    def pixels(self, index: int, height: int, width: int) -> Floats:
+        """Return an area of material ``index``, (3, height, width), at most as large as the image."""
+        down, right = self._places[index]
+        top, left = int(down * (self._size - height + 1)), int(right * (self._size - width + 1))
+        window = slice(top, top + height), slice(left, left + width)
+        texture = np.zeros((height, width), np.float32)
+        for layer, strength in zip(self._layers, self._strengths[index], strict=True):
+            texture += strength * layer[window]
+        pixels: Floats = self._steps[index] * texture
+        pixels += self._colors[index]
+        return pixels
 
 
 def _layer_sizes(size: int) -> list[int]:
-    return [(_tile(size) // cell) ** 2 for cell in CELLS]
+    return [size**2 if cell == 1 else ((size - 1) // cell + 2) ** 2 for cell in CELLS]
 
 
 def patch_nodes(size: int) -> int:
@@ -225,26 +222,32 @@ def _patch_cell(size: int) -> int:
     return max(1, size // 4)
 
 
-def patchwork(materials: Materials, noise: Tensor, size: int) -> Tensor:
-    """Return a background of the first ``PATCHES`` materials with smooth random borders, float32 (3, size, size)."""
-    whole, cell = slice(0, size), _patch_cell(size)
+def patchwork(materials: Materials, noise: Floats, size: int) -> Floats:
+    """Return a background of the first ``PATCHES`` materials with smooth random borders, (3, size, size)."""
+    cell = _patch_cell(size)
     side = (size - 1) // cell + 3
-    fields = interpolate_smooth(noise.reshape(PATCHES - 1, side, side), cell, size)
-    image = materials[0, whole, whole]
-    for index, field in enumerate(fields, start=1):
-        share = (0.5 + 2 * cell * field).clamp(0, 1)  # the border is about as sharp as an object's edge
-        image += share * (materials[index, whole, whole] - image)
+    nodes = torch.from_numpy(noise).reshape(PATCHES - 1, side, side)
+    image = materials.pixels(0, size, size)
+    for index, field in enumerate(interpolate_smooth(nodes, cell, size).numpy(), start=1):
+        share = (0.5 + 2 * cell * field).clip(0, 1)  # the border is about as sharp as an object's edge
+        _blend(image, share, materials.pixels(index, size, size))
     return image
 
 
-def paint(image: Tensor, things: Sequence[Thing], materials: Materials, first: int) -> None:
+def paint(image: Floats, things: Sequence[Thing], materials: Materials, first: int) -> None:
     """Draw ``things`` in order over ``image`` (3, size, size), in place; their materials are those from ``first``.
 
     Edges are one pixel wide: a pixel is covered to the part 0.5 - distance.
     """
     size = image.shape[-1]
     for index, one in enumerate(things, start=first):
-        inside, part = one.window(size)
-        share = (0.5 - one.distances[part]).clamp(0, 1)
-        under = image[:, inside[0], inside[1]]
-        under += share * (materials[index, inside[0], inside[1]] - under)
+        (rows, columns), part = one.window(size)
+        share = (0.5 - one.distances[part]).clip(0, 1)
+        _blend(image[:, rows, columns], share, materials.pixels(index, *share.shape))
+
+
+def _blend(under: Floats, share: Floats, over: Floats) -> None:
+    """Move ``under`` towards ``over`` by ``share``; both are overwritten."""
+    over -= under
+    over *= share
+    under += over

@@ -133,13 +133,10 @@ def interpolate_smooth(noise: Tensor, cell: int, size: int) -> Tensor:
     pixels = torch.arange(size)
     low, t = pixels // cell, (pixels % cell).float() / cell
     weights = 0.5 * (1 - t) * (1 - t), 0.5 + t - t * t, 0.5 * t * t
-    rows = torch.zeros(len(noise), size, noise.shape[-1])
-    for k, weight in enumerate(weights):
-        rows += noise[:, low + k] * weight[:, None]
-    image = torch.zeros(len(noise), size, size)
-    for k, weight in enumerate(weights):
-        image += rows[:, :, low + k] * weight
-    return image
+    first, second, third = (noise[:, low + k] * weight[:, None] for k, weight in enumerate(weights))
+    rows = first + second + third
+    first, second, third = (rows[:, :, low + k] * weight for k, weight in enumerate(weights))
+    return first + second + third
 
 
 def step_colors(draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from widefield import _checks
 from widefield.data import _composition as composition
@@ -93,6 +93,7 @@ class Scenes(SegmentationSet):
         (170, 68, 153),
     )
     size_groups = tuple(_GROUPS)
+    image_size: int
     keypoint_names = KEYPOINTS
     keypoints_flipped = KEYPOINTS_FLIPPED
     mean = (0.5, 0.5, 0.5)
@@ -136,32 +137,33 @@ class Scenes(SegmentationSet):
         """Draw scene ``index``."""
         pixels, things = self._drawn(index)
         seen = composition.owners(things, self.image_size)
-        labels = torch.tensor([one.shape + 1 for one in things], dtype=torch.int64)
-        sides = torch.tensor([one.side for one in things], dtype=torch.float32)
-        masks = seen == torch.arange(len(things))[:, None, None]
-        # One more entry for the background, which index -1 reads.
-        groups = torch.cat([_size_groups(sides, self.image_size), torch.tensor([_NO_OBJECT], dtype=torch.uint8)])
-        sample = {
-            "image": normalize(pixels / 255, self.mean, self.std),
-            "mask": torch.cat([labels, labels.new_zeros(1)])[seen],
+        labels = np.array([one.shape + 1 for one in things], np.int64)
+        sides = np.array([one.side for one in things], np.float32)
+        masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
+        # One more entry for the background, which the index -1 reads.
+        groups = np.append(_size_groups(sides, self.image_size), np.uint8(_NO_OBJECT))
+        arrays = {
+            "mask": np.append(labels, 0)[seen],
             "size_group": groups[seen],
             "labels": labels,
             "masks": masks,
-            "boxes": tight_boxes(masks),
+            "boxes": _boxes(masks),
             "keypoints": composition.keypoints(things, seen),
             "sides": sides,
         }
-        return flipped(sample) if self._flips(index) else sample
+        image = normalize(torch.from_numpy(pixels) / 255, self.mean, self.std)
+        sample = {"image": image, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+        return _flipped(sample) if self._flips(index) else sample
 
-    def _drawn(self, index: int) -> tuple[Tensor, list[composition.Thing]]:
-        """Return the pixels of a scene, uint8 (3, size, size), and its objects, farthest first."""
+    def _drawn(self, index: int) -> tuple[NDArray[np.uint8], list[composition.Thing]]:
+        """Return the pixels of a scene, (3, size, size), and its objects, farthest first."""
         generator = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
-        def uniform(*shape: int) -> Tensor:
-            return torch.from_numpy(generator.random(shape, dtype=np.float32))
+        def uniform(*shape: int) -> NDArray[np.float32]:
+            return generator.random(shape, dtype=np.float32)
 
         size, (fewest, most) = self.image_size, self.objects
-        count = fewest + int(generator.random(dtype=np.float32) * (most - fewest + 1))
+        count = fewest + int(uniform(1)[0] * (most - fewest + 1))
         draws = uniform(most, composition.OBJECT_DRAWS)[:count].tolist()
         things = [composition.thing(one, size, self.object_sizes, self.rotation) for one in draws]
         things = composition.arranged(things, size, self.min_visible)
@@ -177,7 +179,7 @@ class Scenes(SegmentationSet):
         else:
             image = composition.patchwork(materials, 2 * uniform(composition.patch_nodes(size)) - 1, size)
         composition.paint(image, things, materials, composition.PATCHES)
-        return (255 * image.clamp(0, 1)).round().to(torch.uint8), things
+        return np.rint(255 * image.clip(0, 1)).astype(np.uint8), things
 
     def _flips(self, index: int) -> bool:
         if self.split != "train" or not self.hflip:
@@ -185,19 +187,16 @@ class Scenes(SegmentationSet):
         return bool(np.random.default_rng((_FLIP, *self.key(index))).random() < self.hflip)
 
 
-def tight_boxes(masks: Tensor) -> Tensor:
-    """Return the edges (left, top, right, bottom) of masks bool (M, H, W) with a True pixel each, float32 (M, 4)."""
-    edges = []
-    for axis in (1, 2):
-        used = masks.any(axis).to(torch.uint8)
-        first = used.argmax(1)
-        last = used.shape[1] - used.flip(1).argmax(1)
-        edges.append((first, last))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], 1).float()
+def _boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the edges (left, top, right, bottom) of masks (M, H, W) with a True pixel each, (M, 4)."""
+    count, *shape = masks.shape
+    columns, rows = masks.any(1).reshape(count, shape[1]), masks.any(2).reshape(count, shape[0])
+    left, top = columns.argmax(1), rows.argmax(1)
+    right, bottom = shape[1] - columns[:, ::-1].argmax(1), shape[0] - rows[:, ::-1].argmax(1)
+    return np.stack([left, top, right, bottom], 1).astype(np.float32)
 
 
-def flipped(sample: Sample) -> Sample:
+def _flipped(sample: Sample) -> Sample:
     """Return a sample of `Scenes` flipped left to right; the key points left and right change places."""
     width = sample["image"].shape[-1]
     left, top, right, bottom = sample["boxes"].unbind(1)
@@ -212,39 +211,36 @@ def flipped(sample: Sample) -> Sample:
     }
 
 
-def _size_groups(sides: Tensor, size: int) -> Tensor:
-    """Return the group of each side, an index into ``Scenes.size_groups``, uint8 (M,)."""
-    edges = sides.new_tensor([share * size for share in list(_GROUPS.values())[1:]])
-    return (sides[:, None] >= edges).sum(1).to(torch.uint8)
+def _size_groups(sides: NDArray[np.float32], size: int) -> NDArray[np.uint8]:
+    """Return the group of each side, an index into ``Scenes.size_groups``, (M,)."""
+    _, *edges = _GROUPS.values()
+    return np.searchsorted(np.array(edges) * size, sides, side="right").astype(np.uint8)
 
 
 @cache
-def _photographs() -> tuple[Tensor, Tensor]:
-    """Return the two photographs of scikit-learn, uint8 (3, 427, 640)."""
+def _photographs() -> tuple[NDArray[np.uint8], ...]:
+    """Return the two photographs of scikit-learn, each (3, 427, 640)."""
     from sklearn.datasets import load_sample_images
 
-    first, second = (torch.from_numpy(image.copy()).movedim(2, 0) for image in load_sample_images().images)
-    return first, second
+    return tuple(np.moveaxis(image, 2, 0) for image in load_sample_images().images)
 
 
-def _photograph(draws: list[float], size: int, split: str) -> Tensor:
-    """Return a crop of a photograph in [0, 1], float32 (3, size, size); one that is too small continues mirrored."""
+def _photograph(draws: list[float], size: int, split: str) -> NDArray[np.float32]:
+    """Return a crop of a photograph in [0, 1], (3, size, size); one that is too small continues mirrored."""
     which, down, right, flip = draws
     photograph = _photographs()[int(2 * which)]
     part = photograph[:, :, :_TRAIN_COLUMNS] if split == "train" else photograph[:, :, _TRAIN_COLUMNS:]
     height, width = part.shape[1:]
-    rows, columns = (
-        _mirrored(int(down * max(1, height - size + 1)), size, height),
-        _mirrored(int(right * max(1, width - size + 1)), size, width),
-    )
-    crop = part[:, rows][:, :, columns].float() / 255
-    return crop.flip(-1) if flip < 0.5 else crop
+    rows = _mirrored(int(down * max(1, height - size + 1)), size, height)
+    columns = _mirrored(int(right * max(1, width - size + 1)), size, width)
+    crop = part[:, rows][:, :, columns[::-1] if flip < 0.5 else columns]
+    return np.divide(crop, 255, dtype=np.float32)
 
 
-def _mirrored(start: int, size: int, length: int) -> Tensor:
+def _mirrored(start: int, size: int, length: int) -> NDArray[np.int64]:
     """Return ``size`` indices from ``start`` on into an axis of ``length``, reflected at its ends."""
-    index = torch.arange(start, start + size) % (2 * length - 2)
-    return torch.minimum(index, 2 * length - 2 - index)
+    index = np.arange(start, start + size) % (2 * length - 2)
+    return np.minimum(index, 2 * length - 2 - index)
 
 
 def _objects(objects: Any) -> tuple[int, int]:
