@@ -8,8 +8,18 @@ from typing import Any
 from widefield import _checks
 from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
+from widefield.tasks.confusion import SegmentationScores
 
-__all__ = ["TASKS", "Batch", "Classification", "Labeled", "Task", "count_outputs", "create"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Classification",
+    "Labeled",
+    "SegmentationScores",
+    "Task",
+    "count_outputs",
+    "create",
+]
 
 TASKS: dict[str, type[Task]] = {"classification": Classification}
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
@@ -20,7 +30,7 @@ def create(name: str, dataset: Labeled, **options: Any) -> Task:
 
     Args:
         name: a key of ``TASKS``, such as ``"classification"``.
-        dataset: what the task is trained on, or a run's record of it; classification reads its ``classes``.
+        dataset: what the task is trained on, or a run's record of it; the tasks here read its ``classes``.
         options: the other arguments of the task's constructor.
 
     Raises:
