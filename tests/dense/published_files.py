@@ -38,6 +38,9 @@ NORMED = {"convnext_tiny", "convnextv2_atto", "hornet_tiny_7x7", "hornet_tiny_gf
 
 FIXTURE_NAMES = (*NARROW, "focalnet_tiny_srf")
 
+IMAGES = torch.randn(1, 3, 70, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+"""Images whose sides are not multiples of 32."""
+
 CLASSIFIER = ("norm.", "head.", "conv_head.")
 """Prefixes of weights that only classifiers have."""
 
@@ -94,6 +97,11 @@ def saved(model: nn.Module, folder: Path, **options: object) -> dict[str, Tensor
     dense.save_checkpoint(model, path, **options)
     content = torch.load(path, weights_only=True)
     return content["state_dict"]
+
+
+def backbone_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the backbone without their prefix."""
+    return {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
 
 
 def write(weights: dict[str, Tensor], path: Path, **extra: object) -> Path:
