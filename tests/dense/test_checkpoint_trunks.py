@@ -1,4 +1,4 @@
-"""Backbones give the maps of the published segmentation code: VAN, ResNet, ResNet with a deep stem, MobileNetV2."""
+"""Backbones give the maps of the published segmentation code: VAN, ResNet, MobileNetV2, FocalNet."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ import torchvision
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from dense.published_files import IMAGES, NARROW, backbone_of, made_weights, same, saved, write
+from dense.published_files import IMAGES, NARROW, backbone_of, focalnet, made_weights, same, saved, write
 from widefield import dense
 
 # VAN
@@ -107,20 +107,21 @@ def test_resnet_v1c_has_a_deep_stem(tmp_path):
 class InvertedResidual(nn.Module):
     """mmsegmentation's block of MobileNetV2, with its names."""
 
-    def __init__(self, channels, outputs, stride, ratio):
+    def __init__(self, channels, outputs, stride, ratio, dilation):
         super().__init__()
         inner = channels * ratio
         self.shortcut = stride == 1 and channels == outputs
         layers = [] if ratio == 1 else [unit(channels, inner, 1)]
-        self.conv = nn.Sequential(*layers, unit(inner, inner, 3, stride, inner), unit(inner, outputs, 1, act=False))
+        depthwise = unit(inner, inner, 3, stride, inner, dilation)
+        self.conv = nn.Sequential(*layers, depthwise, unit(inner, outputs, 1, act=False))
 
     def forward(self, x):
         y = self.conv(x)
         return x + y if self.shortcut else y
 
 
-def unit(channels, outputs, size, stride=1, groups=1, act=True):
-    parts = {"conv": nn.Conv2d(channels, outputs, size, stride, size // 2, groups=groups, bias=False),
+def unit(channels, outputs, size, stride=1, groups=1, dilation=1, act=True):
+    parts = {"conv": nn.Conv2d(channels, outputs, size, stride, size // 2 * dilation, dilation, groups, bias=False),
              "bn": nn.BatchNorm2d(outputs)}  # fmt: skip
     sequence = nn.Sequential()
     for name, part in (parts | ({"activate": nn.ReLU6()} if act else {})).items():
@@ -129,25 +130,18 @@ def unit(channels, outputs, size, stride=1, groups=1, act=True):
 
 
 class MobileNetV2(nn.Module):
-    """mmsegmentation's MobileNetV2 with output stride 32, with its names."""
+    """mmsegmentation's MobileNetV2, with its names; a stage's dilation is that of its first block."""
 
-    def __init__(self):
+    def __init__(self, strides, dilations):
         super().__init__()
         self.conv1 = unit(3, 32, 3, 2)
-        settings = (
-            (1, 16, 1, 1),
-            (6, 24, 2, 2),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        )
+        settings = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
         channels = 32
-        for index, (ratio, outputs, count, stride) in enumerate(settings, 1):
+        for index, (ratio, outputs, count) in enumerate(settings, 1):
             blocks = []
             for number in range(count):
-                blocks.append(InvertedResidual(channels, outputs, 1 if number else stride, ratio))
+                stride, dilation = (1, 1) if number else (strides[index - 1], dilations[index - 1])
+                blocks.append(InvertedResidual(channels, outputs, stride, ratio, dilation))
                 channels = outputs
             self.add_module(f"layer{index}", nn.Sequential(*blocks))
 
@@ -160,12 +154,16 @@ class MobileNetV2(nn.Module):
         return maps
 
 
-def test_mobilenetv2_files_load(tmp_path):
-    reference = MobileNetV2()
+@pytest.mark.parametrize(
+    ("stride", "strides", "dilations"),
+    [(32, (1, 2, 2, 2, 1, 2, 1), (1,) * 7), (8, (1, 2, 2, 1, 1, 1, 1), (1, 1, 1, 2, 2, 4, 4))],
+)
+def test_mobilenetv2_files_load(stride, strides, dilations, tmp_path):
+    """Also with the strides and dilations of the published DeepLabv3+ (output stride 8)."""
+    reference = MobileNetV2(strides, dilations)
     weights = made_weights(reference.state_dict())
     reference.load_state_dict(weights)
-    body = timm.create_model("mobilenetv2_100", features_only=True, out_indices=(1, 2, 3, 4))
-    model = dense.UPerNet(body, 5, channels=8, auxiliary_channels=8)
+    model = dense.DeepLabV3Plus("mobilenetv2_100", 19, channels=8, auxiliary_channels=8, output_stride=stride)
     file = made_weights(saved(model, tmp_path)) | {f"backbone.{key}": value for key, value in weights.items()}
     report = dense.load_checkpoint(model, write(file, tmp_path / "mobilenet.pth"))
     assert set(report.loaded) == set(model.state_dict())
@@ -174,3 +172,27 @@ def test_mobilenetv2_files_load(tmp_path):
         found = model.double().eval().backbone(IMAGES)
         for one, other in zip(found, reference.double().eval()(IMAGES), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+# FocalNet
+
+
+def test_focalnet_pads_maps_as_its_segmentation_code_does(tmp_path):
+    network = focalnet().double().eval()
+    model = dense.UPerNet(network, 5, stage_norms="none", channels=8, auxiliary_channels=8).double().eval()
+
+    def padded(x, multiple):
+        height, width = x.shape[2:]
+        return nn.functional.pad(x, (0, -width % multiple, 0, -height % multiple))
+
+    with torch.no_grad():
+        x, expected = network.stem(padded(IMAGES, 4)), []
+        for index, layer in enumerate(network.layers):
+            x = layer(padded(x, 2) if index else x)
+            expected.append(x)
+        found = model.backbone(IMAGES)
+    assert [tuple(x.shape[2:]) for x in found] == [(18, 23), (9, 12), (5, 6), (3, 3)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert model.backbone.body["model"].stem.proj is not network.stem.proj  # a whole classifier stays as it was
+    assert type(network.stem.proj) is nn.Conv2d

@@ -116,9 +116,10 @@ def test_features_are_those_of_the_official_weights(name, tmp_path):
     if "van" in name:
         for stage in range(1, 5):
             reference.get_submodule(f"norm{stage}").eps = 1e-5
+    images = IMAGES[..., :64, :64] if "focalnet" in name else IMAGES  # elsewhere, its segmentation code pads maps
     with torch.no_grad():
-        found = model.double().eval().backbone(IMAGES)
-        expected = reference.double().eval().forward_intermediates(IMAGES, intermediates_only=True)
+        found = model.double().eval().backbone(images)
+        expected = reference.double().eval().forward_intermediates(images, intermediates_only=True)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

@@ -156,7 +156,7 @@ def _mobile_rules() -> tuple[tuple[str, str], ...]:
     return ((rf"conv_stem({_LEAF})", r"conv1.conv\1"), (rf"bn1({_LEAF})", r"conv1.bn\1"), *layers)
 
 
-def _is_mobilenetv2(network: nn.Module) -> bool:
+def is_mobilenetv2(network: nn.Module) -> bool:
     """Return whether a network of timm's EfficientNet class is a MobileNetV2, by its activations and kernels."""
     convs = [module for module in network.modules() if type(module) is nn.Conv2d and module.groups > 1]
     return _has(nn.ReLU6)(network) and all(conv.kernel_size == (3, 3) for conv in convs)
@@ -166,7 +166,7 @@ MOBILENETV2 = Family(
     "MobileNetV2",
     r"layer1\.0\.conv\.0\.conv\.weight",
     _mobile_rules(),
-    accepts=_is_mobilenetv2,
+    accepts=is_mobilenetv2,
     classifier=r"(?:conv2|conv_head|bn2|classifier|fc)\.",
 )
 
