@@ -196,3 +196,18 @@ def test_focalnet_pads_maps_as_its_segmentation_code_does(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert model.backbone.body["model"].stem.proj is not network.stem.proj  # a whole classifier stays as it was
     assert type(network.stem.proj) is nn.Conv2d
+
+
+@pytest.mark.parametrize("small", [0, 3])
+def test_large_kernels_of_mobilenetv2_are_dilated_like_its_small_ones(small):
+    body = timm.create_model("mobilenetv2_lk", features_only=True, output_stride=8, kernel_sizes=9, small_kernel=small)
+    model = dense.DeepLabV3Plus(body, 19, channels=8, auxiliary_channels=8, out_indices=(1, 2, 3, 4), output_stride=8)
+    blocks = model.backbone.body.model.blocks
+    for stage, dilation in enumerate((1, 1, 1, 2, 2, 4, 4)):
+        for number, block in enumerate(blocks[stage]):
+            expected = 1 if number else dilation
+            found = [conv for conv in block.conv_dw.modules() if isinstance(conv, nn.Conv2d)]
+            assert {conv.dilation for conv in found} == {(expected, expected)}
+            assert all(conv.padding == tuple(expected * (k // 2) for k in conv.kernel_size) for conv in found)
+    with torch.no_grad():
+        assert [x.shape[2:] for x in model.eval().backbone(IMAGES.float())] == [(18, 23), *[(9, 12)] * 3]

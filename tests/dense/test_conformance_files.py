@@ -12,9 +12,15 @@ from dense import conformance
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "dense"
 FILES = sorted(FOLDER.glob("*.json"))
+WHOLE = ("upernet_convnext_tiny",)
+"""Files of whole models, which take minutes."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in WHOLE else path for path in FILES],
+    ids=lambda path: path.stem,
+)
 def test_every_number_agrees(path):
     differences = conformance.check(path)
     assert not differences.lines, "\n".join(differences.lines)

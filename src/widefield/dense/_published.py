@@ -41,9 +41,8 @@ class PaddedConv2d(nn.Conv2d):
     @classmethod
     def like(cls, conv: nn.Conv2d) -> PaddedConv2d:
         """Return such a layer with the parameters of ``conv``."""
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, device="meta"
-        )  # fmt: skip
+        size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        layer = cls(conv.in_channels, conv.out_channels, size, stride, padding, device="meta")  # type: ignore[arg-type]
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
@@ -54,11 +53,14 @@ class PaddedConv2d(nn.Conv2d):
 
 
 def _dilate_first_blocks(network: nn.Module) -> None:
+    """Leave the dilation of each stage of a MobileNetV2 to its first block. A layer may have several kernels."""
     stages = network._modules.get("blocks")
     for stage in stages.children() if stages is not None else ():
-        convs = [module for module in stage.modules() if type(module) is nn.Conv2d and module.groups > 1]
-        dilation = convs[-1].dilation[0] if convs else 1
-        for index, conv in enumerate(convs):
-            own = dilation if index == 0 else 1
-            if dilation > 1 and isinstance(conv.padding, tuple):
-                conv.dilation, conv.padding = (own, own), (own * (conv.kernel_size[0] // 2),) * 2
+        layers = [layer for block in stage.children() if (layer := block._modules.get("conv_dw")) is not None]
+        last = layers[-1].modules() if layers else ()
+        dilation = max((conv.dilation[0] for conv in last if isinstance(conv, nn.Conv2d)), default=1)
+        for index, layer in enumerate(layers if dilation > 1 else ()):
+            own = 1 if index else dilation
+            for conv in layer.modules():
+                if isinstance(conv, nn.Conv2d):
+                    conv.dilation, conv.padding = (own, own), (own * (conv.kernel_size[0] // 2),) * 2

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from timm.models import resnet
+from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.convnext import ConvNeXtStage
 from timm.models.focalnet import FocalNetStage
 from torch import Tensor, nn
@@ -157,9 +158,10 @@ def _mobile_rules() -> tuple[tuple[str, str], ...]:
 
 
 def is_mobilenetv2(network: nn.Module) -> bool:
-    """Return whether a network of timm's EfficientNet class is a MobileNetV2, by its activations and kernels."""
+    """Return whether a network of timm's EfficientNet class is a MobileNetV2, perhaps with converted kernels."""
     convs = [module for module in network.modules() if type(module) is nn.Conv2d and module.groups > 1]
-    return _has(nn.ReLU6)(network) and all(conv.kernel_size == (3, 3) for conv in convs)
+    mobile = any(isinstance(module, InvertedResidual) for module in network.modules())
+    return mobile and _has(nn.ReLU6)(network) and all(conv.kernel_size == (3, 3) for conv in convs)
 
 
 MOBILENETV2 = Family(

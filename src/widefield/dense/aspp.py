@@ -22,6 +22,9 @@ from widefield.dense.segmenter import DecodeHead, Segmenter
 OUTPUT_STRIDE = 8
 """Stride of the coarsest map in the published models, reached by dilation."""
 
+USUAL_STRIDE = 32
+"""Stride of the coarsest map of networks built without an output stride."""
+
 _REACH = (96, 192, 288)
 """Pixels of the image per dilation: 12, 24, 36 at stride 8 and 6, 12, 18 at stride 16 (section 4)."""
 
@@ -104,8 +107,8 @@ class DeepLabV3Plus(Segmenter):
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes.
         channels: channels inside the decode head.
-        output_stride: stride of the coarsest map. A name is built with it (not every network can); a module must have
-            it. None: 8 for a name, whatever it is for a module.
+        output_stride: stride of the coarsest map. A name is built with it; not every network can have a stride other
+            than 32. A module must have it. None: 8 for a name, whatever it is for a module.
         dilations: of the parallel convolutions. None: 12, 24, 36 at output stride 8 and 6, 12, 18 at 16, so that they
             reach as far in the image.
         c1_channels: channels to which the finest map is reduced.
@@ -138,8 +141,9 @@ class DeepLabV3Plus(Segmenter):
         out_indices: Sequence[int] | None = None,
         **backbone_args: Any,
     ) -> None:
-        if isinstance(backbone, str):
-            backbone_args["output_stride"] = OUTPUT_STRIDE if output_stride is None else output_stride
+        wanted = OUTPUT_STRIDE if output_stride is None else output_stride
+        if isinstance(backbone, str) and wanted != USUAL_STRIDE:
+            backbone_args["output_stride"] = wanted
         used = (0, 2, 3) if auxiliary else (0, 3)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=used, **backbone_args)
         stride = maps.strides[-1]

@@ -183,6 +183,11 @@ def _created(name: str, indices: tuple[int, ...], args: Mapping[str, Any]) -> An
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in args:
             raise
+        if unknown[1] == "output_stride":
+            raise ValueError(
+                f"{name} has no output_stride, so its coarsest map keeps its stride: pass output_stride=32, or choose "
+                "another network."
+            ) from error
         raise TypeError(
             f"neither the segmenter nor {name} has an argument {unknown[1]!r}."
             f"{_checks.did_you_mean(unknown[1], [word for word in _ARGUMENTS if word not in args])}"
@@ -280,7 +285,7 @@ def _run(network: nn.Module, stages: Sequence[str] = ()) -> tuple[Tensor, Any]:
     """Return black images and the output in evaluation mode; with ``stages``, the outputs of these modules."""
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     readers = anatomy(network).readers
-    channels = network.get_submodule(readers[0]).in_channels if readers else 3
+    channels = getattr(network.get_submodule(readers[0]), "in_channels", 3) if readers else 3
     seen: list[Any] = []
     hooks = [network.get_submodule(name).register_forward_hook(lambda _m, _x, y: seen.append(y)) for name in stages]
     error: Exception | None = None
@@ -309,7 +314,7 @@ def _freeze_unused(network: nn.Module, maps: Sequence[Tensor]) -> None:
     reached = [x.sum() for x in maps if x.requires_grad]
     if not learned or not reached:
         return
-    grads = torch.autograd.grad(reached, learned, allow_unused=True)
+    grads: Sequence[Tensor | None] = torch.autograd.grad(reached, learned, allow_unused=True)
     for parameter, grad in zip(learned, grads, strict=True):
         if grad is None:
             parameter.requires_grad_(False)

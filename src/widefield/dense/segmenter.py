@@ -131,7 +131,8 @@ class Segmenter(nn.Module):
             (N, num_classes, H, W); in training mode with an auxiliary head, such logits of both heads.
         """
         size = images.shape[2:]
-        if self.training and self.auxiliary_head is not None:
-            out, aux = self.forward_heads(images)
-            return SegmentationLogits(*(resize(logits, size, self.align_corners) for logits in (out, aux)))
-        return resize(self.decode_head(self.maps(images)), size, self.align_corners)
+        maps = self.maps(images)
+        out = resize(self.decode_head(maps), size, self.align_corners)
+        if not self.training or self.auxiliary_head is None:
+            return out
+        return SegmentationLogits(out, resize(self.auxiliary_head(maps), size, self.align_corners))
