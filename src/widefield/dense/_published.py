@@ -42,7 +42,7 @@ class PaddedConv2d(nn.Conv2d):
     def like(cls, conv: nn.Conv2d) -> PaddedConv2d:
         """Return such a layer with the parameters of ``conv``."""
         size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        layer = cls(conv.in_channels, conv.out_channels, size, stride, padding, device="meta")  # type: ignore[arg-type]
+        layer = cls(conv.in_channels, conv.out_channels, size, stride, padding, device="meta")
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
