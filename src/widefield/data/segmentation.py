@@ -31,12 +31,15 @@ class SegmentationSet(SampleSet):
         ignore_index: value of mask pixels that count neither in the loss nor in the metrics.
         size_groups: names of the groups of objects by size, such as ``("small", "large")``; empty if sizes are unknown.
         crop_size: (height, width) of the train images in pixels; None if they differ.
+        test_scale: (longer side, shorter side) of the rectangle that val images are fitted into; None: they keep the
+            size of the file.
     """
 
     palette: tuple[Color, ...] = ()
     ignore_index: int = IGNORED
     size_groups: tuple[str, ...] = ()
     crop_size: tuple[int, int] | None = None
+    test_scale: tuple[int, int] | None = None
 
     def found(self) -> str:
         """Return one line: images and classes of the split, and what was left out and why."""

@@ -5,21 +5,29 @@ The commands, the report about runs and the evaluation load their models with th
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
-from widefield import _checks, data
+from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
+from widefield.data import transforms
 from widefield.runs.labels import output_places
 from widefield.runs.trained import load_trained, read_run_data, weights_of
+from widefield.surgery.answers import meant
+from widefield.surgery.inputs import place
+from widefield.tasks import Task, count_outputs
+from widefield.tasks.base import evaluating
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import read_yaml
@@ -58,6 +66,8 @@ class Subject:
     """Of a run."""
     trained_on: RunData | None = None
     """Of a run: class names, number of images and so on."""
+    work: str = "classification"
+    """What the model does: the name of a task."""
 
     def image_options(self, size: int | None = None) -> dict[str, Any]:
         """Return the options of a set of image files that prepares images as the model expects them.
@@ -78,6 +88,72 @@ class Subject:
         if self.trained_on:
             return self.trained_on.classes
         return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return one name for each output, for figures; empty if they are unknown."""
+        # ImageNet's names are lists of synonyms.
+        return self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """Return the color of each class in figures; empty if the model gives no masks."""
+        if self.work != "segmentation":
+            return ()
+        own = self.trained_on.palette if self.trained_on else ()
+        return own or tuple(itertools.islice(itertools.cycle(data.default_palette(256)), self.outputs))
+
+    @cached_property
+    def outputs(self) -> int:
+        """Return the number of classes that the model tells apart."""
+        if self.trained_on and self.trained_on.classes:
+            return len(self.trained_on.classes)
+        if self.work == "classification":
+            return count_outputs(self.model, (len(self.mean), self.size, self.size))
+        return count_maps(self.model, (len(self.mean), 64, 64))
+
+    def task(self) -> Task:
+        """Return the task that the model was made for."""
+        if self.recipe and self.trained_on:
+            return tasks.create(self.recipe.task.name, self.trained_on, **self.recipe.task.args)
+        return tasks.create(self.work, _Classes(self.class_names or tuple(f"class {k}" for k in range(self.outputs))))
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Return how image files are decoded: arguments of `widefield.data.decoding.read`."""
+        return {key: self.preprocessing[key] for key in _DECODING if key in self.preprocessing}
+
+    def preparation(self, size: int | None = None) -> dict[str, Any]:
+        """Return facts about how :meth:`prepare` makes the model's input of an image, in JSON types."""
+        given = self.image_options(size)
+        if self.work == "segmentation":
+            given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+    def prepare(self, size: int | None = None) -> Callable[[Image.Image], Tensor]:
+        """Return a function from an RGB image of any size to the model's input, float32 (C, H, W).
+
+        Args:
+            size: side of the input; of a segmentation model the shorter side. Default: the model's own.
+
+        Raises:
+            ValueError: the model takes neither gray nor RGB images, or an option is out of range.
+        """
+        if size is not None:
+            _checks.integer("size", size)
+        if len(self.mean) not in (1, 3):
+            raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
+        if self.work == "segmentation":
+            return _Fitted(self._scale(size), self.mean, self.std)
+        options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
+        return _Cropped(transforms.evaluation(**options), len(self.mean))
+
+    def _scale(self, size: int | None) -> tuple[int, int] | None:
+        """Return (longer side, shorter side) of the rectangle that images are fitted into; None keeps their size."""
+        if size is not None:
+            return _ANY_LENGTH * size, size
+        scale: tuple[int, int] | None = self.preprocessing.get("test_scale")
+        return scale
 
     def pictures(
         self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
@@ -108,10 +184,8 @@ class Subject:
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
-        # ImageNet's names are lists of synonyms.
-        classes = self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
         own = isinstance(pictures, _OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, str(self.weights), pictures, classes, own, batch_size)
+        return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
@@ -125,6 +199,55 @@ class Subject:
         except MissingDataError as error:
             say(f"{error.__cause__!s} Photographs stand in for the data of the run {self.name!r}.")
             return self.pictures(data.PHOTOGRAPHS, **given)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The classes of a model, in the form in which a task takes a data set."""
+
+    classes: tuple[str, ...]
+
+
+class _Cropped:
+    """Makes a classifier's input of an image: resized, cropped and normalized."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor], channels: int) -> None:
+        self.transform, self.channels = transform, channels
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(image.convert("L") if self.channels == 1 else image)
+
+
+class _Fitted:
+    """Makes a segmentation model's input of an image: resized with its aspect ratio and normalized."""
+
+    def __init__(self, scale: Sequence[int] | None, mean: Sequence[float], std: Sequence[float]) -> None:
+        from widefield.data import joint  # torchvision.transforms.v2 is slow to import
+
+        self.channels = len(mean)
+        self.transform = joint.evaluation(scale, mean, std)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        from widefield.data import joint
+
+        pixels = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
+        prepared: Tensor = joint.apply(self.transform, {"image": pixels})["image"]
+        return prepared
+
+
+def count_maps(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return how many logits a segmentation model gives for a pixel of an image (C, H, W), from one forward pass.
+
+    Raises ValueError for outputs of another form.
+    """
+    device, dtype = place(model)
+    with evaluating(model), torch.no_grad():
+        found = meant(model(torch.zeros(1, *shape, device=device, dtype=dtype)))
+    if found is None or found.ndim != 4:
+        raise ValueError(f"{type(model).__name__} gives no logits (N, classes, H, W) for images.")
+    return found.shape[1]
 
 
 class MissingDataError(FileNotFoundError):
@@ -254,12 +377,46 @@ def _of_torchvision(word: str, pretrained: bool) -> Subject:
     from torchvision.models import get_model_weights
 
     name, given = _parsed(word)
+    if name.removeprefix(TORCHVISION) in _segmenters():
+        return _segmenter_of_torchvision(word, pretrained)
     model = create_model(ModelSpec(name, given, pretrained))
     shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
     size = getattr(model, "image_size", shown.crop_size[0])  # a ViT accepts no other
     crop = {"interpolation": shown.interpolation.value, "crop_pct": shown.crop_size[0] / shown.resize_size[0]}
     weights = Weights("pretrained" if pretrained else "random")
     return Subject(word, model, size, tuple(shown.mean), tuple(shown.std), weights, crop)
+
+
+def _segmenters() -> list[str]:
+    """Return the names of torchvision's segmentation models."""
+    from torchvision.models import list_models, segmentation
+
+    return list(list_models(module=segmentation))
+
+
+def _segmenter_of_torchvision(word: str, pretrained: bool) -> Subject:
+    from torchvision.models import get_model, get_model_weights
+
+    name, given = _parsed(word)
+    name = name.removeprefix(TORCHVISION)
+    published = get_model_weights(name).DEFAULT
+    chosen = {"weights": published} if pretrained else {"weights": None, "weights_backbone": None}
+    try:
+        model = get_model(name, **chosen, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"torchvision cannot build {name!r} with {given}: {error}.") from error
+    shown = published.transforms()
+    side = shown.resize_size[0]
+    return Subject(
+        word,
+        model,
+        side,
+        tuple(shown.mean),
+        tuple(shown.std),
+        Weights("pretrained" if pretrained else "random"),
+        {"test_scale": (_ANY_LENGTH * side, side)},
+        work="segmentation",
+    )
 
 
 def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
@@ -283,20 +440,28 @@ _READING = ("interpolation", "crop_pct", "crop_mode", "corrupt", "max_corrupt", 
 """Options of a run's data set that also apply to other image files."""
 _USUAL_SIZE = 224
 """Side of the images for a run whose own differ in size."""
+_DECODING = ("exif_orientation", "max_pixels")
+"""Options of a run's data set about decoding."""
+_HANDLING = ("corrupt", "max_corrupt", *_DECODING)
+"""Options of image files that do not concern a decoded image."""
+_ANY_LENGTH = 1000
+"""Largest ratio of an image's sides if only the shorter one is given."""
 
 
 def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
     chosen = checkpoint.chosen(folder, which)
     model = load_trained(folder, which, weights)
     recipe, found = load_recipe(folder), read_run_data(folder)
+    reading = {key: value for key, value in recipe.data.args.items() if key in _READING}
     return Subject(
         recipe.name,
         model,
-        found.size or _USUAL_SIZE,
+        found.size or min(found.crop_size or (_USUAL_SIZE,)),
         found.mean,
         found.std,
         Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),
-        {key: value for key, value in recipe.data.args.items() if key in _READING},
+        {**reading, **({"test_scale": found.test_scale} if recipe.task.name == "segmentation" else {})},
         recipe=recipe,
         trained_on=found,
+        work=recipe.task.name,
     )

@@ -8,8 +8,20 @@ from typing import Any
 from widefield import _checks
 from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
+from widefield.tasks.predictions import ClassPrediction, MaskPrediction, Prediction
 
-__all__ = ["TASKS", "Batch", "Classification", "Labeled", "Task", "count_outputs", "create"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "ClassPrediction",
+    "Classification",
+    "Labeled",
+    "MaskPrediction",
+    "Prediction",
+    "Task",
+    "count_outputs",
+    "create",
+]
 
 TASKS: dict[str, type[Task]] = {"classification": Classification}
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
