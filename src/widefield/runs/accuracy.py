@@ -17,8 +17,8 @@ from torch import nn
 
 from widefield import _checks, bench
 from widefield.data import LabeledImages
+from widefield.surgery.answers import evaluating
 from widefield.tasks import Batch, Task
-from widefield.tasks.base import evaluating
 from widefield.train.evaluation import Share, measure
 from widefield.train.loaders import batches, shut_down, val_loader
 from widefield.train.recipe import PRECISIONS

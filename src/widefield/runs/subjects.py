@@ -24,10 +24,9 @@ from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.runs.labels import output_places
 from widefield.runs.trained import load_trained, read_run_data, weights_of
-from widefield.surgery.answers import meant
+from widefield.surgery.answers import evaluating, meant
 from widefield.surgery.inputs import place
 from widefield.tasks import Task, count_outputs
-from widefield.tasks.base import evaluating
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import read_yaml

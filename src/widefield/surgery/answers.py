@@ -1,4 +1,4 @@
-"""Read the outputs of models: their tensors, the main one, and how to wrap a model to return it."""
+"""Run models and read their outputs: their tensors, the main one, and how to wrap a model to return it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ from torch.utils._pytree import tree_leaves
 MEANT = ("logits", "out")
 """Names of a model's main tensor: "logits" in Hugging Face's outputs, torchvision's GoogLeNet and Inception, and "out"
 in torchvision's segmentation models."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for one block; each module gets its own mode back."""
+    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def tensors(output: Any) -> list[Tensor]:

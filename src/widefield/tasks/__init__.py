@@ -8,6 +8,7 @@ from typing import Any
 from widefield import _checks
 from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
+from widefield.tasks.confusion import SegmentationScores
 from widefield.tasks.predictions import ClassPrediction, MaskPrediction, Prediction
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Labeled",
     "MaskPrediction",
     "Prediction",
+    "SegmentationScores",
     "Task",
     "count_outputs",
     "create",
@@ -32,7 +34,7 @@ def create(name: str, dataset: Labeled, **options: Any) -> Task:
 
     Args:
         name: a key of ``TASKS``, such as ``"classification"``.
-        dataset: what the task is trained on, or a run's record of it; classification reads its ``classes``.
+        dataset: what the task is trained on, or a run's record of it; the tasks here read its ``classes``.
         options: the other arguments of the task's constructor.
 
     Raises:

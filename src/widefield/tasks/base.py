@@ -41,18 +41,6 @@ def training_on(image: Tensor) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for one block; each module gets its own mode back."""
-    modes: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 class Labeled(Protocol):
     """A data set that names the classes of its labels, or a run's record of one."""
 
@@ -132,4 +120,7 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self) -> MetricCollection:
-        """Return fresh metrics, each a scalar, that do not synchronize by themselves (``sync_on_compute=False``)."""
+        """Return fresh metrics that do not synchronize by themselves (``sync_on_compute=False``).
+
+        Each gives a scalar, or a mapping of names to scalars.
+        """

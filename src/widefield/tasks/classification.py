@@ -18,8 +18,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from widefield import _checks
-from widefield.surgery.answers import described, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, evaluating, training_on
+from widefield.surgery.answers import described, evaluating, wrapping
+from widefield.tasks.base import Batch, Labeled, Task, training_on
 from widefield.tasks.predictions import ClassPrediction, Prediction
 
 

@@ -9,8 +9,8 @@ from accelerate.utils import reduce, send_to_device
 from torch import nn
 
 from widefield.data import Sample, SampleSet
+from widefield.surgery.answers import evaluating
 from widefield.tasks import Batch, Task
-from widefield.tasks.base import evaluating
 
 
 def evaluate(
