@@ -5,15 +5,12 @@ import re
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
+from train.helpers import QUIET
 from widefield import cli
 from widefield.runs import load
 from widefield.train import DataSpec, ModelSpec, Recipe, train
-
-from train.helpers import QUIET
 
 SEGMENTER = "torchvision:lraspp_mobilenet_v3_large{num_classes: 3}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from tolerances import FLOAT32, close
-from widefield import tasks
-from widefield.runs import Predictions, load, predict, predict_each
+from widefield.runs import load, predict, predict_each
 from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, shares
 from widefield.runs.predict import find_images
 from widefield.tasks import ClassPrediction, MaskPrediction
@@ -121,7 +118,9 @@ def test_a_network_for_gray_images_gets_gray_images(photos: Path) -> None:
 def test_a_loaded_model_is_used_as_it_is(photos: Path) -> None:
     subject = load(CLASSIFIER)
     (found,) = predict_each(subject, photos / "a.png", size=32)
-    assert torch.equal(found.prediction.probabilities, predict(subject, photos / "a.png", size=32)[0].prediction.probabilities)
+    assert torch.equal(
+        found.prediction.probabilities, predict(subject, photos / "a.png", size=32)[0].prediction.probabilities
+    )
     with pytest.raises(TypeError, match="loaded already; it takes no pretrained"):
         predict(subject, photos, pretrained=True)
 

@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status, 1 if no image could be read."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from widefield.data.listing import counted
     from widefield.runs import load
@@ -46,16 +46,17 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
     )  # fmt: skip
     console = Console(stderr=True)
-    written = predict_files(
-        subject,
-        args.images,
-        args.out,
-        size=args.size,
-        top=args.top,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        progress=lambda found, total: track(found, subject.name, total=total, console=console, transient=True),
-    )
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        written = predict_files(
+            subject,
+            args.images,
+            args.out,
+            size=args.size,
+            top=args.top,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            progress=lambda found, total: bar.track(found, total=total, description=subject.name),
+        )
     if written.rows:
         print_table(written.rows, right=["probability"])
     if written.images > len(written.rows):

@@ -1,7 +1,7 @@
 """Provide data sets: built-in (`Digits`), generated (`Scales`), CIFAR, files (`Folder`, `Shards`, `HuggingFace`)."""
 
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
-from widefield.data.catalog import SETS, create, create_both
+from widefield.data.catalog import SETS, create, create_both, options_of
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
 from widefield.data.decoding import CorruptImageError, UnsupportedImageError
@@ -39,6 +39,7 @@ __all__ = [
     "create",
     "create_both",
     "default_palette",
+    "options_of",
     "seeded",
     "summarize",
     "write_conflicts",

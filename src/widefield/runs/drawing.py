@@ -45,8 +45,12 @@ def resized_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 def colored(mask: Mask, palette: Sequence[Color]) -> NDArray[np.uint8]:
     """Return a mask in the colors of its classes, uint8 (H, W, 3); 255 is gray unless it is a class."""
-    table = np.array([*palette, *[_GRAY] * max(0, 256 - len(palette))], dtype=np.uint8)
-    return table[mask]
+    return np.array(_filled(palette), dtype=np.uint8)[mask]
+
+
+def _filled(palette: Sequence[Color]) -> list[Color]:
+    """Return a palette with at least 256 colors; gray is added."""
+    return [*palette, *[_GRAY] * (256 - len(palette))]
 
 
 def overlay(image: Image.Image, mask: Mask, palette: Sequence[Color], opacity: float = _OPACITY) -> Image.Image:
@@ -76,7 +80,8 @@ def label_file(mask: Mask, palette: Sequence[Color]) -> bytes:
     if len(palette) > 256:
         return encoded(Image.fromarray(mask.astype(np.uint16)), "png")
     image = Image.fromarray(mask.astype(np.uint8), mode="P")
-    image.putpalette([channel for color in palette for channel in color])
+    # All 256 colors: with fewer, Pillow writes fewer bits per pixel, which 255 does not fit into.
+    image.putpalette([channel for color in _filled(palette) for channel in color])
     return encoded(image, "png")
 
 
@@ -121,8 +126,8 @@ class Drawing(ABC):
         """Return the prediction in JSON types, without pixels."""
 
     @abstractmethod
-    def card(self, title: str, image: Image.Image, prediction: Any) -> str:
-        """Return the prediction on its image as a card of a page (HTML)."""
+    def card(self, title: str, image: Image.Image, prediction: Any, truth: Any = None) -> str:
+        """Return the prediction on its image, next to the label if it is known, as a card of a page (HTML)."""
 
     @abstractmethod
     def panel(self, axis: Any, image: Image.Image, prediction: Any) -> None:
@@ -154,9 +159,12 @@ class ClassDrawing(Drawing):
         pairs = zip(labels.tolist(), values.tolist(), strict=True)
         return {"classes": [{"label": k, "name": self.name(k), "probability": value} for k, value in pairs]}
 
-    def card(self, title: str, image: Image.Image, prediction: ClassPrediction) -> str:
+    def card(
+        self, title: str, image: Image.Image, prediction: ClassPrediction, truth: ClassPrediction | None = None
+    ) -> str:
         """Return the image, and bars under it."""
-        shown = report.embedded(encoded(preview(image).convert("RGB"), "jpeg"), "jpeg", "")
+        label = "" if truth is None else f"label: {self.name(int(truth.probabilities.argmax()))}"
+        shown = report.embedded(encoded(preview(image).convert("RGB"), "jpeg"), "jpeg", label)
         return report.card(title, report.views([shown]) + report.bars(self.best(prediction)))
 
     def panel(self, axis: Any, image: Image.Image, prediction: ClassPrediction) -> None:
@@ -181,11 +189,14 @@ class MaskDrawing(Drawing):
         found = shares(prediction.mask.numpy(), len(self.palette))
         return {"classes": [{"label": k, "name": self.name(k), "share": share} for k, share in found.items()]}
 
-    def card(self, title: str, image: Image.Image, prediction: MaskPrediction) -> str:
-        """Return the image, the overlay and the mask side by side, and a legend."""
-        return report.card(title, self.compared(image, {"prediction": prediction.mask.numpy()}), wide=True)
+    def card(
+        self, title: str, image: Image.Image, prediction: MaskPrediction, truth: MaskPrediction | None = None
+    ) -> str:
+        """Return the image, the overlay, the label if it is known and the mask side by side, and a legend."""
+        masks = {"label": truth.mask.numpy()} if truth else {}
+        return report.card(title, self._compared(image, {**masks, "prediction": prediction.mask.numpy()}), wide=True)
 
-    def compared(self, image: Image.Image, masks: Mapping[str, Mask]) -> str:
+    def _compared(self, image: Image.Image, masks: Mapping[str, Mask]) -> str:
         """Return an image, the overlay of the last mask, and masks by their captions, with a legend (HTML)."""
         small = preview(image).convert("RGB")
         few = {caption: resized_mask(mask, small.size) for caption, mask in masks.items()}
@@ -198,9 +209,9 @@ class MaskDrawing(Drawing):
             figures.append(
                 report.embedded(encoded(Image.fromarray(colored(mask, self.palette)), "png"), "png", caption)
             )
-        return report.views(figures) + self.legend(list(masks.values()))
+        return report.views(figures) + self._legend(list(masks.values()))
 
-    def legend(self, masks: Sequence[Mask]) -> str:
+    def _legend(self, masks: Sequence[Mask]) -> str:
         """Return the colors and names of the classes in masks, with their share in the last one (HTML)."""
         found = shares(masks[-1], len(self.palette))
         for mask in masks[:-1]:
@@ -234,7 +245,8 @@ class MaskDrawing(Drawing):
 def _patch(color: Color, label: str) -> Any:
     from matplotlib.patches import Patch
 
-    return Patch(facecolor=[channel / 255 for channel in color], edgecolor="gray", linewidth=0.4, label=label)
+    red, green, blue = color
+    return Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="gray", linewidth=0.4, label=label)
 
 
 DRAWINGS: Mapping[type, type[Drawing]] = {ClassPrediction: ClassDrawing, MaskPrediction: MaskDrawing}

@@ -257,21 +257,27 @@ def empty(subject: Subject, *, size: int | None = None, top: int = 5) -> Predict
 def predict_each(
     subject: Subject, images: Images, *, size: int | None = None, batch_size: int = 8, workers: int = 0
 ) -> Iterator[Predicted | Unreadable]:
-    """Yield the prediction of each image in order, as it is made; arguments and errors as of :func:`predict`."""
+    """Return an iterator over the images in order, which predicts each one when it is asked for it.
+
+    Arguments and errors are those of :func:`predict`.
+    """
     files = find_images(images)
-    _checks.integer("batch_size", batch_size)
-    _checks.integer("workers", workers, minimum=0)
-    names = _names(files)
     paths = [path for path, _ in files]
-    task = subject.task()
     loader = DataLoader(
         _Files(paths, subject, size),
-        batch_size=batch_size,
-        num_workers=workers,
+        batch_size=_checks.integer("batch_size", batch_size),
+        num_workers=_checks.integer("workers", workers, minimum=0),
         collate_fn=list,
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(0),
     )
+    return _each(subject, paths, _names(files), loader)
+
+
+def _each(
+    subject: Subject, paths: Sequence[Path], names: Sequence[str], loader: Iterable[Any]
+) -> Iterator[Predicted | Unreadable]:
+    task = subject.task()
     for batch in loader:
         for index, prediction in _predicted(subject, task, batch):
             if isinstance(prediction, str):

@@ -251,15 +251,15 @@ def lower_is_better(metric: str) -> bool:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: accuracies in percent, others with four digits, ``-`` for None."""
+    """Return a metric's value as text: accuracies and IoU in percent, others with four digits, ``-`` for None."""
     if value is None:
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a fraction of images, which is shown in percent."""
-    return re.search(r"top\d+$", metric) is not None
+    """Return whether a metric is a fraction of images or pixels, which is shown in percent."""
+    return re.search(r"(top\d+|[am]acc|miou(_\w+)?)$", metric) is not None
 
 
 def duration(seconds: float) -> str:

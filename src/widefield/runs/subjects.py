@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
+from widefield.data.image_files import ImageFiles
 from widefield.runs.labels import output_places
 from widefield.runs.trained import load_trained, read_run_data, weights_of
 from widefield.surgery.answers import evaluating, meant
@@ -111,11 +112,47 @@ class Subject:
             return count_outputs(self.model, (len(self.mean), self.size, self.size))
         return count_maps(self.model, (len(self.mean), 64, 64))
 
-    def task(self) -> Task:
-        """Return the task that the model was made for."""
+    def task(self, dataset: data.SampleSet | None = None, **changes: Any) -> Task:
+        """Return the task that the model was made for.
+
+        Args:
+            dataset: what it is evaluated on; its classes must be those of the model. Default: no data, for predictions.
+            changes: options of the task to change.
+
+        Raises:
+            ValueError: the data are not of the task's kind, or have other classes. Or an option is out of range.
+            TypeError: the task has no such option.
+        """
+        if dataset is not None:
+            self._check_data(dataset)
         if self.recipe and self.trained_on:
-            return tasks.create(self.recipe.task.name, self.trained_on, **self.recipe.task.args)
-        return tasks.create(self.work, _Classes(self.class_names or tuple(f"class {k}" for k in range(self.outputs))))
+            options = {**self.recipe.task.args, **changes}
+            return tasks.create(self.recipe.task.name, dataset or self.trained_on, **options)
+        names = self.class_names or tuple(f"class {k}" for k in range(self.outputs))
+        return tasks.create(self.work, dataset or _Classes(names), **changes)
+
+    def _check_data(self, dataset: data.SampleSet) -> None:
+        if self.work == "segmentation" and not isinstance(dataset, data.SegmentationSet):
+            raise ValueError("the data have no masks, and the model is one for segmentation.")
+        if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
+            self.trained_on.check_classes(dataset.classes)
+            raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
+        if len(dataset.classes) != self.outputs:
+            raise ValueError(f"the model tells {self.outputs} classes apart, and the data have {len(dataset.classes)}.")
+
+    def asked_options(self, kind: type[data.SampleSet], size: int | None) -> dict[str, Any]:
+        """Return the options of a data set of this kind that give the val images another size; {} for None."""
+        if size is None:
+            return {}
+        return {"test_scale": self._scale(size)} if "test_scale" in data.options_of(kind) else {"size": size}
+
+    def file_options(self, kind: type[data.SampleSet], size: int | None = None) -> dict[str, Any]:
+        """Return the options of a data set of this kind that prepare image files as the model expects them."""
+        if issubclass(kind, ImageFiles):
+            return self.image_options(size)
+        if "test_scale" in data.options_of(kind):
+            return {"mean": self.mean, "std": self.std, "test_scale": self._scale(size)}
+        return {}
 
     @property
     def decoding(self) -> dict[str, Any]:

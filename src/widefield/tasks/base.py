@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 
 from widefield.data import Sample
+from widefield.report import Report
 from widefield.tasks.predictions import Prediction
 
 Batch = dict[str, Any]
@@ -117,6 +118,26 @@ class Task(ABC):
             TypeError: the task does not define predictions.
         """
         raise TypeError(f"the task {type(self).__name__} has no predictions to draw: define its method predict.")
+
+    def truth(self, sample: Sample) -> Prediction | None:
+        """Return a sample's label in the form of a prediction, to draw them side by side; None if it has none."""
+        return None
+
+    def rate(self, outputs: Mapping[str, Any]) -> Tensor | None:
+        """Return how good each image's prediction is, float64 (N,), larger being better; default: None, not rated.
+
+        Args:
+            outputs: what :meth:`outputs` returned.
+        """
+        return None
+
+    def scores(self, metrics: MetricCollection) -> Report | None:
+        """Return a result with more than scalars, such as one row per class; default: None.
+
+        Args:
+            metrics: those of :meth:`metrics`, updated, and summed over all processes.
+        """
+        return None
 
     @abstractmethod
     def metrics(self) -> MetricCollection:

@@ -88,9 +88,9 @@ def read(folder: Path) -> RunData:
         splits = {name: SplitRecord(**split) for name, split in content["splits"].items()}
         classes, mean, std = (tuple(content[key]) for key in ("classes", "mean", "std"))
         found = RunData(classes, content["size"], mean, std, splits)
-        pairs = {name: tuple(content[name]) for name in ("crop_size", "test_scale") if content.get(name)}
+        crop, scale = (tuple(content[key]) if content.get(key) else None for key in ("crop_size", "test_scale"))
         palette = tuple((red, green, blue) for red, green, blue in content.get("palette", ()))
-        return replace(found, palette=palette, **pairs)
+        return replace(found, palette=palette, crop_size=crop, test_scale=scale)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not as a run writes it: {type(error).__name__}: {error}.") from error
 
