@@ -1,39 +1,52 @@
-"""Provide data sets: built-in (`Digits`), generated (`Scales`), CIFAR, files (`Folder`, `Shards`, `HuggingFace`)."""
+"""Provide data sets: built-in, generated, CIFAR, files of labeled images, and files of images with label images."""
 
+from widefield.data.ade20k import Ade20k
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
 from widefield.data.catalog import SETS, create, create_both, options_of
 from widefield.data.cifar import Cifar10, Cifar100
+from widefield.data.cityscapes import Cityscapes
+from widefield.data.coco_stuff import CocoStuff
 from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
-from widefield.data.decoding import CorruptImageError, UnsupportedImageError
+from widefield.data.corrupt import CorruptImagesError
+from widefield.data.decoding import CorruptImageError, LabelError, UnsupportedImageError
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
-from widefield.data.image_files import CorruptImagesError
+from widefield.data.mask_files import SegmentationFiles
+from widefield.data.masks import Masks
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
+from widefield.data.voc import Voc
 
 __all__ = [
     "PHOTOGRAPHS",
     "SETS",
     "SIXTEEN",
+    "Ade20k",
     "Cifar10",
     "Cifar100",
+    "Cityscapes",
+    "CocoStuff",
     "ConflictImages",
     "CorruptImageError",
     "CorruptImagesError",
     "Digits",
     "Folder",
     "HuggingFace",
+    "LabelError",
     "LabeledImages",
+    "Masks",
     "Pictures",
     "Sample",
     "SampleSet",
     "Scales",
+    "SegmentationFiles",
     "SegmentationSet",
     "Shards",
     "UnsupportedImageError",
+    "Voc",
     "check_classes",
     "collate",
     "create",

@@ -6,14 +6,19 @@ import inspect
 from typing import Any
 
 from widefield import _checks
+from widefield.data.ade20k import Ade20k
 from widefield.data.base import LabeledImages, SampleSet, check_classes
 from widefield.data.cifar import Cifar10, Cifar100
+from widefield.data.cityscapes import Cityscapes
 from widefield.data.class_map import alike, listed
+from widefield.data.coco_stuff import CocoStuff
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
+from widefield.data.masks import Masks
 from widefield.data.scales import Scales
 from widefield.data.shards import Shards
+from widefield.data.voc import Voc
 
 SETS: dict[str, type[SampleSet]] = {
     "digits": Digits,
@@ -23,6 +28,11 @@ SETS: dict[str, type[SampleSet]] = {
     "folder": Folder,
     "shards": Shards,
     "hfds": HuggingFace,
+    "masks": Masks,
+    "ade20k": Ade20k,
+    "cityscapes": Cityscapes,
+    "voc": Voc,
+    "coco_stuff": CocoStuff,
 }
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
 
@@ -32,9 +42,10 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
 
     Args:
         name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``, ``"shards"``,
-            ``"hfds"`` or one of yours.
+            ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"`` or one of yours.
         split: ``"train"`` or ``"val"``.
-        options: keyword arguments of the set's class: `Digits`, `Scales`, `Cifar`, `Folder`, `Shards`, `HuggingFace`.
+        options: keyword arguments of the set's class: `Digits`, `Scales`, `Cifar`, `Folder`, `Shards`, `HuggingFace`,
+            `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.
@@ -84,4 +95,4 @@ def options_of(make: type[SampleSet]) -> list[str]:
             names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return [*names, *make.further]
+    return list(dict.fromkeys([*names, *make.further]))  # a class may repeat an option to change its default

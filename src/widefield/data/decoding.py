@@ -10,6 +10,8 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from widefield import _checks
+
+Pixels = NDArray[np.integer[Any]]
 
 # Pillow's errors for broken bytes. Unlike these, OSErrors of the system have an errno.
 _BROKEN = (
@@ -55,6 +59,10 @@ class UnsupportedImageError(CorruptImageError):
     """An intact image that is not supported: too large, or with pixels of unknown range."""
 
 
+class LabelError(ValueError):
+    """A label image that can be read, but does not hold the classes of its image's pixels."""
+
+
 def read(
     source: str | Path | BinaryIO,
     name: str | Path | None = None,
@@ -82,13 +90,82 @@ def read(
         MemoryError: the image does not fit into memory. All of these messages name the file.
     """
     name = str(source if name is None else name)
-    try:
+    with _naming(name):
         if isinstance(source, (str, Path)):
             with _opened(source, name, max_pixels) as image:
                 return _decoded(image, name, exif_orientation)
         with source, _opened(source, name, max_pixels) as image:
             return _decoded(image, name, exif_orientation)
-    except CorruptImageError:
+
+
+def read_labels(path: str | Path, *, form: str = "index", max_pixels: int | None = None) -> Pixels:
+    """Return the values in a label image as they are stored, without scaling, colors or rotation.
+
+    Args:
+        path: the file.
+        form: what the file must hold: ``"index"``, gray values; ``"palette"``, gray values or the indices of a palette;
+            ``"color"``, colors.
+        max_pixels: as of `read`.
+
+    Returns:
+        Integers (H, W), or for ``"color"`` uint8 (H, W, 3).
+
+    Raises:
+        LabelError: the file holds pixels of another form, or is a JPEG file.
+        CorruptImageError, UnsupportedImageError, OSError, MemoryError: as of `read`.
+    """
+    name = str(path)
+    with _naming(name), _opened(path, name, max_pixels) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise LabelError(
+                f"the label image {name} is a JPEG file, whose compression changes values. Write labels as PNG."
+            )
+        tiles = getattr(image, "tile", ())
+        raw = str(getattr(tiles[0], "args", "")) if image.format == "PNG" and tiles else ""
+        image.load()
+        if form == "color":
+            return _colors(image, name)
+        _check_form(image, name, form)
+        # Pillow stretches PNG's values of 2 and 4 bits to 0..255.
+        return np.asarray(image).astype(np.int32) if image.mode == "I" else np.asarray(image) // _STRETCHED.get(raw, 1)
+
+
+_STRETCHED = {"L;2": 85, "L;4": 17}
+
+
+def _colors(image: Image.Image, name: str) -> Pixels:
+    if image.mode not in ("RGB", "RGBA", "P"):
+        raise LabelError(
+            f"the label image {name} holds single values (Pillow's mode {image.mode}) where colors are expected. Set "
+            f"label_format: index."
+        )
+    image.info.pop("transparency", None)
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_form(image: Image.Image, name: str, form: str) -> None:
+    if image.mode == "P" and form != "palette":
+        raise LabelError(
+            f"the label image {name} has a palette, so its values may be numbers of colors and not classes. Set "
+            f"label_format: palette if they are classes, as in Pascal VOC, or label_format: color and a palette if the "
+            f"colors stand for classes. Otherwise save it as gray values."
+        )
+    if len(image.getbands()) > 1:
+        raise LabelError(
+            f"the label image {name} has {len(image.getbands())} channels (Pillow's mode {image.mode}); a label image "
+            f"holds one value per pixel. Save the values of the classes as gray, or set label_format: color and the "
+            f"palette with the color of each class."
+        )
+    if image.mode == "F":
+        raise LabelError(f"the label image {name} holds floats. Save the values of the classes as integers.")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Raise the errors of a block that decodes an image as errors that name the file."""
+    try:
+        yield
+    except (CorruptImageError, LabelError):
         raise
     except _BOMBS as error:
         raise UnsupportedImageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -10,18 +9,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from widefield import _checks
 from widefield.data import transforms
-from widefield.data.base import LabeledImages, Sample, seeded, shared
+from widefield.data.base import LabeledImages, Sample, seeded
 from widefield.data.class_map import alike
-from widefield.data.decoding import CorruptImageError, UnsupportedImageError, decoding_options, read
+from widefield.data.corrupt import CorruptFiles
+from widefield.data.decoding import CorruptImageError, decoding_options, read
 from widefield.data.listing import Skipped
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
-
-_LISTED = 100  # names in the message of CorruptImagesError; earlier warnings name every file
 
 
 class ImageFiles(LabeledImages):
@@ -78,8 +74,7 @@ class ImageFiles(LabeledImages):
     ) -> None:
         super().__init__(split, size, seed)
         self.names = bool(names)
-        self.corrupt = _checks.choice("corrupt", corrupt, ("refuse", "skip"))
-        self.max_corrupt = _checks.number("max_corrupt", max_corrupt, maximum=1)
+        self._corrupt = CorruptFiles(corrupt, max_corrupt)
         self.decoding = decoding_options(exif_orientation, max_pixels)
         self.mean, self.std = transforms.statistics(mean, std)
         drawn = Augmentation(**augmentation)
@@ -97,8 +92,7 @@ class ImageFiles(LabeledImages):
         self.classes = tuple(classes)
         self._labels = labels
         self.skipped = skipped or Skipped()
-        # In shared memory, so that all workers and epochs warn about a file only once.
-        self._warned = shared(torch.zeros(len(labels), dtype=torch.bool))
+        self._corrupt.expect(len(labels), self.split)
 
     def found(self) -> str:
         """Return one line: images, classes, classes without images, and what was left out and why."""
@@ -136,7 +130,7 @@ class ImageFiles(LabeledImages):
         try:
             picture = read(self._open(index), self._name(index), **self.decoding)
         except CorruptImageError as error:
-            self._report(index, error)
+            self._corrupt.report(index, error, self._name)
             return None
         with seeded(self.key(index)):
             image = self._transform(picture)
@@ -144,27 +138,3 @@ class ImageFiles(LabeledImages):
         if self.names:
             sample["name"] = self._file_name(index)
         return sample
-
-    def _report(self, index: int, error: CorruptImageError) -> None:
-        sound = isinstance(error, UnsupportedImageError)  # its message says what to do
-        if self.corrupt == "refuse":
-            remedy = "Or" if sound else "Repair or delete the file, or"
-            raise type(error)(f'{error} {remedy} pass corrupt="skip" to leave such images out.') from error.__cause__
-        if not self._warned[index]:
-            self._warned[index] = True
-            warnings.warn(f"{error} It is left out{'' if sound else '; repair or delete it'}.", stacklevel=2)
-        found = self._warned.nonzero().flatten().tolist()
-        if len(found) > self.max_corrupt * len(self):
-            raise CorruptImagesError(self._too_many(found)) from error
-
-    def _too_many(self, found: Sequence[int]) -> str:
-        listed = "".join(f"\n  {self._name(index)}" for index in found[:_LISTED])
-        more = f"\n  and {len(found) - _LISTED} more, each named in a warning" if len(found) > _LISTED else ""
-        return (
-            f"{len(found)} of {len(self)} images of the {self.split} split cannot be read, more than "
-            f"max_corrupt={self.max_corrupt:g} allows. Repair or delete them, or raise max_corrupt:{listed}{more}"
-        )
-
-
-class CorruptImagesError(OSError):
-    """More files are corrupt than allowed; the message lists them."""

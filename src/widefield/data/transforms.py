@@ -66,6 +66,46 @@ class Augmentation:
             object.__setattr__(self, name, value)
 
 
+@dataclass(frozen=True)
+class JointAugmentation:
+    """Augmentation of a train split for dense prediction, with OpenMMLab's semantics and defaults.
+
+    Args:
+        scale: (longer side, shorter side) in pixels of the rectangle that images are fitted into, before ``ratio``;
+            None means the size of each image.
+        ratio: range of the random factor on ``scale``.
+        cat_max_ratio: largest fraction of the crop's labeled pixels that one class may cover, from 0 to 1. A crop above
+            it is drawn again, at most 10 times. 1 accepts every crop.
+        hflip: probability of a horizontal flip.
+        photometric: distort brightness, contrast, saturation and hue; see `widefield.data.joint`.
+        antialias: smooth images before they are shrunk. Published results come from OpenCV's bilinear resize, which
+            does not. Applies to both splits.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of the wrong type.
+    """
+
+    scale: Sequence[int] | None = None
+    ratio: Sequence[float] = (0.5, 2.0)
+    cat_max_ratio: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+    antialias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("photometric", "antialias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        checked = {
+            "scale": rectangle("scale", self.scale),
+            "ratio": _range("ratio", self.ratio),
+            "cat_max_ratio": _checks.number("cat_max_ratio", self.cat_max_ratio, maximum=1),
+            "hflip": _checks.number("hflip", self.hflip, maximum=1),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
 def training(
     size: int,
     mean: Sequence[float],
@@ -166,6 +206,11 @@ def statistics(mean: object, std: object) -> tuple[tuple[float, ...], tuple[floa
     if min(std) == 0:
         raise ValueError(f"std must be positive in every channel; got {std}.")
     return mean, std
+
+
+def rectangle(name: str, value: object) -> tuple[int, int] | None:
+    """Return two sides in pixels, or None; an integer stands for a square. Raises TypeError or ValueError."""
+    return None if value is None else _checks.pair(name, value)
 
 
 def _range(name: str, values: object) -> tuple[float, ...]:

@@ -1,0 +1,117 @@
+"""Find the images of a segmentation set and the label image of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from widefield.data.listing import Skipped, images_in
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The images of a split and their label images, in the same order; paths are relative to ``root`` or absolute."""
+
+    root: Path
+    images: Sequence[str]
+    labels: Sequence[str]
+    skipped: Skipped
+
+
+def root_of(root: str | Path, usual: str, part: str, layout: str) -> Path:
+    """Return the folder of a published set: ``root``, or the folder ``usual`` in it.
+
+    Args:
+        root: what the user gave.
+        usual: path of the set's folder as its archive has it.
+        part: a folder that the set must have.
+        layout: sentence about the layout, for the message.
+
+    Raises:
+        FileNotFoundError: neither has ``part``.
+    """
+    root = Path(root).expanduser()
+    for folder in (root, root / usual):
+        if (folder / part).is_dir():
+            return folder
+    found = "it has no such folder" if root.is_dir() else "there is no such folder as root"
+    raise FileNotFoundError(f"{str(root)!r} holds no folder {part!r}: {found}. {layout}")
+
+
+def pair_up(
+    root: Path, images: str, labels: str, *, image_suffix: str = "", label_suffix: str = "", layout: str = ""
+) -> Pairs:
+    """Match the images of two folders by their paths without suffix and ending.
+
+    Args:
+        root: folder of the set.
+        images, labels: the two folders, relative to ``root``. Files may be at any depth.
+        image_suffix, label_suffix: what the names of the files end in before the ending, such as ``"_leftImg8bit"``;
+            other files are left out.
+        layout: sentence about the layout, for messages.
+
+    Raises:
+        FileNotFoundError: a folder, an image or a label image is missing.
+        ValueError: two files in a folder differ only in their ending.
+    """
+    skipped = Skipped()
+    found = _stems(root / images, image_suffix, skipped, layout)
+    known = _stems(root / labels, label_suffix, skipped, layout)
+    if not found:
+        left_out = f" Left out: {skipped}." if skipped else ""
+        raise FileNotFoundError(f"{str(root / images)!r} holds no images.{left_out} {layout}".rstrip())
+    missing = [stem for stem in found if stem not in known]
+    if missing:
+        example = root / labels / _label_of(missing[0], known, label_suffix)
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(found):,} images have no label image; the first is "
+            f"{str(root / images / found[missing[0]])!r}, without {str(example)!r}. Add the label images, or remove "
+            f"these images."
+        )
+    for stem, name in known.items():
+        if stem not in found:
+            skipped.add("label images without an image", str(root / labels / name))
+    return Pairs(
+        root,
+        [os.path.join(images, name) for name in found.values()],  # noqa: PTH118 (a Path takes minutes for a million)
+        [os.path.join(labels, known[stem]) for stem in found],  # noqa: PTH118
+        skipped,
+    )
+
+
+def _stems(directory: Path, suffix: str, skipped: Skipped, layout: str) -> dict[str, str]:
+    """Return path without suffix and ending -> path, for all images in ``directory``, relative to it."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(directory)!r}. {layout}".rstrip())
+    start = len(os.path.join(directory, ""))  # noqa: PTH118 (a Path drops the separator)
+    found: dict[str, str] = {}
+    for path in images_in(directory, skipped):
+        name = path[start:]
+        bare = os.path.splitext(name)[0]  # noqa: PTH122 (a Path takes minutes for a million)
+        if not bare.endswith(suffix):
+            skipped.add(f"without {suffix!r} in their names", path)
+            continue
+        stem = bare.removesuffix(suffix)
+        if stem in found:
+            raise ValueError(
+                f"{str(directory)!r} has two files named {stem!r}: {found[stem]!r} and {name!r}. Remove one of them."
+            )
+        found[stem] = name
+    return found
+
+
+def _label_of(stem: str, known: Mapping[str, str], suffix: str) -> str:
+    """Return the name that the label image of ``stem`` should have; its ending is that of another one."""
+    ending = os.path.splitext(next(iter(known.values()), ".png"))[1]  # noqa: PTH122
+    return stem + suffix + (ending or ".png")
+
+
+def check_files(root: Path, paths: Sequence[str], what: str, mend: str) -> None:
+    """Raise FileNotFoundError naming the first of the files, relative to ``root``, that are missing."""
+    missing = [path for path in paths if not os.path.isfile(os.path.join(root, path))]  # noqa: PTH113, PTH118
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(paths):,} {what} are missing; the first is {str(root / missing[0])!r}. {mend}"
+        )
