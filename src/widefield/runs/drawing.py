@@ -170,7 +170,7 @@ class ClassDrawing(Drawing):
     def panel(self, axis: Any, image: Image.Image, prediction: ClassPrediction) -> None:
         """Draw the image with the likeliest class under it."""
         axis.imshow(np.asarray(preview(image, 320)))
-        lines = [f"{name[:28]} {100 * share:.0f} %" for name, share in self.best(prediction).items()]
+        lines = [f"{name[:28].rstrip()} {100 * share:.0f} %" for name, share in self.best(prediction).items()]
         axis.set_xlabel("\n".join(lines[:3]), fontsize=6.5)
 
 

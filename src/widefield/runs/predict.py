@@ -18,7 +18,7 @@ from widefield import _checks, bench, report
 from widefield._files import write_whole
 from widefield.data.decoding import read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in, is_image
-from widefield.runs.drawing import Drawing, drawing_of
+from widefield.runs.drawing import Drawing, drawing_of, preview
 from widefield.runs.subjects import Subject, load
 from widefield.surgery.inputs import place
 from widefield.tasks import Prediction, Task
@@ -118,13 +118,16 @@ class Predictions(report.Report):
             shown = self.images[: _checks.integer("count", count)]
             columns = min(4, max(1, len(shown)))
             rows = max(1, -(-len(shown) // columns))
-            figure = report.blank(report.PAGE * columns / 4 + 0.2, 2.3 * rows)
+            images = [preview(read(found.path), 480) for found in shown]
+            tallest = max((image.height / image.width for image in images), default=1.0)
+            side = report.PAGE / 4
+            figure = report.blank(side * columns + 0.2, (side * min(tallest, 2.0) + 0.65) * rows)
             axes = figure.subplots(rows, columns, squeeze=False)
             for axis in axes.flat:
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-            for axis, found in zip(axes.flat, shown, strict=False):
-                self._drawing(found).panel(axis, read(found.path), found.prediction)
+            for axis, image, found in zip(axes.flat, images, shown, strict=False):
+                self._drawing(found).panel(axis, image, found.prediction)
                 axis.set_title(_short(found.name, 26), fontsize=7)
         return figure
 

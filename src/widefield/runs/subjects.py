@@ -23,10 +23,8 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
-from widefield.runs.labels import output_places
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, count_maps
 from widefield.runs.trained import load_trained, read_run_data, weights_of
-from widefield.surgery.answers import evaluating, meant
-from widefield.surgery.inputs import place
 from widefield.tasks import Task, count_outputs
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
@@ -129,7 +127,7 @@ class Subject:
             options = {**self.recipe.task.args, **changes}
             return tasks.create(self.recipe.task.name, dataset or self.trained_on, **options)
         names = self.class_names or tuple(f"class {k}" for k in range(self.outputs))
-        return tasks.create(self.work, dataset or _Classes(names), **changes)
+        return tasks.create(self.work, dataset or Classes(names), **changes)
 
     def _check_data(self, dataset: data.SampleSet) -> None:
         if self.work == "segmentation" and not isinstance(dataset, data.SegmentationSet):
@@ -151,7 +149,8 @@ class Subject:
         if issubclass(kind, ImageFiles):
             return self.image_options(size)
         if "test_scale" in data.options_of(kind):
-            return {"mean": self.mean, "std": self.std, "test_scale": self._scale(size)}
+            scale = self._scale(size)
+            return {"mean": self.mean, "std": self.std, "test_scale": scale, "antialias": self._antialias}
         return {}
 
     @property
@@ -163,7 +162,7 @@ class Subject:
         """Return facts about how :meth:`prepare` makes the model's input of an image, in JSON types."""
         given = self.image_options(size)
         if self.work == "segmentation":
-            given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std}
+            given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std, "antialias": self._antialias}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
     def prepare(self, size: int | None = None) -> Callable[[Image.Image], Tensor]:
@@ -180,9 +179,13 @@ class Subject:
         if len(self.mean) not in (1, 3):
             raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
         if self.work == "segmentation":
-            return _Fitted(self._scale(size), self.mean, self.std)
+            return Fitted(self._scale(size), self.mean, self.std, antialias=self._antialias)
         options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
-        return _Cropped(transforms.evaluation(**options), len(self.mean))
+        return Cropped(transforms.evaluation(**options), len(self.mean))
+
+    @property
+    def _antialias(self) -> bool:
+        return bool(self.preprocessing.get("antialias", False))
 
     def _scale(self, size: int | None) -> tuple[int, int] | None:
         """Return (longer side, shorter side) of the rectangle that images are fitted into; None keeps their size."""
@@ -211,7 +214,7 @@ class Subject:
         spec = self.recipe.data
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
-            return _OwnPictures(self.trained_on, spec.name, options=options, **given)
+            return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
                 f"the data of the run {self.name!r} are missing: {error} Ask for other images: a folder, or "
@@ -220,7 +223,7 @@ class Subject:
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
-        own = isinstance(pictures, _OwnPictures) and bool(pictures.classes)
+        own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
         return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
 
     def any_pictures(
@@ -237,77 +240,8 @@ class Subject:
             return self.pictures(data.PHOTOGRAPHS, **given)
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """The classes of a model, in the form in which a task takes a data set."""
-
-    classes: tuple[str, ...]
-
-
-class _Cropped:
-    """Makes a classifier's input of an image: resized, cropped and normalized."""
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor], channels: int) -> None:
-        self.transform, self.channels = transform, channels
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.transform(image.convert("L") if self.channels == 1 else image)
-
-
-class _Fitted:
-    """Makes a segmentation model's input of an image: resized with its aspect ratio and normalized."""
-
-    def __init__(self, scale: Sequence[int] | None, mean: Sequence[float], std: Sequence[float]) -> None:
-        from widefield.data import joint  # torchvision.transforms.v2 is slow to import
-
-        self.channels = len(mean)
-        self.transform = joint.evaluation(scale, mean, std)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        from torchvision.transforms.functional import pil_to_tensor
-
-        from widefield.data import joint
-
-        pixels = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
-        prepared: Tensor = joint.apply(self.transform, {"image": pixels})["image"]
-        return prepared
-
-
-def count_maps(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Return how many logits a segmentation model gives for a pixel of an image (C, H, W), from one forward pass.
-
-    Raises ValueError for outputs of another form.
-    """
-    device, dtype = place(model)
-    with evaluating(model), torch.no_grad():
-        found = meant(model(torch.zeros(1, *shape, device=device, dtype=dtype)))
-    if found is None or found.ndim != 4:
-        raise ValueError(f"{type(model).__name__} gives no logits (N, classes, H, W) for images.")
-    return found.shape[1]
-
-
 class MissingDataError(FileNotFoundError):
     """The data that a run was trained on are missing."""
-
-
-class _OwnPictures(data.Pictures):
-    """Images of a run's data set, whose labels are indices of the model's outputs."""
-
-    def __init__(self, trained_on: RunData, source: str, **given: Any) -> None:
-        super().__init__(source, **given)
-        trained_on.check_classes(self.classes)
-        self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
-        self.classes = trained_on.classes
-        self._note = "" if self._from is None else trained_on.note(self._from)
-
-    def found(self) -> str:
-        """Return what `Pictures` does, and what has changed since the run."""
-        return f"{super().found()}; {self._note}" if self._note else super().found()
-
-    def sample(self, index: int) -> data.Sample:
-        """Return image ``index``."""
-        found = super().sample(index)
-        return {**found, "label": self._places[found["label"]]}
 
 
 def load(
@@ -450,7 +384,7 @@ def _segmenter_of_torchvision(word: str, pretrained: bool) -> Subject:
         tuple(shown.mean),
         tuple(shown.std),
         Weights("pretrained" if pretrained else "random"),
-        {"test_scale": (_ANY_LENGTH * side, side)},
+        {"test_scale": (_ANY_LENGTH * side, side), "antialias": True},
         work="segmentation",
     )
 
@@ -472,7 +406,16 @@ def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
 
 _DECIDED = ("size", "augment", "mean", "std")
 """Options of a run's data set that `Pictures` decides itself."""
-_READING = ("interpolation", "crop_pct", "crop_mode", "corrupt", "max_corrupt", "exif_orientation", "max_pixels")
+_READING = (
+    "antialias",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "corrupt",
+    "max_corrupt",
+    "exif_orientation",
+    "max_pixels",
+)
 """Options of a run's data set that also apply to other image files."""
 _USUAL_SIZE = 224
 """Side of the images for a run whose own differ in size."""
