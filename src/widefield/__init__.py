@@ -50,7 +50,21 @@ __all__ = [
     "trim",
 ]
 
-_ROOMS = ("nn", "ops", "surgery", "models", "data", "deploy", "tasks", "analysis", "train", "runs", "bench", "report")
+_ROOMS = (
+    "nn",
+    "ops",
+    "surgery",
+    "models",
+    "data",
+    "dense",
+    "deploy",
+    "tasks",
+    "analysis",
+    "train",
+    "runs",
+    "bench",
+    "report",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,10 @@
 """Joint transforms: images, masks, boxes and key points stay together, by OpenMMLab's rules."""
 
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,7 +93,22 @@ def test_sizes_are_those_of_mmcv(size, scale, expected):
     assert joint.fitted(*size, scale) == expected
 
 
-def test_resizing_is_that_of_opencv_without_antialiasing():
+OPENCV = json.loads((Path(__file__).parents[1] / "fixtures/opencv_resize.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("number", range(len(OPENCV)))
+def test_resizing_is_that_of_opencv(number):
+    case, drawn = OPENCV[number], np.random.Generator(np.random.PCG64(number))
+    image = torch.from_numpy(drawn.integers(0, 256, (*case["size"], 3)).astype(np.uint8)).permute(2, 0, 1)
+    mask = torch.from_numpy(drawn.integers(0, 150, case["size"]).astype(np.uint8))
+    result = joint.apply(joint.Resize(case["scale"]), {"image": image.contiguous(), "mask": mask})
+    assert list(result["mask"].shape) == case["resized"]
+    assert result["mask"].flatten().tolist() == case["mask"]
+    expected = torch.tensor(case["image"]).reshape(*case["resized"], 3).permute(2, 0, 1)
+    assert (result["image"].int() - expected).abs().max() <= 1  # of 255 levels: both round, in different arithmetic
+
+
+def test_bilinear_pixels_are_means_of_the_nearest():
     ramp = torch.tensor([0, 100, 20, 200, 40, 240, 90, 10], dtype=torch.uint8).expand(3, 8, 8).clone()
     result = joint.apply(joint.Resize((4, 4)), {"image": ramp})["image"]
     # cv2.INTER_LINEAR at half size takes the mean of two pixels on each side of the center, here columns 2i and 2i+1.

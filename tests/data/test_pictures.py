@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from made_segmentation import write_masks
 from PIL import Image
 
 from tolerances import FLOAT32, close
@@ -107,3 +108,20 @@ def test_a_broken_file_is_named(folder):
     (folder / "cat" / "1.png").write_bytes(b"broken")
     with pytest.raises(OSError, match=r"cannot read the image .*1\.png"):
         Pictures(folder, size=24).tensor()
+
+
+def test_images_of_a_set_for_segmentation_are_squares_with_their_masks(tmp_path):
+    masks = write_masks(tmp_path, counts={"train": 1, "val": 3}, size=(40, 60))["val"]
+    pictures = Pictures("masks", size=20, options={"root": tmp_path, "classes": ["sky", "sea", "ship"]})
+    assert pictures.tensor().shape == (3, 3, 20, 20)
+    assert pictures.classes == ()
+    for sample, mask in zip(pictures, masks, strict=True):
+        height, width = mask.shape
+        left = round((width - height) / 2)
+        assert sample["label"] == -1
+        shown = sample["mask"]
+        assert shown.shape == (20, 20)
+        rows = torch.arange(20) * height // 20
+        assert torch.equal(shown, torch.from_numpy(mask).long()[rows][:, left + rows])
+    (batch,) = pictures.batches()
+    assert batch["mask"].shape == (3, 20, 20)

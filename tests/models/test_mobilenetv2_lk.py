@@ -167,6 +167,22 @@ def test_behaves_as_everywhere_in_timm():
     assert "classifier.weight" in groups[18]
 
 
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_an_output_stride_dilates_both_kernels_like_timms(output_stride):
+    ours = timm.create_model("mobilenetv2_lk", kernel_sizes=(3, 3, 3, 3, 9), output_stride=output_stride, num_classes=7)
+    theirs = timm.create_model("mobilenetv2_100", output_stride=output_stride)
+    expected = {name: (conv.stride, conv.dilation) for name, conv in depthwise(theirs).items()}
+    for name, layer in depthwise(ours).items():
+        convs = [conv for conv, _ in layer.branches()] if isinstance(layer, LargeKernelConv2d) else [layer]
+        assert {(conv.stride, conv.dilation) for conv in convs} == {expected[name]}
+    assert {stride_and_dilation[1][0] for stride_and_dilation in expected.values()} > {1}
+    model, x = settled(ours).double(), torch.randn(2, 3, 72, 64).double()
+    assert model.forward_features(x).shape[2:] == (-(-72 // output_stride), 64 // output_stride)
+    fused = widefield.reparameterize(model, x)
+    assert not any(isinstance(m, LargeKernelConv2d) for m in fused.modules())
+    close(fused(x), model(x), FLOAT64)
+
+
 def test_norm_arguments_reach_the_branches():
     layer = depthwise(timm.create_model("mobilenetv2_lk", bn_eps=1e-3, bn_momentum=0.01))["blocks.3.1.conv_dw"]
     assert {(norm.eps, norm.momentum) for _, norm in layer.branches()} == {(1e-3, 0.01)}
@@ -181,7 +197,7 @@ def test_norm_arguments_reach_the_branches():
         ({"kernel_sizes": (3, 3, 3, 3, 7.0)}, TypeError, "must be an integer; got 7.0"),
         ({"small_kernel": 4}, ValueError, "small must be odd.*; got 4"),
         ({"small_kernel": -3}, ValueError, "small_kernel must be at least 0; got -3"),
-        ({"output_stride": 16}, ValueError, r"its dilation is \(2, 2\)"),
+        ({"pad_type": "same"}, ValueError, "cannot put a large kernel in the place of Conv2dSame"),
         ({"norm_layer": "layernorm2d"}, ValueError, "a LayerNormAct2d follows it, not a batch norm"),
     ],
 )

@@ -20,6 +20,7 @@ from widefield.data.base import LabeledImages, Sample, SampleSet, collate, norma
 from widefield.data.catalog import SETS, create
 from widefield.data.decoding import decoding_options, read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
+from widefield.data.segmentation import SegmentationSet
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOGRAPHS = "photographs"
@@ -31,14 +32,16 @@ class Pictures(LabeledImages):
     """A seeded choice of images (C, size, size), float32 and normalized; files are read when they are needed.
 
     C is 3, or that of the data set if ``mean`` and ``std`` are not given. Samples: ``image``, ``label`` (-1 without
-    classes), and the data set's other entries.
+    classes), and the data set's other entries. Of a set for segmentation whose images differ in size: ``image``,
+    ``label`` -1, and ``mask`` of the same pixels.
 
     Args:
         source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation split), or a
             folder that is searched for images at any depth, links included and hidden folders excluded. Its folders are
             the classes, as in `Folder`, if no file lies outside them. If it has a ``val`` folder, that folder is used.
         count: number of images; a seeded choice if there are more. None: all of them (64 photographs).
-        size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the center.
+        size: side in pixels. Files are resized, so that the shorter side is size / 0.875, and cropped in the center;
+            images of a set for segmentation, so that it is ``size``.
         mean, std: of each channel for pixels in [0, 1]. None: ImageNet's, or the data set's own.
         seed: of the choice and the crops.
         exif_orientation, max_pixels: for files in a folder, as in `ImageFiles`.
@@ -72,7 +75,7 @@ class Pictures(LabeledImages):
         own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
         if self.source in SETS and (self.source != "folder" or "root" in options):
             self._from = create(self.source, "val", size=size, **options)
-            self.classes = self._from.classes
+            self.classes = () if isinstance(self._from, SegmentationSet) else self._from.classes
             own = self._from.mean, self._from.std
             available = len(self._from)
         elif options:
@@ -128,9 +131,11 @@ class Pictures(LabeledImages):
             found = self._from[chosen]
             if found is None:
                 raise OSError(f"{self.source} has no image {chosen}.")
+            if self._from.image_size is None:
+                found = _squared(found, self.image_size)
             image = found["image"]
             before = [torch.tensor(v)[:, None, None] for v in (self._from.mean, self._from.std)]
-            return {**found, "image": self._normalized(image * before[1] + before[0])}
+            return {"label": -1, **found, "image": self._normalized(image * before[1] + before[0])}
         if self._files:
             path = self._files[chosen]
             label = self.classes.index(_class(path, Path(self.place))) if self.classes else -1
@@ -206,6 +211,19 @@ def _center(picture: Image.Image, size: int) -> Tensor:
     left, top = (width - size) // 2, (height - size) // 2
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     return _tensor(resized.crop((left, top, left + size, top + size)))
+
+
+def _squared(sample: Sample, size: int) -> Sample:
+    """Return the image and the mask of a sample: the central square, resized to ``size``."""
+    from torchvision.transforms.v2 import functional
+
+    image = functional.center_crop(sample["image"], [min(sample["image"].shape[-2:])] * 2)
+    squared = {"image": functional.resize(image, [size, size], antialias=True)}
+    if "mask" in sample:
+        mask = sample["mask"][None, None].float()
+        cut = functional.center_crop(mask, [min(mask.shape[-2:])] * 2)
+        squared["mask"] = torch.nn.functional.interpolate(cut, [size, size], mode="nearest")[0, 0].long()
+    return squared
 
 
 def _tensor(picture: Image.Image) -> Tensor:

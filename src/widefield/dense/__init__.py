@@ -1,7 +1,34 @@
-"""Provide whole models for dense prediction on any backbone, and their inference."""
+"""Build models for dense prediction on any backbone: (backbone, num_classes) -> module.
 
-from __future__ import annotations
+Module names inside heads and necks are OpenMMLab's, so published files load by name.
+"""
 
+from widefield.dense.aspp import DeepLabV3Plus, DepthwiseSeparableASPPHead
+from widefield.dense.backbone import FeatureMaps, feature_maps
+from widefield.dense.fcn import FCNHead
+from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, segment
+from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
+from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
+from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
+from widefield.dense.uper import UPerHead, UPerNet
 
-__all__ = ["check_views", "segment"]
+__all__ = [
+    "FPN",
+    "ConvModule",
+    "DecodeHead",
+    "DeepLabV3Plus",
+    "DepthwiseSeparableASPPHead",
+    "DepthwiseSeparableConvModule",
+    "FCNHead",
+    "FPNHead",
+    "FeatureMaps",
+    "SegmentationLogits",
+    "Segmenter",
+    "SemanticFPN",
+    "UPerHead",
+    "UPerNet",
+    "check_views",
+    "feature_maps",
+    "segment",
+]

@@ -39,7 +39,8 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
         small_kernel: size of the kernel next to every larger one, each with a batch norm, merged by
             ``widefield.reparameterize``; 0 for none. Default: 3.
         shortcut: False removes all shortcuts (table 2). Default: True.
-        kwargs: timm's; the norm must be a batch norm, and the output stride 32.
+        kwargs: timm's; the norm must be a batch norm. An ``output_stride`` of 8 or 16 dilates both kernels like timm's
+            3x3 kernels.
 
     Raises:
         TypeError, ValueError: sizes are not odd integers, or not five; a convolution does not support a large kernel.
@@ -77,6 +78,7 @@ def _enlarged(block: nn.Module, size: int, small: int) -> dict[nn.Module, nn.Mod
     parts = list(block.children())
     conv: Any = block.conv_dw
     norm: Any = parts[parts.index(conv) + 1]
+    dilation = _undilate(conv)
     reason = reparam.why_not(conv)
     if reason is None and not isinstance(norm, BatchNormAct2d):
         reason = f"a {type(norm).__name__} follows it, not a batch norm"
@@ -95,4 +97,17 @@ def _enlarged(block: nn.Module, size: int, small: int) -> dict[nn.Module, nn.Mod
         )
         exchanged = {conv: layer}
     efficientnet_init_weights(layer)
+    for part in layer.modules():
+        if isinstance(part, nn.Conv2d):
+            part.dilation = dilation
+            part.padding = tuple(d * (k // 2) for d, k in zip(dilation, part.kernel_size, strict=True))
     return exchanged
+
+
+def _undilate(conv: nn.Conv2d) -> tuple[int, ...]:
+    """Remove the dilation of a centered convolution that is about to be replaced, and return it."""
+    dilation = conv.dilation
+    spread = tuple(d * (k // 2) for d, k in zip(dilation, conv.kernel_size, strict=True))
+    if conv.padding == spread:
+        conv.dilation, conv.padding = (1, 1), tuple(k // 2 for k in conv.kernel_size)
+    return dilation

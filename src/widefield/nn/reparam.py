@@ -183,7 +183,8 @@ def merged(layer: ReparamConv2d) -> nn.Conv2d:
     largest, *others = branches
     rows, columns = largest.kernel_size
     for conv in others:
-        spread = fold.pad(fold.dilate(conv.weight, conv.dilation[0]), (rows, columns))
+        # On the grid of the largest kernel: a network may be dilated after its kernels were enlarged.
+        spread = fold.pad(fold.dilate(conv.weight, conv.dilation[0] // largest.dilation[0]), (rows, columns))
         add_parameter(largest.weight, conv.weight, spread)
         add_parameter(cast(Tensor, largest.bias), cast(Tensor, conv.bias))
     return largest

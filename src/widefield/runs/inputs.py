@@ -77,7 +77,7 @@ class OwnPictures(data.Pictures):
         super().__init__(source, **given)
         trained_on.check_classes(self.classes)
         self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
-        self.classes = trained_on.classes
+        self.classes = trained_on.classes if self.classes else ()  # masks have no label
         self._note = "" if self._from is None else trained_on.note(self._from)
 
     def found(self) -> str:
@@ -87,4 +87,4 @@ class OwnPictures(data.Pictures):
     def sample(self, index: int) -> data.Sample:
         """Return image ``index``."""
         found = super().sample(index)
-        return {**found, "label": self._places[found["label"]]}
+        return {**found, "label": self._places[found["label"]] if self.classes else -1}

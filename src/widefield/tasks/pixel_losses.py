@@ -110,4 +110,5 @@ def pixel_accuracy(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> 
     """
     valid = mask != ignore_index
     right = (logits.argmax(1) == mask) & valid
-    return right.sum() * 100 / (valid.sum().to(logits.dtype) + EPS)
+    # The number of hits times a factor, both in float32, as in mmsegmentation for logits of any dtype.
+    return right.sum().float() * (100 / (valid.sum().double() + EPS)).float()

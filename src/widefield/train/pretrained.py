@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield.train import checkpoint
@@ -83,7 +84,8 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     """Return a model of timm with the weights of ``source``, and a fresh head if its classes differ.
 
     The weights may be those of the plain network, in any form that timm reads: they are loaded before the conversion,
-    which keeps their function. Or they are those of the converted network, or of the task's whole model.
+    which keeps their function. Or they are those of the converted network, or of the task's whole model. Weights of a
+    plain network may have smaller depthwise kernels, or global filters of another size: see :func:`resized`.
 
     Args:
         source: see :func:`read_weights`.
@@ -96,11 +98,9 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     """
     weights = read_weights(source)
     theirs = None if assembly.classes is None else classes_of(weights, heads)
-    # timm reads a source before weights that are given to it.
-    overlay = {"state_dict": dict(weights), "label_offset": 0, "source": "", **_head(theirs)}
     given = _head(theirs)
     try:  # with their own number of classes: timm ignores missing keys of any kind if the numbers differ
-        model = assembly.build({**given, "pretrained": True, "pretrained_cfg_overlay": overlay})
+        model = _plain(weights, assembly, given)
     except ValueError as plain:
         model = assembly.convert(assembly.build(given))
         whole = assembly.adapt(model)
@@ -112,6 +112,55 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     if theirs != assembly.classes or fresh_head:
         model.reset_classifier(assembly.classes)  # type: ignore[operator]
     return assembly.adapt(model)
+
+
+def _plain(weights: Mapping[str, Tensor], assembly: Assembly, given: Mapping[str, Any]) -> nn.Module:
+    """Return timm's plain network with these weights, resized if they do not fit otherwise; raises ValueError."""
+
+    def loaded(state: Mapping[str, Tensor]) -> nn.Module:
+        # timm reads a source before weights that are given to it.
+        overlay = {"state_dict": dict(state), "label_offset": 0, "source": "", **given}
+        return assembly.build({**given, "pretrained": True, "pretrained_cfg_overlay": overlay})
+
+    try:
+        return loaded(weights)
+    except ValueError:
+        whole = assembly.build({**given, "features_only": False}).state_dict()
+        fitting = resized(weights, {name: value.shape for name, value in whole.items()})
+        if fitting is None:
+            raise
+        return loaded(fitting)
+
+
+def resized(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:
+    """Return weights whose depthwise kernels and global filters have a network's sizes.
+
+    Smaller kernels get zeros around them, which keeps their function. Global filters (HorNet) are resized bilinearly
+    with aligned corners, which keeps their gains at the same relative frequencies. Both are what the authors'
+    segmentation code does, of FocalNet and HorNet.
+
+    Args:
+        weights: a state dict.
+        shapes: those of the network's entries.
+
+    Returns:
+        A new state dict, or None if nothing had to be resized.
+    """
+    found = dict(weights)
+    changed = False
+    for name, value in weights.items():
+        shape = shapes.get(name)
+        if shape is None or value.ndim != 4 or len(shape) != 4 or value.shape == shape:
+            continue
+        gap = [there - here for there, here in zip(shape, value.shape, strict=True)]
+        if name.endswith("complex_weight") and gap[0] == gap[3] == 0:
+            planes = value.permute(3, 0, 1, 2)
+            planes = F.interpolate(planes, tuple(shape[1:3]), mode="bilinear", align_corners=True)
+            found[name], changed = planes.permute(1, 2, 3, 0).contiguous(), True
+        elif value.shape[1] == 1 and gap[:2] == [0, 0] and all(rest >= 0 and rest % 2 == 0 for rest in gap[2:]):
+            rows, columns = gap[2] // 2, gap[3] // 2
+            found[name], changed = F.pad(value, (columns, columns, rows, rows)), True
+    return found if changed else None
 
 
 def _filled_either(

@@ -1,0 +1,74 @@
+"""The FCN head, which serves as the auxiliary head of segmenters.
+
+Paper: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015; as an auxiliary
+head: Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017, section 4. Structure and names are those of
+mmsegmentation's ``FCNHead``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks
+from widefield.dense.layers import ConvModule
+from widefield.dense.segmenter import DecodeHead
+
+
+class FCNHead(DecodeHead):
+    """Convolutions on one map, and a classifier.
+
+    Args:
+        in_channels: channels of the map.
+        num_classes: number of classes.
+        in_index: which of the maps, finest first.
+        channels: channels of the convolutions.
+        num_convs: number of convolutions; 0 for none, which needs ``in_channels == channels``.
+        kernel_size: of the convolutions.
+        dilation: of the convolutions.
+        concat_input: whether one more convolution, ``conv_cat``, sees the map and the result side by side.
+        dropout: probability that a channel is dropped before the classifier.
+        align_corners: of the resizing of the logits.
+
+    Raises:
+        ValueError: no convolutions, but ``in_channels`` differs from ``channels``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        in_index: int = 2,
+        channels: int = 256,
+        num_convs: int = 1,
+        kernel_size: int = 3,
+        dilation: int = 1,
+        concat_input: bool = False,
+        dropout: float = 0.1,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__(channels, num_classes, dropout=dropout, align_corners=align_corners)
+        self.in_channels = _checks.integer("in_channels", in_channels)
+        self.in_index = in_index
+        count = _checks.integer("num_convs", num_convs, minimum=0)
+        size = _checks.odd("kernel_size", kernel_size)
+        if count == 0 and in_channels != channels:
+            raise ValueError(
+                f"without convolutions the classifier reads the map itself, so in_channels={in_channels} and "
+                f"channels={channels} must be equal."
+            )
+        widths = [in_channels, *[channels] * count]
+        padding = size // 2 * _checks.integer("dilation", dilation)
+        self.convs = nn.Sequential(
+            *(ConvModule(width, channels, size, padding=padding, dilation=dilation) for width in widths[:-1])
+        )
+        self.conv_cat = ConvModule(in_channels + channels, channels, size, padding=size // 2) if concat_input else None
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps -> (N, channels, H, W) at the size of the map in use."""
+        x = maps[self.in_index]
+        y: Tensor = self.convs(x)
+        return y if self.conv_cat is None else self.conv_cat(torch.cat([x, y], 1))

@@ -1,0 +1,74 @@
+"""Check fixtures of dense prediction: numbers of OpenMMLab's code against this library's.
+
+Usage: ``python tests/dense/conformance.py FILE...``. It prints what differs, and exits with 1 if anything does, also
+for a file of an unknown kind. The kinds are in modules of their own. Each has a table ``CHECKS`` from the name of a
+kind to a function of the file's content and :class:`dense.rules.Differences`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dense import segmentation_checks
+from dense.rules import Differences
+
+CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {**segmentation_checks.CHECKS}
+"""Kind -> check."""
+
+
+def kind(document: Mapping[str, Any]) -> str | None:
+    """Return the kind of a file: the class of the neck or head, or the first word of a model's name; None: unknown."""
+    config = document.get("config")
+    names = [
+        document.get("neck"),
+        config.get("type") if isinstance(config, Mapping) else None,
+        str(document.get("model", "")).split("_")[0],
+    ]
+    return next((name for name in names if name in CHECKS), None)
+
+
+def check(path: Path) -> Differences:
+    """Return what differs between a file and this library."""
+    differences = Differences()
+    document = json.loads(path.read_text())
+    found = kind(document) if isinstance(document, dict) else None
+    if found is None:
+        differences.lines.append(f"the kind of this file is unknown; known are {', '.join(CHECKS)}")
+    else:
+        CHECKS[found](document, differences)
+        if not differences.compared:
+            differences.lines.append("nothing in this file was compared")
+    return differences
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check files and print the results; return the exit status."""
+    if not arguments:
+        print(__doc__)
+        return 2
+    failed = 0
+    for name in arguments:
+        start = time.monotonic()
+        try:
+            differences = check(Path(name))
+        except Exception as error:  # one bad file must not hide the results of the others
+            differences = Differences()
+            differences.lines.append(f"{type(error).__name__}: {error}")
+        failed += bool(differences.lines)
+        verdict = f"FAILED, {len(differences.lines)} differences" if differences.lines else "ok"
+        print(f"{name}: {verdict} ({differences.compared} comparisons, {time.monotonic() - start:.0f} s)", flush=True)
+        for line in differences.lines:
+            print(f"  {line}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

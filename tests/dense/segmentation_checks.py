@@ -1,0 +1,300 @@
+"""Checks of the segmentation fixtures: decode heads and necks alone, and whole models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dense.rules import IGNORED, Differences, features, images, labels, published_fill
+from widefield import dense
+from widefield.dense.layers import resize
+from widefield.tasks.pixel_losses import cross_entropy, pixel_accuracy
+
+Document = Mapping[str, Any]
+
+REMARKS = ("fp32_max_abs_diff", "stated")
+"""Fields without a value to compare."""
+
+AUXILIARY_WEIGHT = 0.4
+"""Factor of the loss of a head with the prefix ``auxiliary_head.``."""
+
+
+# Heads
+
+
+def _uper(config: dict[str, Any]) -> dense.DecodeHead:
+    return dense.UPerHead(config.pop("in_channels"), pool_scales=config.pop("pool_scales", (1, 2, 3, 6)), **config)
+
+
+def _fcn(config: dict[str, Any]) -> dense.DecodeHead:
+    defaults = {"num_convs": 2, "concat_input": True}  # OpenMMLab's
+    return dense.FCNHead(config.pop("in_channels"), **{**defaults, **config})
+
+
+def _aspp(config: dict[str, Any]) -> dense.DecodeHead:
+    return dense.DepthwiseSeparableASPPHead(config.pop("in_channels"), **config)
+
+
+def _semantic_fpn(config: dict[str, Any]) -> dense.DecodeHead:
+    return dense.FPNHead(config.pop("in_channels"), **config)
+
+
+HEADS: Mapping[str, Callable[[dict[str, Any]], dense.DecodeHead]] = {
+    "UPerHead": _uper,
+    "FCNHead": _fcn,
+    "DepthwiseSeparableASPPHead": _aspp,
+    "FPNHead": _semantic_fpn,
+}
+
+
+def built_head(config: Mapping[str, Any]) -> tuple[dense.DecodeHead, Sequence[int]]:
+    """Return the head of an OpenMMLab configuration, and which maps it takes (all of them if it takes one by index)."""
+    given = {key: value for key, value in config.items() if key not in ("type", "norm_cfg", "act_cfg", "conv_cfg")}
+    given["dropout"] = given.pop("dropout_ratio", 0.1)
+    index = given.pop("in_index", -1)
+    if not isinstance(index, int):
+        return HEADS[config["type"]](given), index
+    return HEADS[config["type"]]({**given, "in_index": index}), ()
+
+
+def check_head(document: Document, differences: Differences) -> None:
+    """Check a decode head: logits, features, losses, gradients, parameters."""
+    config = document["config"]
+    prefix = next(iter(document["state_dict"])).split(".")[0] + "."
+    head, taken = built_head(config)
+    check_module(head, prefix, document, differences)
+    weight = AUXILIARY_WEIGHT if prefix == "auxiliary_head." else 1.0
+    known = ("config", "params", "runs", "state_dict", "prefix", *REMARKS)
+    differences.fields("the file", document, known)
+    for number, run in enumerate(document["runs"]):
+        _check_head_run(f"runs[{number}]", head, taken, run, weight, differences)
+
+
+def _check_head_run(
+    where: str, head: dense.DecodeHead, taken: Sequence[int], run: Document, weight: float, differences: Differences
+) -> None:
+    maps = [x.requires_grad_() for x in features(run["feature_shapes"])]
+    given = [maps[index] for index in taken] if taken else maps
+    logits = head(given)
+    differences.summary(f"{where}.logits", logits, run["logits"])
+    if "features_before_classifier" in run:
+        # OpenMMLab's name for the ASPP head's map before it is joined with the finer one.
+        aspp = isinstance(head, dense.DepthwiseSeparableASPPHead)
+        before = head.pyramid(given[head.in_index]) if aspp else head.features(given)
+        differences.summary(f"{where}.features_before_classifier", before, run["features_before_classifier"])
+    if "input_grad_l2" in run:
+        grads = torch.autograd.grad(logits.square().sum(), maps, allow_unused=True)
+        norms = [None if grad is None else grad.norm().item() for grad in grads]
+        differences.numbers(f"{where}.input_grad_l2", norms, run["input_grad_l2"])
+    with torch.no_grad():
+        _check_upsampled(where, logits, run, head, weight, differences)
+    known = ("feature_shapes", "label_size", "logits", "upsampled_logits", "argmax_histogram", "losses",
+             "ignored_fraction", "features_before_classifier", "input_grad_l2", *REMARKS)  # fmt: skip
+    differences.fields(where, run, known)
+
+
+def _check_upsampled(
+    where: str, logits: Tensor, run: Document, head: dense.DecodeHead, weight: float, differences: Differences
+) -> None:
+    """Check logits at the size of the labels, and what follows from them."""
+    size = run["label_size"]
+    upsampled = resize(logits, size, head.align_corners)
+    mask = labels(head.num_classes, size, len(logits))
+    if "upsampled_logits" in run:
+        differences.summary(f"{where}.upsampled_logits", upsampled, run["upsampled_logits"])
+    if "argmax_histogram" in run:
+        differences.histogram(f"{where}.argmax_histogram", upsampled.argmax(1), run["argmax_histogram"])
+    check_losses(f"{where}.losses", {"": (upsampled, weight)}, mask, run.get("losses", {}), differences)
+    if "ignored_fraction" in run:
+        ignored = (mask == IGNORED).double().mean().item()
+        differences.numbers(f"{where}.ignored_fraction", ignored, run["ignored_fraction"])
+
+
+def check_losses(
+    where: str, logits: Mapping[str, tuple[Tensor, float]], mask: Tensor, expected: Document, differences: Differences
+) -> None:
+    """Check losses and accuracies. ``logits``: prefix of the names in the file -> logits and factor of the loss."""
+    found: dict[str, float] = {}
+    for prefix, (values, weight) in logits.items():
+        found[f"{prefix}loss_ce"] = weight * cross_entropy(values, mask).item()
+        found[f"{prefix}acc_seg"] = pixel_accuracy(values, mask).item()
+    for name, value in expected.items():
+        if name in found:
+            differences.numbers(f"{where}.{name}", found[name], value)
+        else:
+            differences.lines.append(f"{where}: the field {name!r} is unknown, so it is not checked")
+
+
+def check_module(module: nn.Module, prefix: str, document: Document, differences: Differences) -> None:
+    """Fill a module under published names, and check its names, shapes and number of parameters."""
+    published_fill(module, lambda key: prefix + key)
+    differences.state({prefix + key: value.shape for key, value in module.state_dict().items()}, document["state_dict"])
+    differences.equal("params", sum(p.numel() for p in module.parameters()), document["params"])
+
+
+# Necks
+
+
+def check_fpn(document: Document, differences: Differences) -> None:
+    """Check every case of a feature pyramid."""
+    differences.fields("the file", document, ("cases",))
+    for number, case in enumerate(document["cases"]):
+        where = f"cases[{number}]"
+        config = {key: value for key, value in case["config"].items() if key != "type"}
+        extra = config.pop("add_extra_convs", False)
+        neck = dense.FPN(
+            config.pop("in_channels"),
+            config.pop("out_channels"),
+            extra="on_input" if extra is True else extra or "max_pool",
+            relu_before_extra=config.pop("relu_before_extra_convs", False),
+            **config,
+        )
+        inner = Differences()
+        check_module(neck, case["prefix"], case, inner)
+        with torch.no_grad():
+            levels = neck(features(case["feature_shapes"]))
+        inner.equal("number of outputs", len(levels), len(case["outputs"]))
+        for level, (found, expected) in enumerate(zip(levels, case["outputs"], strict=False)):
+            inner.summary(f"outputs[{level}]", found, expected)
+        inner.fields("case", case, ("config", "feature_shapes", "outputs", "params", "state_dict", *REMARKS))
+        differences.compared += inner.compared
+        differences.lines += [f"{where}: {line}" for line in inner.lines]
+
+
+# Whole models
+
+
+def convnext_key(key: str) -> str:
+    """Return the published name of an entry of a UPerNet on timm's ConvNeXt."""
+    for ours, theirs in (
+        (r"^backbone\.body\.stem_(\d)\.", r"backbone.downsample_layers.0.\1."),
+        (r"^backbone\.body\.stages_(\d)\.downsample\.", r"backbone.downsample_layers.\1."),
+        (r"^backbone\.body\.stages_(\d)\.blocks\.(\d+)\.", r"backbone.stages.\1.\2."),
+        (r"\.conv_dw\.", ".dwconv."),
+        (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
+    ):
+        key = re.sub(ours, theirs, key)
+    return key
+
+
+def built_upernet(document: Document) -> dense.UPerNet:
+    """Return the UPerNet on a ConvNeXt that a file describes; depths and widths are those of its state dict."""
+    config, state = document["config"], document["state_dict"]
+    stages = [int(match[1]) for key in state if (match := re.match(r"backbone\.stages\.(\d)\.\d+\.gamma$", key))]
+    aux = config.get("aux")
+    trunk = timm.create_model(
+        "convnext_tiny",
+        features_only=True,
+        depths=[stages.count(stage) for stage in range(4)],
+        dims=[state[f"backbone.norm{stage}.weight"][0] for stage in range(4)],
+    )
+    model = dense.UPerNet(
+        trunk,
+        config["classes"],
+        channels=config["channels"],
+        pool_scales=config["pool_scales"],
+        align_corners=config["align_corners"],
+        auxiliary=False,
+    )
+    if aux:
+        head = {"in_channels": model.backbone.channels[aux["in_index"]], "num_classes": config["classes"], **aux}
+        model.auxiliary_head, _ = built_head({"type": "FCNHead", "align_corners": config["align_corners"], **head})
+    return model
+
+
+def check_upernet(document: Document, differences: Differences) -> None:
+    """Check a whole UPerNet: names, parameters, MACs, maps, logits, losses, sliding windows."""
+    config = document["config"]
+    known = ("classes", "channels", "pool_scales", "aux", "align_corners", "loss_weights", "layer_scale")
+    differences.fields("config", config, known)
+    model = built_upernet(document)
+    published_fill(model, convnext_key)
+    shapes = {convnext_key(key): value.shape for key, value in model.state_dict().items()}
+    differences.state(shapes, document["state_dict"])
+    differences.equal("params", sum(p.numel() for p in model.parameters()), document["params"])
+    for number, run in enumerate(document["runs"]):
+        with torch.no_grad():
+            _check_upernet_run(f"runs[{number}]", model, run, config, differences)
+    for number, run in enumerate(document.get("slide", ())):
+        check_slide(f"slide[{number}]", model, run, differences)
+    macs = {key: value for key, value in document.items() if key.startswith("macs_")}
+    for key, expected in macs.items():
+        check_macs(key, model, expected, differences)
+    differences.fields("the file", document, ("config", "params", "runs", "slide", "state_dict", *macs, *REMARKS))
+
+
+def _check_upernet_run(
+    where: str, model: dense.UPerNet, run: Document, config: Document, differences: Differences
+) -> None:
+    x = images(run["size"])
+    maps = model.backbone(x)
+    differences.equal(f"{where}: number of maps", len(maps), len(run["stage_features"]))
+    for stage, (found, expected) in enumerate(zip(maps, run["stage_features"], strict=False)):
+        differences.summary(f"{where}.stage_features[{stage}]", found, expected)
+    out, aux = model.forward_heads(x)
+    differences.summary(f"{where}.decode_logits", out, run["decode_logits"])
+    if "aux_logits" in run:
+        differences.summary(f"{where}.aux_logits", aux, run["aux_logits"])
+    upsampled = model(x)
+    differences.summary(f"{where}.upsampled_logits", upsampled, run["upsampled_logits"])
+    differences.histogram(f"{where}.argmax_histogram", upsampled.argmax(1), run["argmax_histogram"])
+    mask = labels(config["classes"], run["size"], len(x))
+    logits = {"decode.": (upsampled, config["loss_weights"][0])}
+    if aux is not None:
+        logits["aux."] = (resize(aux, run["size"], model.align_corners), config["loss_weights"][1])
+    check_losses(f"{where}.losses", logits, mask, run["losses"], differences)
+    differences.numbers(f"{where}.ignored_fraction", (mask == IGNORED).double().mean().item(), run["ignored_fraction"])
+    known = ("size", "stage_features", "decode_logits", "aux_logits", "upsampled_logits", "argmax_histogram", "losses",
+             "ignored_fraction", *REMARKS)  # fmt: skip
+    differences.fields(where, run, known)
+
+
+def check_slide(where: str, model: nn.Module, run: Document, differences: Differences) -> None:
+    """Check segmentation in windows, at another size, mirrored, and averaged."""
+    x = images(run["size"])
+    windows = {"window": run["crop"], "stride": run["stride"]}
+    size = run["ori_shape"]
+    mean = dense.segment(model, x, **windows, size=size, flip=True)
+    found = {
+        "logits": dense.segment(model, x, **windows),
+        "logits_at_ori_shape": dense.segment(model, x, **windows, size=size)[0],
+        "flipped_logits_at_ori_shape_flipped_back": dense.segment(model, x.flip(-1), **windows, size=size)[0].flip(-1),
+        "mean_softmax": mean[0],
+    }
+    for name, value in found.items():
+        if name in run:
+            differences.summary(f"{where}.{name}", value, run[name])
+    if "argmax_histogram" in run:
+        differences.histogram(f"{where}.argmax_histogram", mean.argmax(1), run["argmax_histogram"])
+    differences.fields(where, run, ("size", "crop", "stride", "ori_shape", "argmax_histogram", *found, *REMARKS))
+
+
+def check_macs(name: str, model: dense.Segmenter, expected: Document, differences: Differences) -> None:
+    """Check multiply-accumulates of convolutions and matrix products, printed in billions with one decimal."""
+    match = re.fullmatch(r"macs_(\d+)x(\d+)", name)
+    if match is None:
+        differences.lines.append(f"the field {name!r} is unknown, so it is not checked")
+        return
+    meta = model.to("meta")
+    x = torch.empty(1, 3, int(match[1]), int(match[2]), dtype=torch.float64, device="meta")
+    with torch.no_grad():
+        maps = meta.backbone(x)
+        parts: dict[str, tuple[nn.Module, object]] = {"backbone": (meta.backbone, x)}
+        for part in ("decode_head", "auxiliary_head"):
+            parts[part] = getattr(meta, part), maps
+        for part, (module, given) in parts.items():
+            if part in expected:
+                with FlopCounterMode(display=False) as counter:
+                    module(given)
+                differences.numbers(f"{name}.{part}", round(counter.get_total_flops() / 2e9, 1) * 1e9, expected[part])
+    differences.fields(name, expected, (*parts, *REMARKS))
+
+
+CHECKS = {**dict.fromkeys(HEADS, check_head), "FPN": check_fpn, "upernet": check_upernet}
+"""Kind -> check."""
