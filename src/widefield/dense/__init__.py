@@ -7,7 +7,7 @@ from widefield.dense.aspp import DeepLabV3Plus, DepthwiseSeparableASPPHead
 from widefield.dense.backbone import FeatureMaps, feature_maps
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fpn import FPN
-from widefield.dense.inference import check_views, segment
+from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
@@ -30,5 +30,6 @@ __all__ = [
     "UPerNet",
     "check_views",
     "feature_maps",
+    "largest_at",
     "segment",
 ]

@@ -10,6 +10,7 @@ from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
 from widefield.tasks.confusion import SegmentationScores
 from widefield.tasks.predictions import ClassPrediction, MaskPrediction, Prediction
+from widefield.tasks.segmentation import Segmentation
 
 __all__ = [
     "TASKS",
@@ -19,13 +20,14 @@ __all__ = [
     "Labeled",
     "MaskPrediction",
     "Prediction",
+    "Segmentation",
     "SegmentationScores",
     "Task",
     "count_outputs",
     "create",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 
 
