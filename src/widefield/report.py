@@ -31,13 +31,14 @@ tbody tr:hover { background: var(--soft); }
 figure { margin: 1rem 0; } figure img { max-width: 100%; border-radius: 6px; background: white; }
 figcaption, footer { font-size: .9rem; opacity: .75; } footer { margin-top: 3rem; border-top: 1px solid var(--line); }
 code { background: var(--soft); padding: .1em .35em; border-radius: 4px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.25rem; }
-.card { border: 1px solid var(--line); border-radius: 10px; padding: .8rem; min-width: 0; }
-.card.wide { grid-column: 1 / -1; }
+.cards { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start; }
+.cards .card { flex: 1 1 17rem; max-width: 26rem; }
+.card { border: 1px solid var(--line); border-radius: 10px; padding: .8rem; min-width: 0; box-sizing: border-box; }
+.stack .card { margin-bottom: 1.25rem; }
 .card h3 { font-size: .95rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
 .card p { font-size: .9rem; margin: .6rem 0 0; }
-.views { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .6rem; }
-.views figure { margin: 0; } .views img { width: 100%; display: block; border-radius: 6px; }
+.views { display: flex; flex-wrap: wrap; gap: .6rem; } .views figure { flex: 1 1 13rem; margin: 0; max-width: 31rem; }
+.views img { width: 100%; display: block; border-radius: 6px; }
 .bars { display: grid; grid-template-columns: minmax(4rem, auto) minmax(4rem, 1fr) auto; gap: .3rem .6rem; }
 .bars { align-items: center; font-size: .9rem; margin-top: .7rem; font-variant-numeric: tabular-nums; }
 .bars .name { overflow-wrap: anywhere; max-width: 11rem; } .bars .share { text-align: right; }
@@ -124,21 +125,22 @@ def embedded(file: bytes, kind: str, caption: str) -> str:
 
 def styled(body: str) -> str:
     """Return HTML with the style of its cards, bars and legends, for a notebook; a page has it already."""
-    rules = "".join(line for line in _STYLE.splitlines() if line.startswith((".card", ".views", ".bars", ".legend")))
+    rules = "".join(
+        line for line in _STYLE.splitlines() if line.startswith((".card", ".stack", ".views", ".bars", ".legend"))
+    )
     return f"<style>.widefield {{ --line: #8884; --soft: #8882; --accent: #3a8fae; }} {rules}</style>" + (
         f'<div class="widefield">{body}</div>'
     )
 
 
-def card(title: str, body: str, *, wide: bool = False) -> str:
-    """Return a framed block of a grid (:func:`cards`): a plain-text title and HTML; ``wide`` takes the whole row."""
-    kind = "card wide" if wide else "card"
-    return f'<div class="{kind}"><h3>{html.escape(title)}</h3>{body}</div>'
+def card(title: str, body: str) -> str:
+    """Return a framed block: a plain-text title and HTML."""
+    return f'<div class="card"><h3>{html.escape(title)}</h3>{body}</div>'
 
 
-def cards(blocks: Sequence[str]) -> str:
-    """Return cards as a grid with as many columns as fit the window."""
-    return f'<div class="cards">{"".join(blocks)}</div>'
+def cards(blocks: Sequence[str], *, wide: bool = False) -> str:
+    """Return cards in as many columns as fit the window, or wide ones below one another."""
+    return f'<div class="{"stack" if wide else "cards"}">{"".join(blocks)}</div>'
 
 
 def views(figures: Sequence[str]) -> str:

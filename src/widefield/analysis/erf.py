@@ -342,7 +342,8 @@ def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) ->
     shares = "/".join(f"{share:.0%}"[:-1] for share in result.area_ratio)
     ratios = " / ".join(_percent(ratio) for ratio in result.area_ratio.values())
     field = f"{_sides(size)} px" if size else "whole image"
-    axis.set_xlabel(f"{shares} % within\n{ratios} %\ntheoretical: {field}", fontsize=6.5)
+    of = f"{result.of}\n" if result.of else ""
+    axis.set_xlabel(f"{of}{shares} % within\n{ratios} %\ntheoretical: {field}", fontsize=6.5)
     return shown
 
 

@@ -269,6 +269,7 @@ def _readers() -> int:
 
 def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """Return the name and the options of the data set to evaluate a model on."""
+    from widefield.data import SegmentationSet
     from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
 
@@ -280,7 +281,9 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     else:
         name, colon, root = args.data.partition(":")
         if not (colon and name in SETS):
-            name, root = ("folder", args.data) if Path(args.data).expanduser().is_dir() else (args.data, "")
+            pairs = subject.work == "segmentation"
+            is_folder = Path(args.data).expanduser().is_dir()
+            name, root = ("masks" if pairs else "folder", args.data) if is_folder else (args.data, "")
         if name not in SETS:
             raise ValueError(
                 f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."
@@ -295,8 +298,8 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
         asked["names"] = True
     if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
-    if own and name == own["name"] and not root:
-        return {**own, **asked}
+    if own and name == own["name"] and (not root or issubclass(kind, SegmentationSet)):
+        return {**own, **asked, **({"root": root} if root else {})}
     return {"name": name, **subject.file_options(kind, size), **asked, **({"root": root} if root else {})}
 
 

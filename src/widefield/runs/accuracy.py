@@ -35,6 +35,7 @@ class Example:
 
     Attributes:
         index: its place in the data set.
+        name: its file, or its place again for sets without files.
         rating: how good the prediction is, as the task rates it; for segmentation the image's mean IoU.
         image: the image as the model sees it.
         truth: the label.
@@ -42,6 +43,7 @@ class Example:
     """
 
     index: int
+    name: str
     rating: float
     image: Image.Image
     truth: Prediction | None
@@ -209,7 +211,9 @@ def _example(
     mean, std = (image.new_tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     shown = Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())
-    return Example(index, rating, shown, truth, prediction)
+    named: Any = getattr(dataset, "name", None)
+    name = str(named(index)) if callable(named) else f"image {index}"
+    return Example(index, name, rating, shown, truth, prediction)
 
 
 def processes() -> PartialState:

@@ -6,7 +6,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,8 @@ class Drawing(ABC):
     classes: tuple[str, ...]
     palette: tuple[Color, ...]
     top: int
+    wide: ClassVar[bool] = False
+    """Whether a card takes the whole width of a page."""
 
     def name(self, label: int) -> str:
         """Return the name of a class."""
@@ -177,6 +179,8 @@ class ClassDrawing(Drawing):
 class MaskDrawing(Drawing):
     """Draws masks in the colors of their classes."""
 
+    wide = True
+
     def row(self, prediction: MaskPrediction) -> dict[str, str]:
         """Return the size of the mask and the classes that cover the most pixels."""
         found = shares(prediction.mask.numpy(), len(self.palette))
@@ -194,7 +198,7 @@ class MaskDrawing(Drawing):
     ) -> str:
         """Return the image, the overlay, the label if it is known and the mask side by side, and a legend."""
         masks = {"label": truth.mask.numpy()} if truth else {}
-        return report.card(title, self._compared(image, {**masks, "prediction": prediction.mask.numpy()}), wide=True)
+        return report.card(title, self._compared(image, {**masks, "prediction": prediction.mask.numpy()}))
 
     def _compared(self, image: Image.Image, masks: Mapping[str, Mask]) -> str:
         """Return an image, the overlay of the last mask, and masks by their captions, with a legend (HTML)."""

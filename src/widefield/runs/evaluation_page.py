@@ -12,7 +12,7 @@ from widefield import bench, report
 from widefield._files import check_place, write_whole
 from widefield.data.listing import counted
 from widefield.runs.accuracy import Evaluation, Example
-from widefield.runs.drawing import drawing_of
+from widefield.runs.drawing import DRAWINGS, drawing_of
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
 from widefield.tasks import SegmentationScores
@@ -73,10 +73,13 @@ def evaluation_sections(evaluation: Evaluation, subject: Subject, source: str, n
         ("Worst images", evaluation.examples[half:][::-1]),
     ):
         if examples:
-            sections.append((heading, report.cards([example_card(one, subject) for one in examples])))
+            wide = DRAWINGS[type(examples[0].prediction)].wide
+            blocks = [example_card(one, subject) for one in examples]
+            sections.append((heading, report.paragraph(_RATING) + report.cards(blocks, wide=wide)))
     return sections
 
 
+_RATING = "The title of each image is its mean IoU, over the classes in its label or its prediction."
 _SIZES = (
     "IoU of each class among the objects of one size: pixels of the other objects are ignored, and pixels outside of "
     "objects count. A class without objects of a size has no number."
@@ -137,7 +140,7 @@ def draw_confusion(scores: SegmentationScores, most: int = _MOST) -> Figure:
 def example_card(example: Example, subject: Subject) -> str:
     """Return an image with its label and prediction as a card of a page (HTML)."""
     drawing = drawing_of(example.prediction, subject.class_names, subject.palette, 5)
-    title = f"image {example.index}: {100 * example.rating:.1f} %"
+    title = f"{Path(example.name).name}: {100 * example.rating:.1f} %"
     return drawing.card(title, example.image, example.prediction, example.truth)
 
 

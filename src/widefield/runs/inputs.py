@@ -70,6 +70,36 @@ def count_maps(model: nn.Module, shape: tuple[int, int, int]) -> int:
     return found.shape[1]
 
 
+class Selection(data.SampleSet):
+    """Some of the samples of a data set.
+
+    Args:
+        whole: the data set.
+        count: number of samples; a seeded choice if there are more.
+        seed: of the choice.
+    """
+
+    def __init__(self, whole: data.SampleSet, count: int, seed: int = 0) -> None:
+        super().__init__(whole.split, whole.seed)
+        self._whole = whole
+        self.classes, self.mean, self.std, self.image_size = whole.classes, whole.mean, whole.std, whole.image_size
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+        self._indices = sorted(order[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def sample(self, index: int) -> data.Sample | None:
+        """Return sample ``index`` of the choice."""
+        return self._whole[self._indices[index]]
+
+    def name(self, index: int) -> str:
+        """Return the file of a sample, or its place in the whole set."""
+        named: Any = getattr(self._whole, "name", None)
+        place = self._indices[index]
+        return str(named(place)) if callable(named) else f"image {place}"
+
+
 class OwnPictures(data.Pictures):
     """Images of a run's data set, whose labels are indices of the model's outputs."""
 

@@ -18,7 +18,7 @@ from widefield import _checks, bench, report
 from widefield._files import write_whole
 from widefield.data.decoding import read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in, is_image
-from widefield.runs.drawing import Drawing, drawing_of, preview
+from widefield.runs.drawing import DRAWINGS, Drawing, drawing_of, preview
 from widefield.runs.subjects import Subject, load
 from widefield.surgery.inputs import place
 from widefield.tasks import Prediction, Task
@@ -158,7 +158,7 @@ class Predictions(report.Report):
     def _repr_html_(self) -> str:
         """Return the images as cards, which Jupyter displays."""
         lines = "".join(report.paragraph(line) for line in self.summary().splitlines())
-        return report.styled(lines + report.cards(self._cards()))
+        return report.styled(lines + grid_of(self._cards(), self.images))
 
     def _cards(self) -> list[str]:
         return [card_of(found, self._drawing(found)) for found in self.images[:ON_A_PAGE]]
@@ -185,6 +185,11 @@ def card_of(found: Predicted, drawing: Drawing) -> str:
     return drawing.card(found.name, read(found.path), found.prediction)
 
 
+def grid_of(cards: Sequence[str], images: Sequence[Predicted]) -> str:
+    """Return the cards of images as they fit a page (HTML)."""
+    return report.cards(cards, wide=bool(images) and DRAWINGS[type(images[0].prediction)].wide)
+
+
 def write_files(found: Predicted, drawing: Drawing, folder: Path) -> list[Path]:
     """Write the files of an image below a folder, and return their paths; raises OSError."""
     written = []
@@ -202,7 +207,7 @@ def page_of(predictions: Predictions, cards: Sequence[str], images: int | None =
     lead = f"{counted(total, 'image')} as {predictions.name} sees them. Weights: {predictions.weights}."
     if len(cards) < total:
         lead += f" The page shows the first {len(cards)}."
-    sections = [("Predictions", report.cards(cards))] if cards else []
+    sections = [("Predictions", grid_of(cards, predictions.images))] if cards else []
     if predictions.unreadable:
         rows = [{"file": str(entry.path), "problem": entry.reason} for entry in predictions.unreadable]
         sections.append(("Could not be read", report.table(rows)))

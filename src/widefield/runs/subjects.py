@@ -138,6 +138,15 @@ class Subject:
         if len(dataset.classes) != self.outputs:
             raise ValueError(f"the model tells {self.outputs} classes apart, and the data have {len(dataset.classes)}.")
 
+    def own_data(self) -> data.SampleSet:
+        """Return the validation data of a run; raises MissingDataError if they are missing."""
+        if self.recipe is None:
+            raise MissingDataError(f"{self.name} is not a run, so it has no data of its own.")
+        try:
+            return data.create(self.recipe.data.name, "val", **self.recipe.data.args)
+        except (FileNotFoundError, NotADirectoryError, ImportError) as error:
+            raise MissingDataError(f"the data of the run {self.name!r} are missing: {error}") from error
+
     def asked_options(self, kind: type[data.SampleSet], size: int | None) -> dict[str, Any]:
         """Return the options of a data set of this kind that give the val images another size; {} for None."""
         if size is None:
@@ -150,7 +159,8 @@ class Subject:
             return self.image_options(size)
         if "test_scale" in data.options_of(kind):
             scale = self._scale(size)
-            return {"mean": self.mean, "std": self.std, "test_scale": scale, "antialias": self._antialias}
+            named = {"classes": list(self.classes)} if "classes" in kind.needs else {}
+            return {**named, "mean": self.mean, "std": self.std, "test_scale": scale, "antialias": self._antialias}
         return {}
 
     @property
