@@ -63,6 +63,36 @@ def test_names_give_four_maps_as_described_and_train_every_parameter(name):
     assert without_gradient(maps, images) == []
 
 
+UNREAD = "gemma4"
+"""Family whose networks cannot run on the meta device."""
+
+
+def families():
+    """Yield a timm name of every family that timm builds as features, with at least four maps."""
+    found = {}
+    for name in timm.list_models():
+        found.setdefault(timm.model_entrypoint(name).__module__, name)
+    return sorted(name for name in found.values() if not name.startswith(UNREAD))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families())
+def test_every_family_of_timm(name):
+    try:
+        with torch.device("meta"):
+            maps = dense.feature_maps(name)
+    except ValueError as error:
+        if "fewer levels" not in str(error) and "gives no feature maps" not in str(error):
+            raise
+        pytest.skip(str(error))
+    channels, side, _ = maps.body.pretrained_cfg["input_size"]
+    images = torch.zeros(2, channels, side, side, device="meta")
+    for found, width, stride in zip(maps.eval()(images), maps.channels, maps.strides, strict=True):
+        assert found.shape[1] == width
+        assert side / found.shape[2] == pytest.approx(stride, rel=0.2)  # sides of unpadded networks are smaller
+    assert without_gradient(maps, images) == []
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "mobilenetv2_050", "van_b0", "test_efficientnet"])
 def test_a_classifier_gives_the_maps_of_its_feature_network(name):
     torch.manual_seed(0)
