@@ -14,7 +14,7 @@ from widefield.dense.checkpoints import (
 )
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fpn import FPN
-from widefield.dense.inference import check_views, segment
+from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
@@ -40,6 +40,7 @@ __all__ = [
     "check_views",
     "feature_maps",
     "inspect_checkpoint",
+    "largest_at",
     "load_checkpoint",
     "save_checkpoint",
     "segment",
