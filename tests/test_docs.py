@@ -26,6 +26,7 @@ PAGES = (
     "metaformer",
     "deployment",
     "segmentation",
+    "mmsegmentation",
 )
 
 
