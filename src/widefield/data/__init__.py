@@ -16,6 +16,7 @@ from widefield.data.mask_files import SegmentationFiles
 from widefield.data.masks import Masks
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
+from widefield.data.scenes import Scenes
 from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
@@ -42,6 +43,7 @@ __all__ = [
     "Sample",
     "SampleSet",
     "Scales",
+    "Scenes",
     "SegmentationFiles",
     "SegmentationSet",
     "Shards",

@@ -17,12 +17,14 @@ from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.masks import Masks
 from widefield.data.scales import Scales
+from widefield.data.scenes import Scenes
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
 
 SETS: dict[str, type[SampleSet]] = {
     "digits": Digits,
     "scales": Scales,
+    "scenes": Scenes,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
     "folder": Folder,
@@ -41,11 +43,12 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
     """Build the data set ``name``.
 
     Args:
-        name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``, ``"shards"``,
-            ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"`` or one of yours.
+        name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``,
+            ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"`` or one of
+            yours.
         split: ``"train"`` or ``"val"``.
-        options: keyword arguments of the set's class: `Digits`, `Scales`, `Cifar`, `Folder`, `Shards`, `HuggingFace`,
-            `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`.
+        options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `Cifar`, `Folder`, `Shards`,
+            `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.

@@ -18,8 +18,9 @@ from torch import Tensor
 from widefield import _checks
 from widefield.data.base import Sample, collate
 from widefield.data.decoding import read
+from widefield.data.drawing import CELLS, OUTLINES, REACH, interpolate, step_colors
 from widefield.data.listing import Skipped, counted, folders_in, images_in
-from widefield.data.scales import _CELLS, _OUTLINES, _REACH, Scales, _colors, _interpolate
+from widefield.data.scales import Scales
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, evaluation, statistics
 
 _SIXTEEN = {
@@ -194,7 +195,7 @@ _CLUTTER = 0.25  # amplitude of the ground's texture: the default of `Scales`
 def _draw(shape: str, texture: str, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return an image uint8 (3, size, size), and the large shape and its holes, each bool (size, size)."""
     large, small = _LARGE * size, _SMALL * size
-    room = size / 2 - _REACH * large
+    room = size / 2 - REACH * large
     outer = _distances(shape, size, large, ((size - 1) / 2 + room * rng.uniform(-1, 1, 2)).tolist(), rng)
     inner = torch.full_like(outer, large)
     width = 2 * round(0.6 * small) + 3  # of a window that holds a hole and its edge
@@ -211,11 +212,11 @@ def _draw(shape: str, texture: str, size: int, rng: np.random.Generator) -> tupl
             taken = torch.cat([taken, place[None]])
             inner[window] = torch.minimum(inner[window], hole)
     field = (0.5 - outer).clamp(0, 1) - (0.5 - inner).clamp(0, 1) - 0.5
-    for cell in _CELLS:
+    for cell in CELLS:
         nodes = (size - 1) // cell + 2
-        texture_of_ground = _interpolate(_uniform(rng, 1, nodes, nodes), cell, size)[0]
+        texture_of_ground = interpolate(_uniform(rng, 1, nodes, nodes), cell, size)[0]
         field += _CLUTTER * rng.uniform(-1, 1) * texture_of_ground
-    middle, contrast = _colors(_uniform(rng, 1, 7))
+    middle, contrast = step_colors(_uniform(rng, 1, 7))
     pixels = (255 * (middle + contrast * field).clamp(0, 1)).round().to(torch.uint8)[0]
     return pixels, outer <= 0, inner <= 0
 
@@ -225,7 +226,7 @@ def _distances(name: str, size: int, side: float, middle: Sequence[float], rng: 
     angle = np.radians(30) * rng.uniform(-1, 1)
     pixels = torch.arange(size, dtype=torch.float64)
     x, y = (pixels - middle[1])[None, :] / side, (pixels - middle[0])[:, None] / side
-    distances: Tensor = _OUTLINES[name](np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x)
+    distances: Tensor = OUTLINES[name](np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x)
     return distances * side
 
 

@@ -11,7 +11,6 @@ epochs on the defaults, reaches 78 % with 3x3 kernels and 72 % with 7x7 (means o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,71 +18,10 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield.data.base import SPLITS, LabeledImages, Sample, normalize
+from widefield.data.drawing import CELLS, OUTLINES, REACH, interpolate, step_colors
 
-_REACH = 0.55  # every shape lies inside a circle of this radius, in units of the object's side
-_CELLS = (1, 2, 4, 8)  # sides in pixels of the cells of the texture's layers
 _CHUNK = 512  # images rendered at once; keeps temporaries in tens of megabytes
 _COUNTS = {"train": 12_000, "val": 2_000}
-
-# Pixels are computed only with + - * / sqrt min max, whose rounding IEEE 754 specifies. An image therefore has the
-# same bytes on every machine, with any number of threads and at any position in a chunk. This does not hold for matrix
-# products or atan2.
-
-
-def _disk(u: Tensor, v: Tensor, radius: float) -> Tensor:
-    return (u * u + v * v).sqrt() - radius
-
-
-def _box(u: Tensor, v: Tensor, half_width: float, half_height: float) -> Tensor:
-    return torch.maximum(u.abs() - half_width, v.abs() - half_height)
-
-
-def _sides(u: Tensor, v: Tensor, count: int, inradius: float) -> Tensor:
-    """Return signed distances to the lines through the sides of a regular polygon standing on a side, (count, ...)."""
-    turns = [2 * math.pi * k / count for k in range(count)]
-    return torch.stack([math.sin(turn) * u + math.cos(turn) * v - inradius for turn in turns])
-
-
-def _triangle(u: Tensor, v: Tensor) -> Tensor:
-    return _sides(u, v, 3, _REACH / 2).amax(0)
-
-
-def _star(u: Tensor, v: Tensor) -> Tensor:
-    # Five lines make a pentagram; its points are beyond one line at most.
-    return _sides(u, -v, 5, _REACH * math.cos(math.tau / 5)).sort(0).values[-2]
-
-
-def _cross(u: Tensor, v: Tensor) -> Tensor:
-    return torch.minimum(_box(u, v, 0.5, 0.17), _box(u, v, 0.17, 0.5))
-
-
-def _ring(u: Tensor, v: Tensor) -> Tensor:
-    return _disk(u, v, 0.37).abs() - 0.12
-
-
-def _crescent(u: Tensor, v: Tensor) -> Tensor:
-    return torch.maximum(_disk(u, v, 0.52), -_disk(u - 0.27, v, 0.4))
-
-
-def _heart(u: Tensor, v: Tensor) -> Tensor:
-    lobes = _disk(u.abs() - 0.184, v + 0.144, 0.26)
-    return torch.minimum(lobes, (u.abs() + (v - 0.04).abs()) * math.sqrt(0.5) - 0.26)
-
-
-_OUTLINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "disk": lambda u, v: _disk(u, v, 0.42),
-    "square": lambda u, v: _box(u, v, 0.37, 0.37),
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
-    "crescent": _crescent,
-    "heart": _heart,
-}
-"""Signed distances to the outlines, negative inside, at (right, down) from the center in units of the side.
-
-Areas are 0.34 to 0.57 of the square of the side.
-"""
 
 
 class Scales(LabeledImages):
@@ -111,7 +49,7 @@ class Scales(LabeledImages):
         ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
 
-    classes = tuple(_OUTLINES)
+    classes = tuple(OUTLINES)
     mean = (0.5, 0.5, 0.5)
     std = (0.27, 0.27, 0.27)
 
@@ -153,17 +91,17 @@ class Scales(LabeledImages):
 
     def _render(self, span: slice) -> None:
         """Draw the images of ``span``, each from its own random stream."""
-        nodes = [(self.image_size - 1) // cell + 2 for cell in _CELLS]
+        nodes = [(self.image_size - 1) // cell + 2 for cell in CELLS]
         lengths = [4, 7, len(nodes), *(n * n for n in nodes)]
         draws = torch.stack([self._stream(index, sum(lengths)) for index in range(span.start, span.stop)])
         geometry, colors, strengths, *noises = torch.split(draws, lengths, dim=1)
 
         sides, distances = self._distances(self._labels[span], geometry)
         field = (0.5 - distances).clamp(0, 1) - 0.5  # the object; its edge is one pixel wide
-        for cell, n, strength, noise in zip(_CELLS, nodes, strengths.T, noises, strict=True):
-            texture = _interpolate(noise.reshape(-1, n, n), cell, self.image_size)
+        for cell, n, strength, noise in zip(CELLS, nodes, strengths.T, noises, strict=True):
+            texture = interpolate(noise.reshape(-1, n, n), cell, self.image_size)
             field += self.clutter * strength[:, None, None] * texture
-        middle, step = _colors(colors)
+        middle, step = step_colors(colors)
         image = middle + step * field[:, None]
 
         self._images[span] = (255 * image.clamp(0, 1)).round().to(torch.uint8)
@@ -185,7 +123,7 @@ class Scales(LabeledImages):
         angle = math.radians(self.rotation) * turn
         cos, sin = angle.cos().float()[:, None, None], angle.sin().float()[:, None, None]
 
-        room = (self.image_size / 2 - _REACH * sides)[:, None]
+        room = (self.image_size / 2 - REACH * sides)[:, None]
         pixels = torch.arange(self.image_size, dtype=torch.float32) - (self.image_size - 1) / 2
         x = (pixels - room * draws[:, 2:3])[:, None, :]
         y = (pixels - room * draws[:, 3:4])[:, :, None]
@@ -193,33 +131,17 @@ class Scales(LabeledImages):
         u, v = (cos * x + sin * y) / unit, (cos * y - sin * x) / unit
 
         distances = torch.empty_like(u)
-        for label, outline in enumerate(_OUTLINES.values()):
+        for label, outline in enumerate(OUTLINES.values()):
             chosen = labels == label
             distances[chosen] = outline(u[chosen], v[chosen])
         return sides, distances * unit
-
-
-def _interpolate(noise: Tensor, cell: int, size: int) -> Tensor:
-    """Interpolate ``noise`` (N, n, n), given ``cell`` pixels apart, linearly to (N, size, size)."""
-    pixels = torch.arange(size)
-    low, weight = pixels // cell, (pixels % cell).float() / cell
-    rows = noise[:, low] * (1 - weight)[:, None] + noise[:, low + 1] * weight[:, None]
-    return rows[:, :, low] * (1 - weight) + rows[:, :, low + 1] * weight
-
-
-def _colors(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the middle color and the step from background to object, (N, 3, 1, 1), from seven numbers in [-1, 1)."""
-    middle = 0.5 + 0.15 * draws[:, :3]
-    polarity = 1 - 2 * (draws[:, 3:4] < 0).float()  # objects are equally often darker and lighter than the background
-    step = polarity * (0.5 + 0.2 * draws[:, 4:])
-    return middle[:, :, None, None], step[:, :, None, None]
 
 
 def _object_sizes(sizes: object, image_size: int) -> tuple[float, float]:
     """Check the range of object sizes against the image; raises TypeError or ValueError."""
     if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
         raise TypeError(f"object_sizes must be a pair (smallest, largest) such as (6, 28); got {sizes!r}.")
-    largest_fit = math.floor(image_size / (2 * _REACH))
+    largest_fit = math.floor(image_size / (2 * REACH))
     smallest = _checks.number("the smallest of object_sizes", sizes[0], minimum=4)
     largest = _checks.number("the largest of object_sizes", sizes[1])
     if not smallest <= largest <= largest_fit:

@@ -1,0 +1,270 @@
+"""Generate scenes of many objects of very different sizes, with exact labels of every kind, for dense prediction.
+
+Objects and background are made of the same materials: random colors with random textures, independent of class and
+size. Only outlines tell an object from the background and one class from another. Fine detail identifies a small
+object; the pixels in the middle of a large one can be classified only by edges far away. So the receptive field that is
+needed grows with the object, and results can be split by size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from widefield import _checks
+from widefield.data import _composition as composition
+from widefield.data.base import SPLITS, Sample, normalize
+from widefield.data.drawing import KEYPOINTS, KEYPOINTS_FLIPPED, OUTLINES
+from widefield.data.segmentation import SegmentationSet
+
+BACKGROUNDS = ("textures", "photos")
+_COUNTS = {"train": 4_000, "val": 500}
+_SIZES = 6 / 128, 108 / 128  # default sides of the smallest and the largest object, in units of the image's
+_SMALLEST = 4.0  # pixels; below, many shapes look alike
+_GROUPS = {"small": 0.0, "medium": 1 / 8, "large": 3 / 8}  # from this side on, in units of the image's
+_TRAIN_COLUMNS = 427  # of the 640 columns of a photograph; the others are for val
+_NO_OBJECT = 255
+_FLIP = 0x666C6970  # separates the flips' random streams from the scenes'
+
+
+class Scenes(SegmentationSet):
+    """Scenes of objects of eight classes that hide each other, in sizes that differ by a factor of 18.
+
+    A scene is a function of (seed, split, index) and of the drawing options, with the same bytes on every machine. It
+    does not depend on ``count``. The splits use separate random streams, so they share no scene. Scenes are drawn when
+    they are read: about 2 ms for 128 pixels, and nothing is kept.
+
+    Samples, for M objects in drawing order (later ones hide earlier ones):
+
+    - ``image`` float32 (3, size, size), normalized.
+    - ``mask`` int64 (size, size): the class at each pixel; 0 is the background.
+    - ``size_group`` uint8 (size, size): an index into ``size_groups`` of the object at each pixel, 255 where there is
+      none. Small objects have a side below 1/8 of the image's, large ones of at least 3/8.
+    - ``labels`` int64 (M,): an index into ``classes``, so at least 1.
+    - ``masks`` bool (M, size, size): the visible pixels of each object; they do not overlap.
+    - ``boxes`` float32 (M, 4): the edges (left, top, right, bottom) of the visible pixels. The box of one pixel
+      has width 1.
+    - ``keypoints`` float32 (M, 5, 3): (x, y, visibility) of the points named in ``keypoint_names``. Visibility is 2 if
+      the point is not covered, 1 if another object covers it, 0 if it is outside the image. All but the center are
+      on the outline.
+    - ``sides`` float32 (M,): the side of each object in pixels. An object covers 0.34 to 0.57 of its square.
+
+    Coordinates are continuous: the pixel of row i and column j covers [j, j + 1] x [i, i + 1].
+
+    Attributes:
+        keypoint_names: names of the key points: the center, and the ends of the object's axes.
+        keypoints_flipped: index of the point that each one becomes in a flipped image; left and right change places.
+
+    Args:
+        split: ``"train"`` or ``"val"``.
+        size: side of the images in pixels, at least 32.
+        count: number of scenes; None means 4,000 for train and 500 for val.
+        seed: seed of the set; another seed gives other scenes of the same kind.
+        objects: (fewest, most) objects placed in a scene; hidden ones are left out.
+        object_sizes: (smallest, largest) side of an object in pixels, at least 4 and at most ``size``; the logarithm is
+            uniform in between. None means 6/128 and 108/128 of ``size``, the first at least 4 pixels.
+        min_visible: least visible part of an object's area, above 0 and up to 1. Objects of which less would be seen
+            are left out of the scene.
+        clutter: amplitude of the textures, from 0 to 2; 0 gives plain colors.
+        rotation: largest rotation of an object either way, in degrees, from 0 to 180.
+        background: ``"textures"``, a patchwork of the materials that objects are made of, or ``"photos"``, crops of
+            scikit-learn's two photographs (the left two thirds for train, the rest for val). The bytes of photographs
+            depend on the JPEG decoder.
+        hflip: probability that a train scene is flipped left to right, anew in each epoch; val is never flipped.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+    """
+
+    classes = ("background", *OUTLINES)
+    palette = (
+        (24, 24, 24),
+        (0, 114, 178),
+        (230, 159, 0),
+        (0, 158, 115),
+        (240, 228, 66),
+        (213, 94, 0),
+        (204, 121, 167),
+        (86, 180, 233),
+        (170, 68, 153),
+    )
+    size_groups = tuple(_GROUPS)
+    image_size: int
+    keypoint_names = KEYPOINTS
+    keypoints_flipped = KEYPOINTS_FLIPPED
+    mean = (0.5, 0.5, 0.5)
+    std = (0.22, 0.22, 0.22)
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        size: int = 128,
+        count: int | None = None,
+        seed: int = 0,
+        objects: tuple[int, int] = (6, 12),
+        object_sizes: tuple[float, float] | None = None,
+        min_visible: float = 0.25,
+        clutter: float = 0.5,
+        rotation: float = 30,
+        background: str = "textures",
+        hflip: float = 0.5,
+    ) -> None:
+        super().__init__(split, seed)
+        self.image_size = _checks.integer("size", size, minimum=32)
+        self.crop_size = self.image_size, self.image_size
+        self._count = _COUNTS[split] if count is None else _checks.integer("count", count)
+        self.objects = _objects(objects)
+        self.object_sizes = _object_sizes(object_sizes, size)
+        self.min_visible = _checks.number("min_visible", min_visible, maximum=1)
+        if not self.min_visible:
+            raise ValueError(
+                "min_visible must be above 0, because an object without a visible pixel has no box; got 0."
+            )
+        self.clutter = _checks.number("clutter", clutter, maximum=2)
+        self.rotation = _checks.number("rotation", rotation, maximum=180)
+        self.background = _checks.choice("background", background, BACKGROUNDS)
+        self.hflip = _checks.number("hflip", hflip, maximum=1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def sample(self, index: int) -> Sample:
+        """Draw scene ``index``."""
+        pixels, things = self._drawn(index)
+        seen = composition.owners(things, self.image_size)
+        labels = np.array([one.shape + 1 for one in things], np.int64)
+        sides = np.array([one.side for one in things], np.float32)
+        masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
+        # One more entry for the background, which the index -1 reads.
+        groups = np.append(_size_groups(sides, self.image_size), np.uint8(_NO_OBJECT))
+        arrays = {
+            "mask": np.append(labels, 0)[seen],
+            "size_group": groups[seen],
+            "labels": labels,
+            "masks": masks,
+            "boxes": _boxes(masks),
+            "keypoints": composition.keypoints(things, seen),
+            "sides": sides,
+        }
+        image = normalize(torch.from_numpy(pixels) / 255, self.mean, self.std)
+        sample = {"image": image, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+        return _flipped(sample) if self._flips(index) else sample
+
+    def _drawn(self, index: int) -> tuple[NDArray[np.uint8], list[composition.Thing]]:
+        """Return the pixels of a scene, (3, size, size), and its objects, farthest first."""
+        generator = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+
+        def uniform(*shape: int) -> NDArray[np.float32]:
+            return generator.random(shape, dtype=np.float32)
+
+        size, (fewest, most) = self.image_size, self.objects
+        count = fewest + int(uniform(1)[0] * (most - fewest + 1))
+        draws = uniform(most, composition.OBJECT_DRAWS)[:count].tolist()
+        things = [composition.thing(one, size, self.object_sizes, self.rotation) for one in draws]
+        things = composition.arranged(things, size, self.min_visible)
+
+        materials = composition.Materials(
+            uniform(composition.PATCHES + most, composition.MATERIAL_DRAWS),
+            2 * uniform(composition.Materials.nodes(size)) - 1,
+            size,
+            self.clutter,
+        )
+        if self.background == "photos":
+            image = _photograph(uniform(4).tolist(), size, self.split)
+        else:
+            image = composition.patchwork(materials, 2 * uniform(composition.patch_nodes(size)) - 1, size)
+        composition.paint(image, things, materials, composition.PATCHES)
+        return np.rint(255 * image.clip(0, 1)).astype(np.uint8), things
+
+    def _flips(self, index: int) -> bool:
+        if self.split != "train" or not self.hflip:
+            return False
+        return bool(np.random.default_rng((_FLIP, *self.key(index))).random() < self.hflip)
+
+
+def _boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the edges (left, top, right, bottom) of masks (M, H, W) with a True pixel each, (M, 4)."""
+    count, *shape = masks.shape
+    columns, rows = masks.any(1).reshape(count, shape[1]), masks.any(2).reshape(count, shape[0])
+    left, top = columns.argmax(1), rows.argmax(1)
+    right, bottom = shape[1] - columns[:, ::-1].argmax(1), shape[0] - rows[:, ::-1].argmax(1)
+    return np.stack([left, top, right, bottom], 1).astype(np.float32)
+
+
+def _flipped(sample: Sample) -> Sample:
+    """Return a sample of `Scenes` flipped left to right; the key points left and right change places."""
+    width = sample["image"].shape[-1]
+    left, top, right, bottom = sample["boxes"].unbind(1)
+    points = sample["keypoints"][:, list(KEYPOINTS_FLIPPED)]
+    points = torch.stack([width - points[..., 0], points[..., 1], points[..., 2]], -1)
+    turned = {name: sample[name].flip(-1) for name in ("image", "mask", "size_group", "masks")}
+    return {
+        **sample,
+        **turned,
+        "boxes": torch.stack([width - right, top, width - left, bottom], 1),
+        "keypoints": points,
+    }
+
+
+def _size_groups(sides: NDArray[np.float32], size: int) -> NDArray[np.uint8]:
+    """Return the group of each side, an index into ``Scenes.size_groups``, (M,)."""
+    _, *edges = _GROUPS.values()
+    return np.searchsorted(np.array(edges) * size, sides, side="right").astype(np.uint8)
+
+
+@cache
+def _photographs() -> tuple[NDArray[np.uint8], ...]:
+    """Return the two photographs of scikit-learn, each (3, 427, 640)."""
+    from sklearn.datasets import load_sample_images
+
+    return tuple(np.moveaxis(image, 2, 0) for image in load_sample_images().images)
+
+
+def _photograph(draws: list[float], size: int, split: str) -> NDArray[np.float32]:
+    """Return a crop of a photograph in [0, 1], (3, size, size); one that is too small continues mirrored."""
+    which, down, right, flip = draws
+    photograph = _photographs()[int(2 * which)]
+    part = photograph[:, :, :_TRAIN_COLUMNS] if split == "train" else photograph[:, :, _TRAIN_COLUMNS:]
+    height, width = part.shape[1:]
+    rows = _mirrored(int(down * max(1, height - size + 1)), size, height)
+    columns = _mirrored(int(right * max(1, width - size + 1)), size, width)
+    crop = part[:, rows][:, :, columns[::-1] if flip < 0.5 else columns]
+    return np.divide(crop, 255, dtype=np.float32)
+
+
+def _mirrored(start: int, size: int, length: int) -> NDArray[np.int64]:
+    """Return ``size`` indices from ``start`` on into an axis of ``length``, reflected at its ends."""
+    index = np.arange(start, start + size) % (2 * length - 2)
+    return np.minimum(index, 2 * length - 2 - index)
+
+
+def _objects(objects: Any) -> tuple[int, int]:
+    """Check the number of objects; raises TypeError or ValueError."""
+    if not isinstance(objects, (tuple, list)) or len(objects) != 2:
+        raise TypeError(f"objects must be a pair (fewest, most) such as (6, 12); got {objects!r}.")
+    fewest = _checks.integer("the fewest of objects", objects[0])
+    most = _checks.integer("the most of objects", objects[1])
+    if fewest > most:
+        raise ValueError(f"objects must be two numbers in increasing order; got {tuple(objects)!r}.")
+    return fewest, most
+
+
+def _object_sizes(sizes: Any, image_size: int) -> tuple[float, float]:
+    """Check the range of object sizes against the image; raises TypeError or ValueError."""
+    if sizes is None:
+        return max(_SMALLEST, _SIZES[0] * image_size), _SIZES[1] * image_size
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2:
+        raise TypeError(f"object_sizes must be a pair (smallest, largest) such as (6, 108), or None; got {sizes!r}.")
+    smallest = _checks.number("the smallest of object_sizes", sizes[0], minimum=_SMALLEST)
+    largest = _checks.number("the largest of object_sizes", sizes[1])
+    if not smallest <= largest <= image_size:
+        raise ValueError(
+            f"object_sizes must be two sides in increasing order, at most {image_size} in images of that many pixels; "
+            f"got {tuple(sizes)!r}. Draw smaller objects or give a larger size."
+        )
+    return smallest, largest
