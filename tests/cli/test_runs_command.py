@@ -43,9 +43,9 @@ def test_all_runs_are_listed(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = [row[:-1] for row in rows(text)]  # everything except the date
     start = ["resnet18", "scales"]
     assert found == [
-        ["first", *start, "finished", "2/2", "top1", "60.00%", "60.00%", "1.25", "1m00s"],
-        ["second", *start, "finished", "2/2", "top1", "70.00%", "65.00%", "1.25", "1m00s"],
-        ["third", *start, "interrupted", "1/2", "top1", "40.00%", "40.00%", "1.25", "30s"],
+        ["first", *start, "finished", "2/2 epochs", "top1", "60.00%", "60.00%", "1.25", "1m00s"],
+        ["second", *start, "finished", "2/2 epochs", "top1", "70.00%", "65.00%", "1.25", "1m00s"],
+        ["third", *start, "interrupted", "1/2 epochs", "top1", "40.00%", "40.00%", "1.25", "30s"],
     ]
     assert "third: it has no checkpoint to resume from" in text
 
@@ -63,7 +63,7 @@ def test_runs_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert rows(capsys.readouterr().out) == [
             ["optimizer.lr", "0.1", "0.2"],
             ["state", "finished", "interrupted"],
-            ["epochs done", "2/2", "1/2"],
+            ["trained", "2/2 epochs", "1/2 epochs"],
             ["time", "1m00s", "30s"],
             ["last top1", "60.00%", "40.00%"],
             ["best top1", "60.00%", "40.00%"],

@@ -155,10 +155,10 @@ def test_deformable_sampling_is_the_runtimes_own(tmp_path):
     assert model.sampling.backend == "auto"
 
 
-def test_a_dynamic_size_is_verified_at_two(tmp_path):
+def test_a_dynamic_size_is_verified_at_three(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     done = deploy.export(model, tmp_path / "any.onnx", torch.randn(2, 3, 16, 20), dynamic=("batch", "size"))
-    assert {check.shape[2:] for check in done.checks} == {(16, 20), (20, 30)}
+    assert {check.shape[2:] for check in done.checks} == {(16, 20), (20, 30), (19, 19)}
     images = onnx.load(tmp_path / "any.onnx").graph.input[0]
     sizes = [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
     assert sizes == ["batch", 3, "height", "width"]
@@ -171,7 +171,7 @@ def test_a_dynamic_size_of_networks_with_strides_and_mixtures(tmp_path, routing)
     example = torch.randn(1, 3, 32, 24)
     done = deploy.export(fused, tmp_path / "any.onnx", example, dynamic=("size", "batch"), routing=routing)
     assert done.relative <= FLOAT32
-    assert {check.shape[2:] for check in done.checks} == {(32, 24), (40, 36)}
+    assert {check.shape[2:] for check in done.checks} == {(32, 24), (40, 36), (37, 21)}
     assert vars(example) == {}  # torch.export writes to its example
     small = torch.randn(2, 3, 9, 12)  # much of the kernel falls outside this map
     with torch.no_grad():

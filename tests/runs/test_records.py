@@ -61,7 +61,7 @@ def test_a_run_is_listed_as_it_ended(run: Run, recipe: Recipe) -> None:
     epochs = [entry for entry in log(result.folder) if entry["kind"] == "epoch"]
     assert (found.folder, found.name, found.state, found.problem) == (result.folder, "run", "finished", "")
     assert (found.model, found.data) == ("convnext_atto + morf", "scales")
-    assert (found.done, found.epochs, found.headline) == (2, 2, "ema_top1")
+    assert (found.done, found.length, found.unit, found.headline) == (2, 2, "epoch", "ema_top1")
     assert found.last() == result.metrics["ema_top1"] == epochs[-1]["ema_top1"]
     assert found.best() == result.best["ema_top1"] == max(entry["ema_top1"] for entry in epochs)
     assert found.best("loss") == min(entry["loss"] for entry in epochs)
@@ -72,7 +72,7 @@ def test_a_run_is_listed_as_it_ended(run: Run, recipe: Recipe) -> None:
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert written["recipe"]["conversion.args.kernel_sizes"] == [3, 5, 7]
     row = found.row()
-    assert (row["epochs"], row["metric"], row["state"]) == ("2/2", "ema_top1", "finished")
+    assert (row["trained"], row["metric"], row["state"]) == ("2/2 epochs", "ema_top1", "finished")
     assert row["last"] == f"{100 * result.metrics['ema_top1']:.2f}%"
 
 
@@ -106,7 +106,7 @@ def test_an_interrupted_run_is_told_from_a_finished_one(run: Run, recipe: Recipe
     for file in folder.glob("*.*"):
         os.utime(file, (time.time() - 3600,) * 2)
     found = read_run(folder)
-    assert (found.state, found.row()["epochs"]) == ("interrupted", "1/2")
+    assert (found.state, found.row()["trained"]) == ("interrupted", "1/2 epochs")
 
 
 def test_values_that_were_not_finite_are_passed_over(make: Make) -> None:
@@ -191,7 +191,7 @@ def three(make: Make) -> list[RunRecord]:
     [
         ("name", ["high", "low", "none"]),
         ("updated", ["none", "high", "low"]),
-        ("epochs", ["none", "low", "high"]),
+        ("trained", ["none", "low", "high"]),
         ("time", ["none", "low", "high"]),
         ("state", ["low", "high", "none"]),
         ("top1", ["high", "low", "none"]),
@@ -260,7 +260,7 @@ def test_a_comparison_has_a_column_a_run(three: list[RunRecord]) -> None:
     assert rows == {
         "optimizer.lr": ["0.01", "0.002"],
         "state": ["finished", "finished"],
-        "epochs done": ["3/3", "3/3"],
+        "trained": ["3/3 epochs", "3/3 epochs"],
         "time": ["2m02s", "2m02s"],
         "last train_loss": ["0", "0"],
         "best train_loss": ["0", "0"],
@@ -325,5 +325,5 @@ def test_many_runs_stay_apart(make: Make) -> None:
 def test_nothing_to_draw_is_an_error(three: list[RunRecord]) -> None:
     with pytest.raises(ValueError, match=r"no run has the metric 'top2' to draw; there are .*Did you mean 'top1'\?"):
         draw_runs(three, ["top2"])
-    with pytest.raises(ValueError, match="no run has a finished epoch to draw"):
+    with pytest.raises(ValueError, match="no run has an evaluation to draw"):
         draw_runs([])

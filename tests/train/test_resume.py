@@ -82,18 +82,18 @@ def test_stopped_twice_and_resumed_with_other_workers(run: Run, stop_at: Any) ->
 
 def test_resumed_at_an_epochs_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(name="whole", **BUSY)
-    train_epoch = "widefield.train.engine._Run._train_epoch"
+    train_until = "widefield.train.engine._Run._train_until"
     from widefield.train.engine import _Run
 
-    original = _Run._train_epoch
+    original = _Run._train_until
 
-    def killed(self: Any) -> None:
-        if self.epoch == 1:
+    def killed(self: Any, end: int) -> None:
+        if self.rounds == 1:
             raise RuntimeError("killed")
-        original(self)
+        original(self, end)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_epoch, killed)
+        patch.setattr(train_until, killed)
         with pytest.raises(RuntimeError, match="killed"):
             run(**BUSY)
     rest = run(resume=whole.folder.with_name("run"), **BUSY)

@@ -20,13 +20,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--where", nargs="+", default=[], metavar="KEY=GLOB", help="filter: state=finished model.name='morf_*'"
     )
     parser.add_argument(
-        "--sort", metavar="KEY", help="name, model, data, state, epochs, time, updated, best, or a metric (updated)"
+        "--sort", metavar="KEY", help="name, model, data, state, trained, time, updated, best, or a metric (updated)"
     )
     parser.add_argument("--metric", nargs="+", metavar="NAME", help="metrics to show or draw (each run's own headline)")
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="RUN", help="show the keys and metrics in which these runs differ"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw metrics over epochs: .png, .pdf or .svg")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw metrics over epochs or steps: .png, .pdf or .svg"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write recipes and logs of the runs as JSON")
     parser.set_defaults(writes={"out": False, "plot": False})
 
@@ -65,4 +67,4 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_NUMBERS = ("epochs", "best", "last", "train loss", "time")
+_NUMBERS = ("trained", "best", "last", "train loss", "time")

@@ -5,6 +5,7 @@ Module names inside heads and necks are OpenMMLab's, so published files load by 
 
 from widefield.dense.aspp import DeepLabV3Plus, DepthwiseSeparableASPPHead
 from widefield.dense.backbone import FeatureMaps, feature_maps
+from widefield.dense.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, segment
@@ -23,6 +24,7 @@ __all__ = [
     "FCNHead",
     "FPNHead",
     "FeatureMaps",
+    "LoadedCheckpoint",
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",
@@ -30,5 +32,7 @@ __all__ = [
     "UPerNet",
     "check_views",
     "feature_maps",
+    "load_checkpoint",
+    "save_checkpoint",
     "segment",
 ]

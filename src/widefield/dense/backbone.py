@@ -15,6 +15,7 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureHooks
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.dense._published import follow_published_code
 from widefield.surgery import anatomy
 from widefield.surgery.answers import described, evaluating
 from widefield.surgery.walk import duplicate
@@ -151,6 +152,7 @@ def feature_maps(
         if isinstance(backbone, FeatureMaps):
             return backbone
         found = _found(backbone, levels, out_indices)
+    follow_published_code(found.body)
     norm = _norm(stage_norms, found.body)
     positions = range(len(found.channels)) if normed is None else normed
     norms = [norm if index in positions else None for index in range(len(found.channels))]

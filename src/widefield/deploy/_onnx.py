@@ -38,13 +38,10 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     from onnx_ir.passes import PassError
 
     table: dict[Any, Any] = {torch.ops.aten.conv2d.default: _convolution}
+    if not all(isinstance(size, int) for size in image_shape(program)[2:]):
+        table[torch.ops.aten.adaptive_avg_pool2d.default] = _adaptive_pooling
     if opset is not None:
         opset = _checks.integer("opset", opset, minimum=LEAST_OPSET, maximum=MOST_OPSET)
-    shapes = [
-        [dim if isinstance(dim, int) else None for dim in node.meta["val"].shape]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
-    ]
     write = partial(
         torch.onnx.export, program, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=table
     )
@@ -62,9 +59,19 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     names = [] if spec is None else output_names(spec.unflatten(list(range(spec.num_leaves))))
     for value, name in zip(model.graph.outputs, names, strict=True):
         _rename(model, value, name)
-    _name_sizes(model, shapes[0])
+    _name_sizes(model, image_shape(program))
     cast(Any, written).save(str(path))
     return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def image_shape(program: ExportedProgram) -> tuple[int | None, ...]:
+    """Return the shape of a graph's images, (N, C, H, W), with None for each dynamic size."""
+    shapes = [
+        tuple(dim if isinstance(dim, int) else None for dim in node.meta["val"].shape)
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+    ]
+    return shapes[0]
 
 
 def output_names(outputs: Any) -> list[str]:
@@ -173,3 +180,32 @@ def _each(size: Any) -> int | None:
     """Return k for a size of k times the batch (torch writes 16*s77), or None for any other size."""
     found = re.fullmatch(r"(?:(\d+)\*)?[a-z]\w*", "" if isinstance(size, int) else str(size.value))
     return None if found is None else int(found[1] or 1)
+
+
+def _adaptive_pooling(x: Any, output_size: Sequence[int]) -> Any:
+    """Translate aten.adaptive_avg_pool2d for maps of any size, as a matrix product along each axis.
+
+    torch's exporter chooses the windows at the example's size, and the graph would be right for that size only.
+    """
+    op: Any = importlib.import_module("onnxscript").opset18
+    rows, columns = output_size if len(output_size) == 2 else (*output_size, *output_size)
+    if rows == columns == 1:
+        return op.ReduceMean(x, op.Constant(value_ints=[2, 3]), keepdims=1)
+    return op.MatMul(op.MatMul(_windows(op, x, 2, rows), x), op.Transpose(_windows(op, x, 3, columns), perm=[1, 0]))
+
+
+def _windows(op: Any, x: Any, axis: int, count: int) -> Any:
+    """Return the weights of an axis' positions in each mean: (count, length), each row with a sum of 1.
+
+    Window i is from floor(i * length / count) to ceil((i + 1) * length / count), as torch has it.
+    """
+    length = op.Shape(x, start=axis, end=axis + 1)
+    number = op.Constant(value_ints=[count])
+    first = op.Div(op.Mul(op.Constant(value_ints=list(range(count))), length), number)
+    ends = op.Mul(op.Constant(value_ints=list(range(1, count + 1))), length)
+    last = op.Div(op.Add(ends, op.Constant(value_ints=[count - 1])), number)
+    places = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
+    one = op.Constant(value_ints=[1])
+    inside = op.And(op.GreaterOrEqual(places, op.Unsqueeze(first, one)), op.Less(places, op.Unsqueeze(last, one)))
+    weights = op.Cast(inside, to=1)  # float32
+    return op.Div(weights, op.ReduceSum(weights, one, keepdims=1))

@@ -55,7 +55,11 @@ class Check:
     relative: float
     """``max_abs`` divided by the largest absolute value of the model's outputs."""
     agreement: float | None
-    """Share of images with the same top class; None unless the output is (N, classes)."""
+    """Share of images with the same top class, or of pixels if the output is (N, classes, H, W); None for others."""
+    miou_before: float | None = None
+    """Mean IoU of the model, where the loader's masks give one."""
+    miou_after: float | None = None
+    """Mean IoU of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ class Export(Deployed):
 
     def rows(self) -> list[dict[str, str]]:
         """Return one row per check."""
+        labeled = any(check.miou_before is not None for check in self.checks)
         return [
             {
                 "file": self.path,
@@ -101,6 +106,7 @@ class Export(Deployed):
                 "largest difference": f"{check.max_abs:.1e}",
                 "relative": f"{check.relative:.1e}",
                 "top-1 agreement": "-" if check.agreement is None else f"{100 * check.agreement:.4g} %",
+                **({"mIoU": _from_to(check.miou_before, check.miou_after)} if labeled else {}),
             }
             for check in self.checks
         ]
@@ -127,7 +133,7 @@ def export(
     The model is written as it is: call :func:`widefield.reparameterize` first, and optionally
     :func:`widefield.specialize` and :func:`widefield.trim`. Convolutions become plain Conv nodes, whatever operator
     computes them here. The file is loaded and compared with the model on noise: at batch sizes 1, 3 and 8 if the batch
-    is dynamic, and at a second image size if that is. The file is written only if verification passes.
+    is dynamic, and at a larger and an odd image size if the size is. The file is written only if verification passes.
 
     Args:
         model: in evaluation mode, float32; not modified.
@@ -162,7 +168,7 @@ def export(
     path = Path(path)
     format = format_of(path)
     model = bare(model)
-    dynamic = tuple(sorted({_checks.choice("every entry of dynamic", size, DYNAMIC) for size in _words(dynamic)}))
+    dynamic = sizes_of(dynamic)
     tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
     begin(model, "an export holds the evaluation-mode function", None)
     if format == "openvino":
@@ -176,12 +182,12 @@ def export(
         fixed="size" not in dynamic,
     )  # fmt: skip
     times = _times(throughput, dynamic, len(x))
-    given = () if loader is None else (found for found, _ in batches(loader, reference))
+    given = () if loader is None else batches(loader, reference)
     with staged(path.parent) as stage:
         with torch.no_grad():
             operators = _write(twin, x, stage / path.name, format, dynamic, opset, info)
         exported = load(stage / path.name)
-        checks = _verified(reference, exported, chain(_fresh(x, dynamic), given), tolerance)
+        checks = _verified(reference, exported, chain(_fresh(reference, x, dynamic), given), tolerance)
         done = Export(
             path=path.name,
             files={part.name: checksum(part) for part in sorted(stage.iterdir())},
@@ -251,8 +257,10 @@ def _routing(model: nn.Module, asked: str) -> str | None:
     return " and ".join(sorted(forms)) or None
 
 
-def _words(dynamic: Sequence[str]) -> Sequence[str]:
-    return (dynamic,) if isinstance(dynamic, str) else dynamic
+def sizes_of(dynamic: Sequence[str]) -> tuple[str, ...]:
+    """Return the dynamic sizes, sorted and checked; a single word is one of them."""
+    words = (dynamic,) if isinstance(dynamic, str) else dynamic
+    return tuple(sorted({_checks.choice("every entry of dynamic", size, DYNAMIC) for size in words}))
 
 
 def _write(
@@ -280,26 +288,44 @@ def _write(
     return operators
 
 
-def _fresh(x: Tensor, dynamic: Sequence[str]) -> Iterator[Tensor]:
-    """Yield noise of every shape that is to be tried."""
+def _fresh(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> Iterator[tuple[Tensor, None]]:
+    """Yield noise of every shape that is to be tried, without labels."""
     generator = torch.Generator().manual_seed(1)  # the example is drawn from 0
     count, channels, height, width = x.shape
     sizes = [(height, width)]
     if "size" in dynamic:
-        sizes.append((height + height // 4, width + width // 2))
+        larger, odd = (height + height // 4, width + width // 2), (height + height // 8 | 1, width - width // 8 | 1)
+        sizes += [size for size in (larger, odd) if size != sizes[0] and _runs(model, x, size)]
+        if len(sizes) == 1:  # a model that takes only multiples of a side
+            sizes.append((2 * height, 3 * width))
     for rows, columns in sizes:
         for batch in BATCHES if "batch" in dynamic else (count,):
-            yield torch.randn(batch, channels, rows, columns, generator=generator)
+            yield torch.randn(batch, channels, rows, columns, generator=generator), None
 
 
-def _verified(model: nn.Module, exported: Runtime, images: Iterable[Tensor], tolerance: float) -> tuple[Check, ...]:
+def _runs(model: nn.Module, x: Tensor, size: tuple[int, int]) -> bool:
+    """Return whether a model runs on images of a size."""
+    try:
+        with torch.no_grad():
+            model(x.new_zeros(1, x.shape[1], *size))
+    except Exception:  # models refuse sizes with any type of error
+        return False
+    return True
+
+
+def _verified(
+    model: nn.Module, exported: Runtime, images: Iterable[tuple[Tensor, Any]], tolerance: float
+) -> tuple[Check, ...]:
     """Compare an exported model with its source; raises RuntimeError if they differ by more than the tolerance."""
     tallies: dict[tuple[int, ...], Tally] = {}
     with torch.no_grad():
-        for x in images:
-            tallies.setdefault(tuple(x.shape), Tally()).add(model(x), exported(x))
+        for x, labels in images:
+            tallies.setdefault(tuple(x.shape), Tally()).add(model(x), exported(x), labels, images=len(x))
     changes = {shape: tally.difference() for shape, tally in tallies.items()}
-    checks = tuple(Check(shape, c.images, c.max_abs, c.relative, c.agreement) for shape, c in changes.items())
+    checks = tuple(
+        Check(shape, c.images, c.max_abs, c.relative, c.agreement, c.miou_before, c.miou_after)
+        for shape, c in changes.items()
+    )
     worst = max(checks, key=lambda check: check.relative)
     if not worst.relative <= tolerance:
         raise RuntimeError(
@@ -307,6 +333,10 @@ def _verified(model: nn.Module, exported: Runtime, images: Iterable[Tensor], tol
             f"differ by {worst.relative:.2e} of their scale, more than tolerance={tolerance:.0e}. Nothing was written."
         )
     return checks
+
+
+def _from_to(before: float | None, after: float | None) -> str:
+    return "-" if before is None or after is None else f"{before:.2%} -> {after:.2%}"
 
 
 def _name(model: nn.Module) -> str:

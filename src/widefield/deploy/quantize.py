@@ -27,7 +27,7 @@ from widefield.deploy import _balance, _graph, _int8
 from widefield.deploy._ablation import Ablation
 from widefield.deploy._onnx import output_names, to_onnx
 from widefield.deploy._trace import bare, prepared, traced
-from widefield.deploy.export import PACKAGES, outputs_of
+from widefield.deploy.export import PACKAGES, outputs_of, sizes_of
 from widefield.deploy.info import ModelInfo, collected, to_texts
 from widefield.deploy.record import Deployed, input_of
 from widefield.deploy.runtime import Runtime, load
@@ -177,6 +177,7 @@ def quantize(
     loader: Iterable[Any],
     *,
     images: Tensor | Iterable[Any] | None = None,
+    dynamic: Sequence[str] = ("batch",),
     calibration: str = "minmax",
     outliers: str = "warn",
     keep: Sequence[str] = (),
@@ -195,9 +196,12 @@ def quantize(
     Args:
         model: in evaluation mode, reparameterized, float32; not modified.
         path: ``.onnx``.
-        loader: calibration images, some hundreds, preprocessed as in training but not augmented; all of one size. See
+        loader: calibration images, some hundreds, preprocessed as in training but not augmented. See
             :func:`widefield.surgery.inputs.batches`.
-        images: images to compare on, with labels for accuracies. Default: ``loader``, which gives optimistic results.
+        images: images to compare on, with labels for accuracies, or masks for mean IoUs. Default: ``loader``, which
+            gives optimistic results.
+        dynamic: sizes that may change, as in :func:`widefield.deploy.export`. Without "size", all images must have the
+            size of the first batch.
         calibration: how activation ranges are read off: "minmax", "entropy" or "percentile" (99.999).
         outliers: treatment of kernels that keep less than 30 dB (:data:`NOISY`): "warn", "refuse", or leave those
             layers in "float".
@@ -227,6 +231,7 @@ def quantize(
     compare_layers = _checks.integer("compare_layers", compare_layers, minimum=0)
     model = bare(model)
     begin(model, "what is rounded is the evaluation-mode function", None)
+    dynamic = sizes_of(dynamic)
     twin = prepared(model, "branches", "onnx")
     left = unmerged(model)
     if left:
@@ -235,14 +240,17 @@ def quantize(
     probe, reference = _Probe(twin), copied(model).cpu()
     info = collected(
         model, x.shape, outputs_of(reference, x[:1]), classes=classes, normalization=normalization, info=info,
-        fixed=True,
+        fixed="size" not in dynamic,
     )  # fmt: skip
     shown = _Shown(loader, twin)
     measured = loader if images is None else [images] if isinstance(images, Tensor) else images
+    if "size" not in dynamic:
+        for given in (shown,) if images is None else (shown, _Shown(measured, twin)):
+            given.check_size(x.shape[2:])
     with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
         first, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():
-            to_onnx(traced(probe, x, ("batch",)), first, None)
+            to_onnx(traced(probe, x, dynamic), first, None)
             names = output_names(reference(x))
         plain = _graph.read(first)
         _balance.prepare(plain)
@@ -262,7 +270,7 @@ def quantize(
             path=path.name,
             files={part.name: checksum(part) for part in sorted(stage.iterdir())},
             bytes=_bytes(stage),
-            input=input_of(x.shape, ("batch",), info),
+            input=input_of(x.shape, dynamic, info),
             outputs=tuple(names),
             classes=info.classes,
             environment=bench.environment(beside=PACKAGES["onnx"]),
@@ -286,6 +294,15 @@ class _Shown:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (found for found, _ in batches(self._loader, self._model))
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError if images have another size (H, W)."""
+        for found in self:
+            if found.shape[2:] != tuple(size):
+                raise ValueError(
+                    f"images must all be {'x'.join(map(str, size))}, as in the first batch; got "
+                    f"{'x'.join(map(str, found.shape[2:]))}. Pass dynamic=('batch', 'size') for images of any size."
+                )
 
 
 def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, outputs: int) -> tuple[RoundedLayer, ...]:
@@ -412,8 +429,7 @@ def _measured(
         for x, labels in batches(images, model):
             weights, theirs = probe(x)[probe.outputs :], rounded(x)
             theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-            ours = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
-            tally.add(ours, list(theirs[: probe.outputs]), labels)
+            tally.add(model(x), list(theirs[: probe.outputs]), labels, images=len(x))
             count += len(x)
             calls = Counter(probe.names)
             routing = zip(probe.names, probe.chosen, weights, theirs[probe.outputs :], strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,8 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from widefield.nn import ReparamConv2d
-from widefield.surgery.walk import fuse_layers
+from widefield.surgery.merged_forms import merge_in_place, merged_forms
 
 _log = logging.getLogger(__name__)
 
@@ -73,24 +71,12 @@ def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Te
             _log.warning("the weights have %d classes, the network %d: its head starts afresh", len(classes), asked)
     if not _differences(state, model, free):
         return state
-    for select in (_everything, _large_kernels):
-        shadow, _ = fuse_layers(copy.deepcopy(model).to("meta").eval(), select=select)
-        if not _differences(state, shadow, free):
-            training = model.training
-            fuse_layers(model.eval(), select=select)
-            model.train(training)
+    for select, merged in merged_forms(model):
+        if not _differences(state, merged, free):
+            merge_in_place(model, select)
             return state
     name = config.get("architecture") or type(model).__name__
     raise ValueError(f"these weights do not fit {name}: {'; '.join(_differences(state, model, free))}.")
-
-
-def _everything(module: nn.Module) -> bool:
-    return True
-
-
-def _large_kernels(module: nn.Module) -> bool:
-    """Return whether the code of RepLKNet and SLaK merges this module."""
-    return isinstance(module, ReparamConv2d)
 
 
 def _differences(state: dict[str, Tensor], model: nn.Module, free: Iterable[str]) -> list[str]:

@@ -27,7 +27,7 @@ _COLUMNS = {
     "model": lambda run: run.model,
     "data": lambda run: run.data,
     "state": lambda run: run.state,
-    "epochs": lambda run: run.done,
+    "trained": lambda run: run.done,
     "time": lambda run: run.seconds,
     "updated": lambda run: run.updated,
 }
@@ -35,7 +35,7 @@ _COLUMNS = {
 
 
 def sort_runs(runs: Sequence[RunRecord], key: str) -> list[RunRecord]:
-    """Return runs in order of a column (name, model, data, state, epochs, time, updated) or a metric, best first.
+    """Return runs in order of a column (name, model, data, state, trained, time, updated) or a metric, best first.
 
     ``"best"`` is each run's own headline. Runs without the metric come last.
 
@@ -141,7 +141,7 @@ def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> list[d
         rows.append({"": heading, **dict(zip(titles, texts, strict=True))})
 
     row("state", [run.state for run in runs])
-    row("epochs done", [run.row()["epochs"] for run in runs])
+    row("trained", [run.row()["trained"] for run in runs])
     row("time", [duration(run.seconds) for run in runs])
     known = dict.fromkeys(name for run in runs for name in run.metrics if name != "lr")
     for name in metrics or known:
@@ -159,7 +159,7 @@ def labels(runs: Sequence[RunRecord]) -> list[str]:
 
 @report.paper()
 def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
-    """Draw metrics over epochs at the width of a paper's column, one line per run and one panel per metric.
+    """Draw metrics over epochs or steps at the width of a paper's column, one line per run and one panel per metric.
 
     Args:
         runs: runs without the metric are left out of its panel.
@@ -172,7 +172,7 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
         if not found:
             known = dict.fromkeys(known for run in runs for known in run.metrics)
             raise ValueError(
-                f"no run has {f'the metric {name!r}' if name else 'a finished epoch'} to draw; there are "
+                f"no run has {f'the metric {name!r}' if name else 'an evaluation'} to draw; there are "
                 f"{', '.join(known) or 'no metrics'}.{_checks.did_you_mean(name, known) if name else ''}"
             )
     titles = labels(runs)
@@ -183,35 +183,41 @@ def draw_runs(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Figure:
     figure = report.blank(report.COLUMN, 1.9 * len(lines) + 0.15 * -(-len(runs) // columns) + 0.2)
     axes = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, found) in zip(axes, lines.items(), strict=True):
-        for index, (epochs, values) in found.items():
+        for index, (places, values) in found.items():
             turn, color = divmod(index, len(report.COLORS))
             axis.plot(
-                epochs,
+                places,
                 values,
                 label=titles[index],
                 color=report.COLORS[color],
                 linestyle=("-", "--", ":", "-.")[turn % 4],
                 # Markers distinguish short lines; a single point is invisible without one.
-                marker=report.MARKERS[color] if len(epochs) <= 15 else None,
+                marker=report.MARKERS[color] if len(places) <= 15 else None,
             )
         heading = name or ", ".join(dict.fromkeys(runs[index].headline.removeprefix("ema_") for index in found))
         axis.set_ylabel(f"{heading} (%)" if is_share(heading) else heading)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[-1].set_xlabel("epoch")
+    axes[-1].set_xlabel(_unit(runs))
     handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns)
     return figure
 
 
 def _lines(runs: Sequence[RunRecord], metric: str | None) -> dict[int, tuple[list[int], list[float]]]:
-    """Return epochs, from 1, and values of each run that has any, by the run's index."""
-    found = {}
+    """Return epochs from 1, or steps, and values of each run that has any, by the run's index."""
+    found, unit = {}, _unit(runs)
     for index, run in enumerate(runs):
         name = metric or run.headline
-        points = [(entry["epoch"] + 1, entry[name]) for entry in run.log if entry.get(name) is not None]
-        if points:
+        kept = [entry for entry in run.log if entry.get(name) is not None]
+        if kept:
             scale = 100 if is_share(name) else 1
-            found[index] = [epoch for epoch, _ in points], [scale * value for _, value in points]
+            places = [entry["step"] if unit == "step" else run.at(entry) for entry in kept]
+            found[index] = places, [scale * entry[name] for entry in kept]
     return found
+
+
+def _unit(runs: Sequence[RunRecord]) -> str:
+    """Return what to draw over: steps if the length of any run counts in steps, or else epochs."""
+    return "step" if any(run.unit == "step" for run in runs) else "epoch"

@@ -25,7 +25,7 @@ STATES = ("finished", "running?", "interrupted", "failed", "broken")
 _STILL_WRITING = 600.0
 """Seconds. A run whose files changed since then is probably running: it logs every few steps and after each epoch."""
 
-_HEADLINES = ("ema_top1", "top1")
+_HEADLINES = ("ema_top1", "ema_miou", "miou", "top1")
 """Headline metrics to try if no checkpoint names one."""
 
 
@@ -41,7 +41,7 @@ class RunRecord:
         updated: time of the last change of its recipe or its log.
         problem: what is wrong with it; empty if nothing is.
         recipe: keys with dots, such as ``optimizer.lr``, to their values. Empty if it cannot be read.
-        log: entries of ``metrics.jsonl`` for epochs, in order. A value that was not finite is None.
+        log: entries of ``metrics.jsonl`` about evaluations, in order. A value that was not finite is None.
         headline: the metric that ranks its checkpoints.
     """
 
@@ -70,19 +70,28 @@ class RunRecord:
         return str(self.recipe.get("data.name", "?"))
 
     @property
-    def epochs(self) -> int | None:
-        """Return the recipe's number of epochs."""
-        epochs: int | None = self.recipe.get("epochs")
-        return epochs
+    def unit(self) -> str:
+        """Return what the run's length counts in: "epoch" or "step"."""
+        return "step" if self.recipe.get("max_steps") else "epoch"
+
+    @property
+    def length(self) -> int | None:
+        """Return the recipe's number of epochs or steps."""
+        length: int | None = self.recipe.get("max_steps") or self.recipe.get("epochs")
+        return length
 
     @property
     def done(self) -> int:
-        """Return the number of trained and evaluated epochs."""
-        return int(self.log[-1]["epoch"]) + 1 if self.log else 0
+        """Return the number of epochs or steps that are trained and evaluated."""
+        return self.at(self.log[-1]) if self.log else 0
+
+    def at(self, entry: Mapping[str, Any]) -> int:
+        """Return after how many epochs or steps an entry of the log was written."""
+        return int(entry["step"]) if self.unit == "step" else int(entry["epoch"]) + 1
 
     @property
     def seconds(self) -> float:
-        """Return the wall-clock time of all epochs, evaluations included."""
+        """Return the wall-clock time of training and evaluation."""
         return sum(float(entry.get("seconds") or 0) for entry in self.log)
 
     @property
@@ -93,11 +102,11 @@ class RunRecord:
         return tuple(name for name in known if name not in ("kind", "step", "epoch", "seconds"))
 
     def last(self, metric: str | None = None) -> float | None:
-        """Return a metric (default: the headline) after the last epoch."""
+        """Return a metric (default: the headline) of the last evaluation."""
         return self.log[-1].get(metric or self.headline) if self.log else None
 
     def best(self, metric: str | None = None) -> float | None:
-        """Return the best value of a metric (default: the headline) over the epochs."""
+        """Return the best value of a metric (default: the headline) over the evaluations."""
         name = metric or self.headline
         values = [entry[name] for entry in self.log if entry.get(name) is not None]
         return (min(values) if lower_is_better(name) else max(values)) if values else None
@@ -110,7 +119,7 @@ class RunRecord:
             "model": self.model,
             "data": self.data,
             "state": self.state,
-            "epochs": f"{self.done}/{'?' if self.epochs is None else self.epochs}",
+            "trained": f"{self.done}/{'?' if self.length is None else self.length} {self.unit}s",
             "metric": name,
             "best": shown(name, self.best(name)),
             "last": shown(name, self.last(name)),
@@ -126,7 +135,9 @@ class RunRecord:
             "name": self.name,
             "state": self.state,
             "problem": self.problem,
-            "epochs_done": self.done,
+            "unit": self.unit,
+            "done": self.done,
+            "length": self.length,
             "headline": self.headline,
             "best": self.best(),
             "last": self.last(),
@@ -183,7 +194,7 @@ def read_run(folder: str | Path) -> RunRecord:
     record = RunRecord(run.path, "finished", updated, problem, recipe, log, headline)
     if not run.config.is_file():
         return dataclasses.replace(record, state="failed")
-    if record.epochs is not None and record.done >= record.epochs:
+    if record.length is not None and record.done >= record.length:
         return record
     if time.time() - updated.timestamp() < _STILL_WRITING:
         return dataclasses.replace(record, state="running?")
@@ -216,9 +227,9 @@ def _log(run: RunFolder) -> list[dict[str, Any]]:
     if not run.log.is_file():
         return []
     with _reading(run.log):
-        entries = [entry for _, entry in log_entries(run.log) if entry["kind"] == "epoch"]
+        entries = [entry for _, entry in log_entries(run.log) if entry["kind"] in ("epoch", "evaluation")]
         for entry in entries:
-            _ = entry["epoch"] + 1
+            _ = entry["epoch"] + 1, entry["step"] + 1
     return entries
 
 
@@ -258,8 +269,8 @@ def shown(metric: str, value: float | None) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a fraction of images, which is shown in percent."""
-    return re.search(r"top\d+$", metric) is not None
+    """Return whether a metric is a fraction of images or pixels, which is shown in percent."""
+    return re.search(r"top\d+$|(^|_)(miou|macc|aacc)(_|$)", metric) is not None
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from widefield import _checks
 from widefield.report import Report
 from widefield.surgery.answers import place_of_meant, tensors, wrapping
 from widefield.surgery.inputs import batches
+from widefield.surgery.predictions import ImageCounts, PixelCounts, Shares, counts_for
 
 _NO_NUMBERS = (
     "there is nothing to compare: the outputs hold no numbers, as those of a detector without detections. Choose other "
@@ -39,10 +40,16 @@ class Difference(Report):
         scale: largest absolute value of the first model's output, in the same tensor.
         rms: root of the sum of squared differences, over the same root for the first model's output; of several
             tensors, the largest.
-        agreement: share of images for which both models have the same top class; None unless the output, or the tensor
-            in it that :func:`widefield.surgery.answers.meant` finds, has shape (N, classes).
-        accuracy_before: share of labeled images that the first model classifies correctly; None without labels.
+        agreement: share of images for which both models have the same top class; of a segmentation model, share of
+            pixels. None unless the output, or the tensor in it that :func:`widefield.surgery.answers.meant` finds, has
+            the shape (N, classes), or (N, classes, H, W).
+        accuracy_before: share of labeled images, or labeled pixels, that the first model classifies correctly; None
+            without labels.
         accuracy_after: the same for the second model.
+        miou_before: mean over the classes of the first model's intersection over union with the labels, both summed
+            over all images; None unless outputs are (N, classes, H, W) and there are masks.
+        miou_after: the same for the second model.
+        pixels: number of pixels that ``agreement`` counts; None if it counts images.
     """
 
     images: int
@@ -52,6 +59,21 @@ class Difference(Report):
     agreement: float | None = None
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    miou_before: float | None = None
+    miou_after: float | None = None
+    pixels: int | None = None
+
+    @property
+    def score(self) -> str:
+        """Name of the score that counts: "mIoU" for segmentation, else "accuracy"."""
+        return "accuracy" if self.pixels is None else "mIoU"
+
+    @property
+    def scores(self) -> tuple[float, float] | None:
+        """The score of the first and of the second model, from 0 to 1; None without labels."""
+        pixels = self.pixels is not None
+        before, after = (self.miou_before, self.miou_after) if pixels else (self.accuracy_before, self.accuracy_after)
+        return None if before is None or after is None else (before, after)
 
     @property
     def relative(self) -> float:
@@ -62,9 +84,9 @@ class Difference(Report):
         """Return the difference as one clause."""
         text = f"outputs on {self.images} images change by {self.rms:.2g} (relative RMS)"
         if self.agreement is not None:
-            text += f", top-1 the same for {self.agreement:.2%}"
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            text += f", accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}"
+            text += f", top-1 the same for {self.agreement:.2%}" + (" of pixels" if self.pixels is not None else "")
+        if self.scores is not None:
+            text += ", {} {:.2%} -> {:.2%}".format(self.score, *self.scores)
         return text
 
 
@@ -75,6 +97,13 @@ class _Sums:
         self.max_abs = self.scale = self._squares = self._moved = 0.0
 
     def add(self, first: Tensor, second: Tensor) -> None:
+        if first.ndim == 4:  # maps of a whole batch would need several times their size in float64
+            for one, other in zip(first.split(1), second.split(1), strict=True):
+                self._add(one.double(), other.double())
+        else:
+            self._add(first.double(), second.double())
+
+    def _add(self, first: Tensor, second: Tensor) -> None:
         gap = (second.to(first.device) - first).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
         self.max_abs = max(self.max_abs, gap.abs().amax().item())
         self.scale = max(self.scale, first.abs().amax().item())
@@ -88,35 +117,22 @@ class _Sums:
         return math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0)
 
 
-def _classes(labels: Any, count: int) -> Tensor | None:
-    """Return labels as (N,) int64, or None if they are not one class per image; ValueError for another number."""
-    try:
-        found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):  # None, names and boxes each raise another one
-        return None
-    if found.ndim == 2 and found.shape[1] == 1:
-        found = found[:, 0]
-    if found.ndim != 1 or found.is_floating_point() or found.is_complex():
-        return None
-    if len(found) != count:
-        raise ValueError(f"there must be one label for each image; got {len(found)} labels for {count} images.")
-    return found.long()
-
-
 class Tally:
     """Accumulates the difference between two models' outputs, batch by batch."""
 
     def __init__(self) -> None:
-        self._images = self._same = self._labeled = self._right = self._right_after = 0
+        self._images = 0
         self._outputs: dict[int, _Sums] = {}
-        self._ranks = True
+        self._counts: ImageCounts | PixelCounts | None = None
+        self._predict = True
 
     def add(self, first: Any, second: Any, labels: Any = None, *, images: int | None = None) -> None:
         """Add both models' outputs for one batch.
 
         Args:
             first, second: outputs with the same tensors, alone or in tuples, mappings and dataclasses.
-            labels: integers, (N,) or (N, 1), as a tensor, an array or a list; -1: unlabeled. Anything else is ignored.
+            labels: of images, integers (N,) or (N, 1), as a tensor, an array or a list; -1: unlabeled. Of pixels,
+                masks (N, H, W) or a list of masks (H, W); 255: unlabeled. Anything else is ignored.
             images: N. Default: the length of the first output tensor that has one, or else 1.
 
         Raises:
@@ -127,35 +143,27 @@ class Tally:
         self._images += count
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a.numel():
-                self._outputs.setdefault(index, _Sums()).add(a.double(), b.double())
+                self._outputs.setdefault(index, _Sums()).add(a, b)
         place = place_of_meant(first)
-        scores = None if place is None else ours[place]
-        self._ranks &= scores is not None and scores.ndim == 2 and len(scores) == count and scores.shape[1] > 1
-        if not self._ranks or scores is None or place is None:
-            return
-        before, after = scores.argmax(1), theirs[place].argmax(1).to(scores.device)
-        self._same += int((before == after).sum())
-        classes = _classes(labels, count)
-        if classes is not None:
-            classes = classes.to(before.device)
-            self._labeled += int((classes >= 0).sum())  # data sets use -1 for "no class"
-            self._right += int((before == classes).sum())
-            self._right_after += int((after == classes).sum())
+        kind = counts_for(None if place is None else ours[place], count)
+        if self._counts is None and self._predict and kind is not None:
+            self._counts = kind()
+        self._predict &= kind is not None and isinstance(self._counts, kind)
+        if self._predict and self._counts is not None and place is not None:
+            self._counts.add(ours[place], theirs[place], labels)
 
     def difference(self) -> Difference:
         """Return the difference over all batches; raises NothingToCompareError if the outputs held no number."""
         if not self._outputs:
             raise NothingToCompareError(_NO_NUMBERS)
         worst = max(self._outputs.values(), key=_Sums.relative)
-        labeled = self._labeled if self._ranks else 0
+        shares = self._counts.shares() if self._predict and self._counts is not None else Shares()
         return Difference(
             self._images,
             worst.max_abs,
             worst.scale,
             max(sums.rms() for sums in self._outputs.values()),
-            self._same / self._images if self._ranks and self._images else None,
-            self._right / labeled if labeled else None,
-            self._right_after / labeled if labeled else None,
+            **shares._asdict(),
         )
 
 
@@ -169,7 +177,7 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         first: the reference.
         second: another model, or what :func:`widefield.deploy.load` returns.
         images: one input tensor, passed as it is; or a loader, see :func:`widefield.surgery.inputs.batches`. Its labels
-            give accuracies.
+            give accuracies, and its masks mean IoUs.
 
     Raises:
         TypeError: a loader whose batches hold no images, or that runs out after one pass.

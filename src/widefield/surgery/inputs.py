@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+
+LABELS = ("mask", "label")
+"""Keys of labels in batches that are mappings: masks of segmentation, classes of images. The first one counts."""
 
 Example = Tensor | int | Sequence[int]
 """An example input: one batch, or its size as one side, (H, W), (C, H, W) or (N, C, H, W)."""
@@ -37,8 +41,10 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
     """Yield (images, labels or None) from a loader, with images on the model's device and in its dtype.
 
     Args:
-        loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": labels}, or (images, labels, ...).
-            It is iterated once for every call of this function, so it must not be a generator.
+        loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": labels}, {"image": tensor, "mask":
+            masks}, or (images, labels, ...). In a mapping, images of several sizes are a list of tensors (C, H, W),
+            which are yielded one by one. It is iterated once for every call of this function, so it must not be a
+            generator.
         model: gives device and dtype.
 
     Raises:
@@ -48,16 +54,29 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
     check_loader(loader)
     device, dtype = place(model)
     empty = True
-    for batch in loader:
+    for batch in chain.from_iterable(map(_of_one_size, loader)):
         images = pixels(batch)
-        labels = batch.get("label") if isinstance(batch, Mapping) else None
-        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = None
+        if isinstance(batch, Mapping):
+            labels = next((batch[name] for name in LABELS if batch.get(name) is not None), None)
+        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
             labels = batch[1]
         if len(images):
             empty = False
             yield images.to(device, dtype), labels
     if empty:
         raise ValueError(_NO_IMAGES)
+
+
+def _of_one_size(batch: Any) -> Iterator[Any]:
+    """Yield a batch as it is, or one by one if it is a mapping with a list of images."""
+    images = batch.get("image") if isinstance(batch, Mapping) else None
+    if not isinstance(images, (list, tuple)) or not all(isinstance(image, Tensor) for image in images):
+        yield batch
+        return
+    for index, image in enumerate(images):
+        labels = {name: batch[name][index : index + 1] for name in LABELS if batch.get(name) is not None}
+        yield {"image": image[None], **labels}
 
 
 def check_loader(loader: Any) -> None:

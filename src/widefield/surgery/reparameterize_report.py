@@ -114,11 +114,14 @@ class Reparameterization(Report):
         at = "" if moved is None or moved.difference is None else (
             f", those of single layers by at most {moved.difference.relative:.1e} ({moved.name})"
         )  # fmt: skip
+        same = "" if self.difference.pixels is None or self.difference.agreement is None else (
+            f", top-1 the same for {self.difference.agreement:.2%} of pixels"
+        )  # fmt: skip
         return (
             f"{self.model}: {counted(self.fused)}; {len(self.left)} left\n"
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}\n"
             f"MACs an image {self.before.macs:,} -> {self.after.macs:,}\n"
-            f"outputs differ by {self.difference.relative:.1e} of their scale{at}; tolerance {self.tolerance:.0e}"
+            f"outputs differ by {self.difference.relative:.1e} of their scale{at}{same}; tolerance {self.tolerance:.0e}"
         )
 
 

@@ -98,7 +98,7 @@ class Specialization(Report):
                 "own output changes by": _text(layer.own),
                 "outputs change by": _text(layer.change.rms if layer.change else None),
                 "same top-1": _share(layer.change.agreement if layer.change else None),
-                "accuracy": _share(layer.change.accuracy_after if layer.change else None),
+                self.measured.score: _share(layer.change.scores[1] if layer.change and layer.change.scores else None),
                 "static": "yes" if layer.reason is None else f"no: {layer.reason}",
             }
             for layer in self.layers

@@ -87,10 +87,11 @@ class Trimming(Report):
             row["MACs"] = f"{self.macs_before / 1e6:.4g}M -> {self.macs_after / 1e6:.4g}M"
         if self.change is not None:
             change = self.change
-            accuracy = [value for value in (change.accuracy_before, change.accuracy_after) if value is not None]
             row["change (RMS)"] = f"{change.rms:.2g}"
             row["same class"] = "-" if change.agreement is None else f"{change.agreement:.1%}"
-            row["top-1"] = " -> ".join(f"{value:.1%}" for value in accuracy) or "-"
+            row["top-1" if change.pixels is None else change.score] = (
+                " -> ".join(f"{value:.1%}" for value in change.scores or ()) or "-"
+            )
         return row
 
     def rows(self) -> list[dict[str, str]]:

@@ -9,19 +9,21 @@ from widefield import _checks
 from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
 from widefield.tasks.confusion import SegmentationScores
+from widefield.tasks.segmentation import Segmentation
 
 __all__ = [
     "TASKS",
     "Batch",
     "Classification",
     "Labeled",
+    "Segmentation",
     "SegmentationScores",
     "Task",
     "count_outputs",
     "create",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 
 

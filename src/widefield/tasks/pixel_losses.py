@@ -101,7 +101,7 @@ def dice_loss(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tenso
 
 
 def pixel_accuracy(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
-    """Return the percentage of pixels with a class whose largest logit is that class, a scalar (``acc_seg``).
+    """Return the percentage of pixels with a class whose largest logit is that class, a float32 scalar (``acc_seg``).
 
     Args:
         logits: (N, K, H, W).

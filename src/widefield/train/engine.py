@@ -1,7 +1,7 @@
 """Run the training loop for any task, on accelerate's devices and precisions.
 
-The state of a run is its epoch, its position in the epoch and the content of a checkpoint. Everything else is a
-function of the recipe. A resumed run therefore continues as if it had not stopped; on the CPU it is bitwise equal.
+The state of a run is its number of steps and the content of a checkpoint. Everything else is a function of the recipe.
+A resumed run therefore continues as if it had not stopped; on the CPU it is bitwise equal.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class RunResult:
 
     Attributes:
         folder: the run's folder.
-        metrics: metrics of the last evaluated epoch on the val split, and ``train_loss``. Names of the moving average's
+        metrics: metrics of the last evaluation on the val split, and ``train_loss``. Names of the moving average's
             metrics start with ``ema_``. Empty before the first evaluation.
-        best: metrics of the best epoch by the task's headline, of the moving average if there is one.
-        epochs: number of finished epochs.
+        best: metrics of the best evaluation by the task's headline, of the moving average if there is one.
+        epochs: number of finished passes over the data.
         steps: number of finished steps.
         interrupted: the signal that stopped the run, or None. The process should then exit with 128 + the signal.
         model: the trained model without wrappers, in evaluation mode; the moving average if there is one.
@@ -118,7 +118,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
             stack.enter_context(folder.occupied(recipe, run.data))
             run.logs = stack.enter_context(Logs(folder, recipe, run.step))
         run.stop = stack.enter_context(StopRequest())
-        run.report = stack.enter_context(reporter(console or Console(stderr=True), run.total_steps))
+        run.report = stack.enter_context(reporter(console or Console(stderr=True), run.plan.steps))
         run.report.line(run.found)
         run.loop()
     return run.result()
@@ -171,7 +171,7 @@ class _Run:
             folder.check_data(self.data)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
 
-        shape = self.val_set.image_shape
+        shape = self.val_set.image_shape or self.train_set.image_shape
         self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes, shape)
         self._whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         collate, size = self.task.collate, recipe.batch_size
@@ -180,33 +180,24 @@ class _Run:
         self.train_batches = accelerator.prepare(loader)
         share = Share(self.val_set, accelerator.process_index, accelerator.num_processes)
         self.val_batches = val_loader(share, collate, size, recipe.workers)
-        self.steps_per_epoch: int = len(self.train_batches) // recipe.accumulate
-        if not self.steps_per_epoch:
+        steps_per_epoch = len(self.train_batches) // recipe.accumulate
+        if not steps_per_epoch:
             raise ValueError(
                 f"the train split has {len(self.sampler)} images, fewer than one batch of {self._whole_batch}: "
                 f"lower batch_size."
             )
-        self.learner.schedule(self.steps_per_epoch)
+        self.plan = self.learner.schedule(steps_per_epoch)
         # Every process drops and mixes differently.
         set_seed(recipe.seed, device_specific=True)
 
-        self.epoch = self.position = 0
+        self.step = self.rounds = 0  # finished; steps include those whose batches held no image
+        self._stream = self._endless()
         self.metrics: dict[str, float] = {}
         self._warnings: list[str] = []
         self._spare: Batch = {}
         self._loss_sum, self._loss_count = 0.0, 0
         self._pending: list[_Pending] = []
         self._skipped = 0
-
-    @property
-    def step(self) -> int:
-        """Number of steps so far, including those whose batches held no image."""
-        return self.epoch * self.steps_per_epoch + self.position
-
-    @property
-    def total_steps(self) -> int:
-        """Number of steps of the whole run."""
-        return self.learner.epochs * self.steps_per_epoch
 
     def shut_down(self) -> None:
         """End the loaders' workers."""
@@ -229,47 +220,54 @@ class _Run:
     # The loop
 
     def loop(self) -> None:
-        """Train and evaluate until all epochs are done or a stop is requested."""
-        if self.epoch >= self.learner.epochs:
+        """Train and evaluate until all rounds are finished or a stop is requested."""
+        if self.rounds >= self.plan.rounds:
             self.report.line(
-                f"the run in {self.folder.path} is finished: all {self.learner.epochs} epochs are done "
+                f"the run in {self.folder.path} is finished: all {self.plan.whole()} are done "
                 f"({numbers(self.metrics)}). To train on from its weights: widefield train {self.folder.path} "
                 f"--name NEW --model.pretrained {self.folder.path}"
             )
             return
-        while self.epoch < self.learner.epochs:
+        while self.rounds < self.plan.rounds:
             started = time.monotonic()
-            self._train_epoch()
+            end = self.plan.end(self.rounds)
+            self._train_until(end)
             # Save before the evaluation: if that is interrupted, nothing is lost.
             saved = self._save()
-            if self.position < self.steps_per_epoch:
+            if self.step < end:
                 break
             try:
                 self.metrics = {"train_loss": self._train_loss(), **self._evaluate()}
             except _Stopped:
                 break
-            self._finish_epoch(saved, time.monotonic() - started)
-        if self.epoch < self.learner.epochs:
+            self._finish_round(saved, time.monotonic() - started)
+        if self.rounds < self.plan.rounds:
             self.report.line(
-                f"stopped at step {self.step} of {self.total_steps}; "
+                f"stopped at step {self.step} of {self.plan.steps}; "
                 f"continue with: widefield train --resume {self.folder.path}"
             )
 
-    def _train_epoch(self) -> None:
-        """Train to the end of the epoch or until a stop is requested."""
-        self.sampler.start = self.position * self._whole_batch
+    def _endless(self) -> Iterator[Batch]:
+        """Yield the batches from the current step on, epoch after epoch."""
+        accumulate, length = self.recipe.accumulate, self.plan.steps_per_epoch
+        for epoch in itertools.count(self.step // length):
+            skipped = self.step % length
+            self.sampler.start = skipped * self._whole_batch
+            self.train_set.set_epoch(epoch)
+            self.train_batches.set_epoch(epoch)
+            yield from itertools.islice(batches(self.train_batches), (length - skipped) * accumulate)
+
+    def _train_until(self, end: int) -> None:
+        """Train up to step ``end`` or until a stop is requested."""
         self._since, self._seen = time.monotonic(), 0
-        self.train_set.set_epoch(self.epoch)
-        self.train_batches.set_epoch(self.epoch)
         self.learner.train()
-        found = batches(self.train_batches) if self.position < self.steps_per_epoch else iter(())
-        while self.position < self.steps_per_epoch:
-            self._step(list(itertools.islice(found, self.recipe.accumulate)))
-            self.position += 1
+        while self.step < end:
+            self._step(list(itertools.islice(self._stream, self.recipe.accumulate)))
+            self.step += 1
             every = self.recipe.checkpoint.every
             if self.step % self.recipe.log_every == 0:
                 self._flush()
-            if every and self.step % every == 0 and self.position < self.steps_per_epoch:
+            if every and self.step % every == 0 and self.step < end:
                 self._flush()  # a loss that is not finite raises before anything is saved
                 self._save()
                 self._prune()
@@ -307,7 +305,8 @@ class _Run:
             self._loss_sum += loss
             self._loss_count += 1
             if step.number % self.recipe.log_every == 0:
-                self._write({"kind": "step", "step": step.number, "epoch": self.epoch, "loss": loss, "lr": step.lr})
+                where = {"step": step.number, "epoch": self.plan.epoch(step.number)}
+                self._write({"kind": "step", **where, "loss": loss, "lr": step.lr})
         self._pending.clear()
         self.report.step(self.step, numbers({"loss": loss, "lr": step.lr, **self._pace(), **self.metrics}))
 
@@ -315,7 +314,8 @@ class _Run:
         """Log a step that was not finite; raises FloatingPointError unless it was skipped by request."""
         indices = gather_object(step.indices.tolist())
         what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
-        self._write({"kind": "nonfinite", "step": step.number, "epoch": self.epoch, "lr": step.lr, "images": indices})
+        where = {"step": step.number, "epoch": self.plan.epoch(step.number)}
+        self._write({"kind": "nonfinite", **where, "lr": step.lr, "images": indices})
         self._skipped += 1
         if step.skipped and self._skipped < _MOST_SKIPPED:
             self.report.line(f"{what} at step {step.number}: skipped")
@@ -323,13 +323,13 @@ class _Run:
         shown = ", ".join(map(str, indices[:16])) + (", ..." if len(indices) > 16 else "")
         row = f", and so it was in the {self._skipped} steps up to it" if step.skipped else ""
         raise FloatingPointError(
-            f"{what} at step {step.number} of {self.total_steps}{row} (learning rate {step.lr:.3g}, images {shown} of "
+            f"{what} at step {step.number} of {self.plan.steps}{row} (learning rate {step.lr:.3g}, images {shown} of "
             f"the train split; {self.folder.log} lists all). The last good checkpoint, if there is one, is in "
             f"{self.folder.checkpoints}. Try a lower optimizer.lr, a longer warm-up or clip_grad."
         )
 
     def _pace(self) -> dict[str, float]:
-        """Return images per second since the epoch began in this process, and the accelerator's memory in GB."""
+        """Return images per second since the round began in this process, and the accelerator's memory in GB."""
         pace = {"images/s": self._seen / max(time.monotonic() - self._since, 1e-9)}
         if self.accelerator.device.type == "cuda":
             pace["GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -373,19 +373,20 @@ class _Run:
             self._spare = send_to_device(found, self.accelerator.device)
         return self._spare
 
-    def _finish_epoch(self, saved: Checkpoint, seconds: float) -> None:
-        about = {"step": self.step, "epoch": self.epoch, "lr": self.learner.lr, "seconds": seconds}
-        self._write({"kind": "epoch", **about, **self.metrics})
+    def _finish_round(self, saved: Checkpoint, seconds: float) -> None:
+        where = {"step": self.step, "epoch": self.plan.epoch(self.step)}
+        about = {"lr": self.learner.lr, "seconds": seconds}
+        self._write({"kind": self.plan.evaluation, **where, **about, **self.metrics})
         looks = sigmas(self.learner.whole())
         if looks:
-            self._write({"kind": "sigma", "step": self.step, "epoch": self.epoch, **looks})
+            self._write({"kind": "sigma", **where, **looks})
         for text in self._warnings:
-            self._write({"kind": "warning", "step": self.step, "epoch": self.epoch, "text": text})
+            self._write({"kind": "warning", **where, "text": text})
         if self.accelerator.is_main_process:
             checkpoint.record(saved, self.metrics)
         self._prune()
-        self._next_epoch()
-        self.report.line(f"epoch {self.epoch}/{self.learner.epochs}  {numbers(self.metrics)}  ({seconds:.1f} s)")
+        self._next_round()
+        self.report.line(f"{self.plan.progress(self.step)}  {numbers(self.metrics)}  ({seconds:.1f} s)")
         if self._warnings:
             self.report.line(f"warning: {brief(self._warnings)}")
         self.accelerator.wait_for_everyone()  # no process may read checkpoints while the first one deletes some
@@ -395,8 +396,8 @@ class _Run:
             keep, higher = self.recipe.checkpoint.keep, self.task.higher_is_better
             checkpoint.prune(self.folder.checkpoints, keep, self.headline, higher_is_better=higher)
 
-    def _next_epoch(self) -> None:
-        self.epoch, self.position = self.epoch + 1, 0
+    def _next_round(self) -> None:
+        self.rounds += 1
         self._loss_sum, self._loss_count = 0.0, 0
 
     def _train_loss(self) -> float:
@@ -418,20 +419,20 @@ class _Run:
     def _save(self) -> Checkpoint:
         if not self.learner.finite():  # a finite loss may still have non-finite gradients
             raise FloatingPointError(
-                f"weights are NaN or infinite after step {self.step} of {self.total_steps}. The last good checkpoint, "
+                f"weights are NaN or infinite after step {self.step} of {self.plan.steps}. The last good checkpoint, "
                 f"if there is one, is in {self.folder.checkpoints}. Try a lower optimizer.lr, clip_grad, or nonfinite: "
                 f"skip, which checks every gradient."
             )
         state = {
             **self.learner.state_dict(),
             "random": gather_object([random_state()]),
-            "sampler": {"epoch": self.epoch, "position": self.position},
             "loss": [self._loss_sum, self._loss_count],
         }
+        epoch = self.plan.epoch(self.step)
         meta = {
             "step": self.step,
-            "epoch": self.epoch,
-            "position": self.position,
+            "epoch": epoch,
+            "position": self.step - epoch * self.plan.steps_per_epoch,
             "processes": self.accelerator.num_processes,
             "model": self.recipe.model.name,
             "headline": self.headline,
@@ -464,14 +465,14 @@ class _Run:
             )
         state = last.state()
         self.learner.load_state_dict(state, last.path / "ema.safetensors")
-        self.epoch, self.position = state["sampler"]["epoch"], state["sampler"]["position"]
+        self.step, self.rounds = last.step, self.plan.finished(last.step)
         self._loss_sum, self._loss_count = state["loss"]
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.folder.checkpoints)
             self.folder.rewind(last.step, evaluated=last.metrics is not None)
         if last.metrics is not None:
             self.metrics = last.metrics
-            self._next_epoch()
+            self._next_round()
         restore_random_state(state["random"][self.accelerator.process_index])
 
     def result(self) -> RunResult:
@@ -481,8 +482,8 @@ class _Run:
             folder=self.folder.path,
             metrics=self.metrics,
             best=dict(best.metrics or {}) if best else {},
-            epochs=self.epoch,
+            epochs=self.step // self.plan.steps_per_epoch,
             steps=self.step,
-            interrupted=self.stop.received if self.epoch < self.learner.epochs else None,
+            interrupted=self.stop.received if self.rounds < self.plan.rounds else None,
             model=self.learner.result(),
         )

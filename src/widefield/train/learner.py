@@ -20,6 +20,7 @@ from widefield.tasks import Batch, Task
 from widefield.train import checkpoint
 from widefield.train.model import build_model
 from widefield.train.optimization import create_optimizer, create_schedule, freeze
+from widefield.train.plan import Plan
 from widefield.train.processes import largest
 from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
@@ -49,7 +50,6 @@ class Learner:
         raw: the model without wrappers.
         model: the model to call.
         ema: the moving average of the weights, or None.
-        epochs: number of epochs of the schedule, which may differ from the recipe's.
 
     Raises ValueError or TypeError for a recipe that does not work, naming the key.
     """
@@ -84,19 +84,23 @@ class Learner:
         self._plain = optimizer
         # accelerate's wrapper is needed for scaling in fp16 only, and it searches for packages at every step.
         self.optimizer: Any = accelerator.prepare(optimizer) if accelerator.scaler is not None else optimizer
-        self.epochs = recipe.epochs
         self._scheduler: Any = None
         self._sparse: DynamicSparsity | None = None
 
-    def schedule(self, steps_per_epoch: int) -> None:
-        """Plan the learning rate and the sparsity for epochs of ``steps_per_epoch`` steps."""
-        self._scheduler, self.epochs = create_schedule(
-            self._plain, self._recipe.schedule, self._recipe.epochs, steps_per_epoch
-        )
-        if self._recipe.sparsity:
-            arguments = dataclasses.asdict(self._recipe.sparsity)
-            end = self.epochs * steps_per_epoch
-            self._sparse = DynamicSparsity(self.raw, **arguments, end=end, seed=self._recipe.seed)
+    def schedule(self, steps_per_epoch: int) -> Plan:
+        """Plan the learning rate and the sparsity for epochs of ``steps_per_epoch`` steps.
+
+        Returns:
+            The plan of the run. Its length may differ from the recipe's, for example by the schedule's cool-down.
+        """
+        recipe = self._recipe
+        unit, length = ("step", recipe.max_steps) if recipe.max_steps else ("epoch", recipe.epochs or 0)
+        unit_steps = 1 if unit == "step" else steps_per_epoch
+        self._scheduler, steps = create_schedule(self._plain, recipe.schedule, length, unit_steps)
+        if recipe.sparsity:
+            arguments = dataclasses.asdict(recipe.sparsity)
+            self._sparse = DynamicSparsity(self.raw, **arguments, end=steps, seed=recipe.seed)
+        return Plan(steps, steps_per_epoch, recipe.evaluate_every or steps_per_epoch, unit)
 
     def start(self, batch: Batch) -> None:
         """Choose the sparse weights from the gradients of a first batch; a no-op for a dense model."""
@@ -175,9 +179,8 @@ class Learner:
         return Step(loss, skipped=False)
 
     def _loss(self, batch: Batch) -> Tensor:
-        image = batch.get("image")
-        if self._recipe.channels_last and isinstance(image, Tensor):  # not a list of images of several sizes
-            batch = {**batch, "image": image.contiguous(memory_format=torch.channels_last)}
+        if self._recipe.channels_last:
+            batch = {**batch, "image": _channels_last(batch.get("image"))}
         if not self._recipe.balance:
             return self._task.loss(self.model, batch)
         with load_balancing(self.raw) as balance:
@@ -261,6 +264,13 @@ class Learner:
 def _finite(tensors: Iterable[Tensor]) -> bool:
     norm: Any = torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors])
     return bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+
+
+def _channels_last(image: Any) -> Any:
+    """Return images in channels-last order: (N, C, H, W), or (C, H, W) of several sizes in a list."""
+    if isinstance(image, list):
+        return [_channels_last(one[None])[0] for one in image]
+    return image.contiguous(memory_format=torch.channels_last) if isinstance(image, Tensor) else image
 
 
 def _check_fit(task: Task, model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:

@@ -24,6 +24,7 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb")
 NONFINITE = ("stop", "skip")
+LAYER_RULES = ("layer_wise", "stage_wise", "block_wise")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,25 @@ class GroupSpec:
 
 
 @dataclass(frozen=True)
+class LayerDecaySpec:
+    """Learning rates that fall with the distance from the heads, as in published recipes for dense prediction."""
+
+    rate: Annotated[float, "factor from one layer to the one below it, such as 0.9"]
+    rule: Annotated[str, f"what a layer is, one of {', '.join(LAYER_RULES)}"] = "layer_wise"
+    num_layers: Annotated[
+        int | None, "number of layers: 6 or 12 in published recipes; null: 12 or, block_wise, that of the blocks"
+    ] = None
+
+    def __post_init__(self) -> None:
+        _set(self, rate=_checks.number("optimizer.layer_decay.rate", self.rate, maximum=1.0))
+        if not self.rate:
+            raise ValueError("optimizer.layer_decay.rate must be above 0: at 0 only the heads would learn. Use freeze.")
+        _checks.choice("optimizer.layer_decay.rule", self.rule, LAYER_RULES)
+        if self.num_layers is not None:
+            _checks.integer("optimizer.layer_decay.num_layers", self.num_layers)
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """``timm.optim.create_optimizer_v2``."""
 
@@ -124,8 +144,16 @@ class OptimizerSpec:
     groups: Annotated[
         list[GroupSpec], "parameters with their own rate, such as routers and sigmas; the first match wins"
     ] = field(default_factory=list)
+    layer_decay: Annotated[
+        LayerDecaySpec | None,
+        "learning rates by depth, as OpenMMLab's recipes count it; null: none, or args.layer_decay",
+    ] = None
 
     def __post_init__(self) -> None:
+        if self.layer_decay is not None and "layer_decay" in self.args:
+            raise ValueError(
+                "optimizer.layer_decay and optimizer.args.layer_decay, which is timm's, cannot both be given."
+            )
         _set(
             self,
             lr=_checks.number("optimizer.lr", self.lr),
@@ -143,19 +171,41 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """``timm.scheduler.create_scheduler_v2``, stepped at every update."""
+    """``timm.scheduler.create_scheduler_v2``, stepped at every update.
+
+    With ``warmup_ratio`` the warm-up multiplies the schedule, as in OpenMMLab's mmcv: at step t of w the rate is the
+    schedule's times 1 - (1 - t / w)(1 - warmup_ratio). Without it the rate rises from ``warmup_lr`` to the peak.
+    """
 
     name: Annotated[str, f"one of {', '.join(SCHEDULES)}"] = "cosine"
     warmup_epochs: Annotated[int, "epochs of linear warm-up, counted in epochs"] = 0
     warmup_lr: Annotated[float, "learning rate at the start of the warm-up"] = 0.0
     min_lr: Annotated[float, "learning rate at the end"] = 0.0
-    args: Annotated[dict[str, Any], "further arguments of create_scheduler_v2, such as decay_rate"] = field(
-        default_factory=dict
-    )
+    args: Annotated[
+        dict[str, Any],
+        "further arguments of create_scheduler_v2, such as decay_rate, the power of poly; with max_steps they count "
+        "steps in place of epochs",
+    ] = field(default_factory=dict)
+    warmup_steps: Annotated[int | None, "steps of linear warm-up, instead of warmup_epochs"] = None
+    warmup_ratio: Annotated[
+        float | None,
+        "learning rate at the start of the warm-up relative to the schedule's, which the warm-up multiplies, as in "
+        "OpenMMLab; null: warmup_lr",
+    ] = None
 
     def __post_init__(self) -> None:
         _checks.choice("schedule.name", self.name, SCHEDULES)
         _checks.integer("schedule.warmup_epochs", self.warmup_epochs, minimum=0)
+        if self.warmup_steps is not None:
+            _checks.integer("schedule.warmup_steps", self.warmup_steps, minimum=0)
+            _one_of("schedule.warmup_epochs", self.warmup_epochs, "schedule.warmup_steps", self.warmup_steps)
+        if self.warmup_ratio is not None:
+            _set(self, warmup_ratio=_checks.number("schedule.warmup_ratio", self.warmup_ratio, maximum=1.0))
+            _one_of("schedule.warmup_lr", self.warmup_lr, "schedule.warmup_ratio", self.warmup_ratio)
+            if not self.warmup_epochs and not self.warmup_steps:
+                raise ValueError("schedule.warmup_ratio needs a warm-up: set warmup_steps or warmup_epochs.")
+            if "warmup_prefix" in self.args:
+                raise ValueError("schedule.args.warmup_prefix has no effect with warmup_ratio: leave it out.")
         _set(
             self,
             warmup_lr=_checks.number("schedule.warmup_lr", self.warmup_lr),
@@ -204,10 +254,10 @@ class SparsitySpec:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """Which checkpoints are written in addition to those after each epoch, and which are kept."""
+    """Which checkpoints are written in addition to those before each evaluation, and which are kept."""
 
     keep: Annotated[int, "number of newest checkpoints to keep; the best one is always kept"] = 2
-    every: Annotated[int | None, "steps between checkpoints within an epoch; null: after each epoch only"] = None
+    every: Annotated[int | None, "steps between further checkpoints; null: before each evaluation only"] = None
 
     def __post_init__(self) -> None:
         _checks.integer("checkpoint.keep", self.keep)
@@ -231,7 +281,11 @@ class Recipe:
     task: Annotated[TaskSpec, "the task"] = field(default_factory=TaskSpec)
     optimizer: Annotated[OptimizerSpec, "the optimizer"] = field(default_factory=OptimizerSpec)
     schedule: Annotated[ScheduleSpec, "the learning rate over time"] = field(default_factory=ScheduleSpec)
-    epochs: Annotated[int, "epochs to train"] = 100
+    epochs: Annotated[int | None, "epochs to train, with an evaluation after each; null: 100, or max_steps"] = None
+    max_steps: Annotated[int | None, "steps to train, instead of epochs; epochs of the data follow each other"] = None
+    evaluate_every: Annotated[
+        int | None, "steps between evaluations, with max_steps; null: the steps of one epoch of the data"
+    ] = None
     batch_size: Annotated[int, "images per batch and process"] = 128
     accumulate: Annotated[int, "number of batches per step"] = 1
     repeats: Annotated[int, "how often each image of an epoch is used, augmented anew; the epoch keeps its length"] = 1
@@ -263,7 +317,8 @@ class Recipe:
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name must be the name of a folder, without separators; got {self.name!r}.")
         _checks.integer("seed", self.seed, minimum=0, maximum=2**32 - 1)
-        for name in ("epochs", "batch_size", "accumulate", "repeats", "log_every"):
+        self._check_length()
+        for name in ("batch_size", "accumulate", "repeats", "log_every"):
             _checks.integer(name, getattr(self, name))
         _set(self, freeze=_plain("freeze", self.freeze))
         _checks.choice("nonfinite", self.nonfinite, NONFINITE)
@@ -275,14 +330,28 @@ class Recipe:
             if self.fsdp and getattr(self, key) is not None:
                 raise ValueError(f"fsdp shards the weights, and {key} needs them unsharded: drop one of the two.")
         _checks.integer("workers", self.workers, minimum=0)
-        if self.schedule.warmup_epochs > self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs must not exceed epochs; got {self.schedule.warmup_epochs} of {self.epochs}."
-            )
         if self.clip_grad is not None:
             _set(self, clip_grad=_checks.number("clip_grad", self.clip_grad))
         _checks.choice("mixed_precision", self.mixed_precision, PRECISIONS)
         _set(self, balance=_checks.number("balance", self.balance))
+
+    def _check_length(self) -> None:
+        """Check and complete what says how long the run is and when it is evaluated."""
+        if self.epochs is None and self.max_steps is None:
+            _set(self, epochs=100)
+        for key, warmup in (("epochs", "warmup_epochs"), ("max_steps", "warmup_steps")):
+            length, part = getattr(self, key), getattr(self.schedule, warmup) or 0
+            if length is not None and part > _checks.integer(key, length):
+                raise ValueError(f"schedule.{warmup} must not exceed {key}; got {part} of {length}.")
+        if self.evaluate_every is not None:
+            _checks.integer("evaluate_every", self.evaluate_every)
+        if self.max_steps is None:
+            if self.evaluate_every is not None:
+                raise ValueError("evaluate_every is for runs with max_steps; others are evaluated after each epoch.")
+            return
+        _one_of("epochs", self.epochs, "max_steps", self.max_steps)
+        if self.schedule.warmup_epochs:
+            raise ValueError("schedule.warmup_epochs is for runs with epochs; with max_steps set warmup_steps.")
 
     @property
     def folder(self) -> Path:
@@ -294,6 +363,12 @@ def _set(spec: Any, **values: Any) -> None:
     """Store normalized values in a frozen dataclass under construction."""
     for name, value in values.items():
         object.__setattr__(spec, name, value)
+
+
+def _one_of(one: str, first: Any, other: str, second: Any) -> None:
+    """Raise ValueError if two keys that replace each other are both given."""
+    if first and second:
+        raise ValueError(f"{one} and {other} cannot both be given; got {first} and {second}. Leave out one of them.")
 
 
 def _betas(value: Any) -> tuple[float, float] | None:

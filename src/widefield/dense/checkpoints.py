@@ -1,0 +1,236 @@
+"""Load and save segmenters in the files of OpenMMLab's libraries, with the published key names.
+
+The names of heads and necks in :mod:`widefield.dense` are the published ones, so only backbones need a map.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from widefield import _checks
+from widefield.dense._checkpoint_files import Checkpoint, meta_of, read_checkpoint, write_checkpoint
+from widefield.dense._checkpoint_fit import (
+    BACKBONE,
+    Fit,
+    Source,
+    Weights,
+    compared,
+    differences,
+    hints,
+    source_of,
+    weights_of,
+)
+from widefield.dense._trunk_keys import Family
+from widefield.dense.backbone import FeatureMaps
+from widefield.surgery.merged_forms import Select, merge_in_place, merged_forms
+
+NAMES = ("published", "mmpretrain")
+"""Whose names a saved backbone has: its family's own segmentation code, or OpenMMLab's mmpretrain (ConvNeXt only)."""
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What :func:`load_checkpoint` did.
+
+    Attributes:
+        path: the file.
+        loaded: the model's keys that were loaded.
+        fresh: the model's keys that kept their values.
+        skipped: the file's keys that were not used.
+        merged: whether the model was brought into the merged form of the file.
+        classes: class names, if the file has them.
+        palette: a color (red, green, blue) from 0 to 255 for each class, if the file has it.
+    """
+
+    path: Path
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    skipped: tuple[str, ...]
+    merged: bool
+    classes: tuple[str, ...] | None
+    palette: tuple[tuple[int, int, int], ...] | None
+
+    def __str__(self) -> str:
+        """Return the counts of each part, one statement per line."""
+        lines = [f"{self.path.name}: loaded {len(self.loaded)} weights ({_counts(self.loaded)})"]
+        if self.merged:
+            lines.append("the model was brought into the merged form of the file")
+        if self.fresh:
+            lines.append(f"{len(self.fresh)} weights of the model kept their values ({_counts(self.fresh)})")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} entries of the file were not used ({_counts(self.skipped)})")
+        return "\n".join(lines)
+
+
+def _counts(keys: Sequence[str]) -> str:
+    counts = Counter(key.partition(".")[0] for key in keys if "." in key)
+    others = sum("." not in key for key in keys)
+    return ", ".join([f"{part} {count}" for part, count in counts.items()] + ([f"others {others}"] if others else []))
+
+
+@_checks.guided
+def load_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    parts: str | Sequence[str] | None = None,
+    fresh_classifier: bool = False,
+) -> LoadedCheckpoint:
+    """Load a file of OpenMMLab's libraries into a model: every weight, or nothing.
+
+    Files of mmsegmentation 0.x and 1.x and of the families' own segmentation code fit, as ``torch.save`` or safetensors
+    wrote them. Only tensors and plain values are unpickled. If the file's kernels were merged (RepLKNet, SLaK,
+    UniRepLKNet), the model's are merged first.
+
+    Args:
+        model: a segmenter of :mod:`widefield.dense`, on any device.
+        path: the file.
+        parts: the parts to load, such as "backbone" or ("backbone", "decode_head"); the others keep their values. None
+            for the whole model. "backbone" alone also takes files of detectors and classifiers; the norms after the
+            stages keep their values if the file has none.
+        fresh_classifier: whether the last layers (``conv_seg``) keep their values. The file may then have another
+            number of classes.
+
+    Returns:
+        What was loaded and what was not, and the class names of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: the model is not a segmenter.
+        ValueError: a weight is missing, not known, or has another shape. The message has the first ones and the
+            probable reason, and the model is unchanged. Or: the file holds no weights, or needs code to be read.
+    """
+    segmenter = _segmenter(model)
+    chosen = _parts(segmenter, parts)
+    file = read_checkpoint(path)
+    source = source_of(file)
+    state, backbone = segmenter.state_dict(), segmenter.get_submodule("backbone")
+    ours = weights_of(state, backbone, by_timm=source.by_timm)
+    fit = compared(ours, source, chosen, fresh_classifier=fresh_classifier)
+    select: Select | None = None
+    if not _acceptable(fit, source, chosen):
+        ours, fit, select = _merged(segmenter, source, chosen, fresh_classifier, (ours, fit))
+    if not _acceptable(fit, source, chosen):
+        reasons = " ".join(["", *hints(fit, ours, source, chosen)])
+        found = differences(fit, ours, source) or "its parts differ"
+        raise ValueError(f"{file.path.name} does not fit this {type(segmenter).__name__}: {found}. "
+                         f"The model is unchanged.{reasons}")  # fmt: skip
+    if select is not None:
+        merge_in_place(backbone, select)
+    return _fill(segmenter, file, source, ours, fit, merged=select is not None)
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    names: str = "published",
+) -> None:
+    """Save a model in OpenMMLab's format, so that their code, and the code of the backbone's family, can load it.
+
+    Backbones of unknown families are named as mmsegmentation's ``TIMMBackbone`` does.
+
+    Args:
+        model: a segmenter of :mod:`widefield.dense`.
+        path: the file; safetensors if it ends so, otherwise what ``torch.save`` writes.
+        classes: class names to store, which OpenMMLab's tools show.
+        palette: a color (red, green, blue) from 0 to 255 for each class.
+        names: "published": the backbone has the names of its family's own code; "mmpretrain": those of mmpretrain,
+            which mmsegmentation 1.x uses. The two differ for ConvNeXt, and only for it "mmpretrain" is known.
+
+    Raises:
+        OSError: the place cannot be written.
+        TypeError, ValueError: the model is not a segmenter, or has layers that the published code lacks; classes or
+            colors do not fit its number of classes.
+    """
+    segmenter = _segmenter(model)
+    _checks.choice("names", names, NAMES)
+    meta = meta_of(classes, palette, getattr(segmenter, "num_classes", None))
+    state = segmenter.state_dict()
+    ours = weights_of(state, segmenter.get_submodule("backbone"))
+    family = ours.trunk.family
+    lacking = ours.trunk.lacking
+    if lacking:
+        raise ValueError(
+            f"the published code of {_name(family)} lacks {lacking[0].rpartition('.')[0]}, so it could not load this "
+            f"model ({len(lacking)} such weights). Save the model before convert() or "
+            "reparameterize(), or keep it as it is with torch.save(model.state_dict(), path)."
+        )
+    if names == "mmpretrain" and (family is None or not family.mmpretrain):
+        raise ValueError(f"names='mmpretrain' is known for ConvNeXt only, not for {_name(family)}.")
+    weights: dict[str, Tensor] = {}
+    for name, key in ours.keys.items():
+        inner, value = name.removeprefix(BACKBONE), state[key]
+        if family is not None and name != inner:
+            inner, value = family.stored(inner, value, names == "mmpretrain")
+            name = BACKBONE + inner
+        weights[name] = value
+    write_checkpoint(path, weights, meta)
+
+
+def _name(family: Family | None) -> str:
+    return "this backbone" if family is None else family.name
+
+
+def _segmenter(model: nn.Module) -> nn.Module:
+    """Return the segmenter in wrappers of data parallelism and ``torch.compile``."""
+    while not isinstance(model._modules.get("backbone"), FeatureMaps):
+        inner = model._modules.get("module") or model._modules.get("_orig_mod")
+        if inner is None:
+            raise TypeError(
+                f"model must be a segmenter, such as widefield.dense.UPerNet; got {type(model).__name__}. Weights of "
+                "classifiers load with timm.create_model(..., checkpoint_path=...)."
+            )
+        model = inner
+    return model
+
+
+def _parts(segmenter: nn.Module, parts: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    if parts is None:
+        return None
+    known = list(dict.fromkeys(key.partition(".")[0] for key in segmenter.state_dict()))
+    chosen = (parts,) if isinstance(parts, str) else tuple(parts)
+    if not chosen:
+        raise ValueError(f"parts is empty: give some of {', '.join(known)}, or None for all.")
+    return tuple(_checks.choice("every entry of parts", part, known) for part in chosen)
+
+
+def _acceptable(fit: Fit, source: Source, chosen: Sequence[str] | None) -> bool:
+    """Return whether everything fits; a bare backbone is accepted only on request."""
+    return fit.fits and bool(fit.pairs) and (not source.bare or (chosen is not None and set(chosen) == {"backbone"}))
+
+
+def _merged(
+    segmenter: nn.Module,
+    source: Source,
+    chosen: Sequence[str] | None,
+    fresh_classifier: bool,
+    plain: tuple[Weights, Fit],
+) -> tuple[Weights, Fit, Select | None]:
+    """Return the merged form of the model that the file fits, or else ``plain``."""
+    family = plain[0].trunk.family
+    if family is None or not family.merges or family is not source.family:
+        return *plain, None
+    for select, backbone in merged_forms(segmenter.get_submodule("backbone")):
+        ours = weights_of(segmenter.state_dict(), backbone)
+        fit = compared(ours, source, chosen, fresh_classifier=fresh_classifier)
+        if _acceptable(fit, source, chosen):
+            return ours, fit, select
+    return *plain, None
+
+
+def _fill(
+    segmenter: nn.Module, file: Checkpoint, source: Source, ours: Weights, fit: Fit, *, merged: bool
+) -> LoadedCheckpoint:
+    values = {ours.keys[name]: file.weights[source.keys[name]].reshape(ours.shapes[name]) for name in fit.pairs}
+    segmenter.load_state_dict(values, strict=False)
+    fresh = tuple(ours.keys.get(name, name) for name in (*fit.fresh, *ours.others))
+    skipped = (*(source.keys[name] for name in fit.left), *file.skipped)
+    return LoadedCheckpoint(file.path, tuple(values), fresh, skipped, merged, file.classes, file.palette)

@@ -1,0 +1,224 @@
+"""Define the task of semantic segmentation: a class at every pixel, cross-entropy, mean intersection over union."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from torchmetrics import MeanMetric, MetricCollection
+
+from widefield import _checks, dense
+from widefield.data import Sample
+from widefield.surgery.answers import described, evaluating, wrapping
+from widefield.tasks.base import Batch, Labeled, Task, training_on
+from widefield.tasks.confusion import Confusion, SegmentationScores
+from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
+
+MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN"}
+"""Name of a model in recipes -> its class in ``widefield.dense``."""
+_ENTRIES = ("image", "mask", "size_group")
+_OHEM = ("threshold", "min_kept")
+
+
+class Segmentation(Task):
+    """Semantic segmentation by a model that maps images (N, C, H, W) to logits (N, K, H, W).
+
+    The loss is that of mmsegmentation: the mean cross-entropy of the logits, plus ``auxiliary_weight`` times that of
+    the auxiliary logits if the model gives such in training mode. Metrics: ``miou``, ``macc`` and ``aacc`` (fractions,
+    see :class:`SegmentationScores`), ``loss`` (cross-entropy in nats, the mean over all pixels with a class),
+    ``miou_NAME`` for each size group that the data know, and ``boundary_miou`` on request. They are measured at the
+    size of each mask, on logits of the images at the size that the data set gives them.
+
+    Batches hold ``image`` float32 (N, C, H, W), ``mask`` int64 (N, H, W) and, if the samples have it, ``size_group``
+    uint8 (N, H, W). Each is a list of N tensors if their sizes differ, which is possible in evaluation only.
+
+    Args:
+        classes: names of the classes.
+        ignore_index: value of mask pixels without a class.
+        size_groups: names of the groups of objects by size; empty if sizes are unknown.
+        model: which of ``MODELS`` to build on the backbone.
+        head_args: further arguments of its class, such as ``{"channels": 256}``.
+        auxiliary_weight: factor of the loss of the auxiliary logits.
+        class_weights: factor of each class in the cross-entropy; null: 1.
+        avg_non_ignore: leave pixels without a class out of the loss's denominator.
+        ohem: ``{"threshold": 0.7, "min_kept": 100000}`` trains the main logits on hard pixels only; see
+            :func:`hard_pixels`. Null: on all.
+        dice: factor of the Dice loss of the main logits, which is added.
+        test: how images are segmented in evaluation: ``"whole"`` or ``"slide"``, in windows. See
+            :func:`widefield.dense.segment` for this and the next four.
+        window: side of the windows in pixels, or (height, width).
+        stride: from one window to the next; null: two thirds of ``window``.
+        scales: sizes relative to the images; their probabilities are averaged.
+        flip: average with the mirror images, too.
+        boundary: distance for the boundary IoU as a fraction of the diagonal, such as 0.02; null: do not measure it.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
+    """
+
+    headline = "miou"
+    higher_is_better = True
+    model_args = {"features_only": True}  # noqa: RUF012 (read only, as in the base class)
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        ignore_index: int = 255,
+        size_groups: Sequence[str] = (),
+        *,
+        model: str = "upernet",
+        head_args: Mapping[str, Any] | None = None,
+        auxiliary_weight: float = 0.4,
+        class_weights: Sequence[float] | None = None,
+        avg_non_ignore: bool = False,
+        ohem: Mapping[str, Any] | None = None,
+        dice: float = 0.0,
+        test: str = "whole",
+        window: int | Sequence[int] | None = None,
+        stride: int | Sequence[int] | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        boundary: float | None = None,
+    ) -> None:
+        self.classes, self.size_groups = tuple(classes), tuple(size_groups)
+        if len(self.classes) < 2:
+            raise ValueError(f"a segmentation task needs at least two classes; got {list(self.classes)}.")
+        self.ignore_index = ignore_index
+        self._kind = MODELS[_checks.choice("model", model, tuple(MODELS))]
+        self._head_args = dict(head_args or {})
+        self.auxiliary_weight = _checks.number("auxiliary_weight", auxiliary_weight)
+        self._averaging: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "class_weights": _weights(class_weights, self.classes),
+            "avg_non_ignore": bool(avg_non_ignore),
+        }
+        self._ohem = None if ohem is None else _mining(ohem)
+        self._dice = _checks.number("dice", dice)
+        if _checks.choice("test", test, ("whole", "slide")) == "slide" and window is None:
+            raise ValueError("test: slide needs a window, such as window: 512.")
+        if test == "whole" and (window is not None or stride is not None):
+            raise ValueError("window and stride are for test: slide; set that, or leave them out.")
+        self._views: dict[str, Any] = {"window": window, "stride": stride, "scales": scales, "flip": bool(flip)}
+        dense.check_views(**self._views)
+        self._boundary = None if boundary is None else _checks.number("boundary", boundary, maximum=1.0)
+
+    @classmethod
+    def for_data(cls, dataset: Labeled, **options: Any) -> Self:
+        """Build the task for a data set with ``classes`` and, if it has them, ``ignore_index`` and ``size_groups``."""
+        ignored, groups = getattr(dataset, "ignore_index", 255), getattr(dataset, "size_groups", ())
+        return cls(dataset.classes, ignored, groups, **options)
+
+    def model(self, backbone: nn.Module) -> nn.Module:
+        """Return the model named by the option ``model`` on this backbone."""
+        build = getattr(dense, self._kind)
+        try:
+            built: nn.Module = build(backbone, len(self.classes), **self._head_args)
+        except TypeError as error:
+            raise TypeError(f"task.args.head_args: {self._kind} refuses {self._head_args}: {error}") from error
+        return built
+
+    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Raise ValueError unless a model gives a logit for each class at every pixel."""
+        first = next(model.parameters(), torch.empty(0))
+        with evaluating(model), torch.no_grad():
+            logits = model(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+        if not isinstance(logits, Tensor) or logits.ndim != 4:
+            raise ValueError(f"it gives no logits (N, classes, H, W); it gives {described(logits)}.{wrapping(logits)}")
+        if logits.shape[1] != len(self.classes):
+            raise ValueError(f"it gives {logits.shape[1]} maps, and the data have {len(self.classes)} classes.")
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Return ``image``, ``mask`` and ``size_group`` of the samples: stacked, or in lists if sizes differ."""
+        entries = {name: [sample[name] for sample in samples] for name in _ENTRIES if name in samples[0]}
+        return {
+            name: default_collate(found) if len({tuple(one.shape) for one in found}) == 1 else found
+            for name, found in entries.items()
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of the batch, a scalar."""
+        image, mask = batch["image"], batch["mask"]
+        if not isinstance(image, Tensor) or not isinstance(mask, Tensor):
+            raise ValueError(
+                "the images of a training batch differ in size: let the data set crop or pad them, or set batch_size 1."
+            )
+        with training_on(image):
+            answer = model(image)
+        out, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
+        logits = _at(out, mask, model)
+        chosen = None if self._ohem is None else hard_pixels(logits, mask, ignore_index=self.ignore_index, **self._ohem)
+        loss = cross_entropy(logits, mask, chosen=chosen, **self._averaging)
+        if self._dice:
+            loss = loss + self._dice * dice_loss(logits, mask, ignore_index=self.ignore_index)
+        if auxiliary is not None and self.auxiliary_weight:
+            loss = loss + self.auxiliary_weight * cross_entropy(_at(auxiliary, mask, model), mask, **self._averaging)
+        return loss
+
+    def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """Return what the metrics take, each entry with one element for each of the N images.
+
+        ``preds`` and ``target``: classes, int64 (H, W) in lists; ``size_group``, if the batch has it; ``value`` and
+        ``weight``: the mean cross-entropy of each image's pixels, and their number.
+        """
+        masks = list(batch["mask"])
+        preds, values = [], []
+        for image, mask in zip(batch["image"], masks, strict=True):
+            scores = dense.segment(model, image[None], size=tuple(mask.shape), **self._views)
+            preds.append(scores.argmax(1)[0])
+            logs = scores.log() if self._gives_shares else scores.log_softmax(1)
+            values.append(F.nll_loss(logs, mask[None], ignore_index=self.ignore_index, reduction="sum"))
+        weight = torch.stack([(mask != self.ignore_index).sum() for mask in masks])
+        found = {"preds": preds, "target": masks, "value": torch.stack(values) / weight.clamp(min=1), "weight": weight}
+        return {**found, "size_group": list(batch["size_group"])} if "size_group" in batch else found
+
+    def metrics(self) -> MetricCollection:
+        """Return the metrics: one count of pixels, which gives all fractions, and ``loss``."""
+        counts = Confusion(self.classes, self.size_groups, self.ignore_index, self._boundary, sync_on_compute=False)
+        return MetricCollection(
+            {"confusion": counts, "loss": MeanMetric(sync_on_compute=False)},
+            compute_groups=False,
+        )
+
+    def scores(self, metrics: MetricCollection) -> SegmentationScores:
+        """Return the counts in updated metrics of :meth:`metrics`: per class, by size, and the confusion matrix."""
+        counts: Any = metrics["confusion"]
+        found: SegmentationScores = counts.scores()
+        return found
+
+    @property
+    def _gives_shares(self) -> bool:
+        """Return whether there are several views, so that their mean is of probabilities."""
+        return len(self._views["scales"]) > 1 or self._views["flip"]
+
+
+def _at(logits: Tensor, mask: Tensor, model: nn.Module) -> Tensor:
+    """Return logits in float32 or wider, resized to the mask."""
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if logits.shape[2:] == mask.shape[1:]:
+        return logits
+    corners = bool(getattr(model, "align_corners", False))
+    return F.interpolate(logits, mask.shape[1:], mode="bilinear", align_corners=corners)
+
+
+def _weights(value: Any, classes: Sequence[str]) -> list[float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != len(classes):
+        raise ValueError(f"class_weights must be {len(classes)} numbers, one for each class; got {value!r}.")
+    return [_checks.number("every entry of class_weights", weight) for weight in value]
+
+
+def _mining(value: Mapping[str, Any]) -> dict[str, Any]:
+    for key in value:
+        if key not in _OHEM:
+            near = _checks.did_you_mean(key, _OHEM)
+            raise ValueError(f"ohem has no option {key!r}.{near} It takes {', '.join(_OHEM)}.")
+    threshold = value.get("threshold")
+    return {
+        "threshold": None if threshold is None else _checks.number("ohem.threshold", threshold, maximum=1.0),
+        "min_kept": _checks.integer("ohem.min_kept", value.get("min_kept", 100_000)),
+    }
