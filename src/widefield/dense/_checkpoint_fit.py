@@ -217,7 +217,7 @@ def _kind_of_file(file: Source, alone: bool) -> str | None:
 
 
 def _head(model: Weights, file: Source) -> str | None:
-    ours, theirs = (_segmenter(weights.shapes) for weights in (model, file))
+    ours, theirs = (segmenter_of(weights.shapes) for weights in (model, file))
     if theirs == ours:
         return None
     if theirs is None:
@@ -225,7 +225,8 @@ def _head(model: Weights, file: Source) -> str | None:
     return f"The file holds a {theirs}" + (f", the model is a {ours}." if ours else ".")
 
 
-def _segmenter(names: Iterable[str]) -> str | None:
+def segmenter_of(names: Iterable[str]) -> str | None:
+    """Return the name of the segmenter that has these weights, or None if it is not known."""
     names = list(names)
     return next((head for head, prefix in _HEADS.items() if any(name.startswith(prefix) for name in names)), None)
 
