@@ -67,7 +67,7 @@ class ConversionSpec:
 class DataSpec:
     """``widefield.data.create(name, split, **args)`` for the splits train and val."""
 
-    name: Annotated[str, "data set: digits, scales, cifar10, cifar100, folder, shards, hfds, or one of yours"]
+    name: Annotated[str, "data set: digits, scales, scenes, cifar10, cifar100, folder, shards, hfds, or one of yours"]
     args: Annotated[dict[str, Any], "options of the data set"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
