@@ -85,7 +85,6 @@ def test_what_is_refused(tmp_path, capsys):
     words = ["--size", "32", "--count", "4", "--out", str(tmp_path / "new")]
     for more, told in (
         (["--int8", "--format", "pt2"], "8 bits are written as ONNX; got --format pt2"),
-        (["--trim", "--dynamic", "size"], "leave 'size' out of --dynamic"),
         (["--routing", "mean"], "has no routed layer"),
     ):
         assert export("resnet10t", *words, *more) == 1
