@@ -31,6 +31,23 @@ tbody tr:hover { background: var(--soft); }
 figure { margin: 1rem 0; } figure img { max-width: 100%; border-radius: 6px; background: white; }
 figcaption, footer { font-size: .9rem; opacity: .75; } footer { margin-top: 3rem; border-top: 1px solid var(--line); }
 code { background: var(--soft); padding: .1em .35em; border-radius: 4px; }
+.cards { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start; }
+.cards .card { flex: 1 1 17rem; max-width: 26rem; }
+.card { border: 1px solid var(--line); border-radius: 10px; padding: .8rem; min-width: 0; box-sizing: border-box; }
+.stack .card { margin-bottom: 1.25rem; }
+.card h3 { font-size: .95rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
+.card p { font-size: .9rem; margin: .6rem 0 0; }
+.views { display: flex; flex-wrap: wrap; gap: .6rem; } .views figure { flex: 1 1 13rem; margin: 0; max-width: 31rem; }
+.views img { width: 100%; display: block; border-radius: 6px; }
+.bars { display: grid; grid-template-columns: minmax(4rem, auto) minmax(4rem, 1fr) auto; gap: .3rem .6rem; }
+.bars { align-items: center; font-size: .9rem; margin-top: .7rem; font-variant-numeric: tabular-nums; }
+.bars .name { overflow-wrap: anywhere; max-width: 11rem; } .bars .share { text-align: right; }
+.bars .track { background: var(--soft); border-radius: 3px; height: .65rem; }
+.bars .track i { display: block; height: 100%; border-radius: 3px; background: var(--accent); min-width: 2px; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: 0; margin: .7rem 0 0; list-style: none; }
+.legend li { font-size: .9rem; } .legend i { display: inline-block; width: .85em; height: .85em; margin-right: .4em; }
+.legend i { border-radius: 3px; border: 1px solid #8888; vertical-align: -.08em; }
+@media (prefers-color-scheme: dark) { :root { --accent: #5bb5d6; } }
 """
 
 
@@ -96,9 +113,59 @@ class Report(ABC):
 
 def picture(figure: Figure, caption: str) -> str:
     """Return a figure as an HTML figure with an embedded PNG."""
-    data = base64.b64encode(png(figure)).decode()
+    return embedded(png(figure), "png", caption)
+
+
+def embedded(file: bytes, kind: str, caption: str) -> str:
+    """Return an image file of a kind, "png" or "jpeg", as an HTML figure that holds it."""
+    data = base64.b64encode(file).decode()
     text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    return f'<figure><img alt="{text}" src="data:image/{kind};base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def styled(body: str) -> str:
+    """Return HTML with the style of its cards, bars and legends, for a notebook; a page has it already."""
+    rules = "".join(
+        line for line in _STYLE.splitlines() if line.startswith((".card", ".stack", ".views", ".bars", ".legend"))
+    )
+    return f"<style>.widefield {{ --line: #8884; --soft: #8882; --accent: #3a8fae; }} {rules}</style>" + (
+        f'<div class="widefield">{body}</div>'
+    )
+
+
+def card(title: str, body: str) -> str:
+    """Return a framed block: a plain-text title and HTML."""
+    return f'<div class="card"><h3>{html.escape(title)}</h3>{body}</div>'
+
+
+def cards(blocks: Sequence[str], *, wide: bool = False) -> str:
+    """Return cards in as many columns as fit the window, or wide ones below one another."""
+    return f'<div class="{"stack" if wide else "cards"}">{"".join(blocks)}</div>'
+
+
+def views(figures: Sequence[str]) -> str:
+    """Return HTML figures side by side, or below one another if the window is narrow."""
+    return f'<div class="views">{"".join(figures)}</div>'
+
+
+def bars(shares: Mapping[str, float]) -> str:
+    """Return named shares, from 0 to 1, as horizontal bars with percentages."""
+    lines = (
+        f'<span class="name">{html.escape(name)}</span>'
+        f'<span class="track"><i style="width:{100 * share:.1f}%"></i></span>'
+        f'<span class="share">{100 * share:.1f} %</span>'
+        for name, share in shares.items()
+    )
+    return f'<div class="bars">{"".join(lines)}</div>'
+
+
+def legend(entries: Sequence[tuple[Sequence[int], str]]) -> str:
+    """Return a list of colors, (red, green, blue) from 0 to 255, and their meanings."""
+    items = (
+        f'<li><i style="background:rgb({red},{green},{blue})"></i>{html.escape(text)}</li>'
+        for (red, green, blue), text in entries
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def png(figure: Figure) -> bytes:

@@ -77,3 +77,25 @@ def test_errors_are_one_line(words, message, tmp_path, capsys):
     assert printed.startswith("widefield erf: ")
     assert message in printed
     assert printed.count("\n") == 1
+
+
+SEGMENTER = "torchvision:lraspp_mobilenet_v3_large{num_classes: 3}"
+
+
+def test_the_field_of_a_class_logit_at_a_pixel(tmp_path, capsys):
+    def found(folder, *more):
+        words = ["erf", SEGMENTER, "--size", "64", "--count", "1", *more, "--out", str(tmp_path / folder)]
+        assert cli.main(words) == 0
+        (result,) = json.loads((tmp_path / folder / "erf.json").read_text())["results"].values()
+        return result
+
+    center = found("a", "--pixel")
+    assert center["about"]["of"] == "largest class at pixel (32, 32)"
+    assert found("b", "--class", "1")["about"]["of"] == "class 1 at pixel (32, 32)"
+    assert found("c", "--class", "1", "--pixel", "3", "60")["position"] == [3, 60]
+    assert found("d", "--region", "0", "0", "9", "20")["position"] == [4, 9]
+    capsys.readouterr()
+    assert cli.main(["erf", SEGMENTER, "--size", "64", "--class", "bus", "--out", str(tmp_path)]) == 1
+    assert "has no class 'bus'. Its classes have no names: give an index." in capsys.readouterr().err
+    assert cli.main(["erf", SEGMENTER, "--size", "64", "--pixel", "3", "--out", str(tmp_path)]) == 1
+    assert "--pixel takes ROW COLUMN, or nothing for the center; got [3]" in capsys.readouterr().err

@@ -64,6 +64,19 @@ def test_a_sample_depends_on_seed_split_and_index_alone(val):
         fewer[5]
 
 
+def test_a_set_that_is_too_large_to_keep_gives_the_same_scenes(val):
+    large = Scenes("val", count=100_000)
+    assert same(large[7], val[7])
+    assert same(large[7], large[7])
+
+
+def test_writing_into_a_sample_leaves_the_set_alone(val):
+    sample, before = val[0], val[0]
+    for name in TENSORS:
+        sample[name].fill_(1)
+    assert same(val[0], before)
+
+
 def test_drawing_ignores_the_number_of_threads():
     data = Scenes("val", size=256, count=3)  # windows large enough for torch to split them
     threads = torch.get_num_threads()
@@ -85,7 +98,7 @@ def test_the_scenes_are_those_of_the_first_release():
             digest.update(pixels(data, sample).numpy().tobytes())
             for name in TENSORS[1:]:
                 digest.update(sample[name].numpy().astype("<f4").tobytes())
-    assert digest.hexdigest() == "6440f764a6fff8a546f9084bcc2dba90397542fa099ad5cd3c9d30c43c0506b2"
+    assert digest.hexdigest() == "6bef70c73152ace21e7fe34831458fedb6f2e5c42030f35991c2a8938d44cbb5"
 
 
 def inside(name: str, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -343,6 +356,24 @@ def test_clutter_sets_the_amplitude_of_textures():
     assert rough[1] > 2 * rough[0]
 
 
+def test_camouflage_makes_the_background_as_colorful_as_the_objects():
+    colorfulness = {}
+    for camouflage in (0, 0.5, 1):
+        inside, outside = [], []
+        for sample in Scenes("val", count=40, camouflage=camouflage):
+            image = sample["image"]
+            color = (image - image.mean(0)).abs().amax(0)
+            for index, own in enumerate(sample["masks"]):
+                inner = ~grown(~own, 1) & ~grown(sample["masks"][index + 1 :].any(0), 6)
+                if inner.any():
+                    inside.append(float(color[inner].mean()))
+            outside.append(float(color[~grown(sample["mask"] > 0, 6)].mean()))
+        colorfulness[camouflage] = np.mean(outside) / np.mean(inside)
+    assert colorfulness[0] < 1e-2
+    assert 0.35 < colorfulness[0.5] < 0.6
+    assert 0.8 < colorfulness[1] < 1.1
+
+
 def flipped(sample: dict) -> dict:
     """Flip a sample by its definitions: pixels first, then boxes from masks, and points by name."""
     points = sample["keypoints"].clone()
@@ -450,6 +481,7 @@ def test_recipes_create_the_set_by_name():
         ({"min_visible": 0}, ValueError, "min_visible must be above 0"),
         ({"min_visible": 1.5}, ValueError, "min_visible must be from 0.0 to 1; got 1.5"),
         ({"clutter": 3}, ValueError, "clutter must be from 0.0 to 2; got 3"),
+        ({"camouflage": -1}, ValueError, "camouflage must be from 0.0 to 1; got -1"),
         ({"rotation": 200}, ValueError, "rotation must be from 0.0 to 180; got 200"),
         ({"background": "photo"}, ValueError, "background must be one of 'textures', 'photos'.*Did you mean 'photos'"),
         ({"hflip": 2}, ValueError, "hflip must be from 0.0 to 1; got 2"),

@@ -105,19 +105,20 @@ def published_fill(module: nn.Module, published: Callable[[str], str]) -> nn.Mod
         module: any module; put into evaluation mode.
         published: our name of an entry -> its published name.
     """
-    state = module.state_dict()
-    for key, value in state.items():
-        name = published(key)
-        if name.endswith("num_batches_tracked") or not value.is_floating_point():
-            continue
-        generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-        state[key] = torch.from_numpy(np.asarray(_filled(name, generator.standard_normal(size=tuple(value.shape)))))
-        state[key] = state[key].float()
-    module.load_state_dict(state)
+    module.load_state_dict({key: filled(published(key), value) for key, value in module.state_dict().items()})
     return module.double().eval()
 
 
-def _filled(name: str, v: np.ndarray) -> np.ndarray:
+def filled(name: str, value: Tensor) -> Tensor:
+    """Return the float32 numbers that belong to an entry of a state dict; counts and integers stay."""
+    if name.endswith("num_batches_tracked") or not value.is_floating_point():
+        return value
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    v = generator.standard_normal(size=tuple(value.shape))
+    return torch.from_numpy(np.asarray(_numbers(name, v))).float()
+
+
+def _numbers(name: str, v: np.ndarray) -> np.ndarray:
     if name.endswith("running_var"):
         return 1 + 0.1 * np.abs(v)
     if name.endswith("running_mean"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dense.rules import IGNORED, Differences, features, images, labels, published_fill
+from dense.rules import IGNORED, Differences, features, filled, images, labels, published_fill
 from widefield import dense
 from widefield.dense.layers import resize
 from widefield.tasks.pixel_losses import cross_entropy, pixel_accuracy
@@ -170,42 +172,61 @@ def check_fpn(document: Document, differences: Differences) -> None:
 # Whole models
 
 
-def convnext_key(key: str) -> str:
-    """Return the published name of an entry of a UPerNet on timm's ConvNeXt."""
-    for ours, theirs in (
-        (r"^backbone\.body\.stem_(\d)\.", r"backbone.downsample_layers.0.\1."),
-        (r"^backbone\.body\.stages_(\d)\.downsample\.", r"backbone.downsample_layers.\1."),
-        (r"^backbone\.body\.stages_(\d)\.blocks\.(\d+)\.", r"backbone.stages.\1.\2."),
-        (r"\.conv_dw\.", ".dwconv."),
-        (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
-    ):
-        key = re.sub(ours, theirs, key)
-    return key
+def built_trunk(document: Document) -> nn.Module:
+    """Return the network that the name of a whole model ends in, such as upernet_convnext_tiny.
+
+    Depths and widths of ConvNeXts are those of the file's state dict.
+    """
+    state = document["state_dict"]
+    words = document["model"].split("_")[1:]
+    names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
+    name = next((name for name in names if timm.is_model(name)), None)
+    if name is None:
+        raise ValueError(f"no network is called {names[0]!r}")
+    args: dict[str, Any] = {"features_only": True}
+    if "convnext" in name:
+        blocks = [
+            int(found[1]) for key in state if (found := re.match(r"backbone\.stages\.(\d)\.\d+\.dwconv\.weight", key))
+        ]
+        args["depths"] = [blocks.count(stage) for stage in range(4)]
+        args["dims"] = [state[f"backbone.norm{stage}.weight"][0] for stage in range(4)]
+        if not document["config"].get("layer_scale", True):
+            args["ls_init_value"] = None
+    return timm.model_entrypoint(name)(**args)  # unlike create_model, it passes on arguments that are None
 
 
 def built_upernet(document: Document) -> dense.UPerNet:
-    """Return the UPerNet on a ConvNeXt that a file describes; depths and widths are those of its state dict."""
-    config, state = document["config"], document["state_dict"]
-    stages = [int(match[1]) for key in state if (match := re.match(r"backbone\.stages\.(\d)\.\d+\.gamma$", key))]
-    aux = config.get("aux")
-    trunk = timm.create_model(
-        "convnext_tiny",
-        features_only=True,
-        depths=[stages.count(stage) for stage in range(4)],
-        dims=[state[f"backbone.norm{stage}.weight"][0] for stage in range(4)],
-    )
+    """Return the UPerNet that a file describes."""
+    config = document["config"]
     model = dense.UPerNet(
-        trunk,
+        built_trunk(document),
         config["classes"],
         channels=config["channels"],
         pool_scales=config["pool_scales"],
         align_corners=config["align_corners"],
         auxiliary=False,
     )
-    if aux:
+    if config.get("aux"):
+        aux = config["aux"]
         head = {"in_channels": model.backbone.channels[aux["in_index"]], "num_classes": config["classes"], **aux}
         model.auxiliary_head, _ = built_head({"type": "FCNHead", "align_corners": config["align_corners"], **head})
     return model
+
+
+def fill_through_files(model: dense.Segmenter, expected: Mapping[str, Sequence[int]], differences: Differences) -> None:
+    """Check the names and shapes in a saved file, and load a file with the values of rule fill-v2.
+
+    Afterwards the model is in float64 and in evaluation mode.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        dense.save_checkpoint(model, path)
+        state = torch.load(path, weights_only=True)["state_dict"]
+        differences.state({key: value.shape for key, value in state.items()}, expected)
+        state = {key: filled(key, value) for key, value in state.items()}
+        torch.save({"state_dict": state}, path)
+        dense.load_checkpoint(model, path)
+    model.double().eval()
 
 
 def check_upernet(document: Document, differences: Differences) -> None:
@@ -214,9 +235,7 @@ def check_upernet(document: Document, differences: Differences) -> None:
     known = ("classes", "channels", "pool_scales", "aux", "align_corners", "loss_weights", "layer_scale")
     differences.fields("config", config, known)
     model = built_upernet(document)
-    published_fill(model, convnext_key)
-    shapes = {convnext_key(key): value.shape for key, value in model.state_dict().items()}
-    differences.state(shapes, document["state_dict"])
+    fill_through_files(model, document["state_dict"], differences)
     differences.equal("params", sum(p.numel() for p in model.parameters()), document["params"])
     for number, run in enumerate(document["runs"]):
         with torch.no_grad():

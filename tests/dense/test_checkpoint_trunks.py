@@ -8,6 +8,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from dense.published_files import IMAGES, NARROW, backbone_of, focalnet, made_weights, same, saved, write
+from tolerances import FLOAT32, close
 from widefield import dense
 
 # VAN
@@ -196,6 +197,17 @@ def test_focalnet_pads_maps_as_its_segmentation_code_does(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert model.backbone.body["model"].stem.proj is not network.stem.proj  # a whole classifier stays as it was
     assert type(network.stem.proj) is nn.Conv2d
+
+
+def test_a_padded_focalnet_is_exported_for_any_size():
+    model = dense.UPerNet(focalnet(), 5, channels=8, auxiliary_channels=8).eval()
+    batch, height, width = (torch.export.Dim(name, min=least) for name, least in (("n", 1), ("h", 64), ("w", 64)))
+    program = torch.export.export(
+        model, (torch.zeros(2, 3, 96, 128),), dynamic_shapes=({0: batch, 2: height, 3: width},)
+    )
+    with torch.no_grad():
+        images = IMAGES.float()
+        close(program.module()(images), model(images), FLOAT32)
 
 
 @pytest.mark.parametrize("small", [0, 3])

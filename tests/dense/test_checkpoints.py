@@ -27,6 +27,8 @@ from dense.published_files import (
     write,
 )
 from widefield import MoRF, convert, dense, reparameterize
+from widefield.nn import LargeKernelConv2d
+from widefield.surgery import fuse_layers
 
 # Names
 
@@ -189,6 +191,22 @@ MERGED = {
 }
 
 
+def test_merged_kernels_of_slak_load(tmp_path):
+    """Of its networks without decomposed kernels, which the official code can merge."""
+
+    def build():
+        body = timm.create_model("slak_tiny", features_only=True, decomposed=False, **NARROW["slak_tiny"])
+        return dense.UPerNet(body, 5, channels=8, auxiliary_channels=8)
+
+    trained = build().eval()
+    fuse_layers(trained.backbone, select=lambda module: isinstance(module, LargeKernelConv2d))
+    file = saved(trained, tmp_path)
+    assert "backbone.stages.0.0.large_kernel.lkb_reparam.weight" in file
+    model = build()
+    assert dense.load_checkpoint(model, write(file, tmp_path / "file.pth")).merged
+    assert same(saved(model, tmp_path), file)
+
+
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_files_load(name, tmp_path):
     trained = segmenter(name)
@@ -297,6 +315,16 @@ def test_known_families_written_with_mmsegmentations_timm_backbone_load(tmp_path
     file |= {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
     dense.load_checkpoint(model, write(file, tmp_path / "file.pth"))
     assert all(torch.equal(model.backbone.body.state_dict()[key], file[f"backbone.timm_model.{key}"]) for key in inner)
+
+
+def test_encoders_of_segmentation_models_pytorch_have_the_published_names_of_timms_networks(tmp_path):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    encoder = smp.encoders.get_encoder("tu-convnext_atto", weights=None)
+    weights = saved(dense.UPerNet(encoder, 5, channels=8, auxiliary_channels=8), tmp_path)
+    model = dense.UPerNet("convnext_atto", 5, channels=8, auxiliary_channels=8)
+    file = made_weights(weights)
+    assert set(dense.load_checkpoint(model, write(file, tmp_path / "file.pth")).loaded) == set(model.state_dict())
+    assert same(saved(model, tmp_path), file)
 
 
 def test_wrapped_models_load_and_are_saved(tmp_path):

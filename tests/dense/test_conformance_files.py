@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dense import conformance
+from dense import conformance, segmentation_checks
+from dense.rules import Differences
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "dense"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -25,6 +27,17 @@ def test_every_number_agrees(path):
     differences = conformance.check(path)
     assert not differences.lines, "\n".join(differences.lines)
     assert differences.compared > 5
+
+
+def test_counts_of_a_whole_model():
+    document = json.loads((FOLDER / f"{WHOLE[0]}.json").read_text())
+    with torch.device("meta"):
+        model = segmentation_checks.built_upernet(document)
+    assert sum(p.numel() for p in model.parameters()) == document["params"]
+    differences = Differences()
+    segmentation_checks.check_macs("macs_512x2048", model.double().eval(), document["macs_512x2048"], differences)
+    assert not differences.lines
+    assert differences.compared == 3
 
 
 def _values(entry, path=()):
@@ -84,20 +97,15 @@ def test_unknown_fields_and_files_are_errors(tmp_path):
     assert "kind of this file is unknown" in _found(twin, tmp_path)[0]
 
 
-def test_the_script_reports_and_exits(tmp_path):
+def test_the_script_reports_and_exits(tmp_path, capsys):
     good = FOLDER / "fcn_head_aux.json"
     bad = tmp_path / "bad.json"
     bad.write_text('{"model": "something_else"}')
-    script = Path(conformance.__file__)
-
-    def run(*files):
-        return subprocess.run([sys.executable, script, *files], capture_output=True, text=True, timeout=300)
-
-    result = run(good)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "fcn_head_aux.json: ok" in result.stdout
-    result = run(bad, tmp_path / "absent.json", good)
-    assert result.returncode == 1
+    assert conformance.main([str(good)]) == 0
+    assert "fcn_head_aux.json: ok" in capsys.readouterr().out
+    command = [sys.executable, conformance.__file__, bad, tmp_path / "absent.json", good]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1, result.stderr
     assert "bad.json: FAILED" in result.stdout
     assert "the kind of this file is unknown" in result.stdout
     assert "absent.json: FAILED" in result.stdout

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tolerances import FLOAT64, close
-from widefield.dense import segment
+from widefield.dense import largest_at, segment
 
 
 class Pointwise(nn.Module):
@@ -167,3 +167,20 @@ def test_images_and_models_that_do_not_fit() -> None:
         ValueError, match=r"Classifier returns no logits \(N, classes, H, W\) for images \(2, 3, 8, 8\)"
     ):
         segment(Classifier(), images(8, 8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    corners=st.booleans(),
+    rows=st.integers(1, 7),
+)
+def test_the_largest_logit_is_that_of_resized_logits(shape, size, corners, rows):
+    logits = torch.randn(2, *shape, dtype=torch.float64)
+    expected = F.interpolate(logits, size, mode="bilinear", align_corners=corners)
+    found = largest_at(logits, size, align_corners=corners, rows=rows)
+    assert found.shape == (2, *size)
+    # Equal logits, as at the border of a map of one pixel, may come in either order.
+    chosen = expected.gather(1, found[:, None])[:, 0]
+    assert (expected.amax(1) - chosen).max() < 1e-12

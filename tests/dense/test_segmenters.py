@@ -1,6 +1,7 @@
 """Segmenters: logits for images of any size, in both modes; heads, necks and how they start."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -87,6 +88,15 @@ def test_module_backbones_serve_every_segmenter():
             assert build(copy.deepcopy(backbone)).eval()(torch.randn(1, 3, 40, 72)).shape == (1, 5, 40, 72)
 
 
+def test_fewer_maps_than_four_serve_too():
+    images = torch.randn(2, 3, 32, 40)
+    for build, out_indices in ((upernet, (1, 2, 3)), (deeplab, (0, 3)), (semantic_fpn, (1, 2))):
+        model = build(Maps(), out_indices=out_indices)
+        assert model.eval()(images).shape == (2, 5, 32, 40)
+        assert without_gradient(model, images) == []
+    assert upernet("resnet56_cifar", out_indices=(0, 1, 2), depths=(1, 1, 1)).eval()(images).shape == (2, 5, 32, 40)
+
+
 def test_output_strides_and_dilations():
     assert deeplab().backbone.strides == (4, 8, 8, 8)
     assert deeplab().decode_head.dilations == (1, 12, 24, 36)
@@ -150,19 +160,32 @@ def test_anatomy_knows_the_parts_of_segmenters(model, backbone, stages, necks):
 # Layers
 
 
+class Pooled(nn.Module):
+    """Adaptive pooling to every side of UPerNet's head."""
+
+    def __init__(self):
+        super().__init__()
+        self.pools = nn.ModuleList(AdaptivePool(size) for size in (1, 2, 3, 6))
+
+    def forward(self, x):
+        return [pool(x) for pool in self.pools]
+
+
+@cache
+def exported_pools():
+    """Return a graph of the pooling, exported once with dynamic height and width."""
+    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    return torch.export.export(Pooled(), (torch.zeros(2, 3, 8, 9).double(),), dynamic_shapes=(sizes,)).module()
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 13), st.integers(1, 13), st.sampled_from([1, 2, 3, 6]))
-def test_pooling_by_matrices_is_adaptive_pooling(height, width, size):
+@given(st.integers(2, 13), st.integers(2, 13))
+def test_pooling_is_adaptive_pooling_also_when_exported(height, width):
     x = torch.randn(2, 3, height, width, dtype=torch.float64)
-    pool = AdaptivePool(size)
-    expected = F.adaptive_avg_pool2d(x, size)
-    close(pool(x), expected, FLOAT64)
-
-    class Pooled(nn.Module):
-        def forward(self, x):
-            return pool(x)
-
-    close(torch.export.export(Pooled(), (x,)).module()(x), expected, FLOAT64)
+    for found, exported, size in zip(Pooled()(x), exported_pools()(x), (1, 2, 3, 6), strict=True):
+        expected = F.adaptive_avg_pool2d(x, size)
+        close(found, expected, FLOAT64)
+        close(exported, expected, FLOAT64)
 
 
 def test_initial_values_are_openmmlabs():
@@ -239,6 +262,21 @@ def test_graphs_with_dynamic_sizes(build):
         for size in ((2, 64, 96), (3, 96, 160), (2, 70, 101)):
             other = torch.randn(size[0], 3, *size[1:])
             close(graph(other), model(other), NETWORK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", BUILDERS)
+def test_compiled_training_steps(build):
+    torch.manual_seed(0)
+    model = build("test_resnet").double().train()
+    model.decode_head.dropout = None
+    if model.auxiliary_head is not None:
+        model.auxiliary_head.dropout = None
+    twin = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    for size in ((64, 64), (70, 96)):
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        for found, expected in zip(twin(images), model(images), strict=True):
+            close(found, expected, FLOAT64)
 
 
 def test_resizing_is_bilinear_without_antialiasing():

@@ -197,7 +197,8 @@ class TestOptimizerAndSchedule:
             optimizer = create_optimizer(nn.Linear(2, 2), replace(recipe.optimizer, groups=[], args={
                 key: value for key, value in recipe.optimizer.args.items() if "decay" not in key
             }), 0.1)  # fmt: skip
-            create_schedule(optimizer, recipe.schedule, recipe.epochs, 5)
+            length, unit = (recipe.epochs, 5) if recipe.max_steps is None else (recipe.max_steps, 1)
+            create_schedule(optimizer, recipe.schedule, length, unit)
 
 
 def test_short_numbers_in_braces_are_numbers() -> None:

@@ -17,7 +17,17 @@ from PIL import Image
 from tolerances import NETWORK, close
 from train.helpers import log, same_weights
 from widefield.runs import load_trained
-from widefield.train import CheckpointSpec, DataSpec, EmaSpec, ModelSpec, Recipe, RunResult, save_recipe
+from widefield.train import (
+    CheckpointSpec,
+    DataSpec,
+    EmaSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    RunResult,
+    TaskSpec,
+    save_recipe,
+)
 
 
 def launch(recipe: Recipe, path: Path, processes: int, *more: str) -> None:
@@ -90,3 +100,30 @@ def test_a_process_without_an_image_to_evaluate_waits_for_nobody(recipe: Recipe,
     epochs = [entry for entry in log(lame.folder) if entry["kind"] == "epoch"]
     assert [entry["epoch"] for entry in epochs] == [0, 1]
     assert all(entry["top1"] in (0, 1) for entry in epochs)
+
+
+@pytest.mark.slow
+def test_a_segmenter_with_synchronized_norms_and_its_counts_are_those_of_one_process(tmp_path: Path) -> None:
+    """The heads have batch norms. Pixels are counted exactly, whichever process counts them."""
+    one = Recipe(
+        name="one",
+        model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8], "ls_init_value": None}),
+        data=DataSpec("scenes", {"size": 64, "count": 24}),
+        task=TaskSpec("segmentation", {"head_args": {"channels": 8, "auxiliary_channels": 8, "dropout": 0.0}}),
+        output=str(tmp_path / "runs"),
+        optimizer=OptimizerSpec("sgd", lr=0.005),
+        max_steps=8,
+        evaluate_every=4,
+        batch_size=8,
+        workers=0,
+        log_every=1,
+        sync_batchnorm=True,
+        trackers=[],
+    )
+    launch(one, tmp_path / "one.yaml", 1)
+    two = replace(one, name="two", batch_size=4)
+    launch(two, tmp_path / "two.yaml", 2)
+    same_log(one.folder, two.folder)
+    weights = load_trained(two.folder, "last").state_dict()
+    for name, expected in load_trained(one.folder, "last").state_dict().items():
+        close(weights[name], expected, NETWORK)

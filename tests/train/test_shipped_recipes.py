@@ -29,7 +29,7 @@ from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import SHIPPED
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
-NOT_PUBLISHED = {"demo_digits", "demo_scales", "digits_morf"}
+NOT_PUBLISHED = {"demo_digits", "demo_scales", "demo_scenes", "digits_morf"}
 PUBLISHED = [name for name in shipped_recipes() if name not in NOT_PUBLISHED]
 PROCESSES = (1, 8)
 """The numbers of processes that recipes are written for: one GPU, or a machine with eight."""

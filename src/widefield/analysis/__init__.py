@@ -1,6 +1,7 @@
 """Analyze what a model responds to; functions do not change the model, and their results can draw figures."""
 
 from widefield.analysis._result import Result, save, section
+from widefield.analysis._targets import ClassAt, ClassIn
 from widefield.analysis.cam import ClassActivation, class_activation
 from widefield.analysis.erf import ReceptiveField, effective_receptive_field
 from widefield.analysis.interactions import Interactions, interactions
@@ -14,6 +15,8 @@ from widefield.ops.crop_table import CropTable, crop_table
 
 __all__ = [
     "ClassActivation",
+    "ClassAt",
+    "ClassIn",
     "CropTable",
     "Field",
     "Interactions",

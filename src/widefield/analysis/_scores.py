@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield.analysis._model import running
+from widefield.analysis._targets import Target
 from widefield.surgery.answers import described, meant, wrapping
 
 
@@ -41,12 +42,23 @@ def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Ten
     with running(model, images, given):
         output = model(images)
     found = _classifiers(output, len(images))
-    if found is None:
-        raise _refusal(model, output, len(images), "")
-    return _finite(model, found)
+    if found is not None:
+        return _finite(model, found)
+    if _maps(output, len(images)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is a segmentation model: it returns logits for every pixel. This analysis needs "
+            "one score per class for the whole image. effective_receptive_field and class_activation examine pixels "
+            "and regions (ClassAt, ClassIn)."
+        )
+    raise _refusal(model, output, len(images), "")
 
 
-def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> Scores:
+def class_scores(
+    model: nn.Module,
+    images: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    target: Target | None = None,
+) -> Scores:
     """Run a model with its parameters replaced by ``weights``, by name; return the score of every class.
 
     - Classifier, (N, classes): its logits.
@@ -55,10 +67,21 @@ def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]
     - Detector, a list with {"labels": (n,), "scores": (n,), ...} per image as in torchvision: the sum of the scores of
       that class's detections.
 
-    Raises ValueError for other outputs, or values that are not finite.
+    With ``target``, which needs a segmentation model, the scores are those of its pixel or region: each class's mean
+    logit there, at the images' resolution. The predicted class covers the most pixels of the region.
+
+    Raises ValueError for other outputs, a target outside the images, or values that are not finite.
     """
     with running(model, images):
         output = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
+    maps = _maps(output, len(images))
+    if target is not None:
+        if maps is None:
+            raise ValueError(
+                f"{type(target).__name__} needs a segmentation model, which returns logits (N, classes, h, w); "
+                f"{type(model).__name__} returns {described(output)}. Give the index of a class instead."
+            )
+        return _at(_finite(model, maps), images.shape[-2:], target)
     detections = _detections(output, len(images))
     if detections is not None:
         return _detected(model, detections)
@@ -67,8 +90,7 @@ def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]
         values = _finite(model, found)
         rated = _rated(values)
         return Scores(values, rated, values.argmax(1))
-    maps = meant(output)
-    if isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == len(images) and maps.numel():
+    if maps is not None:
         return _segmented(_finite(model, maps))
     raise _refusal(model, output, len(images), ", maps of them (N, classes, h, w), or a list of detections")
 
@@ -76,6 +98,12 @@ def class_scores(model: nn.Module, images: Tensor, weights: Mapping[str, Tensor]
 def _classifiers(output: Any, images: int) -> Tensor | None:
     found = meant(output)
     fits = found is not None and found.ndim == 2 and len(found) == images and found.shape[1] > 0
+    return found if fits and found is not None and found.is_floating_point() else None
+
+
+def _maps(output: Any, images: int) -> Tensor | None:
+    found = meant(output)
+    fits = found is not None and found.ndim == 4 and len(found) == images and found.numel() > 0
     return found if fits and found is not None and found.is_floating_point() else None
 
 
@@ -98,13 +126,27 @@ def _rated(values: Tensor) -> Tensor:
     return values.softmax(1) if values.shape[1] > 1 else values.sigmoid()
 
 
+def _at(maps: Tensor, size: Sequence[int], target: Target) -> Scores:
+    """Return the class scores of a pixel or region of images (H, W), from logits (N, K, h, w)."""
+    if maps.shape[2:] != torch.Size(size):
+        maps = F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+    logits = maps[:, :, target.where(size).to(maps.device)]
+    covered = _covered(logits).sum(2)
+    return Scores(logits.mean(2), _rated(logits).mean(2), covered.argmax(1))
+
+
+def _covered(maps: Tensor) -> Tensor:
+    """Return where each class is predicted, as bool (N, K, ...), from logits; a single class where it is above 0."""
+    count = maps.shape[1]
+    if count == 1:
+        return maps > 0
+    places = torch.arange(count, device=maps.device).view(-1, *[1] * (maps.ndim - 2))
+    return maps.argmax(1, keepdim=True) == places
+
+
 def _segmented(maps: Tensor) -> Scores:
     """Return class scores from logits (N, K, h, w); with one class, its pixels are those above 0."""
-    count = maps.shape[1]
-    if count > 1:
-        where = maps.argmax(1, keepdim=True) == torch.arange(count, device=maps.device)[:, None, None]
-    else:
-        where = maps > 0
+    where = _covered(maps)
     covered = where.sum((2, 3))
     share = torch.where((covered > 0)[:, :, None, None], where, True).to(maps)
     share = share / share.sum((2, 3), keepdim=True)

@@ -18,6 +18,7 @@ from widefield.analysis._maps import tapped
 from widefield.analysis._model import Layer, chunks, layer_name, never_called, track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import class_scores
+from widefield.analysis._targets import ClassAt, ClassIn, Target, label_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +59,8 @@ class ClassActivation(Result):
     """(N,), float64: share of the map's sum in the middle half of both sides, 0.25 for an even map; NaN as above."""
     pixels: np.ndarray | None
     """(N, H, W, C), float32 in [0, 1]: the images for the figure, at most 224 pixels a side."""
+    where: np.ndarray | None = None
+    """(H, W), bool: the pixel or region whose class logit is explained; None: the class as a whole."""
 
     title = "Class activation maps"
     lead = (
@@ -78,8 +81,8 @@ class ClassActivation(Result):
         return _upsampled(torch.from_numpy(self.maps), self.size).numpy()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all values in JSON's types, except the copies of the images."""
-        return {key: value for key, value in super().to_dict().items() if key != "pixels"}
+        """Return all values in JSON's types, except the copies of the images and the mask of a region."""
+        return {key: value for key, value in super().to_dict().items() if key not in ("pixels", "where")}
 
     def rows(self) -> list[dict[str, str]]:
         """Return one row: the extent of the maps, and their concentration in the center."""
@@ -134,6 +137,7 @@ class ClassActivation(Result):
             maps = result.upsampled()
             for row, axis in enumerate(axes[:, column]):
                 shades.append(_overlay(axis, maps[row], None if result.pixels is None else result.pixels[row]))
+                _mark(axis, result.where)
                 label = result.labels[row]
                 label = label if len(label) <= letters else f"{label[: letters - 1]}…"
                 text = f"{label}{', ' if short else chr(10)}{result.probability[row] * 100:.2g} %"
@@ -148,7 +152,7 @@ def class_activation(
     model: nn.Module,
     images: Tensor | Iterable[Any],
     *,
-    targets: int | Sequence[int] | Tensor | None = None,
+    targets: int | Sequence[int] | Tensor | ClassAt | ClassIn | None = None,
     layer: Layer | None = None,
     classes: Sequence[str] | None = None,
     pixels: Tensor | np.ndarray | None = None,
@@ -167,13 +171,17 @@ def class_activation(
     predicted as that class, or of all pixels if there are none (Seg-Grad-CAM, Vinogradova et al. 2020, section 3).
     Detector: the sum of the scores of that class's detections, so an image without any has an empty map.
 
+    ``targets=ClassAt(...)`` and ``ClassIn(...)`` explain what a segmentation model says at one pixel or in a region
+    instead: the class's logit there, or its mean, at the images' resolution.
+
     Args:
         model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections, alone, as
             "logits" or "out", or as the only tensor of its output.
         images: normalized images (N, C, H, W), or batches of them, all of one size. Video clips (N, C, T, H, W) get
             one map each: time steps of a layer's map count as further channels.
-        targets: one class for all images, or one per image. Default: the class with the largest score; for
-            segmentation the one that covers the most pixels, for detectors the one with the largest sum of scores.
+        targets: one class for all images, or one per image; for segmentation models also a pixel (`ClassAt`) or a
+            region (`ClassIn`). Default: the class with the largest score; for segmentation the one that covers the most
+            pixels, for detectors the one with the largest sum of scores.
         layer: a layer that returns a map, or its name. Default: that of :func:`target_layer`.
         classes: class names in the order of the scores.
         pixels: the images as drawn in figures, (N, H, W, C) in [0, 1]. Default: figures show only the maps.
@@ -190,7 +198,8 @@ def class_activation(
         TypeError: images, targets, layer or batch size have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
-    wanted = _targets(targets)
+    target = targets if isinstance(targets, (ClassAt, ClassIn)) else None
+    wanted = targets.label if isinstance(targets, (ClassAt, ClassIn)) else _targets(targets)
     kept = None if pixels is None else _pixels(pixels)
     name_of_layer = None if layer is None else layer_name(model, layer)
     each: dict[str, Sized] = {} if wanted is None or isinstance(wanted, int) else {"targets": wanted}
@@ -214,7 +223,7 @@ def class_activation(
         if name_of_layer is None:
             name_of_layer = target_layer(model, part[:1])
         chosen = wanted[done : done + len(part)] if isinstance(wanted, list) else wanted
-        parts.append(_maps(model, name_of_layer, part, chosen, classes))
+        parts.append(_maps(model, name_of_layer, part, _Asked(chosen, target, classes)))
         done += len(part)
     _one_each(each, done)
     maps, targeted, predicted, probability = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -231,6 +240,7 @@ def class_activation(
             **({"frames": size[0]} if len(size) == 3 else {}),
             "layer": name_of_layer,
             "class": "predicted" if wanted is None else "given",
+            **({"of": target.place(size[-2:])} if target else {}),
         },
         layer=str(name_of_layer),
         size=(size[-2], size[-1]),
@@ -238,21 +248,31 @@ def class_activation(
         targets=targeted.numpy(),
         predicted=predicted.numpy(),
         probability=probability.numpy(),
-        labels=tuple(_NOTHING if k < 0 else classes[k] if classes else f"class {k}" for k in targeted.tolist()),
+        labels=tuple(_NOTHING if k < 0 else label_text(k, classes) for k in targeted.tolist()),
         area=area,
         central=central,
         pixels=kept,
+        where=target.where(size[-2:]).numpy() if target else None,
     )
 
 
-def _maps(
-    model: nn.Module, layer: str, images: Tensor, targets: int | list[int] | None, classes: Sequence[str] | None
-) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class _Asked:
+    """What the maps of one batch explain."""
+
+    labels: int | list[int] | None
+    """The class of every image, or of each; None: the predicted one."""
+    target: Target | None
+    """The pixel or region; None: the class as a whole."""
+    names: Sequence[str] | None
+
+
+def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[Tensor, ...]:
     """Return maps (N, h, w) before scaling, targets, predicted classes and probabilities, on the CPU."""
     from captum.attr import LayerGradCam  # imports pyplot, so only when needed
 
     with visited(model), torch.inference_mode(False), tapped(model, layer, images.shape[2:]) as tap:
-        scorer = _Scorer(model, layer, tap, targets, classes)
+        scorer = _Scorer(model, layer, tap, asked)
         try:
             found = LayerGradCam(scorer, tap).attribute(images.clone().detach(), relu_attributions=True)
         except RuntimeError as error:  # from autograd; the model's own errors are ValueErrors by now
@@ -275,31 +295,25 @@ def _check_detected(model: nn.Module, targets: Tensor) -> None:
 class _Scorer:
     """The score of one class per image, which captum differentiates; other results of the run are kept in ``seen``."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        tap: nn.Module,
-        targets: int | list[int] | None,
-        classes: Sequence[str] | None,
-    ) -> None:
-        self.model, self.layer, self.tap, self.targets, self.classes = model, layer, tap, targets, classes
+    def __init__(self, model: nn.Module, layer: str, tap: nn.Module, asked: _Asked) -> None:
+        self.model, self.layer, self.tap, self.asked = model, layer, tap, asked
         self.seen: tuple[Tensor, ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
         called: list[Tensor] = []
         handle = self.tap.register_forward_hook(lambda module, args, output: called.append(output))
         try:
-            scores = class_scores(self.model, images)
+            scores = class_scores(self.model, images, target=self.asked.target)
         finally:
             handle.remove()
         if not called:
             raise never_called(self.model, self.layer)
-        given = [self.targets] * len(images) if isinstance(self.targets, int) else self.targets
-        scores = scores.upto(max(len(self.classes or ()), 1 + max(given or [0])))
+        given, names = self.asked.labels, self.asked.names
+        given = [given] * len(images) if isinstance(given, int) else given
+        scores = scores.upto(max(len(names or ()), 1 + max(given or [0])))
         total = scores.values.shape[1]
-        if self.classes is not None and len(self.classes) != total:
-            raise ValueError(f"classes has {len(self.classes)} names, but the model returns {total} scores.")
+        if names is not None and len(names) != total:
+            raise ValueError(f"classes has {len(names)} names, but the model returns {total} scores.")
         chosen = scores.predicted
         if given is not None:
             if max(given) >= total:
@@ -404,6 +418,21 @@ def _wrapped(name: str, letters: int) -> str:
 def _shown(image: np.ndarray) -> np.ndarray:
     """Return an image (H, W, C) with three channels; other numbers of channels are averaged."""
     return image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, -1)
+
+
+def _mark(axis: Any, where: np.ndarray | None) -> None:
+    """Mark the pixel, or outline the region, bool (H, W), whose class logit a map explains."""
+    if where is None:
+        return
+    H, W = where.shape
+    rows, columns = where.nonzero()
+    if len(rows) == 1:
+        axis.plot((columns[0] + 0.5) / W, (rows[0] + 0.5) / H, "+", color="cyan", markersize=7, markeredgewidth=1.2)
+        return
+    # One pixel of margin, so that the outline of a region at the border is closed.
+    across, down = ((np.arange(-1, n + 1) + 0.5) / n for n in (W, H))
+    axis.contour(across, down, np.pad(where, 1).astype(float), levels=[0.5], colors="cyan", linewidths=0.9)
+    axis.set(xlim=(0, 1), ylim=(1, 0))
 
 
 def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:

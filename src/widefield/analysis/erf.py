@@ -9,24 +9,18 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
-from widefield.analysis._model import Layer, chunks, is_size, layer_name, made_up, track, visited
+from widefield.analysis._model import Layer, chunks, is_size, made_up, track, visited
 from widefield.analysis._result import Result
-from widefield.analysis.theoretical import (
-    Field,
-    Position,
-    candidates,
-    feature_map,
-    theoretical_receptive_field,
-    unit,
-    unknown,
-)
+from widefield.analysis._targets import ClassAt, ClassIn
+from widefield.analysis._units import OUTPUT, chosen
+from widefield.analysis.theoretical import Field, Position
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +29,6 @@ if TYPE_CHECKING:
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 """Shares of all contributions whose area is reported, as in the paper's table."""
-
-OUTPUT = "(output)"
-"""How tables name the layer "", which is the model itself."""
 
 _FAINTEST = 1e-4
 """Lower end of the logarithmic color scale."""
@@ -64,16 +55,17 @@ class ReceptiveField(Result):
             moments. Long tails count; the image's border cuts them off.
         theoretical: the theoretical receptive field of the same unit.
         clipped: how many (rows, columns) of the theoretical field lie in the image.
-        layer: name of the layer.
-        position: (row, column) of the unit on the layer's map.
+        layer: name of the layer; "" if a class logit was differentiated.
+        position: (row, column) of the unit on the layer's map; of a class logit the pixel, or the middle of the region.
+        of: the class and its pixel or region, as text; "" if a layer's unit was differentiated.
     """
 
     title: ClassVar[str] = "Effective receptive fields"
     lead: ClassVar[str] = (
-        "Contribution of each pixel to one unit of a feature map: the positive part of the gradient, summed over "
-        "channels and images, relative to the largest. Under each field: the share of the image's area covered by the "
-        "smallest centered square that holds 20, 30, 50 and 99 % of all contributions; and the theoretical receptive "
-        "field, drawn dashed if it fits into the image."
+        "Contribution of each pixel to one unit of a feature map, or to a class logit of a segmentation model: the "
+        "positive part of the gradient, summed over channels and images, relative to the largest. Under each field: "
+        "the share of the image's area covered by the smallest centered square that holds 20, 30, 50 and 99 % of all "
+        "contributions; and the theoretical receptive field, drawn dashed if it fits into the image."
     )
 
     name: str
@@ -88,6 +80,7 @@ class ReceptiveField(Result):
     clipped: tuple[int, int]
     layer: str
     position: tuple[int, int]
+    of: str = ""
 
     @property
     def size(self) -> str:
@@ -108,7 +101,7 @@ class ReceptiveField(Result):
         return [
             {
                 "model": self.name,
-                "layer": self.layer or OUTPUT,
+                "layer": self.of or self.layer or OUTPUT,
                 "size, px": self.size,
                 "images": str(self.about["images"]),
                 **ratios,
@@ -160,12 +153,18 @@ def effective_receptive_field(
     *,
     layer: Layer | None = None,
     position: Position = "center",
+    targets: ClassAt | ClassIn | None = None,
+    classes: Sequence[str] | None = None,
     batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> ReceptiveField:
     """Measure how much each pixel contributes to one unit of a feature map (RepLKNet, section 5 and appendix B).
+
+    With ``targets``, measure the same for a segmentation model's answer: the logit of one class at one pixel
+    (`ClassAt`), or its mean over a region (`ClassIn`), at the images' resolution. The squares of the area ratios are
+    then centered on that pixel or region.
 
     The unit's channels are summed and differentiated with respect to each image. Negative gradients are dropped; the
     rest is summed over channels and images. The authors' script also drops negative outputs before it sums the
@@ -187,6 +186,9 @@ def effective_receptive_field(
             map (:func:`widefield.surgery.anatomy.anatomy`). Layers whose channels always sum to a constant, as
             after a freshly initialized layer norm, are skipped.
         position: "center", which is (h // 2, w // 2), or (row, column) on the map, from 0.
+        targets: what a segmentation model is asked about, instead of a layer's unit: ``ClassAt()`` is the class with
+            the largest logit in the middle of the image.
+        classes: class names in the order of the logits, for the table.
         batch_size: images at a time.
         name: the model's name in tables and figures. Default: its class name.
         about: facts to store with the result.
@@ -195,11 +197,12 @@ def effective_receptive_field(
     Raises:
         ValueError: there are no images, or they differ in size; the model rejects their size; the layer does not exist
             or returns no map; its gradient is missing, not finite or nowhere positive; the position lies outside the
-            map.
-        TypeError: images, layer or position have the wrong type.
+            map. Or targets are given for a model that returns no map of logits, next to a layer or a position, or
+            outside the image; a class is out of range, or the names do not match.
+        TypeError: images, layer, position or targets have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
-    named = None if layer is None else layer_name(model, layer)
+    unit = chosen(model, layer, position, targets, classes)
     if isinstance(images, int) or is_size(images):
         images = made_up(model, images, _NOISES, noise=True)
         about = {"source": "noise", **(about or {})}
@@ -207,17 +210,16 @@ def effective_receptive_field(
     first = next(parts)
     size = tuple(first.shape[1:])
     with visited(model):
-        names = candidates(model, first[:1].clone())[::-1] if named is None else [named]
-        found, chosen = _first(model, first, names, position)
-        later = (_look(model, part, chosen, position).gradient for part in _of_one_size(parts, size))
+        found = unit.first(first)
+        later = (unit.look(part).gradient for part in _of_one_size(parts, size))
         gradients = track(chain([found.gradient], later), "effective receptive field", show=progress)
-        mean, count = _contributions(gradients, f"layer {chosen!r} of {type(model).__name__}")
+        mean, count = _contributions(gradients, unit.where)
     if not mean.any():
         raise ValueError(
-            f"no pixel has a positive gradient in layer {chosen!r} of {type(model).__name__}: the unit {found.unit} is "
-            "dead or sees nothing of the image. Try another position or layer."
+            f"no pixel has a positive gradient in {unit.where}: the unit {found.unit} is dead or sees nothing of the "
+            "image. Try another position or layer."
         )
-    field = _theory(model, first[:1], chosen, found)
+    field = unit.theory(first[:1], found)
     scores, peak = mean / mean.max(), float(mean.max())
     sigma_y, sigma_x = (_deviation(scores.sum(axis)) for axis in (1, 0))
     return ReceptiveField(
@@ -227,8 +229,7 @@ def effective_receptive_field(
             "images": count,
             "size": size[-1] if size[-2] == size[-1] else _sides(size[-2:]),
             **({"frames": size[1]} if len(size) == 4 else {}),
-            "layer": chosen or OUTPUT,
-            "unit": f"{found.unit} of {_sides(found.places)}",
+            **unit.about(found),
         },
         scores=scores,
         peak=peak,
@@ -238,8 +239,9 @@ def effective_receptive_field(
         sigma_y=sigma_y,
         theoretical=field,
         clipped=field.clipped(size[-2:]),
-        layer=chosen,
+        layer=unit.layer,
         position=found.unit,
+        of=unit.of(),
     )
 
 
@@ -265,66 +267,6 @@ def _contributions(gradients: Iterable[Tensor], where: str) -> tuple[np.ndarray,
         count += len(gradient)
     mean: np.ndarray = (torch.zeros(()) if total is None else total).numpy() / count
     return mean, count
-
-
-def _theory(model: nn.Module, images: Tensor, layer: str, look: _Look) -> Field:
-    """Return the theoretical field of the unit that was looked at."""
-    try:
-        return theoretical_receptive_field(model, images, layer=layer, position=look.unit)
-    except (RuntimeError, ValueError) as error:  # compiled or scripted code may hide its operators
-        reason = f"its operators cannot be followed: {str(error.__cause__ or error).splitlines()[0]}"
-        return unknown(images, look.places, look.unit, reason)
-
-
-class _Look(NamedTuple):
-    gradient: Tensor
-    """(N, C, H, W), or (N, C, T, H, W): gradient of the sum of the unit's channels with respect to the images."""
-    cancels: bool
-    """Whether the channels' gradients cancel out."""
-    unit: tuple[int, int]
-    places: tuple[int, int]
-    """Height and width of the map."""
-
-
-def _first(model: nn.Module, images: Tensor, names: Sequence[str], position: Position) -> tuple[_Look, str]:
-    """Look through the first of these layers whose channel sum has a gradient; return the look and the layer's name."""
-    for name in names:
-        found = _look(model, images, name, position, check=True)
-        if not found.cancels:
-            return found, name
-    raise ValueError(
-        f"the channels of layer {names[0]!r} of {type(model).__name__} always sum to the same value, as after a "
-        "freshly initialized layer norm, so their sum has no gradient. Give the layer before it."
-    )
-
-
-def _look(model: nn.Module, images: Tensor, layer: str, position: Position, *, check: bool = False) -> _Look:
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = images.detach().clone().requires_grad_()
-        found = feature_map(model, layer, leaf.clone())  # a copy, as models may modify their input
-        row, column = unit(position, found, layer)
-        channels = found[:, :, row, column]
-        gradient = _gradient(channels.sum(), leaf, check)
-        cancels = False
-        if gradient is not None and check and channels.shape[1] > 1:
-            signs = torch.ones(channels.shape[1])
-            signs[torch.randperm(len(signs), generator=torch.Generator().manual_seed(0))[::2]] = -1
-            other = _gradient((channels * signs.to(channels)).sum(), leaf, False)
-            noise = min(0.1, 1000 * torch.finfo(images.dtype).eps)
-            cancels = other is not None and bool(gradient.norm() <= noise * other.norm()) and bool(other.any())
-    if gradient is None:
-        raise ValueError(
-            f"layer {layer!r} of {type(model).__name__} has no gradient with respect to the images: it does not depend "
-            "on them, or is computed without gradients (torch.no_grad, detach)."
-        )
-    return _Look(gradient, cancels, (row, column), (found.shape[2], found.shape[3]))
-
-
-def _gradient(value: Tensor, leaf: Tensor, keep: bool) -> Tensor | None:
-    if not value.requires_grad:
-        return None
-    found: Tensor | None = torch.autograd.grad(value, leaf, retain_graph=keep, allow_unused=True)[0]
-    return found
 
 
 def _logarithmic(scores: np.ndarray, peak: float) -> np.ndarray:
@@ -400,7 +342,8 @@ def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) ->
     shares = "/".join(f"{share:.0%}"[:-1] for share in result.area_ratio)
     ratios = " / ".join(_percent(ratio) for ratio in result.area_ratio.values())
     field = f"{_sides(size)} px" if size else "whole image"
-    axis.set_xlabel(f"{shares} % within\n{ratios} %\ntheoretical: {field}", fontsize=6.5)
+    of = f"{result.of}\n" if result.of else ""
+    axis.set_xlabel(f"{of}{shares} % within\n{ratios} %\ntheoretical: {field}", fontsize=6.5)
     return shown
 
 

@@ -141,6 +141,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 effective_receptive_field,
                 "effective receptive fields of models, next to the theoretical ones",
                 "Effective receptive field",
+                arguments=lambda view: {"classes": view.classes or None},
                 reported=lambda count: count,
             ),
             Analysis(

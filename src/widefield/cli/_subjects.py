@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from widefield.analysis import Result
+    from widefield.analysis import ClassAt, ClassIn, Result
     from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
     from widefield.runs import Subject
@@ -65,6 +65,54 @@ def arguments(
         )
     if figures:
         parser.add_argument("--vector", choices=("pdf", "svg"), help="also write the figure as a vector drawing")
+
+
+def places(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the arguments that choose a class, and a pixel or a region of a segmentation model's output.
+
+    ``names`` are further names of ``--class``.
+    """
+    parser.add_argument(
+        "--class",
+        *names,
+        dest="of_class",
+        metavar="CLASS",
+        help="name or index of a class (default: the predicted one)",
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--pixel", type=int, nargs="*", metavar="N",
+        help="segmentation: ROW COLUMN of the pixel whose class logit is examined (without numbers: the center)",
+    )  # fmt: skip
+    place.add_argument(
+        "--region", type=int, nargs=4, metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"),
+        help="segmentation: the rectangle whose mean class logit is examined",
+    )  # fmt: skip
+
+
+def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | int | None:
+    """Return what the arguments of :func:`places` choose, for a model; raises ValueError for an unknown class."""
+    from widefield.analysis import ClassAt, ClassIn
+
+    label = None if args.of_class is None else _label(args.of_class, view)
+    if args.region is not None:
+        return ClassIn(label, tuple(args.region))
+    if args.pixel is None:
+        return label
+    if len(args.pixel) not in (0, 2):
+        raise ValueError(f"--pixel takes ROW COLUMN, or nothing for the center; got {args.pixel}.")
+    return ClassAt(label, *args.pixel)
+
+
+def _label(word: str, view: View) -> int:
+    from widefield import _checks
+
+    if word in view.classes:
+        return view.classes.index(word)
+    if word.isdecimal():
+        return int(word)
+    known = _checks.did_you_mean(word, view.classes) if view.classes else " Its classes have no names: give an index."
+    raise ValueError(f"{view.name} has no class {word!r}.{known}")
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:

@@ -17,14 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer", metavar="NAME", help="layer to examine in all models (default: the last one the class depends on)"
     )
-    parser.add_argument(
-        "--target", type=int, metavar="N", help="index of a class (default: each image's predicted class)"
-    )
+    _subjects.places(parser, "--target")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    options = {"targets": args.target, "layer": args.layer}
-    results = {view.name: ENTRY.run(view, progress=True, **options) for view in _subjects.views(args, ENTRY)}
+    results = {}
+    for view in _subjects.views(args, ENTRY):
+        chosen = _subjects.target(args, view)
+        results[view.name] = ENTRY.run(view, progress=True, targets=chosen, layer=args.layer)
     _subjects.write(results, args, count=args.count)
     return 0

@@ -18,16 +18,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--position", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="unit on the layer's map (default: the center)"
     )
+    _subjects.places(parser)
     parser.add_argument("--linear", action="store_true", help="use a linear color scale instead of a logarithmic one")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     several = len(args.size or ()) > 1
+    if args.of_class is not None and args.region is None and args.pixel is None:
+        args.pixel = []
     options = {"layer": args.layer, "position": args.position or "center"}
     results = {}
     for view in _subjects.views(args, ENTRY):
         label = f"{view.name}, {view.shown.image_size} px" if several else view.name
-        results[label] = ENTRY.run(view, progress=True, **options)
+        results[label] = ENTRY.run(view, progress=True, targets=_subjects.target(args, view), **options)
     _subjects.write(results, args, log=not args.linear)
     return 0

@@ -20,10 +20,11 @@ from widefield.cli._tables import print_table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from widefield.data import LabeledImages
-    from widefield.runs import Evaluation, MappedClassification, Subject
+    from widefield.data import SampleSet
+    from widefield.runs import Evaluation, Subject
+    from widefield.tasks import Task
 
-SUMMARY = "accuracy and throughput of models: of runs, of timm's, of torchvision's"
+SUMMARY = "metrics and throughput of models: of runs, of timm's, of torchvision's"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="SOURCE", help="a folder of images in class folders, digits, scales, or NAME:ROOT (the run's)"
     )
-    parser.add_argument("--size", nargs="+", default=[None], **number, help="sides of the images (the model's own)")
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=[None],
+        **number,
+        help="sides of the images; segmentation: shorter sides (the model's own)",
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options of the run's task to change, such as test=slide window=512, or flip=true scales=[0.75,1,1.25]",
+    )
     parser.add_argument(
         "--crop-pct", type=float, metavar="X", help="side of the crop relative to the resized image (the model's)"
     )
@@ -70,6 +84,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="where to compute (a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="segmentation: write a page with the result of each class, and the best and worst images",
+    )
+    parser.add_argument("--examples", **number, default=4, help="number of best and of worst images on the page (4)")
+    parser.set_defaults(writes={"page": False})
     parser.epilog = "Several processes share the images: accelerate launch -m widefield eval ..."
 
 
@@ -78,11 +100,14 @@ class _Job:
     """A model and the data to evaluate it on."""
 
     subject: Subject
-    dataset: LabeledImages
+    dataset: SampleSet
     source: dict[str, Any]
     """Name and options of the data set."""
-    task: MappedClassification
+    task: Task
     outputs: int
+    """Number of the model's outputs."""
+    classes: int
+    """Number of outputs that compete."""
     how: dict[str, Any]
     """Further arguments of ``evaluate_model``."""
 
@@ -108,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
                 job.task,
                 device=args.device,
                 throughput=args.throughput,
-                progress=partial(bar.track, description=f"{job.subject.name} {job.dataset.image_size}"),
+                examples=args.examples if args.page else 0,
+                progress=partial(bar.track, description=f"{job.subject.name} {job.dataset.image_size or ''}".rstrip()),
                 **job.how,
             )
             job.subject.model.cpu()  # the next one needs the memory
@@ -117,6 +143,8 @@ def run(args: argparse.Namespace) -> int:
         _show(done)
         if args.out:
             _write(done, args)
+        if args.page:
+            _write_page(done, args)
     if state.num_processes > 1:
         state.destroy_process_group()
     return 0
@@ -137,6 +165,7 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
         raise ValueError("--weights and --which select a checkpoint of a run, and none of the models is a run.")
     real = labels.real_labels(None if args.real is True else args.real) if args.real else None
     subjects = [subject for word in args.models for subject in _subjects(word, args)]
+    _check_options(subjects, args)
     return [_job(subject, size, real, args) for subject in subjects for size in args.size]
 
 
@@ -156,26 +185,29 @@ def _subjects(word: str, args: argparse.Namespace) -> list[Subject]:
     return [replace(load(word, which=which, weights=kind), name=word) for kind in kinds]
 
 
+def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not concern one of the models."""
+    given = {"--crop-pct": args.crop_pct, "--real": args.real, "--all-outputs": args.all_outputs}
+    given["--class-map"] = args.class_map if args.class_map != "auto" else None
+    for subject in subjects:
+        for option, value in given.items():
+            if value and subject.work != "classification":
+                raise ValueError(f"{option} is for classifiers, and {subject.name} is a model for {subject.work}.")
+        if args.page and subject.work == "classification":
+            raise ValueError(f"--page is for segmentation models, and {subject.name} is a classifier; use --out.")
+        if args.task and subject.recipe is None and subject.work == "classification":
+            raise ValueError(f"--task changes options of a run's task, and {subject.name} is not a run.")
+
+
 def _job(
     subject: Subject, size: int | None, real: Mapping[str, Sequence[int]] | None, args: argparse.Namespace
 ) -> _Job:
-    from widefield import data
-    from widefield.runs import labels
-    from widefield.tasks import count_outputs
-
     source = _source(subject, size, args)
     dataset = _dataset(subject, source, args)
     try:
-        if not args.all_outputs:
-            data.check_classes(dataset)
-        outputs = count_outputs(subject.model, dataset.image_shape)
-        names = subject.trained_on.classes if subject.trained_on else labels.imagenet_names(outputs)
-        if subject.trained_on and args.data is None and args.class_map == "auto":
-            subject.trained_on.check_classes(dataset.classes)
-        places = labels.output_places(dataset.classes, outputs, names, args.class_map)
+        task, outputs, classes = _task(subject, dataset, real, args)
     except ValueError as error:
         raise ValueError(f"{subject.name} on {_called(source)}: {error}") from error
-    task = labels.MappedClassification(places, outputs, restrict=not args.all_outputs, real=real)
     recipe = subject.recipe
     how = {
         "batch_size": (recipe.batch_size if recipe else 128) if args.batch_size is None else args.batch_size,
@@ -183,24 +215,51 @@ def _job(
         "mixed_precision": args.precision or (recipe.mixed_precision if recipe else "no"),
         "channels_last": args.channels_last or (recipe is not None and recipe.channels_last),
     }
-    return _Job(subject, dataset, source, task, outputs, how)
+    return _Job(subject, dataset, source, task, outputs, classes, how)
 
 
-def _dataset(subject: Subject, source: Mapping[str, Any], args: argparse.Namespace) -> LabeledImages:
+def _task(
+    subject: Subject,
+    dataset: SampleSet,
+    real: Mapping[str, Sequence[int]] | None,
+    args: argparse.Namespace,
+) -> tuple[Task, int, int]:
+    """Return what to measure, the number of the model's outputs, and the number of those that compete."""
+    from widefield import data
+    from widefield.runs import labels
+    from widefield.tasks import count_outputs
+    from widefield.train.recipe_io import read_yaml
+
+    own = args.data is None
+    if subject.work != "classification":
+        changes = {key: value for word in args.task for key, value in read_yaml(word.replace("=", ": ", 1)).items()}
+        task = subject.task(dataset, **changes)
+        return task, subject.outputs, len(dataset.classes)
+    if not isinstance(dataset, data.LabeledImages):
+        raise ValueError("the data have no labeled images, and the model is a classifier.")
+    if not args.all_outputs:
+        data.check_classes(dataset)
+    outputs = count_outputs(subject.model, dataset.image_shape)
+    names = subject.trained_on.classes if subject.trained_on else labels.imagenet_names(outputs)
+    if subject.trained_on and own and args.class_map == "auto":
+        subject.trained_on.check_classes(dataset.classes)
+    places = labels.output_places(dataset.classes, outputs, names, args.class_map)
+    mapped = labels.MappedClassification(places, outputs, restrict=not args.all_outputs, real=real)
+    return mapped, outputs, len(mapped.places)
+
+
+def _dataset(subject: Subject, source: Mapping[str, Any], args: argparse.Namespace) -> SampleSet:
     from widefield import data
 
     options = {key: value for key, value in source.items() if key != "name"}
     try:
-        dataset = data.create(source["name"], "val", **options)
+        return data.create(source["name"], "val", **options)
     except FileNotFoundError as error:
         if subject.recipe is None or args.data is not None:
             raise
         raise FileNotFoundError(
             f"the data of the run {subject.name} are missing: {error} --data SOURCE evaluates it on others."
         ) from error
-    if not isinstance(dataset, data.LabeledImages):
-        raise ValueError(f"{source['name']} has no labeled images, and widefield eval measures classifiers only.")
-    return dataset
 
 
 def _readers() -> int:
@@ -210,10 +269,10 @@ def _readers() -> int:
 
 def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """Return the name and the options of the data set to evaluate a model on."""
-    from widefield.data.catalog import SETS
+    from widefield.data import SegmentationSet
+    from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
 
-    asked = {key: value for key, value in (("size", size), ("crop_pct", args.crop_pct)) if value is not None}
     own = {"name": subject.recipe.data.name, **subject.recipe.data.args} if subject.recipe else None
     if args.data is None:
         if own is None:
@@ -222,21 +281,26 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     else:
         name, colon, root = args.data.partition(":")
         if not (colon and name in SETS):
-            name, root = ("folder", args.data) if Path(args.data).expanduser().is_dir() else (args.data, "")
+            pairs = subject.work == "segmentation"
+            is_folder = Path(args.data).expanduser().is_dir()
+            name, root = ("masks" if pairs else "folder", args.data) if is_folder else (args.data, "")
         if name not in SETS:
             raise ValueError(
                 f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."
             )
-    files = issubclass(SETS[name], ImageFiles)
+    kind = SETS[name]
+    asked = subject.asked_options(kind, size)
+    if args.crop_pct is not None:
+        asked["crop_pct"] = args.crop_pct
     if args.real:
-        if not files:
+        if not issubclass(kind, ImageFiles):
             raise ValueError(f"--real finds labels by file names, and {name} has none.")
         asked["names"] = True
-    if args.skip_corrupt and files:
+    if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
-    if own and name == own["name"] and not root:
-        return {**own, **asked}
-    return {"name": name, **(subject.image_options(size) if files else {}), **asked, **({"root": root} if root else {})}
+    if own and name == own["name"] and (not root or issubclass(kind, SegmentationSet)):
+        return {**own, **asked, **({"root": root} if root else {})}
+    return {"name": name, **subject.file_options(kind, size), **asked, **({"root": root} if root else {})}
 
 
 def _called(source: Mapping[str, Any]) -> str:
@@ -259,15 +323,18 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     rows = []
     for job, found in done:
-        chosen = len(job.task.places)
         row = {"model": job.subject.name, "weights": str(job.subject.weights), "data": _called(job.source)}
-        row |= {"size": str(found.size), "images": str(found.images)}
-        row["classes"] = str(chosen) if chosen == job.outputs else f"{chosen} of {job.outputs}"
+        row |= {"size": "varied" if found.size is None else str(found.size), "images": str(found.images)}
+        row["classes"] = str(job.classes) if job.classes == job.outputs else f"{job.classes} of {job.outputs}"
         row |= {name: shown(name, found.metrics.get(name)) for name in metrics}
         if found.images_per_second is not None:
             row["images/s"] = f"{found.images_per_second:.4g}"
         rows.append(row)
     print_table(rows, right=[name for name in rows[0] if name not in ("model", "weights", "data")])
+    for job, found in done:
+        if found.scores is not None and (lines := found.scores.rows()):
+            print(f"{job.subject.name}: {found.scores.summary()}")
+            print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
 
 
 def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
@@ -276,7 +343,7 @@ def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) ->
     results = []
     for job, found in done:
         about: dict[str, Any] = {"model": job.subject.name, "weights": str(job.subject.weights), "data": job.source}
-        about |= {"outputs": job.outputs, "classes": len(job.task.places)}
+        about |= {"outputs": job.outputs, "classes": job.classes}
         results.append({**about, **found.to_dict()})
     content = {
         "command": shlex.join(["widefield", *args.words]),
@@ -285,3 +352,14 @@ def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) ->
     }
     args.out.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
     print(f"wrote {args.out}")
+
+
+def _write_page(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
+    from widefield.runs.evaluation_page import write_evaluation
+
+    shown = {}
+    for job, found in done:
+        size = "" if len(args.size) == 1 else f", {found.size}"
+        shown[f"{job.subject.name} ({job.subject.weights}{size})"] = (found, job.subject, _called(job.source))
+    write_evaluation(shown, args.page)
+    print(f"wrote {args.page}")

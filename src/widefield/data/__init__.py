@@ -2,7 +2,7 @@
 
 from widefield.data.ade20k import Ade20k
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
-from widefield.data.catalog import SETS, create, create_both
+from widefield.data.catalog import SETS, create, create_both, options_of
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.cityscapes import Cityscapes
 from widefield.data.coco_stuff import CocoStuff
@@ -54,6 +54,7 @@ __all__ = [
     "create",
     "create_both",
     "default_palette",
+    "options_of",
     "seeded",
     "summarize",
     "write_conflicts",

@@ -28,10 +28,10 @@ from widefield.data.drawing import (
 Floats = NDArray[np.float32]
 Window = tuple[slice, slice]
 
-MATERIAL_DRAWS = 12  # random numbers of one material
+MATERIAL_DRAWS = 13  # random numbers of one material
 OBJECT_DRAWS = 7  # random numbers of one object
 PATCHES = 3  # materials of a generated background
-_CONTRAST = 0.35  # largest distance of a material's color from mid gray, by channel
+_LIGHTNESS, _COLOR = 0.25, 0.3  # largest distance of a material from mid gray, in gray level and in color
 _TEXTURE = 0.2  # amplitude of a texture with a clutter of 1
 _FRONT = 2.0  # an object's distance varies by this many octaves of size either way
 _OUTLINES = tuple(OUTLINES.values())
@@ -173,7 +173,7 @@ class Materials:
     """Colored textures from one layered noise; each material has its own color, strengths and piece of the noise.
 
     Args:
-        draws: ``MATERIAL_DRAWS`` random numbers in [0, 1) per material, (N, 12).
+        draws: ``MATERIAL_DRAWS`` random numbers in [0, 1) per material, (N, 13).
         noise: random numbers in [-1, 1), (``Materials.nodes(size)``,).
         size: side of the images in pixels.
         clutter: amplitude of the textures.
@@ -186,10 +186,11 @@ class Materials:
             square = torch.from_numpy(nodes).reshape(1, side, side)
             layers.append((square if cell == 1 else interpolate(square, cell, size))[0].numpy())
         self._layers = layers
-        self._colors = 0.5 + _CONTRAST * (2 * draws[:, :3, None, None] - 1)
-        self._steps = 2 * draws[:, 3:6, None, None] - 1
-        self._strengths = (clutter * _TEXTURE * (2 * draws[:, 6:10] - 1)).tolist()
-        self._places = draws[:, 10:].tolist()
+        draws = 2 * draws - 1
+        self._colors = (0.5 + _LIGHTNESS * draws[:, :1] + _COLOR * _saturated(draws[:, 1:4]))[..., None, None]
+        self._steps = draws[:, 4:7, None, None]
+        self._strengths = (clutter * _TEXTURE * draws[:, 7:11]).tolist()
+        self._places = (0.5 * (draws[:, 11:] + 1)).tolist()
 
     @staticmethod
     def nodes(size: int) -> int:
@@ -209,6 +210,21 @@ class Materials:
         return pixels
 
 
+def _gray(colors: Floats) -> Floats:
+    """Return the mean of the three channels, which are the first axis."""
+    red, green, blue = colors
+    gray: Floats = (red + green + blue) / 3
+    return gray
+
+
+def _saturated(colors: Floats) -> Floats:
+    """Return colors (N, 3) without their gray part, and scaled so that the largest channel is 1 or -1."""
+    pure = colors - _gray(colors.T)[:, None]
+    scale = np.maximum(np.maximum(abs(pure[:, 0]), abs(pure[:, 1])), abs(pure[:, 2]))
+    saturated: Floats = pure / np.maximum(scale, np.float32(1e-6))[:, None]
+    return saturated
+
+
 def _layer_sizes(size: int) -> list[int]:
     return [size**2 if cell == 1 else ((size - 1) // cell + 2) ** 2 for cell in CELLS]
 
@@ -222,8 +238,11 @@ def _patch_cell(size: int) -> int:
     return max(1, size // 4)
 
 
-def patchwork(materials: Materials, noise: Floats, size: int) -> Floats:
-    """Return a background of the first ``PATCHES`` materials with smooth random borders, (3, size, size)."""
+def patchwork(materials: Materials, noise: Floats, size: int, colorfulness: float) -> Floats:
+    """Return a background of the first ``PATCHES`` materials with smooth random borders, (3, size, size).
+
+    ``colorfulness`` scales its colors: 0 makes it gray.
+    """
     cell = _patch_cell(size)
     side = (size - 1) // cell + 3
     nodes = torch.from_numpy(noise).reshape(PATCHES - 1, side, side)
@@ -231,6 +250,10 @@ def patchwork(materials: Materials, noise: Floats, size: int) -> Floats:
     for index, field in enumerate(interpolate_smooth(nodes, cell, size).numpy(), start=1):
         share = (0.5 + 2 * cell * field).clip(0, 1)  # the border is about as sharp as an object's edge
         _blend(image, share, materials.pixels(index, size, size))
+    gray = _gray(image)
+    image -= gray
+    image *= colorfulness
+    image += gray
     return image
 
 

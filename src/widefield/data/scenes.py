@@ -1,13 +1,14 @@
 """Generate scenes of many objects of very different sizes, with exact labels of every kind, for dense prediction.
 
-Objects and background are made of the same materials: random colors with random textures, independent of class and
-size. Only outlines tell an object from the background and one class from another. Fine detail identifies a small
-object; the pixels in the middle of a large one can be classified only by edges far away. So the receptive field that is
-needed grows with the object, and results can be split by size.
+Colors and textures are random and independent of class and size, so only outlines tell the classes apart. Fine detail
+identifies a small object; the pixels in the middle of a large one can be classified only by edges far away. So the
+receptive field that is needed grows with the object, and results can be split by size. The background has textures and
+edges of its own, and pale colors.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,12 @@ _SMALLEST = 4.0  # pixels; below, many shapes look alike
 _GROUPS = {"small": 0.0, "medium": 1 / 8, "large": 3 / 8}  # from this side on, in units of the image's
 _TRAIN_COLUMNS = 427  # of the 640 columns of a photograph; the others are for val
 _NO_OBJECT = 255
+_PIXEL = 5  # bytes of a pixel that is kept: three of the image, two of the index of its object
+_KEPT = 2**29  # bytes of the largest set that is kept
 _FLIP = 0x666C6970  # separates the flips' random streams from the scenes'
+
+_Scene = tuple[NDArray[np.uint8], NDArray[np.int16], list[composition.Thing]]
+"""Pixels (3, size, size), the index of the object at each pixel or -1 (size, size), and the objects, farthest first."""
 
 
 class Scenes(SegmentationSet):
@@ -36,7 +42,8 @@ class Scenes(SegmentationSet):
 
     A scene is a function of (seed, split, index) and of the drawing options, with the same bytes on every machine. It
     does not depend on ``count``. The splits use separate random streams, so they share no scene. Scenes are drawn when
-    they are read: about 2 ms for 128 pixels, and nothing is kept.
+    they are first read, in about 2 ms for 128 pixels. A set of up to 512 MB keeps them as bytes; a larger one draws
+    them anew.
 
     Samples, for M objects in drawing order (later ones hide earlier ones):
 
@@ -70,8 +77,10 @@ class Scenes(SegmentationSet):
         min_visible: least visible part of an object's area, above 0 and up to 1. Objects of which less would be seen
             are left out of the scene.
         clutter: amplitude of the textures, from 0 to 2; 0 gives plain colors.
+        camouflage: colorfulness of the generated background relative to the objects', from 0 to 1. At 0 it is gray. At
+            1 background and objects are made of the same materials, and only outlines tell them apart.
         rotation: largest rotation of an object either way, in degrees, from 0 to 180.
-        background: ``"textures"``, a patchwork of the materials that objects are made of, or ``"photos"``, crops of
+        background: ``"textures"``, a patchwork of such materials as objects are made of, or ``"photos"``, crops of
             scikit-learn's two photographs (the left two thirds for train, the rest for val). The bytes of photographs
             depend on the JPEG decoder.
         hflip: probability that a train scene is flipped left to right, anew in each epoch; val is never flipped.
@@ -110,6 +119,7 @@ class Scenes(SegmentationSet):
         object_sizes: tuple[float, float] | None = None,
         min_visible: float = 0.25,
         clutter: float = 0.5,
+        camouflage: float = 0.25,
         rotation: float = 30,
         background: str = "textures",
         hflip: float = 0.5,
@@ -126,17 +136,21 @@ class Scenes(SegmentationSet):
                 "min_visible must be above 0, because an object without a visible pixel has no box; got 0."
             )
         self.clutter = _checks.number("clutter", clutter, maximum=2)
+        self.camouflage = _checks.number("camouflage", camouflage, maximum=1)
         self.rotation = _checks.number("rotation", rotation, maximum=180)
         self.background = _checks.choice("background", background, BACKGROUNDS)
         self.hflip = _checks.number("hflip", hflip, maximum=1)
+        self._keeps = len(self) * self.image_size**2 * _PIXEL <= _KEPT
+        self._kept: dict[int, _Scene] = {}
 
     def __len__(self) -> int:
         return self._count
 
     def sample(self, index: int) -> Sample:
         """Draw scene ``index``."""
-        pixels, things = self._drawn(index)
-        seen = composition.owners(things, self.image_size)
+        pixels, seen, things = self._kept.get(index) or self._drawn(index)
+        if self._keeps:
+            self._kept[index] = pixels, seen, things
         labels = np.array([one.shape + 1 for one in things], np.int64)
         sides = np.array([one.side for one in things], np.float32)
         masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
@@ -155,8 +169,8 @@ class Scenes(SegmentationSet):
         sample = {"image": image, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
         return _flipped(sample) if self._flips(index) else sample
 
-    def _drawn(self, index: int) -> tuple[NDArray[np.uint8], list[composition.Thing]]:
-        """Return the pixels of a scene, (3, size, size), and its objects, farthest first."""
+    def _drawn(self, index: int) -> _Scene:
+        """Draw a scene."""
         generator = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
 
         def uniform(*shape: int) -> NDArray[np.float32]:
@@ -177,9 +191,11 @@ class Scenes(SegmentationSet):
         if self.background == "photos":
             image = _photograph(uniform(4).tolist(), size, self.split)
         else:
-            image = composition.patchwork(materials, 2 * uniform(composition.patch_nodes(size)) - 1, size)
+            noise = 2 * uniform(composition.patch_nodes(size)) - 1
+            image = composition.patchwork(materials, noise, size, self.camouflage)
         composition.paint(image, things, materials, composition.PATCHES)
-        return np.rint(255 * image.clip(0, 1)).astype(np.uint8), things
+        pixels = np.rint(255 * image.clip(0, 1)).astype(np.uint8)
+        return pixels, composition.owners(things, size), [replace(one) for one in things]  # copies without their masks
 
     def _flips(self, index: int) -> bool:
         if self.split != "train" or not self.hflip:

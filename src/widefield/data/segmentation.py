@@ -41,6 +41,13 @@ class SegmentationSet(SampleSet):
     crop_size: tuple[int, int] | None = None
     test_scale: tuple[int, int] | None = None
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Return (C, H, W) of the images, or None if they differ in size."""
+        if self.split == "train" and self.crop_size is not None:
+            return (len(self.mean), *self.crop_size)
+        return super().image_shape
+
     def found(self) -> str:
         """Return one line: images and classes of the split, and what was left out and why."""
         return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"

@@ -5,10 +5,16 @@ Module names inside heads and necks are OpenMMLab's, so published files load by 
 
 from widefield.dense.aspp import DeepLabV3Plus, DepthwiseSeparableASPPHead
 from widefield.dense.backbone import FeatureMaps, feature_maps
-from widefield.dense.checkpoints import LoadedCheckpoint, load_checkpoint, save_checkpoint
+from widefield.dense.checkpoints import (
+    CheckpointInfo,
+    LoadedCheckpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fpn import FPN
-from widefield.dense.inference import check_views, segment
+from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
@@ -16,6 +22,7 @@ from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
     "FPN",
+    "CheckpointInfo",
     "ConvModule",
     "DecodeHead",
     "DeepLabV3Plus",
@@ -32,6 +39,8 @@ __all__ = [
     "UPerNet",
     "check_views",
     "feature_maps",
+    "inspect_checkpoint",
+    "largest_at",
     "load_checkpoint",
     "save_checkpoint",
     "segment",

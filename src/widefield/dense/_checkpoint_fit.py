@@ -192,32 +192,32 @@ def _first(words: list[str], count: int = 3) -> str:
 def hints(fit: Fit, model: Weights, file: Source, parts: Collection[str] | None) -> list[str]:
     """Return sentences that say why a file does not fit, and what to do."""
     alone = parts is not None and set(parts) == {"backbone"}
-    kind = _kind_of_file(file, alone)
+    kind = _kind_of_file(model, file, alone)
     if kind:
         return [kind]
     head = None if alone else _head(model, file)
     return [hint for hint in (head, *_backbone(fit, model, file), *_details(fit, model, file)) if hint]
 
 
-def _kind_of_file(file: Source, alone: bool) -> str | None:
-    tops = {name.partition(".")[0] for name in file.shapes}
+def _kind_of_file(model: Weights, file: Source, alone: bool) -> str | None:
+    tops, known = ({name.partition(".")[0] for name in weights.shapes} for weights in (file, model))
     pose = ("keypoint_head.", "head.deconv_layers", "head.final_layer")
     if any(name.startswith("backbone.body.") for name in file.shapes):
         return "The file has widefield's own names: load it with model.load_state_dict."
     if alone:
         return None
     mend = "parts='backbone' loads its backbone."
-    if tops & {"rpn_head", "roi_head", "bbox_head", "mask_head"}:
+    if tops & {"rpn_head", "roi_head", "bbox_head", "mask_head"} - known:
         return f"It is a detection file; {mend}"
-    if any(name.startswith(pose) for name in file.shapes):
+    if "head" not in known and any(name.startswith(pose) for name in file.shapes):
         return f"It is a pose file; {mend}"
-    if file.bare or "decode_head" not in tops:
+    if file.bare or "decode_head" in known - tops:
         return f"It holds a classifier or a backbone alone; {mend}"
     return None
 
 
 def _head(model: Weights, file: Source) -> str | None:
-    ours, theirs = (_segmenter(weights.shapes) for weights in (model, file))
+    ours, theirs = (segmenter_of(weights.shapes) for weights in (model, file))
     if theirs == ours:
         return None
     if theirs is None:
@@ -225,7 +225,8 @@ def _head(model: Weights, file: Source) -> str | None:
     return f"The file holds a {theirs}" + (f", the model is a {ours}." if ours else ".")
 
 
-def _segmenter(names: Iterable[str]) -> str | None:
+def segmenter_of(names: Iterable[str]) -> str | None:
+    """Return the name of the segmenter that has these weights, or None if it is not known."""
     names = list(names)
     return next((head for head, prefix in _HEADS.items() if any(name.startswith(prefix) for name in names)), None)
 

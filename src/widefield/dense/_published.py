@@ -20,36 +20,34 @@ def follow_published_code(body: nn.Module) -> None:
     - FocalNet: maps are padded before each downsampling, so that sides round up.
     - MobileNetV2 with an output stride below 32: in dilated stages, only the first block is (mmsegmentation).
     """
-    convs: dict[nn.Module, nn.Module] = {}
     for module in body.modules():
         if type(module).__name__ == "VAN":
             for name, norm in module.named_children():
                 if name.startswith("norm") and hasattr(norm, "eps"):
                     norm.eps = VAN_EPS  # type: ignore[assignment]
-        elif isinstance(module, Downsample) and type(module.proj) is nn.Conv2d:
-            convs[module.proj] = PaddedConv2d.like(module.proj)
-    if convs:
-        replace(body, convs)
+    convs = [module.proj for module in body.modules() if isinstance(module, Downsample)]
+    patches = [conv for conv in convs if type(conv) is nn.Conv2d and conv.kernel_size == conv.stride]
+    if patches:
+        replace(body, {conv: CeilPatches.like(conv) for conv in patches})
     _, network = plain_keys(body)
     if is_mobilenetv2(network):
         _dilate_first_blocks(network)
 
 
-class PaddedConv2d(nn.Conv2d):
-    """A convolution whose input is padded with zeros, below and on the right, to a multiple of the stride."""
+class CeilPatches(nn.Conv2d):
+    """A convolution of patches that do not overlap. Sides round up: the last patches are completed with zeros."""
 
     @classmethod
-    def like(cls, conv: nn.Conv2d) -> PaddedConv2d:
+    def like(cls, conv: nn.Conv2d) -> CeilPatches:
         """Return such a layer with the parameters of ``conv``."""
-        size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        layer = cls(conv.in_channels, conv.out_channels, size, stride, padding, device="meta")
+        layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], device="meta")
         layer.weight, layer.bias = conv.weight, conv.bias
         return layer.train(conv.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        rows, columns = (-side % stride for side, stride in zip(x.shape[2:], self.stride, strict=True))
-        return super().forward(F.pad(x, (0, columns, 0, rows)))
+        rest = self.stride[0] - 1  # of what is padded, whole patches of zeros are never read
+        return super().forward(F.pad(x, (0, rest, 0, rest)))
 
 
 def _dilate_first_blocks(network: nn.Module) -> None:

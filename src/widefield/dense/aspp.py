@@ -112,12 +112,12 @@ class DeepLabV3Plus(Segmenter):
         dilations: of the parallel convolutions. None: 12, 24, 36 at output stride 8 and 6, 12, 18 at 16, so that they
             reach as far in the image.
         c1_channels: channels to which the finest map is reduced.
-        auxiliary: whether there is an auxiliary head, on the third map. It is used only in training.
+        auxiliary: whether there is an auxiliary head, on the second coarsest map. It is used only in training.
         auxiliary_channels: channels inside the auxiliary head.
         stage_norms: norms between backbone and heads; None follows the published code of the backbone's family.
         dropout: probability that a channel is dropped before the classifiers.
         align_corners: of every resizing.
-        out_indices: which four of the backbone's maps to use; None for the last four.
+        out_indices: which of the backbone's maps to use, at least two; None for the last four.
         backbone_args: further arguments of ``timm.create_model``, such as ``pretrained=True``.
 
     Raises:
@@ -144,7 +144,8 @@ class DeepLabV3Plus(Segmenter):
         wanted = OUTPUT_STRIDE if output_stride is None else output_stride
         if isinstance(backbone, str) and wanted != USUAL_STRIDE:
             backbone_args["output_stride"] = wanted
-        used = (0, 2, 3) if auxiliary else (0, 3)
+        count = 4 if out_indices is None else len(out_indices)
+        used = (0, count - 2, count - 1) if auxiliary else (0, count - 1)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=used, **backbone_args)
         stride = maps.strides[-1]
         if output_stride not in (None, stride):
@@ -164,5 +165,6 @@ class DeepLabV3Plus(Segmenter):
         )
         aux = None
         if auxiliary:
-            aux = FCNHead(maps.channels[2], num_classes, in_index=2, channels=auxiliary_channels, **common)
+            index = len(maps.channels) - 2
+            aux = FCNHead(maps.channels[index], num_classes, in_index=index, channels=auxiliary_channels, **common)
         super().__init__(maps, head, auxiliary_head=aux)

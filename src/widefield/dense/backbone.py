@@ -117,6 +117,9 @@ def feature_maps(
 ) -> FeatureMaps:
     """Return the feature maps of a network as a module, without the parts that they do not need.
 
+    Where the published segmentation code of a family differs from timm's network, the network is set up like it, in
+    place: the eps of VAN's norms, the padding of FocalNet's maps, and the dilations of MobileNetV2. Weights stay.
+
     Parameters that do not influence the maps are removed or, if that is not possible, frozen, so that distributed
     training does not wait for their gradients. A network that is not timm's runs once, on a small black image, to
     measure its maps.

@@ -22,6 +22,7 @@ from widefield.dense._checkpoint_fit import (
     compared,
     differences,
     hints,
+    segmenter_of,
     source_of,
     weights_of,
 )
@@ -65,6 +66,58 @@ class LoadedCheckpoint:
         if self.skipped:
             lines.append(f"{len(self.skipped)} entries of the file were not used ({_counts(self.skipped)})")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint file holds, by :func:`inspect_checkpoint`.
+
+    Attributes:
+        path: the file.
+        parts: name of a part, such as "backbone" -> its number of weights. Weights of a classifier or a backbone alone,
+            which have no common prefix, are in several parts.
+        published: whether the backbone's weights have published names, after the prefix "backbone".
+        backbone: the backbone's family, such as "ConvNeXt", or None if it is not known.
+        segmenter: the class in :mod:`widefield.dense` with such a decode head, or None.
+        num_classes: number of classes of the decode head, or None.
+        classes: class names, if the file has them.
+        palette: a color (red, green, blue) from 0 to 255 for each class, if the file has it.
+    """
+
+    path: Path
+    parts: dict[str, int]
+    published: bool
+    backbone: str | None
+    segmenter: str | None
+    num_classes: int | None
+    classes: tuple[str, ...] | None
+    palette: tuple[tuple[int, int, int], ...] | None
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
+    """Return what a checkpoint file holds, without a model.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no weights, or needs code to be read.
+    """
+    file = read_checkpoint(path)
+    source = source_of(file)
+    bias = source.shapes.get("decode_head.conv_seg.bias")
+    own = any(key.startswith("backbone.body.") for key in file.weights)
+    return CheckpointInfo(
+        path=file.path,
+        parts=dict(Counter(key.partition(".")[0] for key in file.weights)),
+        published=not own and any(key.startswith(BACKBONE) for key in file.weights),
+        backbone=source.family.name if source.family else None,
+        segmenter=segmenter_of(source.shapes),
+        num_classes=bias[0] if bias else None,
+        classes=file.classes,
+        palette=file.palette,
+    )
 
 
 def _counts(keys: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.surgery.answers import described, evaluating, wrapping
+from widefield.surgery.answers import described, evaluating, meant, wrapping
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -106,14 +106,45 @@ def check_views(
 
 def _whole(model: nn.Module, images: Tensor, corners: bool) -> Tensor:
     """Return logits (N, K, H, W) at the size of the images, in float32 or wider."""
-    logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 4 or len(logits) != len(images):
+    output = model(images)
+    logits = meant(output)
+    if logits is None or logits.ndim != 4 or len(logits) != len(images):
         raise ValueError(
             f"{type(model).__name__} returns no logits (N, classes, H, W) for images {tuple(images.shape)}; it returns "
-            f"{described(logits)}.{wrapping(logits)}"
+            f"{described(output)}.{wrapping(output)}"
         )
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return _resized(logits, (images.shape[2], images.shape[3]), corners)
+
+
+def largest_at(logits: Tensor, size: Size, *, align_corners: bool = False, rows: int = 64) -> Tensor:
+    """Return which class has the largest logit at each pixel after a bilinear resize, without the resized logits.
+
+    Args:
+        logits: (N, K, h, w).
+        size: (height, width) of the result.
+        align_corners: as of ``torch.nn.functional.interpolate``.
+        rows: rows of the result that are computed at a time; memory grows with them.
+
+    Returns:
+        int64 (N, *size).
+    """
+    count, (height, width) = logits.shape[2], size
+    if tuple(logits.shape[2:]) == size:
+        return logits.argmax(1)
+    places = torch.arange(height, device=logits.device, dtype=logits.dtype)
+    if align_corners:
+        places = places * ((count - 1) / max(height - 1, 1))
+    else:
+        places = ((places + 0.5) * (count / height) - 0.5).clamp(min=0)
+    upper = places.floor().long().clamp(max=count - 1)
+    lower, share = (upper + 1).clamp(max=count - 1), (places - upper)[:, None]
+    found = logits.new_empty(len(logits), height, width, dtype=torch.long)
+    for start in range(0, height, rows):
+        band = slice(start, start + rows)
+        values = torch.lerp(logits[:, :, upper[band]], logits[:, :, lower[band]], share[band])
+        found[:, band] = _resized(values, (values.shape[2], width), align_corners).argmax(1)
+    return found
 
 
 def _windowed(model: nn.Module, images: Tensor, window: Size, stride: Size, corners: bool) -> Tensor:

@@ -86,7 +86,7 @@ class SemanticFPN(Segmenter):
         stage_norms: norms between backbone and neck; None follows the published code of the backbone's family.
         dropout: probability that a channel is dropped before the classifier.
         align_corners: of every resizing in the head; the pyramid enlarges by the nearest neighbor.
-        out_indices: which four of the backbone's maps to use; None for the last four.
+        out_indices: which of the backbone's maps to use; None for the last four.
         backbone_args: further arguments of ``timm.create_model``, such as ``pretrained=True``.
 
     Raises:

@@ -82,13 +82,13 @@ class UPerNet(Segmenter):
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes.
         channels: channels inside the decode head.
-        auxiliary: whether there is an auxiliary head. It is used only in training.
+        auxiliary: whether there is an auxiliary head, on the second coarsest map. It is used only in training.
         auxiliary_channels: channels inside the auxiliary head.
         stage_norms: norms between backbone and heads; None follows the published code of the backbone's family.
         dropout: probability that a channel is dropped before the classifiers.
         align_corners: of every resizing; True in published models for 769x769 crops of Cityscapes.
         pool_scales: sides to which the coarsest map is pooled.
-        out_indices: which four of the backbone's maps to use; None for the last four.
+        out_indices: which of the backbone's maps to use, at least two; None for the last four.
         backbone_args: further arguments of ``timm.create_model``, such as ``pretrained=True``.
 
     Raises:
@@ -115,5 +115,6 @@ class UPerNet(Segmenter):
         head = UPerHead(maps.channels, num_classes, channels=channels, pool_scales=pool_scales, **common)
         aux = None
         if auxiliary:
-            aux = FCNHead(maps.channels[2], num_classes, in_index=2, channels=auxiliary_channels, **common)
+            index = len(maps.channels) - 2
+            aux = FCNHead(maps.channels[index], num_classes, in_index=index, channels=auxiliary_channels, **common)
         super().__init__(maps, head, auxiliary_head=aux)

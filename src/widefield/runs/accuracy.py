@@ -1,4 +1,4 @@
-"""Measure accuracy and throughput of a finished model on a data set."""
+"""Measure a finished model on a data set: the metrics of its task, single images, and throughput."""
 
 from __future__ import annotations
 
@@ -12,19 +12,42 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
+from PIL import Image
 from torch import nn
 
 from widefield import _checks, bench
-from widefield.data import LabeledImages
+from widefield.data import SampleSet
+from widefield.report import Report
 from widefield.surgery.answers import evaluating
-from widefield.tasks import Batch, Task
+from widefield.tasks import Batch, MaskPrediction, Prediction, SegmentationScores, Task
 from widefield.train.evaluation import Share, measure
 from widefield.train.loaders import batches, shut_down, val_loader
 from widefield.train.recipe import PRECISIONS
 
 _TIMINGS, _BUDGET = 10, 5.0
 """Of the throughput: the number of timings, and the seconds for all of them; there are at least two."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An evaluated image, with its label and what the model predicts.
+
+    Attributes:
+        index: its place in the data set.
+        name: its file, or its place again for sets without files.
+        rating: how good the prediction is, as the task rates it; for segmentation the image's mean IoU.
+        image: the image as the model sees it.
+        truth: the label.
+        prediction: what the model predicts.
+    """
+
+    index: int
+    name: str
+    rating: float
+    image: Image.Image
+    truth: Prediction | None
+    prediction: Prediction
 
 
 @dataclass(frozen=True)
@@ -37,8 +60,8 @@ class Evaluation:
     """Number of evaluated images; unreadable ones may have been left out."""
     seconds: float
     """Wall-clock time for reading and evaluating all images."""
-    size: int
-    """Side of the images in pixels."""
+    size: int | None
+    """Side of the images in pixels; None if they differ or are not square."""
     batch_size: int
     """Images per batch in each process."""
     mixed_precision: str
@@ -47,6 +70,10 @@ class Evaluation:
     processes: int
     forward: bench.Row | None = None
     """Seconds of a forward pass on one batch that is already on the device; None: not measured."""
+    scores: Report | None = None
+    """What the task knows beyond the metrics, such as the result of each class."""
+    examples: tuple[Example, ...] = ()
+    """The images with the best and the worst predictions, best first, if asked for."""
 
     @property
     def images_per_second(self) -> float | None:
@@ -54,15 +81,17 @@ class Evaluation:
         return None if self.forward is None else self.batch_size / self.forward.p50
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything in JSON types; a metric that is not finite becomes None."""
-        found = dataclasses.asdict(self)
+        """Return everything in JSON types, except examples; a metric that is not finite becomes None."""
+        found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=()))
+        del found["examples"], found["scores"]
         found["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
-        return {**found, "images_per_second": self.images_per_second}
+        scores = {"scores": self.scores.to_dict()} if isinstance(self.scores, SegmentationScores) else {}
+        return {**found, **scores, "images_per_second": self.images_per_second}
 
 
 def evaluate_model(
     model: nn.Module,
-    dataset: LabeledImages,
+    dataset: SampleSet,
     task: Task,
     *,
     batch_size: int = 128,
@@ -71,6 +100,7 @@ def evaluate_model(
     channels_last: bool = False,
     device: torch.device | str | None = None,
     throughput: bool = False,
+    examples: int = 0,
     progress: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda found, total: found,
 ) -> Evaluation:
     """Evaluate a model on all images of a data set, and measure its throughput if asked.
@@ -88,7 +118,9 @@ def evaluate_model(
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``: autocast as in training.
         channels_last: keep images and weights in channels-last order.
         device: where to run; default: accelerate's choice, a GPU if there is one.
-        throughput: also time the model alone on one batch of random images; one process only.
+        throughput: also time the model alone on one batch of random images, of the size of the data's first image if
+            they differ; one process only.
+        examples: number of best and of worst images to return; 0: none. Tasks that do not rate single images give none.
         progress: wraps the iterable of batches; its second argument is their number.
 
     Raises:
@@ -98,13 +130,15 @@ def evaluate_model(
     """
     _checks.integer("batch_size", batch_size)
     _checks.integer("workers", workers, minimum=0)
+    _checks.integer("examples", examples, minimum=0)
     _checks.choice("mixed_precision", mixed_precision, PRECISIONS)
     state = processes()
     place = _place(state, device, throughput)
     model.to(place)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    shape = dataset.image_shape
+    shape = dataset.image_shape or _first_shape(dataset)
+    ratings = _Ratings(task, state)
     share = Share(dataset, state.process_index, state.num_processes)
     loader = val_loader(share, task.collate, batch_size, workers)
     try:
@@ -112,14 +146,16 @@ def evaluate_model(
             task.check(model, shape)
             started = time.perf_counter()
             found = progress(batches(loader), len(loader))
-            metrics, images = measure(model, found, task, place, shares=True)
+            measured = measure(model, found, task, place, shares=True, each=ratings.add)
             seconds = time.perf_counter() - started
+            chosen = ratings.extremes(examples) if examples else []
+            shown = [_example(model, dataset, task, place, *one) for one in chosen]
             forward = _forward_time(model, (batch_size, *shape), channels_last) if throughput else None
     finally:
         shut_down(loader)
     return Evaluation(
-        metrics=metrics,
-        images=images,
+        metrics=measured.metrics,
+        images=measured.images,
         seconds=seconds,
         size=dataset.image_size,
         batch_size=batch_size,
@@ -128,7 +164,56 @@ def evaluate_model(
         device=str(place),
         processes=state.num_processes,
         forward=forward,
+        scores=measured.scores,
+        examples=tuple(shown),
     )
+
+
+def _first_shape(dataset: SampleSet) -> tuple[int, int, int]:
+    """Return (C, H, W) of the first image that can be read; raises ValueError if there is none."""
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        if sample is not None:
+            channels, height, width = sample["image"].shape
+            return channels, height, width
+    raise ValueError("there is nothing to evaluate: the data set is empty or all of its images were skipped.")
+
+
+class _Ratings:
+    """How good the predictions of all images are, as the task rates them."""
+
+    def __init__(self, task: Task, state: PartialState) -> None:
+        self.task, self.state = task, state
+        self.found: list[tuple[float, int]] = []
+
+    def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
+        """Add the images of a batch."""
+        rated = self.task.rate(outputs)
+        if rated is not None:
+            places = (batch["index"] * self.state.num_processes + self.state.process_index).tolist()
+            self.found += [one for one in zip(rated.tolist(), places, strict=True) if math.isfinite(one[0])]
+
+    def extremes(self, count: int) -> list[tuple[float, int]]:
+        """Return (rating, index in the data set) of the best and the worst images of all processes, best first."""
+        ordered = sorted(gather_object(self.found), key=lambda one: (-one[0], one[1]))
+        return ordered if len(ordered) <= 2 * count else ordered[:count] + ordered[-count:]
+
+
+def _example(
+    model: nn.Module, dataset: SampleSet, task: Task, place: torch.device, rating: float, index: int
+) -> Example:
+    sample = dataset[index]
+    if sample is None:  # it could be read before
+        raise OSError(f"sample {index} can no longer be read.")
+    image, truth = sample["image"], task.truth(sample)
+    size = tuple(truth.mask.shape) if isinstance(truth, MaskPrediction) else tuple(image.shape[1:])
+    (prediction,) = task.predict(model, image[None].to(place), [(size[0], size[1])])
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    shown = Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())
+    named: Any = getattr(dataset, "name", None)
+    name = str(named(index)) if callable(named) else f"image {index}"
+    return Example(index, name, rating, shown, truth, prediction)
 
 
 def processes() -> PartialState:

@@ -262,7 +262,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: accuracies in percent, others with four digits, ``-`` for None."""
+    """Return a metric's value as text: accuracies and IoU in percent, others with four digits, ``-`` for None."""
     if value is None:
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"

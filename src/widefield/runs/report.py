@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
+from widefield.analysis import ClassAt
 from widefield.analysis.registry import ANALYSES, Analysis
+from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs
+from widefield.runs.evaluation_page import evaluation_sections
+from widefield.runs.inputs import Selection
 from widefield.runs.records import read_run
 from widefield.runs.subjects import MissingDataError, Subject, load
 
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
 
 Section = tuple[str, str]
 """Heading, HTML."""
+
+_EXAMPLES = 3
+"""Number of best and of worst images of an evaluation."""
 
 
 def write_report(
@@ -38,7 +45,8 @@ def write_report(
         runs: folders of runs of ``widefield train``.
         out: the page, ``.html``; a ``.json`` of the same name is written next to it. None: ``report.html`` in the run's
             folder, for a single run only.
-        count: images to analyze, from the run's validation data; routing uses four times as many.
+        count: images to analyze, from the run's validation data; routing, and the evaluation of a segmentation run, use
+            four times as many.
         device: where to compute.
         title, lead: of the page.
         first: sections to begin with.
@@ -57,19 +65,22 @@ def write_report(
     for subject in subjects:
         told(_found(subject, count, told))
     numbers: dict[str, dict[str, Any]] = {}
-    for entry in ANALYSES.values():
-        if entry.reported is None:
-            continue
-        say(entry.heading.lower())
-        results, reasons = _results(entry, subjects, entry.reported(count))
+    for subject in subjects:
+        if subject.work != "classification":
+            say("evaluation")
+            sections += _evaluated(subject, 4 * count, device, numbers, several=len(subjects) > 1)
+    for entry, heading, options in _entries(subjects):
+        say(heading.lower())
+        chosen = [subject for subject in subjects if "targets" not in options or subject.work == "segmentation"]
+        results, reasons = _results(entry, chosen, count, options)
         for name, reason in reasons.items():
             told(f"{name}: {reason}")
         if results:
-            sections.append(analysis.section(results, entry.heading))
-            numbers[entry.heading] = {name: result.to_dict() for name, result in results.items()}
+            sections.append(analysis.section(results, heading))
+            numbers[heading] = {name: result.to_dict() for name, result in results.items()}
         if reasons:
             why = "".join(report.paragraph(f"Not of {name}: {reason}") for name, reason in reasons.items())
-            sections.append((f"{entry.heading}: left out", why))
+            sections.append((f"{heading}: left out", why))
     environment = bench.environment(device)
     names = ", ".join(subject.name for subject in subjects)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +110,39 @@ def _places(runs: Sequence[str | Path], out: str | Path | None) -> tuple[list[Pa
     return folders, page
 
 
+def _entries(subjects: Sequence[Subject]) -> Iterator[tuple[Analysis, str, dict[str, Any]]]:
+    """Yield the analyses of a report, with their headings and options."""
+    for entry in ANALYSES.values():
+        if entry.reported is not None:
+            yield entry, entry.heading, dict(entry.report_options)
+        if entry.name == "erf" and any(subject.work == "segmentation" for subject in subjects):
+            yield entry, f"{entry.heading} of the class logit in the center", {"targets": ClassAt()}
+
+
+def _evaluated(
+    subject: Subject, count: int, device: str, numbers: dict[str, dict[str, Any]], *, several: bool
+) -> list[Section]:
+    """Return the sections on ``count`` images of the run's validation data, and add the numbers to ``numbers``."""
+    try:
+        whole = subject.own_data()
+    except MissingDataError as error:
+        return [("Evaluation: left out", report.paragraph(f"Not of {subject.name}: {error}"))]
+    some = Selection(whole, count)
+    recipe = subject.recipe
+    settings: dict[str, Any] = {}
+    if recipe:
+        settings = {"batch_size": recipe.batch_size, "mixed_precision": recipe.mixed_precision}
+    found = evaluate_model(
+        subject.model, some, subject.task(whole), workers=0, device=device, examples=_EXAMPLES, **settings
+    )
+    numbers.setdefault("Evaluation", {})[subject.name] = found.to_dict()
+    note = "" if len(some) == len(whole) else f"A seeded choice of {len(whole):,}; widefield eval takes all."
+    sections = evaluation_sections(found, subject, recipe.data.name if recipe else "", note)
+    return [(f"{subject.name}: {heading.lower()}" if several else heading, body) for heading, body in sections]
+
+
 def _results(
-    entry: Analysis, subjects: Sequence[Subject], count: int
+    entry: Analysis, subjects: Sequence[Subject], count: int, options: Mapping[str, Any]
 ) -> tuple[dict[str, analysis.Result], dict[str, str]]:
     """Return the results of an analysis by model, and why there is none for the others."""
     results, reasons = {}, {}
@@ -108,7 +150,7 @@ def _results(
         if not entry.applies(subject.model):
             continue
         try:
-            results[subject.name] = _look(entry, subject, count)
+            results[subject.name] = _look(entry, subject, entry.reported(count) if entry.reported else count, options)
         except (ValueError, MissingDataError) as error:  # the model does not allow it, or its images are missing
             reasons[subject.name] = str(error)
     return results, reasons
@@ -142,10 +184,10 @@ def training(folders: Sequence[Path]) -> list[Section]:
     return [("Runs", report.table(rows)), ("Training", report.picture(figure, "Metrics after each epoch."))]
 
 
-def _look(entry: Analysis, subject: Subject, count: int) -> analysis.Result:
-    """Run one analysis on ``count`` of the run's images, with the options for reports."""
+def _look(entry: Analysis, subject: Subject, count: int, options: Mapping[str, Any]) -> analysis.Result:
+    """Run one analysis on ``count`` of the run's images."""
     pictures = None
     if entry.reads_images(subject.model):
         choose = subject.any_pictures if entry.stand_in else subject.pictures
-        pictures = choose(count=count, size=subject.size + entry.margin(entry.report_options))
-    return entry.run(subject.view(pictures), **entry.report_options)
+        pictures = choose(count=count, size=subject.size + entry.margin(options))
+    return entry.run(subject.view(pictures), **options)

@@ -5,21 +5,27 @@ The commands, the report about runs and the evaluation load their models with th
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
-from widefield import _checks, data
+from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
-from widefield.runs.labels import output_places
+from widefield.data import transforms
+from widefield.data.image_files import ImageFiles
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, count_maps
 from widefield.runs.trained import load_trained, read_run_data, weights_of
+from widefield.tasks import Task, count_outputs
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
 from widefield.train.recipe_io import read_yaml
@@ -58,6 +64,8 @@ class Subject:
     """Of a run."""
     trained_on: RunData | None = None
     """Of a run: class names, number of images and so on."""
+    work: str = "classification"
+    """What the model does: the name of a task."""
 
     def image_options(self, size: int | None = None) -> dict[str, Any]:
         """Return the options of a set of image files that prepares images as the model expects them.
@@ -79,6 +87,123 @@ class Subject:
             return self.trained_on.classes
         return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return one name for each output, for figures; empty if they are unknown."""
+        # ImageNet's names are lists of synonyms.
+        return self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
+
+    @property
+    def palette(self) -> tuple[tuple[int, int, int], ...]:
+        """Return the color of each class in figures; empty if the model gives no masks."""
+        if self.work != "segmentation":
+            return ()
+        own = self.trained_on.palette if self.trained_on else ()
+        return own or tuple(itertools.islice(itertools.cycle(data.default_palette(256)), self.outputs))
+
+    @cached_property
+    def outputs(self) -> int:
+        """Return the number of classes that the model tells apart."""
+        if self.trained_on and self.trained_on.classes:
+            return len(self.trained_on.classes)
+        if self.work == "classification":
+            return count_outputs(self.model, (len(self.mean), self.size, self.size))
+        return count_maps(self.model, (len(self.mean), 64, 64))
+
+    def task(self, dataset: data.SampleSet | None = None, **changes: Any) -> Task:
+        """Return the task that the model was made for.
+
+        Args:
+            dataset: what it is evaluated on; its classes must be those of the model. Default: no data, for predictions.
+            changes: options of the task to change.
+
+        Raises:
+            ValueError: the data are not of the task's kind, or have other classes. Or an option is out of range.
+            TypeError: the task has no such option.
+        """
+        if dataset is not None:
+            self._check_data(dataset)
+        if self.recipe and self.trained_on:
+            options = {**self.recipe.task.args, **changes}
+            return tasks.create(self.recipe.task.name, dataset or self.trained_on, **options)
+        names = self.class_names or tuple(f"class {k}" for k in range(self.outputs))
+        return tasks.create(self.work, dataset or Classes(names), **changes)
+
+    def _check_data(self, dataset: data.SampleSet) -> None:
+        if self.work == "segmentation" and not isinstance(dataset, data.SegmentationSet):
+            raise ValueError("the data have no masks, and the model is one for segmentation.")
+        if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
+            self.trained_on.check_classes(dataset.classes)
+            raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
+        if len(dataset.classes) != self.outputs:
+            raise ValueError(f"the model tells {self.outputs} classes apart, and the data have {len(dataset.classes)}.")
+
+    def own_data(self) -> data.SampleSet:
+        """Return the validation data of a run; raises MissingDataError if they are missing."""
+        if self.recipe is None:
+            raise MissingDataError(f"{self.name} is not a run, so it has no data of its own.")
+        try:
+            return data.create(self.recipe.data.name, "val", **self.recipe.data.args)
+        except (FileNotFoundError, NotADirectoryError, ImportError) as error:
+            raise MissingDataError(f"the data of the run {self.name!r} are missing: {error}") from error
+
+    def asked_options(self, kind: type[data.SampleSet], size: int | None) -> dict[str, Any]:
+        """Return the options of a data set of this kind that give the val images another size; {} for None."""
+        if size is None:
+            return {}
+        return {"test_scale": self._scale(size)} if "test_scale" in data.options_of(kind) else {"size": size}
+
+    def file_options(self, kind: type[data.SampleSet], size: int | None = None) -> dict[str, Any]:
+        """Return the options of a data set of this kind that prepare image files as the model expects them."""
+        if issubclass(kind, ImageFiles):
+            return self.image_options(size)
+        if "test_scale" in data.options_of(kind):
+            scale = self._scale(size)
+            named = {"classes": list(self.classes)} if "classes" in kind.needs else {}
+            return {**named, "mean": self.mean, "std": self.std, "test_scale": scale, "antialias": self._antialias}
+        return {}
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Return how image files are decoded: arguments of `widefield.data.decoding.read`."""
+        return {key: self.preprocessing[key] for key in _DECODING if key in self.preprocessing}
+
+    def preparation(self, size: int | None = None) -> dict[str, Any]:
+        """Return facts about how :meth:`prepare` makes the model's input of an image, in JSON types."""
+        given = self.image_options(size)
+        if self.work == "segmentation":
+            given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std, "antialias": self._antialias}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+
+    def prepare(self, size: int | None = None) -> Callable[[Image.Image], Tensor]:
+        """Return a function from an RGB image of any size to the model's input, float32 (C, H, W).
+
+        Args:
+            size: side of the input; of a segmentation model the shorter side. Default: the model's own.
+
+        Raises:
+            ValueError: the model takes neither gray nor RGB images, or an option is out of range.
+        """
+        if size is not None:
+            _checks.integer("size", size)
+        if len(self.mean) not in (1, 3):
+            raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
+        if self.work == "segmentation":
+            return Fitted(self._scale(size), self.mean, self.std, antialias=self._antialias)
+        options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
+        return Cropped(transforms.evaluation(**options), len(self.mean))
+
+    @property
+    def _antialias(self) -> bool:
+        return bool(self.preprocessing.get("antialias", False))
+
+    def _scale(self, size: int | None) -> tuple[int, int] | None:
+        """Return (longer side, shorter side) of the rectangle that images are fitted into; None keeps their size."""
+        if size is not None:
+            return _ANY_LENGTH * size, size
+        scale: tuple[int, int] | None = self.preprocessing.get("test_scale")
+        return scale
+
     def pictures(
         self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
     ) -> data.Pictures:
@@ -99,7 +224,7 @@ class Subject:
         spec = self.recipe.data
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
-            return _OwnPictures(self.trained_on, spec.name, options=options, **given)
+            return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
                 f"the data of the run {self.name!r} are missing: {error} Ask for other images: a folder, or "
@@ -108,10 +233,8 @@ class Subject:
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
-        # ImageNet's names are lists of synonyms.
-        classes = self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
-        own = isinstance(pictures, _OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, str(self.weights), pictures, classes, own, batch_size)
+        own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
+        return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
@@ -129,26 +252,6 @@ class Subject:
 
 class MissingDataError(FileNotFoundError):
     """The data that a run was trained on are missing."""
-
-
-class _OwnPictures(data.Pictures):
-    """Images of a run's data set, whose labels are indices of the model's outputs."""
-
-    def __init__(self, trained_on: RunData, source: str, **given: Any) -> None:
-        super().__init__(source, **given)
-        trained_on.check_classes(self.classes)
-        self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
-        self.classes = trained_on.classes if self.classes else ()  # masks have no label
-        self._note = "" if self._from is None else trained_on.note(self._from)
-
-    def found(self) -> str:
-        """Return what `Pictures` does, and what has changed since the run."""
-        return f"{super().found()}; {self._note}" if self._note else super().found()
-
-    def sample(self, index: int) -> data.Sample:
-        """Return image ``index``."""
-        found = super().sample(index)
-        return {**found, "label": self._places[found["label"]] if self.classes else -1}
 
 
 def load(
@@ -254,12 +357,46 @@ def _of_torchvision(word: str, pretrained: bool) -> Subject:
     from torchvision.models import get_model_weights
 
     name, given = _parsed(word)
+    if name.removeprefix(TORCHVISION) in _segmenters():
+        return _segmenter_of_torchvision(word, pretrained)
     model = create_model(ModelSpec(name, given, pretrained))
     shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
     size = getattr(model, "image_size", shown.crop_size[0])  # a ViT accepts no other
     crop = {"interpolation": shown.interpolation.value, "crop_pct": shown.crop_size[0] / shown.resize_size[0]}
     weights = Weights("pretrained" if pretrained else "random")
     return Subject(word, model, size, tuple(shown.mean), tuple(shown.std), weights, crop)
+
+
+def _segmenters() -> list[str]:
+    """Return the names of torchvision's segmentation models."""
+    from torchvision.models import list_models, segmentation
+
+    return list(list_models(module=segmentation))
+
+
+def _segmenter_of_torchvision(word: str, pretrained: bool) -> Subject:
+    from torchvision.models import get_model, get_model_weights
+
+    name, given = _parsed(word)
+    name = name.removeprefix(TORCHVISION)
+    published = get_model_weights(name).DEFAULT
+    chosen = {"weights": published} if pretrained else {"weights": None, "weights_backbone": None}
+    try:
+        model = get_model(name, **chosen, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"torchvision cannot build {name!r} with {given}: {error}.") from error
+    shown = published.transforms()
+    side = shown.resize_size[0]
+    return Subject(
+        word,
+        model,
+        side,
+        tuple(shown.mean),
+        tuple(shown.std),
+        Weights("pretrained" if pretrained else "random"),
+        {"test_scale": (_ANY_LENGTH * side, side), "antialias": True},
+        work="segmentation",
+    )
 
 
 def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
@@ -279,24 +416,41 @@ def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
 
 _DECIDED = ("size", "augment", "mean", "std")
 """Options of a run's data set that `Pictures` decides itself."""
-_READING = ("interpolation", "crop_pct", "crop_mode", "corrupt", "max_corrupt", "exif_orientation", "max_pixels")
+_READING = (
+    "antialias",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "corrupt",
+    "max_corrupt",
+    "exif_orientation",
+    "max_pixels",
+)
 """Options of a run's data set that also apply to other image files."""
 _USUAL_SIZE = 224
 """Side of the images for a run whose own differ in size."""
+_DECODING = ("exif_orientation", "max_pixels")
+"""Options of a run's data set about decoding."""
+_HANDLING = ("corrupt", "max_corrupt", *_DECODING)
+"""Options of image files that do not concern a decoded image."""
+_ANY_LENGTH = 1000
+"""Largest ratio of an image's sides if only the shorter one is given."""
 
 
 def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
     chosen = checkpoint.chosen(folder, which)
     model = load_trained(folder, which, weights)
     recipe, found = load_recipe(folder), read_run_data(folder)
+    reading = {key: value for key, value in recipe.data.args.items() if key in _READING}
     return Subject(
         recipe.name,
         model,
-        found.size or _USUAL_SIZE,
+        found.size or min(found.crop_size or (_USUAL_SIZE,)),
         found.mean,
         found.std,
         Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),
-        {key: value for key, value in recipe.data.args.items() if key in _READING},
+        {**reading, **({"test_scale": found.test_scale} if recipe.task.name == "segmentation" else {})},
         recipe=recipe,
         trained_on=found,
+        work=recipe.task.name,
     )

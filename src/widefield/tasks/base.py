@@ -13,6 +13,8 @@ from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
 
 from widefield.data import Sample
+from widefield.report import Report
+from widefield.tasks.predictions import Prediction
 
 Batch = dict[str, Any]
 """A batch by entry, as ``Task.collate`` makes it. The training loop adds ``index`` int64 (N,): the samples' places in
@@ -103,6 +105,39 @@ class Task(ABC):
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the metrics' ``update``: tensors (N, ...) or lists of N entries."""
+
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return what a model predicts for each image, in the form in which it is drawn.
+
+        Args:
+            model: in evaluation mode.
+            images: float32 (N, C, H, W), prepared as for evaluation.
+            sizes: (height, width) of each image's file, to which masks are resized.
+
+        Raises:
+            TypeError: the task does not define predictions.
+        """
+        raise TypeError(f"the task {type(self).__name__} has no predictions to draw: define its method predict.")
+
+    def truth(self, sample: Sample) -> Prediction | None:
+        """Return a sample's label in the form of a prediction, to draw them side by side; None if it has none."""
+        return None
+
+    def rate(self, outputs: Mapping[str, Any]) -> Tensor | None:
+        """Return how good each image's prediction is, float64 (N,), larger being better; default: None, not rated.
+
+        Args:
+            outputs: what :meth:`outputs` returned.
+        """
+        return None
+
+    def scores(self, metrics: MetricCollection) -> Report | None:
+        """Return a result with more than scalars, such as one row per class; default: None.
+
+        Args:
+            metrics: those of :meth:`metrics`, updated, and summed over all processes.
+        """
+        return None
 
     @abstractmethod
     def metrics(self) -> MetricCollection:

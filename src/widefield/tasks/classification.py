@@ -6,6 +6,7 @@ defaults are those of the recipes of DeiT and ConvNeXt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -19,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from widefield import _checks
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, training_on
+from widefield.tasks.predictions import ClassPrediction, Prediction
 
 
 class Classification(Task):
@@ -100,6 +102,12 @@ class Classification(Task):
         logits = model(batch["image"]).float()
         label = batch["label"]
         return {"preds": logits, "target": label, "value": F.cross_entropy(logits, label, reduction="none")}
+
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return the probabilities of each image's classes; arguments as of `Task.predict`."""
+        with evaluating(model), torch.no_grad():
+            probabilities = model(images).float().softmax(1).cpu()
+        return [ClassPrediction(row) for row in probabilities]
 
     def metrics(self) -> MetricCollection:
         """Return ``loss``, ``top1`` and, with more than five classes, ``top5``."""

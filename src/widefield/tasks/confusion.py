@@ -58,6 +58,17 @@ class SegmentationScores(Report):
         """Return the share of each class's pixels that are predicted as such, float64 (K,)."""
         return self.confusion.diagonal().double() / self.confusion.sum(1)
 
+    def iou_by_size(self) -> dict[str, Tensor]:
+        """Return the IoU of each class among the objects of a size group, float64 (K,), by the group's name.
+
+        The pixels of the other groups' objects are ignored, pixels outside of objects stay. NaN: the group has no
+        object of the class.
+        """
+        return {
+            name: torch.where(objects.sum(1) > 0, _iou(self.counts[0] + objects), torch.nan)
+            for name, objects in zip(self.size_groups, self.counts[1:], strict=True)
+        }
+
     def metrics(self) -> dict[str, float]:
         """Return ``miou``, ``macc``, ``aacc``, ``miou_NAME`` of each size group, and ``boundary_miou`` if counted.
 
@@ -71,8 +82,7 @@ class SegmentationScores(Report):
             "macc": _mean(self.accuracy),
             "aacc": float(confusion.diagonal().sum().double() / confusion.sum()),
         }
-        for name, objects in zip(self.size_groups, self.counts[1:], strict=True):
-            found[f"miou_{name}"] = _mean(_iou(self.counts[0] + objects)[objects.sum(1) > 0])
+        found |= {f"miou_{name}": _mean(values) for name, values in self.iou_by_size().items()}
         if self.boundaries is not None:
             found["boundary_miou"] = _mean(self.boundaries[0].double() / self.boundaries[1])
         return found

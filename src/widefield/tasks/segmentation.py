@@ -13,10 +13,11 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from widefield import _checks, dense
 from widefield.data import Sample
-from widefield.surgery.answers import described, evaluating, wrapping
+from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, training_on
 from widefield.tasks.confusion import Confusion, SegmentationScores
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
+from widefield.tasks.predictions import MaskPrediction, Prediction
 
 MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN"}
 """Name of a model in recipes -> its class in ``widefield.dense``."""
@@ -125,9 +126,10 @@ class Segmentation(Task):
         """Raise ValueError unless a model gives a logit for each class at every pixel."""
         first = next(model.parameters(), torch.empty(0))
         with evaluating(model), torch.no_grad():
-            logits = model(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
-        if not isinstance(logits, Tensor) or logits.ndim != 4:
-            raise ValueError(f"it gives no logits (N, classes, H, W); it gives {described(logits)}.{wrapping(logits)}")
+            output = model(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+        logits = meant(output)
+        if logits is None or logits.ndim != 4:
+            raise ValueError(f"it gives no logits (N, classes, H, W); it gives {described(output)}.{wrapping(output)}")
         if logits.shape[1] != len(self.classes):
             raise ValueError(f"it gives {logits.shape[1]} maps, and the data have {len(self.classes)} classes.")
 
@@ -175,6 +177,32 @@ class Segmentation(Task):
         found = {"preds": preds, "target": masks, "value": torch.stack(values) / weight.clamp(min=1), "weight": weight}
         return {**found, "size_group": list(batch["size_group"])} if "size_group" in batch else found
 
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return the class of each pixel at the size of each file, by the same rules as in evaluation."""
+        found: list[Prediction] = []
+        for image, size in zip(images, sizes, strict=True):
+            if self._gives_shares:
+                mask = dense.segment(model, image[None], size=size, **self._views).argmax(1)
+            else:
+                corners = bool(getattr(model, "align_corners", False))
+                logits = dense.segment(model, image[None], **self._views)
+                mask = dense.largest_at(logits, size, align_corners=corners)
+            found.append(_mask_prediction(mask[0], len(self.classes)))
+        return found
+
+    def truth(self, sample: Sample) -> Prediction:
+        """Return the sample's mask."""
+        return _mask_prediction(sample["mask"], len(self.classes))
+
+    def rate(self, outputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean IoU of each image over the classes in its mask or its prediction; NaN without any pixel."""
+        rated = []
+        for mine, true in zip(outputs["preds"], outputs["target"], strict=True):
+            counts = Confusion(self.classes, (), self.ignore_index).to(mine.device)
+            counts.update([mine], [true])
+            rated.append(counts.scores().iou.nanmean())
+        return torch.stack(rated)
+
     def metrics(self) -> MetricCollection:
         """Return the metrics: one count of pixels, which gives all fractions, and ``loss``."""
         counts = Confusion(self.classes, self.size_groups, self.ignore_index, self._boundary, sync_on_compute=False)
@@ -193,6 +221,10 @@ class Segmentation(Task):
     def _gives_shares(self) -> bool:
         """Return whether there are several views, so that their mean is of probabilities."""
         return len(self._views["scales"]) > 1 or self._views["flip"]
+
+
+def _mask_prediction(mask: Tensor, classes: int) -> MaskPrediction:
+    return MaskPrediction(mask.to("cpu", torch.uint8 if classes <= 256 else torch.int32))
 
 
 def _at(logits: Tensor, mask: Tensor, model: nn.Module) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import reduce, send_to_device
 from torch import nn
 
 from widefield.data import Sample, SampleSet
+from widefield.report import Report
 from widefield.surgery.answers import evaluating
 from widefield.tasks import Batch, Task
 
@@ -34,7 +36,16 @@ def evaluate(
     Raises:
         ValueError: there was no image to evaluate.
     """
-    return measure(model, batches, task, device, shares=shares)[0]
+    return measure(model, batches, task, device, shares=shares).metrics
+
+
+class Measured(NamedTuple):
+    """Metrics of a model over batches."""
+
+    metrics: dict[str, float]
+    images: int
+    scores: Report | None
+    """What the task knows beyond scalars, such as the result of each class."""
 
 
 def measure(
@@ -44,8 +55,12 @@ def measure(
     device: torch.device | str | None = None,
     *,
     shares: bool = False,
-) -> tuple[dict[str, float], int]:
-    """Return what :func:`evaluate` does, and the number of images."""
+    each: Callable[[Batch, dict[str, Any]], None] = lambda batch, outputs: None,
+) -> Measured:
+    """Return what :func:`evaluate` does, the number of images, and the task's scores.
+
+    ``each`` is called with every batch and its outputs.
+    """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     metrics, images = task.metrics().to(device), 0
     with evaluating(model), torch.no_grad():
@@ -53,6 +68,7 @@ def measure(
             if batch:
                 outputs = task.outputs(model, send_to_device(batch, device))
                 metrics.update(**outputs)
+                each(batch, outputs)
                 images += len(next(iter(outputs.values())))
     if shares:  # at the end instead of after each batch: shares and batches with unreadable images differ in length
         for metric in metrics.values():
@@ -60,7 +76,8 @@ def measure(
         images = int(reduce(torch.tensor(images, device=device), "sum"))
     if not images:
         raise ValueError("there is nothing to evaluate: the data set is empty or all of its images were skipped.")
-    return {name: float(value) for name, value in metrics.compute().items()}, images
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    return Measured(found, images, task.scores(metrics))
 
 
 class Share(SampleSet):

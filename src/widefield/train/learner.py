@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from widefield.train.processes import largest
 from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
 from widefield.train.sharding import Sharded
+from widefield.train.sync_norm import synchronized
 
 
 class Step(NamedTuple):
@@ -70,8 +70,8 @@ class Learner:
             model = model.to(memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
             _checkpoint_blocks(model)
-        if recipe.sync_batchnorm:
-            model = _synchronized(model, accelerator)
+        if recipe.sync_batchnorm and accelerator.num_processes > 1:
+            model = synchronized(model, accelerator.device)
         self._resting = freeze(model, recipe.freeze) if recipe.freeze else []
         self.raw = model
         # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
@@ -292,12 +292,3 @@ def _checkpoint_blocks(model: nn.Module) -> None:
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} does not offer it (set_grad_checkpointing); leave it out."
         ) from error
-
-
-def _synchronized(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    if accelerator.num_processes == 1:
-        return model
-    if accelerator.device.type == "cpu":
-        raise ValueError("sync_batchnorm: torch supports it on GPUs only; leave it out on the CPU.")
-    converted: nn.Module = convert_sync_batchnorm(model)
-    return converted

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from widefield import _checks
 from widefield.surgery import Anatomy, anatomy
 from widefield.surgery.anatomy import is_inside
+from widefield.train.layer_decay import layer_groups
 from widefield.train.recipe import OptimizerSpec, ScheduleSpec
 
 
@@ -175,10 +176,14 @@ def create_optimizer(model: nn.Module, spec: OptimizerSpec, lr: float) -> torch.
         where = "optimizer.betas" if key in betas else f"optimizer.args.{key}"
         if key in {**betas, **spec.args} and not getattr(get_optimizer_info(spec.name.lower().split("_")[-1]), has):
             raise ValueError(f"{where}: the optimizer {spec.name!r} has no {key}; leave it out.")
+    options: dict[str, Any] = {**betas, **spec.args}
+    if spec.layer_decay is not None:
+        groups = layer_groups(model, spec.layer_decay, spec.weight_decay)
+        options["param_group_fn"] = lambda model: groups
     try:
         with _layers_by_depth(model):
             optimizer: torch.optim.Optimizer = create_optimizer_v2(
-                model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **betas, **spec.args
+                model, opt=spec.name, lr=lr, weight_decay=spec.weight_decay, **options
             )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"optimizer: {spec.name!r} refuses its args {spec.args}: {error}.") from error

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widefield import dense
 from widefield.train import checkpoint
 from widefield.train.networks import HEAD
 
@@ -85,7 +86,9 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
 
     The weights may be those of the plain network, in any form that timm reads: they are loaded before the conversion,
     which keeps their function. Or they are those of the converted network, or of the task's whole model. Weights of a
-    plain network may have smaller depthwise kernels, or global filters of another size: see :func:`resized`.
+    plain network may have smaller depthwise kernels, or global filters of another size: see :func:`resized`. Segmenters
+    also start from OpenMMLab's files (:func:`widefield.dense.load_checkpoint`); without a decode head in the file, or
+    with another number of classes, its backbone, or all but the classifier, is loaded.
 
     Args:
         source: see :func:`read_weights`.
@@ -96,6 +99,9 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     Raises:
         ValueError: the weights fit none of these; the message names keys that differ.
     """
+    published = _published(source, assembly, fresh_head) if assembly.classes is None else None
+    if published is not None:
+        return published
     weights = read_weights(source)
     theirs = None if assembly.classes is None else classes_of(weights, heads)
     given = _head(theirs)
@@ -112,6 +118,34 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     if theirs != assembly.classes or fresh_head:
         model.reset_classifier(assembly.classes)  # type: ignore[operator]
     return assembly.adapt(model)
+
+
+def _published(source: str, assembly: Assembly, fresh_head: bool) -> nn.Module | None:
+    """Return the task's segmenter with the weights of a file of OpenMMLab, or None if model or file are others."""
+    try:
+        info = dense.inspect_checkpoint(source)
+    except (FileNotFoundError, ValueError):
+        return None
+    if not info.published:
+        return None
+    model = assembly.adapt(assembly.build({}))
+    if not isinstance(model, dense.Segmenter):
+        return None
+    other = fresh_head or info.num_classes != model.num_classes
+    parts = None if "decode_head" in info.parts else "backbone"
+    try:
+        dense.load_checkpoint(model, source, parts=parts, fresh_classifier=other)
+    except ValueError as error:
+        raise ValueError(f"model.pretrained: {error}") from error
+    body = model.backbone.body
+    converted = assembly.convert(body)
+    if converted is body:
+        return model
+    whole = assembly.adapt(converted)
+    whole.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.body.")}, strict=False
+    )
+    return whole
 
 
 def _plain(weights: Mapping[str, Tensor], assembly: Assembly, given: Mapping[str, Any]) -> nn.Module:

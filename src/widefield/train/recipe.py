@@ -24,6 +24,7 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb")
 NONFINITE = ("stop", "skip")
+LAYER_RULES = ("layer_wise", "stage_wise", "block_wise")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ConversionSpec:
 class DataSpec:
     """``widefield.data.create(name, split, **args)`` for the splits train and val."""
 
-    name: Annotated[str, "data set: digits, scales, cifar10, cifar100, folder, shards, hfds, or one of yours"]
+    name: Annotated[str, "data set: digits, scales, scenes, cifar10, cifar100, folder, shards, hfds, or one of yours"]
     args: Annotated[dict[str, Any], "options of the data set"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,6 +106,25 @@ class GroupSpec:
 
 
 @dataclass(frozen=True)
+class LayerDecaySpec:
+    """Learning rates that fall with the distance from the heads, as in published recipes for dense prediction."""
+
+    rate: Annotated[float, "factor from one layer to the one below it, such as 0.9"]
+    rule: Annotated[str, f"what a layer is, one of {', '.join(LAYER_RULES)}"] = "layer_wise"
+    num_layers: Annotated[
+        int | None, "number of layers: 6 or 12 in published recipes; null: 12 or, block_wise, that of the blocks"
+    ] = None
+
+    def __post_init__(self) -> None:
+        _set(self, rate=_checks.number("optimizer.layer_decay.rate", self.rate, maximum=1.0))
+        if not self.rate:
+            raise ValueError("optimizer.layer_decay.rate must be above 0: at 0 only the heads would learn. Use freeze.")
+        _checks.choice("optimizer.layer_decay.rule", self.rule, LAYER_RULES)
+        if self.num_layers is not None:
+            _checks.integer("optimizer.layer_decay.num_layers", self.num_layers)
+
+
+@dataclass(frozen=True)
 class OptimizerSpec:
     """``timm.optim.create_optimizer_v2``."""
 
@@ -124,8 +144,16 @@ class OptimizerSpec:
     groups: Annotated[
         list[GroupSpec], "parameters with their own rate, such as routers and sigmas; the first match wins"
     ] = field(default_factory=list)
+    layer_decay: Annotated[
+        LayerDecaySpec | None,
+        "learning rates by depth, as OpenMMLab's recipes count it; null: none, or args.layer_decay",
+    ] = None
 
     def __post_init__(self) -> None:
+        if self.layer_decay is not None and "layer_decay" in self.args:
+            raise ValueError(
+                "optimizer.layer_decay and optimizer.args.layer_decay, which is timm's, cannot both be given."
+            )
         _set(
             self,
             lr=_checks.number("optimizer.lr", self.lr),

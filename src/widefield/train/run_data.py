@@ -36,6 +36,13 @@ class RunData:
     """Of each channel; every image is divided by it."""
     splits: Mapping[str, SplitRecord]
     """Of train and val."""
+    palette: tuple[tuple[int, int, int], ...] = ()
+    """Of a segmentation set: color of each class, (red, green, blue)."""
+    crop_size: tuple[int, int] | None = None
+    """Of a segmentation set: (height, width) of the train images in pixels; None if they differ."""
+    test_scale: tuple[int, int] | None = None
+    """Of a segmentation set: (longer side, shorter side) of the rectangle that val images are fitted into; None: their
+    size is kept."""
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise ValueError naming the changes if the data have a class that the run does not know."""
@@ -58,7 +65,10 @@ class RunData:
 def record(train: data.SampleSet, val: data.SampleSet) -> RunData:
     """Describe the two splits that a run is trained and evaluated on."""
     splits = {part.split: SplitRecord(len(part), part.fingerprint()) for part in (train, val)}
-    return RunData(tuple(train.classes), val.image_size, tuple(val.mean), tuple(val.std), splits)
+    found = RunData(tuple(train.classes), val.image_size, tuple(val.mean), tuple(val.std), splits)
+    if not isinstance(train, data.SegmentationSet):
+        return found
+    return replace(found, palette=train.palette, crop_size=train.crop_size, test_scale=train.test_scale)
 
 
 def read(folder: Path) -> RunData:
@@ -77,7 +87,10 @@ def read(folder: Path) -> RunData:
         content = json.loads(file.read_text(encoding="utf-8"))
         splits = {name: SplitRecord(**split) for name, split in content["splits"].items()}
         classes, mean, std = (tuple(content[key]) for key in ("classes", "mean", "std"))
-        return RunData(classes, content["size"], mean, std, splits)
+        found = RunData(classes, content["size"], mean, std, splits)
+        crop, scale = (tuple(content[key]) if content.get(key) else None for key in ("crop_size", "test_scale"))
+        palette = tuple((red, green, blue) for red, green, blue in content.get("palette", ()))
+        return replace(found, palette=palette, crop_size=crop, test_scale=scale)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not as a run writes it: {type(error).__name__}: {error}.") from error
 

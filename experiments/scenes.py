@@ -1,0 +1,111 @@
+"""Compare kernel designs in a small segmentation model on `scenes`: equal budget, several seeds, mIoU by object size.
+
+nice python experiments/scenes.py [--seeds 0 1 2] [--designs 3x3 7x7 13x13 MoRF] [--out experiments/results]
+
+Each row is one run of the recipe `demo_scenes` with another kernel. The files in --out are written after every row, and
+rows that they hold already are not run again. An interrupted run in --runs is continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from widefield import report
+from widefield.benchmarks.record import publish
+from widefield.train import ConversionSpec, Recipe, load_recipe, train
+
+DESIGNS: dict[str, int | tuple[int, ...]] = {"3x3": 3, "7x7": 7, "13x13": 13, "MoRF": (3, 7, 13)}
+"""Name -> the kernel size of all depthwise convolutions, or the sizes of the experts that each mixes (soft routing)."""
+METRICS = ("miou", "miou_small", "miou_medium", "miou_large", "aacc")
+
+
+def recipe(name: str, seed: int, runs: Path) -> Recipe:
+    base = load_recipe("demo_scenes", ["--seed", str(seed), "--output", str(runs), "--trackers", "[]"])
+    base = dataclasses.replace(base, name=f"{name.lower()}-{seed}")
+    kernel = DESIGNS[name]
+    if isinstance(kernel, int):
+        args = {**base.model.args, "kernel_sizes": kernel}
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, args=args))
+    options = {"kernel_sizes": list(kernel), "routing": "soft", "init": "random"}
+    return dataclasses.replace(base, conversion=ConversionSpec("morf", "*.conv_dw", options))
+
+
+def measured(name: str, seed: int, runs: Path) -> dict[str, Any]:
+    """Train one model, and return its row."""
+    plan = recipe(name, seed, runs)
+    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
+    start = time.perf_counter()
+    result = train(plan, resume=resume, console=Console(quiet=True))
+    if result.interrupted:
+        raise SystemExit(128 + result.interrupted)
+    return {
+        "design": name,
+        "seed": seed,
+        "steps": result.steps,
+        "parameters": sum(p.numel() for p in result.model.parameters()),
+        "seconds": time.perf_counter() - start,
+        "resumed": resume is not None,
+        "metrics": result.metrics,
+    }
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation in percent."""
+    mean = 100 * statistics.fmean(values)
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for name in DESIGNS:
+        own = [row for row in rows if row["design"] == name]
+        if own:
+            line = {"kernels": name, "parameters": f"{own[0]['parameters']:,}", "seeds": str(len(own))}
+            line |= {metric: spread([row["metrics"][metric] for row in own]) for metric in METRICS}
+            line["seconds"] = f"{statistics.median(row['seconds'] for row in own):.0f}"
+            lines.append(line)
+    return report.markdown(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=list(DESIGNS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=Path("runs/scenes"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    stem = args.out / "scenes"
+    stored = stem.with_suffix(".json")
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    plan = recipe("3x3", 0, args.runs)
+    command = f"python experiments/scenes.py --seeds {' '.join(map(str, args.seeds))} --threads {args.threads}"
+    for seed in args.seeds:
+        for name in args.designs:
+            if any(row["design"] == name and row["seed"] == seed for row in rows):
+                continue
+            rows.append(measured(name, seed, args.runs))
+            print(f"{name} seed {seed}: mIoU {100 * rows[-1]['metrics']['miou']:.1f} % "
+                  f"in {rows[-1]['seconds']:.0f} s", flush=True)  # fmt: skip
+            publish(
+                stem,
+                command,
+                {"recipe": dataclasses.asdict(plan), "rows": rows},
+                "UPerNet on a narrow ConvNeXt (recipe `demo_scenes`); all depthwise convolutions have the row's "
+                "kernel. Mean ± standard deviation over the seeds in percent; the same steps, batches and schedule for "
+                f"all. Seconds are those of one run on one thread.\n\n{table(rows)}",
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Differentiate one unit of a model with respect to its images: of a layer's map, or a class logit at a pixel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from widefield.analysis._model import Layer, layer_name
+from widefield.analysis._scores import class_scores
+from widefield.analysis._targets import ClassAt, ClassIn, Target, label_text
+from widefield.analysis.theoretical import (
+    Field,
+    Position,
+    candidates,
+    feature_map,
+    theoretical_receptive_field,
+    unit,
+    unknown,
+)
+
+OUTPUT = "(output)"
+"""How tables name the layer "", which is the model itself."""
+
+
+class Look(NamedTuple):
+    """The gradient of a unit for some images."""
+
+    gradient: Tensor
+    """(N, C, H, W), or (N, C, T, H, W): gradient of the unit with respect to the images."""
+    unit: tuple[int, int]
+    """(row, column) on the map."""
+    places: tuple[int, int]
+    """Height and width of the map."""
+    cancels: bool = False
+    """Whether the channels' gradients cancel out."""
+
+
+class Unit(ABC):
+    """A number for each image that a model computes; ``first`` is called before the other methods."""
+
+    layer: str
+    """Name of the layer; "" for the output."""
+    where: str
+    """The unit's place, for errors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @abstractmethod
+    def first(self, images: Tensor) -> Look:
+        """Look at the first batch of images, and decide what is still open."""
+
+    @abstractmethod
+    def look(self, images: Tensor) -> Look:
+        """Return the gradients for images (N, C, H, W)."""
+
+    @abstractmethod
+    def about(self, look: Look) -> dict[str, Any]:
+        """Return facts to store with a result."""
+
+    @abstractmethod
+    def of(self) -> str:
+        """Return the class and its place as text; "" for a unit of a layer."""
+
+    def theory(self, images: Tensor, look: Look) -> Field:
+        """Return the theoretical field of the unit that was looked at."""
+        try:
+            return theoretical_receptive_field(self.model, images, layer=self.layer, position=look.unit)
+        except (RuntimeError, ValueError) as error:  # compiled or scripted code may hide its operators
+            reason = f"its operators cannot be followed: {str(error.__cause__ or error).splitlines()[0]}"
+            return unknown(images, look.places, look.unit, reason)
+
+
+def chosen(
+    model: nn.Module,
+    layer: Layer | None,
+    position: Position,
+    targets: Target | None,
+    classes: Sequence[str] | None,
+) -> Unit:
+    """Return the unit that arguments of ``effective_receptive_field`` choose; raises ValueError or TypeError."""
+    if targets is None:
+        return LayerUnit(model, None if layer is None else layer_name(model, layer), position)
+    if not isinstance(targets, (ClassAt, ClassIn)):
+        raise TypeError(f"targets must be a ClassAt or a ClassIn; got {targets!r}.")
+    if layer is not None or position != "center":
+        raise ValueError("targets are logits of the model's output: leave out layer and position, or targets.")
+    return ClassLogit(model, targets, classes)
+
+
+class LayerUnit(Unit):
+    """The sum of all channels at one position of a layer's map.
+
+    Args:
+        model: in evaluation mode.
+        name: the layer; None: the last one of the backbone whose channel sum has a gradient.
+        position: on the map.
+    """
+
+    def __init__(self, model: nn.Module, name: str | None, position: Position) -> None:
+        super().__init__(model)
+        self.name, self.position = name, position
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        """The unit's place, for errors."""
+        return f"layer {self.layer!r} of {type(self.model).__name__}"
+
+    def first(self, images: Tensor) -> Look:
+        """Look through the first layer whose channel sum has a gradient."""
+        names = candidates(self.model, images[:1].clone())[::-1] if self.name is None else [self.name]
+        for name in names:
+            self.layer = name
+            found = self._look(images, check=True)
+            if not found.cancels:
+                return found
+        raise ValueError(
+            f"the channels of layer {names[0]!r} of {type(self.model).__name__} always sum to the same value, as after "
+            "a freshly initialized layer norm, so their sum has no gradient. Give the layer before it."
+        )
+
+    def look(self, images: Tensor) -> Look:
+        """Return the gradients for images (N, C, H, W)."""
+        return self._look(images)
+
+    def _look(self, images: Tensor, *, check: bool = False) -> Look:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            found = feature_map(self.model, self.layer, leaf.clone())  # a copy, as models may modify their input
+            row, column = unit(self.position, found, self.layer)
+            channels = found[:, :, row, column]
+            gradient = _gradient(channels.sum(), leaf, keep=check)
+            cancels = False
+            if gradient is not None and check and channels.shape[1] > 1:
+                signs = torch.ones(channels.shape[1])
+                signs[torch.randperm(len(signs), generator=torch.Generator().manual_seed(0))[::2]] = -1
+                other = _gradient((channels * signs.to(channels)).sum(), leaf)
+                noise = min(0.1, 1000 * torch.finfo(images.dtype).eps)
+                cancels = other is not None and bool(gradient.norm() <= noise * other.norm()) and bool(other.any())
+        if gradient is None:
+            raise ValueError(
+                f"{self.where} has no gradient with respect to the images: it does not depend on them, or is computed "
+                "without gradients (torch.no_grad, detach)."
+            )
+        return Look(gradient, (row, column), (found.shape[2], found.shape[3]), cancels)
+
+    def about(self, look: Look) -> dict[str, Any]:
+        """Return facts to store with a result."""
+        h, w = look.places
+        return {"layer": self.layer or OUTPUT, "unit": f"{look.unit} of {h if h == w else f'{h}x{w}'}"}
+
+    def of(self) -> str:
+        """Return "", as this is no class logit."""
+        return ""
+
+
+class ClassLogit(Unit):
+    """A class's logit at a pixel, or its mean over a region, of a segmentation model's output.
+
+    Args:
+        model: in evaluation mode.
+        target: the class and its place.
+        classes: names of the classes.
+    """
+
+    layer = ""
+
+    def __init__(self, model: nn.Module, target: Target, classes: Sequence[str] | None) -> None:
+        super().__init__(model)
+        self.target, self.classes = target, classes
+        self.labels: list[int] = []
+        self.place = ""
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        """The unit's place, for errors."""
+        return f"a class logit of {type(self.model).__name__} at {self.place}"
+
+    def first(self, images: Tensor) -> Look:
+        """Look at the first batch of images."""
+        self.place = self.target.place(images.shape[-2:])
+        return self.look(images)
+
+    def look(self, images: Tensor) -> Look:
+        """Return the gradients for images (N, C, H, W), and remember their classes."""
+        H, W = images.shape[-2:]
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            scores = class_scores(self.model, leaf.clone(), target=self.target)
+            labels = self._labels(scores.predicted, scores.values.shape[1])
+            gradient = _gradient(scores.values.gather(1, labels[:, None]).sum(), leaf)
+        if gradient is None:
+            raise ValueError(f"{self.where} has no gradient: it is computed without gradients (torch.no_grad, detach).")
+        self.labels += labels.tolist()
+        middle = self.target.where((H, W)).nonzero().double().mean(0)
+        return Look(gradient, (int(middle[0]), int(middle[1])), (H, W))
+
+    def _labels(self, predicted: Tensor, count: int) -> Tensor:
+        if self.classes is not None and len(self.classes) != count:
+            raise ValueError(f"classes has {len(self.classes)} names, but the model returns {count} logits per pixel.")
+        if self.target.label is None:
+            return predicted
+        if self.target.label >= count:
+            raise ValueError(f"label must be a class from 0 to {count - 1}; got {self.target.label}.")
+        return torch.full_like(predicted, self.target.label)
+
+    def about(self, look: Look) -> dict[str, Any]:
+        """Return facts to store with a result."""
+        return {"of": self.of(), "labels": self.labels}
+
+    def of(self) -> str:
+        """Return the class and its place as text."""
+        label = self.target.label
+        known = label_text(label, self.classes) if label is not None else "largest class"
+        return f"{known} at {self.place}"
+
+    def theory(self, images: Tensor, look: Look) -> Field:
+        """Return the theoretical field of the pixel; that of a region is not computed."""
+        if isinstance(self.target, ClassIn):
+            return unknown(images, look.places, look.unit, "a region has a field for each of its pixels")
+        return super().theory(images, look)
+
+
+def _gradient(value: Tensor, leaf: Tensor, *, keep: bool = False) -> Tensor | None:
+    if not value.requires_grad:
+        return None
+    found: Tensor | None = torch.autograd.grad(value, leaf, retain_graph=keep, allow_unused=True)[0]
+    return found

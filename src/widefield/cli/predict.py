@@ -1,0 +1,69 @@
+"""``widefield predict``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from widefield.cli._subjects import MODEL_HELP
+from widefield.cli._tables import print_table
+
+SUMMARY = "what a model sees in images: the classes of each, or the class of each pixel"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, globs")
+    parser.add_argument("--pretrained", action="store_true", help="download pretrained weights (default: random)")
+    parser.add_argument("--weights", choices=("ema", "model"), help="weights of a run (the average if it has one)")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run (best)")
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="side of the images; segmentation: the shorter side (the model's own)"
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to list for an image (5)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per batch (8)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (0)")
+    parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder (predictions)")
+    parser.set_defaults(writes={"out": True})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status, 1 if no image could be read."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from widefield.data.listing import counted
+    from widefield.runs import load
+    from widefield.runs.predict import find_images, predict_files
+
+    find_images(args.images)  # before the model is built
+    subject = load(
+        args.model, pretrained=args.pretrained, seed=args.seed, device=args.device, which=args.which,
+        weights=args.weights,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        written = predict_files(
+            subject,
+            args.images,
+            args.out,
+            size=args.size,
+            top=args.top,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            progress=lambda found, total: bar.track(found, total=total, description=subject.name),
+        )
+    if written.rows:
+        print_table(written.rows, right=["probability"])
+    if written.images > len(written.rows):
+        print(f"and {counted(written.images - len(written.rows), 'more image')}: see predict.json")
+    if written.unreadable:
+        print(f"{counted(len(written.unreadable), 'image')} could not be read:", file=sys.stderr)
+        for entry in written.unreadable:
+            print(f"  {entry.reason}", file=sys.stderr)
+    print("wrote " + ", ".join(map(str, written.paths)))
+    return 0 if written.images else 1

@@ -1,0 +1,262 @@
+"""Draw predictions on their images: as cards of a page, panels of a figure, and image files."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from widefield import report
+from widefield.tasks import ClassPrediction, MaskPrediction, Prediction
+
+Color = tuple[int, int, int]
+"""(red, green, blue), each from 0 to 255."""
+Mask = NDArray[np.integer[Any]]
+"""(H, W): the index of a class, or 255, at each pixel."""
+
+PREVIEW = 640
+"""Longest side of the images on a page, in pixels."""
+_OPACITY = 0.6
+_LISTED = 10
+"""Largest number of classes in a legend."""
+_IGNORED = 255
+_GRAY: Color = (128, 128, 128)
+"""Color of pixels without a class."""
+
+
+def preview(image: Image.Image, side: int = PREVIEW) -> Image.Image:
+    """Return an image of at most ``side`` pixels a side, itself if it is small enough."""
+    found = image.copy()
+    found.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return found
+
+
+def resized_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """Return a mask resized to (width, height) by the nearest pixel."""
+    kind = mask.astype(np.uint8) if mask.max(initial=0) <= 255 else mask.astype(np.int32)
+    return np.asarray(Image.fromarray(kind).resize(size, Image.Resampling.NEAREST))
+
+
+def colored(mask: Mask, palette: Sequence[Color]) -> NDArray[np.uint8]:
+    """Return a mask in the colors of its classes, uint8 (H, W, 3); 255 is gray unless it is a class."""
+    return np.array(_filled(palette), dtype=np.uint8)[mask]
+
+
+def _filled(palette: Sequence[Color]) -> list[Color]:
+    """Return a palette with at least 256 colors; gray is added."""
+    return [*palette, *[_GRAY] * (256 - len(palette))]
+
+
+def overlay(image: Image.Image, mask: Mask, palette: Sequence[Color], opacity: float = _OPACITY) -> Image.Image:
+    """Return an image under the colors of its classes, with lines between regions; pixels without a class stay."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    colors = colored(mask, palette)
+    mixed = (1 - opacity) * pixels + opacity * colors
+    # Lines as wide as they look good at the size of the whole image.
+    lines = _edges(mask, max(1, round(max(mask.shape) / 500)))
+    mixed[lines] = 0.25 * mixed[lines] + 0.75 * 255
+    ignored = (mask == _IGNORED) & (len(palette) <= _IGNORED)
+    mixed[ignored] = pixels[ignored]
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def _edges(mask: Mask, width: int) -> NDArray[np.bool_]:
+    """Return the pixels that have a pixel of another class up to ``width`` pixels to the right or below."""
+    found = np.zeros(mask.shape, dtype=bool)
+    for step in range(1, width + 1):
+        found[:, :-step] |= mask[:, :-step] != mask[:, step:]
+        found[:-step] |= mask[:-step] != mask[step:]
+    return found
+
+
+def label_file(mask: Mask, palette: Sequence[Color]) -> bytes:
+    """Return a mask as a PNG whose values are the indices of the classes, with the palette if there are at most 256."""
+    if len(palette) > 256:
+        return encoded(Image.fromarray(mask.astype(np.uint16)), "png")
+    image = Image.fromarray(mask.astype(np.uint8), mode="P")
+    # All 256 colors: with fewer, Pillow writes fewer bits per pixel, which 255 does not fit into.
+    image.putpalette([channel for color in _filled(palette) for channel in color])
+    return encoded(image, "png")
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    """Return an image as a file, "png" or "jpeg"."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"quality": 88} if kind == "jpeg" else {}))
+    return buffer.getvalue()
+
+
+def shares(mask: Mask, count: int) -> dict[int, float]:
+    """Return the share of the pixels of each class that occurs, largest first; 255 counts if it is a class."""
+    pixels = np.bincount(mask.ravel(), minlength=count)[:count]
+    order = sorted(np.flatnonzero(pixels), key=lambda k: (-pixels[k], k))
+    return {int(k): float(pixels[k] / mask.size) for k in order}
+
+
+@dataclass(frozen=True)
+class Drawing(ABC):
+    """How predictions of one kind are drawn, saved and listed.
+
+    Attributes:
+        classes: names of the classes; empty if they are unknown.
+        palette: color of each class.
+        top: number of classes that are listed for an image.
+    """
+
+    classes: tuple[str, ...]
+    palette: tuple[Color, ...]
+    top: int
+    wide: ClassVar[bool] = False
+    """Whether a card takes the whole width of a page."""
+
+    def name(self, label: int) -> str:
+        """Return the name of a class."""
+        return self.classes[label] if self.classes else f"class {label}"
+
+    @abstractmethod
+    def row(self, prediction: Any) -> dict[str, str]:
+        """Return the columns of a table of images."""
+
+    @abstractmethod
+    def data(self, prediction: Any) -> dict[str, Any]:
+        """Return the prediction in JSON types, without pixels."""
+
+    @abstractmethod
+    def card(self, title: str, image: Image.Image, prediction: Any, truth: Any = None) -> str:
+        """Return the prediction on its image, next to the label if it is known, as a card of a page (HTML)."""
+
+    @abstractmethod
+    def panel(self, axis: Any, image: Image.Image, prediction: Any) -> None:
+        """Draw the prediction into a matplotlib axis."""
+
+    def files(self, image: Image.Image, prediction: Any) -> dict[str, bytes]:
+        """Return the PNG files of a prediction, by the name of their folder."""
+        return {}
+
+
+class ClassDrawing(Drawing):
+    """Draws classes as bars."""
+
+    def best(self, prediction: ClassPrediction) -> dict[str, float]:
+        """Return the names and probabilities of the likeliest classes; equal names are told apart by their index."""
+        values, labels = prediction.probabilities.topk(min(self.top, len(prediction.probabilities)))
+        names = [self.name(label) for label in labels.tolist()]
+        distinct = [f"{n} ({k})" if names.count(n) > 1 else n for n, k in zip(names, labels.tolist(), strict=True)]
+        return dict(zip(distinct, values.tolist(), strict=True))
+
+    def row(self, prediction: ClassPrediction) -> dict[str, str]:
+        """Return the likeliest class, its probability, and the next one."""
+        (first, sure), *others = self.best(prediction).items()
+        return {"class": first, "probability": f"{100 * sure:.1f} %", "next": others[0][0] if others else "-"}
+
+    def data(self, prediction: ClassPrediction) -> dict[str, Any]:
+        """Return the likeliest classes and their probabilities."""
+        values, labels = prediction.probabilities.topk(min(self.top, len(prediction.probabilities)))
+        pairs = zip(labels.tolist(), values.tolist(), strict=True)
+        return {"classes": [{"label": k, "name": self.name(k), "probability": value} for k, value in pairs]}
+
+    def card(
+        self, title: str, image: Image.Image, prediction: ClassPrediction, truth: ClassPrediction | None = None
+    ) -> str:
+        """Return the image, and bars under it."""
+        label = "" if truth is None else f"label: {self.name(int(truth.probabilities.argmax()))}"
+        shown = report.embedded(encoded(preview(image).convert("RGB"), "jpeg"), "jpeg", label)
+        return report.card(title, report.views([shown]) + report.bars(self.best(prediction)))
+
+    def panel(self, axis: Any, image: Image.Image, prediction: ClassPrediction) -> None:
+        """Draw the image with the likeliest class under it."""
+        axis.imshow(np.asarray(preview(image, 320)))
+        lines = [f"{name[:28].rstrip()} {100 * share:.0f} %" for name, share in self.best(prediction).items()]
+        axis.set_xlabel("\n".join(lines[:3]), fontsize=6.5)
+
+
+class MaskDrawing(Drawing):
+    """Draws masks in the colors of their classes."""
+
+    wide = True
+
+    def row(self, prediction: MaskPrediction) -> dict[str, str]:
+        """Return the size of the mask and the classes that cover the most pixels."""
+        found = shares(prediction.mask.numpy(), len(self.palette))
+        listed = ", ".join(f"{self.name(k)} {100 * share:.0f} %" for k, share in list(found.items())[:3])
+        height, width = prediction.mask.shape
+        return {"size": f"{width}x{height}", "classes": str(len(found)), "largest": listed}
+
+    def data(self, prediction: MaskPrediction) -> dict[str, Any]:
+        """Return the share of the pixels of each class that occurs."""
+        found = shares(prediction.mask.numpy(), len(self.palette))
+        return {"classes": [{"label": k, "name": self.name(k), "share": share} for k, share in found.items()]}
+
+    def card(
+        self, title: str, image: Image.Image, prediction: MaskPrediction, truth: MaskPrediction | None = None
+    ) -> str:
+        """Return the image, the overlay, the label if it is known and the mask side by side, and a legend."""
+        masks = {"label": truth.mask.numpy()} if truth else {}
+        return report.card(title, self._compared(image, {**masks, "prediction": prediction.mask.numpy()}))
+
+    def _compared(self, image: Image.Image, masks: Mapping[str, Mask]) -> str:
+        """Return an image, the overlay of the last mask, and masks by their captions, with a legend (HTML)."""
+        small = preview(image).convert("RGB")
+        few = {caption: resized_mask(mask, small.size) for caption, mask in masks.items()}
+        last = list(few.values())[-1]
+        figures = [
+            report.embedded(encoded(small, "jpeg"), "jpeg", "image"),
+            report.embedded(encoded(overlay(small, last, self.palette), "jpeg"), "jpeg", "overlay"),
+        ]
+        for caption, mask in few.items():
+            figures.append(
+                report.embedded(encoded(Image.fromarray(colored(mask, self.palette)), "png"), "png", caption)
+            )
+        return report.views(figures) + self._legend(list(masks.values()))
+
+    def _legend(self, masks: Sequence[Mask]) -> str:
+        """Return the colors and names of the classes in masks, with their share in the last one (HTML)."""
+        found = shares(masks[-1], len(self.palette))
+        for mask in masks[:-1]:
+            found |= {k: 0.0 for k in shares(mask, len(self.palette)) if k not in found}
+        listed = list(found.items())[:_LISTED]
+        entries = [(self.palette[k], f"{self.name(k)} {100 * share:.1f} %") for k, share in listed]
+        if any((mask == _IGNORED).any() for mask in masks) and len(self.palette) <= _IGNORED:
+            entries.append((_GRAY, "no class"))
+        more = len(found) - len(listed)
+        return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
+
+    def panel(self, axis: Any, image: Image.Image, prediction: MaskPrediction) -> None:
+        """Draw the overlay with the classes that cover the most pixels under it."""
+        small = preview(image, 480).convert("RGB")
+        mask = resized_mask(prediction.mask.numpy(), small.size)
+        axis.imshow(np.asarray(overlay(small, mask, self.palette)))
+        found = list(shares(mask, len(self.palette)).items())[:4]
+        handles = [_patch(self.palette[k], f"{self.name(k)[:18]} {100 * share:.0f} %") for k, share in found]
+        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
+                    handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
+
+    def files(self, image: Image.Image, prediction: MaskPrediction) -> dict[str, bytes]:
+        """Return the mask with its palette, and the overlay, both at the size of the image."""
+        mask = prediction.mask.numpy()
+        return {
+            "labels": label_file(mask, self.palette),
+            "overlays": encoded(overlay(image, mask, self.palette), "png"),
+        }
+
+
+def _patch(color: Color, label: str) -> Any:
+    from matplotlib.patches import Patch
+
+    red, green, blue = color
+    return Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="gray", linewidth=0.4, label=label)
+
+
+DRAWINGS: Mapping[type, type[Drawing]] = {ClassPrediction: ClassDrawing, MaskPrediction: MaskDrawing}
+"""Kind of prediction -> how it is drawn."""
+
+
+def drawing_of(prediction: Prediction, classes: Sequence[str], palette: Sequence[Color], top: int) -> Drawing:
+    """Return how predictions of this kind are drawn."""
+    return DRAWINGS[type(prediction)](tuple(classes), tuple(palette), top)

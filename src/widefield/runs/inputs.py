@@ -1,0 +1,120 @@
+"""Make a model's input of images: of files of any size, and of the data of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from widefield import data
+from widefield.runs.labels import output_places
+from widefield.surgery.answers import evaluating, meant
+from widefield.surgery.inputs import place
+from widefield.train import RunData
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model, in the form in which a task takes a data set."""
+
+    classes: tuple[str, ...]
+
+
+class Cropped:
+    """Makes a classifier's input of an image: resized, cropped and normalized."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor], channels: int) -> None:
+        self.transform, self.channels = transform, channels
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the input, float32 (C, H, W), for an RGB image."""
+        return self.transform(image.convert("L") if self.channels == 1 else image)
+
+
+class Fitted:
+    """Makes a segmentation model's input of an image: resized with its aspect ratio and normalized."""
+
+    def __init__(
+        self, scale: Sequence[int] | None, mean: Sequence[float], std: Sequence[float], *, antialias: bool
+    ) -> None:
+        from widefield.data import joint  # torchvision.transforms.v2 is slow to import
+
+        self.channels = len(mean)
+        self.transform = joint.evaluation(scale, mean, std, antialias=antialias)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the input, float32 (C, H, W), for an RGB image."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        from widefield.data import joint
+
+        pixels = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
+        prepared: Tensor = joint.apply(self.transform, {"image": pixels})["image"]
+        return prepared
+
+
+def count_maps(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Return how many logits a segmentation model gives for a pixel of an image (C, H, W), from one forward pass.
+
+    Raises ValueError for outputs of another form.
+    """
+    device, dtype = place(model)
+    with evaluating(model), torch.no_grad():
+        found = meant(model(torch.zeros(1, *shape, device=device, dtype=dtype)))
+    if found is None or found.ndim != 4:
+        raise ValueError(f"{type(model).__name__} gives no logits (N, classes, H, W) for images.")
+    return found.shape[1]
+
+
+class Selection(data.SampleSet):
+    """Some of the samples of a data set.
+
+    Args:
+        whole: the data set.
+        count: number of samples; a seeded choice if there are more.
+        seed: of the choice.
+    """
+
+    def __init__(self, whole: data.SampleSet, count: int, seed: int = 0) -> None:
+        super().__init__(whole.split, whole.seed)
+        self._whole = whole
+        self.classes, self.mean, self.std, self.image_size = whole.classes, whole.mean, whole.std, whole.image_size
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+        self._indices = sorted(order[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def sample(self, index: int) -> data.Sample | None:
+        """Return sample ``index`` of the choice."""
+        return self._whole[self._indices[index]]
+
+    def name(self, index: int) -> str:
+        """Return the file of a sample, or its place in the whole set."""
+        named: Any = getattr(self._whole, "name", None)
+        place = self._indices[index]
+        return str(named(place)) if callable(named) else f"image {place}"
+
+
+class OwnPictures(data.Pictures):
+    """Images of a run's data set, whose labels are indices of the model's outputs."""
+
+    def __init__(self, trained_on: RunData, source: str, **given: Any) -> None:
+        super().__init__(source, **given)
+        trained_on.check_classes(self.classes)
+        self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
+        self.classes = trained_on.classes if self.classes else ()  # masks have no label
+        self._note = "" if self._from is None else trained_on.note(self._from)
+
+    def found(self) -> str:
+        """Return what `Pictures` does, and what has changed since the run."""
+        return f"{super().found()}; {self._note}" if self._note else super().found()
+
+    def sample(self, index: int) -> data.Sample:
+        """Return image ``index``."""
+        found = super().sample(index)
+        return {**found, "label": self._places[found["label"]] if self.classes else -1}

@@ -1,0 +1,461 @@
+"""Predict images in files with any model: classes with their probabilities, or the class of each pixel."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from widefield import _checks, bench, report
+from widefield._files import write_whole
+from widefield.data.decoding import read
+from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in, is_image
+from widefield.runs.drawing import DRAWINGS, Drawing, drawing_of, preview
+from widefield.runs.subjects import Subject, load
+from widefield.surgery.inputs import place
+from widefield.tasks import Prediction, Task
+from widefield.train.interrupt import ignore_signals
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Images = str | Path | Sequence[str | Path]
+"""Files, folders that are searched at any depth, and globs such as ``photos/*.jpg``."""
+
+ON_A_PAGE = 60
+"""Largest number of images on a page and in a notebook."""
+_IN_A_FIGURE = 12
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """An image and what a model predicts for it.
+
+    Attributes:
+        path: the file.
+        name: its path in the folder that was given, or its name; different for every image.
+        prediction: what the model predicts.
+    """
+
+    path: Path
+    name: str
+    prediction: Prediction
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be read, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Predictions(report.Report):
+    """The predictions of a model for some images; it displays itself in notebooks, and saves itself.
+
+    Attributes:
+        name: the model's name.
+        weights: where the model's weights come from.
+        about: facts about how the images were prepared.
+        classes: names of the classes; empty if they are unknown.
+        palette: color of each class, (red, green, blue).
+        top: number of classes that are listed for an image.
+        images: the images that could be read, in order.
+        unreadable: the others.
+    """
+
+    name: str
+    weights: str
+    about: Mapping[str, Any]
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    top: int
+    images: tuple[Predicted, ...]
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Predicted:
+        return self.images[index]
+
+    def summary(self) -> str:
+        """Return the model, the number of images, and the ones that could not be read."""
+        lines = [f"{self.name} ({self.weights}): {counted(len(self.images), 'image')}"]
+        if self.unreadable:
+            lines.append(f"{counted(len(self.unreadable), 'image')} could not be read:")
+            lines += [f"{entry.path}: {entry.reason}" for entry in self.unreadable]
+        return "\n".join(lines)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per image: its largest classes."""
+        return [row_of(found, self._drawing(found)) for found in self.images]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in JSON types, except the masks."""
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "about": dict(self.about),
+            "classes": list(self.classes),
+            "palette": [list(color) for color in self.palette],
+            "images": [data_of(found, self._drawing(found)) for found in self.images],
+            "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in self.unreadable],
+        }
+
+    def plot(self, count: int = _IN_A_FIGURE) -> Figure:
+        """Return a figure of the first ``count`` images with their predictions."""
+        with report.paper():
+            shown = self.images[: _checks.integer("count", count)]
+            columns = min(4, max(1, len(shown)))
+            rows = max(1, -(-len(shown) // columns))
+            images = [preview(read(found.path), 480) for found in shown]
+            tallest = max((image.height / image.width for image in images), default=1.0)
+            side = report.PAGE / 4
+            figure = report.blank(side * columns + 0.2, (side * min(tallest, 2.0) + 0.65) * rows)
+            axes = figure.subplots(rows, columns, squeeze=False)
+            for axis in axes.flat:
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+            for axis, image, found in zip(axes.flat, images, shown, strict=False):
+                self._drawing(found).panel(axis, image, found.prediction)
+                axis.set_title(_short(found.name, 26), fontsize=7)
+        return figure
+
+    def save(self, path: str | Path) -> Path:
+        """Write a figure (.png, .pdf, .svg), the numbers (.json), a page (.html), or the images' files; return it.
+
+        A path without an ending is a folder, which gets the mask and the overlay of each image of a segmentation model,
+        as ``labels/NAME.png`` and ``overlays/NAME.png``.
+
+        Raises ValueError for another ending, OSError if a file cannot be written.
+        """
+        path = Path(path)
+        if not path.suffix:
+            for found in self.images:
+                write_files(found, self._drawing(found), path)
+            return path
+        _checks.choice("the suffix of path", path.suffix, (".png", ".pdf", ".svg", ".json", ".html"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            content = _document(self.to_dict())
+        elif path.suffix == ".html":
+            content = self._page().encode()
+        else:
+            content = report.drawing(self.plot(), path.suffix[1:])
+        write_whole(path, content)
+        return path
+
+    def _repr_html_(self) -> str:
+        """Return the images as cards, which Jupyter displays."""
+        lines = "".join(report.paragraph(line) for line in self.summary().splitlines())
+        return report.styled(lines + grid_of(self._cards(), self.images))
+
+    def _cards(self) -> list[str]:
+        return [card_of(found, self._drawing(found)) for found in self.images[:ON_A_PAGE]]
+
+    def _page(self) -> str:
+        return page_of(self, self._cards())
+
+    def _drawing(self, found: Predicted) -> Drawing:
+        return drawing_of(found.prediction, self.classes, self.palette, self.top)
+
+
+def row_of(found: Predicted, drawing: Drawing) -> dict[str, str]:
+    """Return an image's row of a table."""
+    return {"image": found.name, **drawing.row(found.prediction)}
+
+
+def data_of(found: Predicted, drawing: Drawing) -> dict[str, Any]:
+    """Return an image's prediction in JSON types."""
+    return {"path": str(found.path), "name": found.name, **drawing.data(found.prediction)}
+
+
+def card_of(found: Predicted, drawing: Drawing) -> str:
+    """Return an image's card of a page (HTML)."""
+    return drawing.card(found.name, read(found.path), found.prediction)
+
+
+def grid_of(cards: Sequence[str], images: Sequence[Predicted]) -> str:
+    """Return the cards of images as they fit a page (HTML)."""
+    return report.cards(cards, wide=bool(images) and DRAWINGS[type(images[0].prediction)].wide)
+
+
+def write_files(found: Predicted, drawing: Drawing, folder: Path) -> list[Path]:
+    """Write the files of an image below a folder, and return their paths; raises OSError."""
+    written = []
+    for kind, content in drawing.files(read(found.path), found.prediction).items():
+        target = (folder / kind / found.name).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
+        written.append(target)
+    return written
+
+
+def page_of(predictions: Predictions, cards: Sequence[str], images: int | None = None) -> str:
+    """Return a self-contained page with these cards; ``images`` is the number of images, if it is not of the cards."""
+    total = len(predictions.images) if images is None else images
+    lead = f"{counted(total, 'image')} as {predictions.name} sees them. Weights: {predictions.weights}."
+    if len(cards) < total:
+        lead += f" The page shows the first {len(cards)}."
+    sections = [("Predictions", grid_of(cards, predictions.images))] if cards else []
+    if predictions.unreadable:
+        rows = [{"file": str(entry.path), "problem": entry.reason} for entry in predictions.unreadable]
+        sections.append(("Could not be read", report.table(rows)))
+    return report.page(f"Predictions of {predictions.name}", lead, sections, bench.environment())
+
+
+def predict(
+    model: str | Path | Subject,
+    images: Images,
+    *,
+    size: int | None = None,
+    top: int = 5,
+    batch_size: int = 8,
+    workers: int = 0,
+    **loading: Any,
+) -> Predictions:
+    """Predict images in files, and keep all predictions.
+
+    Args:
+        model: the folder of a run, or the name of a model of timm or torchvision, as of :func:`load`; or a loaded one.
+        images: files, folders that are searched at any depth, and globs.
+        size: side of the images for a classifier, or shorter side for a segmentation model; default: the model's own.
+        top: number of classes to list for an image.
+        batch_size: images at a time. Segmentation models get images of different sizes one by one.
+        workers: loader processes; 0: load in the process itself.
+        loading: further arguments of :func:`load`, such as ``pretrained`` and ``device``.
+
+    Files that cannot be read are listed in ``unreadable``. Masks are kept at the size of their files; use
+    :func:`predict_each` for more images than fit into memory.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no image in it; and as of :func:`load`.
+        ValueError, TypeError: as of :func:`load`, or an argument is out of range.
+    """
+    subject = load(str(model), **loading) if isinstance(model, (str, Path)) else model
+    if isinstance(model, Subject) and loading:
+        raise TypeError(f"the model is loaded already; it takes no {', '.join(loading)}.")
+    found = list(predict_each(subject, images, size=size, batch_size=batch_size, workers=workers))
+    return replace(
+        empty(subject, size=size, top=top),
+        images=tuple(one for one in found if isinstance(one, Predicted)),
+        unreadable=tuple(one for one in found if isinstance(one, Unreadable)),
+    )
+
+
+def empty(subject: Subject, *, size: int | None = None, top: int = 5) -> Predictions:
+    """Return predictions of a model for no images."""
+    about = subject.preparation(size)
+    palette = subject.palette
+    return Predictions(
+        subject.name, str(subject.weights), about, subject.class_names, palette, _checks.integer("top", top), ()
+    )
+
+
+def predict_each(
+    subject: Subject, images: Images, *, size: int | None = None, batch_size: int = 8, workers: int = 0
+) -> Iterator[Predicted | Unreadable]:
+    """Return an iterator over the images in order, which predicts each one when it is asked for it.
+
+    Arguments and errors are those of :func:`predict`.
+    """
+    files = find_images(images)
+    paths = [path for path, _ in files]
+    loader = DataLoader(
+        _Files(paths, subject, size),
+        batch_size=_checks.integer("batch_size", batch_size),
+        num_workers=_checks.integer("workers", workers, minimum=0),
+        collate_fn=list,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return _each(subject, paths, _names(files), loader)
+
+
+def _each(
+    subject: Subject, paths: Sequence[Path], names: Sequence[str], loader: Iterable[Any]
+) -> Iterator[Predicted | Unreadable]:
+    task = subject.task()
+    for batch in loader:
+        for index, prediction in _predicted(subject, task, batch):
+            if isinstance(prediction, str):
+                yield Unreadable(paths[index], prediction)
+            else:
+                yield Predicted(paths[index], names[index], prediction)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What :func:`predict_files` wrote.
+
+    Attributes:
+        images: number of images that could be read.
+        unreadable: the others.
+        rows: table rows of the first images.
+        paths: the page, the numbers and the figure; and the folders with the files of each image.
+    """
+
+    images: int
+    unreadable: tuple[Unreadable, ...]
+    rows: tuple[dict[str, str], ...]
+    paths: tuple[Path, ...]
+
+
+def predict_files(
+    subject: Subject,
+    images: Images,
+    folder: str | Path,
+    *,
+    size: int | None = None,
+    top: int = 5,
+    batch_size: int = 8,
+    workers: int = 0,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda found, total: found,
+) -> Written:
+    """Predict any number of images, and write the results as they come; no prediction is kept.
+
+    The folder gets a page (predict.html), the numbers (predict.json), a figure of the first images (predict.png), and
+    for segmentation models ``labels/NAME.png``, whose values are indices of classes, and ``overlays/NAME.png``, both at
+    the size of the image.
+
+    Args:
+        folder: where to write; it is created.
+        progress: wraps the iterable of predictions; its second argument is their number.
+
+    Other arguments and errors are those of :func:`predict`; OSError if a file cannot be written.
+    """
+    folder, known = Path(folder), empty(subject, size=size, top=top)
+    stream = predict_each(subject, images, size=size, batch_size=batch_size, workers=workers)
+    lost: list[Unreadable] = []
+    first: list[Predicted] = []
+    cards: list[str] = []
+    data: list[dict[str, Any]] = []
+    kinds: dict[Path, None] = {}
+    for found in progress(stream, len(find_images(images))):
+        if isinstance(found, Unreadable):
+            lost.append(found)
+            continue
+        drawing = drawing_of(found.prediction, known.classes, known.palette, top)
+        data.append(data_of(found, drawing))
+        for path in write_files(found, drawing, folder):
+            kinds[folder / path.relative_to(folder).parts[0]] = None
+        if len(cards) < ON_A_PAGE:
+            cards.append(card_of(found, drawing))
+        if len(first) < _IN_A_FIGURE:
+            first.append(found)
+    known = replace(known, images=tuple(first), unreadable=tuple(lost))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"predict.{suffix}" for suffix in ("html", "json")]
+    write_whole(paths[0], page_of(known, cards, len(data)).encode())
+    write_whole(paths[1], _document({**known.to_dict(), "images": data}))
+    if first:
+        paths.append(known.save(folder / "predict.png"))
+    return Written(len(data), tuple(lost), tuple(known.rows()), (*paths, *kinds))
+
+
+class _Files(Dataset[Any]):
+    """Images as the model expects them, with the size of the file; or why a file cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], subject: Subject, size: int | None) -> None:
+        self.paths = paths
+        self._prepare, self._decoding = subject.prepare(size), subject.decoding
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, tuple[int, int]]:
+        try:
+            image = read(self.paths[index], **self._decoding)
+        except OSError as error:
+            return index, str(error), (0, 0)
+        return index, self._prepare(image), (image.height, image.width)
+
+
+def _predicted(
+    subject: Subject, task: Task, batch: Sequence[tuple[int, Tensor | str, tuple[int, int]]]
+) -> Iterator[tuple[int, Prediction | str]]:
+    """Yield the predictions of a batch in order; images of one size that follow each other run together."""
+    device, dtype = place(subject.model)
+    for _, group in itertools.groupby(batch, lambda one: one[1].shape if isinstance(one[1], Tensor) else None):
+        items = list(group)
+        tensors = [image for _, image, _ in items if isinstance(image, Tensor)]
+        if not tensors:
+            yield from ((index, str(reason)) for index, reason, _ in items)
+            continue
+        stacked = torch.stack(tensors).to(device, dtype)
+        found = task.predict(subject.model, stacked, [size for _, _, size in items])
+        yield from ((index, one) for (index, _, _), one in zip(items, found, strict=True))
+
+
+def find_images(images: Images) -> list[tuple[Path, Path]]:
+    """Return the files that are meant, and for each the folder that its name is relative to; no file twice.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no image.
+        TypeError: something else than paths.
+    """
+    if isinstance(images, (str, Path)):
+        images = [images]
+    if not isinstance(images, Sequence) or not all(isinstance(one, (str, Path)) for one in images):
+        raise TypeError(f"images must be paths of files or folders, or globs; got {images!r}.")
+    found: dict[Path, Path] = {}
+    for one in images:
+        for path, root in _found(Path(one).expanduser()):
+            found.setdefault(path, root)
+    if not found:
+        raise FileNotFoundError("there are no images to predict: give files, folders or globs.")
+    return list(found.items())
+
+
+def _found(path: Path) -> Iterable[tuple[Path, Path]]:
+    if path.is_dir():
+        skipped = Skipped()
+        inside = images_in(path, skipped)
+        if not inside:
+            left_out = f" Left out: {skipped}." if skipped else ""
+            raise FileNotFoundError(f"{str(path)!r} holds no images ({', '.join(IMAGE_ENDINGS)}).{left_out}")
+        return [(Path(name), path) for name in sorted(inside)]
+    if path.is_file():
+        return [(path, path.parent)]
+    if any(character in str(path) for character in "*?["):
+        matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (any path)
+        files = [(match, match.parent) for match in matches if match.is_file() and is_image(match.name)]
+        if files:
+            return files
+        raise FileNotFoundError(f"no image matches {str(path)!r} ({', '.join(IMAGE_ENDINGS)}).")
+    near = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(f"there is no file or folder {str(path)!r}.{_checks.did_you_mean(str(path), near)}")
+
+
+def _names(files: Sequence[tuple[Path, Path]]) -> list[str]:
+    """Return a different name for each file, which also differs without its ending."""
+    taken: set[str] = set()
+    names = []
+    for path, root in files:
+        relative = path.relative_to(root)
+        name, number = relative, 1
+        while str(name.with_suffix("")).lower() in taken:
+            number += 1
+            name = relative.with_name(f"{relative.stem}-{number}{relative.suffix}")
+        taken.add(str(name.with_suffix("")).lower())
+        names.append(name.as_posix())
+    return names
+
+
+def _document(content: Mapping[str, Any]) -> bytes:
+    document = {"environment": bench.environment(), **content}
+    return (json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False, default=str) + "\n").encode()
+
+
+def _short(name: str, letters: int) -> str:
+    return name if len(name) <= letters else f"…{name[1 - letters :]}"

@@ -1,0 +1,195 @@
+"""Predictions for images in files: what is found, prepared, predicted, drawn and written."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tolerances import FLOAT32, close
+from widefield.runs import load, predict, predict_each
+from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, shares
+from widefield.runs.predict import find_images
+from widefield.tasks import ClassPrediction, MaskPrediction
+
+CLASSIFIER = "test_resnet{num_classes: 7}"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Return a folder of three images of different sizes, one of them gray, and one broken file."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name, shape in {"a.png": (40, 60, 3), "b.jpg": (50, 30, 3), "more/a.jpg": (33, 47)}.items():
+        Image.fromarray(generator.integers(256, size=shape, dtype=np.uint8)).save(folder / name)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    return folder
+
+
+# Which images
+
+
+def test_files_folders_and_globs_are_found_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*words: str | Path) -> list[str]:
+        return [path.relative_to(photos).as_posix() for path, _ in find_images(list(words))]
+
+    assert names(photos) == ["a.png", "b.jpg", "broken.png", "more/a.jpg"]
+    assert names(f"{photos}/*.png") == ["a.png", "broken.png"]
+    assert names(f"{photos}/**/*.jpg") == ["b.jpg", "more/a.jpg"]
+    assert names(photos / "b.jpg", photos) == ["b.jpg", "a.png", "broken.png", "more/a.jpg"]
+    (photos / "notes.txt").write_text("x")
+    assert names(f"{photos}/[an]*") == ["a.png"]
+    (photos / "x[1].png").write_bytes((photos / "a.png").read_bytes())
+    assert names(photos / "x[1].png") == ["x[1].png"]  # a file with such a name is no glob
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("nowhere", FileNotFoundError, "there is no file or folder 'nowhere'"),
+        ("photo", FileNotFoundError, "Did you mean 'photos'"),
+        ("photos/*.gif", FileNotFoundError, "no image matches 'photos/*.gif' (.jpg, "),
+        ("empty", FileNotFoundError, "'empty' holds no images (.jpg, "),
+        ([], FileNotFoundError, "there are no images to predict"),
+        (torch.zeros(1, 3, 8, 8), TypeError, "images must be paths"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    images: Any, error: type, message: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos.parent / "empty").mkdir()
+    with pytest.raises(error, match=re.escape(message)):
+        find_images(images)
+
+
+# Classification
+
+
+def test_classes_are_those_of_the_model_on_images_as_it_expects_them(photos: Path) -> None:
+    found = predict(CLASSIFIER, photos, size=64, batch_size=2)
+    model = timm.create_model("test_resnet", num_classes=7).eval()
+    model.load_state_dict(load(CLASSIFIER).model.state_dict())
+    config = timm.data.resolve_model_data_config(model, use_test_size=True)
+    transform = timm.data.create_transform(**{**config, "input_size": (3, 64, 64)})
+    assert [entry.name for entry in found.images] == ["a.png", "b.jpg", "more/a.jpg"]
+    for entry in found.images:
+        with torch.no_grad():
+            expected = model(transform(Image.open(entry.path).convert("RGB"))[None]).softmax(1)[0]
+        assert isinstance(entry.prediction, ClassPrediction)
+        close(entry.prediction.probabilities, expected, FLOAT32)
+    first = found.rows()[0]
+    best = found[0].prediction.probabilities.argmax()
+    assert (first["image"], first["class"]) == ("a.png", f"class {best}")
+
+
+def test_unreadable_images_are_listed_and_not_fatal(photos: Path) -> None:
+    found = predict(CLASSIFIER, photos, size=32)
+    (lost,) = found.unreadable
+    assert lost.path == photos / "broken.png"
+    assert "cannot read the image" in lost.reason
+    assert "1 image could not be read:" in str(found)
+    assert "broken.png" in found._repr_html_()
+
+
+def test_batches_and_workers_change_nothing(photos: Path) -> None:
+    def probabilities(**options: int) -> torch.Tensor:
+        found = predict(CLASSIFIER, photos, size=32, **options)
+        return torch.stack([entry.prediction.probabilities for entry in found.images])
+
+    one = probabilities(batch_size=1)
+    close(probabilities(batch_size=3, workers=2), one, FLOAT32)
+
+
+def test_a_network_for_gray_images_gets_gray_images(photos: Path) -> None:
+    found = predict("test_resnet{num_classes: 3, in_chans: 1}", photos / "a.png", size=32)
+    assert found[0].prediction.probabilities.shape == (3,)
+
+
+def test_a_loaded_model_is_used_as_it_is(photos: Path) -> None:
+    subject = load(CLASSIFIER)
+    (found,) = predict_each(subject, photos / "a.png", size=32)
+    assert torch.equal(
+        found.prediction.probabilities, predict(subject, photos / "a.png", size=32)[0].prediction.probabilities
+    )
+    with pytest.raises(TypeError, match="loaded already; it takes no pretrained"):
+        predict(subject, photos, pretrained=True)
+
+
+# Results
+
+
+def test_predictions_save_themselves(photos: Path, tmp_path: Path) -> None:
+    found = predict(CLASSIFIER, photos, size=32, top=3)
+    for kind in ("png", "pdf", "svg", "json", "html"):
+        assert found.save(tmp_path / "out" / f"p.{kind}").stat().st_size > 500
+    stored = json.loads((tmp_path / "out/p.json").read_text())
+    assert [len(image["classes"]) for image in stored["images"]] == [3, 3, 3]
+    assert stored["images"][0]["classes"][0]["probability"] == found[0].prediction.probabilities.max().item()
+    assert stored["about"]["size"] == 32
+    assert stored["unreadable"][0]["path"].endswith("broken.png")
+    page = (tmp_path / "out/p.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    with pytest.raises(ValueError, match="the suffix of path"):
+        found.save(tmp_path / "p.gif")
+
+
+# Drawings
+
+
+MASK = np.array([[0, 0, 1, 1], [0, 2, 2, 255], [2, 2, 2, 255]], dtype=np.uint8)
+PALETTE = ((10, 20, 30), (200, 0, 0), (0, 0, 250))
+
+
+def test_label_files_hold_indices_under_the_palette() -> None:
+    image = Image.open(io.BytesIO(label_file(MASK, PALETTE)))
+    assert image.mode == "P"
+    assert np.array_equal(np.asarray(image), MASK)
+    assert image.getpalette()[:9] == [channel for color in PALETTE for channel in color]
+    many = label_file(MASK.astype(np.int32) * 2, [(0, 0, 0)] * 600)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(many))), MASK.astype(int) * 2)
+
+
+def test_overlays_keep_pixels_without_a_class() -> None:
+    image = Image.new("RGB", (4, 3), (100, 100, 100))
+    shown = np.asarray(overlay(image, MASK, PALETTE, opacity=0.5))
+    assert shown[0, 0].tolist() == [55, 60, 65]
+    assert shown[1, 3].tolist() == [100, 100, 100]
+    assert np.array_equal(colored(MASK, PALETTE)[0, 3], (200, 0, 0))
+    assert np.array_equal(colored(MASK, PALETTE)[2, 3], (128, 128, 128))
+
+
+def test_shares_count_every_pixel() -> None:
+    assert shares(MASK, 3) == {2: 5 / 12, 0: 3 / 12, 1: 2 / 12}
+    assert list(shares(MASK, 3)) == [2, 0, 1]
+    assert 255 in shares(MASK, 256)
+
+
+def test_equal_names_of_classes_are_told_apart() -> None:
+    drawing = ClassDrawing(("crane", "crane", "owl"), (), 3)
+    best = drawing.best(ClassPrediction(torch.tensor([0.2, 0.5, 0.3])))
+    assert list(best) == ["crane (1)", "owl", "crane (0)"]
+
+
+def test_masks_have_a_row_a_card_and_files() -> None:
+    drawing = MaskDrawing(("sky", "sea", "land & sand"), PALETTE, 5)
+    mask = MaskPrediction(torch.from_numpy(np.kron(MASK, np.ones((10, 10), np.uint8))))
+    image = Image.new("RGB", (40, 30), (90, 90, 90))
+    assert drawing.row(mask) == {"size": "40x30", "classes": "3", "largest": "land & sand 42 %, sky 25 %, sea 17 %"}
+    card = drawing.card("a.png", image, mask)
+    assert card.count("data:image") == 3
+    assert "land &amp; sand 41.7 %" in card
+    assert "no class" in card
+    files = drawing.files(image, mask)
+    assert set(files) == {"labels", "overlays"}
+    assert Image.open(io.BytesIO(files["overlays"])).size == (40, 30)
