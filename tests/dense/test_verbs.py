@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
-from dense.networks import BUILDERS, upernet
 from networks import SMALL, settled
 
 import widefield
+from dense.networks import BUILDERS, upernet
 from tolerances import NETWORK, close
 from widefield import deploy
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
@@ -135,3 +135,15 @@ def test_eight_bits_for_any_size(tmp_path):
     assert done.change.agreement > 0.8
     assert done.change.miou_before > 0.5
     assert [flips.name for flips in done.flips]
+
+
+@pytest.mark.slow
+def test_compiled_with_symbolic_sizes(monkeypatch):
+    """aot_eager traces with symbolic sizes as the default compiler does, without compiling C++."""
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    model = settled(upernet())
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for shape in ((2, 3, 64, 96), (3, 3, 73, 85)):
+            x = torch.randn(shape)
+            close(compiled(x), model(x), NETWORK)

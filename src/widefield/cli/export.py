@@ -25,7 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "images (per-sample), or made static on every other image: all of them (mean), or if it changes little (auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--trim", action="store_true",
+        "--trim",
+        action="store_true",
         help="crop kernels as far as every other image allows and, for images of one size, taps that meet no map",
     )
     parser.add_argument("--limit", type=int, metavar="K", help="crop kernels to K x K pixels, at any cost")
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if args.int8 and args.format != "onnx":
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
     found = _subjects.subject(args.models[0], args)
+    if args.dynamic is None:
+        args.dynamic = ["batch", "size"] if found.work == "segmentation" else ["batch"]
     # Photographs suffice to verify a file. Calibration and trimming need images from the data set.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
     pictures = _subjects.pictures(args, found, stand_in=not reads)
@@ -104,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
-        rounded = deploy.quantize(model, small, shown, images=held_out, keep=args.keep, info=info, **options)
+        options |= {"keep": args.keep, "dynamic": ["batch", *args.dynamic], "info": info}
+        rounded = deploy.quantize(model, small, shown, images=held_out, **options)
         print(rounded.summary())
         print_table(rounded.layer_rows(5))
         written += [small, small.with_name(f"{small.name}.json")]

@@ -75,8 +75,8 @@ def _refuse_transforms(program: ExportedProgram) -> None:
     if found:
         raise ValueError(
             f"the model has no ONNX graph with a dynamic size: it computes {', '.join(found)}, and onnxruntime runs "
-            "Fourier transforms of maps of one size only. With a fixed one it has: pass dynamic=('batch',) and an example "
-            "input of that size. An archive of PyTorch (.pt2) may have a dynamic one."
+            "Fourier transforms of maps of one size only. With a fixed size it has one: pass dynamic=('batch',) and an "
+            "example input of that size. An archive of PyTorch (.pt2) may have a dynamic one."
         )
 
 
