@@ -45,6 +45,16 @@ def test_saved_names_are_the_official_ones(name, tmp_path):
                 assert list(weights[key].shape[2:]) == shape[2:], key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIXTURE_NAMES)
+def test_saved_names_and_shapes_are_the_official_ones_at_full_width(name, tmp_path):
+    weights = backbone_of(saved(dense.UPerNet(name, 5, channels=8, auxiliary_channels=8), tmp_path))
+    expected = official(name)
+    assert weights.keys() == expected.keys()
+    for key, shape in expected.items():
+        assert list(weights[key].shape) == shape or re.match(r"norm\d", key), key
+
+
 def test_saved_names_are_those_of_a_whole_published_model(tmp_path):
     """Of a UPerNet on ConvNeXt-T with 150 classes, from mmsegmentation and the official backbone."""
     document = json.loads((FIXTURES / "dense" / "upernet_convnext_tiny.json").read_text())
