@@ -119,6 +119,7 @@ def test_upernet_on_every_family_is_exported_for_any_size(tmp_path, name):
     merged_and_exported(small(name), tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_filters_of_one_size_are_refused_with_a_reason(tmp_path):
     model = small("hornet_tiny_gf")
     with pytest.raises(ValueError, match=r"no ONNX graph with a dynamic size: it computes .*fft.*pass dynamic="):
