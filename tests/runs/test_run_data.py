@@ -246,14 +246,14 @@ class TestResume:
         """Return a run of six steps that was killed after four."""
         recipe = replace(load_recipe("runs/run"), name="part", output=str(here / "runs"), epochs=2)
         train(replace(recipe, name="whole"), console=QUIET)
-        plain = _Run._finish_epoch
+        plain = _Run._finish_round
         with monkeypatch.context() as patch:
 
             def finish(self: _Run, *args: Any) -> None:
                 plain(self, *args)
                 raise KeyboardInterrupt
 
-            patch.setattr(_Run, "_finish_epoch", finish)
+            patch.setattr(_Run, "_finish_round", finish)
             with pytest.raises(KeyboardInterrupt):
                 train(recipe, console=QUIET)
         return here / "runs" / "part"

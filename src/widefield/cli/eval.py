@@ -79,7 +79,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--throughput", action="store_true", help="also time the model alone on random images")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help="autocast (the run's; no)")
     parser.add_argument("--channels-last", action="store_true", help="memory order of images, weights (the run's; no)")
-    parser.add_argument("--batch-size", **number, help="images per batch (the run's; 128)")
+    parser.add_argument("--batch-size", **number, help="images per batch (the run's; 128; 4 for segmentation)")
     parser.add_argument("--workers", **number, help="loader processes (the run's; 4 at most)")
     parser.add_argument("--device", help="where to compute (a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
@@ -108,6 +108,8 @@ class _Job:
     """Number of the model's outputs."""
     classes: int
     """Number of outputs that compete."""
+    side: int | None
+    """Side of the images that was asked for; None: the model's own."""
     how: dict[str, Any]
     """Further arguments of ``evaluate_model``."""
 
@@ -208,14 +210,14 @@ def _job(
         task, outputs, classes = _task(subject, dataset, real, args)
     except ValueError as error:
         raise ValueError(f"{subject.name} on {_called(source)}: {error}") from error
-    recipe = subject.recipe
+    recipe, usual = subject.recipe, 128 if subject.work == "classification" else 4
     how = {
-        "batch_size": (recipe.batch_size if recipe else 128) if args.batch_size is None else args.batch_size,
+        "batch_size": (recipe.batch_size if recipe else usual) if args.batch_size is None else args.batch_size,
         "workers": (recipe.workers if recipe else _readers()) if args.workers is None else args.workers,
         "mixed_precision": args.precision or (recipe.mixed_precision if recipe else "no"),
         "channels_last": args.channels_last or (recipe is not None and recipe.channels_last),
     }
-    return _Job(subject, dataset, source, task, outputs, classes, how)
+    return _Job(subject, dataset, source, task, outputs, classes, size, how)
 
 
 def _task(
@@ -324,7 +326,7 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     rows = []
     for job, found in done:
         row = {"model": job.subject.name, "weights": str(job.subject.weights), "data": _called(job.source)}
-        row |= {"size": "varied" if found.size is None else str(found.size), "images": str(found.images)}
+        row |= {"size": _size(job, found), "images": str(found.images)}
         row["classes"] = str(job.classes) if job.classes == job.outputs else f"{job.classes} of {job.outputs}"
         row |= {name: shown(name, found.metrics.get(name)) for name in metrics}
         if found.images_per_second is not None:
@@ -335,6 +337,13 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
         if found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")
             print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
+
+
+def _size(job: _Job, found: Evaluation) -> str:
+    """Return the side of the images as text: of images that differ, the shorter side if it was asked for."""
+    if found.size is not None:
+        return str(found.size)
+    return "varied" if job.side is None else f"{job.side} (shorter)"
 
 
 def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
@@ -359,7 +368,7 @@ def _write_page(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespac
 
     shown = {}
     for job, found in done:
-        size = "" if len(args.size) == 1 else f", {found.size}"
+        size = "" if len(args.size) == 1 else f", {_size(job, found)}"
         shown[f"{job.subject.name} ({job.subject.weights}{size})"] = (found, job.subject, _called(job.source))
     write_evaluation(shown, args.page)
     print(f"wrote {args.page}")

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         args.model, pretrained=args.pretrained, seed=args.seed, device=args.device, which=args.which,
         weights=args.weights,
     )  # fmt: skip
+    if subject.weights.origin == "random":
+        print(f"{subject.name} has random weights; --pretrained downloads published ones.", file=sys.stderr)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         written = predict_files(

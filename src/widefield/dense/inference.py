@@ -34,12 +34,13 @@ def segment(
 ) -> Tensor:
     """Return the logits of every pixel or, with several views, the mean of their probabilities.
 
-    A view is one scale, mirrored or not. The logits of each view are mirrored back, resized to ``size`` and, if there
+    A view is one scale, mirrored or not. The logits of each view are resized to ``size``, mirrored back and, if there
     are several views, turned into probabilities by a softmax; these are averaged. Logits are resized bilinearly with
     the model's ``align_corners`` (False if it has none), images bilinearly without antialiasing. No gradients.
 
-    Memory, next to what the model needs for one view or window: one map (N, K, H, W) of the view if there are windows;
-    one of ``size``; two more of ``size`` for several views. A map of 19 classes at 2048 x 1024 takes 160 MB in float32.
+    Memory, next to what the model needs for one view or window: the logits of the view and those at ``size``, each
+    (N, K, height, width); with windows also the logits of one window; with several views two more maps of ``size``. A
+    map of 19 classes at 2048 x 1024 takes 160 MB in float32.
 
     Args:
         model: maps images (N, C, h, w) to logits (N, K, h', w'), which are resized to (h, w). It runs in evaluation
@@ -71,7 +72,8 @@ def segment(
         view = _resized(images, _scaled(images, scale), False)
         view = view.flip(-1) if mirrored else view
         logits = _whole(model, view, corners) if tiles is None else _windowed(model, view, *tiles, corners)
-        return _resized(logits.flip(-1) if mirrored else logits, target, corners)
+        logits = _resized(logits, target, corners)
+        return logits.flip(-1) if mirrored else logits
 
     first, *others = itertools.product(scales, (False, True) if flip else (False,))
     with evaluating(model), torch.no_grad():

@@ -23,6 +23,8 @@ MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn"
 """Name of a model in recipes -> its class in ``widefield.dense``."""
 _ENTRIES = ("image", "mask", "size_group")
 _OHEM = ("threshold", "min_kept")
+_ROWS = 256
+"""Rows of a band of an image."""
 
 
 class Segmentation(Task):
@@ -45,7 +47,7 @@ class Segmentation(Task):
         head_args: further arguments of its class, such as ``{"channels": 256}``.
         auxiliary_weight: factor of the loss of the auxiliary logits.
         class_weights: factor of each class in the cross-entropy; null: 1.
-        avg_non_ignore: leave pixels without a class out of the loss's denominator.
+        avg_non_ignore: leave pixels without a class out of the loss's denominator. Each process then has its own.
         ohem: ``{"threshold": 0.7, "min_kept": 100000}`` trains the main logits on hard pixels only; see
             :func:`hard_pixels`. Null: on all.
         dice: factor of the Dice loss of the main logits, which is added.
@@ -171,8 +173,7 @@ class Segmentation(Task):
         for image, mask in zip(batch["image"], masks, strict=True):
             scores = dense.segment(model, image[None], size=tuple(mask.shape), **self._views)
             preds.append(scores.argmax(1)[0])
-            logs = scores.log() if self._gives_shares else scores.log_softmax(1)
-            values.append(F.nll_loss(logs, mask[None], ignore_index=self.ignore_index, reduction="sum"))
+            values.append(self._total(scores[0], mask))
         weight = torch.stack([(mask != self.ignore_index).sum() for mask in masks])
         found = {"preds": preds, "target": masks, "value": torch.stack(values) / weight.clamp(min=1), "weight": weight}
         return {**found, "size_group": list(batch["size_group"])} if "size_group" in batch else found
@@ -216,6 +217,15 @@ class Segmentation(Task):
         counts: Any = metrics["confusion"]
         found: SegmentationScores = counts.scores()
         return found
+
+    def _total(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """Return the sum of the cross-entropy over an image's pixels; of bands of rows, which bounds memory."""
+        total = scores.new_zeros(())
+        for band, labels in zip(scores.split(_ROWS, 1), mask.split(_ROWS), strict=True):
+            least = torch.finfo(band.dtype).tiny  # a probability may round to 0
+            logs = band.clamp(min=least).log() if self._gives_shares else band.log_softmax(0)
+            total += F.nll_loss(logs[None], labels[None], ignore_index=self.ignore_index, reduction="sum")
+        return total
 
     @property
     def _gives_shares(self) -> bool:

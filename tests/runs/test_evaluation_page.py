@@ -1,0 +1,146 @@
+"""Evaluations of segmentation: single images, scores per class, and the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tolerances import FLOAT64
+from train.patches import Patches
+from widefield.data import Sample
+from widefield.runs import Evaluation, Subject, Weights, evaluate_model
+from widefield.runs.evaluation_page import draw_confusion, rows_by_size, write_evaluation
+from widefield.runs.inputs import Selection
+from widefield.tasks import MaskPrediction, Segmentation, SegmentationScores, create
+
+
+class Brightness(nn.Module):
+    """Predict the class of the brightest channel: red and green rectangles, ground elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([torch.full_like(images[:, 0], 0.5), images[:, 0], images[:, 1]], 1) * self.scale
+
+
+class Lost(Patches):
+    """Patches of which one cannot be read."""
+
+    def sample(self, index: int) -> Sample | None:  # type: ignore[override]
+        return None if index == 1 else super().sample(index)
+
+
+def evaluation(examples: int = 0, **options: object) -> tuple[Evaluation, Patches, Segmentation]:
+    dataset = Lost("val", count=9)
+    task = create("segmentation", dataset)
+    assert isinstance(task, Segmentation)
+    settings = {"workers": 0, "batch_size": 4, "device": "cpu", "examples": examples, **options}
+    return evaluate_model(Brightness(), dataset, task, **settings), dataset, task  # type: ignore[arg-type]
+
+
+def test_scores_and_ratings_are_those_of_a_plain_loop() -> None:
+    found, dataset, _ = evaluation(examples=2)
+    model, rated = Brightness().eval(), {}
+    counts = torch.zeros(3, 3, dtype=torch.int64)
+    for index in (0, 2, 3, 4, 5, 6, 7, 8):
+        sample = dataset[index]
+        logits = model(sample["image"][None])
+        mask = sample["mask"]
+        mine = nn.functional.interpolate(logits, mask.shape, mode="bilinear").argmax(1)[0]
+        kept = mask != 255
+        own = torch.bincount(3 * mask[kept] + mine[kept], minlength=9).view(3, 3)
+        counts += own
+        union = own.sum(0) + own.sum(1) - own.diagonal()
+        rated[index] = (own.diagonal().double() / union)[union > 0].mean().item()
+    assert isinstance(found.scores, SegmentationScores)
+    assert torch.equal(found.scores.confusion, counts)
+    assert (found.images, found.size) == (8, None)
+    order = sorted(rated, key=lambda index: -rated[index])
+    assert [one.index for one in found.examples] == [*order[:2], *order[-2:]]
+    for one in found.examples:
+        assert one.rating == pytest.approx(rated[one.index], rel=FLOAT64)
+        sample = dataset[one.index]
+        assert isinstance(one.truth, MaskPrediction)
+        assert torch.equal(one.truth.mask.long(), sample["mask"])
+        assert isinstance(one.prediction, MaskPrediction)
+        assert one.prediction.mask.shape == sample["mask"].shape
+        assert one.image.size == tuple(sample["image"].shape[:0:-1])
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_few_images_are_all_examples_once() -> None:
+    found, _, _ = evaluation(examples=20)
+    assert sorted(one.index for one in found.examples) == [0, 2, 3, 4, 5, 6, 7, 8]
+    assert evaluation()[0].examples == ()
+
+
+def test_predictions_are_those_that_are_evaluated() -> None:
+    _, dataset, _ = evaluation()
+    sample = dataset[0]
+    for options in ({}, {"flip": True, "scales": (0.75, 1.0)}, {"test": "slide", "window": 24}):
+        task = create("segmentation", dataset, **options)
+        size = tuple(sample["mask"].shape)
+        (found,) = task.predict(Brightness(), sample["image"][None], [size])
+        (expected,) = task.outputs(Brightness(), task.collate([sample]))["preds"]
+        assert torch.equal(found.mask.long(), expected)
+
+
+def subject(dataset: Patches) -> Subject:
+    return Subject("bright", Brightness(), 32, dataset.mean, dataset.std, Weights("random"), work="segmentation")
+
+
+def test_the_page_names_every_class_and_shows_the_images(tmp_path: Path) -> None:
+    found, dataset, _ = evaluation(examples=2)
+    page = write_evaluation({"bright": (found, subject(dataset), "patches")}, tmp_path / "page.html")
+    text = page.read_text()
+    assert re.findall("<h2>(.*?)</h2>", text) == [
+        "Metrics", "Classes", "Classes by object size", "What is mistaken for what", "Best images", "Worst images",
+    ]  # fmt: skip
+    assert "8 images of patches" in text
+    assert text.count("data:image") == 1 + 4 * 4
+
+
+def test_rows_by_size_have_the_classes_that_have_objects() -> None:
+    counts = torch.zeros(3, 3, 3, dtype=torch.int64)
+    counts[0, 0, 0], counts[1, 1, 1], counts[1, 1, 0], counts[2, 2, 2] = 10, 3, 1, 5
+    scores = SegmentationScores(("ground", "red", "green"), counts, ("small", "large"))
+    assert rows_by_size(scores) == [
+        {"class": "red", "small": "75.00%", "large": "-"},
+        {"class": "green", "small": "-", "large": "100.00%"},
+    ]
+
+
+def test_of_many_classes_the_most_mistaken_are_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(50, (1, 60, 60), generator=generator)
+    counts[0, 7] += 1000
+    counts[0, :, 9] = counts[0, 9] = 0  # a class that does not occur
+    scores = SegmentationScores(tuple(f"class {k}" for k in range(60)), counts)
+    axis = draw_confusion(scores).axes[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(names) == 30
+    assert "class 7" in names
+    assert "class 9" not in names
+    assert axis.get_title() == "the 30 of 59 classes with the most wrong pixels"
+    small = draw_confusion(SegmentationScores(("a", "b"), torch.tensor([[[8, 2], [0, 0]]])))
+    values = np.asarray(small.axes[0].images[0].get_array())
+    assert values[0].tolist() == [80, 20]
+    assert np.isnan(values[1].astype(float)).all()
+
+
+def test_a_selection_has_the_samples_and_names_of_the_whole() -> None:
+    whole = Patches("val", count=20)
+    some = Selection(whole, 6)
+    assert len(some) == 6
+    assert Selection(whole, 100)._indices == list(range(20))
+    for index in range(6):
+        place = int(some.name(index).removeprefix("image "))
+        assert torch.equal(some[index]["mask"], whole[place]["mask"])
