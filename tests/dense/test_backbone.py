@@ -1,6 +1,7 @@
 """Backbones: any network gives maps with channels and strides, and nothing that training would wait for."""
 
 import copy
+import pickle
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -121,7 +122,7 @@ def test_torchvisions_classifier_gives_the_outputs_of_its_stages():
     assert (maps.channels, maps.strides) == ((64, 128, 256, 512), (4, 8, 16, 32))
     images = torch.randn(2, 3, 70, 64)
     expected = create_feature_extractor(network, ["layer1", "layer2", "layer3", "layer4"])(images)
-    twin = copy.deepcopy(maps).eval()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(maps).eval()))
     for found, again, wanted in zip(maps.eval()(images), twin(images), expected.values(), strict=True):
         assert torch.equal(found, wanted)
         assert torch.equal(again, wanted)

@@ -4,8 +4,11 @@ import copy
 from functools import cache
 
 import pytest
+import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -134,6 +137,10 @@ def test_wrong_images_and_arguments_are_refused():
 # Anatomy
 
 
+def encoder(name):
+    return smp.encoders.get_encoder(name, weights=None)
+
+
 @pytest.mark.parametrize(
     ("model", "backbone", "stages", "necks"),
     [
@@ -141,6 +148,10 @@ def test_wrong_images_and_arguments_are_refused():
         (lambda: upernet("van_b0", depths=(1, 1, 1, 1)), "backbone.body", None, []),
         (lambda: semantic_fpn("test_resnet"), "backbone.body", "layer4", ["neck"]),
         (lambda: deeplab("test_resnet"), "backbone.body", "layer4", []),
+        (lambda: upernet(torchvision.models.resnet18(weights=None)), "backbone.body", "layer4", []),
+        (lambda: upernet(timm.create_model("test_resnet")), "backbone.body", "model.layer4", []),
+        (lambda: upernet(encoder("resnet18")), "backbone.body", "layer4", []),
+        (lambda: deeplab(encoder("tu-test_resnet")), "backbone.body.model", "layer4", []),
     ],
 )
 def test_anatomy_knows_the_parts_of_segmenters(model, backbone, stages, necks):
