@@ -100,6 +100,14 @@ def test_fewer_maps_than_four_serve_too():
     assert upernet("resnet56_cifar", out_indices=(0, 1, 2), depths=(1, 1, 1)).eval()(images).shape == (2, 5, 32, 40)
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+def test_heads_have_the_dtype_and_device_of_the_backbone(build):
+    model = build(features("test_resnet").to(torch.float64))
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model = build(features("test_resnet").to("meta", torch.bfloat16))
+    assert model.eval()(torch.zeros(1, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (1, 5, 64, 64)
+
+
 def test_output_strides_and_dilations():
     assert deeplab().backbone.strides == (4, 8, 8, 8)
     assert deeplab().decode_head.dilations == (1, 12, 24, 36)
