@@ -204,7 +204,7 @@ def write_files(found: Predicted, drawing: Drawing, folder: Path) -> list[Path]:
 def page_of(predictions: Predictions, cards: Sequence[str], images: int | None = None) -> str:
     """Return a self-contained page with these cards; ``images`` is the number of images, if it is not of the cards."""
     total = len(predictions.images) if images is None else images
-    lead = f"{counted(total, 'image')} as {predictions.name} sees them. Weights: {predictions.weights}."
+    lead = f"{counted(total, 'image')}, predicted by {predictions.name}. Weights: {predictions.weights}."
     if len(cards) < total:
         lead += f" The page shows the first {len(cards)}."
     sections = [("Predictions", grid_of(cards, predictions.images))] if cards else []
