@@ -13,7 +13,7 @@ from widefield import report
 from widefield.data import Scenes
 
 ROOT = Path(__file__).parent.parent
-TEXTURES, PHOTOS = (0, 1, 2), (3, 11)
+TEXTURES, PHOTOS = (0, 1, 2), (4, 5)
 
 
 def pixels(sample: dict, dataset: Scenes) -> np.ndarray:

@@ -9,9 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from tolerances import NETWORK, close
 from train.helpers import QUIET, log, same_weights
+from train.test_processes import launch
 from widefield import dense
+from widefield.data import create
+from widefield.runs import load_trained
 from widefield.train import CheckpointSpec, Recipe, load_recipe, save_recipe, train
 
 
@@ -55,3 +60,19 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     rest = train(part, resume=part.folder, console=QUIET)
     assert log(rest.folder) == log(whole.folder)
     assert same_weights(rest.model, whole.model)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    one = train(shortened(tmp_path / "one", batch_size=8), console=QUIET)
+    two = shortened(tmp_path / "two", batch_size=4, sync_batchnorm=True)
+    launch(two, tmp_path / "two.yaml", 2)
+    for mine, theirs in zip(log(two.folder), log(one.folder), strict=True):
+        for name, value in theirs.items():
+            assert mine[name] == (
+                value if isinstance(value, (str, type(None))) else pytest.approx(value, rel=2e-3, abs=1e-4)
+            ), name
+    # Not the weights: biases in front of batch norms have no gradient, and AdamW turns its rounding errors into steps.
+    image = create("scenes", "val", size=32)[0]["image"][None]
+    with torch.no_grad():
+        close(load_trained(two.folder, "last")(image), one.model(image), NETWORK)
