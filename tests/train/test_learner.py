@@ -176,6 +176,15 @@ class TestFreezing:
         with pytest.raises(ValueError, match=r"freeze: (ResNet|Nested) has no neck with parameters that learn"):
             learning("neck")
 
+    @pytest.mark.parametrize(("network", "first"), [("van_b0", "block1"), ("moganet_xtiny", "blocks1")])
+    def test_blocks_in_front_of_the_norm_of_a_stage_are_no_stem(self, network: str, first: str) -> None:
+        with torch.device("meta"):
+            model = timm.create_model(network, depths=(1, 1, 1, 1))
+        freeze(model, "stem")
+        resting = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+        assert resting == {"patch_embed1"}
+        assert all(p.requires_grad for p in model.get_submodule(first).parameters())
+
     def test_frozen_parameters_and_their_norms_stay(self, run: Run) -> None:
         model = ModelSpec("test_resnet")
         start = build_model(Recipe("r", model, DataSpec("scales")), Classification(8)).state_dict()

@@ -92,6 +92,14 @@ class Anatomy:
             return None
         return self._stage_of.get(name, self._stage_of.get(name.rpartition(".")[0]))
 
+    def holds_blocks(self, stage: int) -> bool:
+        """Return whether the module named by a stage holds the stage's blocks.
+
+        If not, it is the layer after them, such as the norm that ends each stage of VAN and MogaNet.
+        """
+        inner = f"{self.stages[stage].name}."
+        return any(name.startswith(inner) for name in self._stage_of)
+
     def count_stages(self, names: Sequence[str]) -> dict[str, int]:
         """Return each of these convolutions' stage, numbered from 0 over the stages that hold any of them.
 
