@@ -129,7 +129,7 @@ def _place(model: nn.Module, parts: Anatomy, name: str) -> _Place | None:
         listed = len(list(model.get_submodule(root).children())) == len(parts.stages) and index.isdecimal()
         return _Place(int(index), leads=True, inside=False) if listed and int(index) else _Place(None)
     holder = parts.stages[stage].name
-    if not parts.holds_blocks(stage):
+    if parts.ends_in_norm(stage):
         return _next_to(holder, stage, name)
     if not is_inside(name, holder):  # between two stages, or before the first one
         return _Place(stage, leads=True, inside=False) if stage else _Place(None)

@@ -28,7 +28,9 @@ def _in_stem(parts: Anatomy, name: str) -> bool:
     """Return whether a parameter comes before the first stage, such as that of the norm after a stem's convolution."""
     if parts.part(name) == "stem":
         return True
-    return parts.stage_of(name) == 0 and parts.holds_blocks(0) and not is_inside(name, parts.stages[0].name)
+    if parts.stage_of(name) != 0 or parts.ends_in_norm(0):
+        return False
+    return not is_inside(name, parts.stages[0].name)
 
 
 PARTS: dict[str, Callable[[Anatomy, str], bool]] = {
