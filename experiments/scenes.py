@@ -79,8 +79,8 @@ def write(stem: Path, command: str, plan: Recipe, rows: list[dict[str, Any]]) ->
     text = (
         "UPerNet on a narrow ConvNeXt (recipe `demo_scenes`); all depthwise convolutions have the row's kernel, and "
         f"MoRF mixes {', '.join(map(str, DESIGNS['MoRF']))}. Percent on 500 val scenes after {plan.max_steps:,} steps "
-        f"of {plan.batch_size} scenes; mean ± standard deviation over the seeds. `miou_small` is of objects with a side "
-        "below 1/8 of the image's, `miou_large` of those with at least 3/8.\n\n"
+        f"of {plan.batch_size} scenes; mean ± standard deviation over the seeds. `miou_small` is of objects with a "
+        "side below 1/8 of the image's, `miou_large` of those with at least 3/8.\n\n"
     )
     publish(stem, command, {"recipe": dataclasses.asdict(plan), "rows": rows}, text + table(rows))
 
