@@ -1,11 +1,15 @@
 """``widefield export``: from a model's name or a run to files that onnxruntime runs."""
 
 import json
+import re
 
 import pytest
 import torch
 
+from cli.test_segmentation_commands import made_set
+from train.helpers import QUIET
 from widefield import cli, deploy
+from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 
 SMALL = "{depths: [1, 1, 1, 1], dims: [8, 16, 24, 32], num_classes: 5}"
 
@@ -81,11 +85,35 @@ def test_a_fixed_batch_of_gray_images(tmp_path):
     assert len(told["input"]["mean"]) == 1
 
 
+@pytest.mark.slow
+def test_a_segmentation_run_becomes_files_for_any_size(tmp_path, capsys):
+    options = {"root": str(made_set(tmp_path / "shapes")), "classes": str(tmp_path / "shapes" / "classes.txt")}
+    recipe = Recipe(
+        name="shapes", model=ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}),
+        data=DataSpec("masks", {**options, "size": 64}),
+        task=TaskSpec("segmentation", {"head_args": {"channels": 8}}),
+        output=str(tmp_path / "runs"), epochs=None, max_steps=2, evaluate_every=2, batch_size=2, workers=0,
+    )  # fmt: skip
+    run = str(train(recipe, console=QUIET).folder)
+    words = ["--count", "4", "--batch-size", "2", "--trim", "--int8", "--out", str(tmp_path / "out")]
+    assert export(run, *words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"as it came: outputs on 2 images change by .* of pixels, mIoU \d+\.\d+% -> ", out)
+    assert re.search(r"-int8\.onnx: .* of pixels, mIoU \d+\.\d+% -> ", out)
+    assert "Only for images of" not in out
+    told = json.loads((tmp_path / "out" / "shapes.onnx.json").read_text())
+    assert told["classes"] == ["ground", "brick", "water"]
+    assert told["input"]["dynamic"] == ["batch", "size"]
+    assert told["checks"][-1]["miou_before"] is not None
+    for name in ("shapes", "shapes-int8"):
+        exported = deploy.load(tmp_path / "out" / f"{name}.onnx")
+        assert exported(torch.zeros(3, 3, 75, 91)).shape == (3, 3, 75, 91)
+
+
 def test_what_is_refused(tmp_path, capsys):
     words = ["--size", "32", "--count", "4", "--out", str(tmp_path / "new")]
     for more, told in (
         (["--int8", "--format", "pt2"], "8 bits are written as ONNX; got --format pt2"),
-        (["--trim", "--dynamic", "size"], "leave 'size' out of --dynamic"),
         (["--routing", "mean"], "has no routed layer"),
     ):
         assert export("resnet10t", *words, *more) == 1

@@ -1,9 +1,11 @@
-"""``widefield models --compare``: the slides' table next to measurements."""
+"""``widefield models --compare``: published tables next to measurements."""
 
+import pytest
 import timm
 
-from widefield import cli
+from widefield import cli, dense
 from widefield.models.comparison import CITED
+from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
 
 
 def test_every_network_named_is_in_timms_registry():
@@ -14,7 +16,7 @@ def test_every_network_named_is_in_timms_registry():
 
 def test_rows_show_cited_and_measured_and_mark_differences(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    assert cli.main(["models", "--compare", "*t*tiny*"]) == 0
+    assert cli.main(["models", "*t*tiny*", "--compare"]) == 0
     text = capsys.readouterr().out
     convnext = next(line for line in text.splitlines() if "ConvNeXt-T" in line)
     assert "29 / 28.59 *" in convnext  # 1.4 % apart
@@ -24,6 +26,38 @@ def test_rows_show_cited_and_measured_and_mark_differences(capsys, monkeypatch):
     assert "RepLKNet" not in text
 
 
-def test_a_network_that_is_not_in_the_table_is_an_error(capsys):
-    assert cli.main(["models", "--compare", "resnet152"]) == 1
-    assert "called 'resnet152'" in capsys.readouterr().err
+def test_every_segmentation_model_can_be_named():
+    assert {row.name for row in CITED_SEGMENTERS} <= set(timm.list_models())
+    assert {row.data for row in CITED_SEGMENTERS} == set(CLASSES)
+    assert all(issubclass(getattr(dense, row.method), dense.Segmenter) for row in CITED_SEGMENTERS)
+    rows = [(row.architecture, row.method, row.data, row.size) for row in CITED_SEGMENTERS]
+    assert len(rows) == len(set(rows))
+
+
+def test_segmentation_models_are_counted_as_their_authors_count(capsys, monkeypatch):
+    """With the auxiliary head in the parameters and without it in the multiply-accumulates, at 512x2048."""
+    monkeypatch.setenv("COLUMNS", "170")
+    assert cli.main(["models", "--compare", "segmentation", "convnext_tiny"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "ConvNeXt-T" in line)
+    assert "512x2048" in row
+    assert "60 / 60.24 " in row
+    assert "939 / 938.5 " in row
+    assert "46.0 / 46.7" in row
+    assert "*" not in row
+
+
+def test_counts_that_are_not_stated_get_no_mark(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "170")
+    assert cli.main(["models", "--compare", "segmentation", "van_b0"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        if "VAN-B0" in line:
+            assert "*" not in line
+            assert "│      - /" in line
+
+
+@pytest.mark.parametrize(("kind", "words"), [("imagenet", "the slides' table"), ("segmentation", "segmentation model")])
+def test_a_name_that_is_not_in_a_table_is_an_error(kind, words, capsys):
+    assert cli.main(["models", "--compare", kind, "resnet152"]) == 1
+    message = capsys.readouterr().err
+    assert words in message
+    assert "'resnet152'" in message

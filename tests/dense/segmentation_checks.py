@@ -55,31 +55,54 @@ HEADS: Mapping[str, Callable[[dict[str, Any]], dense.DecodeHead]] = {
 }
 
 
+NOT_BUILT = ("type", "loss_decode", "ignore_index", "input_transform", "sampler")
+"""Entries of a head's configuration that are not arguments of the head; :func:`loss_options` reads them."""
+
+
 def built_head(config: Mapping[str, Any]) -> tuple[dense.DecodeHead, Sequence[int]]:
     """Return the head of an OpenMMLab configuration, and which maps it takes (all of them if it takes one by index)."""
-    given = {key: value for key, value in config.items() if key not in ("type", "norm_cfg", "act_cfg", "conv_cfg")}
-    given["dropout"] = given.pop("dropout_ratio", 0.1)
+    given = {key: value for key, value in config.items() if key not in NOT_BUILT}
+    given["dropout"] = max(given.pop("dropout_ratio", 0.1), 0)
     index = given.pop("in_index", -1)
     if not isinstance(index, int):
         return HEADS[config["type"]](given), index
     return HEADS[config["type"]]({**given, "in_index": index}), ()
 
 
+def loss_options(config: Mapping[str, Any], prefix: str, differences: Differences) -> tuple[float, dict[str, Any]]:
+    """Return the factor of a head's loss and the options of the cross-entropy, from an OpenMMLab configuration."""
+    loss = {"loss_weight": AUXILIARY_WEIGHT if prefix == "auxiliary_head." else 1.0, **config.get("loss_decode", {})}
+    known = {"loss_weight": loss["loss_weight"], "avg_non_ignore": loss.get("avg_non_ignore", False)}
+    known |= {"class_weight": loss.get("class_weight"), "use_sigmoid": False, "type": "CrossEntropyLoss"}
+    for name, value in loss.items():
+        if known.get(name) != value:
+            differences.lines.append(f"config.loss_decode: {name}={value!r} is unknown")
+    for name, value in (("ignore_index", IGNORED), ("sampler", None)):
+        if config.get(name, value) != value:
+            differences.lines.append(f"config: {name}={config[name]!r} is unknown")
+    return loss["loss_weight"], {"avg_non_ignore": known["avg_non_ignore"], "class_weights": known["class_weight"]}
+
+
 def check_head(document: Document, differences: Differences) -> None:
     """Check a decode head: logits, features, losses, gradients, parameters."""
     config = document["config"]
-    prefix = next(iter(document["state_dict"])).split(".")[0] + "."
+    prefix = document.get("prefix") or next(iter(document["state_dict"])).split(".")[0] + "."
     head, taken = built_head(config)
     check_module(head, prefix, document, differences)
-    weight = AUXILIARY_WEIGHT if prefix == "auxiliary_head." else 1.0
+    loss = loss_options(config, prefix, differences)
     known = ("config", "params", "runs", "state_dict", "prefix", *REMARKS)
     differences.fields("the file", document, known)
     for number, run in enumerate(document["runs"]):
-        _check_head_run(f"runs[{number}]", head, taken, run, weight, differences)
+        _check_head_run(f"runs[{number}]", head, taken, run, loss, differences)
 
 
 def _check_head_run(
-    where: str, head: dense.DecodeHead, taken: Sequence[int], run: Document, weight: float, differences: Differences
+    where: str,
+    head: dense.DecodeHead,
+    taken: Sequence[int],
+    run: Document,
+    loss: tuple[float, dict[str, Any]],
+    differences: Differences,
 ) -> None:
     maps = [x.requires_grad_() for x in features(run["feature_shapes"])]
     given = [maps[index] for index in taken] if taken else maps
@@ -95,14 +118,19 @@ def _check_head_run(
         norms = [None if grad is None else grad.norm().item() for grad in grads]
         differences.numbers(f"{where}.input_grad_l2", norms, run["input_grad_l2"])
     with torch.no_grad():
-        _check_upsampled(where, logits, run, head, weight, differences)
+        _check_upsampled(where, logits, run, head, loss, differences)
     known = ("feature_shapes", "label_size", "logits", "upsampled_logits", "argmax_histogram", "losses",
              "ignored_fraction", "features_before_classifier", "input_grad_l2", *REMARKS)  # fmt: skip
     differences.fields(where, run, known)
 
 
 def _check_upsampled(
-    where: str, logits: Tensor, run: Document, head: dense.DecodeHead, weight: float, differences: Differences
+    where: str,
+    logits: Tensor,
+    run: Document,
+    head: dense.DecodeHead,
+    loss: tuple[float, dict[str, Any]],
+    differences: Differences,
 ) -> None:
     """Check logits at the size of the labels, and what follows from them."""
     size = run["label_size"]
@@ -112,19 +140,25 @@ def _check_upsampled(
         differences.summary(f"{where}.upsampled_logits", upsampled, run["upsampled_logits"])
     if "argmax_histogram" in run:
         differences.histogram(f"{where}.argmax_histogram", upsampled.argmax(1), run["argmax_histogram"])
-    check_losses(f"{where}.losses", {"": (upsampled, weight)}, mask, run.get("losses", {}), differences)
+    weight, options = loss
+    check_losses(f"{where}.losses", {"": (upsampled, weight)}, mask, run.get("losses", {}), differences, **options)
     if "ignored_fraction" in run:
         ignored = (mask == IGNORED).double().mean().item()
         differences.numbers(f"{where}.ignored_fraction", ignored, run["ignored_fraction"])
 
 
 def check_losses(
-    where: str, logits: Mapping[str, tuple[Tensor, float]], mask: Tensor, expected: Document, differences: Differences
+    where: str,
+    logits: Mapping[str, tuple[Tensor, float]],
+    mask: Tensor,
+    expected: Document,
+    differences: Differences,
+    **options: Any,
 ) -> None:
     """Check losses and accuracies. ``logits``: prefix of the names in the file -> logits and factor of the loss."""
     found: dict[str, float] = {}
     for prefix, (values, weight) in logits.items():
-        found[f"{prefix}loss_ce"] = weight * cross_entropy(values, mask).item()
+        found[f"{prefix}loss_ce"] = weight * cross_entropy(values, mask, **options).item()
         found[f"{prefix}acc_seg"] = pixel_accuracy(values, mask).item()
     for name, value in expected.items():
         if name in found:
@@ -142,6 +176,9 @@ def check_module(module: nn.Module, prefix: str, document: Document, differences
 
 # Necks
 
+NORMS = {"BN": "batch", "SyncBN": "batch", "GN": "group"}
+"""OpenMMLab's name of a norm -> ours."""
+
 
 def check_fpn(document: Document, differences: Differences) -> None:
     """Check every case of a feature pyramid."""
@@ -150,11 +187,14 @@ def check_fpn(document: Document, differences: Differences) -> None:
         where = f"cases[{number}]"
         config = {key: value for key, value in case["config"].items() if key != "type"}
         extra = config.pop("add_extra_convs", False)
+        norm = config.pop("norm_cfg", None)
         neck = dense.FPN(
             config.pop("in_channels"),
             config.pop("out_channels"),
             extra="on_input" if extra is True else extra or "max_pool",
             relu_before_extra=config.pop("relu_before_extra_convs", False),
+            norm=NORMS[norm["type"]] if norm else None,
+            norm_on_lateral=not config.pop("no_norm_on_lateral", False),
             **config,
         )
         inner = Differences()
@@ -183,6 +223,8 @@ def built_trunk(document: Document) -> nn.Module:
     name = next((name for name in names if timm.is_model(name)), None)
     if name is None:
         raise ValueError(f"no network is called {names[0]!r}")
+    if "backbone.stem.6.weight" in state:  # OpenMMLab's ResNetV1c has a deep stem
+        name += "c"
     args: dict[str, Any] = {"features_only": True}
     if "convnext" in name:
         blocks = [
@@ -251,7 +293,7 @@ def check_upernet(document: Document, differences: Differences) -> None:
 def _check_upernet_run(
     where: str, model: dense.UPerNet, run: Document, config: Document, differences: Differences
 ) -> None:
-    x = images(run["size"])
+    x = images(run["size"], run["decode_logits"]["shape"][0])
     maps = model.backbone(x)
     differences.equal(f"{where}: number of maps", len(maps), len(run["stage_features"]))
     for stage, (found, expected) in enumerate(zip(maps, run["stage_features"], strict=False)):
@@ -262,13 +304,16 @@ def _check_upernet_run(
         differences.summary(f"{where}.aux_logits", aux, run["aux_logits"])
     upsampled = model(x)
     differences.summary(f"{where}.upsampled_logits", upsampled, run["upsampled_logits"])
-    differences.histogram(f"{where}.argmax_histogram", upsampled.argmax(1), run["argmax_histogram"])
+    if "argmax_histogram" in run:
+        differences.histogram(f"{where}.argmax_histogram", upsampled.argmax(1), run["argmax_histogram"])
     mask = labels(config["classes"], run["size"], len(x))
     logits = {"decode.": (upsampled, config["loss_weights"][0])}
     if aux is not None:
         logits["aux."] = (resize(aux, run["size"], model.align_corners), config["loss_weights"][1])
-    check_losses(f"{where}.losses", logits, mask, run["losses"], differences)
-    differences.numbers(f"{where}.ignored_fraction", (mask == IGNORED).double().mean().item(), run["ignored_fraction"])
+    check_losses(f"{where}.losses", logits, mask, run.get("losses", {}), differences)
+    if "ignored_fraction" in run:
+        ignored = (mask == IGNORED).double().mean().item()
+        differences.numbers(f"{where}.ignored_fraction", ignored, run["ignored_fraction"])
     known = ("size", "stage_features", "decode_logits", "aux_logits", "upsampled_logits", "argmax_histogram", "losses",
              "ignored_fraction", *REMARKS)  # fmt: skip
     differences.fields(where, run, known)
@@ -276,9 +321,9 @@ def _check_upernet_run(
 
 def check_slide(where: str, model: nn.Module, run: Document, differences: Differences) -> None:
     """Check segmentation in windows, at another size, mirrored, and averaged."""
-    x = images(run["size"])
+    x = images(run["size"], run["logits"]["shape"][0])
     windows = {"window": run["crop"], "stride": run["stride"]}
-    size = run["ori_shape"]
+    size = run.get("ori_shape", run["size"])
     mean = dense.segment(model, x, **windows, size=size, flip=True)
     found = {
         "logits": dense.segment(model, x, **windows),

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from dense import conformance, segmentation_checks
-from dense.rules import Differences
+from dense.rules import Differences, images
+from widefield import dense
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "dense"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -84,6 +86,56 @@ def test_a_changed_number_is_found(name, tmp_path):
             value = value[key]
         lines = _found(_changed(document, path, value + (1 if isinstance(value, int) else 1e-6)), tmp_path)
         assert len(lines) >= 1, f"a change of {path} went unseen"
+
+
+def _summary(tensor):
+    flat = tensor.flatten()
+    return {"shape": [*tensor.shape], "l2": flat.norm().item(), "first": flat[:8].tolist(), "last": flat[-4:].tolist()}
+
+
+def _whole_model(tmp_path, aux, layer_scale, align_corners):
+    """Return a document in the form of the whole models, of a narrow network with numbers of this library."""
+    config = {"classes": 5, "channels": 8, "pool_scales": [1, 2], "aux": aux, "align_corners": align_corners,
+              "loss_weights": [1.0, 0.4], "layer_scale": layer_scale}  # fmt: skip
+    network = timm.model_entrypoint("convnext_tiny")(
+        features_only=True, depths=(1, 2, 1, 1), dims=(4, 8, 12, 16), **({} if layer_scale else {"ls_init_value": None})
+    )
+    options = {"channels": 8, "pool_scales": (1, 2), "align_corners": align_corners, "auxiliary": False}
+    model = dense.UPerNet(network, 5, **options)
+    if aux:
+        model.auxiliary_head = dense.FCNHead(12, 5, align_corners=align_corners, **aux)
+    dense.save_checkpoint(model, tmp_path / "model.pth")
+    state = torch.load(tmp_path / "model.pth", weights_only=True)["state_dict"]
+    shapes = {key: [*value.shape] for key, value in state.items()}
+    segmentation_checks.fill_through_files(model, shapes, Differences())
+    x = images((66, 70), 2)
+    with torch.no_grad():
+        out, other = model.forward_heads(x)
+        run = {
+            "size": [66, 70],
+            "stage_features": [_summary(maps) for maps in model.backbone(x)],
+            "decode_logits": _summary(out),
+            "upsampled_logits": _summary(model(x)),
+            **({"aux_logits": _summary(other)} if aux else {}),
+        }
+        slid = dense.segment(model, images((66, 70)), window=(64, 48), stride=(32, 48))
+    slide = {"size": [66, 70], "crop": [64, 48], "stride": [32, 48], "logits": _summary(slid)}
+    return {"model": "upernet_convnext_tiny_variant", "config": config, "state_dict": shapes, "runs": [run],
+            "slide": [slide], "params": sum(p.numel() for p in model.parameters())}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("aux", "layer_scale", "align_corners"),
+    [
+        ({"in_index": 2, "channels": 6, "num_convs": 2, "concat_input": True}, True, True),
+        (None, False, False),
+    ],
+)
+def test_variants_of_whole_models_are_understood(aux, layer_scale, align_corners, tmp_path):
+    document = _whole_model(tmp_path, aux, layer_scale, align_corners)
+    assert _found(document, tmp_path) == []
+    document["config"]["align_corners"] = not align_corners
+    assert any("upsampled_logits" in line for line in _found(document, tmp_path))
 
 
 def test_unknown_fields_and_files_are_errors(tmp_path):

@@ -4,8 +4,11 @@ import copy
 from functools import cache
 
 import pytest
+import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -97,6 +100,14 @@ def test_fewer_maps_than_four_serve_too():
     assert upernet("resnet56_cifar", out_indices=(0, 1, 2), depths=(1, 1, 1)).eval()(images).shape == (2, 5, 32, 40)
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+def test_heads_have_the_dtype_and_device_of_the_backbone(build):
+    model = build(features("test_resnet").to(torch.float64))
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    model = build(features("test_resnet").to("meta", torch.bfloat16))
+    assert model.eval()(torch.zeros(1, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (1, 5, 64, 64)
+
+
 def test_output_strides_and_dilations():
     assert deeplab().backbone.strides == (4, 8, 8, 8)
     assert deeplab().decode_head.dilations == (1, 12, 24, 36)
@@ -134,6 +145,10 @@ def test_wrong_images_and_arguments_are_refused():
 # Anatomy
 
 
+def encoder(name):
+    return smp.encoders.get_encoder(name, weights=None)
+
+
 @pytest.mark.parametrize(
     ("model", "backbone", "stages", "necks"),
     [
@@ -141,6 +156,10 @@ def test_wrong_images_and_arguments_are_refused():
         (lambda: upernet("van_b0", depths=(1, 1, 1, 1)), "backbone.body", None, []),
         (lambda: semantic_fpn("test_resnet"), "backbone.body", "layer4", ["neck"]),
         (lambda: deeplab("test_resnet"), "backbone.body", "layer4", []),
+        (lambda: upernet(torchvision.models.resnet18(weights=None)), "backbone.body", "layer4", []),
+        (lambda: upernet(timm.create_model("test_resnet")), "backbone.body", "model.layer4", []),
+        (lambda: upernet(encoder("resnet18")), "backbone.body", "layer4", []),
+        (lambda: deeplab(encoder("tu-test_resnet")), "backbone.body.model", "layer4", []),
     ],
 )
 def test_anatomy_knows_the_parts_of_segmenters(model, backbone, stages, necks):

@@ -63,6 +63,8 @@ def test_images_of_several_sizes_need_a_dynamic_size(tmp_path):
         deploy.quantize(model, tmp_path / "int8.onnx", loader)
     with pytest.raises(ValueError, match=r"images must all be 24x40"):
         deploy.quantize(model, tmp_path / "int8.onnx", loader[:1], images=loader[1:])
+    with pytest.raises(ValueError, match="dynamic must contain 'batch'"):
+        deploy.quantize(model, tmp_path / "int8.onnx", loader, dynamic="size")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Every shipped recipe: its options, its numbers in the docs and in its own first lines, and two training steps.
+"""Every shipped recipe for classification: its options, its numbers in the docs and its first lines, and two steps.
 
 ``-m slow`` runs all of them at full width, with small images.
 """
@@ -30,7 +30,6 @@ from widefield.train.recipe_io import SHIPPED
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 NOT_PUBLISHED = {"demo_digits", "demo_scales", "demo_scenes", "digits_morf"}
-PUBLISHED = [name for name in shipped_recipes() if name not in NOT_PUBLISHED]
 PROCESSES = (1, 8)
 """The numbers of processes that recipes are written for: one GPU, or a machine with eight."""
 
@@ -38,6 +37,11 @@ PROCESSES = (1, 8)
 @cache
 def shipped(name: str) -> Recipe:
     return load_recipe(name)
+
+
+PUBLISHED = [
+    name for name in shipped_recipes() if name not in NOT_PUBLISHED and shipped(name).task.name == "classification"
+]
 
 
 @cache

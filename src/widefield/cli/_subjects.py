@@ -176,10 +176,11 @@ def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **option
 
 
 def labeled_batches(view: View) -> list[tuple[Tensor, ...]]:
-    """Return the images of a view in batches, with labels if they are the model's own classes."""
-    if view.own:
-        return [(batch["image"], batch["label"]) for batch in view.batches()]
-    return [(batch["image"],) for batch in view.batches()]
+    """Return the images of a view in batches, with labels or masks if they are of the model's own classes."""
+    from widefield.runs.inputs import OwnPictures
+
+    key = "label" if view.own else "mask" if isinstance(view.pictures, OwnPictures) else None
+    return [(batch["image"], batch[key]) if key in batch else (batch["image"],) for batch in view.batches()]
 
 
 def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:

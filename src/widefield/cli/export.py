@@ -25,7 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "images (per-sample), or made static on every other image: all of them (mean), or if it changes little (auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--trim", action="store_true", help="crop kernels as far as every other image allows, and taps that meet no map"
+        "--trim",
+        action="store_true",
+        help="crop kernels as far as every other image allows and, for images of one size, taps that meet no map",
     )
     parser.add_argument("--limit", type=int, metavar="K", help="crop kernels to K x K pixels, at any cost")
     parser.add_argument(
@@ -33,8 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="of --routing auto and of --trim: by how much outputs may change, relative RMS (0.01)",
     )  # fmt: skip
     parser.add_argument(
-        "--dynamic", nargs="*", choices=("batch", "size"), default=["batch"], help="sizes that may change (batch)"
-    )
+        "--dynamic", nargs="*", choices=("batch", "size"),
+        help="sizes that may change (batch; of segmentation models batch and size)",
+    )  # fmt: skip
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (that of torch's exporter)")
     parser.add_argument(
         "--throughput", type=int, nargs="*", default=[], metavar="N",
@@ -68,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.int8 and args.format != "onnx":
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
-    if args.trim and "size" in args.dynamic:
-        raise ValueError("--trim drops taps that meet no map of one size: leave 'size' out of --dynamic.")
     found = _subjects.subject(args.models[0], args)
+    if args.dynamic is None:
+        args.dynamic = ["batch", "size"] if found.work == "segmentation" else ["batch"]
     # Photographs suffice to verify a file. Calibration and trimming need images from the data set.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
     pictures = _subjects.pictures(args, found, stand_in=not reads)
@@ -104,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
-        rounded = deploy.quantize(model, small, shown, images=held_out, keep=args.keep, info=info, **options)
+        options |= {"keep": args.keep, "dynamic": ["batch", *args.dynamic], "info": info}
+        rounded = deploy.quantize(model, small, shown, images=held_out, **options)
         print(rounded.summary())
         print_table(rounded.layer_rows(5))
         written += [small, small.with_name(f"{small.name}.json")]
@@ -123,7 +127,7 @@ def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.
     except NothingToFuseError:
         print(f"{type(model).__name__} has nothing to reparameterize.")
     if args.trim:
-        size = tuple(shown[0][0].shape[-2:])
+        size = None if "size" in args.dynamic else tuple(shown[0][0].shape[-2:])
         model = trim(model, args.tolerance, loader=shown, limit=args.limit, example_input=size, report=_say)
     elif args.limit is not None:
         model = trim(model, 0.0, loader=shown, limit=args.limit, report=_say)

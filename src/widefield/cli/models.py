@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 SUMMARY = "list models with parameters and MACs"
 
 
+COMPARISONS = ("imagenet", "segmentation")
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "--compare", action="store_true", help="the slides' table of networks on ImageNet, cited next to measured"
+        "--compare",
+        nargs="?",
+        const=COMPARISONS[0],
+        choices=COMPARISONS,
+        help="published counts next to measured ones: of networks on ImageNet (the default), or of segmentation models",
     )
     parser.add_argument("pattern", nargs="?", help="glob over all names of timm; default: the models of widefield")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    if args.compare:
-        _compare(args.pattern)
+    if args.compare == "segmentation":
+        _compare_segmentation(args.pattern)
+    elif args.compare:
+        _compare_imagenet(args.pattern)
     else:
         _list(args.pattern)
     return 0
@@ -57,60 +67,130 @@ def _list(pattern: str | None) -> None:
     Console().print(table)
 
 
-def _cost(name: str, shape: Sequence[int], *, merged: bool = False) -> Any:
+def _cost(name: str, shape: Sequence[int]) -> Any:
     """Return the cost of a network for an image of this shape, without computing any number."""
     import timm
-    import torch
 
-    from widefield import bench
-    from widefield.surgery import fuse_layers
+    return _measured(_on_meta(partial(timm.create_model, name)), shape)
+
+
+def _on_meta(build: Callable[[], Any]) -> Any:
+    """Return what ``build`` makes, in evaluation mode on the meta device."""
+    import torch
 
     try:
         with torch.device("meta"):
-            model = timm.create_model(name)
+            return build().eval()
     except NotImplementedError:  # older releases of timm compute with numbers while they build
-        model = timm.create_model(name).to("meta")
-    model.eval()
-    if merged:
-        model, _ = fuse_layers(model)
+        return build().to("meta").eval()
+
+
+def _measured(model: Any, shape: Sequence[int]) -> Any:
+    """Return the cost of a model on the meta device for an image of this shape."""
+    import torch
+
+    from widefield import bench
+
     return bench.cost(model, torch.empty(1, *shape, device="meta"))
 
 
-def _compare(pattern: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _merged(module: Any, name: str) -> Any:
+    """Return a network in its merged form if it is one of ours."""
     from timm.models import is_model_in_modules
 
     from widefield.models import MODULES
+    from widefield.surgery import fuse_layers
+
+    return fuse_layers(module)[0] if is_model_in_modules(name, MODULES) else module
+
+
+def _compare_imagenet(pattern: str | None) -> None:
+    import timm
+    from rich.console import Console
+    from rich.table import Table
+
     from widefield.models.comparison import CITED
 
     rows = [row for row in CITED if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
     if not rows:
         raise ValueError(f"no network of the slides' table is called {pattern!r} in timm's registry.")
     table = Table(
-        caption="cited / measured; * differs by more than 1 %. Ours are measured in their merged form; "
-        "SLaK is cited with 40 % of its weights removed, and measured dense.",
+        caption=f"{_CAPTION} SLaK is cited with 40 % of its weights removed, and measured dense.",
         caption_justify="left",
     )
     for column in ("architecture", "date", "type", "size", "parameters (M)", "MACs (G)", "top-1", "model"):
         table.add_column(column, justify="left" if column in ("architecture", "date", "model") else "right")
-
-    def both(cited: float, measured: float | None) -> str:
-        if measured is None:
-            return f"{cited:g} / -  "
-        return f"{cited:g} / {measured:.4g}{' *' if abs(measured - cited) > 0.01 * cited else '  '}"
-
     for row in rows:
-        shape, ours = (3, row.size, row.size), is_model_in_modules(row.name, MODULES)
-        cost = _cost(row.name, shape, merged=ours) if row.name else None
+        cost = None
+        if row.name:
+            model = _merged(_on_meta(partial(timm.create_model, row.name)), row.name)
+            cost = _measured(model, (3, row.size, row.size))
         table.add_row(
             row.architecture + (f" ({row.note})" if row.note else ""),
             row.date,
             row.kind,
             str(row.size),
-            both(row.parameters, cost and cost.parameters / 1e6),
-            both(row.macs, cost and cost.macs / 1e9),
+            _both(row.parameters, cost and cost.parameters / 1e6),
+            _both(row.macs, cost and cost.macs / 1e9),
             f"{row.top1:g}",
             row.name,
         )
     Console().print(table)
+
+
+def _compare_segmentation(pattern: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from widefield import dense
+    from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
+
+    rows = [row for row in CITED_SEGMENTERS if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
+    if not rows:
+        raise ValueError(f"no segmentation model of the tables has a backbone {pattern!r} in timm's registry.")
+    table = Table(
+        caption=f"{_CAPTION} parameters include the auxiliary head, MACs do not. mIoU: one scale / several scales.",
+        caption_justify="left",
+    )
+    for column in (
+        "architecture",
+        "method",
+        "data",
+        "size",
+        "parameters (M)",
+        "MACs (G)",
+        "mIoU",
+        "source",
+        "backbone",
+    ):
+        table.add_column(
+            column, justify="right" if column in ("size", "parameters (M)", "MACs (G)", "mIoU") else "left"
+        )
+    for row in rows:
+        build = partial(getattr(dense, row.method), row.name, CLASSES[row.data], **row.args)
+        model = _on_meta(build)
+        model.backbone = _merged(model.backbone, row.name)
+        cost = _measured(model, (3, *row.size))
+        table.add_row(
+            row.architecture,
+            row.method,
+            row.data,
+            "x".join(map(str, row.size)),
+            _both(row.parameters, cost.parameters / 1e6),
+            _both(row.macs, cost.macs / 1e9),
+            row.miou,
+            row.source,
+            row.name,
+        )
+    Console().print(table)
+
+
+_CAPTION = "cited / measured; * differs by more than 1 %. Ours are measured in their merged form;"
+
+
+def _both(cited: float, measured: float | None) -> str:
+    """Return both counts and a mark; 0 stands for a count that the source does not state."""
+    if measured is None:
+        return f"{cited:g} / -  "
+    mark = "*" if cited and abs(measured - cited) > 0.01 * cited else " "
+    return f"{cited:g} / {measured:.4g} {mark}" if cited else f"- / {measured:.4g} {mark}"

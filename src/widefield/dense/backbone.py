@@ -196,7 +196,10 @@ def _created(name: str, indices: tuple[int, ...], args: Mapping[str, Any]) -> An
             f"{_checks.did_you_mean(unknown[1], [word for word in _ARGUMENTS if word not in args])}"
         ) from error
     except (AssertionError, IndexError) as error:
-        raise ValueError(f"{name} has no maps {indices}: it has fewer levels. Choose some with out_indices.") from error
+        raise ValueError(
+            f"{name} has no feature maps at the positions {indices}: it has fewer. Choose others with out_indices, "
+            "such as out_indices=(0, 1, 2)."
+        ) from error
     except RuntimeError as error:
         if "features_only" not in str(error):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from widefield import _checks
@@ -65,7 +66,7 @@ class DecodeHead(nn.Module):
 class Segmenter(nn.Module):
     """A segmentation model: backbone, perhaps a neck, a decode head, and perhaps an auxiliary head for training.
 
-    Images may have any height and width.
+    Images may have any height and width. Neck and heads move to the device and dtype of the backbone.
 
     Args:
         backbone: the maps of a network.
@@ -88,6 +89,10 @@ class Segmenter(nn.Module):
             self.neck = neck
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
+        like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
+        for part in (neck, decode_head, auxiliary_head):
+            if part is not None:
+                part.to(like)
 
     @property
     def num_classes(self) -> int:

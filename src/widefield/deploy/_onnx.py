@@ -33,12 +33,14 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
         operator -> number of its nodes.
 
     Raises:
-        ValueError: the graph has an operator without an ONNX equivalent; the message names it.
+        ValueError: the graph has an operator without an ONNX equivalent, or Fourier transforms of maps of any size; the
+            message names it.
     """
     from onnx_ir.passes import PassError
 
     table: dict[Any, Any] = {torch.ops.aten.conv2d.default: _convolution}
     if not all(isinstance(size, int) for size in image_shape(program)[2:]):
+        _refuse_transforms(program)
         table[torch.ops.aten.adaptive_avg_pool2d.default] = _adaptive_pooling
     if opset is not None:
         opset = _checks.integer("opset", opset, minimum=LEAST_OPSET, maximum=MOST_OPSET)
@@ -62,6 +64,20 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     _name_sizes(model, image_shape(program))
     cast(Any, written).save(str(path))
     return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def _refuse_transforms(program: ExportedProgram) -> None:
+    """Raise ValueError for Fourier transforms in a graph with a dynamic height and width.
+
+    onnxruntime 1.31 infers the size of a one-sided transform wrongly if the size is dynamic, and stops when it runs.
+    """
+    found = sorted({str(node.target).removesuffix(".default") for node in program.graph.nodes if "fft" in node.name})
+    if found:
+        raise ValueError(
+            f"the model has no ONNX graph with a dynamic size: it computes {', '.join(found)}, and onnxruntime runs "
+            "Fourier transforms of maps of one size only. With a fixed size it has one: pass dynamic=('batch',) and an "
+            "example input of that size. An archive of PyTorch (.pt2) may have a dynamic one."
+        )
 
 
 def image_shape(program: ExportedProgram) -> tuple[int | None, ...]:

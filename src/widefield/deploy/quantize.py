@@ -200,8 +200,8 @@ def quantize(
             :func:`widefield.surgery.inputs.batches`.
         images: images to compare on, with labels for accuracies, or masks for mean IoUs. Default: ``loader``, which
             gives optimistic results.
-        dynamic: sizes that may change, as in :func:`widefield.deploy.export`. Without "size", all images must have the
-            size of the first batch.
+        dynamic: sizes that may change, as in :func:`widefield.deploy.export`; "batch" is always one, since calibration
+            runs image by image. Without "size", all images must have the size of the first batch.
         calibration: how activation ranges are read off: "minmax", "entropy" or "percentile" (99.999).
         outliers: treatment of kernels that keep less than 30 dB (:data:`NOISY`): "warn", "refuse", or leave those
             layers in "float".
@@ -232,6 +232,8 @@ def quantize(
     model = bare(model)
     begin(model, "what is rounded is the evaluation-mode function", None)
     dynamic = sizes_of(dynamic)
+    if "batch" not in dynamic:
+        raise ValueError(f"dynamic must contain 'batch', because calibration runs image by image; got {dynamic!r}.")
     twin = prepared(model, "branches", "onnx")
     left = unmerged(model)
     if left:

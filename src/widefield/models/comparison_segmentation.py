@@ -79,6 +79,8 @@ def _lite(architecture: str, miou: str, **args: Any) -> CitedSegmenter:
 
 _FOCAL = {"focal_windows": (9, 9, 9, 9)}
 """The kernels of FocalNet for segmentation; those for classification start at 3."""
+_GF = {"global_filters": (None, None, (24, 13), (12, 7))}
+"""The global filters of HorNet for segmentation; those for classification have 14x8 and 7x4 entries."""
 
 CITED_SEGMENTERS = (
     _ade("ResNet-18", 41, 885, "39.2 / -", "slides", "resnet18"),
@@ -127,13 +129,13 @@ CITED_SEGMENTERS = (
     _ade("VAN-B2", 0, 0, "- / 48.3", "README", "van_b2"),
     _ade("VAN-B3", 0, 0, "- / 50.1", "README", "van_b3"),
     _ade("HorNet-T 7x7", 52, 926, "48.1 / 48.9", "README", "hornet_tiny_7x7"),
-    _ade("HorNet-T GF", 55, 924, "49.2 / 49.3", "README", "hornet_tiny_gf"),
+    _ade("HorNet-T GF", 55, 924, "49.2 / 49.3", "README", "hornet_tiny_gf", **_GF),
     _ade("HorNet-S 7x7", 81, 1030, "49.2 / 49.8", "README", "hornet_small_7x7"),
-    _ade("HorNet-S GF", 85, 1027, "50.0 / 50.5", "README", "hornet_small_gf"),
+    _ade("HorNet-S GF", 85, 1027, "50.0 / 50.5", "README", "hornet_small_gf", **_GF),
     _ade("HorNet-B 7x7", 121, 1174, "50.0 / 50.5", "README", "hornet_base_7x7"),
-    _ade("HorNet-B GF", 126, 1171, "50.5 / 50.9", "README", "hornet_base_gf"),
+    _ade("HorNet-B GF", 126, 1171, "50.5 / 50.9", "README", "hornet_base_gf", **_GF),
     _ade_640("HorNet-L 7x7", 232, 2473, "54.1 / 54.5", "README", "hornet_large_7x7"),
-    _ade_640("HorNet-L GF", 239, 2465, "55.0 / 55.2", "README", "hornet_large_gf"),
+    _ade_640("HorNet-L GF", 239, 2465, "55.0 / 55.2", "README", "hornet_large_gf", **_GF),
     _ade("FocalNet-T (SRF)", 61, 944, "46.5 / 47.2", "README", "focalnet_tiny_srf", **_FOCAL),
     _ade("FocalNet-T (LRF)", 61, 949, "46.8 / 47.8", "README", "focalnet_tiny_lrf", **_FOCAL),
     _ade("FocalNet-S (SRF)", 83, 1035, "49.3 / 50.1", "README", "focalnet_small_srf", **_FOCAL),

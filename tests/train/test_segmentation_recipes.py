@@ -1,0 +1,276 @@
+"""Every shipped recipe for segmentation: its options, its numbers in the docs, its model, and two training steps.
+
+``-m slow`` builds all of them, and trains all of them at full width with small images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data import made_segmentation
+from train.helpers import QUIET, log
+from widefield import data, dense, tasks
+from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
+from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
+from widefield.train.optimization import create_optimizer
+from widefield.train.recipe_io import SHIPPED
+
+DOCS = Path(__file__).parents[2] / "docs" / "segmentation_recipes.md"
+SETS = {"ade20k": "ADE20K", "cityscapes": "Cityscapes"}
+"""The published data sets: name in recipes -> name in the comparison."""
+HEADS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN"}
+SOME = (
+    "deeplabv3plus_mobilenetv2_lk9_cityscapes",
+    "semantic_fpn_moganet_tiny_ade20k",
+    "upernet_convnext_tiny_ade20k",
+    "upernet_van_b0_ade20k",
+)
+"""Recipes that the default tests build."""
+
+
+@cache
+def shipped(name: str) -> Recipe:
+    return load_recipe(name)
+
+
+NAMES = [name for name in shipped_recipes() if shipped(name).data.name in SETS]
+
+
+@cache
+def docs_rows() -> dict[str, dict[str, str]]:
+    """Return recipe -> its row in the tables of the docs."""
+    rows, heading = {}, None
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if cells and cells[0] == "recipe":
+            heading = cells
+        elif not cells:
+            heading = None
+        elif heading and not set(line) <= set("|-"):
+            rows[cells[0].strip("`")] = dict(zip(heading, cells, strict=True))
+    return rows
+
+
+def as_documented(recipe: Recipe) -> dict[str, str]:
+    """Return the cells that the docs must have for a recipe."""
+    crop = recipe.data.args["size"]
+    sides = "x".join(map(str, crop)) if isinstance(crop, list) else f"{crop}"
+    besides = [f"{sides} pixels"] if sides != "512" else []
+    views = recipe.task.args
+    besides += [f"windows of {views['window']} every {views['stride']}"] if views.get("test") == "slide" else []
+    besides += ["aligned corners"] if views.get("head_args", {}).get("align_corners") else []
+    for key in ("kernel_sizes", "focal_windows", "output_stride"):
+        if key in recipe.model.args:
+            besides.append(f"{key} {json.dumps(recipe.model.args[key])}")
+    besides += decay(recipe)
+    besides += [f"clip {recipe.clip_grad:g}"] if recipe.clip_grad else []
+    warmup = recipe.schedule.warmup_steps
+    return {
+        "backbone": f"`{recipe.model.name}`",
+        "steps": f"{recipe.max_steps} ({warmup})" if warmup else f"{recipe.max_steps}",
+        "batch": f"{recipe.optimizer.lr_base_size}",
+        "lr": f"{recipe.optimizer.lr:g}",
+        "weight decay": f"{recipe.optimizer.weight_decay:g}",
+        "drop path": f"{recipe.model.args.get('drop_path_rate', 0):g}",
+        "besides": ", ".join(besides),
+    }
+
+
+def decay(recipe: Recipe) -> list[str]:
+    """Return how the docs describe the decay of rates towards the stem."""
+    spec = recipe.optimizer.layer_decay
+    if spec is None:
+        return []
+    unit = {"stage_wise": "a stage", "layer_wise": "a layer", "block_wise": "a block"}[spec.rule]
+    return [f"rates x{spec.rate:g} {unit} ({spec.num_layers} layers)"]
+
+
+def first_lines(name: str) -> str:
+    """Return the comment at the top of a recipe as one line."""
+    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines[: lines.index(f"name: {name}")])
+
+
+class Labeled:
+    """The part of a data set that a task reads."""
+
+    def __init__(self, name: str) -> None:
+        self.classes = tuple(map(str, range(CLASSES[SETS[name]])))
+
+
+def on_meta(recipe: Recipe) -> Any:
+    """Return the recipe's model with fresh weights on the meta device."""
+    fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
+    with torch.device("meta"):
+        return build_model(fresh, tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args))
+
+
+def test_docs_have_a_row_for_every_recipe() -> None:
+    assert len(NAMES) > 60
+    assert sorted(docs_rows()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docs_agree_with_the_recipe(name: str) -> None:
+    row = docs_rows()[name]
+    expected = as_documented(shipped(name))
+    assert {key: row[key] for key in expected} == expected
+    one, several = row["mIoU, %"].split(" / ")
+    for value in (one, several):
+        assert re.fullmatch(r"\d\d\.\d\d?|-", value)
+        assert value == "-" or f"{value} %" in first_lines(name)
+    assert row["published in"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
+    recipe = shipped(name)
+    assert recipe.name == name
+    stated = recipe.optimizer.lr_base_size
+    assert stated is not None
+    processes, rest = divmod(stated, recipe.batch_size * recipe.accumulate)
+    assert rest == 0
+    assert f"accelerate launch --num_processes {processes} -m widefield train {name}" in first_lines(name)
+    assert recipe.sync_batchnorm
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
+    recipe = shipped(name)
+    for split in ("train", "val"):  # the missing data are the only error
+        with pytest.raises(FileNotFoundError):
+            data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
+    tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args)
+    assert timm.is_model(recipe.model.name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if str(shipped(name).model.pretrained).startswith("runs/")])
+def test_weights_of_runs_come_from_a_recipe_of_the_same_network(name: str) -> None:
+    recipe = shipped(name)
+    source = str(recipe.model.pretrained).removeprefix("runs/")
+    if recipe.model.name == "mobilenetv2_lk":  # its training on ImageNet is not published
+        assert source not in shipped_recipes()
+        return
+    before = load_recipe(source)
+    assert before.model.name == recipe.model.name
+    resized = {"drop_path_rate", "layer_scale_init", "ls_init_value", "focal_windows", "global_filters"}
+    theirs, ours = ({k: v for k, v in each.model.args.items() if k not in resized} for each in (before, recipe))
+    assert theirs == ours
+
+
+def check_model(name: str) -> None:
+    """Check that a recipe's model is the one of the comparison, and that its optimizer finds what it names."""
+    recipe = shipped(name)
+    model = on_meta(recipe)
+    head, classes = HEADS[recipe.task.args["model"]], CLASSES[SETS[recipe.data.name]]
+    assert isinstance(model, getattr(dense, head))
+    assert model.num_classes == classes
+    args = {key: value for key, value in recipe.model.args.items() if key != "drop_path_rate"}
+    with torch.device("meta"):
+        compared = getattr(dense, head)(recipe.model.name, classes, **args, **recipe.task.args.get("head_args", {}))
+    assert shapes(model) == shapes(compared)
+    cited = {(row.method, SETS[recipe.data.name], row.name) for row in CITED_SEGMENTERS}
+    assert (head, SETS[recipe.data.name], recipe.model.name) in cited or "b4" in name
+    create_optimizer(model, recipe.optimizer, recipe.optimizer.lr)
+
+
+def shapes(model: nn.Module) -> list[torch.Size]:
+    return sorted(parameter.shape for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_model_is_the_published_one(name: str) -> None:
+    check_model(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SOME])
+def test_the_model_of_every_recipe_is_the_published_one(name: str) -> None:
+    check_model(name)
+
+
+def pretrained_file(recipe: Recipe, folder: Path) -> Path:
+    """Write drawn weights of the recipe's network as it was trained on ImageNet, with its own classifier."""
+    resized = {"drop_path_rate", "focal_windows", "global_filters", "output_stride"}
+    args = {key: value for key, value in recipe.model.args.items() if key not in resized}
+    network = timm.create_model(recipe.model.name, num_classes=7, **args)
+    path = folder / "weights.safetensors"
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, path)
+    return path
+
+
+def check_start(recipe: Recipe) -> None:
+    """Check that the model starts from every convolution of its file of weights."""
+    weights = load_file(str(recipe.model.pretrained))
+    task = tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args)
+    model: Any = build_model(recipe, task)
+    drawn = [tensor for tensor in weights.values() if tensor.ndim == 4 and tensor.std() > 0]
+    found = {tuple(p.shape): [] for p in model.backbone.parameters()}
+    for parameter in model.backbone.parameters():
+        found[tuple(parameter.shape)].append(parameter.detach())
+    missing = [
+        tensor.shape
+        for tensor in drawn
+        if not any(torch.equal(tensor, other) for other in found.get(tuple(tensor.shape), ()))
+    ]
+    grown = any(key in recipe.model.args for key in ("focal_windows", "global_filters"))
+    assert not missing or grown, f"{len(missing)} of {len(drawn)} weights were not loaded"
+
+
+def two_steps(recipe: Recipe, folder: Path) -> Path:
+    """Train two steps of a recipe on generated data from drawn weights, check the results, and return the run."""
+    crop = [64, 96] if isinstance(recipe.data.args["size"], list) else 64
+    views = {"window": 64, "stride": 43} if recipe.task.args.get("test") == "slide" else {}
+    write = {"ade20k": made_segmentation.write_ade20k, "cityscapes": made_segmentation.write_cityscapes}
+    write[recipe.data.name](folder / "data", {"train": 4, "val": 2})
+    made = replace(
+        recipe,
+        output=str(folder / "runs"),
+        model=replace(recipe.model, pretrained=str(pretrained_file(recipe, folder))),
+        data=replace(
+            recipe.data, args={**recipe.data.args, "root": str(folder / "data"), "size": crop, "scale": [128, 64]}
+        ),
+        task=replace(recipe.task, args={**recipe.task.args, **views}),
+        schedule=replace(recipe.schedule, warmup_steps=recipe.schedule.warmup_steps and 1),
+        max_steps=2,
+        evaluate_every=2,
+        batch_size=2,
+        accumulate=1,
+        workers=0,
+        log_every=1,
+        trackers=[],
+        mixed_precision="no",
+    )
+    check_start(made)
+    result = train(made, console=QUIET)
+    assert result.steps == 2
+    losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    assert 0 <= result.metrics["miou"] <= 1
+    return result.folder
+
+
+def test_two_steps_of_the_smallest(tmp_path: Path) -> None:
+    two_steps(shipped("semantic_fpn_van_b0_ade20k"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_of_every_recipe(name: str) -> None:
+    # Delete it at once: a model of 300 million weights writes gigabytes, including its optimizer's averages.
+    with tempfile.TemporaryDirectory() as folder:
+        two_steps(shipped(name), Path(folder))
