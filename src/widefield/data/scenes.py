@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from widefield import _checks
+from widefield._pixels import NO_OBJECT
 from widefield.data import _composition as composition
 from widefield.data.base import SPLITS, Sample, normalize
 from widefield.data.drawing import KEYPOINTS, KEYPOINTS_FLIPPED, OUTLINES
-from widefield.data.segmentation import NO_OBJECT, SegmentationSet
+from widefield.data.segmentation import SegmentationSet
 
 BACKGROUNDS = ("textures", "photos")
 _COUNTS = {"train": 4_000, "val": 500}

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from widefield import _checks
+from widefield._pixels import IGNORED
 from widefield.data.base import SampleSet
 from widefield.data.listing import counted
-
-IGNORED = 255
-"""Value of pixels without a class in the masks of all sets. It limits a set to 255 classes."""
-NO_OBJECT = 255
-"""Value of pixels outside of objects in the ``size_group`` maps of all sets."""
 
 Color = tuple[int, int, int]
 """(red, green, blue), each from 0 to 255."""
