@@ -25,6 +25,7 @@ PAGES = (
     "moganet",
     "metaformer",
     "deployment",
+    "segmentation",
     "mmsegmentation",
 )
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tolerances import FLOAT32, close
 from widefield.runs import load, predict, predict_each
-from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, shares
+from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, preview, shares
 from widefield.runs.predict import find_images
 from widefield.tasks import ClassPrediction, MaskPrediction
 
@@ -167,6 +167,11 @@ def test_overlays_keep_pixels_without_a_class() -> None:
     assert shown[1, 3].tolist() == [100, 100, 100]
     assert np.array_equal(colored(MASK, PALETTE)[0, 3], (200, 0, 0))
     assert np.array_equal(colored(MASK, PALETTE)[2, 3], (128, 128, 128))
+
+
+def test_previews_fit_a_page() -> None:
+    sizes = {(64, 48): (640, 480), (320, 30): (640, 60), (330, 30): (330, 30), (1280, 960): (640, 480)}
+    assert {size: preview(Image.new("RGB", size)).size for size in sizes} == sizes
 
 
 def test_shares_count_every_pixel() -> None:
