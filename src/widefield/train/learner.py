@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from timm.models._features import FeatureGetterNet
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -286,6 +287,8 @@ def _check_fit(task: Task, model: nn.Module, name: str, shape: tuple[int, int, i
 
 def _checkpoint_blocks(model: nn.Module) -> None:
     backbone: Any = model.get_submodule(anatomy(model).backbone)
+    if isinstance(backbone, FeatureGetterNet):  # timm's wrapper of networks that give maps
+        backbone = backbone.model
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
