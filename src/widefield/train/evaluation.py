@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     metrics: dict[str, float]
     images: int
     scores: Report | None
-    """What the task knows beyond scalars, such as the result of each class."""
+    """Results with more than scalars, such as those of each class; None if the task has none."""
 
 
 def measure(
