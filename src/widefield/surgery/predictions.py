@@ -117,6 +117,8 @@ class PixelCounts:
 
 
 def _resized(logits: Tensor, mask: Tensor) -> Tensor:
+    if logits.dtype in (torch.float16, torch.bfloat16):  # classes would tie at many pixels
+        logits = logits.float()
     return F.interpolate(logits, size=tuple(mask.shape), mode="bilinear", align_corners=False)
 
 

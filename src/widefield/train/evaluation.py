@@ -76,8 +76,8 @@ def measure(
         images = int(reduce(torch.tensor(images, device=device), "sum"))
     if not images:
         raise ValueError("there is nothing to evaluate: the data set is empty or all of its images were skipped.")
-    found = {name: float(value) for name, value in metrics.compute().items()}
-    return Measured(found, images, task.scores(metrics))
+    scores = task.scores(metrics)  # before compute, which ends with the counts of this process alone
+    return Measured({name: float(value) for name, value in metrics.compute().items()}, images, scores)
 
 
 class Share(SampleSet):
