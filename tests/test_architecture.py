@@ -129,7 +129,7 @@ def _is_conversion(thing):
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         ("convret", "Did you mean 'convert'?"),
         ("MoRFConv2d", "Use widefield.nn.MoRFConv2d."),
@@ -137,7 +137,7 @@ def _is_conversion(thing):
         ("effective_receptive_field", "Use widefield.analysis.effective_receptive_field."),
     ],
 )
-def test_unknown_names_say_where_to_look(name, mend):
+def test_unknown_names_say_where_to_look(name, hint):
     with pytest.raises(AttributeError, match=f"no attribute '{name}'") as raised:
         getattr(widefield, name)
-    assert str(raised.value).endswith(mend)
+    assert str(raised.value).endswith(hint)

@@ -125,3 +125,9 @@ def test_images_of_a_set_for_segmentation_are_squares_with_their_masks(tmp_path)
         assert torch.equal(shown, torch.from_numpy(mask).long()[rows][:, left + rows])
     (batch,) = pictures.batches()
     assert batch["mask"].shape == (3, 20, 20)
+
+
+def test_scenes_come_in_batches_without_their_objects():
+    (batch,) = Pictures("scenes", size=32, count=4, options={"count": 4}).batches()
+    assert set(batch) == {"image", "mask", "label"}
+    assert batch["mask"].shape == (4, 32, 32)

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import widefield
-from dense.networks import Maps, features, upernet, without_gradient
+from dense.networks import Maps, deeplab, features, upernet, without_gradient
 from tolerances import FLOAT64, close
 from widefield import dense
 from widefield.surgery.anatomy import is_inside
@@ -249,6 +249,16 @@ def test_norms_of_a_choice():
         dense.feature_maps("test_resnet", stage_norms="layers")
 
 
+def test_an_earlier_result_is_returned_as_it_is():
+    maps = dense.feature_maps("test_convnext", normed=(0, 2, 3))
+    assert dense.feature_maps(maps) is maps
+    model = deeplab(maps)
+    assert model.backbone is maps
+    assert without_gradient(model, torch.randn(2, 3, 64, 64)) == []
+    with pytest.raises(ValueError, match=r"Give normed=\(0, 2, 3\) to feature_maps"):
+        deeplab(dense.feature_maps("test_convnext"))
+
+
 # Conversions
 
 
@@ -297,6 +307,14 @@ def test_arguments_reach_timm():
             r"Conv2d returns one tensor \(1, 8, 126, 126\), and its stages are unknown",
         ),
         (nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), {}, ValueError, "Sequential refuses images of 3x128x128"),
+        (
+            dense.feature_maps("test_resnet"),
+            {"out_indices": (0, 1)},
+            ValueError,
+            r"out_indices has no effect on the result of feature_maps.*got \(0, 1\). Give out_indices to that call",
+        ),
+        (dense.feature_maps("test_resnet"), {"stage_norms": "layer"}, ValueError, "stage_norms has no effect on the"),
+        (dense.feature_maps("test_convnext"), {"normed": (0, 3)}, ValueError, r"maps \[0, 1, 2, 3\].* normed=\(0, 3\)"),
         (Maps(first=(lambda x: x.mean((2, 3)),)), {}, ValueError, r"must return feature maps \(N, C, H, W\) only"),
     ],
 )

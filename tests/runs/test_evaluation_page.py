@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,33 @@ def test_predictions_are_those_that_are_evaluated() -> None:
         (found,) = task.predict(Brightness(), sample["image"][None], [size])
         (expected,) = task.outputs(Brightness(), task.collate([sample]))["preds"]
         assert torch.equal(found.mask.long(), expected)
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    found, _, _ = evaluation(examples=2)
+    assert isinstance(found.scores, SegmentationScores)
+    content = {"confusion": found.scores.confusion.tolist(), "examples": [one.index for one in found.examples]}
+    Path(folder, f"{rank}.json").write_text(json.dumps(content))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_scores_and_examples_of_one(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    alone, _, _ = evaluation(examples=2)
+    assert isinstance(alone.scores, SegmentationScores)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["confusion"] == alone.scores.confusion.tolist()
+        assert found["examples"] == [one.index for one in alone.examples]
 
 
 def subject(dataset: Patches) -> Subject:

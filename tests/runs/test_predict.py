@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tolerances import FLOAT32, close
+from widefield.data.decoding import read
+from widefield.dense import UPerNet
 from widefield.runs import load, predict, predict_each
-from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, shares
-from widefield.runs.predict import find_images
+from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, preview, shares
+from widefield.runs.predict import find_images, predict_files
 from widefield.tasks import ClassPrediction, MaskPrediction
 
 CLASSIFIER = "test_resnet{num_classes: 7}"
@@ -125,6 +128,26 @@ def test_a_loaded_model_is_used_as_it_is(photos: Path) -> None:
         predict(subject, photos, pretrained=True)
 
 
+def test_images_are_drawn_as_they_were_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo on its side, for a model trained on photos as they are stored, and one above Pillow's limit of pixels."""
+    segmenter = UPerNet("test_resnet", 3, channels=8, auxiliary=False)
+    stored = replace(
+        load(CLASSIFIER), model=segmenter.eval(), work="segmentation", preprocessing={"exif_orientation": False}
+    )
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.png", exif=exif)
+    found = predict(stored, tmp_path / "turned.png", size=32)
+    assert found[0].prediction.mask.shape == (40, 60)
+    assert found[0].image().size == (60, 40)
+    found.save(tmp_path / "out")
+    assert read(tmp_path / "out/overlays/turned.png").size == (60, 40)
+    assert predict_files(stored, tmp_path / "turned.png", tmp_path / "all", size=32).images == 1
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    large = replace(stored, preprocessing={"max_pixels": 2400})
+    assert predict(large, tmp_path / "turned.png", size=32).save(tmp_path / "page.html").is_file()
+
+
 # Results
 
 
@@ -167,6 +190,11 @@ def test_overlays_keep_pixels_without_a_class() -> None:
     assert shown[1, 3].tolist() == [100, 100, 100]
     assert np.array_equal(colored(MASK, PALETTE)[0, 3], (200, 0, 0))
     assert np.array_equal(colored(MASK, PALETTE)[2, 3], (128, 128, 128))
+
+
+def test_previews_fit_a_page() -> None:
+    sizes = {(64, 48): (640, 480), (320, 30): (640, 60), (330, 30): (330, 30), (1280, 960): (640, 480)}
+    assert {size: preview(Image.new("RGB", size)).size for size in sizes} == sizes
 
 
 def test_shares_count_every_pixel() -> None:

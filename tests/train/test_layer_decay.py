@@ -122,6 +122,32 @@ def test_frozen_parameters_are_left_out_and_groups_multiply() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[id(optimizer.param_groups[0]["params"][0])] / 2)
 
 
+@pytest.mark.parametrize("network", ["van_b0", "moganet_xtiny"])
+def test_norms_after_the_blocks_count_as_those_of_the_head(network: str) -> None:
+    """VAN and MogaNet have blocks, downsampling layer and a last norm next to each other."""
+    with torch.device("meta"):
+        model = dense.SemanticFPN(network, 5, channels=8, neck_channels=8, depths=(1, 2, 4, 1))
+    inner = "backbone.body.model."
+    ends = {name for name, _ in model.named_parameters() if re.match(rf"{re.escape(inner)}norm\d", name)}
+    assert len(ends) == 8
+
+    def by_layer(name: str, rule: str) -> int:
+        head, _, rest = name.removeprefix(inner).partition(".")
+        if not name.startswith(inner) or head.startswith("norm"):
+            return 13
+        stage, leads = int(head[-1]) - 1, not head.startswith("block")
+        if leads and (stage == 0 or rule == "stage_wise"):
+            return 0
+        if rule == "stage_wise":
+            return stage + 1
+        block = 0 if leads else int(rest.split(".")[0])
+        return (1, 2, 3 + block // 3, 12)[stage] if rule == "layer_wise" else 1 + (0, 1, 3, 7)[stage] + block
+
+    for rule in ("layer_wise", "stage_wise", "block_wise"):
+        numbers, _ = layer_numbers(model, LayerDecaySpec(0.9, rule, 12))
+        assert numbers == {name: by_layer(name, rule) for name in numbers}
+
+
 def test_a_backbone_alone_has_numbers_too() -> None:
     import timm
 
@@ -134,7 +160,7 @@ def test_a_backbone_alone_has_numbers_too() -> None:
     ("network", "spec", "message"),
     [
         (
-            "van_b0",
+            "mobilenetv2_050",
             LayerDecaySpec(0.9),
             r"layer_wise needs a backbone of four stages with numbered blocks; those of UPerNet",
         ),
@@ -143,7 +169,8 @@ def test_a_backbone_alone_has_numbers_too() -> None:
             LayerDecaySpec(0.9, "stage_wise", 3),
             r"num_layers: 3 is too small for stages of \[3, 3, 9, 3\]",
         ),
-        ("convnext_base", LayerDecaySpec(0.9, "layer_wise", 6), r"the deepest would be number 11. The published"),
+        ("replknet_31b", LayerDecaySpec(0.9, "layer_wise", 12), r"\[4, 4, 36, 4\] blocks. Set at least 14\.$"),
+        ("convnext_base", LayerDecaySpec(0.9, "layer_wise", 6), r"blocks. Set at least 11\.$"),
     ],
 )
 def test_refused_models(network: str, spec: LayerDecaySpec, message: str) -> None:

@@ -37,6 +37,7 @@ from widefield.train import (
     Recipe,
     RunResult,
     ScheduleSpec,
+    TaskSpec,
     build_model,
 )
 from widefield.train.learner import Learner
@@ -189,6 +190,15 @@ class TestFreezing:
         assert learning(["stem", "*layer1.*", "head"]) == {"layer2", "layer3", "layer4"}
         with pytest.raises(ValueError, match=r"freeze: (ResNet|Nested) has no neck with parameters that learn"):
             learning("neck")
+
+    @pytest.mark.parametrize(("network", "first"), [("van_b0", "block1"), ("moganet_xtiny", "blocks1")])
+    def test_blocks_in_front_of_the_norm_of_a_stage_are_no_stem(self, network: str, first: str) -> None:
+        with torch.device("meta"):
+            model = timm.create_model(network, depths=(1, 1, 1, 1))
+        freeze(model, "stem")
+        resting = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+        assert resting == {"patch_embed1"}
+        assert all(p.requires_grad for p in model.get_submodule(first).parameters())
 
     def test_frozen_parameters_and_their_norms_stay(self, run: Run) -> None:
         model = ModelSpec("test_resnet")
@@ -423,6 +433,20 @@ class TestPretrained:
 def test_gradient_checkpointing_changes_no_number(run: Run) -> None:
     plain = {"model": ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}), "epochs": 1}
     whole, again = run(name="whole", **plain), run(name="again", gradient_checkpointing=True, **plain)
+    assert same_weights(whole.model, again.model)
+
+
+def test_gradient_checkpointing_of_our_trunks_in_segmenters(run: Run) -> None:
+    plain = {
+        "model": ModelSpec("hornet_tiny_7x7", {"depths": [1, 1, 1, 1], "widths": [16, 16, 32, 32]}),
+        "data": DataSpec("scenes", {"count": 4, "size": 32}),
+        "task": TaskSpec("segmentation", {"head_args": {"channels": 8, "auxiliary_channels": 8}}),
+        "batch_size": 2,
+        "epochs": 1,
+    }
+    whole, again = run(name="whole", **plain), run(name="again", gradient_checkpointing=True, **plain)
+    enabled = [module.grad_checkpointing for module in again.model.modules() if hasattr(module, "grad_checkpointing")]
+    assert enabled == [True]
     assert same_weights(whole.model, again.model)
 
 

@@ -188,6 +188,7 @@ def test_segmentation_learns(patches: Recipe) -> None:
     assert last["miou"] > 0.45  # 0.29 if everything is ground
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(run: Run, recipe: Recipe, tmp_path: Path) -> None:
     model = ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]})
     one = run(name="one", model=model, batch_size=16, **STEPS)

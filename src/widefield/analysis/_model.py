@@ -157,12 +157,12 @@ def running(model: nn.Module, images: Tensor, given: Tensor | None = None) -> It
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:
-        mend = turned(model, (images if given is None else given).shape)
-        if isinstance(error, ValueError) and not mend:  # its message is already clear
+        hint = turned(model, (images if given is None else given).shape)
+        if isinstance(error, ValueError) and not hint:  # its message is already clear
             raise
         raise ValueError(
             f"{type(model).__name__} cannot be run on images of {tuple(images.shape[1:])}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.!')}.{mend}"
+            f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.!')}.{hint}"
         ) from error
 
 

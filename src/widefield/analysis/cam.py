@@ -352,9 +352,9 @@ def _pixels(pixels: Tensor | np.ndarray) -> np.ndarray:
     """Check images for figures; return copies of at most `_KEPT` pixels a side, float32."""
     given = torch.as_tensor(pixels).detach().cpu()
     if given.ndim != 4 or not given.is_floating_point():
-        mend = " Pass pixels / 255." if given.dtype == torch.uint8 and given.ndim == 4 else ""
+        hint = " Pass pixels / 255." if given.dtype == torch.uint8 and given.ndim == 4 else ""
         raise ValueError(
-            f"pixels must be floating-point numbers (N, H, W, C); got {given.dtype} {tuple(given.shape)}.{mend}"
+            f"pixels must be floating-point numbers (N, H, W, C); got {given.dtype} {tuple(given.shape)}.{hint}"
         )
     low, high = (float(v) for v in given.aminmax()) if given.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
@@ -374,9 +374,9 @@ def _in_proportion(pixels: Tensor | np.ndarray | None, size: Sequence[int]) -> N
     H, W = size
     fits = [abs(h * W - w * H) <= max(H, W) for h, w in (shape[1:3], shape[2:4])]
     if not fits[0] or (fits[1] and shape[1] in (1, 3) and shape[3] not in (1, 3)):
-        mend = " They look like (N, C, H, W): pass pixels.movedim(1, -1)." if fits[1] else ""
+        hint = " They look like (N, C, H, W): pass pixels.movedim(1, -1)." if fits[1] else ""
         raise ValueError(
-            f"pixels must be (N, H, W, C), with sides as those of the images, which are {H}x{W}; got {shape}.{mend}"
+            f"pixels must be (N, H, W, C), with sides as those of the images, which are {H}x{W}; got {shape}.{hint}"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from widefield.cli._subjects import MODEL_HELP
 from widefield.cli._tables import print_table
 
-SUMMARY = "what a model sees in images: the classes of each, or the class of each pixel"
+SUMMARY = "predictions of a model for images: the classes of each, or the class of each pixel"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

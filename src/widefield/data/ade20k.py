@@ -41,4 +41,4 @@ class Ade20k(SegmentationFiles):
         pairs = pair_up(folder, f"images/{part}", f"annotations/{part}", layout=_LAYOUT)
         names, palette = published("ade20k")
         values = values_of(len(names), reduce_zero_label=True)
-        self._hold(pairs, names, palette, LabelFormat(values, remedy="Take the label images of ADEChallengeData2016."))
+        self._hold(pairs, names, palette, LabelFormat(values, hint="Take the label images of ADEChallengeData2016."))

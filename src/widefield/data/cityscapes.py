@@ -66,7 +66,7 @@ class Cityscapes(SegmentationFiles):
         )
         names, palette = published("cityscapes")
         values = values_of(len(names)) if converted else published_values()
-        self._hold(pairs, names, palette, LabelFormat(values, remedy="Take the label images of gtFine."))
+        self._hold(pairs, names, palette, LabelFormat(values, hint="Take the label images of gtFine."))
 
 
 def published_values() -> dict[int, int]:

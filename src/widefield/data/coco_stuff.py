@@ -53,7 +53,7 @@ class CocoStuff(SegmentationFiles):
         )
         names, palette = published("coco_stuff")
         values = values_of(len(names)) if converted else published_values()
-        self._hold(pairs, names, palette, LabelFormat(values, remedy="Take the label images of COCO-Stuff 164k."))
+        self._hold(pairs, names, palette, LabelFormat(values, hint="Take the label images of COCO-Stuff 164k."))
 
 
 def published_values() -> dict[int, int]:

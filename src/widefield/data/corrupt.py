@@ -48,8 +48,8 @@ class CorruptFiles:
         """
         sound = isinstance(error, UnsupportedImageError)  # its message says what to do
         if self.policy == "refuse":
-            remedy = "Or" if sound else "Repair or delete the file, or"
-            raise type(error)(f'{error} {remedy} pass corrupt="skip" to leave such images out.') from error.__cause__
+            hint = "Or" if sound else "Repair or delete the file, or"
+            raise type(error)(f'{error} {hint} pass corrupt="skip" to leave such images out.') from error.__cause__
         if not self._warned[index]:
             self._warned[index] = True
             warnings.warn(f"{error} It is left out{'' if sound else '; repair or delete it'}.", stacklevel=3)

@@ -30,12 +30,12 @@ class LabelFormat:
         values: value in the files -> class, or 255 for pixels that are ignored. With the form ``"color"`` the values
             are colors, as ``red * 65536 + green * 256 + blue``.
         form: one of `FORMS`.
-        remedy: sentence for the message about other values.
+        hint: sentence for the message about other values.
     """
 
     values: Mapping[int, int]
     form: str = "index"
-    remedy: str = "Correct the file."
+    hint: str = "Correct the file."
 
     def __post_init__(self) -> None:
         table: NDArray[np.int16]
@@ -78,14 +78,12 @@ class LabelFormat:
         share = f"{wrong.mean():.1%} of the pixels" if wrong.mean() >= 0.001 else f"{wrong.sum():,} pixels"
         if self.form == "color":
             colors = [tuple(color) for color in np.unique(pixels[wrong], axis=0).tolist()]
-            return (
-                f"the label image {path} has colors that stand for no class: {listed(colors)} ({share}). {self.remedy}"
-            )
+            return f"the label image {path} has colors that stand for no class: {listed(colors)} ({share}). {self.hint}"
         values = np.unique(pixels[wrong].astype(np.int64)).tolist()
         return (
             f"the label image {path} has values that stand for no class: {listed(values)} ({share}). Values of "
             f"classes: {_spans(v for v, c in self.values.items() if c != IGNORED)}; ignored: "
-            f"{_spans(v for v, c in self.values.items() if c == IGNORED)}. {self.remedy}"
+            f"{_spans(v for v, c in self.values.items() if c == IGNORED)}. {self.hint}"
         )
 
 
@@ -166,7 +164,7 @@ def colors_of(palette: Sequence[Color], ignore_color: object = None) -> dict[int
     for number, color in enumerate(colors):
         if color in colors[:number]:
             raise ValueError(
-                f"the palette has the color {tuple(palette[number])} twice, so label images cannot be told by color. "
+                f"the palette has the color {tuple(palette[number])} twice, so colors do not identify the classes. "
                 f"Give each class a color of its own."
             )
     known = {color: index for index, color in enumerate(colors)}

@@ -166,16 +166,16 @@ def _form(
         unused = [name for name, value in given.items() if value is not None]
         if unused:
             raise ValueError(f"{unused[0]} is for label images of values; with label_format: color set ignore_color.")
-        remedy = "Correct the file, add the classes of these colors, or set ignore_color."
-        return LabelFormat(colors_of(palette, ignore_color), form, remedy)
+        hint = "Correct the file, add the classes of these colors, or set ignore_color."
+        return LabelFormat(colors_of(palette, ignore_color), form, hint)
     if ignore_color is not None:
         raise ValueError(f"ignore_color is for label_format: color; with {form!r} set ignore_index.")
     known = values_of(count, reduce_zero_label=reduce_zero_label, ignore_index=ignore_index, values=values)
-    remedy = (
+    hint = (
         "Correct the file, name all classes, set values to the value of each class, or ignore_index to the values of "
         "pixels to leave out."
     )
-    return LabelFormat(known, form, remedy)
+    return LabelFormat(known, form, hint)
 
 
 def _read_csv(root: Path, path: Path, part: dict[str, str], split: str, fraction: float) -> Pairs:

@@ -108,10 +108,10 @@ def _label_of(stem: str, known: Mapping[str, str], suffix: str) -> str:
     return stem + suffix + (ending or ".png")
 
 
-def check_files(root: Path, paths: Sequence[str], what: str, mend: str) -> None:
+def check_files(root: Path, paths: Sequence[str], what: str, hint: str) -> None:
     """Raise FileNotFoundError naming the first of the files, relative to ``root``, that are missing."""
     missing = [path for path in paths if not os.path.isfile(os.path.join(root, path))]  # noqa: PTH113, PTH118
     if missing:
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(paths):,} {what} are missing; the first is {str(root / missing[0])!r}. {mend}"
+            f"{len(missing):,} of {len(paths):,} {what} are missing; the first is {str(root / missing[0])!r}. {hint}"
         )

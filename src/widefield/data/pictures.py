@@ -32,8 +32,8 @@ class Pictures(LabeledImages):
     """A seeded choice of images (C, size, size), float32 and normalized; files are read when they are needed.
 
     C is 3, or that of the data set if ``mean`` and ``std`` are not given. Samples: ``image``, ``label`` (-1 without
-    classes), and the data set's other entries. Of a set for segmentation whose images differ in size: ``image``,
-    ``label`` -1, and ``mask`` of the same pixels.
+    classes), and the data set's other entries. Of a set for segmentation: ``image``, ``label`` -1, and ``mask`` of the
+    same pixels.
 
     Args:
         source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation split), or a
@@ -131,6 +131,8 @@ class Pictures(LabeledImages):
             found = self._from[chosen]
             if found is None:
                 raise OSError(f"{self.source} has no image {chosen}.")
+            if isinstance(self._from, SegmentationSet):  # objects differ in number from image to image
+                found = {name: found[name] for name in ("image", "mask") if name in found}
             if self._from.image_size is None:
                 found = _squared(found, self.image_size)
             image = found["image"]

@@ -42,7 +42,7 @@ class Scenes(SegmentationSet):
 
     A scene is a function of (seed, split, index) and of the drawing options, with the same bytes on every machine. It
     does not depend on ``count``. The splits use separate random streams, so they share no scene. Scenes are drawn when
-    they are first read, in about 2 ms for 128 pixels. A set of up to 512 MB keeps them as bytes; a larger one draws
+    they are first read, in about 3 ms for 128 pixels. A set of up to 512 MB keeps them as bytes; a larger one draws
     them anew.
 
     Samples, for M objects in drawing order (later ones hide earlier ones):

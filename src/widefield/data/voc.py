@@ -57,10 +57,10 @@ class Voc(SegmentationFiles):
         extra = {path.stem for path in (folder / _AUGMENTED).glob("*.png")} if extended else set()
         labels = [f"{_AUGMENTED if stem in extra else 'SegmentationClass'}/{stem}.png" for stem in stems]
         check_files(folder, images, "images", _LAYOUT)
-        mend = f"Label images of SBD belong into {_AUGMENTED}." if extended else _LAYOUT
-        check_files(folder, labels, "label images", mend)
+        hint = f"Label images of SBD belong into {_AUGMENTED}." if extended else _LAYOUT
+        check_files(folder, labels, "label images", hint)
         names, palette = published("voc")
-        form = LabelFormat(values_of(len(names)), form="palette", remedy="Take the label images of VOC 2012.")
+        form = LabelFormat(values_of(len(names)), form="palette", hint="Take the label images of VOC 2012.")
         self._hold(Pairs(folder, images, labels, Skipped()), names, palette, form)
 
 

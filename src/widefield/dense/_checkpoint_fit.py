@@ -206,13 +206,13 @@ def _kind_of_file(model: Weights, file: Source, alone: bool) -> str | None:
         return "The file has widefield's own names: load it with model.load_state_dict."
     if alone:
         return None
-    mend = "parts='backbone' loads its backbone."
+    hint = "parts='backbone' loads its backbone."
     if tops & {"rpn_head", "roi_head", "bbox_head", "mask_head"} - known:
-        return f"It is a detection file; {mend}"
+        return f"It is a detection file; {hint}"
     if "head" not in known and any(name.startswith(pose) for name in file.shapes):
-        return f"It is a pose file; {mend}"
+        return f"It is a pose file; {hint}"
     if file.bare or "decode_head" in known - tops:
-        return f"It holds a classifier or a backbone alone; {mend}"
+        return f"It holds a classifier or a backbone alone; {hint}"
     return None
 
 

@@ -133,7 +133,7 @@ def feature_maps(
               known to timm or to :func:`widefield.surgery.anatomy`;
             - any other module that returns a list, tuple or dictionary of maps, finest first, such as an encoder of
               segmentation-models-pytorch. The image itself and maps without channels do not count;
-            - the result of an earlier call.
+            - the result of an earlier call, which is returned as it is. Its maps and norms cannot be chosen anew.
         levels: how many maps. The last ones are used.
         out_indices: the maps to use, by position; instead of ``levels``.
         stage_norms: norms after the maps: "layer" (LayerNorm over channels, eps 1e-6), "batch", "none", or a callable
@@ -144,7 +144,8 @@ def feature_maps(
 
     Raises:
         TypeError: an argument is unknown, or ``backbone_args`` are given with a module.
-        ValueError: the name is unknown, or the network gives no or too few maps.
+        ValueError: the name is unknown, the network gives no or too few maps, or the arguments choose other maps or
+            norms than the result of an earlier call has.
     """
     if isinstance(backbone, str):
         indices = range(-levels, 0) if out_indices is None else out_indices
@@ -153,6 +154,7 @@ def feature_maps(
     else:
         _refuse(backbone, backbone_args)
         if isinstance(backbone, FeatureMaps):
+            _refuse_choices(backbone, normed, out_indices=out_indices, stage_norms=stage_norms)
             return backbone
         found = _found(backbone, levels, out_indices)
     follow_published_code(found.body)
@@ -217,6 +219,23 @@ def _refuse(backbone: object, args: Mapping[str, Any]) -> None:
         raise TypeError(
             f"there is no argument {name!r} for a backbone that is a module.{_checks.did_you_mean(name, _ARGUMENTS)} "
             "Arguments of the network belong to its own constructor."
+        )
+
+
+def _refuse_choices(maps: FeatureMaps, normed: Sequence[int] | None, **choices: object) -> None:
+    """Refuse to choose the maps and norms of feature maps that exist already."""
+    for name, value in choices.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} has no effect on the result of feature_maps, whose maps and norms are chosen; got {value!r}. "
+                f"Give {name} to that call instead, or pass the network itself."
+            )
+    found = {index for index in range(len(maps.channels)) if f"norm{index}" in maps._modules}
+    if normed is not None and not found <= set(normed):
+        raise ValueError(
+            f"the backbone has norms after the maps {sorted(found)}, and only those after {sorted(set(normed))} are "
+            f"used, so the others would have no gradient. Give normed={tuple(normed)} to feature_maps, or pass the "
+            "network itself."
         )
 
 

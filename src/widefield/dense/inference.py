@@ -1,7 +1,7 @@
 """Segment images of any size: whole or in windows, at one or several scales, with or without their mirror images.
 
-The rules are those of mmsegmentation (``EncoderDecoder.slide_inference`` and its test-time augmentation), which
-published results were measured with.
+Windows and averages are those of mmsegmentation (``EncoderDecoder.slide_inference`` and its test-time augmentation),
+which published results were measured with. The views at several scales differ, see :func:`segment`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def segment(
     A view is one scale, mirrored or not. The logits of each view are resized to ``size``, mirrored back and, if there
     are several views, turned into probabilities by a softmax; these are averaged. Logits are resized bilinearly with
     the model's ``align_corners`` (False if it has none), images bilinearly without antialiasing. No gradients.
+
+    Views are resampled from ``images``. mmsegmentation resizes the file for each view, so at scales other than 1 its
+    views are slightly sharper and can differ by a pixel in size if the images were resized before.
 
     Memory, next to what the model needs for one view or window: the logits of the view and those at ``size``, each
     (N, K, height, width); with windows also the logits of one window; with several views two more maps of ``size``. A

@@ -71,7 +71,7 @@ class Evaluation:
     forward: bench.Row | None = None
     """Seconds of a forward pass on one batch that is already on the device; None: not measured."""
     scores: Report | None = None
-    """What the task knows beyond the metrics, such as the result of each class."""
+    """Results with more than scalars, such as those of each class; None if the task has none."""
     examples: tuple[Example, ...] = ()
     """The images with the best and the worst predictions, best first, if asked for."""
 

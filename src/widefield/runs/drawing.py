@@ -31,7 +31,13 @@ _GRAY: Color = (128, 128, 128)
 
 
 def preview(image: Image.Image, side: int = PREVIEW) -> Image.Image:
-    """Return an image of at most ``side`` pixels a side, itself if it is small enough."""
+    """Return an image of at most ``side`` pixels a side.
+
+    Images of less than half of that are enlarged by a whole factor, so that lines between their classes are thin.
+    """
+    factor = side // max(image.size)
+    if factor > 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     found = image.copy()
     found.thumbnail((side, side), Image.Resampling.LANCZOS)
     return found

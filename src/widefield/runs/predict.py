@@ -6,11 +6,12 @@ import glob
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,11 +44,17 @@ class Predicted:
         path: the file.
         name: its path in the folder that was given, or its name; different for every image.
         prediction: what the model predicts.
+        decoding: how the file was decoded: arguments of `widefield.data.decoding.read`.
     """
 
     path: Path
     name: str
     prediction: Prediction
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def image(self) -> Image.Image:
+        """Return the image as the model got it, before resizing; raises as `widefield.data.decoding.read` does."""
+        return read(self.path, **self.decoding)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Predictions(report.Report):
             shown = self.images[: _checks.integer("count", count)]
             columns = min(4, max(1, len(shown)))
             rows = max(1, -(-len(shown) // columns))
-            images = [preview(read(found.path), 480) for found in shown]
+            images = [preview(found.image(), 480) for found in shown]
             tallest = max((image.height / image.width for image in images), default=1.0)
             side = report.PAGE / 4
             figure = report.blank(side * columns + 0.2, (side * min(tallest, 2.0) + 0.65) * rows)
@@ -182,7 +189,7 @@ def data_of(found: Predicted, drawing: Drawing) -> dict[str, Any]:
 
 def card_of(found: Predicted, drawing: Drawing) -> str:
     """Return an image's card of a page (HTML)."""
-    return drawing.card(found.name, read(found.path), found.prediction)
+    return drawing.card(found.name, found.image(), found.prediction)
 
 
 def grid_of(cards: Sequence[str], images: Sequence[Predicted]) -> str:
@@ -193,7 +200,7 @@ def grid_of(cards: Sequence[str], images: Sequence[Predicted]) -> str:
 def write_files(found: Predicted, drawing: Drawing, folder: Path) -> list[Path]:
     """Write the files of an image below a folder, and return their paths; raises OSError."""
     written = []
-    for kind, content in drawing.files(read(found.path), found.prediction).items():
+    for kind, content in drawing.files(found.image(), found.prediction).items():
         target = (folder / kind / found.name).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
@@ -204,7 +211,7 @@ def write_files(found: Predicted, drawing: Drawing, folder: Path) -> list[Path]:
 def page_of(predictions: Predictions, cards: Sequence[str], images: int | None = None) -> str:
     """Return a self-contained page with these cards; ``images`` is the number of images, if it is not of the cards."""
     total = len(predictions.images) if images is None else images
-    lead = f"{counted(total, 'image')} as {predictions.name} sees them. Weights: {predictions.weights}."
+    lead = f"{counted(total, 'image')}, predicted by {predictions.name}. Weights: {predictions.weights}."
     if len(cards) < total:
         lead += f" The page shows the first {len(cards)}."
     sections = [("Predictions", grid_of(cards, predictions.images))] if cards else []
@@ -291,7 +298,7 @@ def _each(
             if isinstance(prediction, str):
                 yield Unreadable(paths[index], prediction)
             else:
-                yield Predicted(paths[index], names[index], prediction)
+                yield Predicted(paths[index], names[index], prediction, subject.decoding)
 
 
 @dataclass(frozen=True)

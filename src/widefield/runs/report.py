@@ -125,16 +125,15 @@ def _evaluated(
     """Return the sections on ``count`` images of the run's validation data, and add the numbers to ``numbers``."""
     try:
         whole = subject.own_data()
-    except MissingDataError as error:
+        task = subject.task(whole)
+    except (MissingDataError, ValueError) as error:  # the data are missing, or have changed
         return [("Evaluation: left out", report.paragraph(f"Not of {subject.name}: {error}"))]
     some = Selection(whole, count)
     recipe = subject.recipe
     settings: dict[str, Any] = {}
     if recipe:
         settings = {"batch_size": recipe.batch_size, "mixed_precision": recipe.mixed_precision}
-    found = evaluate_model(
-        subject.model, some, subject.task(whole), workers=0, device=device, examples=_EXAMPLES, **settings
-    )
+    found = evaluate_model(subject.model, some, task, workers=0, device=device, examples=_EXAMPLES, **settings)
     numbers.setdefault("Evaluation", {})[subject.name] = found.to_dict()
     note = "" if len(some) == len(whole) else f"A seeded choice of {len(whole):,}; widefield eval takes all."
     sections = evaluation_sections(found, subject, recipe.data.name if recipe else "", note)

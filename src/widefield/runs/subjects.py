@@ -135,7 +135,7 @@ class Subject:
         if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
             self.trained_on.check_classes(dataset.classes)
             raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
-        if len(dataset.classes) != self.outputs:
+        if self.trained_on is None and len(dataset.classes) != self.outputs:
             raise ValueError(f"the model tells {self.outputs} classes apart, and the data have {len(dataset.classes)}.")
 
     def own_data(self) -> data.SampleSet:

@@ -64,6 +64,7 @@ class Anatomy:
     heads: tuple[str, ...]
     _stage_of: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     _widths: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    _layers: frozenset[str] = field(default_factory=frozenset, repr=False, compare=False)
 
     def part(self, name: str) -> Part:
         """Return which part a module or parameter belongs to: "body" is the backbone without its stem and heads."""
@@ -91,6 +92,10 @@ class Anatomy:
         if not self.in_backbone(name):
             return None
         return self._stage_of.get(name, self._stage_of.get(name.rpartition(".")[0]))
+
+    def ends_in_norm(self, stage: int) -> bool:
+        """Return whether a stage is named after one layer with parameters behind its blocks, as in VAN and MogaNet."""
+        return self.stages[stage].name in self._layers
 
     def count_stages(self, names: Sequence[str]) -> dict[str, int]:
         """Return each of these convolutions' stage, numbered from 0 over the stages that hold any of them.
@@ -140,8 +145,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     necks = [n for n in outside if (outer != backbone and is_inside(n, outer)) or _NECKS & set(n.split("."))]
     heads += [name for name in outside if name not in necks]
     widths = {name: width for name, module in modules.items() if isinstance(width := _width(module), int)}
+    layers = frozenset(end for end in ends if _has_parameters(modules[end]) and not list(modules[end].children()))
     return Anatomy(
-        backbone, tuple(stem), tuple(readers), stages, tuple(necks), tuple(heads), _spans(inside, ends), widths
+        backbone, tuple(stem), tuple(readers), stages, tuple(necks), tuple(heads), _spans(inside, ends), widths, layers
     )
 
 

@@ -22,7 +22,7 @@ _NO_IMAGES = (
     "list or a DataLoader."
 )
 
-_MEND = {
+_HINTS = {
     "torch.uint8 tensor": " Divide by 255 and normalize as in training.",
     "ndarray": " Pass torch.from_numpy(images).",
 }
@@ -109,8 +109,8 @@ def pixels(batch: Any, *, clips: bool = False) -> Tensor:
         batch = batch[0]
     if not isinstance(batch, Tensor) or not batch.is_floating_point():
         kind = f"{batch.dtype} tensor" if isinstance(batch, Tensor) else type(batch).__name__
-        mend = _MEND.get(kind, "")
-        raise TypeError(f"images must be floating-point tensors, normalized; got a {kind}.{mend}")
+        hint = _HINTS.get(kind, "")
+        raise TypeError(f"images must be floating-point tensors, normalized; got a {kind}.{hint}")
     if batch.ndim != 4 and not (clips and batch.ndim == 5):
         also = ", or clips (N, C, T, H, W)" if clips else ""
         raise ValueError(f"images must have the shape (N, C, H, W){also}; got {tuple(batch.shape)}.")

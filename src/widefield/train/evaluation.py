@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     metrics: dict[str, float]
     images: int
     scores: Report | None
-    """What the task knows beyond scalars, such as the result of each class."""
+    """Results with more than scalars, such as those of each class; None if the task has none."""
 
 
 def measure(
@@ -76,7 +76,7 @@ def measure(
         images = int(reduce(torch.tensor(images, device=device), "sum"))
     if not images:
         raise ValueError("there is nothing to evaluate: the data set is empty or all of its images were skipped.")
-    scores = task.scores(metrics)  # before compute, which ends with the counts of this process alone
+    scores = task.scores(metrics)  # first: compute() undoes the synchronization
     return Measured({name: float(value) for name, value in metrics.compute().items()}, images, scores)
 
 

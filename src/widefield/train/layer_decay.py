@@ -83,11 +83,11 @@ def layer_numbers(model: nn.Module, spec: LayerDecaySpec) -> tuple[dict[str, int
     last = (spec.num_layers or (sum(depths) if spec.rule == "block_wise" else 12)) + 1
     ranked = {name: p if p.stage is None else p._replace(stage=ranks[p.stage]) for name, p in places.items()}
     numbers = {name: _number(ranked.get(name), spec.rule, depths, last) for name in names}
-    deepest = max(numbers[name] for name in places)
-    if deepest >= last:
+    least = max(_number(place, spec.rule, depths, 1) for place in ranked.values())  # the last stage always fits
+    if least >= last:
         raise ValueError(
-            f"optimizer.layer_decay.num_layers: {last - 1} is too small for stages of {depths} blocks: the deepest "
-            f"would be number {deepest}. The published recipes have 6 for ConvNeXt-T and 12 for larger ones."
+            f"optimizer.layer_decay.num_layers: {last - 1} is too small for stages of {depths} blocks. Set at least "
+            f"{least}."
         )
     return numbers, last
 
@@ -107,8 +107,19 @@ def _number(place: _Place | None, rule: str, depths: list[int], last: int) -> in
     return 1 + sum(depths[: min(stage + 1, len(depths) - 1)])
 
 
+def _next_to(end: str, stage: int, name: str) -> _Place | None:
+    """Return the place of a parameter in a stage whose blocks and downsampling layer are siblings of its last norm."""
+    if is_inside(name, end):
+        return None  # like the norms that segmenters add after each stage
+    prefix = f"{parent}." if (parent := end.rpartition(".")[0]) else ""
+    path = name.removeprefix(prefix).split(".")  # such as block2.0.attn.proj_1.weight or patch_embed2.proj.weight
+    if path[0].startswith("block") and path[1].isdecimal():
+        return _Place(stage, int(path[1]))
+    return _Place(stage, leads=True, inside=False) if stage else _Place(None)
+
+
 def _place(model: nn.Module, parts: Anatomy, name: str) -> _Place | None:
-    """Return where a parameter is; None outside of the backbone."""
+    """Return where a parameter is; None outside of the backbone and in a norm after a stage."""
     stage = parts.stage_of(name)
     if stage is None:
         return None if not parts.in_backbone(name) else _Place(None)
@@ -118,6 +129,8 @@ def _place(model: nn.Module, parts: Anatomy, name: str) -> _Place | None:
         listed = len(list(model.get_submodule(root).children())) == len(parts.stages) and index.isdecimal()
         return _Place(int(index), leads=True, inside=False) if listed and int(index) else _Place(None)
     holder = parts.stages[stage].name
+    if parts.ends_in_norm(stage):
+        return _next_to(holder, stage, name)
     if not is_inside(name, holder):  # between two stages, or before the first one
         return _Place(stage, leads=True, inside=False) if stage else _Place(None)
     path = name.removeprefix(f"{holder}.").split(".")  # such as blocks.3.mlp.fc1.weight or 3.conv1.weight

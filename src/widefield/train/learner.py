@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from timm.models._features import FeatureGetterNet
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -289,9 +290,12 @@ def _check_fit(task: Task, model: nn.Module, name: str, shape: tuple[int, int, i
 
 def _checkpoint_blocks(model: nn.Module) -> None:
     backbone: Any = model.get_submodule(anatomy(model).backbone)
+    if isinstance(backbone, FeatureGetterNet):  # timm's wrapper has no such method, the network in it does
+        backbone = backbone.model
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise ValueError(
-            f"gradient_checkpointing: {type(model).__name__} does not offer it (set_grad_checkpointing); leave it out."
+            f"gradient_checkpointing: {type(backbone).__name__} does not offer it (set_grad_checkpointing); leave it "
+            "out."
         ) from error

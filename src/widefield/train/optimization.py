@@ -26,8 +26,11 @@ from widefield.train.recipe import OptimizerSpec, ScheduleSpec
 
 def _in_stem(parts: Anatomy, name: str) -> bool:
     """Return whether a parameter comes before the first stage, such as that of the norm after a stem's convolution."""
-    before = parts.stage_of(name) == 0 and not any(is_inside(name, stage.name) for stage in parts.stages)
-    return parts.part(name) == "stem" or before
+    if parts.part(name) == "stem":
+        return True
+    if parts.stage_of(name) != 0 or parts.ends_in_norm(0):
+        return False
+    return not is_inside(name, parts.stages[0].name)
 
 
 PARTS: dict[str, Callable[[Anatomy, str], bool]] = {

@@ -64,8 +64,8 @@ class RunFolder:
                 f"the run's folder {self.path} cannot be written: {error.strerror}. Choose another with --output."
             ) from error
         if content:
-            mend = f"Continue it with --resume {self.path}" if resumable else "It has no checkpoint: delete it"
-            raise FileExistsError(f"{self.path} holds a run already. {mend}, or choose another --name.")
+            hint = f"Continue it with --resume {self.path}" if resumable else "It has no checkpoint: delete it"
+            raise FileExistsError(f"{self.path} holds a run already. {hint}, or choose another --name.")
 
     def check_space(self, model: nn.Module, recipe: Recipe) -> None:
         """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, and one more being written.
