@@ -1,12 +1,14 @@
 """convert, specialize, reparameterize, trim, export and quantize on whole segmentation models."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from networks import SMALL, settled
 
 import widefield
-from dense.networks import BUILDERS, upernet
+from dense.networks import BUILDERS, deeplab, upernet
 from tolerances import NETWORK, close
 from widefield import deploy
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
@@ -87,6 +89,18 @@ def test_conversion_before_and_after_building_is_the_same(features_only):
     x = torch.randn(2, 3, 48, 65)
     with torch.no_grad():
         close(after.eval()(x), before.eval()(x), 0.0)
+
+
+@pytest.mark.parametrize("build", [upernet, deeplab])
+def test_both_memory_formats_agree_and_convolutions_in_heads_may_be_replaced(build):
+    model = settled(build())
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    mixed = widefield.convert(model, widefield.MoRF((3, 5)), "decode_head.*bottleneck.conv").eval()
+    x = torch.randn(2, 3, 64, 97)
+    with torch.no_grad():
+        expected = model(x)
+        close(last(x.to(memory_format=torch.channels_last)), expected, NETWORK)
+        close(mixed(x), expected, NETWORK)
 
 
 def merged_and_exported(model, path):

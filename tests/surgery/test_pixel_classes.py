@@ -10,8 +10,10 @@ from torch import nn
 
 import widefield
 from tolerances import FLOAT64
+from widefield import dense
 from widefield.surgery.compare import Tally, compare
 from widefield.surgery.inputs import batches
+from widefield.tasks.confusion import Confusion
 
 CLASSES = 5
 
@@ -106,6 +108,21 @@ def test_logits_are_resized_to_masks_of_another_size():
     expected = iou_by_counting([y.argmax(1)[0] for y in resized], masks)
     assert change.miou_before == pytest.approx(expected, rel=FLOAT64)
     assert change.pixels == 2 * 4 * 6
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_mean_iou_is_that_of_an_evaluation(corners):
+    torch.manual_seed(0)
+    model = dense.SemanticFPN("test_resnet", CLASSES, channels=8, neck_channels=8, align_corners=corners).eval()
+    images, masks = torch.randn(2, 3, 32, 48), torch.randint(CLASSES, (2, 50, 70))
+    metric = {}
+    for aligned in (corners, not corners):
+        metric[aligned] = Confusion([str(k) for k in range(CLASSES)])
+        found = F.interpolate(model(images), (50, 70), mode="bilinear", align_corners=aligned).argmax(1)
+        metric[aligned].update(found, masks)
+    expected = float(metric[corners].compute()["miou"])
+    assert compare(model, model, [(images, masks)]).miou_before == pytest.approx(expected, rel=FLOAT64)
+    assert expected != pytest.approx(float(metric[not corners].compute()["miou"]), rel=1e-3)
 
 
 def test_one_channel_is_a_map_and_not_a_class():

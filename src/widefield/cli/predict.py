@@ -45,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
         args.model, pretrained=args.pretrained, seed=args.seed, device=args.device, which=args.which,
         weights=args.weights,
     )  # fmt: skip
-    if subject.weights.origin == "random":
-        print(f"{subject.name} has random weights; --pretrained downloads published ones.", file=sys.stderr)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         written = predict_files(
@@ -59,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             progress=lambda found, total: bar.track(found, total=total, description=subject.name),
         )
+    if subject.weights.origin == "random":
+        print(f"{subject.name} has random weights; --pretrained downloads published ones.", file=sys.stderr)
     if written.rows:
         print_table(written.rows, right=["probability"])
     if written.images > len(written.rows):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from widefield._pixels import IGNORED
 from widefield.data.labels import LabelFormat, published, values_of
 from widefield.data.mask_files import SegmentationFiles
 from widefield.data.pairs import pair_up, root_of
-from widefield.data.segmentation import IGNORED
 
 _LAYOUT = "Expected root/images/{train2017,val2017}/*.jpg and root/annotations/{train2017,val2017}/*.png."
 _CONVERTED = "_labelTrainIds"

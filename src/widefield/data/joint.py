@@ -16,8 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from widefield._pixels import IGNORED
 from widefield.data.base import Sample
-from widefield.data.segmentation import IGNORED
 from widefield.data.transforms import JointAugmentation
 
 Transform = Callable[[Sample], Sample]

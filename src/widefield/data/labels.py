@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from widefield import _checks
+from widefield._pixels import IGNORED
 from widefield.data.class_map import listed
 from widefield.data.decoding import LabelError, Pixels, read_labels
-from widefield.data.segmentation import IGNORED, Color, default_palette
+from widefield.data.segmentation import Color, default_palette
 
 FORMS = ("index", "palette", "color")
 """What label images hold: gray values, indices of a palette, or colors."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from widefield import _checks
+from widefield._pixels import IGNORED
 from widefield.data.base import SPLITS
 from widefield.data.class_map import listed
 from widefield.data.decoding import CorruptImageError, LabelError
@@ -21,7 +22,7 @@ from widefield.data.labels import FORMS, LabelFormat, class_names, colors_of, va
 from widefield.data.listing import Skipped
 from widefield.data.mask_files import SegmentationFiles
 from widefield.data.pairs import Pairs, check_files, pair_up
-from widefield.data.segmentation import IGNORED, Color
+from widefield.data.segmentation import Color
 
 _LAYOUT = "Set images and labels to the folders' names below root; {split} stands for the name of the split."
 _COLUMNS = ("image", "mask")

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
 from widefield import _checks
+from widefield._pixels import NO_OBJECT
 from widefield.data import _composition as composition
 from widefield.data.base import SPLITS, Sample, normalize
 from widefield.data.drawing import KEYPOINTS, KEYPOINTS_FLIPPED, OUTLINES
@@ -28,9 +30,9 @@ _SIZES = 6 / 128, 108 / 128  # default sides of the smallest and the largest obj
 _SMALLEST = 4.0  # pixels; below, many shapes look alike
 _GROUPS = {"small": 0.0, "medium": 1 / 8, "large": 3 / 8}  # from this side on, in units of the image's
 _TRAIN_COLUMNS = 427  # of the 640 columns of a photograph; the others are for val
-_NO_OBJECT = 255
 _PIXEL = 5  # bytes of a pixel that is kept: three of the image, two of the index of its object
-_KEPT = 2**29  # bytes of the largest set that is kept
+_KEPT = 2**29  # bytes of the scenes that a process keeps
+_KEPT_BY_WORKER = 2**26  # of a loader's worker: there are many, and most end with the epoch
 _FLIP = 0x666C6970  # separates the flips' random streams from the scenes'
 
 _Scene = tuple[NDArray[np.uint8], NDArray[np.int16], list[composition.Thing]]
@@ -42,8 +44,9 @@ class Scenes(SegmentationSet):
 
     A scene is a function of (seed, split, index) and of the drawing options, with the same bytes on every machine. It
     does not depend on ``count``. The splits use separate random streams, so they share no scene. Scenes are drawn when
-    they are first read, in about 3 ms for 128 pixels. A set of up to 512 MB keeps them as bytes; a larger one draws
-    them anew.
+    they are first read, in about 3 ms for 128 pixels. The first ones are kept as bytes, 82 kB each at 128 pixels: up to
+    512 MB of them in a process, up to 64 MB in a worker of a loader. The others are drawn anew each time. Copies of a
+    set, and workers of loaders that are spawned, start without any.
 
     Samples, for M objects in drawing order (later ones hide earlier ones):
 
@@ -140,22 +143,24 @@ class Scenes(SegmentationSet):
         self.rotation = _checks.number("rotation", rotation, maximum=180)
         self.background = _checks.choice("background", background, BACKGROUNDS)
         self.hflip = _checks.number("hflip", hflip, maximum=1)
-        self._keeps = len(self) * self.image_size**2 * _PIXEL <= _KEPT
         self._kept: dict[int, _Scene] = {}
 
     def __len__(self) -> int:
         return self._count
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kept": {}}
+
     def sample(self, index: int) -> Sample:
         """Draw scene ``index``."""
         pixels, seen, things = self._kept.get(index) or self._drawn(index)
-        if self._keeps:
+        if len(self._kept) < (_KEPT if get_worker_info() is None else _KEPT_BY_WORKER) // (_PIXEL * self.image_size**2):
             self._kept[index] = pixels, seen, things
         labels = np.array([one.shape + 1 for one in things], np.int64)
         sides = np.array([one.side for one in things], np.float32)
         masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
         # One more entry for the background, which the index -1 reads.
-        groups = np.append(_size_groups(sides, self.image_size), np.uint8(_NO_OBJECT))
+        groups = np.append(_size_groups(sides, self.image_size), np.uint8(NO_OBJECT))
         arrays = {
             "mask": np.append(labels, 0)[seen],
             "size_group": groups[seen],

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from widefield import _checks
+from widefield._pixels import IGNORED
 from widefield.data.base import SampleSet
 from widefield.data.listing import counted
-
-IGNORED = 255
-"""Value of pixels without a class in the masks of all sets. It limits a set to 255 classes."""
 
 Color = tuple[int, int, int]
 """(red, green, blue), each from 0 to 255."""

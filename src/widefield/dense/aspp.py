@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.fcn import FCNHead
-from widefield.dense.layers import AdaptivePool, ConvModule, DepthwiseSeparableConvModule
+from widefield.dense.layers import AdaptivePool, ConvModule, DepthwiseSeparableConvModule, concatenate
 from widefield.dense.segmenter import DecodeHead, Segmenter
 
 OUTPUT_STRIDE = 8
@@ -87,7 +87,7 @@ class DepthwiseSeparableASPPHead(DecodeHead):
     def pyramid(self, x: Tensor) -> Tensor:
         """Return the map with context: (N, in_channels, H, W) -> (N, channels, H, W)."""
         context = [self.resize(self.image_pool(x), x.shape[2:]), *(module(x) for module in self.aspp_modules)]
-        y: Tensor = self.bottleneck(torch.cat(context, 1))
+        y: Tensor = self.bottleneck(concatenate(context, self.bottleneck))
         return y
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:

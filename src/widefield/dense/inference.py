@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.surgery.answers import described, evaluating, meant, wrapping
+from widefield.surgery.answers import aligned_corners, described, evaluating, meant, wrapping
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -67,7 +67,7 @@ def segment(
     if images.ndim != 4:
         hint = " Add the batch dimension with images[None]." if images.ndim == 3 else ""
         raise ValueError(f"images must be (N, C, H, W); got shape {tuple(images.shape)}.{hint}")
-    corners = bool(getattr(model, "align_corners", False))
+    corners = aligned_corners(model)
     target = _pair("size", tuple(images.shape[2:] if size is None else size))
 
     def seen(scale: float, mirrored: bool) -> Tensor:

@@ -146,6 +146,29 @@ def _averages(side: int, size: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
+def concatenate(maps: Sequence[Tensor], reader: nn.Module) -> Tensor:
+    """Concatenate maps of one size along the channels, in channels_last if the weights are.
+
+    Maps resized from a single pixel are in NCHW. Next to maps in channels_last they make the concatenation slow, and
+    its result NCHW as well.
+
+    Args:
+        maps: (N, C_i, H, W) each.
+        reader: the layer that reads the result.
+
+    Returns:
+        (N, sum of C_i, H, W).
+    """
+    # Compilers choose memory formats themselves, and a check would bind their graph to this one.
+    if not torch.compiler.is_compiling() and any(_in_channels_last(weight) for weight in reader.parameters()):
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+    return torch.cat(list(maps), 1)
+
+
+def _in_channels_last(weight: Tensor) -> bool:
+    return weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Resize maps bilinearly without antialiasing.
 

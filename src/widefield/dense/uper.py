@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.fcn import FCNHead
-from widefield.dense.layers import AdaptivePool, ConvModule
+from widefield.dense.layers import AdaptivePool, ConvModule, concatenate
 from widefield.dense.segmenter import DecodeHead, Segmenter
 
 
@@ -58,7 +57,7 @@ class UPerHead(DecodeHead):
     def pooled(self, x: Tensor) -> Tensor:
         """Return the coarsest map with pooled context: (N, C, H, W) -> (N, channels, H, W)."""
         context = [self.resize(module(x), x.shape[2:]) for module in self.psp_modules]
-        y: Tensor = self.bottleneck(torch.cat([x, *context], 1))
+        y: Tensor = self.bottleneck(concatenate([x, *context], self.bottleneck))
         return y
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
@@ -68,10 +67,15 @@ class UPerHead(DecodeHead):
         levels = [conv(x) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
         levels.append(self.pooled(maps[-1]))
         for index in range(len(levels) - 1, 0, -1):
-            levels[index - 1] = levels[index - 1] + self.resize(levels[index], levels[index - 1].shape[2:])
-        finest, *others = (*(conv(x) for conv, x in zip(self.fpn_convs, levels[:-1], strict=True)), levels[-1])
-        others = [self.resize(x, finest.shape[2:]) for x in others]
-        y: Tensor = self.fpn_bottleneck(torch.cat([finest, *others], 1))
+            # In this order: the sum has the memory format of its first term, and the last level that of the weights.
+            levels[index - 1] = self.resize(levels[index], levels[index - 1].shape[2:]) + levels[index - 1]
+        for index, conv in enumerate(self.fpn_convs):  # the list keeps no map longer than needed
+            levels[index] = conv(levels[index])
+        for index in range(1, len(levels)):
+            levels[index] = self.resize(levels[index], levels[0].shape[2:])
+        joined = concatenate(levels, self.fpn_bottleneck)
+        levels.clear()
+        y: Tensor = self.fpn_bottleneck(joined)
         return y
 
 

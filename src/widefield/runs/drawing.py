@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from widefield import report
+from widefield._pixels import IGNORED
 from widefield.tasks import ClassPrediction, MaskPrediction, Prediction
 
 Color = tuple[int, int, int]
@@ -25,7 +26,6 @@ PREVIEW = 640
 _OPACITY = 0.6
 _LISTED = 10
 """Largest number of classes in a legend."""
-_IGNORED = 255
 _GRAY: Color = (128, 128, 128)
 """Color of pixels without a class."""
 
@@ -67,7 +67,7 @@ def overlay(image: Image.Image, mask: Mask, palette: Sequence[Color], opacity: f
     # Lines as wide as they look good at the size of the whole image.
     lines = _edges(mask, max(1, round(max(mask.shape) / 500)))
     mixed[lines] = 0.25 * mixed[lines] + 0.75 * 255
-    ignored = (mask == _IGNORED) & (len(palette) <= _IGNORED)
+    ignored = (mask == IGNORED) & (len(palette) <= IGNORED)
     mixed[ignored] = pixels[ignored]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
@@ -228,7 +228,7 @@ class MaskDrawing(Drawing):
             found |= {k: 0.0 for k in shares(mask, len(self.palette)) if k not in found}
         listed = list(found.items())[:_LISTED]
         entries = [(self.palette[k], f"{self.name(k)} {100 * share:.1f} %") for k, share in listed]
-        if any((mask == _IGNORED).any() for mask in masks) and len(self.palette) <= _IGNORED:
+        if any((mask == IGNORED).any() for mask in masks) and len(self.palette) <= IGNORED:
             entries.append((_GRAY, "no class"))
         more = len(found) - len(listed)
         return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")

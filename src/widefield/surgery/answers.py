@@ -30,6 +30,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def aligned_corners(model: object) -> bool:
+    """Return a model's ``align_corners``: whether its logits are resized with aligned corners; False if it has none."""
+    return bool(getattr(model, "align_corners", False))
+
+
 def tensors(output: Any) -> list[Tensor]:
     """Return the tensors of an output in order: alone, or in tuples, mappings and dataclasses."""
     return [tensor for _, tensor in _parts(output, "")]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.report import Report
-from widefield.surgery.answers import place_of_meant, tensors, wrapping
+from widefield.surgery.answers import aligned_corners, place_of_meant, tensors, wrapping
 from widefield.surgery.inputs import batches
 from widefield.surgery.predictions import ImageCounts, PixelCounts, Shares, counts_for
 
@@ -118,10 +118,15 @@ class _Sums:
 
 
 class Tally:
-    """Accumulates the difference between two models' outputs, batch by batch."""
+    """Accumulates the difference between two models' outputs, batch by batch.
 
-    def __init__(self) -> None:
-        self._images = 0
+    Args:
+        align_corners: of resizing logits to masks of another size: that of the models, see
+            :func:`widefield.surgery.answers.aligned_corners`.
+    """
+
+    def __init__(self, align_corners: bool = False) -> None:
+        self._images, self._align_corners = 0, align_corners
         self._outputs: dict[int, _Sums] = {}
         self._counts: ImageCounts | PixelCounts | None = None
         self._predict = True
@@ -147,7 +152,7 @@ class Tally:
         place = place_of_meant(first)
         kind = counts_for(None if place is None else ours[place], count)
         if self._counts is None and self._predict and kind is not None:
-            self._counts = kind()
+            self._counts = PixelCounts(self._align_corners) if kind is PixelCounts else kind()
         self._predict &= kind is not None and isinstance(self._counts, kind)
         if self._predict and self._counts is not None and place is not None:
             self._counts.add(ours[place], theirs[place], labels)
@@ -184,7 +189,7 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         ValueError: a loader without images; outputs of different shapes; a first output that is not finite; a
             :class:`NothingToCompareError` for outputs without a number.
     """
-    tally = Tally()
+    tally = Tally(aligned_corners(first))
     with torch.no_grad():
         if isinstance(images, Tensor):
             tally.add(first(images), second(images))

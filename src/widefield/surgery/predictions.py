@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = 255
-"""Value of mask pixels without a class."""
+from widefield._pixels import IGNORED, intersection_over_union
 
 
 class Shares(NamedTuple):
@@ -62,9 +61,14 @@ class ImageCounts:
 
 
 class PixelCounts:
-    """Counts of pixels; the labels are masks, in which 255 and negative values stand for no class."""
+    """Counts of pixels; the labels are masks, in which 255 and negative values stand for no class.
 
-    def __init__(self) -> None:
+    Args:
+        align_corners: of the bilinear resizing of logits to masks of another size.
+    """
+
+    def __init__(self, align_corners: bool = False) -> None:
+        self._align_corners = align_corners
         self._pixels = self._same = 0
         self._areas: Tensor | None = None
         """Pixels by class: labeled; then predicted, and predicted rightly, by the first and by the second model."""
@@ -83,8 +87,11 @@ class PixelCounts:
                 continue
             mask = masks[index].to(one.device)
             if mask.shape != before.shape[1:]:
-                before, after = (_resized(y, mask).argmax(1).to(one.device) for y in (one, other))
+                before, after = (self._resized(y, mask).argmax(1).to(one.device) for y in (one, other))
             self._add_areas(before[0], after[0], mask, first.shape[1])
+
+    def _resized(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return F.interpolate(logits, tuple(mask.shape), mode="bilinear", align_corners=self._align_corners)
 
     def _add_areas(self, before: Tensor, after: Tensor, mask: Tensor, classes: int) -> None:
         known = (mask != IGNORED) & (mask >= 0)
@@ -110,20 +117,10 @@ class PixelCounts:
             agreement,
             float(right_before.sum() / labeled.sum()),
             float(right_after.sum() / labeled.sum()),
-            _mean_iou(labeled, before, right_before),
-            _mean_iou(labeled, after, right_after),
+            float(intersection_over_union(labeled, before, right_before).nanmean()),
+            float(intersection_over_union(labeled, after, right_after).nanmean()),
             self._pixels,
         )
-
-
-def _resized(logits: Tensor, mask: Tensor) -> Tensor:
-    return F.interpolate(logits, size=tuple(mask.shape), mode="bilinear", align_corners=False)
-
-
-def _mean_iou(labeled: Tensor, predicted: Tensor, right: Tensor) -> float:
-    """Return the mean over the classes of intersection over union; classes that occur in neither do not count."""
-    union = labeled + predicted - right
-    return float((right / union)[union > 0].mean())
 
 
 def _share(part: int, total: int) -> float | None:

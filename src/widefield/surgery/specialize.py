@@ -24,6 +24,7 @@ from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import Report
 from widefield.surgery import walk
 from widefield.surgery.anatomy import anatomy
+from widefield.surgery.answers import aligned_corners
 from widefield.surgery.compare import Difference, Tally, comparable, compare
 from widefield.surgery.inputs import batches, check_loader
 
@@ -174,7 +175,7 @@ def specialize(
         if not reached:
             raise ValueError(f"the data never reach a routed layer of {type(model).__name__}: {', '.join(layers)}.")
         statics = {name: _static(name, layer, routing[name].mean()) for name, layer in reached.items()}
-        effects = _Effects(statics)
+        effects = _Effects(statics, aligned_corners(work))
         effects.measure(work, reached, statics, loader)
         chosen, measured = list(reached), effects.together.difference()
         if policy == "auto":
@@ -346,11 +347,11 @@ def _record(model: nn.Module, layers: Layers, loader: Iterable[Any]) -> tuple[di
 class _Effects:
     """The changes by static layers: of their own outputs and of the model's, alone and together."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], align_corners: bool) -> None:
         names = list(names)
         self.own = {name: Tally() for name in names}
-        self.alone = {name: Tally() for name in names}
-        self.unchanged, self.predicted, self.together = Tally(), Tally(), Tally()
+        self.alone = {name: Tally(align_corners) for name in names}
+        self.unchanged, self.predicted, self.together = (Tally(align_corners) for _ in range(3))
 
     def alone_differences(self) -> dict[str, Difference]:
         """Return what each layer changes in the model's outputs alone."""

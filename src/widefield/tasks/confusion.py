@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from widefield._pixels import IGNORED, NO_OBJECT, intersection_over_union
 from widefield.report import Report
-
-NO_OBJECT = 255
-"""Value in maps of size groups where there is no object."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +142,7 @@ class Confusion(Metric):
         self,
         classes: Sequence[str],
         size_groups: Sequence[str] = (),
-        ignore_index: int = 255,
+        ignore_index: int = IGNORED,
         boundary: float | None = None,
         **options: Any,
     ) -> None:
@@ -220,8 +218,7 @@ def _boundaries(mine: Tensor, true: Tensor, size: int, ignore_index: int, fracti
 
 
 def _iou(confusion: Tensor) -> Tensor:
-    both = confusion.diagonal().double()
-    return both / (confusion.sum(0) + confusion.sum(1) - both)
+    return intersection_over_union(confusion.sum(1), confusion.sum(0), confusion.diagonal())
 
 
 def _mean(values: Tensor) -> float:
