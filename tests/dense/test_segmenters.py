@@ -302,3 +302,19 @@ def test_resizing_is_bilinear_without_antialiasing():
     x = torch.randn(1, 2, 9, 7, dtype=torch.float64)
     expected = F.interpolate(x, (4, 15), mode="bilinear", align_corners=True)
     assert torch.equal(resize(x, (4, 15), True), expected)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_half_precision_logits_are_resized_in_float32(build):
+    """Resized in half precision, the logits of classes tie at many pixels."""
+    torch.manual_seed(0)
+    model = build(features("test_resnet").bfloat16(), dropout=0.0)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.bfloat16)
+    for train in (False, True):
+        heads = model.train(train).forward_heads(images)
+        output = model(images)
+        found = output if isinstance(output, tuple) else (output,)
+        assert len(found) == (2 if train and heads.aux is not None else 1)
+        for ours, coarse in zip(found, heads, strict=False):
+            assert coarse.dtype == torch.bfloat16
+            assert torch.equal(ours, F.interpolate(coarse.float(), (64, 96), mode="bilinear"))

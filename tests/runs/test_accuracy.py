@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import tolerances
 from train.helpers import log
+from train.patches import Patches
 from widefield import data, tasks
 from widefield.data import LabeledImages
 from widefield.runs import Evaluation, evaluate_model, load_trained
@@ -183,6 +184,8 @@ def _process(rank: int, port: int, folder: str) -> None:
             range(12), 12, real={f"ILSVRC2012_val_{i + 1:08}.JPEG": [i % 12] for i in range(23)}
         )
         found.append(measured(Says(12), dataset, task).to_dict())
+    patches = Patches("val", count=5)
+    found.append(measured(Colors(), patches, tasks.create("segmentation", patches)).to_dict())
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -195,7 +198,7 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     real = {f"ILSVRC2012_val_{i + 1:08}.JPEG": [i % 12] for i in range(23)}
-    for dataset, images, mine, other in zip((told(broken=True), told(1)), (22, 1), first, second, strict=True):
+    for dataset, images, mine, other in zip((told(broken=True), told(1)), (22, 1), first[:2], second[:2], strict=True):
         alone = measured(Says(12), dataset, MappedClassification(range(12), 12, real=real))
         assert mine["metrics"] == other["metrics"]
         assert mine["images"] == other["images"] == alone.images == images
@@ -203,6 +206,37 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
         for name, value in alone.metrics.items():  # image counts are exact, a sum of losses is exact up to rounding
             expected = pytest.approx(value, rel=tolerances.FLOAT32) if name == "loss" else value
             assert mine["metrics"][name] == expected
+    patches = Patches("val", count=5)
+    alone = measured(Colors(), patches, tasks.create("segmentation", patches))
+    for process in (first, second):  # the results of each class cover the images of both, as the means do
+        assert process[2]["scores"] == alone.to_dict()["scores"]
+        assert process[2]["metrics"]["miou"] == process[2]["scores"]["metrics"]["miou"]
+
+
+class Colors(nn.Module):
+    """Logits of three classes: the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * images
+
+
+def test_images_are_rated_only_for_examples() -> None:
+    patches = Patches("val", count=5)
+    rated: list[int] = []
+
+    class Counting(tasks.Segmentation):
+        def rate(self, outputs: Any) -> Tensor:
+            rated.append(len(outputs["preds"]))
+            return super().rate(outputs)
+
+    assert not measured(Colors(), patches, Counting.for_data(patches)).examples
+    assert not rated
+    assert measured(Colors(), patches, Counting.for_data(patches), examples=1).examples
+    assert sum(rated) >= 5
 
 
 # Assignment of outputs to classes

@@ -48,7 +48,7 @@ def test_cross_entropy(shape: Any, seed: int, ignored: float, weighted: bool, av
     each = pixels(logits, mask)
     weigh = weights or [1.0] * shape[1]
     total = sum(weigh[label] * loss for label, loss in each)
-    count = sum(weigh[label] for label, _ in each) if avg_non_ignore else mask.numel()
+    count = sum(weigh[label] for label, _ in each) if avg_non_ignore or weighted else mask.numel()
     found = cross_entropy(logits, mask, class_weights=weights, avg_non_ignore=avg_non_ignore)
     close(found, torch.tensor(total / (count + EPS), dtype=torch.float64), FLOAT64)
 
@@ -63,10 +63,24 @@ def test_the_default_denominator_counts_ignored_pixels() -> None:
     assert own.item() == pytest.approx(F.cross_entropy(logits, mask, ignore_index=255).item(), rel=1e-7)
 
 
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+def test_class_weights_give_the_weighted_mean_of_mmsegmentation_1(avg_non_ignore: bool) -> None:
+    """Without ignored pixels, where mmsegmentation 1.2.2 has a result; weights times a number change nothing."""
+    logits, mask = case((2, 4, 9, 5), 0, 0.0)
+    weights = [0.2, 3.0, 1.0, 0.0]
+    expected = F.cross_entropy(logits, mask, weight=logits.new_tensor(weights))
+    for factor in (1, 7):
+        found = cross_entropy(
+            logits, mask, class_weights=[factor * weight for weight in weights], avg_non_ignore=avg_non_ignore
+        )
+        assert found.item() == pytest.approx(expected.item(), rel=1e-7)
+
+
 def test_a_batch_without_a_labeled_pixel_has_loss_zero_and_zero_gradients() -> None:
     logits, mask = case((1, 3, 4, 4), 0, 1.0)
     logits.requires_grad_()
     loss = cross_entropy(logits, mask) + cross_entropy(logits, mask, avg_non_ignore=True) + dice_loss(logits, mask)
+    loss = loss + cross_entropy(logits, mask, class_weights=[1.0, 2.0, 3.0])
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None

@@ -48,7 +48,10 @@ def test_the_loss_is_that_of_both_heads() -> None:
     mask = given["mask"]
     expected = cross_entropy(main, mask) + 0.4 * cross_entropy(second, mask)
     close(Segmentation(NAMES).loss(model, given), expected, FLOAT64)
-    close(Segmentation(NAMES, auxiliary_weight=0).loss(model, given), cross_entropy(main, mask), FLOAT64)
+    unweighted = Segmentation(NAMES, auxiliary_weight=0).loss(model, given)
+    close(unweighted, cross_entropy(main, mask), FLOAT64)
+    unweighted.backward()  # DistributedDataParallel waits for the gradient of every parameter
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_options_of_the_loss() -> None:
@@ -83,7 +86,7 @@ def test_batches_are_stacked_or_lists() -> None:
     }  # fmt: skip
     mixed = task.collate([val[i] for i in range(3)])
     assert all(isinstance(found, list) for found in mixed.values())
-    with pytest.raises(ValueError, match=r"images of a training batch differ in size: let the data set crop"):
+    with pytest.raises(ValueError, match=r"differ in size: let the data set crop or pad them to one size\.$"):
         task.loss(Tiny(), mixed)
 
 
@@ -126,6 +129,31 @@ def test_metrics_do_not_depend_on_how_images_are_batched(options: dict[str, Any]
     assert found[0][1].counts.sum() == pixels
 
 
+def test_images_of_one_size_share_a_forward_pass_as_memory_permits() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Watched(Tiny):
+        def forward(self, images: Tensor) -> Any:
+            seen.append(tuple(images.shape))
+            return super().forward(images)
+
+    def calls(*sizes: int, classes: int = 3, **options: Any) -> list[tuple[int, ...]]:
+        task = Segmentation([str(index) for index in range(classes)], **options)
+        mask = torch.zeros(16, 16, dtype=torch.int64)
+        seen.clear()
+        model = Watched(auxiliary=False).float().eval()
+        found = task.outputs(model, task.collate([{"image": torch.rand(3, s, s), "mask": mask} for s in sizes]))
+        assert [tuple(one.shape) for one in found["preds"]] == [(16, 16)] * len(sizes)
+        assert len(found["value"]) == len(sizes)
+        return [(shape[0], shape[2]) for shape in seen]
+
+    assert calls(16, 16, 16, 16) == [(4, 16)]
+    assert calls(16, 16, 24, 16, 16, 16) == [(2, 16), (1, 24), (3, 16)]
+    assert calls(512, 512, 512) == [(2, 512), (1, 512)]  # 2^26 values: 128 for each pixel of two images
+    assert calls(512, 512, scales=[1.5]) == [(1, 768), (1, 768)]
+    assert calls(16, 16, test="slide", window=12, stride=4) == [(2, 12)] * 4
+
+
 def test_an_image_without_a_labeled_pixel_changes_nothing() -> None:
     task, sample, model = Segmentation(NAMES), Patches("val")[0], Tiny().float().eval()
     empty = {**sample, "mask": torch.full_like(sample["mask"], 255)}
@@ -147,6 +175,19 @@ def test_it_builds_a_model_on_the_backbone(kind: str) -> None:
     task.loss(model, {**given, "image": given["image"].float()}).backward()
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(parameter.grad is not None for parameter in learning.values())
+
+
+def test_a_batch_of_one_trains_only_without_a_norm_of_one_pixel() -> None:
+    given = {"image": torch.rand(1, 3, 64, 64), "mask": torch.zeros(1, 64, 64, dtype=torch.int64)}
+    for kind in ("upernet", "deeplabv3plus", "semantic_fpn"):
+        task = Segmentation(NAMES, model=kind, head_args={"channels": 8})
+        network = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), **task.model_args)
+        model = task.model(network)
+        if kind == "semantic_fpn":
+            assert task.loss(model, given).isfinite()
+        else:
+            with pytest.raises(ValueError, match=r"a batch of 1 is too small.*sync_batchnorm: true.*semantic_fpn"):
+                task.loss(model, given)
 
 
 def test_auxiliary_head_and_classes_are_checked() -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import is_compiled_module
 from safetensors.torch import save_file
 from torch import nn
 
@@ -37,6 +40,7 @@ from widefield.train import (
     TaskSpec,
     build_model,
 )
+from widefield.train.learner import Learner
 from widefield.train.optimization import create_optimizer, freeze
 from widefield.train.pretrained import classes_of
 
@@ -73,6 +77,17 @@ class TestWhatDoesNotFit:
     def test_fp16_on_a_cpu_is_refused(self, run: Run) -> None:
         with pytest.raises(ValueError, match="mixed_precision: fp16 needs a GPU"):
             run(mixed_precision="fp16")
+
+
+@pytest.mark.parametrize("one_size", [True, False])
+def test_images_of_several_sizes_are_not_evaluated_by_the_compiled_model(recipe: Recipe, one_size: bool) -> None:
+    """It would be compiled again for each size."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(dynamo_backend="inductor", cpu=True)
+    learner = Learner(replace(recipe, compile=True), Classification(5), accelerator)
+    compiled = is_compiled_module(learner.agree(one_size=one_size))
+    AcceleratorState._reset_state()
+    assert compiled == one_size
 
 
 class TestGroups:

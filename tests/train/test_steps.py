@@ -239,6 +239,11 @@ def test_poly_by_iteration_is_mmcvs(
     assert rates(spec, steps, lr) == pytest.approx(expected, rel=1e-10, abs=1e-16)
 
 
+def test_poly_is_a_straight_line_by_default() -> None:
+    """As in mmcv. timm's own default, power 0.1, is still at 93 % of the peak after half of the run."""
+    assert rates(ScheduleSpec("poly"), 8, 1.0) == pytest.approx([1 - t / 8 for t in range(8)])
+
+
 def test_the_warm_up_of_timm_rises_past_the_decay() -> None:
     """Therefore ``warmup_ratio``: timm's own warm-up ends at the peak, up to 0.9 % above mmcv's rate."""
     spec = ScheduleSpec("poly", warmup_steps=1500, warmup_lr=1e-10, args={"decay_rate": 1.0})
@@ -256,7 +261,7 @@ def test_the_warm_up_of_timm_rises_past_the_decay() -> None:
         (ScheduleSpec("cosine", warmup_epochs=2, args={"cooldown_epochs": 3}), 10),
         (ScheduleSpec("step", args={"decay_epochs": 3, "decay_rate": 0.5}), 10),
         (ScheduleSpec("multistep", args={"decay_milestones": [4, 7]}), 10),
-        (ScheduleSpec("poly", warmup_epochs=2, args={"warmup_prefix": True}), 12),
+        (ScheduleSpec("poly", warmup_epochs=2, args={"warmup_prefix": True, "decay_rate": 0.5}), 12),
     ],
 )
 def test_lengths_in_epochs_count_the_steps_of_an_epoch(spec: ScheduleSpec, epochs: int) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.dense.layers import widened
 from widefield.surgery.answers import aligned_corners, described, evaluating, meant, wrapping
 
 Size = tuple[int, int]
@@ -118,8 +119,7 @@ def _whole(model: nn.Module, images: Tensor, corners: bool) -> Tensor:
             f"{type(model).__name__} returns no logits (N, classes, H, W) for images {tuple(images.shape)}; it returns "
             f"{described(output)}.{wrapping(output)}"
         )
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return _resized(logits, (images.shape[2], images.shape[3]), corners)
+    return _resized(widened(logits), (images.shape[2], images.shape[3]), corners)
 
 
 def largest_at(logits: Tensor, size: Size, *, align_corners: bool = False, rows: int = 64) -> Tensor:

@@ -146,6 +146,14 @@ def _averages(side: int, size: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
+def widened(logits: Tensor) -> Tensor:
+    """Return logits in float32 or wider.
+
+    Resized in half precision, neighboring classes tie at many pixels.
+    """
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def concatenate(maps: Sequence[Tensor], reader: nn.Module) -> Tensor:
     """Concatenate maps of one size along the channels, in channels_last if the weights are.
 

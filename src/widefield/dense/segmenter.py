@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.backbone import FeatureMaps
-from widefield.dense.layers import resize
+from widefield.dense.layers import resize, widened
 
 
 class SegmentationLogits(NamedTuple):
@@ -133,11 +133,12 @@ class Segmenter(nn.Module):
             images: (N, C, H, W).
 
         Returns:
-            (N, num_classes, H, W); in training mode with an auxiliary head, such logits of both heads.
+            (N, num_classes, H, W), float32 or wider; in training mode with an auxiliary head, such logits of both
+            heads.
         """
         size = images.shape[2:]
         maps = self.maps(images)
-        out = resize(self.decode_head(maps), size, self.align_corners)
+        out = resize(widened(self.decode_head(maps)), size, self.align_corners)
         if not self.training or self.auxiliary_head is None:
             return out
-        return SegmentationLogits(out, resize(self.auxiliary_head(maps), size, self.align_corners))
+        return SegmentationLogits(out, resize(widened(self.auxiliary_head(maps)), size, self.align_corners))

@@ -139,6 +139,7 @@ def evaluate_model(
         model.to(memory_format=torch.channels_last)
     shape = dataset.image_shape or _first_shape(dataset)
     ratings = _Ratings(task, state)
+    rating = {"each": ratings.add} if examples else {}
     share = Share(dataset, state.process_index, state.num_processes)
     loader = val_loader(share, task.collate, batch_size, workers)
     try:
@@ -146,7 +147,7 @@ def evaluate_model(
             task.check(model, shape)
             started = time.perf_counter()
             found = progress(batches(loader), len(loader))
-            measured = measure(model, found, task, place, shares=True, each=ratings.add)
+            measured = measure(model, found, task, place, shares=True, **rating)
             seconds = time.perf_counter() - started
             chosen = ratings.extremes(examples) if examples else []
             shown = [_example(model, dataset, task, place, *one) for one in chosen]

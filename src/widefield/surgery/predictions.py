@@ -91,6 +91,8 @@ class PixelCounts:
             self._add_areas(before[0], after[0], mask, first.shape[1])
 
     def _resized(self, logits: Tensor, mask: Tensor) -> Tensor:
+        if logits.dtype in (torch.float16, torch.bfloat16):  # classes would tie at many pixels
+            logits = logits.float()
         return F.interpolate(logits, tuple(mask.shape), mode="bilinear", align_corners=self._align_corners)
 
     def _add_areas(self, before: Tensor, after: Tensor, mask: Tensor, classes: int) -> None:

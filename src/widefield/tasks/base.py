@@ -22,11 +22,12 @@ the data set."""
 
 
 @contextmanager
-def training_on(image: Tensor) -> Iterator[None]:
+def training_on(image: Tensor, hint: str = "") -> Iterator[None]:
     """Explain PyTorch's error about a batch norm that is trained on a batch of one.
 
     Args:
         image: the batch, (N, C, H, W).
+        hint: a further sentence for the message.
 
     Raises:
         ValueError: a batch norm got one value per channel, such as one image with a one-pixel map.
@@ -39,6 +40,7 @@ def training_on(image: Tensor) -> Iterator[None]:
         raise ValueError(
             f"a batch of {len(image)} is too small to train a batch norm whose map has one pixel ({error}). Set a "
             f"batch_size of at least 2, and leave out a last batch of one: drop_last=True in a loader of your own."
+            f"{hint}"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Compute losses and accuracy of logits at every pixel, with the denominators of the published results.
 
-mmsegmentation averages the cross-entropy over all pixels, including ignored ones, and adds the float32 epsilon to their
-number. A crop that is half ignored therefore weighs half as much as a fully labeled one.
+The numbers are those of mmsegmentation 1.2.2; a docstring says so where they are not. It averages the cross-entropy
+over all pixels, including ignored ones, and adds the float32 epsilon to their number. A crop that is half ignored
+therefore weighs half as much as a fully labeled one.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ def cross_entropy(
 ) -> Tensor:
     """Return the mean cross-entropy of the pixels in nats, a scalar.
 
-    The sum over the pixels with a class is divided by the number of all pixels + 1.19e-7. With ``avg_non_ignore`` it is
-    divided by the number of pixels with a class or, with class weights, by the sum of their weights (+ 1.19e-7).
+    The sum over the pixels with a class is divided by the number of all pixels, or with ``avg_non_ignore`` by the
+    number of pixels with a class. With class weights, it is divided by the sum of the weights of the pixels with a
+    class in both cases. 1.19e-7 is added to each denominator. mmsegmentation 1.2.2 does the same, except that with
+    class weights it fails at ignored pixels. mmsegmentation 0.x divides by numbers of pixels also with class weights.
 
     Args:
         logits: (N, K, H, W).
         mask: int64 (N, H, W), classes or ``ignore_index``.
         ignore_index: value of pixels without a class.
         class_weights: factor of each class.
-        avg_non_ignore: leave pixels without a class out of the denominator.
+        avg_non_ignore: leave pixels without a class out of the denominator. With class weights they always are.
         chosen: bool (N, H, W): pixels whose losses are summed, such as those of :func:`hard_pixels`. The denominator
             does not depend on it.
     """
@@ -43,10 +46,10 @@ def cross_entropy(
     losses = F.cross_entropy(logits, mask, weight=weights, ignore_index=ignore_index, reduction="none")
     if chosen is not None:
         losses = losses * chosen
-    if not avg_non_ignore:
-        return losses.sum() / (mask.numel() + EPS)
     valid = mask != ignore_index
-    count = valid.sum().to(losses.dtype) if weights is None else weights[mask[valid]].sum()
+    if weights is not None:
+        return losses.sum() / (weights[mask[valid]].sum() + EPS)
+    count = valid.sum().to(losses.dtype) if avg_non_ignore else mask.numel()
     return losses.sum() / (count + EPS)
 
 
@@ -54,7 +57,10 @@ def cross_entropy(
 def hard_pixels(
     logits: Tensor, mask: Tensor, *, threshold: float | None, min_kept: int, ignore_index: int = 255
 ) -> Tensor:
-    """Return which pixels are hard, bool (N, H, W): online hard example mining, as mmsegmentation's OHEMPixelSampler.
+    """Return which pixels are hard, bool (N, H, W): online hard example mining.
+
+    It is OHEMPixelSampler of mmsegmentation 0.x and 1.2.2, with one difference: without a threshold, that sampler ranks
+    by the losses times their class weights, and this function by the cross-entropy alone.
 
     Args:
         logits: (N, K, H, W).
@@ -85,7 +91,8 @@ def dice_loss(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tenso
     """Return 1 - Dice, averaged over classes and images, a scalar (Milletari et al. 2016, V-Net).
 
     Of each image and class it is 1 - (2 sum(p t) + 1) / (sum(p^2) + sum(t^2) + 1), with probabilities p and targets t,
-    as in mmsegmentation, except that pixels without a class count in no sum (there they count in the denominator).
+    as in mmsegmentation 0.x (``smooth`` 1, ``exponent`` 2), except that pixels without a class count in no sum (there
+    they count in the denominator). mmsegmentation 1.x has another formula.
 
     Args:
         logits: (N, K, H, W).

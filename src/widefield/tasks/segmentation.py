@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from widefield import _checks, dense
 from widefield.data import Sample
+from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, training_on
 from widefield.tasks.confusion import Confusion, SegmentationScores
@@ -23,6 +25,14 @@ MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn"
 """Name of a model in recipes -> its class in ``widefield.dense``."""
 _ENTRIES = ("image", "mask", "size_group")
 _OHEM = ("threshold", "min_kept")
+_ONE_PER_PROCESS = (
+    " With several processes, one image in each is enough with sync_batchnorm: true. Of the models, semantic_fpn pools "
+    "no map to one pixel."
+)
+_VALUES = 2**26
+"""Most values of one map in evaluation, 256 MB in float32. Images of one size share a forward pass up to this."""
+_WIDTH = 128
+"""Values per pixel that the heads need at least: UPerNet's widest map has 2048 channels at a quarter of the size."""
 _ROWS = 256
 """Rows of a band of an image."""
 
@@ -30,11 +40,11 @@ _ROWS = 256
 class Segmentation(Task):
     """Semantic segmentation by a model that maps images (N, C, H, W) to logits (N, K, H, W).
 
-    The loss is that of mmsegmentation: the mean cross-entropy of the logits, plus ``auxiliary_weight`` times that of
-    the auxiliary logits if the model gives such in training mode. Metrics: ``miou``, ``macc`` and ``aacc`` (fractions,
-    see :class:`SegmentationScores`), ``loss`` (cross-entropy in nats, the mean over all pixels with a class),
-    ``miou_NAME`` for each size group that the data know, and ``boundary_miou`` on request. They are measured at the
-    size of each mask, on logits of the images at the size that the data set gives them.
+    The loss is that of mmsegmentation 1.2.2: the mean cross-entropy of the logits, plus ``auxiliary_weight`` times that
+    of the auxiliary logits if the model gives such in training mode. Metrics: ``miou``, ``macc`` and ``aacc``
+    (fractions, see :class:`SegmentationScores`), ``loss`` (cross-entropy in nats, the mean over all pixels with a
+    class), ``miou_NAME`` for each size group that the data know, and ``boundary_miou`` on request. They are measured at
+    the size of each mask, on logits of the images at the size that the data set gives them.
 
     Batches hold ``image`` float32 (N, C, H, W), ``mask`` int64 (N, H, W) and, if the samples have it, ``size_group``
     uint8 (N, H, W). Each is a list of N tensors if their sizes differ, which is possible in evaluation only.
@@ -46,7 +56,8 @@ class Segmentation(Task):
         model: which of ``MODELS`` to build on the backbone.
         head_args: further arguments of its class, such as ``{"channels": 256}``.
         auxiliary_weight: factor of the loss of the auxiliary logits.
-        class_weights: factor of each class in the cross-entropy; null: 1.
+        class_weights: factor of each class in the cross-entropy, which is then divided by the sum of the pixels'
+            weights; see :func:`widefield.tasks.pixel_losses.cross_entropy`. Null: 1.
         avg_non_ignore: leave pixels without a class out of the loss's denominator. Each process then has its own.
         ohem: ``{"threshold": 0.7, "min_kept": 100000}`` trains the main logits on hard pixels only; see
             :func:`hard_pixels`. Null: on all.
@@ -148,9 +159,9 @@ class Segmentation(Task):
         image, mask = batch["image"], batch["mask"]
         if not isinstance(image, Tensor) or not isinstance(mask, Tensor):
             raise ValueError(
-                "the images of a training batch differ in size: let the data set crop or pad them, or set batch_size 1."
+                "the images of a training batch differ in size: let the data set crop or pad them to one size."
             )
-        with training_on(image):
+        with training_on(image, _ONE_PER_PROCESS):
             answer = model(image)
         out, auxiliary = answer if isinstance(answer, tuple) else (answer, None)
         logits = _at(out, mask, model)
@@ -158,7 +169,7 @@ class Segmentation(Task):
         loss = cross_entropy(logits, mask, chosen=chosen, **self._averaging)
         if self._dice:
             loss = loss + self._dice * dice_loss(logits, mask, ignore_index=self.ignore_index)
-        if auxiliary is not None and self.auxiliary_weight:
+        if auxiliary is not None:  # with weight 0, too: distributed training needs a gradient for every parameter
             loss = loss + self.auxiliary_weight * cross_entropy(_at(auxiliary, mask, model), mask, **self._averaging)
         return loss
 
@@ -168,14 +179,16 @@ class Segmentation(Task):
         ``preds`` and ``target``: classes, int64 (H, W) in lists; ``size_group``, if the batch has it; ``value`` and
         ``weight``: the mean cross-entropy of each image's pixels, and their number.
         """
-        masks = list(batch["mask"])
-        preds, values = [], []
-        for image, mask in zip(batch["image"], masks, strict=True):
-            scores = dense.segment(model, image[None], size=tuple(mask.shape), **self._views)
-            preds.append(scores.argmax(1)[0])
-            values.append(self._total(scores[0], mask))
+        images, masks = list(batch["image"]), list(batch["mask"])
+        preds: list[Tensor] = []
+        values: list[Tensor] = []
+        for chunk in self._chunks(images, masks):
+            labels = torch.stack(masks[chunk])
+            scores = dense.segment(model, torch.stack(images[chunk]), size=tuple(labels.shape[1:]), **self._views)
+            preds += scores.argmax(1)
+            values.append(self._totals(scores, labels))
         weight = torch.stack([(mask != self.ignore_index).sum() for mask in masks])
-        found = {"preds": preds, "target": masks, "value": torch.stack(values) / weight.clamp(min=1), "weight": weight}
+        found = {"preds": preds, "target": masks, "value": torch.cat(values) / weight.clamp(min=1), "weight": weight}
         return {**found, "size_group": list(batch["size_group"])} if "size_group" in batch else found
 
     def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
@@ -218,14 +231,27 @@ class Segmentation(Task):
         found: SegmentationScores = counts.scores()
         return found
 
-    def _total(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum of the cross-entropy over an image's pixels; of bands of rows, which bounds memory."""
-        total = scores.new_zeros(())
-        for band, labels in zip(scores.split(_ROWS, 1), mask.split(_ROWS), strict=True):
+    def _chunks(self, images: Sequence[Tensor], masks: Sequence[Tensor]) -> Iterator[slice]:
+        """Yield the images to evaluate together: neighbors of one size with masks of one size, as memory permits."""
+        width, scale = max(len(self.classes), _WIDTH), max(self._views["scales"]) ** 2
+        sizes = [(image.shape, mask.shape) for image, mask in zip(images, masks, strict=True)]
+        start = 0
+        for (image, mask), same in itertools.groupby(sizes):
+            end = start + len(list(same))
+            pixels = max(image[1] * image[2] * scale, mask[0] * mask[1])
+            count = max(int(_VALUES / (width * pixels)), 1)
+            yield from (slice(first, min(first + count, end)) for first in range(start, end, count))
+            start = end
+
+    def _totals(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """Return the sum of the cross-entropy over each image's pixels, (N,); of bands of rows, which bounds memory."""
+        totals = scores.new_zeros(len(scores))
+        for band, labels in zip(scores.split(_ROWS, 2), masks.split(_ROWS, 1), strict=True):
             least = torch.finfo(band.dtype).tiny  # a probability may round to 0
-            logs = band.clamp(min=least).log() if self._gives_shares else band.log_softmax(0)
-            total += F.nll_loss(logs[None], labels[None], ignore_index=self.ignore_index, reduction="sum")
-        return total
+            logs = band.clamp(min=least).log() if self._gives_shares else band.log_softmax(1)
+            losses = F.nll_loss(logs, labels, ignore_index=self.ignore_index, reduction="none")
+            totals += losses.sum((1, 2))
+        return totals
 
     @property
     def _gives_shares(self) -> bool:
@@ -239,7 +265,7 @@ def _mask_prediction(mask: Tensor, classes: int) -> MaskPrediction:
 
 def _at(logits: Tensor, mask: Tensor, model: nn.Module) -> Tensor:
     """Return logits in float32 or wider, resized to the mask."""
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    logits = widened(logits)
     if logits.shape[2:] == mask.shape[1:]:
         return logits
     corners = bool(getattr(model, "align_corners", False))

@@ -194,7 +194,6 @@ class _Run:
         self._stream = self._endless()
         self.metrics: dict[str, float] = {}
         self._warnings: list[str] = []
-        self._spare: Batch = {}
         self._loss_sum, self._loss_count = 0.0, 0
         self._pending: list[_Pending] = []
         self._skipped = 0
@@ -342,36 +341,22 @@ class _Run:
             found = self._until_stop(batches(self.val_batches))
             return evaluate(model, found, self.task, self.accelerator.device, shares=True)
 
-        model = self.learner.agree()
-        with self.accelerator.autocast():
+        model = self.learner.agree(one_size=self.val_set.image_shape is not None)
+        with self.accelerator.autocast(), self.learner.gathered():
             metrics, self._warnings = watch_routers(self.learner.raw, lambda: measure(model))
             if self.learner.ema is not None:
                 metrics |= {f"ema_{name}": value for name, value in measure(self.learner.ema.module).items()}
         return metrics
 
     def _until_stop(self, share: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the batches of this process's share until all processes have finished theirs; raises _Stopped.
-
-        Shares may differ in length, and a sharded model must be called by all processes or by none.
-        """
+        """Yield the batches of this process's share until all processes have finished theirs; raises _Stopped."""
         while not self._stopping():
             batch = next(share, None)
             if not largest(self.accelerator, batch is not None):
                 return
             if batch:
                 yield batch
-            elif self.learner.is_sharded:
-                self.task.outputs(self.learner.model, self._spare_batch())
         raise _Stopped
-
-    def _spare_batch(self) -> Batch:
-        """Return a batch of one image for a forward pass whose result is discarded."""
-        if not self._spare:
-            found = first_batch(self.val_set, self.task.collate, range(len(self.val_set)), 1)
-            if not found:
-                raise ValueError("there is nothing to evaluate: no image of the val split can be read.")
-            self._spare = send_to_device(found, self.accelerator.device)
-        return self._spare
 
     def _finish_round(self, saved: Checkpoint, seconds: float) -> None:
         where = {"step": self.step, "epoch": self.plan.epoch(self.step)}

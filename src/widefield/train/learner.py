@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,10 +124,9 @@ class Learner:
         """Return whether :meth:`start` needs a batch."""
         return self._sparse is not None
 
-    @property
-    def is_sharded(self) -> bool:
-        """Return whether the model must be called by all processes or by none."""
-        return self._sharded is not None
+    def gathered(self) -> AbstractContextManager[None]:
+        """Let each process call the model on its own for one block; all processes must enter it."""
+        return self._sharded.gathered() if self._sharded else nullcontext()
 
     def train(self) -> None:
         """Put the model into training mode, except the frozen norms."""
@@ -202,14 +201,18 @@ class Learner:
         """Return whether all weights of all processes are finite; all processes must call it."""
         return not largest(self._accelerator, not _finite(self.raw.parameters()))
 
-    def agree(self) -> nn.Module:
+    def agree(self, *, one_size: bool = True) -> nn.Module:
         """Return the model to evaluate, with the first process's statistics of norms in all processes.
 
         It is not the training wrapper, whose forward pass would synchronize with processes whose shares of the images
         may be shorter. All processes must call this method.
+
+        Args:
+            one_size: whether the images to evaluate are of one size. If not, the model is not the compiled one, which
+                would be compiled again for their sizes.
         """
-        if self._accelerator.num_processes == 1 or self._sharded:
-            return self.model
+        if self._accelerator.num_processes == 1:
+            return self.model if one_size else self.raw
         for model in (self.raw, *([self.ema.module] if self.ema else [])):
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)

@@ -55,6 +55,8 @@ _READ = {
 """Schedule -> the arguments that ``create_scheduler_v2`` reads for it."""
 
 
+_DEFAULTS = {"poly": {"decay_rate": 1.0}}
+"""Schedule -> defaults other than those of ``create_scheduler_v2``. There, the power of poly is 0.1."""
 _LENGTHS: dict[str, Any] = {"decay_epochs": 90, "decay_milestones": [90, 180, 270], "cooldown_epochs": 0}
 """Arguments of ``create_scheduler_v2`` that count epochs -> their defaults there."""
 
@@ -242,6 +244,7 @@ def create_schedule(
         ValueError, TypeError: an argument that the schedule does not read, or a wrong value.
     """
     _check_read(spec)
+    given = {**_DEFAULTS.get(spec.name, {}), **spec.args}
     warmup = spec.warmup_epochs * unit if spec.warmup_steps is None else spec.warmup_steps
     # Do not prepare it: accelerate would step it once per process, and timm's schedules count updates themselves.
     try:
@@ -254,7 +257,7 @@ def create_schedule(
             min_lr=spec.min_lr,
             step_on_epochs=False,
             updates_per_epoch=1,
-            **{**spec.args, **{key: _times(spec.args.get(key, usual), unit) for key, usual in _LENGTHS.items()}},
+            **{**given, **{key: _times(given.get(key, usual), unit) for key, usual in _LENGTHS.items()}},
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"schedule: {spec.name!r} refuses its args {spec.args}: {error}.") from error

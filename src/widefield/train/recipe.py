@@ -183,8 +183,8 @@ class ScheduleSpec:
     min_lr: Annotated[float, "learning rate at the end"] = 0.0
     args: Annotated[
         dict[str, Any],
-        "further arguments of create_scheduler_v2, such as decay_rate, the power of poly; with max_steps they count "
-        "steps in place of epochs",
+        "further arguments of create_scheduler_v2, such as decay_rate, the power of poly (default: 1); with max_steps "
+        "they count steps in place of epochs",
     ] = field(default_factory=dict)
     warmup_steps: Annotated[int | None, "steps of linear warm-up, instead of warmup_epochs"] = None
     warmup_ratio: Annotated[

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,9 +37,26 @@ class Sharded:
     def __init__(self, model: nn.Module, precision: str) -> None:
         self._whole = copy.deepcopy(model).cpu()
         policy = MixedPrecisionPolicy(param_dtype=_PRECISION[precision], reduce_dtype=torch.float32)
-        for part in _blocks(model):
-            fully_shard(part, mp_policy=policy)
+        self._parts: list[Any] = [fully_shard(part, mp_policy=policy) for part in _blocks(model)]
         self.model: Any = fully_shard(model, mp_policy=policy)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep all weights in every process, which may then call the model as often as its own share needs.
+
+        No gradients and no training inside. The processes wait for each other at the beginning and at the end.
+        """
+        for part in self._parts:
+            part.set_reshard_after_forward(False, recurse=False)
+        for part in (self.model, *self._parts):
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.set_reshard_after_forward(True, recurse=False)
+            for part in (self.model, *self._parts):
+                part.reshard()
 
     def whole(self) -> nn.Module:
         """Return the unsharded copy with the current weights."""
