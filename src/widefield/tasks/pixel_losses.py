@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widefield._pixels import IGNORED
+
 EPS = torch.finfo(torch.float32).eps
 """Added to the number of pixels in denominators (1.19e-7), as in mmsegmentation."""
 
@@ -21,7 +23,7 @@ def cross_entropy(
     logits: Tensor,
     mask: Tensor,
     *,
-    ignore_index: int = 255,
+    ignore_index: int = IGNORED,
     class_weights: Sequence[float] | None = None,
     avg_non_ignore: bool = False,
     chosen: Tensor | None = None,
@@ -55,7 +57,7 @@ def cross_entropy(
 
 @torch.no_grad()
 def hard_pixels(
-    logits: Tensor, mask: Tensor, *, threshold: float | None, min_kept: int, ignore_index: int = 255
+    logits: Tensor, mask: Tensor, *, threshold: float | None, min_kept: int, ignore_index: int = IGNORED
 ) -> Tensor:
     """Return which pixels are hard, bool (N, H, W): online hard example mining.
 
@@ -87,7 +89,7 @@ def hard_pixels(
     return hard
 
 
-def dice_loss(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
+def dice_loss(logits: Tensor, mask: Tensor, *, ignore_index: int = IGNORED) -> Tensor:
     """Return 1 - Dice, averaged over classes and images, a scalar (Milletari et al. 2016, V-Net).
 
     Of each image and class it is 1 - (2 sum(p t) + 1) / (sum(p^2) + sum(t^2) + 1), with probabilities p and targets t,
@@ -107,7 +109,7 @@ def dice_loss(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tenso
     return 1 - ((2 * both + 1) / (each + 1)).mean()
 
 
-def pixel_accuracy(logits: Tensor, mask: Tensor, *, ignore_index: int = 255) -> Tensor:
+def pixel_accuracy(logits: Tensor, mask: Tensor, *, ignore_index: int = IGNORED) -> Tensor:
     """Return the percentage of pixels with a class whose largest logit is that class, a float32 scalar (``acc_seg``).
 
     Args:

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from torchmetrics import MeanMetric, MetricCollection
 
 from widefield import _checks, dense
+from widefield._pixels import IGNORED
 from widefield.data import Sample
 from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
@@ -81,7 +82,7 @@ class Segmentation(Task):
     def __init__(
         self,
         classes: Sequence[str],
-        ignore_index: int = 255,
+        ignore_index: int = IGNORED,
         size_groups: Sequence[str] = (),
         *,
         model: str = "upernet",
@@ -123,7 +124,7 @@ class Segmentation(Task):
     @classmethod
     def for_data(cls, dataset: Labeled, **options: Any) -> Self:
         """Build the task for a data set with ``classes`` and, if it has them, ``ignore_index`` and ``size_groups``."""
-        ignored, groups = getattr(dataset, "ignore_index", 255), getattr(dataset, "size_groups", ())
+        ignored, groups = getattr(dataset, "ignore_index", IGNORED), getattr(dataset, "size_groups", ())
         return cls(dataset.classes, ignored, groups, **options)
 
     def model(self, backbone: nn.Module) -> nn.Module:
