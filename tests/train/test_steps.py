@@ -83,7 +83,7 @@ def test_without_a_number_it_is_evaluated_after_each_epoch_of_the_data(run: Run)
     assert [entry["step"] for entry in log(result.folder) if entry["kind"] == "evaluation"] == [6, 8]
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6, 9, 14])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 6, 14)), 4, 9])
 def test_resumed_equals_uninterrupted(run: Run, stop_at: Any, stop: int) -> None:  # noqa: F811
     """Stop within a round, at its end, at the end of an epoch within a round, and after the last step."""
     whole = run(name="whole", **STEPS, **BUSY)
@@ -107,7 +107,8 @@ def test_a_finished_run_says_so(run: Run, capsys: pytest.CaptureFixture[str], re
     assert again.metrics == whole.metrics
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 8])
 def test_killed_within_a_round_and_resumed(run: Run, recipe: Recipe, tmp_path: Path, kills: int) -> None:
     length: dict[str, Any] = {
         "epochs": None, "max_steps": 40 * kills, "evaluate_every": 9, "checkpoint": CheckpointSpec(every=2),
@@ -154,7 +155,7 @@ def patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     )
 
 
-@pytest.mark.parametrize("stop", [2, 5, 7])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (2, 5)), 7])
 def test_segmentation_resumes_exactly(patches: Recipe, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     whole = train(replace(patches, name="whole"), console=QUIET)
     rates = [entry["lr"] for entry in log(whole.folder) if entry["kind"] == "step"]
