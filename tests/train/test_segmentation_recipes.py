@@ -207,10 +207,18 @@ def test_the_model_of_every_recipe_is_the_published_one(name: str) -> None:
 
 
 def pretrained_file(recipe: Recipe, folder: Path) -> Path:
-    """Write drawn weights of the recipe's network as it was trained on ImageNet, with its own classifier."""
+    """Write drawn weights of the recipe's network as it was trained on ImageNet, with its own classifier.
+
+    Biases are drawn too: fresh ones are zero, so padded pixels stay zero, and every LayerNorm there multiplies the
+    gradient by 1 / sqrt(eps). In FocalNet-S that overflows. Trained biases are not zero.
+    """
     resized = {"drop_path_rate", "focal_windows", "global_filters", "output_stride"}
     args = {key: value for key, value in recipe.model.args.items() if key not in resized}
     network = timm.create_model(recipe.model.name, num_classes=7, **args)
+    with torch.no_grad():
+        for key, parameter in network.named_parameters():
+            if key.endswith("bias"):
+                nn.init.normal_(parameter, std=0.02)
     path = folder / "weights.safetensors"
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, path)
     return path
