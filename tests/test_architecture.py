@@ -91,6 +91,12 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
+def test_names_of_test_modules_are_unique():
+    """pytest imports them by their name alone: two of one name fail if one process collects both."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_import_needs_torch_and_timm_alone_and_builds_nothing():
     code = """
 import sys

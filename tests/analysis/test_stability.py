@@ -155,7 +155,7 @@ def test_the_model_is_left_as_it_was_and_runs_agree():
         ({"images": torch.randn(3, 24, 24)}, ValueError, "N, C, H, W"),
         ({"images": []}, ValueError, "images is empty"),
         ({"images": [torch.randn(1, 3, 24, 24), torch.randn(1, 3, 9, 9)]}, ValueError, "one size"),
-        ({"model": nn.Conv2d(3, 5, 1)}, ValueError, r"Conv2d must return scores \(N, classes\)"),
+        ({"model": nn.Conv2d(3, 5, 1)}, ValueError, "Conv2d is a segmentation model: .* one score per class"),
     ],
 )
 def test_errors_say_what_to_mend(given, error, message):

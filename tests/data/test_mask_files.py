@@ -72,7 +72,7 @@ def test_train_samples_have_the_size_of_the_crop(made):
     make, masks = made
     data = make("train", size=(24, 40), scale=(80, 60))
     assert data.crop_size == (24, 40)
-    assert data.image_shape is None
+    assert data.image_shape == (3, 24, 40)
     known = {int(value) for mask in masks["train"] for value in np.unique(mask)} | {255}
     for sample in data:
         assert sample["image"].shape == (3, 24, 40)

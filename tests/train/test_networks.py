@@ -194,7 +194,7 @@ class TestOptimizerAndSchedule:
     def test_shipped_recipes_are_read_whole(self) -> None:
         for name in shipped_recipes():
             recipe = load_recipe(name)
-            optimizer = create_optimizer(nn.Linear(2, 2), replace(recipe.optimizer, groups=[], args={
+            optimizer = create_optimizer(nn.Linear(2, 2), replace(recipe.optimizer, groups=[], layer_decay=None, args={
                 key: value for key, value in recipe.optimizer.args.items() if "decay" not in key
             }), 0.1)  # fmt: skip
             length, unit = (recipe.epochs, 5) if recipe.max_steps is None else (recipe.max_steps, 1)

@@ -54,15 +54,15 @@ def test_routers_at_work_raise_none(run: Run) -> None:
 def test_a_resumed_run_warns_as_one_that_was_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = mixtures(routing="hard", top_k=1)
     whole = run(name="whole", **options)
-    original = _Run._train_epoch
+    original = _Run._train_until
 
-    def killed(self: Any) -> None:
-        if self.epoch == 1:
+    def killed(self: Any, end: int) -> None:
+        if self.step:
             raise RuntimeError("killed")
-        original(self)
+        original(self, end)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_train_epoch", killed)
+        patch.setattr(_Run, "_train_until", killed)
         with pytest.raises(RuntimeError, match="killed"):
             run(**options)
     rest = run(resume=whole.folder.with_name("run"), **options)
