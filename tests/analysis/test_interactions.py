@@ -254,7 +254,7 @@ def test_arguments_that_cannot_be_are_refused_with_the_way_out():
             interactions(model, iter([images[:1], images[1:]]), grid=3, targets=targets)
     with pytest.raises(ValueError, match="images is empty"):
         interactions(model, [], grid=3)
-    with pytest.raises(ValueError, match="Conv2d is a segmentation model: .* one score per class"):
+    with pytest.raises(ValueError, match=r"Conv2d is a segmentation model: .* one score per class"):
         interactions(nn.Conv2d(3, 2, 1).double(), images, grid=3)
     with pytest.raises(ValueError, match="not finite"):
         interactions(OfPatches(lambda p: p[:, :2] / p[:, 2:3].sign().abs()), images, grid=3, targets=[0, 0])

@@ -184,7 +184,7 @@ def test_classes_that_do_not_fit_are_refused(drawn, tmp_path):
     agreeing = paint(tmp_path / "agreeing", ["cat/cat1-cat2.png"])
     with pytest.raises(ValueError, match=r"no image in .* of different classes"):
         shape_bias(model, agreeing, size=32)
-    with pytest.raises(ValueError, match="Conv2d is a segmentation model: .* one score per class"):
+    with pytest.raises(ValueError, match=r"Conv2d is a segmentation model: .* one score per class"):
         shape_bias(nn.Conv2d(3, 8, 1), drawn, **SMALL)
     with pytest.raises(ValueError, match="not finite"):
         shape_bias(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), Endless()), drawn, **SMALL)

@@ -5,7 +5,8 @@ than two octaves. Fine detail identifies a small shape, and edges far apart iden
 that is needed differs from image to image. Colors are random and independent of the class.
 
 For orientation: a ConvNeXt of widths 24-48-96-128 and depths 1-1-2-1, with a stem of two 3x3 convolutions of stride 2,
-trained for 14 epochs on the defaults, reaches 78 % with 3x3 kernels and 72 % with 7x7 (means of two seeds); chance is 12.5 %.
+trained for 14 epochs on the defaults, reaches 78 % with 3x3 kernels and 72 % with 7x7 (means of two seeds); chance is
+12.5 %.
 """
 
 from __future__ import annotations
