@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
-from widefield.dense.fcn import FCNHead
+from widefield.dense.fcn import auxiliary_head
 from widefield.dense.layers import AdaptivePool, ConvModule, DepthwiseSeparableConvModule, concatenate
 from widefield.dense.segmenter import DecodeHead, Segmenter
 
@@ -163,8 +163,5 @@ class DeepLabV3Plus(Segmenter):
             c1_channels=c1_channels,
             **common,
         )
-        aux = None
-        if auxiliary:
-            index = len(maps.channels) - 2
-            aux = FCNHead(maps.channels[index], num_classes, in_index=index, channels=auxiliary_channels, **common)
+        aux = auxiliary_head(maps.channels, num_classes, channels=auxiliary_channels, **common) if auxiliary else None
         super().__init__(maps, head, auxiliary_head=aux)

@@ -8,6 +8,7 @@ mmsegmentation's ``FCNHead``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,3 +73,15 @@ class FCNHead(DecodeHead):
         x = maps[self.in_index]
         y: Tensor = self.convs(x)
         return y if self.conv_cat is None else self.conv_cat(torch.cat([x, y], 1))
+
+
+def auxiliary_head(in_channels: Sequence[int], num_classes: int, **options: Any) -> FCNHead:
+    """Return the auxiliary head of the published models, an FCN on the second coarsest map.
+
+    Args:
+        in_channels: channels of the maps, finest first; at least two maps.
+        num_classes: number of classes.
+        options: further arguments of :class:`FCNHead`, such as ``channels``.
+    """
+    index = len(in_channels) - 2
+    return FCNHead(in_channels[index], num_classes, in_index=index, **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
-from widefield.dense.fcn import FCNHead
+from widefield.dense.fcn import auxiliary_head
 from widefield.dense.layers import AdaptivePool, ConvModule, concatenate
 from widefield.dense.segmenter import DecodeHead, Segmenter
 
@@ -117,8 +117,5 @@ class UPerNet(Segmenter):
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
         common: dict[str, Any] = {"dropout": dropout, "align_corners": align_corners}
         head = UPerHead(maps.channels, num_classes, channels=channels, pool_scales=pool_scales, **common)
-        aux = None
-        if auxiliary:
-            index = len(maps.channels) - 2
-            aux = FCNHead(maps.channels[index], num_classes, in_index=index, channels=auxiliary_channels, **common)
+        aux = auxiliary_head(maps.channels, num_classes, channels=auxiliary_channels, **common) if auxiliary else None
         super().__init__(maps, head, auxiliary_head=aux)
