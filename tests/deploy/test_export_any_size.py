@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import get_same_padding
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from tolerances import FLOAT32, close
 from widefield import deploy
+from widefield.deploy._trace import same_padding
 
 BOTH = ("batch", "size")
 
@@ -83,3 +86,23 @@ class Multiples(nn.Module):
 def test_a_model_for_multiples_of_a_side_is_verified_at_multiples(tmp_path):
     done = deploy.export(Multiples().eval(), tmp_path / "net.onnx", (2, 3, 16, 32), dynamic=BOTH)
     assert {check.shape[2:] for check in done.checks} == {(16, 32), (32, 96)}
+
+
+def test_same_padding_is_recorded_in_short_expressions(tmp_path):
+    """Seven layers of stride 2: timm's own expressions of their sizes take torch.export minutes."""
+    layers = [Conv2dSame(3 if index == 0 else 4, 4, size, 2) for index, size in enumerate((3, 5, 2, 3, 1, 3, 3))]
+    model = nn.Sequential(*layers).eval()
+    done = deploy.export(model, tmp_path / "net.onnx", (2, 3, 96, 160), dynamic=BOTH)
+    exported = deploy.load(tmp_path / "net.onnx")
+    assert len(done.checks) > 1
+    for height, width in ((64, 128), (65, 127), (96, 99)):
+        images = torch.randn(1, 3, height, width)
+        close(exported(images), model(images), FLOAT32)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_padding_by_integers_is_timms(size, stride, dilation):
+    for side in range(1, 40):
+        assert same_padding(side, size, stride, dilation) == get_same_padding(side, size, stride, dilation)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from timm.layers import padding
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -135,9 +138,36 @@ def _export(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProg
     # silently make a size constant.
     axes = (0,) * ("batch" in dynamic) + (2, 3) * ("size" in dynamic)
     sizes = dict.fromkeys(axes, Dim.DYNAMIC)
-    with quiet(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with quiet(), _integer_padding(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = x.clone()  # torch.export marks the dynamic sizes on the tensor
         return torch.export.export(model, (x,), dynamic_shapes=(sizes,) if sizes else None)
+
+
+@contextmanager
+def _integer_padding() -> Iterator[None]:
+    """Compute timm's "SAME" padding with integers in the block; the numbers are the same.
+
+    timm rounds quotients of floats. With symbolic sizes these expressions nest from layer to layer, and torch.export
+    does not finish.
+    """
+    original = padding.get_same_padding
+    padding.get_same_padding = same_padding
+    try:
+        yield
+    finally:
+        padding.get_same_padding = original
+
+
+def same_padding(x: int, kernel_size: int, stride: int, dilation: int) -> Any:
+    """Return the number of zeros that "SAME" padding adds to ``x`` pixels, as ``timm.layers.get_same_padding`` does.
+
+    Sizes may be symbols, as may the result.
+    """
+    span = fold.effective_size(kernel_size, dilation)
+    zeros = (x + stride - 1) // stride * stride - stride + span - x
+    if span < stride:  # else it is never negative, and without a maximum symbols stay simple
+        return torch.sym_max(zeros, 0)
+    return zeros
 
 
 def _exports(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> bool:
