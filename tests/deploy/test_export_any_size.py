@@ -7,6 +7,7 @@ from timm.layers import get_same_padding
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
+import widefield
 from tolerances import FLOAT32, close
 from widefield import deploy
 from widefield.deploy._trace import same_padding
@@ -106,3 +107,14 @@ def test_same_padding_is_recorded_in_short_expressions(tmp_path):
 def test_same_padding_by_integers_is_timms(size, stride, dilation):
     for side in range(1, 40):
         assert same_padding(side, size, stride, dilation) == get_same_padding(side, size, stride, dilation)
+
+
+def test_many_routed_layers_with_same_padding_have_no_dynamic_size(tmp_path):
+    plain = nn.Sequential(*[Conv2dSame(3, 3, 3, 2) for _ in range(3)]).eval()
+    mixture = widefield.convert(plain, widefield.MoRF((3, 5)), where="*").eval()
+    images = torch.randn(2, 3, 48, 64)
+    with pytest.raises(ValueError, match=r"3 layers with 'SAME' padding .*widefield\.specialize"):
+        deploy.export(mixture, tmp_path / "net.onnx", images, dynamic=BOTH)
+    static = widefield.reparameterize(widefield.specialize(mixture, [images]))
+    deploy.export(static, tmp_path / "net.onnx", images, dynamic=BOTH)
+    close(deploy.load(tmp_path / "net.onnx")(images[..., :47, :63]), static(images[..., :47, :63]), FLOAT32)

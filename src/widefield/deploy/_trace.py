@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from widefield import _checks
 from widefield.deploy._others import first_line, quiet
-from widefield.nn import DCNv3, FusedMoRFConv2d, MoRFConv2d
+from widefield.nn import DCNv3, FusedMoRFConv2d, MoRFConv2d, SameAligned
 from widefield.ops import fold, mixture_conv2d
 from widefield.surgery.answers import plainly
 from widefield.surgery.walk import copied, refuse_training, replace
@@ -30,6 +30,9 @@ Layers without experts (Gaussian masks that depend on the image, timm's CondConv
 """
 
 DYNAMIC = ("batch", "size")
+
+_MOST_ALIGNED = 2
+"""Layers of :class:`SameAligned` with a stride in a graph with a dynamic size: one takes about a second, three 18."""
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -116,6 +119,13 @@ def traced(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> ExportedProgr
             and, where there is one, the alternative.
     """
     name = type(model).__name__
+    aligned = [module for module in model.modules() if isinstance(module, SameAligned) and max(module.stride) > 1]
+    if "size" in dynamic and len(aligned) > _MOST_ALIGNED:
+        raise ValueError(
+            f"{name} has {len(aligned)} layers with 'SAME' padding and a stride that do not merge into convolutions. "
+            f"torch.export takes four times as long for each, so only {_MOST_ALIGNED} may have a dynamic size. Make "
+            f"routing static first (widefield.specialize, then reparameterize), or fix the size: dynamic=('batch',)."
+        )
     if "batch" in dynamic and len(x) == 1:
         x = torch.cat((x, x))  # a size of 1 would become a constant
     try:
