@@ -29,5 +29,22 @@ class MaskPrediction:
     mask: Tensor
 
 
-Prediction = ClassPrediction | MaskPrediction
+@dataclass(frozen=True, eq=False)
+class BoxPrediction:
+    """The objects of an image.
+
+    Attributes:
+        boxes: float32 (D, 4), on the CPU: the edges (left, top, right, bottom) in pixels of the image's file.
+        labels: int64 (D,): indices of classes.
+        scores: float32 (D,), in descending order; None for true objects.
+        masks: bool (D, H, W): the pixels of each object, at the size of the file; None without masks.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor | None = None
+    masks: Tensor | None = None
+
+
+Prediction = ClassPrediction | MaskPrediction | BoxPrediction
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""
