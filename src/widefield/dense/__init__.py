@@ -12,6 +12,7 @@ from widefield.dense.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from widefield.dense.detector import Detections, Detector, Targets
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
@@ -28,6 +29,8 @@ __all__ = [
     "DeepLabV3Plus",
     "DepthwiseSeparableASPPHead",
     "DepthwiseSeparableConvModule",
+    "Detections",
+    "Detector",
     "FCNHead",
     "FPNHead",
     "FeatureMaps",
@@ -35,6 +38,7 @@ __all__ = [
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",
+    "Targets",
     "UPerHead",
     "UPerNet",
     "check_views",
