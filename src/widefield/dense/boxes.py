@@ -34,8 +34,8 @@ _BLOCK_ELSEWHERE = 2**24
 _JOINT_NMS = {"cpu": 1000}  # with more boxes, one NMS per label is faster than one for all
 _JOINT_NMS_ELSEWHERE = 20000
 
-Size = tuple[int, int] | Tensor
-"""(height, width), also as a tensor of two numbers."""
+Size = tuple[int, int]
+"""Height and width."""
 
 
 # Geometry
@@ -48,13 +48,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def clip(boxes: Tensor, size: Size) -> Tensor:
     """Return the boxes (..., 4) cut at the borders of an image of (height, width)."""
-    height, width = size[0], size[1]
-    x, y = boxes[..., 0::2].clamp(min=0), boxes[..., 1::2].clamp(min=0)
-    if isinstance(size, Tensor):
-        x, y = torch.minimum(x, size[1].to(x)), torch.minimum(y, size[0].to(y))
-    else:
-        x, y = x.clamp(max=width), y.clamp(max=height)
-    return torch.stack((x, y), -1).flatten(-2)
+    height, width = size
+    return torch.stack((boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)), -1).flatten(-2)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -356,7 +351,8 @@ def nms_by_label(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float
             boxes, scores = boxes.double(), scores.double()
         some = torch.cat((boxes.flatten(), boxes.new_zeros(1)))
         apart = labels.to(boxes) * (some.max() - some.min() + 1)  # boxes of different labels must not overlap
-        return nms(boxes + apart[:, None], scores, threshold)
+        joint: Tensor = nms(boxes + apart[:, None], scores, threshold)
+        return joint
     kept = []
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()
