@@ -24,20 +24,21 @@ def pixels(sample: dict, dataset: Scenes) -> np.ndarray:
 def draw(column, dataset: Scenes, sample: dict) -> None:
     image, size = pixels(sample, dataset), dataset.image_size
     palette = np.array(dataset.palette) / 255
+    colors = palette[1:]  # of objects: without the background
     gray = np.repeat(0.25 + 0.5 * image.mean(-1, keepdims=True), 3, -1)
     extent = (0, size, size, 0)
     column[0].imshow(image, extent=extent)
     column[1].imshow(palette[sample["mask"]], extent=extent)
     parts = gray.copy()
     for label, mask in zip(sample["labels"], sample["masks"], strict=True):
-        parts[mask.numpy()] = 0.35 * parts[mask.numpy()] + 0.65 * palette[label]
+        parts[mask.numpy()] = 0.35 * parts[mask.numpy()] + 0.65 * colors[label]
     column[2].imshow(parts, extent=extent)
     for label, (left, top, right, bottom) in zip(sample["labels"], sample["boxes"].tolist(), strict=True):
-        box = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=palette[label], linewidth=1)
+        box = Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colors[label], linewidth=1)
         column[2].add_patch(box)
     column[3].imshow(gray, extent=extent)
     for label, points in zip(sample["labels"], sample["keypoints"].numpy(), strict=True):
-        color = palette[label]
+        color = colors[label]
         ring = points[[1, 2, 3, 4, 1], :2]
         column[3].plot(*ring.T, color=color, linewidth=0.6)
         for x, y, visibility in points[points[:, 2] > 0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ def nms_threshold(settings: Settings) -> float:
 
 def pairs(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """Return the numbers between ranges that follow each other, such as 64 between (-1, 64) and (64, 128)."""
-    if any(one[1] != other[0] for one, other in zip(values[:-1], values[1:], strict=True)):
+    if any(one[1] != other[0] for one, other in itertools.pairwise(values)):
         raise ValueError(f"the ranges {values} do not follow each other")
     if values[0][0] > 0 or values[-1][1] < 1e4:
         raise ValueError(f"the ranges {values} do not hold every distance")

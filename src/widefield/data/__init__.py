@@ -1,4 +1,4 @@
-"""Provide data sets: built-in, generated, CIFAR, files of labeled images, and files of images with label images."""
+"""Provide data sets: built-in, generated, CIFAR, and files of images with labels, label images or objects."""
 
 from widefield.data.ade20k import Ade20k
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
@@ -14,6 +14,7 @@ from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.mask_files import SegmentationFiles
 from widefield.data.masks import Masks
+from widefield.data.objects import DetectionSet
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.scenes import Scenes
@@ -33,6 +34,7 @@ __all__ = [
     "ConflictImages",
     "CorruptImageError",
     "CorruptImagesError",
+    "DetectionSet",
     "Digits",
     "Folder",
     "HuggingFace",

@@ -20,11 +20,13 @@ from widefield.data.base import LabeledImages, Sample, SampleSet, collate, norma
 from widefield.data.catalog import SETS, create
 from widefield.data.decoding import decoding_options, read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
+from widefield.data.objects import DetectionSet
 from widefield.data.segmentation import SegmentationSet
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOGRAPHS = "photographs"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
+_DENSE = SegmentationSet, DetectionSet
 _SMALLEST_CROP = 0.35  # of a photograph's shorter side
 
 
@@ -33,7 +35,7 @@ class Pictures(LabeledImages):
 
     C is 3, or that of the data set if ``mean`` and ``std`` are not given. Samples: ``image``, ``label`` (-1 without
     classes), and the data set's other entries. Of a set for segmentation: ``image``, ``label`` -1, and ``mask`` of the
-    same pixels.
+    same pixels. Of a set for detection: ``image`` and ``label`` -1.
 
     Args:
         source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation split), or a
@@ -75,7 +77,7 @@ class Pictures(LabeledImages):
         own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
         if self.source in SETS and (self.source != "folder" or "root" in options):
             self._from = create(self.source, "val", size=size, **options)
-            self.classes = () if isinstance(self._from, SegmentationSet) else self._from.classes
+            self.classes = () if isinstance(self._from, _DENSE) else self._from.classes
             own = self._from.mean, self._from.std
             available = len(self._from)
         elif options:
@@ -131,7 +133,7 @@ class Pictures(LabeledImages):
             found = self._from[chosen]
             if found is None:
                 raise OSError(f"{self.source} has no image {chosen}.")
-            if isinstance(self._from, SegmentationSet):  # objects differ in number from image to image
+            if isinstance(self._from, _DENSE):  # objects differ in number from image to image
                 found = {name: found[name] for name in ("image", "mask") if name in found}
             if self._from.image_size is None:
                 found = _squared(found, self.image_size)

@@ -54,18 +54,21 @@ class Scenes(SegmentationSet):
     - ``mask`` int64 (size, size): the class at each pixel; 0 is the background.
     - ``size_group`` uint8 (size, size): an index into ``size_groups`` of the object at each pixel, 255 where there is
       none. Small objects have a side below 1/8 of the image's, large ones of at least 3/8.
-    - ``labels`` int64 (M,): an index into ``classes``, so at least 1.
+    - ``labels`` int64 (M,): an index into ``object_classes``, which lack the background.
     - ``masks`` bool (M, size, size): the visible pixels of each object; they do not overlap.
     - ``boxes`` float32 (M, 4): the edges (left, top, right, bottom) of the visible pixels. The box of one pixel
       has width 1.
+    - ``area`` float32 (M,): the number of visible pixels. ``crowd`` bool (M,): always False.
     - ``keypoints`` float32 (M, 5, 3): (x, y, visibility) of the points named in ``keypoint_names``. Visibility is 2 if
       the point is not covered, 1 if another object covers it, 0 if it is outside the image. All but the center are
       on the outline.
     - ``sides`` float32 (M,): the side of each object in pixels. An object covers 0.34 to 0.57 of its square.
+    - ``size`` int64 (2,): (height, width) of the image.
 
     Coordinates are continuous: the pixel of row i and column j covers [j, j + 1] x [i, i + 1].
 
     Attributes:
+        object_classes: names of the objects' classes: ``classes`` without the background.
         keypoint_names: names of the key points: the center, and the ends of the object's axes.
         keypoints_flipped: index of the point that each one becomes in a flipped image; left and right change places.
 
@@ -92,7 +95,8 @@ class Scenes(SegmentationSet):
         ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
 
-    classes = ("background", *OUTLINES)
+    object_classes = tuple(OUTLINES)
+    classes = ("background", *object_classes)
     palette = (
         (24, 24, 24),
         (0, 114, 178),
@@ -156,19 +160,23 @@ class Scenes(SegmentationSet):
         pixels, seen, things = self._kept.get(index) or self._drawn(index)
         if len(self._kept) < (_KEPT if get_worker_info() is None else _KEPT_BY_WORKER) // (_PIXEL * self.image_size**2):
             self._kept[index] = pixels, seen, things
-        labels = np.array([one.shape + 1 for one in things], np.int64)
+        labels = np.array([one.shape for one in things], np.int64)
         sides = np.array([one.side for one in things], np.float32)
         masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
         # One more entry for the background, which the index -1 reads.
+        at_pixels = np.append(labels + 1, 0)
         groups = np.append(_size_groups(sides, self.image_size), np.uint8(NO_OBJECT))
         arrays = {
-            "mask": np.append(labels, 0)[seen],
+            "mask": at_pixels[seen],
             "size_group": groups[seen],
             "labels": labels,
             "masks": masks,
             "boxes": _boxes(masks),
+            "area": masks.sum((1, 2), dtype=np.float32),
+            "crowd": np.zeros(len(things), np.bool_),
             "keypoints": composition.keypoints(things, seen),
             "sides": sides,
+            "size": np.array(seen.shape, np.int64),
         }
         image = normalize(torch.from_numpy(pixels) / 255, self.mean, self.std)
         sample = {"image": image, **{name: torch.from_numpy(array) for name, array in arrays.items()}}

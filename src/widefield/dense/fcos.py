@@ -337,6 +337,8 @@ class FCOS(Detector):
         TypeError, ValueError: an argument is out of range, or the backbone does not fit.
     """
 
+    bbox_head: FCOSHead
+
     def __init__(
         self,
         backbone: Backboned,
@@ -381,10 +383,8 @@ class FCOS(Detector):
 
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``; see :meth:`FCOSHead.losses`."""
-        found: dict[str, Tensor] = self.bbox_head.losses(self.bbox_head(maps), targets)
-        return found
+        return self.bbox_head.losses(self.bbox_head(maps), targets)
 
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`FCOSHead.detections`."""
-        found: list[Detections] = self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
-        return found
+        return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)

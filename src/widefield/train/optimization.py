@@ -61,8 +61,15 @@ _LENGTHS: dict[str, Any] = {"decay_epochs": 90, "decay_milestones": [90, 180, 27
 """Arguments of ``create_scheduler_v2`` that count epochs -> their defaults there."""
 
 
-def _times(length: Any, unit: int) -> Any:
-    return [part * unit for part in length] if isinstance(length, (list, tuple)) else length * unit
+def _steps(key: str, length: Any, unit: int) -> Any:
+    """Return a value of an argument in ``_LENGTHS``, given in units, in steps.
+
+    timm's multistep schedule decays one step before a milestone, on purpose. The published ones, and PyTorch's, decay
+    at the milestone, and so do ours.
+    """
+    if key == "decay_milestones":
+        return [part * unit + 1 for part in length]
+    return length * unit
 
 
 def matching(key: str, where: str | Sequence[str], model: nn.Module) -> set[str]:
@@ -257,7 +264,7 @@ def create_schedule(
             min_lr=spec.min_lr,
             step_on_epochs=False,
             updates_per_epoch=1,
-            **{**given, **{key: _times(given.get(key, usual), unit) for key, usual in _LENGTHS.items()}},
+            **{**given, **{key: _steps(key, given.get(key, usual), unit) for key, usual in _LENGTHS.items()}},
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"schedule: {spec.name!r} refuses its args {spec.args}: {error}.") from error

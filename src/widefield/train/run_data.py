@@ -37,12 +37,14 @@ class RunData:
     splits: Mapping[str, SplitRecord]
     """Of train and val."""
     palette: tuple[tuple[int, int, int], ...] = ()
-    """Of a segmentation set: color of each class, (red, green, blue)."""
+    """Of a set for segmentation or detection: color of each class, (red, green, blue)."""
     crop_size: tuple[int, int] | None = None
-    """Of a segmentation set: (height, width) of the train images in pixels; None if they differ."""
+    """Of such a set: (height, width) of the train images in pixels; None if they differ."""
     test_scale: tuple[int, int] | None = None
-    """Of a segmentation set: (longer side, shorter side) of the rectangle that val images are fitted into; None: their
-    size is kept."""
+    """Of such a set: (longer side, shorter side) of the rectangle that val images are fitted into; None: their size is
+    kept."""
+    object_classes: tuple[str, ...] = ()
+    """Of a set with objects: names of their classes, without a background."""
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise ValueError naming the changes if the data have a class that the run does not know."""
@@ -66,9 +68,15 @@ def record(train: data.SampleSet, val: data.SampleSet) -> RunData:
     """Describe the two splits that a run is trained and evaluated on."""
     splits = {part.split: SplitRecord(len(part), part.fingerprint()) for part in (train, val)}
     found = RunData(tuple(train.classes), val.image_size, tuple(val.mean), tuple(val.std), splits)
-    if not isinstance(train, data.SegmentationSet):
+    if not isinstance(train, (data.SegmentationSet, data.DetectionSet)):
         return found
-    return replace(found, palette=train.palette, crop_size=train.crop_size, test_scale=train.test_scale)
+    return replace(
+        found,
+        palette=train.palette,
+        crop_size=train.crop_size,
+        test_scale=train.test_scale,
+        object_classes=tuple(getattr(train, "object_classes", ())),
+    )
 
 
 def read(folder: Path) -> RunData:
@@ -90,7 +98,8 @@ def read(folder: Path) -> RunData:
         found = RunData(classes, content["size"], mean, std, splits)
         crop, scale = (tuple(content[key]) if content.get(key) else None for key in ("crop_size", "test_scale"))
         palette = tuple((red, green, blue) for red, green, blue in content.get("palette", ()))
-        return replace(found, palette=palette, crop_size=crop, test_scale=scale)
+        objects = tuple(content.get("object_classes", ()))
+        return replace(found, palette=palette, crop_size=crop, test_scale=scale, object_classes=objects)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not as a run writes it: {type(error).__name__}: {error}.") from error
 

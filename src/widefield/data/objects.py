@@ -1,0 +1,64 @@
+"""Provide the base class of sets for object detection: images with boxes, classes and masks of objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widefield.data.base import SampleSet
+from widefield.data.listing import counted
+from widefield.data.segmentation import Color, default_palette
+
+
+class DetectionSet(SampleSet):
+    """Images with objects; a subclass defines ``__len__``, ``sample`` and the attributes.
+
+    Samples, for M objects, which may be none:
+
+    - ``image`` float32 (C, h, w), normalized by ``mean`` and ``std``, of any size and not padded.
+    - ``boxes`` float32 (M, 4): the edges (left, top, right, bottom) in continuous pixels, (0, 0) being the top left
+      corner of the image. In the train split they are in pixels of ``image``, in the val split in pixels of the file.
+    - ``labels`` int64 (M,): an index into ``object_classes``.
+    - ``crowd`` bool (M,): the entry is a crowd region, a group of objects without a box for each. Detections in it
+      count neither as right nor as wrong.
+    - ``area`` float32 (M,): the area in pixels of the same image as ``boxes``, by which metrics divide objects by size:
+      that of the mask if the set knows it.
+    - ``masks`` bool (M, H, W), only if the set has masks: the pixels of each object, at the size that ``boxes`` refer
+      to.
+    - ``size`` int64 (2,): (height, width) of the file, in pixels.
+    - any further entries of the set.
+
+    Attributes:
+        object_classes: names of the objects' classes, without a background; the same as ``classes``.
+        palette: color of each class in figures, (red, green, blue) from 0 to 255.
+        has_masks: whether samples have ``masks``.
+        crop_size: (height, width) of the train images in pixels; None if they differ.
+        test_scale: (longer side, shorter side) of the rectangle that val images are fitted into; None: they keep the
+            size of the file.
+    """
+
+    palette: tuple[Color, ...] = ()
+    has_masks: bool = False
+    crop_size: tuple[int, int] | None = None
+    test_scale: tuple[int, int] | None = None
+
+    @property
+    def object_classes(self) -> tuple[str, ...]:
+        """Return the names of the objects' classes."""
+        return self.classes
+
+    def aspect_ratios(self) -> NDArray[np.float32] | None:
+        """Return width / height of each file, (N,), without decoding any; None if they are unknown."""
+        return None
+
+    def found(self) -> str:
+        """Return one line: images and classes of the split, and what was left out or repaired and why."""
+        return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
+
+
+def object_palette(classes: Sequence[str]) -> tuple[Color, ...]:
+    """Return a color for each class of objects: Pascal VOC's without black, again from the first after 255 classes."""
+    return tuple(islice(cycle(default_palette(256)[1:]), len(classes)))
