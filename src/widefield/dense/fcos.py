@@ -25,8 +25,11 @@ from widefield.dense.detector import Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
+RANGE = 8
+"""Largest distance, in strides, from a point to the farthest side of its box, but for the coarsest level."""
+
 RANGES = (64, 128, 256, 512)
-"""Pixels between the levels: a level has the boxes whose farthest side is in its range, both ends included."""
+"""Pixels between the published levels: a level has the boxes whose farthest side is in its range, ends included."""
 
 CENTERNESS = ("classification", "boxes")
 """The branch that predicts the centerness."""
@@ -321,7 +324,7 @@ class FCOS(Detector):
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
-        channels: channels of pyramid and head.
+        neck_channels: channels of the pyramid and the head.
         num_convs: convolutions in each of the head's two branches.
         conv_bias, centerness_on, distances, center_radius, box_loss, point_offset: see :class:`FCOSHead`. The published
             models with "center-normbbox-centeronreg-giou" in their name have ``conv_bias=True, centerness_on="boxes",
@@ -344,7 +347,7 @@ class FCOS(Detector):
         backbone: Backboned,
         num_classes: int,
         *,
-        channels: int = 256,
+        neck_channels: int = 256,
         num_convs: int = 4,
         conv_bias: bool = False,
         centerness_on: str = "classification",
@@ -365,11 +368,12 @@ class FCOS(Detector):
         maps = feature_maps(
             backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
         )
-        neck = FPN(maps.channels, channels, num_outs=5, start_level=1, extra="on_output", relu_before_extra=True)
+        neck = FPN(maps.channels, neck_channels, num_outs=5, start_level=1, extra="on_output", relu_before_extra=True)
+        strides = (*maps.strides[1:], 2 * maps.strides[-1], 4 * maps.strides[-1])
         head = FCOSHead(
-            channels, num_classes, channels=channels, num_convs=num_convs, conv_bias=conv_bias,
-            centerness_on=centerness_on, distances=distances, center_radius=center_radius, box_loss=box_loss,
-            point_offset=point_offset,
+            neck_channels, num_classes, channels=neck_channels, num_convs=num_convs, strides=strides,
+            ranges=[RANGE * stride for stride in strides[:-1]], conv_bias=conv_bias, centerness_on=centerness_on,
+            distances=distances, center_radius=center_radius, box_loss=box_loss, point_offset=point_offset,
         )  # fmt: skip
         super().__init__(
             maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval
