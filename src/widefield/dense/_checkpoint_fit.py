@@ -237,14 +237,18 @@ def _kind_of_file(model: Weights, file: Source, alone: bool) -> str | None:
 def _head(model: Weights, file: Source) -> str | None:
     ours, theirs = (_detector_fit.detector_of(weights.shapes) for weights in (model, file))
     if ours is not None and theirs != ours:
-        named = f"a {theirs}" if theirs else "another detector, which is not here"
-        return f"The file holds {named}, the model is a {ours}."
+        named = _with_article(theirs) if theirs else "another detector, which is not here"
+        return f"The file holds {named}, the model is {_with_article(ours)}."
     ours, theirs = (segmenter_of(weights.shapes) for weights in (model, file))
     if theirs == ours:
         return None
     if theirs is None:
         return f"The file's decode head is not that of {ours or 'this model'}, nor of another segmenter here."
     return f"The file holds a {theirs}" + (f", the model is a {ours}." if ours else ".")
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name == 'FCOS' else 'a'} {name}"
 
 
 def segmenter_of(names: Iterable[str]) -> str | None:
