@@ -17,10 +17,14 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense import segmentation_checks
+from dense import box_checks, detection_checks, segmentation_checks
 from dense.rules import Differences
 
-CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {**segmentation_checks.CHECKS}
+CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
+    **segmentation_checks.CHECKS,
+    **box_checks.CHECKS,
+    **detection_checks.CHECKS,
+}
 """Kind -> check."""
 
 
@@ -31,6 +35,7 @@ def kind(document: Mapping[str, Any]) -> str | None:
         document.get("neck"),
         config.get("type") if isinstance(config, Mapping) else None,
         str(document.get("model", "")).split("_")[0],
+        "detection_units" if set(document) & set(box_checks.SECTIONS) else None,
     ]
     return next((name for name in names if name in CHECKS), None)
 

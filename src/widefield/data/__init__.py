@@ -17,7 +17,7 @@ from widefield.data.mask_files import SegmentationFiles
 from widefield.data.masks import Masks
 from widefield.data.object_files import ObjectFiles
 from widefield.data.object_index import AnnotationError
-from widefield.data.objects import DetectionSet
+from widefield.data.objects import DetectionSet, object_palette
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.scenes import Scenes
@@ -63,6 +63,7 @@ __all__ = [
     "create",
     "create_both",
     "default_palette",
+    "object_palette",
     "options_of",
     "seeded",
     "summarize",

@@ -12,7 +12,9 @@ from widefield.dense.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from widefield.dense.detector import Detections, Detector, Targets
 from widefield.dense.fcn import FCNHead
+from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
@@ -21,6 +23,7 @@ from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
+    "FCOS",
     "FPN",
     "CheckpointInfo",
     "ConvModule",
@@ -28,13 +31,17 @@ __all__ = [
     "DeepLabV3Plus",
     "DepthwiseSeparableASPPHead",
     "DepthwiseSeparableConvModule",
+    "Detections",
+    "Detector",
     "FCNHead",
+    "FCOSHead",
     "FPNHead",
     "FeatureMaps",
     "LoadedCheckpoint",
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",
+    "Targets",
     "UPerHead",
     "UPerNet",
     "check_views",

@@ -9,12 +9,13 @@ from widefield import _checks
 from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
 from widefield.tasks.confusion import SegmentationScores
-from widefield.tasks.predictions import ClassPrediction, MaskPrediction, Prediction
+from widefield.tasks.predictions import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
 from widefield.tasks.segmentation import Segmentation
 
 __all__ = [
     "TASKS",
     "Batch",
+    "BoxPrediction",
     "ClassPrediction",
     "Classification",
     "Labeled",

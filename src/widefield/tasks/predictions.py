@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ class ClassPrediction:
 
     probabilities: Tensor
 
+    @property
+    def size(self) -> None:
+        """Return None: the classes are of the image as a whole."""
+
 
 @dataclass(frozen=True, eq=False)
 class MaskPrediction:
@@ -28,6 +32,43 @@ class MaskPrediction:
 
     mask: Tensor
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) of the file."""
+        return self.mask.shape[0], self.mask.shape[1]
 
-Prediction = ClassPrediction | MaskPrediction
+
+@dataclass(frozen=True, eq=False)
+class BoxPrediction:
+    """The objects of an image, all on the CPU.
+
+    Attributes:
+        boxes: float32 (D, 4): the edges (left, top, right, bottom) in continuous pixels of the image's file.
+        labels: int64 (D,): indices of classes.
+        scores: float32 (D,), in descending order; None for true objects.
+        masks: bool (D, H, W): the pixels of each object, at the size of the file; None without masks.
+        size: (height, width) of the file.
+        crowd: bool (D,): which true objects are crowds of objects; None: no object is.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor | None = None
+    masks: Tensor | None = None
+    size: tuple[int, int] = field(kw_only=True)
+    crowd: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def at_least(self, score: float) -> BoxPrediction:
+        """Return the objects of at least this score; all true objects."""
+        if self.scores is None:
+            return self
+        kept = self.scores >= score
+        masks = None if self.masks is None else self.masks[kept]
+        return replace(self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], masks=masks)
+
+
+Prediction = ClassPrediction | MaskPrediction | BoxPrediction
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""
