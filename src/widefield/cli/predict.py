@@ -9,7 +9,7 @@ from pathlib import Path
 from widefield.cli._subjects import MODEL_HELP
 from widefield.cli._tables import print_table
 
-SUMMARY = "predictions of a model for images: the classes of each, or the class of each pixel"
+SUMMARY = "predictions of a model for images: the classes of each, the class of each pixel, or the objects"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("ema", "model"), help="weights of a run (the average if it has one)")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run (best)")
     parser.add_argument(
-        "--size", type=int, metavar="N", help="side of the images; segmentation: the shorter side (the model's own)"
+        "--size",
+        type=int,
+        metavar="N",
+        help="side of the images; other models than classifiers: the shorter side (the model's own)",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to list for an image (5)")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="detectors: least score of the objects in pictures and tables; the JSON files hold all (0.3)",
+    )
+    parser.add_argument(
+        "--coco",
+        type=Path,
+        metavar="FILE",
+        help="detectors: a COCO file with the ids of images and categories for predict_coco.json (counted from 1)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per batch (8)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (0)")
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
@@ -53,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             size=args.size,
             top=args.top,
+            min_score=args.min_score,
+            coco=args.coco,
             batch_size=args.batch_size,
             workers=args.workers,
             progress=lambda found, total: bar.track(found, total=total, description=subject.name),
@@ -60,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if subject.weights.origin == "random":
         print(f"{subject.name} has random weights; --pretrained downloads published ones.", file=sys.stderr)
     if written.rows:
-        print_table(written.rows, right=["probability"])
+        print_table(written.rows, right=["probability", "objects"])
     if written.images > len(written.rows):
         print(f"and {counted(written.images - len(written.rows), 'more image')}: see predict.json")
     if written.unreadable:

@@ -14,7 +14,7 @@ from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.mask_files import SegmentationFiles
 from widefield.data.masks import Masks
-from widefield.data.objects import DetectionSet
+from widefield.data.objects import DetectionSet, object_palette
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
 from widefield.data.scenes import Scenes
@@ -56,6 +56,7 @@ __all__ = [
     "create",
     "create_both",
     "default_palette",
+    "object_palette",
     "options_of",
     "seeded",
     "summarize",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from widefield.data.base import SampleSet
 from widefield.data.listing import counted
-from widefield.data.segmentation import Color, default_palette
+from widefield.data.segmentation import Color
 
 
 class DetectionSet(SampleSet):
@@ -59,6 +59,31 @@ class DetectionSet(SampleSet):
         return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
 
 
+_OKABE_ITO: tuple[Color, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+"""The colors of Okabe and Ito without black, which is lost in dark images."""
+_SHADES = (0.0, 0.55, -0.4)
+"""How much white (black, if negative) is mixed into the colors, in turn."""
+
+
 def object_palette(classes: Sequence[str]) -> tuple[Color, ...]:
-    """Return a color for each class of objects: Pascal VOC's without black, again from the first after 255 classes."""
-    return tuple(islice(cycle(default_palette(256)[1:]), len(classes)))
+    """Return a color for each class of objects, as they are drawn into images.
+
+    They are seven colors that color-blind people can tell apart (Okabe and Ito 2008), then lighter and darker shades of
+    them. From 22 classes on, colors repeat.
+    """
+    several = (_shaded(color, amount) for amount in cycle(_SHADES) for color in _OKABE_ITO)
+    return tuple(islice(several, len(classes)))
+
+
+def _shaded(color: Color, amount: float) -> Color:
+    end = 255 if amount > 0 else 0
+    red, green, blue = (round(value + abs(amount) * (end - value)) for value in color)
+    return red, green, blue

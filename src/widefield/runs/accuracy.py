@@ -20,7 +20,7 @@ from widefield import _checks, bench
 from widefield.data import SampleSet
 from widefield.report import Report
 from widefield.surgery.answers import evaluating
-from widefield.tasks import Batch, MaskPrediction, Prediction, SegmentationScores, Task
+from widefield.tasks import Batch, Prediction, SegmentationScores, Task
 from widefield.train.evaluation import Share, measure
 from widefield.train.loaders import batches, shut_down, val_loader
 from widefield.train.recipe import PRECISIONS
@@ -207,8 +207,8 @@ def _example(
     if sample is None:  # it could be read before
         raise OSError(f"sample {index} can no longer be read.")
     image, truth = sample["image"], task.truth(sample)
-    size = tuple(truth.mask.shape) if isinstance(truth, MaskPrediction) else tuple(image.shape[1:])
-    (prediction,) = task.predict(model, image[None].to(place), [(size[0], size[1])])
+    size = (truth.size if truth else None) or (image.shape[1], image.shape[2])
+    (prediction,) = task.predict(model, image[None].to(place), [size])
     mean, std = (image.new_tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     shown = Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())

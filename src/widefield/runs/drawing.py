@@ -6,7 +6,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,12 @@ from PIL import Image
 
 from widefield import report
 from widefield._pixels import IGNORED
-from widefield.tasks import ClassPrediction, MaskPrediction, Prediction
+from widefield.runs.annotating import Color, Marks, annotated
+from widefield.tasks import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
 
-Color = tuple[int, int, int]
-"""(red, green, blue), each from 0 to 255."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Mask = NDArray[np.integer[Any]]
 """(H, W): the index of a class, or 255, at each pixel."""
 
@@ -27,7 +29,13 @@ _OPACITY = 0.6
 _LISTED = 10
 """Largest number of classes in a legend."""
 _GRAY: Color = (128, 128, 128)
-"""Color of pixels without a class."""
+"""Color of pixels without a class, and of crowds of objects."""
+MIN_SCORE = 0.3
+"""Least score of the objects that are drawn and listed, if none is asked for."""
+_MATCHING = 0.5
+"""Least intersection over union of a detection and the object that it finds."""
+_SMALL = 320
+"""Images of fewer pixels a side are enlarged for their files with boxes, or no label would fit."""
 
 
 def preview(image: Image.Image, side: int = PREVIEW) -> Image.Image:
@@ -113,11 +121,13 @@ class Drawing(ABC):
         classes: names of the classes; empty if they are unknown.
         palette: color of each class.
         top: number of classes that are listed for an image.
+        min_score: least score of the objects that are drawn and listed.
     """
 
     classes: tuple[str, ...]
     palette: tuple[Color, ...]
-    top: int
+    top: int = 5
+    min_score: float = MIN_SCORE
     wide: ClassVar[bool] = False
     """Whether a card takes the whole width of a page."""
 
@@ -252,6 +262,131 @@ class MaskDrawing(Drawing):
         }
 
 
+class BoxDrawing(Drawing):
+    """Draws objects with boxes, masks, classes and scores."""
+
+    wide = True
+
+    def row(self, prediction: BoxPrediction) -> dict[str, str]:
+        """Return the number of objects, their classes, and the one with the highest score."""
+        shown = prediction.at_least(self.min_score)
+        listed = ", ".join(f"{count} {self.name(k)}" for k, count in list(_counts(shown).items())[:4])
+        best = f"{self.name(int(shown.labels[0]))} {float(_scores(shown)[0]):.2f}" if len(shown) else "-"
+        height, width = prediction.size
+        return {"size": f"{width}x{height}", "objects": str(len(shown)), "found": listed or "-", "best": best}
+
+    def data(self, prediction: BoxPrediction) -> dict[str, Any]:
+        """Return all objects, also those of lower scores than are drawn, without their masks."""
+        entries = zip(prediction.labels.tolist(), _scores(prediction).tolist(), prediction.boxes.tolist(), strict=True)
+        return {
+            "size": list(prediction.size),
+            "objects": [{"label": k, "name": self.name(k), "score": score, "box": box} for k, score, box in entries],
+        }
+
+    def card(
+        self, title: str, image: Image.Image, prediction: BoxPrediction, truth: BoxPrediction | None = None
+    ) -> str:
+        """Return the true objects if they are known, or the image; next to it the detections; and a legend."""
+        small, shown = preview(image).convert("RGB"), prediction.at_least(self.min_score)
+        detected = f"{len(shown)} of a score of at least {self.min_score:g}"
+        if truth is None:
+            views, legend = [_view(small, "image"), _view(self.annotated(small, shown), detected)], _counts(shown)
+        else:
+            right, found = matched(shown, truth)
+            missed, wrong = int((~found).sum()), int((~right).sum())
+            views = [
+                _view(self.annotated(small, truth, found), f"label: {len(truth)} objects, {missed} missed (dashed)"),
+                _view(self.annotated(small, shown, right), f"prediction: {detected}, {wrong} wrong (dashed)"),
+            ]
+            legend = {**_counts(truth), **{k: 0 for k in _counts(shown) if k not in _counts(truth)}}
+        return report.card(title, report.views(views) + self._legend(legend))
+
+    def _legend(self, counts: Mapping[int, int]) -> str:
+        """Return the colors and names of classes, and how often they occur (HTML)."""
+        listed = list(counts.items())[:_LISTED]
+        more = len(counts) - len(listed)
+        entries = [(self.palette[k], f"{self.name(k)}: {count}") for k, count in listed]
+        return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
+
+    def annotated(self, image: Image.Image, prediction: BoxPrediction, solid: Tensor | None = None) -> Image.Image:
+        """Return an image with the objects of a prediction; those not in ``solid``, bool (D,), have dashed lines."""
+        height, width = prediction.size
+        scale = np.array([image.width / width, image.height / height] * 2)
+        names = [self.name(k)[:24] for k in prediction.labels.tolist()]
+        if prediction.scores is None:
+            texts = [[name, ""] for name in names]
+        else:
+            pairs = zip(names, prediction.scores.tolist(), strict=True)
+            texts = [[f"{name} {score:.2f}", f"{score:.2f}".removeprefix("0")] for name, score in pairs]
+        crowd = [False] * len(names) if prediction.crowd is None else prediction.crowd.tolist()
+        colors = [_GRAY if c else self.palette[k] for k, c in zip(prediction.labels.tolist(), crowd, strict=True)]
+        texts = [["crowd", ""] if c else own for own, c in zip(texts, crowd, strict=True)]
+        return annotated(
+            image,
+            Marks(
+                prediction.boxes.numpy() * scale,
+                colors,
+                texts,
+                None if prediction.masks is None else prediction.masks.numpy(),
+                None if solid is None else (~solid).tolist(),
+            ),
+        )
+
+    def panel(self, axis: Any, image: Image.Image, prediction: BoxPrediction) -> None:
+        """Draw the image with its objects, and the number of objects of each class under it."""
+        shown = prediction.at_least(self.min_score)
+        axis.imshow(np.asarray(self.annotated(preview(image, 480), shown)))
+        found = list(_counts(shown).items())[:4]
+        handles = [_patch(self.palette[k], f"{self.name(k)[:18]}: {count}") for k, count in found]
+        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
+                    handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
+
+    def files(self, image: Image.Image, prediction: BoxPrediction) -> dict[str, bytes]:
+        """Return the image with its objects, at the size of the image or enlarged by a whole factor."""
+        shown = prediction.at_least(self.min_score)
+        large = image if max(image.size) >= _SMALL else preview(image)
+        return {"overlays": encoded(self.annotated(large, shown), "png")}
+
+
+def matched(prediction: BoxPrediction, truth: BoxPrediction) -> tuple[Tensor, Tensor]:
+    """Return which detections are right, bool (D,), and which true objects are found, bool (M,), at an IoU of 0.5.
+
+    In the order of their scores, each detection gets the object of its class that it covers best and that no other
+    detection got. Detections in crowds of their class, and crowds, count as right and found.
+    """
+    import torch
+    from torchvision.ops import box_iou
+
+    crowd = torch.zeros(len(truth), dtype=torch.bool) if truth.crowd is None else truth.crowd
+    right, found = torch.zeros(len(prediction), dtype=torch.bool), crowd.clone()
+    same = prediction.labels[:, None] == truth.labels
+    shares = box_iou(prediction.boxes, truth.boxes).masked_fill(~same | crowd, 0)
+    for index, row in enumerate(shares):
+        free = row.masked_fill(found, 0)
+        if len(free) and float(free.max()) >= _MATCHING:
+            right[index], found[free.argmax()] = True, True
+    corners = torch.minimum(prediction.boxes[:, None, 2:], truth.boxes[:, 2:])
+    inside = (corners - torch.maximum(prediction.boxes[:, None, :2], truth.boxes[:, :2])).clamp(min=0).prod(2)
+    own = (prediction.boxes[:, 2:] - prediction.boxes[:, :2]).prod(1, keepdim=True).clamp(min=1e-9)
+    return right | ((inside / own >= _MATCHING) & same & crowd).any(1), found
+
+
+def _scores(prediction: BoxPrediction) -> Tensor:
+    """Return the scores, (D,); 1 for true objects."""
+    return prediction.boxes.new_ones(len(prediction)) if prediction.scores is None else prediction.scores
+
+
+def _counts(prediction: BoxPrediction) -> dict[int, int]:
+    """Return the number of objects of each class that occurs, the most frequent first."""
+    labels, counts = prediction.labels.unique(return_counts=True)
+    found = zip(labels.tolist(), counts.tolist(), strict=True)
+    return dict(sorted(found, key=lambda one: (-one[1], one[0])))
+
+
+def _view(image: Image.Image, caption: str) -> str:
+    return report.embedded(encoded(image, "jpeg"), "jpeg", caption)
+
+
 def _patch(color: Color, label: str) -> Any:
     from matplotlib.patches import Patch
 
@@ -259,10 +394,14 @@ def _patch(color: Color, label: str) -> Any:
     return Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="gray", linewidth=0.4, label=label)
 
 
-DRAWINGS: Mapping[type, type[Drawing]] = {ClassPrediction: ClassDrawing, MaskPrediction: MaskDrawing}
+DRAWINGS: Mapping[type, type[Drawing]] = {
+    ClassPrediction: ClassDrawing,
+    MaskPrediction: MaskDrawing,
+    BoxPrediction: BoxDrawing,
+}
 """Kind of prediction -> how it is drawn."""
 
 
-def drawing_of(prediction: Prediction, classes: Sequence[str], palette: Sequence[Color], top: int) -> Drawing:
-    """Return how predictions of this kind are drawn."""
-    return DRAWINGS[type(prediction)](tuple(classes), tuple(palette), top)
+def drawing_of(prediction: Prediction, classes: Sequence[str], palette: Sequence[Color], **shown: Any) -> Drawing:
+    """Return how predictions of this kind are drawn; ``shown`` are ``top`` and ``min_score`` of `Drawing`."""
+    return DRAWINGS[type(prediction)](tuple(classes), tuple(palette), **shown)

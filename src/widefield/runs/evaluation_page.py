@@ -139,7 +139,7 @@ def draw_confusion(scores: SegmentationScores, most: int = _MOST) -> Figure:
 
 def example_card(example: Example, subject: Subject) -> str:
     """Return an image with its label and prediction as a card of a page (HTML)."""
-    drawing = drawing_of(example.prediction, subject.class_names, subject.palette, 5)
+    drawing = drawing_of(example.prediction, subject.class_names, subject.palette)
     title = f"{Path(example.name).name}: {100 * example.rating:.1f} %"
     return drawing.card(title, example.image, example.prediction, example.truth)
 

@@ -1,4 +1,4 @@
-"""Predict images in files with any model: classes with their probabilities, or the class of each pixel."""
+"""Predict images in files with any model: classes with their probabilities, the class of each pixel, or objects."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from widefield import _checks, bench, report
 from widefield._files import write_whole
 from widefield.data.decoding import read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in, is_image
-from widefield.runs.drawing import DRAWINGS, Drawing, drawing_of, preview
+from widefield.runs.coco_results import CocoEntries, read_ids
+from widefield.runs.drawing import DRAWINGS, MIN_SCORE, Drawing, drawing_of, preview
 from widefield.runs.subjects import Subject, load
 from widefield.surgery.inputs import place
-from widefield.tasks import Prediction, Task
+from widefield.tasks import BoxPrediction, Prediction, Task
 from widefield.train.interrupt import ignore_signals
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Predictions(report.Report):
         top: number of classes that are listed for an image.
         images: the images that could be read, in order.
         unreadable: the others.
+        min_score: least score of the objects that are drawn and listed.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Predictions(report.Report):
     top: int
     images: tuple[Predicted, ...]
     unreadable: tuple[Unreadable, ...] = ()
+    min_score: float = MIN_SCORE
 
     def __len__(self) -> int:
         return len(self.images)
@@ -105,17 +108,17 @@ class Predictions(report.Report):
 
     def rows(self) -> list[dict[str, str]]:
         """Return one row per image: its largest classes."""
-        return [row_of(found, self._drawing(found)) for found in self.images]
+        return [row_of(found, self.drawing(found)) for found in self.images]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything in JSON types, except the masks."""
+        """Return everything in JSON types, except the masks; of a detector the objects of all scores."""
         return {
             "model": self.name,
             "weights": self.weights,
             "about": dict(self.about),
             "classes": list(self.classes),
             "palette": [list(color) for color in self.palette],
-            "images": [data_of(found, self._drawing(found)) for found in self.images],
+            "images": [data_of(found, self.drawing(found)) for found in self.images],
             "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in self.unreadable],
         }
 
@@ -134,7 +137,7 @@ class Predictions(report.Report):
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
             for axis, image, found in zip(axes.flat, images, shown, strict=False):
-                self._drawing(found).panel(axis, image, found.prediction)
+                self.drawing(found).panel(axis, image, found.prediction)
                 axis.set_title(_short(found.name, 26), fontsize=7)
         return figure
 
@@ -142,14 +145,15 @@ class Predictions(report.Report):
         """Write a figure (.png, .pdf, .svg), the numbers (.json), a page (.html), or the images' files; return it.
 
         A path without an ending is a folder, which gets the mask and the overlay of each image of a segmentation model,
-        as ``labels/NAME.png`` and ``overlays/NAME.png``.
+        as ``labels/NAME.png`` and ``overlays/NAME.png``, and the image with its objects of a detector, as
+        ``overlays/NAME.png``.
 
         Raises ValueError for another ending, OSError if a file cannot be written.
         """
         path = Path(path)
         if not path.suffix:
             for found in self.images:
-                write_files(found, self._drawing(found), path)
+                write_files(found, self.drawing(found), path)
             return path
         _checks.choice("the suffix of path", path.suffix, (".png", ".pdf", ".svg", ".json", ".html"))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,13 +172,14 @@ class Predictions(report.Report):
         return report.styled(lines + grid_of(self._cards(), self.images))
 
     def _cards(self) -> list[str]:
-        return [card_of(found, self._drawing(found)) for found in self.images[:ON_A_PAGE]]
+        return [card_of(found, self.drawing(found)) for found in self.images[:ON_A_PAGE]]
 
     def _page(self) -> str:
         return page_of(self, self._cards())
 
-    def _drawing(self, found: Predicted) -> Drawing:
-        return drawing_of(found.prediction, self.classes, self.palette, self.top)
+    def drawing(self, found: Predicted) -> Drawing:
+        """Return how a prediction is drawn."""
+        return drawing_of(found.prediction, self.classes, self.palette, top=self.top, min_score=self.min_score)
 
 
 def row_of(found: Predicted, drawing: Drawing) -> dict[str, str]:
@@ -227,6 +232,7 @@ def predict(
     *,
     size: int | None = None,
     top: int = 5,
+    min_score: float = MIN_SCORE,
     batch_size: int = 8,
     workers: int = 0,
     **loading: Any,
@@ -236,9 +242,10 @@ def predict(
     Args:
         model: the folder of a run, or the name of a model of timm or torchvision, as of :func:`load`; or a loaded one.
         images: files, folders that are searched at any depth, and globs.
-        size: side of the images for a classifier, or shorter side for a segmentation model; default: the model's own.
+        size: side of the images for a classifier, or shorter side for other models; default: the model's own.
         top: number of classes to list for an image.
-        batch_size: images at a time. Segmentation models get images of different sizes one by one.
+        min_score: least score of the objects that are drawn and listed; the others are kept as well.
+        batch_size: images at a time. Segmentation models and detectors get images of different sizes one by one.
         workers: loader processes; 0: load in the process itself.
         loading: further arguments of :func:`load`, such as ``pretrained`` and ``device``.
 
@@ -254,18 +261,23 @@ def predict(
         raise TypeError(f"the model is loaded already; it takes no {', '.join(loading)}.")
     found = list(predict_each(subject, images, size=size, batch_size=batch_size, workers=workers))
     return replace(
-        empty(subject, size=size, top=top),
+        empty(subject, size=size, top=top, min_score=min_score),
         images=tuple(one for one in found if isinstance(one, Predicted)),
         unreadable=tuple(one for one in found if isinstance(one, Unreadable)),
     )
 
 
-def empty(subject: Subject, *, size: int | None = None, top: int = 5) -> Predictions:
+def empty(subject: Subject, *, size: int | None = None, top: int = 5, min_score: float = MIN_SCORE) -> Predictions:
     """Return predictions of a model for no images."""
-    about = subject.preparation(size)
-    palette = subject.palette
     return Predictions(
-        subject.name, str(subject.weights), about, subject.class_names, palette, _checks.integer("top", top), ()
+        subject.name,
+        str(subject.weights),
+        subject.preparation(size),
+        subject.class_names,
+        subject.palette,
+        _checks.integer("top", top),
+        (),
+        min_score=_checks.number("min_score", min_score, maximum=1.0),
     )
 
 
@@ -325,6 +337,8 @@ def predict_files(
     *,
     size: int | None = None,
     top: int = 5,
+    min_score: float = MIN_SCORE,
+    coco: str | Path | None = None,
     batch_size: int = 8,
     workers: int = 0,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda found, total: found,
@@ -333,15 +347,20 @@ def predict_files(
 
     The folder gets a page (predict.html), the numbers (predict.json), a figure of the first images (predict.png), and
     for segmentation models ``labels/NAME.png``, whose values are indices of classes, and ``overlays/NAME.png``, both at
-    the size of the image.
+    the size of the image. For detectors it gets ``overlays/NAME.png``, and the objects of all scores as COCO's results
+    (predict_coco.json).
 
     Args:
         folder: where to write; it is created.
+        coco: a COCO file with the ids of images, by file name, and of categories, by name, for predict_coco.json.
+            Default: both are counted from 1, in the order of predict.json, which names them.
         progress: wraps the iterable of predictions; its second argument is their number.
 
-    Other arguments and errors are those of :func:`predict`; OSError if a file cannot be written.
+    Other arguments and errors are those of :func:`predict`; OSError if a file cannot be written; ValueError for a file
+    ``coco`` without one of the images or classes.
     """
-    folder, known = Path(folder), empty(subject, size=size, top=top)
+    folder, known = Path(folder), empty(subject, size=size, top=top, min_score=min_score)
+    results = CocoEntries(read_ids(coco), known.classes, len(known.palette))
     stream = predict_each(subject, images, size=size, batch_size=batch_size, workers=workers)
     lost: list[Unreadable] = []
     first: list[Predicted] = []
@@ -352,8 +371,9 @@ def predict_files(
         if isinstance(found, Unreadable):
             lost.append(found)
             continue
-        drawing = drawing_of(found.prediction, known.classes, known.palette, top)
-        data.append(data_of(found, drawing))
+        drawing = known.drawing(found)
+        more = results.add(found.name, found.prediction) if isinstance(found.prediction, BoxPrediction) else {}
+        data.append({**data_of(found, drawing), **more})
         for path in write_files(found, drawing, folder):
             kinds[folder / path.relative_to(folder).parts[0]] = None
         if len(cards) < ON_A_PAGE:
@@ -365,6 +385,9 @@ def predict_files(
     paths = [folder / f"predict.{suffix}" for suffix in ("html", "json")]
     write_whole(paths[0], page_of(known, cards, len(data)).encode())
     write_whole(paths[1], _document({**known.to_dict(), "images": data}))
+    if results.images:
+        paths.append(folder / "predict_coco.json")
+        write_whole(paths[-1], json.dumps(results.entries, allow_nan=False).encode())
     if first:
         paths.append(known.save(folder / "predict.png"))
     return Written(len(data), tuple(lost), tuple(known.rows()), (*paths, *kinds))

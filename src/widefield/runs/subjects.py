@@ -84,7 +84,7 @@ class Subject:
         A run knows its own. Other weights get the classes of the published weights, unless their head has another size.
         """
         if self.trained_on:
-            return self.trained_on.classes
+            return (self.work == "detection" and self.trained_on.object_classes) or self.trained_on.classes
         return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
 
     @property
@@ -95,17 +95,28 @@ class Subject:
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        """Return the color of each class in figures; empty if the model gives no masks."""
-        if self.work != "segmentation":
+        """Return the color of each class in figures; empty for a classifier."""
+        if self.work == "classification":
             return ()
+        if self.work == "detection":
+            return self._object_palette()
         own = self.trained_on.palette if self.trained_on else ()
         return own or tuple(itertools.islice(itertools.cycle(data.default_palette(256)), self.outputs))
+
+    def _object_palette(self) -> tuple[tuple[int, int, int], ...]:
+        """Return the data's colors of the classes of objects, or as many of our own."""
+        run = self.trained_on
+        if run and len(run.palette) == len(run.classes) and set(self.classes) <= set(run.classes):
+            return tuple(run.palette[run.classes.index(name)] for name in self.classes)
+        return data.object_palette(self.classes or [""] * self.outputs)
 
     @cached_property
     def outputs(self) -> int:
         """Return the number of classes that the model tells apart."""
-        if self.trained_on and self.trained_on.classes:
-            return len(self.trained_on.classes)
+        if self.classes and self.trained_on:
+            return len(self.classes)
+        if self.work == "detection":
+            return int(getattr(self.model, "num_classes"))  # noqa: B009 (of dense.Detector; mypy knows a Module)
         if self.work == "classification":
             return count_outputs(self.model, (len(self.mean), self.size, self.size))
         return count_maps(self.model, (len(self.mean), 64, 64))
@@ -132,6 +143,8 @@ class Subject:
     def _check_data(self, dataset: data.SampleSet) -> None:
         if self.work == "segmentation" and not isinstance(dataset, data.SegmentationSet):
             raise ValueError("the data have no masks, and the model is one for segmentation.")
+        if self.work == "detection" and not getattr(dataset, "object_classes", ()):
+            raise ValueError("the data have no objects with boxes, and the model is a detector.")
         if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
             self.trained_on.check_classes(dataset.classes)
             raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
@@ -171,7 +184,7 @@ class Subject:
     def preparation(self, size: int | None = None) -> dict[str, Any]:
         """Return facts about how :meth:`prepare` makes the model's input of an image, in JSON types."""
         given = self.image_options(size)
-        if self.work == "segmentation":
+        if self.work != "classification":
             given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std, "antialias": self._antialias}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
@@ -179,7 +192,7 @@ class Subject:
         """Return a function from an RGB image of any size to the model's input, float32 (C, H, W).
 
         Args:
-            size: side of the input; of a segmentation model the shorter side. Default: the model's own.
+            size: side of a classifier's input; of other models the shorter side. Default: the model's own.
 
         Raises:
             ValueError: the model takes neither gray nor RGB images, or an option is out of range.
@@ -188,7 +201,7 @@ class Subject:
             _checks.integer("size", size)
         if len(self.mean) not in (1, 3):
             raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
-        if self.work == "segmentation":
+        if self.work != "classification":
             return Fitted(self._scale(size), self.mean, self.std, antialias=self._antialias)
         options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
         return Cropped(transforms.evaluation(**options), len(self.mean))
@@ -449,7 +462,7 @@ def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
         found.mean,
         found.std,
         Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),
-        {**reading, **({"test_scale": found.test_scale} if recipe.task.name == "segmentation" else {})},
+        {**reading, **({} if recipe.task.name == "classification" else {"test_scale": found.test_scale})},
         recipe=recipe,
         trained_on=found,
         work=recipe.task.name,

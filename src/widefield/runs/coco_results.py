@@ -1,0 +1,151 @@
+"""Write detections as COCO's results, which pycocotools and evaluation servers read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from widefield import _checks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from widefield.tasks import BoxPrediction
+
+
+def coco_results(prediction: BoxPrediction, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the detections of an image as entries of COCO's results, in the order of their scores.
+
+    Args:
+        prediction: the detections.
+        image_id: of the image.
+        category_ids: of each class.
+
+    Returns:
+        for each detection ``image_id``, ``category_id``, ``bbox`` [left, top, width, height] in pixels of the file,
+        ``score``, and with masks ``segmentation``, a compressed run-length code.
+    """
+    left, top, right, bottom = prediction.boxes.double().unbind(1)
+    boxes = zip(left.tolist(), top.tolist(), (right - left).tolist(), (bottom - top).tolist(), strict=True)
+    scores = [1.0] * len(prediction) if prediction.scores is None else prediction.scores.tolist()
+    found = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": list(box), "score": score}
+        for label, box, score in zip(prediction.labels.tolist(), boxes, scores, strict=True)
+    ]
+    if prediction.masks is not None:
+        for entry, mask in zip(found, prediction.masks.numpy(), strict=True):
+            entry["segmentation"] = run_lengths(mask)
+    return found
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return a mask (H, W) as COCO's compressed run-length code: ``size`` [H, W] and ``counts``, a text.
+
+    The lengths of the runs, by columns and first of False, are differences from the length two runs before, from the
+    fourth run on. Each is written in groups of five bits, the lowest first, as characters from ``0`` on; the sixth bit
+    says that more groups follow (pycocotools, maskApi.c, rleToString).
+    """
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], ends, [mask.size]]))
+    # A last run of no length is left out; a mask without a pixel is one run.
+    lengths = (counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts).tolist()
+    text = []
+    for index, length in enumerate(lengths):
+        rest = length - lengths[index - 2] if index > 2 else length
+        while True:
+            group, rest = rest & 0x1F, rest >> 5
+            ended = rest == (-1 if group & 0x10 else 0)
+            text.append(chr(48 + (group if ended else group | 0x20)))
+            if ended:
+                break
+    return {"size": list(mask.shape), "counts": "".join(text)}
+
+
+@dataclass(frozen=True)
+class CocoIds:
+    """The ids of images and classes in COCO's results.
+
+    Attributes:
+        images: id of each image by the name of its file.
+        categories: id of each class by its name.
+        source: the file that they are from; "" if they are counted.
+    """
+
+    images: dict[str, int]
+    categories: dict[str, int]
+    source: str = ""
+
+    def image(self, name: str, index: int) -> int:
+        """Return the id of an image: by its name, or index + 1 if ids are counted.
+
+        Raises ValueError for an image that the file does not name.
+        """
+        if not self.source:
+            return index + 1
+        for key in (name, PurePosixPath(name).name):
+            if key in self.images:
+                return self.images[key]
+        near = _checks.did_you_mean(name, self.images)
+        raise ValueError(f"{self.source} has no image {name!r}, so its results have no image_id.{near}")
+
+    def classes(self, names: Sequence[str], count: int) -> tuple[int, ...]:
+        """Return the id of each class: by its name, or from 1 on if ids are counted.
+
+        Raises ValueError for a class that the file does not name.
+        """
+        if not self.source:
+            return tuple(range(1, count + 1))
+        for name in names:
+            if name not in self.categories:
+                near = _checks.did_you_mean(name, self.categories)
+                raise ValueError(f"{self.source} has no category {name!r}, which is a class of the model.{near}")
+        return tuple(self.categories[name] for name in names)
+
+
+class CocoEntries:
+    """Collects the entries of a file of COCO's results.
+
+    Attributes:
+        entries: the detections of all images, see :func:`coco_results`.
+        images: number of images.
+    """
+
+    def __init__(self, ids: CocoIds, classes: Sequence[str], count: int) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self.images = 0
+        self._ids, self._categories = ids, ids.classes(classes, count)
+
+    def add(self, name: str, prediction: BoxPrediction) -> dict[str, int]:
+        """Add the detections of the next image, and return its id, as an entry of the image's data."""
+        number = self._ids.image(name, self.images)
+        self.images += 1
+        self.entries += coco_results(prediction, number, self._categories)
+        return {"image_id": number}
+
+
+def read_ids(path: str | Path | None) -> CocoIds:
+    """Return the ids in a COCO file (``images`` and ``categories``), or ids that are counted from 1 for None.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a COCO file; the message names the entry.
+    """
+    if path is None:
+        return CocoIds({}, {})
+    path = Path(path).expanduser()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        images = {str(one["file_name"]): int(one["id"]) for one in content["images"]}
+        categories = {str(one["name"]): int(one["id"]) for one in content["categories"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a COCO file with images (file_name, id) and categories (name, id): "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    return CocoIds(images, categories, str(path))
