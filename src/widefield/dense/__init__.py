@@ -18,6 +18,7 @@ from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
+from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.uper import UPerHead, UPerNet
@@ -38,6 +39,8 @@ __all__ = [
     "FPNHead",
     "FeatureMaps",
     "LoadedCheckpoint",
+    "RetinaHead",
+    "RetinaNet",
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",
