@@ -20,7 +20,7 @@ from widefield import _checks
 from widefield.dense.anchors import points
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.boxes import area, best_scores, from_distances, nms_by_label
-from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss
+from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
 from widefield.dense.detector import Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
@@ -230,7 +230,7 @@ class FCOSHead(nn.Module):
         distances = torch.cat([target.distances for target in found])[positive]
         logits, predicted, centerness = (_by_image(part) for part in outputs)
         wanted = centerness_of(distances)
-        total = _mean_over_processes(torch.stack([wanted.new_tensor(len(positive)), wanted.sum()]))
+        total = mean_over_processes(torch.stack([wanted.new_tensor(len(positive)), wanted.sum()]))
         count, weight = total[0].clamp(min=1), total[1].clamp(min=LEAST_CENTERNESS)
         if self.distances == "relu":
             strides = torch.cat([labels.new_full(x.shape[2:], s).flatten() for x, s in self._levels(outputs)])
@@ -301,15 +301,6 @@ def centerness_of(distances: Tensor) -> Tensor:
 def _by_image(levels: Sequence[Tensor]) -> Tensor:
     """Levels, each (N, C, H, W) -> (N * P, C) in float32 or wider: image by image, the points of all levels."""
     return widened(torch.cat([x.flatten(2) for x in levels], 2).transpose(1, 2).flatten(0, 1))
-
-
-def _mean_over_processes(x: Tensor) -> Tensor:
-    """Return the mean over the processes of distributed training, so that their gradients add up to those of one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(x)
-        x = x / distributed.get_world_size()
-    return x
 
 
 class FCOS(Detector):
