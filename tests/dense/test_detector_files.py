@@ -173,7 +173,7 @@ def test_parts(tmp_path):
         (cascade_rcnn, lambda: cascade_rcnn(class_agnostic=False), "build the model with class_agnostic=False"),
         (fcos, lambda: fcos(conv_bias=True), "build the model with conv_bias=True"),
         (lambda: fcos(conv_bias=True), fcos, "build the model with conv_bias=False"),
-        (lambda: mask_rcnn("test_convnext"), mask_rcnn, "The file's backbone is a ResNet with a deep stem, the model's a ConvNeXt"),
+        (lambda: mask_rcnn("test_convnext"), mask_rcnn, "ResNet with a deep stem, the model's a ConvNeXt"),
         (faster_rcnn, lambda: segmenter("convnext_tiny"), "It is a segmentation file; parts='backbone'"),
         (lambda: segmenter("convnext_tiny"), fcos, "It is a detection file; parts='backbone'"),
     ],
