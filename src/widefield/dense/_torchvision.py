@@ -135,7 +135,7 @@ def _reordered(name: str, value: Tensor, classes: Sequence[int], outputs: int) -
     if part in ("roi_head.mask_head.conv_logits", "bbox_head.conv_cls"):
         return value.index_select(0, index)
     if part == "roi_head.bbox_head.fc_reg" and len(value) == 4 * outputs:
-        return value.unflatten(0, (outputs, 4)).index_select(0, index).flatten(0, 1)
+        return value.reshape(outputs, 4, *value.shape[1:]).index_select(0, index).flatten(0, 1)
     if part == "bbox_head.retina_cls":
-        return value.unflatten(0, (-1, outputs)).index_select(1, index).flatten(0, 1)
+        return value.reshape(-1, outputs, *value.shape[1:]).index_select(1, index).flatten(0, 1)
     return value
