@@ -22,6 +22,7 @@ from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.mask_head import FCNMaskHead, paste_masks
+from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.uper import UPerHead, UPerNet
@@ -47,6 +48,8 @@ __all__ = [
     "FeatureMaps",
     "LoadedCheckpoint",
     "MaskRCNN",
+    "RetinaHead",
+    "RetinaNet",
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",

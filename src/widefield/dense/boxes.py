@@ -222,8 +222,8 @@ class Assigner:
             objects: (M, 4) xyxy.
             crowd: (C, 4) xyxy: crowd regions.
         """
-        boxes, objects = at_least_float32(boxes), at_least_float32(objects)
-        count = len(boxes)
+        boxes = at_least_float32(boxes)
+        objects, count = objects.to(boxes), len(boxes)
         if not count or not len(objects):
             return Assignment(torch.full((count,), BACKGROUND, device=boxes.device), boxes.new_zeros(count))
         ignored = self._in_crowd(boxes, crowd)

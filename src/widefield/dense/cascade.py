@@ -153,6 +153,8 @@ class CascadeRCNN(TwoStageDetector):
         num_classes: number of classes, without the background.
         masks: whether masks are predicted; targets need them then.
         neck_channels: channels of the pyramid and of the RPN.
+        anchor_scales: sides of square anchors in strides of their level. The published ones suit images of 800 pixels;
+            small images with small objects need smaller ones.
         box_head: "shared2fc" (two fully connected layers) or "4conv1fc" (four convolutions with batch norms and one).
         class_agnostic: whether one box is predicted for all classes.
         box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "giou" of the box, with weight 10.
@@ -181,6 +183,7 @@ class CascadeRCNN(TwoStageDetector):
         *,
         masks: bool = False,
         neck_channels: int = 256,
+        anchor_scales: Sequence[float] = (8.0,),
         box_head: str = "shared2fc",
         class_agnostic: bool = True,
         box_loss: str = "smooth_l1",
@@ -201,7 +204,7 @@ class CascadeRCNN(TwoStageDetector):
     ) -> None:
         num_classes = _checks.integer("num_classes", num_classes)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
-        neck, anchors = pyramid_of(maps, neck_channels)
+        neck, anchors = pyramid_of(maps, neck_channels, anchor_scales)
         rpn = RPNHead(
             neck_channels,
             anchors=anchors,

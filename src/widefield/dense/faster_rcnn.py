@@ -72,10 +72,10 @@ class TwoStageDetector(Detector):
         return self.roi_head.detect(maps, [entry.boxes for entry in proposals], sizes)
 
 
-def pyramid_of(maps: FeatureMaps, channels: int) -> tuple[FPN, Anchors]:
+def pyramid_of(maps: FeatureMaps, channels: int, scales: Sequence[float]) -> tuple[FPN, Anchors]:
     """Return the neck of two-stage detectors and its anchors: one level more than maps, at twice the last stride."""
     neck = FPN(maps.channels, channels, num_outs=len(maps.channels) + 1)
-    return neck, Anchors(strides=(*maps.strides, 2 * maps.strides[-1]))
+    return neck, Anchors(strides=(*maps.strides, 2 * maps.strides[-1]), scales=tuple(scales))
 
 
 class FasterRCNN(TwoStageDetector):
@@ -85,6 +85,8 @@ class FasterRCNN(TwoStageDetector):
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
         neck_channels: channels of the pyramid and of the RPN.
+        anchor_scales: sides of square anchors in strides of their level. The published ones suit images of 800 pixels;
+            small images with small objects need smaller ones.
         box_head: "shared2fc" (two fully connected layers) or "4conv1fc" (four convolutions with batch norms and one).
         class_agnostic: whether one box is predicted for all classes.
         box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "giou" of the box, with weight 10.
@@ -116,6 +118,7 @@ class FasterRCNN(TwoStageDetector):
         num_classes: int,
         *,
         neck_channels: int = 256,
+        anchor_scales: Sequence[float] = (8.0,),
         box_head: str = "shared2fc",
         class_agnostic: bool = False,
         box_loss: str = "l1",
@@ -136,7 +139,7 @@ class FasterRCNN(TwoStageDetector):
     ) -> None:
         num_classes = _checks.integer("num_classes", num_classes)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
-        neck, anchors = pyramid_of(maps, neck_channels)
+        neck, anchors = pyramid_of(maps, neck_channels, anchor_scales)
         rpn = RPNHead(
             neck_channels,
             anchors=anchors,
