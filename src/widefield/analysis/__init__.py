@@ -1,5 +1,6 @@
 """Analyze what a model responds to; functions do not change the model, and their results can draw figures."""
 
+from widefield.analysis._detectors import DetectionScore
 from widefield.analysis._result import Result, save, section
 from widefield.analysis._targets import ClassAt, ClassIn
 from widefield.analysis.cam import ClassActivation, class_activation
@@ -18,6 +19,7 @@ __all__ = [
     "ClassAt",
     "ClassIn",
     "CropTable",
+    "DetectionScore",
     "Field",
     "Interactions",
     "KernelMaps",
