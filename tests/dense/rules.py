@@ -60,8 +60,8 @@ class Differences:
         self.equal(f"{where}.shape", list(tensor.shape), expected["shape"])
         known: dict[str, Callable[[Sequence[float]], object]] = {
             "l2": lambda _: flat.norm().item(),
-            "mean": lambda _: flat.mean().item(),
-            "max_abs": lambda _: flat.abs().max().item(),
+            "mean": lambda _: flat.mean().item() if flat.numel() else 0.0,
+            "max_abs": lambda _: flat.abs().max().item() if flat.numel() else 0.0,
             "first": lambda row: flat[: len(row)].tolist(),
             "last": lambda row: flat[-len(row) :].tolist(),
         }

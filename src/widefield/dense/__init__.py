@@ -14,6 +14,7 @@ from widefield.dense.checkpoints import (
 )
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.dense.fcn import FCNHead
+from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
@@ -22,6 +23,7 @@ from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
+    "FCOS",
     "FPN",
     "CheckpointInfo",
     "ConvModule",
@@ -32,6 +34,7 @@ __all__ = [
     "Detections",
     "Detector",
     "FCNHead",
+    "FCOSHead",
     "FPNHead",
     "FeatureMaps",
     "LoadedCheckpoint",

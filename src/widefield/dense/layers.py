@@ -20,14 +20,14 @@ GROUPS = 32
 class ConvModule(nn.Module):
     """A convolution, a norm and a ReLU, under OpenMMLab's names: ``conv``, and ``bn`` or ``gn``.
 
-    The convolution has a bias only if there is no norm. Its weights start as Kaiming normal with the fan-out (He et al.
-    2015), biases as 0, norms as 1 and 0.
+    Weights of the convolution start as Kaiming normal with the fan-out (He et al. 2015), biases as 0, norms as 1 and 0.
 
     Args:
         in_channels, out_channels, kernel_size: as in ``torch.nn.Conv2d``.
         stride, padding, dilation, groups: as in ``torch.nn.Conv2d``.
         norm: "batch", "group" (32 groups), or None.
         activation: whether a ReLU follows.
+        bias: whether the convolution has a bias; None: if there is no norm.
         device, dtype: of the parameters.
 
     Raises:
@@ -46,6 +46,7 @@ class ConvModule(nn.Module):
         groups: int = 1,
         norm: str | None = "batch",
         activation: bool = True,
+        bias: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,7 +54,8 @@ class ConvModule(nn.Module):
         if norm is not None:
             _checks.choice("norm", norm, NORMS)
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=norm is None,
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+            bias=norm is None if bias is None else bias,
             device=device, dtype=dtype,
         )  # fmt: skip
         if norm == "batch":

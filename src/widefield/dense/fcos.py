@@ -1,0 +1,390 @@
+"""FCOS: every point of a pyramid predicts classes, the distances to the sides of its box, and how central it is.
+
+Paper: Tian, Shen, Chen, He, "FCOS: Fully Convolutional One-Stage Object Detection", ICCV 2019. Structure, names,
+targets and test rules are those of mmdetection's ``FCOSHead``. They differ from the paper in one place: scores are
+compared with the threshold before they are multiplied by the centerness.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from widefield import _checks
+from widefield.dense.anchors import points
+from widefield.dense.backbone import Backboned, StageNorms, feature_maps
+from widefield.dense.boxes import area, best_scores, from_distances, nms_by_label
+from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss
+from widefield.dense.detector import Detections, Detector, Size, Targets
+from widefield.dense.fpn import FPN
+from widefield.dense.layers import ConvModule, widened
+
+RANGES = (64, 128, 256, 512)
+"""Pixels between the levels: a level has the boxes whose farthest side is in its range, both ends included."""
+
+CENTERNESS = ("classification", "boxes")
+"""The branch that predicts the centerness."""
+
+DISTANCES = ("exp", "relu")
+"""How distances are predicted: exp(scale * x) pixels, or relu(scale * x) strides."""
+
+PRIOR = 0.01
+"""Score of every class at the start (Lin et al. 2017, "Focal Loss", section 4.1)."""
+
+LEAST_CENTERNESS = 1e-6
+"""The sum of the centerness that the box loss is divided by is at least this."""
+
+
+class FCOSOutputs(NamedTuple):
+    """What an FCOS head predicts, one entry per level, finest first.
+
+    Attributes:
+        logits: of the classes, (N, num_classes, H, W).
+        distances: from each point to the left, top, right and bottom side, (N, 4, H, W), float32 or wider. In pixels;
+            in strides in training mode with ``distances="relu"``.
+        centerness: its logits, (N, 1, H, W).
+    """
+
+    logits: list[Tensor]
+    distances: list[Tensor]
+    centerness: list[Tensor]
+
+
+class FCOSTargets(NamedTuple):
+    """What the points of one image learn; P points of all levels, finest first, row by row.
+
+    Attributes:
+        labels: int64 (P,); the number of classes at points without an object.
+        distances: to the left, top, right and bottom side in pixels, (P, 4). Meaningless without an object.
+    """
+
+    labels: Tensor
+    distances: Tensor
+
+
+class _Scale(nn.Module):
+    """A factor that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class FCOSHead(nn.Module):
+    """The head of FCOS, shared by all levels but for one factor each.
+
+    Args:
+        in_channels: channels of every level.
+        num_classes: number of classes.
+        channels: channels of the convolutions inside.
+        num_convs: convolutions in each of the two branches.
+        strides: of the levels, finest first.
+        ranges: pixels between the levels: a level has the boxes whose farthest side is in its range.
+        norm: of the branches: "group" (32 groups), "batch" or None.
+        conv_bias: whether the branches' convolutions have a bias next to the norm.
+        centerness_on: the branch that predicts the centerness, "classification" or "boxes".
+        distances: "exp": exp(scale * x) pixels; "relu": relu(scale * x) strides.
+        center_radius: an object is learned only within this many strides of the center of its box; None: everywhere in
+            the box.
+        box_loss: "iou" or "giou".
+        point_offset: of a point from the top left corner of its cell, in strides. torchvision's is 0.
+
+    Raises:
+        ValueError: an argument is out of range, or there are not as many ranges as levels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int = 256,
+        num_convs: int = 4,
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        ranges: Sequence[float] = RANGES,
+        norm: str | None = "group",
+        conv_bias: bool = False,
+        centerness_on: str = "classification",
+        distances: str = "exp",
+        center_radius: float | None = None,
+        box_loss: str = "iou",
+        point_offset: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.num_classes = _checks.integer("num_classes", num_classes)
+        self.strides = tuple(_checks.integer("every entry of strides", stride) for stride in strides)
+        self.ranges = tuple(_checks.number("every entry of ranges", value) for value in ranges)
+        if len(self.ranges) != len(self.strides) - 1 or list(self.ranges) != sorted(self.ranges):
+            raise ValueError(
+                f"ranges must be {len(self.strides) - 1} rising numbers, one between two levels; got {tuple(ranges)}."
+            )
+        self.centerness_on = _checks.choice("centerness_on", centerness_on, CENTERNESS)
+        self.distances = _checks.choice("distances", distances, DISTANCES)
+        self.center_radius = None if center_radius is None else _checks.number("center_radius", center_radius)
+        self.box_loss = _checks.choice("box_loss", box_loss, ("iou", "giou"))
+        self.point_offset = _checks.number("point_offset", point_offset, maximum=1.0)
+        widths = [_checks.integer("in_channels", in_channels)]
+        widths += [_checks.integer("channels", channels)] * _checks.integer("num_convs", num_convs, minimum=0)
+        self.cls_convs, self.reg_convs = (
+            nn.ModuleList(
+                ConvModule(*pair, 3, padding=1, norm=norm, bias=True if conv_bias else None)
+                for pair in itertools.pairwise(widths)
+            )
+            for _ in range(2)
+        )
+        self.conv_cls = nn.Conv2d(widths[-1], self.num_classes, 3, padding=1)
+        self.conv_reg = nn.Conv2d(widths[-1], 4, 3, padding=1)
+        self.conv_centerness = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        self.scales = nn.ModuleList(_Scale() for _ in self.strides)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.conv_cls.bias, -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+
+    def forward(self, levels: Sequence[Tensor]) -> FCOSOutputs:
+        """Levels, finest first, each (N, in_channels, H_i, W_i) -> predictions at each of their points."""
+        if len(levels) != len(self.strides):
+            raise ValueError(f"this head was built for {len(self.strides)} levels; got {len(levels)}.")
+        found = [self._level(*given) for given in zip(levels, self.scales, self.strides, strict=True)]
+        logits, distances, centerness = (list(part) for part in zip(*found, strict=True))
+        return FCOSOutputs(logits, distances, centerness)
+
+    def _level(self, x: Tensor, scale: nn.Module, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        classes = boxes = x
+        for conv in self.cls_convs:
+            classes = conv(classes)
+        for conv in self.reg_convs:
+            boxes = conv(boxes)
+        centerness = self.conv_centerness(classes if self.centerness_on == "classification" else boxes)
+        distances = widened(scale(self.conv_reg(boxes)))
+        if self.distances == "exp":
+            return self.conv_cls(classes), distances.exp(), centerness
+        distances = F.relu(distances)
+        return self.conv_cls(classes), distances if self.training else distances * stride, centerness
+
+    def targets(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> FCOSTargets:
+        """Return what each point of the levels learns from the objects of one image (FCOS, section 3.1 and 3.2).
+
+        A point learns the smallest object that it is inside of, near enough to the center if there is a center radius,
+        and whose farthest side is in the range of the point's level.
+
+        Args:
+            maps: one tensor (..., H_i, W_i) per level; only shape, dtype and device are read.
+            boxes: (M, 4) xyxy.
+            labels: int64 (M,).
+        """
+        grids = points(maps, self.strides, self.point_offset)
+        if not len(boxes):
+            count = sum(len(grid) for grid in grids)
+            return FCOSTargets(labels.new_full((count,), self.num_classes), boxes.new_zeros(count, 4))
+        bounds = itertools.pairwise((-1.0, *self.ranges, math.inf))
+        found = [
+            self._level_targets(grid, stride, low, high, boxes, labels)
+            for grid, stride, (low, high) in zip(grids, self.strides, bounds, strict=True)
+        ]
+        return FCOSTargets(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+    def _level_targets(
+        self, grid: Tensor, stride: int, low: float, high: float, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        place = grid.to(boxes)[:, None]
+        distances = torch.cat((place - boxes[:, :2], boxes[:, 2:] - place), -1)  # (points, objects, 4)
+        inside = distances.amin(-1) > 0
+        if self.center_radius is not None:
+            center, reach = (boxes[:, :2] + boxes[:, 2:]) / 2, stride * self.center_radius
+            inside &= (reach - (place - center).abs()).amin(-1) > 0
+        farthest = distances.amax(-1)
+        chosen = inside & (farthest >= low) & (farthest <= high)
+        smallest, index = area(boxes).expand_as(chosen).masked_fill(~chosen, math.inf).min(1)
+        own = torch.where(smallest.isinf(), self.num_classes, labels[index])
+        return own, distances.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
+
+    def losses(self, outputs: FCOSOutputs, targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``.
+
+        Focal loss over the number of positive points; IoU loss weighted by the centerness, over its sum; cross-entropy
+        of the centerness over the number of positive points. Both denominators are means over the processes of
+        distributed training. Crowd regions count as background, as published.
+
+        Args:
+            outputs: of this head.
+            targets: one per image, with ``crowd``.
+        """
+        found = []
+        for target in targets:
+            single = torch.zeros_like(target.labels, dtype=torch.bool) if target.crowd is None else target.crowd
+            found.append(self.targets(outputs.logits, target.boxes[~single], target.labels[~single]))
+        labels = torch.cat([target.labels for target in found])
+        positive = (labels < self.num_classes).nonzero().flatten()
+        distances = torch.cat([target.distances for target in found])[positive]
+        logits, predicted, centerness = (_by_image(part) for part in outputs)
+        wanted = centerness_of(distances)
+        total = _mean_over_processes(torch.stack([wanted.new_tensor(len(positive)), wanted.sum()]))
+        count, weight = total[0].clamp(min=1), total[1].clamp(min=LEAST_CENTERNESS)
+        if self.distances == "relu":
+            strides = torch.cat([labels.new_full(x.shape[2:], s).flatten() for x, s in self._levels(outputs)])
+            distances = distances / strides.repeat(len(targets))[positive, None]
+        origin = distances.new_zeros(len(positive), 2)  # the overlap of boxes around one point is the same everywhere
+        loss = iou_loss if self.box_loss == "iou" else giou_loss
+        boxes = from_distances(origin, predicted[positive]), from_distances(origin, distances)
+        return {
+            "loss_cls": focal(logits, labels, count),
+            "loss_bbox": loss(*boxes, weight, wanted),
+            "loss_centerness": binary_cross_entropy(centerness[positive, 0], wanted, count),
+        }
+
+    def _levels(self, outputs: FCOSOutputs) -> list[tuple[Tensor, int]]:
+        return list(zip(outputs.logits, self.strides, strict=True))
+
+    def detections(
+        self,
+        outputs: FCOSOutputs,
+        sizes: Sequence[Size],
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_per_image: int = 100,
+        candidates: int = 1000,
+    ) -> list[Detections]:
+        """Return the detections of each image.
+
+        Args:
+            outputs: of this head in evaluation mode.
+            sizes: (height, width) of each image without its padding.
+            score_threshold: scores of classes must exceed it, before they are multiplied by the centerness.
+            nms_threshold: largest IoU of two detections of one class.
+            max_per_image: number of detections to keep.
+            candidates: number of scores to keep per level.
+        """
+        grids = points(outputs.logits, self.strides, self.point_offset)
+        found = []
+        for image, size in enumerate(sizes):
+            parts = []
+            for grid, *level in zip(grids, *outputs, strict=True):
+                logits, distances, centerness = (x[image].permute(1, 2, 0).flatten(0, 1) for x in level)
+                best = best_scores(widened(logits).sigmoid(), score_threshold, candidates)
+                boxes = from_distances(grid[best.rows], distances[best.rows], size)
+                parts.append((boxes, best.scores * widened(centerness)[best.rows, 0].sigmoid(), best.labels))
+            boxes, scores, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+            whole = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            boxes, scores, labels = boxes[whole], scores[whole], labels[whole]
+            kept = nms_by_label(boxes, scores, labels, nms_threshold)[:max_per_image]
+            found.append(Detections(boxes[kept], scores[kept], labels[kept]))
+        return found
+
+
+def centerness_of(distances: Tensor) -> Tensor:
+    """Return how central points are in their boxes, from 0 to 1 (FCOS, equation 3).
+
+    Args:
+        distances: (P, 4), to the left, top, right and bottom side.
+
+    Returns:
+        (P,).
+    """
+    left, top, right, bottom = distances.unbind(1)
+    sides = (left, right), (top, bottom)
+    return torch.stack([torch.minimum(*pair) / torch.maximum(*pair) for pair in sides]).prod(0).sqrt()
+
+
+def _by_image(levels: Sequence[Tensor]) -> Tensor:
+    """Levels, each (N, C, H, W) -> (N * P, C) in float32 or wider: image by image, the points of all levels."""
+    return widened(torch.cat([x.flatten(2) for x in levels], 2).transpose(1, 2).flatten(0, 1))
+
+
+def _mean_over_processes(x: Tensor) -> Tensor:
+    """Return the mean over the processes of distributed training, so that their gradients add up to those of one."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(x)
+        x = x / distributed.get_world_size()
+    return x
+
+
+class FCOS(Detector):
+    """FCOS on any backbone.
+
+    The pyramid has the strides 8 to 128: three from the backbone's maps, two by convolutions of stride 2 on the
+    coarsest one with a ReLU in between.
+
+    Args:
+        backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
+        num_classes: number of classes, without the background.
+        channels: channels of pyramid and head.
+        num_convs: convolutions in each of the head's two branches.
+        conv_bias, centerness_on, distances, center_radius, box_loss, point_offset: see :class:`FCOSHead`. The published
+            models with "center-normbbox-centeronreg-giou" in their name have ``conv_bias=True, centerness_on="boxes",
+            distances="relu", center_radius=1.5, box_loss="giou", nms_threshold=0.6``.
+        score_threshold, nms_threshold, max_per_image, candidates: see :meth:`FCOSHead.detections`.
+        frozen_stages, norm_eval: see :class:`widefield.dense.Detector`.
+        stage_norms: norms between backbone and neck; None follows the published code of the backbone's family.
+        out_indices: which four of the backbone's maps to use, of strides 4 to 32; None for the last four. The finest is
+            not read.
+        backbone_args: further arguments of ``timm.create_model``, such as ``pretrained=True``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the backbone does not fit.
+    """
+
+    bbox_head: FCOSHead
+
+    def __init__(
+        self,
+        backbone: Backboned,
+        num_classes: int,
+        *,
+        channels: int = 256,
+        num_convs: int = 4,
+        conv_bias: bool = False,
+        centerness_on: str = "classification",
+        distances: str = "exp",
+        center_radius: float | None = None,
+        box_loss: str = "iou",
+        point_offset: float = 0.5,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        max_per_image: int = 100,
+        candidates: int = 1000,
+        frozen_stages: int = 0,
+        norm_eval: bool = False,
+        stage_norms: StageNorms = None,
+        out_indices: Sequence[int] | None = None,
+        **backbone_args: Any,
+    ) -> None:
+        maps = feature_maps(
+            backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
+        )
+        neck = FPN(maps.channels, channels, num_outs=5, start_level=1, extra="on_output", relu_before_extra=True)
+        head = FCOSHead(
+            channels, num_classes, channels=channels, num_convs=num_convs, conv_bias=conv_bias,
+            centerness_on=centerness_on, distances=distances, center_radius=center_radius, box_loss=box_loss,
+            point_offset=point_offset,
+        )  # fmt: skip
+        super().__init__(
+            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval
+        )
+        self.rules: dict[str, Any] = {
+            "score_threshold": _checks.number("score_threshold", score_threshold, maximum=1.0),
+            "nms_threshold": _checks.number("nms_threshold", nms_threshold, maximum=1.0),
+            "max_per_image": _checks.integer("max_per_image", max_per_image),
+            "candidates": _checks.integer("candidates", candidates),
+        }
+
+    def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
+        """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``; see :meth:`FCOSHead.losses`."""
+        return self.bbox_head.losses(self.bbox_head(maps), targets)
+
+    def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
+        """Return the detections of each image; see :meth:`FCOSHead.detections`."""
+        return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
