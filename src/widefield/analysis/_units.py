@@ -261,7 +261,7 @@ class BoxLogit(Logit):
         if self.target.box is None and len(self.labels) + len(images) > 1:
             raise ValueError(
                 "the detections of several images lie at different places, so the mean of their fields says little: "
-                "give one image, or a box; detection_fields centers the fields of many objects, and averages them."
+                "give one image, or a box; object_receptive_fields centers the fields of objects before it averages."
             )
         return super().look(images)
 

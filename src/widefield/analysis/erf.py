@@ -170,7 +170,7 @@ def effective_receptive_field(
     (`ClassAt`), or its mean over a region (`ClassIn`), at the images' resolution. Or for a detector of
     ``widefield.dense``: the logit of one box (`DetectionScore`), which shows what part of the image made a detection.
     The squares of the area ratios are then centered on that pixel, region or box. To average over many objects, see
-    :func:`detection_fields`.
+    :func:`object_receptive_fields`.
 
     The unit's channels are summed and differentiated with respect to each image. Negative gradients are dropped; the
     rest is summed over channels and images. The authors' script also drops negative outputs before it sums the

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-    from widefield.data import Sample
+    from widefield.data import Sample, SampleSet
 
 _FAINTEST = 1e-3
 """Lower end of the logarithmic color scale."""
@@ -132,7 +132,7 @@ class ObjectFields(Result):
 @_checks.guided
 def object_receptive_fields(
     model: nn.Module,
-    images: Iterable[Sample | None],
+    images: SampleSet | Iterable[Sample | None],
     *,
     unit: str = "score",
     sizes: Sequence[float] = (32, 96),
@@ -185,7 +185,7 @@ def object_receptive_fields(
     groups = [Group(name, extent) for name in _names(edges)]
     seen = 0
     with visited(model):
-        for sample in track(images, "fields of objects", total=_length(images), show=progress):
+        for sample in track(_each(images), "fields of objects", total=_length(images), show=progress):
             if sample is None:
                 continue
             seen += 1
@@ -219,6 +219,11 @@ def _names(edges: Sequence[float]) -> list[str]:
         return ["all sizes"]
     inner = [f"{low:g} to {high:g} px" for low, high in itertools.pairwise(edges)]
     return [f"below {edges[0]:g} px", *inner, f"{edges[-1]:g} px and more"]
+
+
+def _each(images: Any) -> Iterable[Sample | None]:
+    """Yield the samples of a data set, or of another iterable."""
+    return images if hasattr(images, "__iter__") else (images[index] for index in range(len(images)))
 
 
 def _length(images: Any) -> int | None:

@@ -12,7 +12,7 @@ from widefield.dense.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from widefield.dense.detector import Detections, Detector, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
@@ -25,6 +25,7 @@ from widefield.dense.uper import UPerHead, UPerNet
 __all__ = [
     "FCOS",
     "FPN",
+    "BoxScores",
     "CheckpointInfo",
     "ConvModule",
     "DecodeHead",
