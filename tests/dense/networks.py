@@ -54,3 +54,37 @@ def without_gradient(model, images):
     tensors = [x for x in output if x is not None] if isinstance(output, (tuple, list)) else [output]
     torch.stack([x.square().mean() for x in tensors]).sum().backward()
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+TINY = {"neck_channels": 8, "box_channels": 32}
+
+
+def faster_rcnn(backbone="test_resnet", classes=3, **options):
+    return dense.FasterRCNN(backbone, classes, **{**TINY, **options})
+
+
+def mask_rcnn(backbone="test_resnet", classes=3, **options):
+    return dense.MaskRCNN(backbone, classes, **{**TINY, **options})
+
+
+def cascade_rcnn(backbone="test_resnet", classes=3, **options):
+    return dense.CascadeRCNN(backbone, classes, **{**TINY, **options})
+
+
+def cascade_mask_rcnn(backbone="test_convnext", classes=3, **options):
+    published = {"masks": True, "box_head": "4conv1fc", "class_agnostic": False, "box_loss": "giou"}
+    return dense.CascadeRCNN(backbone, classes, **{**TINY, **published, **options})
+
+
+TWO_STAGE = (faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn)
+
+
+def objects(*boxes, labels=None, size=(64, 64), crowd=None):
+    """Return the targets of one image: boxes, each with a mask that fills it."""
+    rows = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else torch.tensor(labels)
+    y, x = (torch.arange(side) + 0.5 for side in size)
+    x1, y1, x2, y2 = rows[:, :, None, None].unbind(1)
+    masks = (x > x1) & (x < x2) & (y[:, None] > y1) & (y[:, None] < y2)
+    crowd = torch.zeros(len(boxes), dtype=torch.bool) if crowd is None else crowd
+    return dense.Targets(rows, labels, masks, crowd, size)

@@ -5,6 +5,8 @@ Module names inside heads and necks are OpenMMLab's, so published files load by 
 
 from widefield.dense.aspp import DeepLabV3Plus, DepthwiseSeparableASPPHead
 from widefield.dense.backbone import FeatureMaps, feature_maps
+from widefield.dense.box_head import BoxHead
+from widefield.dense.cascade import CascadeRCNN
 from widefield.dense.checkpoints import (
     CheckpointInfo,
     LoadedCheckpoint,
@@ -13,11 +15,14 @@ from widefield.dense.checkpoints import (
     save_checkpoint,
 )
 from widefield.dense.detector import BoxScores, Detections, Detector, Targets
+from widefield.dense.faster_rcnn import FasterRCNN, MaskRCNN
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
+from widefield.dense.mask_head import FCNMaskHead, paste_masks
+from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.uper import UPerHead, UPerNet
@@ -25,7 +30,9 @@ from widefield.dense.uper import UPerHead, UPerNet
 __all__ = [
     "FCOS",
     "FPN",
+    "BoxHead",
     "BoxScores",
+    "CascadeRCNN",
     "CheckpointInfo",
     "ConvModule",
     "DecodeHead",
@@ -35,10 +42,15 @@ __all__ = [
     "Detections",
     "Detector",
     "FCNHead",
+    "FCNMaskHead",
     "FCOSHead",
     "FPNHead",
+    "FasterRCNN",
     "FeatureMaps",
     "LoadedCheckpoint",
+    "MaskRCNN",
+    "RetinaHead",
+    "RetinaNet",
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",
@@ -50,6 +62,7 @@ __all__ = [
     "inspect_checkpoint",
     "largest_at",
     "load_checkpoint",
+    "paste_masks",
     "save_checkpoint",
     "segment",
 ]

@@ -45,6 +45,13 @@ class Targets(NamedTuple):
     size: Size | None = None
 
 
+def size_of(target: Targets) -> Size:
+    """Return the size of an image from its targets, which must be set."""
+    if target.size is None:
+        raise ValueError("the size of each target must be set: pass targets through Detector.prepared.")
+    return target.size
+
+
 class Detections(NamedTuple):
     """What a detector found in one image, best first.
 

@@ -8,7 +8,11 @@ from typing import Any
 from widefield import _checks
 from widefield.tasks.base import Batch, Labeled, Task
 from widefield.tasks.classification import Classification, count_outputs
+from widefield.tasks.coco_metric import CocoMetric, TrueObjects
 from widefield.tasks.confusion import SegmentationScores
+from widefield.tasks.detection import Detection
+from widefield.tasks.detection_errors import DetectionErrors
+from widefield.tasks.detection_scores import DetectionScores
 from widefield.tasks.predictions import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
 from widefield.tasks.segmentation import Segmentation
 
@@ -18,17 +22,26 @@ __all__ = [
     "BoxPrediction",
     "ClassPrediction",
     "Classification",
+    "CocoMetric",
+    "Detection",
+    "DetectionErrors",
+    "DetectionScores",
     "Labeled",
     "MaskPrediction",
     "Prediction",
     "Segmentation",
     "SegmentationScores",
     "Task",
+    "TrueObjects",
     "count_outputs",
     "create",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "detection": Detection,
+}
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torchmetrics import MetricCollection
@@ -44,6 +45,12 @@ def training_on(image: Tensor, hint: str = "") -> Iterator[None]:
         ) from error
 
 
+def sum_of(losses: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of losses; that of a single one is the loss itself."""
+    first, *rest = losses.values()
+    return torch.stack([first, *rest]).sum() if rest else first
+
+
 class Labeled(Protocol):
     """A data set that names the classes of its labels, or a run's record of one."""
 
@@ -55,7 +62,7 @@ class Labeled(Protocol):
 class Task(ABC):
     """A kind of work. The training loop knows these methods and nothing else about it.
 
-    The loop collates samples with :meth:`collate`, calls :meth:`loss` with a model in training mode and, with a model
+    The loop collates samples with :meth:`collate`, calls :meth:`losses` with a model in training mode and, with a model
     in evaluation mode and without gradients, ``metrics.update(**task.outputs(model, batch))`` on one
     ``metrics = task.metrics()`` for all batches.
 
@@ -103,6 +110,13 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the training loss of a batch, a scalar with gradients; leaves the batch unchanged."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the parts of :meth:`loss` by name, scalars whose sum it is; default: ``loss`` alone.
+
+        The loop logs several parts next to their sum. The names must be the same for every batch.
+        """
+        return {"loss": self.loss(model, batch)}
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:

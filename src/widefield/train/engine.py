@@ -151,6 +151,7 @@ class _Pending(NamedTuple):
     loss: Tensor
     indices: Tensor
     skipped: bool
+    parts: dict[str, Tensor]
 
 
 class _Run:
@@ -281,8 +282,8 @@ class _Run:
             return
         indices = torch.cat([batch["index"] for batch in full])
         lr = self.learner.lr
-        loss, skipped = self.learner.step(full, self.step + 1)
-        self._pending.append(_Pending(self.step + 1, lr, loss, indices, skipped))
+        loss, skipped, parts = self.learner.step(full, self.step + 1)
+        self._pending.append(_Pending(self.step + 1, lr, loss, indices, skipped, parts))
         self._seen += self._whole_batch
 
     def _flush(self) -> None:
@@ -305,9 +306,16 @@ class _Run:
             self._loss_count += 1
             if step.number % self.recipe.log_every == 0:
                 where = {"step": step.number, "epoch": self.plan.epoch(step.number)}
-                self._write({"kind": "step", **where, "loss": loss, "lr": step.lr})
+                self._write({"kind": "step", **where, "loss": loss, **self._parts(step), "lr": step.lr})
         self._pending.clear()
         self.report.step(self.step, numbers({"loss": loss, "lr": step.lr, **self._pace(), **self.metrics}))
+
+    def _parts(self, step: _Pending) -> dict[str, float]:
+        """Return the mean over processes of the parts of a step's loss; nothing if there is one part."""
+        if len(step.parts) < 2:
+            return {}
+        means = self.accelerator.reduce(torch.stack(list(step.parts.values())), reduction="mean").tolist()
+        return dict(zip(step.parts, means, strict=True))
 
     def _not_finite(self, step: _Pending, loss: float) -> None:
         """Log a step that was not finite; raises FloatingPointError unless it was skipped by request."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from widefield.nn import load_balancing
 from widefield.surgery import DynamicSparsity, anatomy
 from widefield.tasks import Batch, Task
+from widefield.tasks.base import sum_of
 from widefield.train import checkpoint
 from widefield.train.model import build_model
 from widefield.train.optimization import create_optimizer, create_schedule, freeze
@@ -35,6 +36,8 @@ class Step(NamedTuple):
     """Mean over its batches, a scalar on the device."""
     skipped: bool
     """Whether the weights were left unchanged, because the loss or a gradient was not finite."""
+    parts: dict[str, Tensor]
+    """The parts of the loss by name, likewise."""
 
 
 class Learner:
@@ -148,24 +151,28 @@ class Learner:
         skips = recipe.nonfinite == "skip"
         before = [buffer.clone() for buffer in self.raw.buffers()] if skips else []  # a forward pass changes the norms
         losses: list[Tensor] = []
+        parts: list[dict[str, Tensor]] = []
         for batch in batches:
             last = len(losses) == len(batches) - 1
             if self._sharded:
                 self._sharded.model.set_requires_gradient_sync(last)
             with nullcontext() if last or self._sharded else accelerator.no_sync(self.model):
-                loss = self._loss(batch) / len(batches)
+                loss, found = self._loss(batch)
+                loss = loss / len(batches)
                 accelerator.backward(loss)
             losses.append(loss.detach())
+            parts.append({name: value.detach() / len(batches) for name, value in found.items()})
         if recipe.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
         loss = torch.stack(losses).sum()
+        sums = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
         if skips and not self._finite(loss):
             if accelerator.scaler is not None and recipe.clip_grad is not None:
                 accelerator.scaler.update()  # clipping has unscaled the gradients, which is allowed once per update
             self.optimizer.zero_grad()
             for buffer, old in zip(self.raw.buffers(), before, strict=True):
                 buffer.copy_(old)
-            return Step(loss, skipped=True)
+            return Step(loss, skipped=True, parts=sums)
         self.optimizer.step()
         if self._sparse is not None:
             self._sparse.step(self.optimizer)
@@ -176,15 +183,18 @@ class Learner:
             self.ema.update(self.raw, number)
             if self._sparse is not None:
                 self._sparse.apply(self.ema.module)
-        return Step(loss, skipped=False)
+        return Step(loss, skipped=False, parts=sums)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return the loss of a batch, and the task's parts of it by name."""
         if self._recipe.channels_last:
             batch = {**batch, "image": _channels_last(batch.get("image"))}
         if not self._recipe.balance:
-            return self._task.loss(self.model, batch)
+            parts = self._task.losses(self.model, batch)
+            return sum_of(parts), parts
         with load_balancing(self.raw) as balance:
-            return self._task.loss(self.model, batch) + self._recipe.balance * balance()
+            parts = self._task.losses(self.model, batch)
+            return sum_of(parts) + self._recipe.balance * balance(), parts
 
     def _finite(self, loss: Tensor) -> bool:
         """Return whether the losses and gradients of all processes are finite; the scaler checks those of fp16.

@@ -1,0 +1,156 @@
+"""The second stage of two-stage detectors: classify RoIs, move their boxes, predict their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks
+from widefield.dense.box_head import BoxHead, probabilities
+from widefield.dense.boxes import Assigner, Sampler, nms_per_class
+from widefield.dense.detector import BoxScores, Detections, Size, Targets
+from widefield.dense.mask_head import FCNMaskHead
+from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which boxes become detections.
+
+    Args:
+        score_threshold: scores must exceed it.
+        nms_threshold: largest IoU of two detections of one class.
+        max_per_image: number of detections to keep.
+    """
+
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    max_per_image: int = 100
+
+    def __post_init__(self) -> None:
+        _checks.number("score_threshold", self.score_threshold, maximum=1.0)
+        _checks.number("nms_threshold", self.nms_threshold, maximum=1.0)
+        _checks.integer("max_per_image", self.max_per_image)
+
+    def __call__(self, boxes: Tensor, scores: Tensor) -> Detections:
+        """Return the detections of one image from boxes (R, 4) or (R, K, 4) and scores (R, K)."""
+        kept = nms_per_class(
+            boxes,
+            scores,
+            score_threshold=self.score_threshold,
+            nms_threshold=self.nms_threshold,
+            max_per_image=self.max_per_image,
+        )
+        return Detections(kept.boxes, kept.scores, kept.labels)
+
+
+class RoIHead(nn.Module):
+    """A box head and perhaps a mask head on the RoIs of a pyramid (Fast R-CNN, Mask R-CNN).
+
+    Args:
+        bbox_head: the box head.
+        mask_head: the mask head, or None.
+        strides: of the pyramid's levels that give features, finest first.
+        assigner: which object a proposal stands for.
+        sampler: how many RoIs of an image are learned from.
+        selection: which boxes become detections.
+    """
+
+    def __init__(
+        self,
+        bbox_head: BoxHead,
+        mask_head: FCNMaskHead | None,
+        *,
+        strides: Sequence[int],
+        assigner: Assigner,
+        sampler: Sampler,
+        selection: Selection,
+    ) -> None:
+        super().__init__()
+        self.bbox_head = bbox_head
+        if mask_head is not None:
+            self.mask_head = mask_head
+        self.strides = tuple(strides)
+        self.assigner, self.sampler, self.selection = assigner, sampler, selection
+
+    @property
+    def has_masks(self) -> bool:
+        """Return whether there is a mask head."""
+        return "mask_head" in self._modules
+
+    def losses(
+        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
+    ) -> dict[str, Tensor]:
+        """Return ``loss_cls``, ``loss_bbox`` and, with a mask head, ``loss_mask``.
+
+        Args:
+            maps: of the neck, finest first.
+            proposals: (M_i, 4) of each image.
+            targets: of each image.
+        """
+        classes = self.bbox_head.num_classes
+        samples = [
+            sampled_rois(boxes, target, self.assigner, self.sampler, classes)
+            for boxes, target in zip(proposals, targets, strict=True)
+        ]
+        rois = batched([sample.boxes for sample in samples])
+        logits, deltas = self.bbox_head(roi_features(maps, rois, self.strides, self.bbox_head.roi_size))
+        losses = self.bbox_head.losses(logits, deltas, samples)
+        if self.has_masks:
+            losses["loss_mask"] = mask_loss(self.mask_head, maps, samples, targets, self.strides)
+        return losses
+
+    def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
+        """Return the detections of each image.
+
+        Args:
+            maps: of the neck, finest first.
+            proposals: (M_i, 4) of each image.
+            sizes: (height, width) of each image.
+        """
+        features = roi_features(maps, batched(proposals), self.strides, self.bbox_head.roi_size)
+        counts = [len(boxes) for boxes in proposals]
+        found = []
+        outputs = (x.split(counts) for x in self.bbox_head(features))
+        for boxes, size, logits, deltas in zip(proposals, sizes, *outputs, strict=True):
+            found.append(self.selection(self.bbox_head.decode(boxes, deltas, size), probabilities(logits)))
+        return with_masks([self.mask_head], maps, found, self.strides) if self.has_masks else found
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of given boxes, (M_i, 4) of each image, as RoIs."""
+        return roi_scores([self.bbox_head], maps, boxes, self.strides)
+
+
+def roi_scores(
+    heads: Sequence[BoxHead], maps: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int]
+) -> BoxScores:
+    """Return the scores of given boxes as RoIs, from the mean of the heads' logits."""
+    features = roi_features(maps, batched([own.detach() for own in boxes]), strides, heads[0].roi_size)
+    logits = torch.stack([head(features)[0] for head in heads]).mean(0)
+    return BoxScores(logits[:, :-1], probabilities(logits))
+
+
+def mask_loss(
+    head: FCNMaskHead,
+    maps: Sequence[Tensor],
+    samples: Sequence[RoISample],
+    targets: Sequence[Targets],
+    strides: Sequence[int],
+) -> Tensor:
+    """Return the loss of a mask head on the RoIs that stand for objects."""
+    rois = batched([sample.positive for sample in samples])
+    return head.loss(head(roi_features(maps, rois, strides, head.roi_size)), samples, targets)
+
+
+def with_masks(
+    heads: Sequence[FCNMaskHead], maps: Sequence[Tensor], found: Sequence[Detections], strides: Sequence[int]
+) -> list[Detections]:
+    """Return detections with masks, the mean probabilities of the heads."""
+    features = roi_features(maps, batched([entry.boxes for entry in found]), strides, heads[0].roi_size)
+    labels = torch.cat([entry.labels for entry in found])
+    masks = torch.stack([head.of_labels(head(features), labels).sigmoid() for head in heads]).mean(0)
+    parts = masks.split([len(entry.labels) for entry in found])
+    return [entry._replace(masks=part) for entry, part in zip(found, parts, strict=True)]

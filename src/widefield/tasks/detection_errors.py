@@ -1,0 +1,237 @@
+"""Say why detections are wrong, and how much average precision each reason costs.
+
+Paper: Bolya, Foley, Hays, Hoffman, "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020. The
+types are those of section 2.2, and where a detection fits several, the first that its published code tries applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from widefield.report import Report
+from widefield.tasks.coco_curves import Bools, Floats, Ints, Tally, mean, ordered, precisions
+
+FOREGROUND, BACKGROUND = 0.5, 0.1
+"""Intersection over union from which a detection finds an object, and up to which it has nothing to do with it."""
+CONFUSION_SCORE = 0.3
+"""Least score of detections that count in the confusion between classes."""
+ERRORS = {
+    "classification": "on an object of another class",
+    "localization": f"overlaps an object of its class by {BACKGROUND} to {FOREGROUND}",
+    "both": f"overlaps an object of another class by {BACKGROUND} to {FOREGROUND}",
+    "duplicate": "on an object of its class that a better detection has found",
+    "background": f"overlaps no object by more than {BACKGROUND}",
+    "missed": "an object without a detection that an error of the first two types could have put right",
+}
+"""Type of error -> what it is."""
+
+RIGHT, CLASSIFICATION, LOCALIZATION, BOTH, DUPLICATE, BACKDROP, IGNORED = range(7)
+"""Kinds of detections in `ImageErrors`: right, the first five of ``ERRORS``, and those that do not count."""
+
+
+class ImageErrors(NamedTuple):
+    """Why each detection of an image is right or wrong.
+
+    Attributes:
+        kinds: uint8 (D,): ``RIGHT``, one of the errors, or ``IGNORED``.
+        targets: (D,): the label that the detection has when its error is corrected; -1 if it is then left out.
+        missed: bool (M,): objects that are missed.
+    """
+
+    kinds: NDArray[np.uint8]
+    targets: Ints
+    missed: Bools
+
+
+def classify(overlaps: Floats, labels: Ints, object_labels: Ints, crowd: Bools, limit: int = 100) -> ImageErrors:
+    """Return the error of each detection of an image.
+
+    Args:
+        overlaps: (D, M) of the detections, best first; see `widefield.tasks.coco_matching`.
+        labels, object_labels: (D,) and (M,).
+        crowd: (M,). Detections in a crowd region of their class are ignored.
+        limit: number of detections that are used; the others are ignored.
+    """
+    kinds = np.full(len(labels), IGNORED, np.uint8)
+    targets = np.full(len(labels), -1, np.int64)
+    same = labels[:, None] == object_labels[None]
+    own = np.where(same & ~crowd, overlaps, 0.0)
+    other = np.where(~same & ~crowd, overlaps, 0.0)
+    in_crowd: Bools = np.where(same & crowd, overlaps, 0.0).max(1, initial=0.0) >= FOREGROUND
+    found = _find(own, kinds[:limit])
+    usable = found.copy()
+    for index in np.flatnonzero((kinds[:limit] == IGNORED) & ~in_crowd[:limit]):
+        kinds[index], place = _error(own[index], other[index])
+        if place is not None and not found[place]:  # of several for one object, the best is corrected
+            targets[index] = -1 if usable[place] else object_labels[place]
+            usable[place] = True
+    return ImageErrors(kinds, targets, ~usable & ~crowd)
+
+
+def _find(own: Floats, kinds: NDArray[np.uint8]) -> Bools:
+    """Mark the right detections, best first, and return which objects (M,) they find."""
+    found = np.zeros(own.shape[1], np.bool_)
+    for index in np.flatnonzero((own[: len(kinds)] >= FOREGROUND).any(1)):
+        free = np.where(found, 0.0, own[index])
+        place = len(free) - 1 - int(free[::-1].argmax())  # of equals the last, as in COCO's evaluation
+        if free[place] >= FOREGROUND:
+            kinds[index], found[place] = RIGHT, True
+    return found
+
+
+def _error(own: Floats, other: Floats) -> tuple[int, int | None]:
+    """Return the error of a detection that finds nothing, and the object by which it is corrected.
+
+    Args:
+        own, other: (M,) overlaps with objects of its class, and of other classes.
+    """
+    if not own.size:
+        return BACKDROP, None
+    best, far = int(own.argmax()), int(other.argmax())
+    if BACKGROUND <= own[best] < FOREGROUND:
+        return LOCALIZATION, best
+    if other[far] >= FOREGROUND:
+        return CLASSIFICATION, far
+    if own[best] >= FOREGROUND:
+        return DUPLICATE, None
+    return (BACKDROP if other[far] <= BACKGROUND else BOTH), None
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionErrors(Report):
+    """How many errors of each type there are, and how much average precision at IoU 0.5 is gained without them.
+
+    Attributes:
+        ap50: average precision at IoU 0.5.
+        gains: by type of error, the rise of ``ap50`` if these errors alone are corrected; at least 0.
+        counts: number of errors by type.
+        without_false_positives: rise of ``ap50`` if all wrong detections come after the right ones.
+        without_misses: rise of ``ap50`` if only the objects that are found count.
+    """
+
+    ap50: float
+    gains: dict[str, float]
+    counts: dict[str, int]
+    without_false_positives: float
+    without_misses: float
+
+    @classmethod
+    def of(cls, tally: Tally) -> DetectionErrors:
+        """Correct the errors of each type, and measure again."""
+        kinds, labels, scores = tally.errors, tally.labels, tally.scores
+        objects = tally.objects[:, 0]
+        right = kinds == RIGHT
+        base = kinds != IGNORED
+
+        def ap(keep: Bools, labels: Ints, right: Bools, objects: Ints) -> float:
+            return _ap50(labels[keep], scores[keep], right[keep], objects, tally.objects[:, 0])
+
+        start = ap(base, labels, right, objects)
+        gains, counts = {}, {}
+        for code, name in enumerate(ERRORS, start=CLASSIFICATION):
+            if name == "missed":
+                counts[name] = int(tally.missed.sum())
+                better = ap(base, labels, right, objects - tally.missed)
+            else:
+                wrong = kinds == code
+                mended = wrong & (tally.targets >= 0)
+                counts[name] = int(wrong.sum())
+                better = ap(base & (~wrong | mended), np.where(mended, tally.targets, labels), right | mended, objects)
+            gains[name] = max(better - start, 0.0)
+        found = np.bincount(labels[right], minlength=len(objects))
+        perfect = _ap50(labels[right], scores[right], right[right], objects, objects)
+        return cls(start, gains, counts, perfect - start, ap(base, labels, right, found) - start)
+
+    def summary(self) -> str:
+        """Return the gains in percentage points, and their number, as one line."""
+        parts = (f"{name} {100 * gain:.1f} ({self.counts[name]:,})" for name, gain in self.gains.items())
+        return f"AP50 {100 * self.ap50:.1f}; points lost by errors of each type (and their number): {', '.join(parts)}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per type of error."""
+        return [
+            {"error": name, "what": ERRORS[name], "errors": f"{self.counts[name]:,}", "AP50": f"+{100 * gain:.2f}"}
+            for name, gain in self.gains.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in JSON types."""
+        values = {
+            "ap50": self.ap50,
+            **self.gains,
+            "without_false_positives": self.without_false_positives,
+            "without_misses": self.without_misses,
+        }
+        known = {name: None if np.isnan(value) else value for name, value in values.items()}
+        ends = ("ap50", "without_false_positives", "without_misses")
+        return {
+            **{name: known[name] for name in ends},
+            "gains": {name: known[name] for name in self.gains},
+            "counts": self.counts,
+        }
+
+
+def _ap50(labels: Ints, scores: Floats, right: Bools, objects: Ints, true: Ints) -> float:
+    """Return the mean average precision over the classes that have objects (``true``, (K,)).
+
+    A class without an object left in ``objects`` (K,) has 0.
+    """
+    found = np.full(len(objects), -1.0)
+    for label, rows in enumerate(ordered(labels, scores, len(objects))):
+        if true[label]:
+            hits = right[rows, None]
+            found[label] = precisions(hits, np.ones_like(hits), int(objects[label])).mean() if objects[label] else 0.0
+    return mean(found)
+
+
+def confused(
+    overlaps: Floats, labels: Ints, scores: Floats, object_labels: Ints, crowd: Bools, classes: int
+) -> NDArray[np.int64]:
+    """Count which class the object under each detection has.
+
+    Detections of at least ``CONFUSION_SCORE``, best first, each take the free object with the largest overlap, of any
+    class, if it reaches ``FOREGROUND``. Detections in a crowd region are left out.
+
+    Returns:
+        (K + 1, K + 1) by (true class, predicted class). The last row counts detections without an object, the last
+        column objects without a detection.
+    """
+    counts = np.zeros((classes + 1, classes + 1), np.int64)
+    free = np.where(crowd, 0.0, overlaps)
+    for index in np.flatnonzero(scores >= CONFUSION_SCORE):
+        place = int(free[index].argmax()) if free.shape[1] else 0
+        if free.shape[1] and free[index, place] >= FOREGROUND:
+            counts[object_labels[place], labels[index]] += 1
+            free[:, place] = -1.0
+        elif not (crowd & (overlaps[index] >= FOREGROUND)).any():
+            counts[classes, labels[index]] += 1
+    taken = (free == -1.0).any(0) if len(free) else np.zeros(len(object_labels), np.bool_)
+    counts[:, classes] += np.bincount(object_labels[~taken & ~crowd], minlength=classes + 1)
+    return counts
+
+
+def mistakes(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[dict[str, str]]:
+    """Return one row per class with objects: how many are found, missed, and taken for which other class most."""
+    rows = []
+    for index, name in enumerate(classes):
+        line = confusion[index]
+        total = int(line.sum())
+        if total:
+            wrong = line[:-1].copy()
+            wrong[index] = 0
+            most = int(wrong.argmax())
+            rows.append(
+                {
+                    "class": name,
+                    "found": f"{100 * int(line[index]) / total:.1f}%",
+                    "no detection": f"{100 * int(line[-1]) / total:.1f}%",
+                    "mistaken for": classes[most] if wrong[most] else "-",
+                    "in": f"{100 * int(wrong[most]) / total:.1f}%" if wrong[most] else "-",
+                }
+            )
+    return rows
