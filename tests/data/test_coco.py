@@ -120,6 +120,16 @@ def test_images_without_objects_and_small_ones_are_left_out_of_train_if_asked(ro
         data.create("coco", "train", root=root, min_image_size=1000)
 
 
+def test_train_images_are_grouped_by_shape_unless_it_is_off(root):
+    found = data.create("coco", "train", root=root)
+    tall = [height > width for height, width in (sample["size"].tolist() for sample in found)]
+    assert found.batch_groups().tolist() == [int(one) for one in tall]
+    assert 0 < sum(tall) < len(tall)
+    assert data.create("coco", "train", root=root, group_by_shape=False).batch_groups() is None
+    assert data.create("coco", "train", root=root, pipeline="large_scale_jitter").batch_groups() is None
+    assert data.create("coco", "val", root=root).batch_groups() is None
+
+
 def test_a_set_is_small_and_reaches_workers_whole(root):
     found = data.create("coco", "train", root=root, masks=True, pipeline="multi_scale_crop", scale=(120, 64))
     copied = pickle.loads(pickle.dumps(found))

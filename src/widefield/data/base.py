@@ -90,10 +90,10 @@ class SampleSet(Dataset[Sample | None], ABC):
         return (len(self.mean), size, size) if self.mean and size else None
 
     def batch_groups(self) -> NDArray[np.int64] | None:
-        """Return a number for each sample, (N,): train batches hold samples of one number, as far as possible.
+        """Return a group for each sample, from 0, (N,): the train batches of a step hold samples of one group.
 
-        None, the default: samples are batched in random order. Sets of images of any size return whether images are
-        wide or tall, because batches of both need more padding.
+        None, the default: any samples. Sets of images of any size return whether images are wide or tall, because
+        batches of both need more padding.
         """
         return None
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead, probabilities
-from widefield.dense.boxes import Assigner, Sampler, at_least_float32
+from widefield.dense.boxes import Assigner, Sampler
 from widefield.dense.detector import BoxScores, Detections, Size, Targets
 from widefield.dense.faster_rcnn import POSITIVE_FRACTION, TwoStageDetector, pyramid_of
+from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
 from widefield.dense.roi_head import Selection, mask_loss, roi_scores, with_masks
@@ -134,7 +135,7 @@ class CascadeRoIHead(nn.Module):
         said: list[Tensor] = []
         for stage, head in enumerate(self.box_heads):
             logits, deltas = head(roi_features(maps, batched(boxes), self.strides, head.roi_size))
-            said.append(at_least_float32(logits))
+            said.append(widened(logits))
             outputs = list(zip(boxes, logits.split(counts), deltas.split(counts), sizes, strict=True))
             if stage + 1 < len(self.bbox_head):
                 boxes = [head.refined(*entry) for entry in outputs]
