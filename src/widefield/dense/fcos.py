@@ -21,12 +21,12 @@ from widefield.dense.anchors import points
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.boxes import area, best_scores, from_distances, nms_by_label
 from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
-from widefield.dense.detector import Detections, Detector, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
 RANGES = (64, 128, 256, 512)
-"""Pixels between the levels: a level has the boxes whose farthest side is in its range, both ends included."""
+"""Pixels between the published levels: a level has the boxes whose farthest side is in its range, ends included."""
 
 CENTERNESS = ("classification", "boxes")
 """The branch that predicts the centerness."""
@@ -247,6 +247,19 @@ class FCOSHead(nn.Module):
     def _levels(self, outputs: FCOSOutputs) -> list[tuple[Tensor, int]]:
         return list(zip(outputs.logits, self.strides, strict=True))
 
+    def places(self, boxes: Tensor) -> list[tuple[int, int, int]]:
+        """Return (level, row, column) of the point in the middle of each box (M, 4), on the level of the box's size."""
+        found = []
+        for left, top, right, bottom in boxes.tolist():
+            y, x = (top + bottom) / 2, (left + right) / 2
+            for level, (stride, most) in enumerate(zip(self.strides, (*self.ranges, math.inf), strict=True)):
+                row, column = int(y / stride), int(x / stride)
+                py, px = (row + self.point_offset) * stride, (column + self.point_offset) * stride
+                if max(px - left, right - px, py - top, bottom - py) <= most:
+                    found.append((level, row, column))
+                    break
+        return found
+
     def detections(
         self,
         outputs: FCOSOutputs,
@@ -312,7 +325,7 @@ class FCOS(Detector):
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
-        channels: channels of pyramid and head.
+        neck_channels: channels of the pyramid and the head.
         num_convs: convolutions in each of the head's two branches.
         start_level: which of the backbone's maps is the finest level, from 0. Small objects need 0, stride 4.
         ranges: pixels between the levels, of which there is one more; see :class:`FCOSHead`.
@@ -337,7 +350,7 @@ class FCOS(Detector):
         backbone: Backboned,
         num_classes: int,
         *,
-        channels: int = 256,
+        neck_channels: int = 256,
         num_convs: int = 4,
         start_level: int = 1,
         ranges: Sequence[float] = RANGES,
@@ -362,10 +375,10 @@ class FCOS(Detector):
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=normed, **backbone_args)
         levels = len(ranges) + 1
         neck = FPN(
-            maps.channels, channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
+            maps.channels, neck_channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
         )
         head = FCOSHead(
-            channels, num_classes, channels=channels, num_convs=num_convs, conv_bias=conv_bias,
+            neck_channels, num_classes, channels=neck_channels, num_convs=num_convs, conv_bias=conv_bias,
             strides=[maps.strides[first] * 2**level for level in range(levels)], ranges=ranges,
             centerness_on=centerness_on, distances=distances, center_radius=center_radius, box_loss=box_loss,
             point_offset=point_offset,
@@ -387,3 +400,14 @@ class FCOS(Detector):
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`FCOSHead.detections`."""
         return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores at the point in the middle of each box, on the level of its size; without centerness."""
+        logits = self.bbox_head(maps).logits
+        found = []
+        for image, own in enumerate(boxes):
+            for level, row, column in self.bbox_head.places(own):
+                h, w = logits[level].shape[2:]
+                found.append(logits[level][image, :, min(row, h - 1), min(column, w - 1)])
+        stacked = torch.stack(found) if found else logits[0].new_zeros(0, self.num_classes)
+        return BoxScores(stacked, widened(stacked).sigmoid())
