@@ -17,11 +17,19 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense import box_checks, detection_checks, roi_checks, segmentation_checks, two_stage_checks
+from dense import (
+    anchor_head_checks,
+    box_checks,
+    detection_checks,
+    roi_checks,
+    segmentation_checks,
+    two_stage_checks,
+)
 from dense.rules import Differences
 
 CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
     **segmentation_checks.CHECKS,
+    **anchor_head_checks.CHECKS,
     **box_checks.CHECKS,
     **detection_checks.CHECKS,
     **roi_checks.CHECKS,

@@ -51,6 +51,7 @@ def test_an_unknown_overlap_is_refused():
 def test_half_precision_is_computed_in_float32():
     a = torch.tensor([[0.0, 0.0, 1000.0, 1000.0]], dtype=torch.bfloat16)  # areas exceed float16
     assert boxes.pairwise_iou(a, a).dtype == torch.float32
+    assert Assigner()(a, a.double()).objects.tolist() == [0]
     assert BoxCoder().decode(a, torch.zeros(1, 4, dtype=torch.float16)).tolist() == a.tolist()
 
 

@@ -129,6 +129,51 @@ def test_the_order_of_images_and_their_batches_do_not_matter() -> None:
     assert json.dumps(parts.scores().to_dict()) == json.dumps(whole.scores().to_dict())
 
 
+def gathered(shares: list[CocoMetric]) -> list[CocoMetric]:
+    """Synchronize metrics as several processes do, without starting any."""
+    sent: list[list[torch.Tensor]] = []
+    for share in shares:
+        sent.append([])
+
+        def keep(x: torch.Tensor, group: object = None, to: list[torch.Tensor] = sent[-1]) -> list[torch.Tensor]:
+            to.append(x)
+            return [x]
+
+        share.sync(dist_sync_fn=keep, distributed_available=lambda: True)
+        share.unsync()
+    assert all(part.dtype == other.dtype for row in sent for part, other in zip(row, sent[0], strict=True))
+    for share in shares:
+        rows = iter(zip(*sent, strict=True))
+        share.sync(dist_sync_fn=lambda x, group=None, rows=rows: list(next(rows)), distributed_available=lambda: True)
+    return shares
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+def test_shares_of_processes_give_the_results_of_all_images(processes: int) -> None:
+    """Five images: shares differ in length, and of six processes the last one has none."""
+    case = random_case(11, images=5, masks=True, side=80)
+    whole = updated(case, masks=True)
+    shares = [CocoMetric(case.classes, masks=True, sync_on_compute=False) for _ in range(processes)]
+    for process, share in enumerate(shares):
+        for place, index in enumerate(range(process, 5, processes)):
+            share.update([case.found[index]], [case.true[index]], torch.tensor([place]))
+    alone = shares[0].scores().objects.sum()
+    for share in gathered(shares):
+        assert json.dumps(share.scores().to_dict()) == json.dumps(whole.scores().to_dict())
+        share.unsync()
+    assert shares[0].scores().objects.sum() == alone < whole.scores().objects.sum()
+
+
+def test_a_metric_can_be_reset() -> None:
+    case = random_case(2)
+    metric = updated(case)
+    first = json.dumps(metric.scores().to_dict())
+    metric.reset()
+    assert metric.scores().objects.sum() == 0
+    metric.update(case.found, case.true)
+    assert json.dumps(metric.scores().to_dict()) == first
+
+
 def test_without_objects_there_is_no_figure() -> None:
     metric = CocoMetric(["x", "y"])
     metric.update([NONE], [EMPTY])

@@ -5,6 +5,7 @@ from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes,
 from widefield.data.catalog import SETS, create, create_both, options_of
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.cityscapes import Cityscapes
+from widefield.data.coco import Coco, Lvis
 from widefield.data.coco_stuff import CocoStuff
 from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
 from widefield.data.corrupt import CorruptImagesError
@@ -14,6 +15,8 @@ from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.mask_files import SegmentationFiles
 from widefield.data.masks import Masks
+from widefield.data.object_files import ObjectFiles
+from widefield.data.object_index import AnnotationError
 from widefield.data.objects import DetectionSet, object_palette
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.scales import Scales
@@ -21,15 +24,19 @@ from widefield.data.scenes import Scenes
 from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
+from widefield.data.voc_boxes import VocBoxes
+from widefield.data.yolo import Yolo
 
 __all__ = [
     "PHOTOGRAPHS",
     "SETS",
     "SIXTEEN",
     "Ade20k",
+    "AnnotationError",
     "Cifar10",
     "Cifar100",
     "Cityscapes",
+    "Coco",
     "CocoStuff",
     "ConflictImages",
     "CorruptImageError",
@@ -40,7 +47,9 @@ __all__ = [
     "HuggingFace",
     "LabelError",
     "LabeledImages",
+    "Lvis",
     "Masks",
+    "ObjectFiles",
     "Pictures",
     "Sample",
     "SampleSet",
@@ -51,6 +60,8 @@ __all__ = [
     "Shards",
     "UnsupportedImageError",
     "Voc",
+    "VocBoxes",
+    "Yolo",
     "check_classes",
     "collate",
     "create",

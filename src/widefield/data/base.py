@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, default_collate
 
 from widefield import _checks
@@ -87,6 +88,14 @@ class SampleSet(Dataset[Sample | None], ABC):
         """Return (C, H, W) of the images, or None if they differ in size."""
         size = self.image_size
         return (len(self.mean), size, size) if self.mean and size else None
+
+    def batch_groups(self) -> NDArray[np.int64] | None:
+        """Return a group for each sample, from 0, (N,): the train batches of a step hold samples of one group.
+
+        None, the default: any samples. Sets of images of any size return whether images are wide or tall, because
+        batches of both need more padding.
+        """
+        return None
 
     def fingerprint(self) -> str:
         """Return a hash of the names and labels of the split's samples; pixels are not read.

@@ -11,6 +11,7 @@ from widefield.data.base import LabeledImages, SampleSet, check_classes
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.cityscapes import Cityscapes
 from widefield.data.class_map import alike, listed
+from widefield.data.coco import Coco, Lvis
 from widefield.data.coco_stuff import CocoStuff
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
@@ -20,6 +21,8 @@ from widefield.data.scales import Scales
 from widefield.data.scenes import Scenes
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
+from widefield.data.voc_boxes import VocBoxes
+from widefield.data.yolo import Yolo
 
 SETS: dict[str, type[SampleSet]] = {
     "digits": Digits,
@@ -35,6 +38,10 @@ SETS: dict[str, type[SampleSet]] = {
     "cityscapes": Cityscapes,
     "voc": Voc,
     "coco_stuff": CocoStuff,
+    "coco": Coco,
+    "lvis": Lvis,
+    "voc_boxes": VocBoxes,
+    "yolo": Yolo,
 }
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
 
@@ -44,11 +51,12 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
 
     Args:
         name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``,
-            ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"`` or one of
-            yours.
+            ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"``,
+            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"`` or one of yours.
         split: ``"train"`` or ``"val"``.
         options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `Cifar`, `Folder`, `Shards`,
-            `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`.
+            `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
+            `Lvis`, `VocBoxes`, `Yolo`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.

@@ -46,6 +46,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation (JEITA CP-3451, tag 0x0112) -> the operation that turns the image upright."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 _HALF = 0.5 / 255
 """Half a level of 8 bits, for floats from 0 to 1."""
 _BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
@@ -96,6 +98,22 @@ def read(
                 return _decoded(image, name, exif_orientation)
         with source, _opened(source, name, max_pixels) as image:
             return _decoded(image, name, exif_orientation)
+
+
+def read_size(path: str | Path, *, exif_orientation: bool = True, max_pixels: int | None = None) -> tuple[int, int]:
+    """Return (height, width) of the image that `read` would return, from the file's header.
+
+    Args:
+        path: the file.
+        exif_orientation, max_pixels: as of `read`.
+
+    Raises:
+        CorruptImageError, UnsupportedImageError, OSError: as of `read`, as far as the header shows it.
+    """
+    name = str(path)
+    with _naming(name), _opened(path, name, max_pixels) as image:
+        turned = exif_orientation and _orientation(image) in _SIDEWAYS
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def read_labels(path: str | Path, *, form: str = "index", max_pixels: int | None = None) -> Pixels:

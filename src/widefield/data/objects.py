@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle, islice
 
-import numpy as np
-from numpy.typing import NDArray
-
 from widefield.data.base import SampleSet
 from widefield.data.listing import counted
 from widefield.data.segmentation import Color
@@ -35,24 +32,18 @@ class DetectionSet(SampleSet):
         object_classes: names of the objects' classes, without a background; the same as ``classes``.
         palette: color of each class in figures, (red, green, blue) from 0 to 255.
         has_masks: whether samples have ``masks``.
-        crop_size: (height, width) of the train images in pixels; None if they differ.
         test_scale: (longer side, shorter side) of the rectangle that val images are fitted into; None: they keep the
             size of the file.
     """
 
     palette: tuple[Color, ...] = ()
     has_masks: bool = False
-    crop_size: tuple[int, int] | None = None
     test_scale: tuple[int, int] | None = None
 
     @property
     def object_classes(self) -> tuple[str, ...]:
         """Return the names of the objects' classes."""
         return self.classes
-
-    def aspect_ratios(self) -> NDArray[np.float32] | None:
-        """Return width / height of each file, (N,), without decoding any; None if they are unknown."""
-        return None
 
     def found(self) -> str:
         """Return one line: images and classes of the split, and what was left out or repaired and why."""

@@ -106,6 +106,93 @@ class JointAugmentation:
             object.__setattr__(self, name, value)
 
 
+PIPELINES = ("resize", "multi_scale_crop", "large_scale_jitter")
+"""How train images for detection are resized and cropped; see `DetectionAugmentation`."""
+SHORT_SIDES = tuple(range(480, 801, 32))
+"""Shorter sides of published multi-scale training, in pixels (Carion et al. 2020, DETR)."""
+
+
+@dataclass(frozen=True)
+class DetectionAugmentation:
+    """Augmentation of a train split for object detection, with OpenMMLab's semantics and defaults.
+
+    Every pipeline begins with a random flip. Images keep their aspect ratio.
+
+    - ``"resize"``: fit the image into ``scale``. With ``short_sides`` or ``short_range`` the rectangle's shorter side
+      is drawn for each image: multi-scale training.
+    - ``"multi_scale_crop"``: the pipeline of 3x schedules (DETR, Sparse R-CNN, Swin, ConvNeXt). One of two, at random:
+      a multi-scale resize; or a resize to a shorter side of 400, 500 or 600, a crop with sides from 384 to 600, and a
+      multi-scale resize. ``short_sides`` are 480, 512, ..., 800 unless they are given.
+    - ``"large_scale_jitter"`` (Ghiasi et al. 2021): fit the image into a square of ``size``, times a factor from
+      ``ratio``, and cut a random part of at most ``size``. Boxes are then those of the masks, if there are any.
+
+    Args:
+        pipeline: one of these names.
+        scale: (longer side, shorter side) in pixels of the rectangle that images are fitted into; None means the size
+            of each image.
+        short_sides: shorter sides in pixels, one of which replaces that of ``scale``.
+        short_range: smallest and largest shorter side in pixels, with equal probability in between; replaces
+            ``short_sides``.
+        size: side of the square of ``"large_scale_jitter"``, in pixels.
+        ratio: range of the random factor of ``"large_scale_jitter"``.
+        copy_paste: probability that objects of another image are pasted over an image; for ``"large_scale_jitter"``,
+            and sets with masks. Images are then padded to ``size``.
+        hflip: probability of a horizontal flip.
+        photometric: distort brightness, contrast, saturation and hue; see `widefield.data.joint`.
+        min_size: leave out objects, except crowd regions, whose box has no side above this, in pixels of the result.
+        antialias: smooth images before they are shrunk. Published results come from OpenCV's bilinear resize, which
+            does not. Applies to both splits.
+
+    Raises:
+        ValueError, TypeError: an option is out of range, of the wrong type, or has no effect in this pipeline.
+    """
+
+    pipeline: str = "resize"
+    scale: Sequence[int] | None = (1333, 800)
+    short_sides: Sequence[int] | None = None
+    short_range: Sequence[int] | None = None
+    size: int = 1024
+    ratio: Sequence[float] = (0.1, 2.0)
+    copy_paste: float = 0.0
+    hflip: float = 0.5
+    photometric: bool = False
+    min_size: float = 0.0
+    antialias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("photometric", "antialias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        checked = {
+            "pipeline": _checks.choice("pipeline", self.pipeline, PIPELINES),
+            "scale": rectangle("scale", self.scale),
+            "short_sides": _sides("short_sides", self.short_sides),
+            "short_range": _sides("short_range", self.short_range, 2),
+            "size": _checks.integer("size", self.size),
+            "ratio": _range("ratio", self.ratio),
+            "copy_paste": _checks.number("copy_paste", self.copy_paste, maximum=1),
+            "hflip": _checks.number("hflip", self.hflip, maximum=1),
+            "min_size": _checks.number("min_size", self.min_size),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        drawn = [name for name in ("short_sides", "short_range") if getattr(self, name) is not None]
+        if len(drawn) > 1:
+            raise ValueError("short_sides and short_range replace each other: leave out one of them.")
+        if self.short_range is not None and self.short_range[0] > self.short_range[1]:
+            raise ValueError(f"short_range must be (smallest, largest); got {tuple(self.short_range)!r}.")
+        jitter = self.pipeline == "large_scale_jitter"
+        if self.copy_paste and not jitter:
+            raise ValueError(f"copy_paste needs pipeline: large_scale_jitter; the pipeline is {self.pipeline}.")
+        if drawn and jitter:
+            raise ValueError(f"{drawn[0]} has no effect in pipeline: large_scale_jitter; set size and ratio.")
+        if self.scale is None and (drawn or self.pipeline == "multi_scale_crop"):
+            raise ValueError("scale must be a rectangle such as (1333, 800) for multi-scale training; got None.")
+
+
 def training(
     size: int,
     mean: Sequence[float],
@@ -211,6 +298,15 @@ def statistics(mean: object, std: object) -> tuple[tuple[float, ...], tuple[floa
 def rectangle(name: str, value: object) -> tuple[int, int] | None:
     """Return two sides in pixels, or None; an integer stands for a square. Raises TypeError or ValueError."""
     return None if value is None else _checks.pair(name, value)
+
+
+def _sides(name: str, value: object, count: int | None = None) -> tuple[int, ...] | None:
+    """Return a sequence of sides in pixels as a tuple, or None; raises TypeError or ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or not value or count not in (None, len(value)):
+        raise TypeError(f"{name} must be {count or 'a sequence of'} sides in pixels, or None; got {value!r}.")
+    return tuple(_checks.integer(f"every entry of {name}", side) for side in value)
 
 
 def _range(name: str, values: object) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from widefield.dense.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from widefield.dense.detector import Detections, Detector, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets
 from widefield.dense.faster_rcnn import FasterRCNN, MaskRCNN
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fcos import FCOS, FCOSHead
@@ -22,6 +22,7 @@ from widefield.dense.fpn import FPN
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.mask_head import FCNMaskHead, paste_masks
+from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.uper import UPerHead, UPerNet
@@ -30,6 +31,7 @@ __all__ = [
     "FCOS",
     "FPN",
     "BoxHead",
+    "BoxScores",
     "CascadeRCNN",
     "CheckpointInfo",
     "ConvModule",
@@ -47,6 +49,8 @@ __all__ = [
     "FeatureMaps",
     "LoadedCheckpoint",
     "MaskRCNN",
+    "RetinaHead",
+    "RetinaNet",
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from widefield import _checks
 
+DIVISOR = 32
+"""Published training pads each image to a multiple of this. Anchors of cells beyond that are not used."""
+
 
 @dataclass(frozen=True)
 class Anchors:
@@ -105,6 +108,20 @@ class Anchors:
             flags.append(cells[:, None].expand(-1, self.per_cell).flatten())
         return flags
 
+    def usable(self, maps: Sequence[Tensor], size: tuple[int, int], border: float | None = None) -> Tensor:
+        """Return the positions of the anchors that an image is trained on, int64, counted over all levels.
+
+        Args:
+            maps: as in :meth:`grid`.
+            size: (height, width) of the image without the padding of its batch.
+            border: anchors that leave the image by more pixels are not used. None: all are.
+        """
+        height, width = (-(-side // DIVISOR) * DIVISOR for side in size)
+        flags = torch.cat(self.covered(maps, (height, width)))
+        if border is not None:
+            flags = flags & inside(torch.cat(self.grid(maps)), size, border)
+        return flags.nonzero().flatten()
+
     def _check(self, maps: Sequence[Tensor]) -> None:
         if len(maps) != len(self.strides):
             raise ValueError(f"these anchors have {len(self.strides)} levels {self.strides}; got {len(maps)} maps.")
@@ -123,6 +140,11 @@ def inside(boxes: Tensor, size: tuple[int, int], border: float = 0.0) -> Tensor:
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x1 >= -border) & (y1 >= -border) & (x2 < width + border) & (y2 < height + border)
+
+
+def by_anchor(outputs: Sequence[Tensor], values: int) -> list[Tensor]:
+    """Reorder outputs of a head like the anchors: (N, A * values, H_i, W_i) -> (N, H_i * W_i * A, values) per level."""
+    return [x.permute(0, 2, 3, 1).reshape(len(x), -1, values) for x in outputs]
 
 
 def points(maps: Sequence[Tensor], strides: Sequence[int], offset: float = 0.5) -> list[Tensor]:

@@ -17,7 +17,7 @@ from widefield.dense.anchors import Anchors
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead
 from widefield.dense.boxes import Assigner, Sampler
-from widefield.dense.detector import Detections, Detector, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi_head import RoIHead, Selection
@@ -45,6 +45,9 @@ class SecondStage(Protocol):
 
     def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image."""
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of given boxes."""
 
 
 class TwoStageDetector(Detector):
@@ -79,11 +82,15 @@ class TwoStageDetector(Detector):
         proposals = self.rpn_head.proposals(self.rpn_head(maps), sizes, training=False)
         return self.roi_head.detect(maps, [entry.boxes for entry in proposals], sizes)
 
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores that the second stage gives to boxes (M_i, 4) of each image; no box is moved."""
+        return self.roi_head.box_scores(maps, boxes)
 
-def pyramid_of(maps: FeatureMaps, channels: int) -> tuple[FPN, Anchors]:
+
+def pyramid_of(maps: FeatureMaps, channels: int, scales: Sequence[float]) -> tuple[FPN, Anchors]:
     """Return the neck of two-stage detectors and its anchors: one level more than maps, at twice the last stride."""
     neck = FPN(maps.channels, channels, num_outs=len(maps.channels) + 1)
-    return neck, Anchors(strides=(*maps.strides, 2 * maps.strides[-1]))
+    return neck, Anchors(strides=(*maps.strides, 2 * maps.strides[-1]), scales=tuple(scales))
 
 
 class FasterRCNN(TwoStageDetector):
@@ -93,6 +100,8 @@ class FasterRCNN(TwoStageDetector):
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
         neck_channels: channels of the pyramid and of the RPN.
+        anchor_scales: sides of square anchors in strides of their level. The published ones suit images of 800 pixels;
+            small images with small objects need smaller ones.
         box_head: "shared2fc" (two fully connected layers) or "4conv1fc" (four convolutions with batch norms and one).
         class_agnostic: whether one box is predicted for all classes.
         box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "giou" of the box, with weight 10.
@@ -124,6 +133,7 @@ class FasterRCNN(TwoStageDetector):
         num_classes: int,
         *,
         neck_channels: int = 256,
+        anchor_scales: Sequence[float] = (8.0,),
         box_head: str = "shared2fc",
         class_agnostic: bool = False,
         box_loss: str = "l1",
@@ -144,7 +154,7 @@ class FasterRCNN(TwoStageDetector):
     ) -> None:
         num_classes = _checks.integer("num_classes", num_classes)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
-        neck, anchors = pyramid_of(maps, neck_channels)
+        neck, anchors = pyramid_of(maps, neck_channels, anchor_scales)
         rpn = RPNHead(
             neck_channels,
             anchors=anchors,

@@ -20,8 +20,8 @@ from widefield import _checks
 from widefield.dense.anchors import points
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.boxes import area, best_scores, from_distances, nms_by_label
-from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss
-from widefield.dense.detector import Detections, Detector, Size, Targets
+from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -230,7 +230,7 @@ class FCOSHead(nn.Module):
         distances = torch.cat([target.distances for target in found])[positive]
         logits, predicted, centerness = (_by_image(part) for part in outputs)
         wanted = centerness_of(distances)
-        total = _mean_over_processes(torch.stack([wanted.new_tensor(len(positive)), wanted.sum()]))
+        total = mean_over_processes(torch.stack([wanted.new_tensor(len(positive)), wanted.sum()]))
         count, weight = total[0].clamp(min=1), total[1].clamp(min=LEAST_CENTERNESS)
         if self.distances == "relu":
             strides = torch.cat([labels.new_full(x.shape[2:], s).flatten() for x, s in self._levels(outputs)])
@@ -246,6 +246,19 @@ class FCOSHead(nn.Module):
 
     def _levels(self, outputs: FCOSOutputs) -> list[tuple[Tensor, int]]:
         return list(zip(outputs.logits, self.strides, strict=True))
+
+    def places(self, boxes: Tensor) -> list[tuple[int, int, int]]:
+        """Return (level, row, column) of the point in the middle of each box (M, 4), on the level of the box's size."""
+        found = []
+        for left, top, right, bottom in boxes.tolist():
+            y, x = (top + bottom) / 2, (left + right) / 2
+            for level, (stride, most) in enumerate(zip(self.strides, (*self.ranges, math.inf), strict=True)):
+                row, column = int(y / stride), int(x / stride)
+                py, px = (row + self.point_offset) * stride, (column + self.point_offset) * stride
+                if max(px - left, right - px, py - top, bottom - py) <= most:
+                    found.append((level, row, column))
+                    break
+        return found
 
     def detections(
         self,
@@ -303,34 +316,27 @@ def _by_image(levels: Sequence[Tensor]) -> Tensor:
     return widened(torch.cat([x.flatten(2) for x in levels], 2).transpose(1, 2).flatten(0, 1))
 
 
-def _mean_over_processes(x: Tensor) -> Tensor:
-    """Return the mean over the processes of distributed training, so that their gradients add up to those of one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(x)
-        x = x / distributed.get_world_size()
-    return x
-
-
 class FCOS(Detector):
     """FCOS on any backbone.
 
     The pyramid has the strides 8 to 128: three from the backbone's maps, two by convolutions of stride 2 on the
-    coarsest one with a ReLU in between.
+    coarsest one with a ReLU in between. ``start_level`` and ``ranges`` change that.
 
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
         channels: channels of pyramid and head.
         num_convs: convolutions in each of the head's two branches.
+        start_level: which of the backbone's maps is the finest level, from 0. Small objects need 0, stride 4.
+        ranges: pixels between the levels, of which there is one more; see :class:`FCOSHead`.
         conv_bias, centerness_on, distances, center_radius, box_loss, point_offset: see :class:`FCOSHead`. The published
             models with "center-normbbox-centeronreg-giou" in their name have ``conv_bias=True, centerness_on="boxes",
             distances="relu", center_radius=1.5, box_loss="giou", nms_threshold=0.6``.
         score_threshold, nms_threshold, max_per_image, candidates: see :meth:`FCOSHead.detections`.
         frozen_stages, norm_eval: see :class:`widefield.dense.Detector`.
         stage_norms: norms between backbone and neck; None follows the published code of the backbone's family.
-        out_indices: which four of the backbone's maps to use, of strides 4 to 32; None for the last four. The finest is
-            not read.
+        out_indices: which four of the backbone's maps to use, of strides 4 to 32; None for the last four. Those before
+            ``start_level`` are not read.
         backbone_args: further arguments of ``timm.create_model``, such as ``pretrained=True``.
 
     Raises:
@@ -346,6 +352,8 @@ class FCOS(Detector):
         *,
         channels: int = 256,
         num_convs: int = 4,
+        start_level: int = 1,
+        ranges: Sequence[float] = RANGES,
         conv_bias: bool = False,
         centerness_on: str = "classification",
         distances: str = "exp",
@@ -362,12 +370,16 @@ class FCOS(Detector):
         out_indices: Sequence[int] | None = None,
         **backbone_args: Any,
     ) -> None:
-        maps = feature_maps(
-            backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
+        first = _checks.integer("start_level", start_level, minimum=0, maximum=3)
+        normed = tuple(range(first, 4))
+        maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=normed, **backbone_args)
+        levels = len(ranges) + 1
+        neck = FPN(
+            maps.channels, channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
         )
-        neck = FPN(maps.channels, channels, num_outs=5, start_level=1, extra="on_output", relu_before_extra=True)
         head = FCOSHead(
             channels, num_classes, channels=channels, num_convs=num_convs, conv_bias=conv_bias,
+            strides=[maps.strides[first] * 2**level for level in range(levels)], ranges=ranges,
             centerness_on=centerness_on, distances=distances, center_radius=center_radius, box_loss=box_loss,
             point_offset=point_offset,
         )  # fmt: skip
@@ -388,3 +400,14 @@ class FCOS(Detector):
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`FCOSHead.detections`."""
         return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores at the point in the middle of each box, on the level of its size; without centerness."""
+        logits = self.bbox_head(maps).logits
+        found = []
+        for image, own in enumerate(boxes):
+            for level, row, column in self.bbox_head.places(own):
+                h, w = logits[level].shape[2:]
+                found.append(logits[level][image, :, min(row, h - 1), min(column, w - 1)])
+        stacked = torch.stack(found) if found else logits[0].new_zeros(0, self.num_classes)
+        return BoxScores(stacked, widened(stacked).sigmoid())

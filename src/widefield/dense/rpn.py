@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.dense.anchors import Anchors, inside
-from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, at_least_float32, clip, nms_by_label
-from widefield.dense.detection_losses import EPS
-from widefield.dense.detector import Size, Targets
-
-DIVISOR = 32
-"""Published training pads each image to a multiple of this; anchors of cells beyond that are not used."""
+from widefield.dense.anchors import Anchors, by_anchor
+from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, clip, nms_by_label
+from widefield.dense.detection_losses import EPS, differences, mean_over_processes, sums_by_level
+from widefield.dense.detector import Size, Targets, size_of
+from widefield.dense.layers import widened
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class RPNHead(nn.Module):
     def losses(self, outputs: RPNOutputs, targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the scalars ``loss_rpn_cls`` and ``loss_rpn_bbox``.
 
-        Both are sums divided by the number of sampled anchors of the batch.
+        Both are sums divided by the number of sampled anchors of the batch; with several processes, by their mean.
 
         Args:
             outputs: of :meth:`forward`.
@@ -139,37 +137,30 @@ class RPNHead(nn.Module):
 
     def losses_by_level(self, outputs: RPNOutputs, targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses of :meth:`losses` as vectors with one entry per level."""
-        logits, deltas = _by_anchor(outputs)
-        levels = self.anchors.grid(outputs.objectness)
-        anchors = torch.cat(levels)
+        maps = outputs.objectness
+        lengths = [x.shape[1:].numel() for x in maps]
+        logits, deltas = (torch.cat(by_anchor(part, values), 1) for part, values in zip(outputs, (1, 4), strict=True))
+        anchors = torch.cat(self.anchors.grid(maps))
         count, rows, objectness, moved_rows, moved = 0, [], [], [], []
         for image, target in enumerate(targets):
-            sample, wanted = self._sample(anchors, self._usable(levels, outputs, target), target)
+            usable = self.anchors.usable(maps, size_of(target), self.allowed_border)
+            sample, wanted = self._sample(anchors, usable, target)
             both = torch.cat(sample)
             truth = torch.zeros_like(both, dtype=anchors.dtype)
             truth[: len(sample.positive)] = 1
-            found = at_least_float32(logits[image, both])
+            found = widened(logits[image, both, 0])
             objectness.append(F.binary_cross_entropy_with_logits(found, truth.to(found), reduction="none"))
             goals = self.coder.encode(anchors[sample.positive], wanted)
-            moved.append(self._box_losses(deltas[image, sample.positive], goals).sum(1))
+            moved.append(differences(deltas[image, sample.positive], goals, self.smooth_l1_beta).sum(1))
             rows.append(both)
             moved_rows.append(sample.positive)
             # Published: at least one of each per image, also if there are none.
             count += max(len(sample.positive), 1) + max(len(sample.negative), 1)
-        ends = torch.tensor([len(level) for level in levels], device=anchors.device).cumsum(0)
+        total = mean_over_processes(anchors.new_tensor(count)) + EPS
         return {
-            "loss_rpn_cls": _sums(torch.cat(objectness), torch.cat(rows), ends) / (count + EPS),
-            "loss_rpn_bbox": _sums(torch.cat(moved), torch.cat(moved_rows), ends) / (count + EPS),
+            "loss_rpn_cls": sums_by_level(torch.cat(objectness), torch.cat(rows), lengths) / total,
+            "loss_rpn_bbox": sums_by_level(torch.cat(moved), torch.cat(moved_rows), lengths) / total,
         }
-
-    def _usable(self, levels: Sequence[Tensor], outputs: RPNOutputs, target: Targets) -> Tensor:
-        """Return the positions of the anchors that may be used for training."""
-        size = _known_size(target)
-        padded = (-(-size[0] // DIVISOR) * DIVISOR, -(-size[1] // DIVISOR) * DIVISOR)
-        usable = torch.cat(self.anchors.covered(outputs.objectness, padded))
-        if self.allowed_border is not None:
-            usable = usable & inside(torch.cat(list(levels)), size, self.allowed_border)
-        return usable.nonzero().flatten()
 
     @torch.no_grad()
     def _sample(self, anchors: Tensor, usable: Tensor, target: Targets) -> tuple[Sample, Tensor]:
@@ -180,12 +171,6 @@ class RPNHead(nn.Module):
         sample = self.sampler(assignment)
         wanted = objects[assignment.objects[sample.positive]]
         return Sample(usable[sample.positive], usable[sample.negative]), wanted
-
-    def _box_losses(self, deltas: Tensor, goals: Tensor) -> Tensor:
-        deltas = at_least_float32(deltas)
-        if self.smooth_l1_beta is None:
-            return (deltas - goals).abs()
-        return F.smooth_l1_loss(deltas, goals, reduction="none", beta=self.smooth_l1_beta)
 
     # Proposals
 
@@ -217,34 +202,11 @@ class RPNHead(nn.Module):
         """
         boxes, logits, levels = [], [], []
         anchors = self.anchors.grid(outputs.objectness)
-        for level, (scores, deltas) in enumerate(zip(*_flat(outputs), strict=True)):
-            best = at_least_float32(scores).topk(min(count, scores.shape[1]))
+        flat = zip(by_anchor(outputs.objectness, 1), by_anchor(outputs.deltas, 4), strict=True)
+        for level, (scores, deltas) in enumerate(flat):
+            best = widened(scores[..., 0]).topk(min(count, scores.shape[1]))
             chosen = deltas.gather(1, best.indices[..., None].expand(-1, -1, 4))
             boxes.append(self.coder.decode(anchors[level][best.indices], chosen))
             logits.append(best.values)
             levels.append(torch.full_like(best.indices[0], level))
         return torch.cat(boxes, 1), torch.cat(logits, 1), torch.cat(levels)
-
-
-def _flat(outputs: RPNOutputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Return logits (N, H_i * W_i * A) and differences (N, H_i * W_i * A, 4) per level, in the order of the anchors."""
-    logits = [x.permute(0, 2, 3, 1).flatten(1) for x in outputs.objectness]
-    deltas = [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in outputs.deltas]
-    return logits, deltas
-
-
-def _by_anchor(outputs: RPNOutputs) -> tuple[Tensor, Tensor]:
-    """Return logits (N, P) and differences (N, P, 4) of all levels."""
-    logits, deltas = _flat(outputs)
-    return torch.cat(logits, 1), torch.cat(deltas, 1)
-
-
-def _sums(values: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-    """Return the sum of the values of each level. ``ends``: one past the last anchor of each level."""
-    return values.new_zeros(len(ends)).index_add(0, torch.bucketize(rows, ends, right=True), values)
-
-
-def _known_size(target: Targets) -> Size:
-    if target.size is None:
-        raise ValueError("the size of each target must be set: pass targets through Detector.prepared.")
-    return target.size

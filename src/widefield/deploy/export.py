@@ -29,7 +29,6 @@ from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvin
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery import inputs
-from widefield.surgery.answers import aligned_corners
 from widefield.surgery.compare import Tally
 from widefield.surgery.inputs import Example, batches, pixels
 from widefield.surgery.walk import begin, copied, unmerged
@@ -319,10 +318,9 @@ def _verified(
 ) -> tuple[Check, ...]:
     """Compare an exported model with its source; raises RuntimeError if they differ by more than the tolerance."""
     tallies: dict[tuple[int, ...], Tally] = {}
-    corners = aligned_corners(model)
     with torch.no_grad():
         for x, labels in images:
-            tallies.setdefault(tuple(x.shape), Tally(corners)).add(model(x), exported(x), labels, images=len(x))
+            tallies.setdefault(tuple(x.shape), Tally(model)).add(model(x), exported(x), labels, images=len(x))
     changes = {shape: tally.difference() for shape, tally in tallies.items()}
     checks = tuple(
         Check(shape, c.images, c.max_abs, c.relative, c.agreement, c.miou_before, c.miou_after)

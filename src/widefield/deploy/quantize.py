@@ -32,7 +32,6 @@ from widefield.deploy.info import ModelInfo, collected, to_texts
 from widefield.deploy.record import Deployed, input_of
 from widefield.deploy.runtime import Runtime, load
 from widefield.nn.router import Router
-from widefield.surgery.answers import aligned_corners
 from widefield.surgery.compare import Difference, Tally
 from widefield.surgery.inputs import batches
 from widefield.surgery.walk import begin, copied, unmerged
@@ -426,7 +425,7 @@ def _measured(
     model: nn.Module, probe: _Probe, rounded: Runtime, images: Iterable[Any]
 ) -> tuple[Difference, tuple[Flips, ...]]:
     """Compare outputs with the model's, and routing weights with the probe's."""
-    tally, flipped, count = Tally(aligned_corners(model)), Counter[str](), 0
+    tally, flipped, count = Tally(model), Counter[str](), 0
     calls: Counter[str] = Counter()
     with torch.no_grad():
         for x, labels in batches(images, model):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.report import Report
-from widefield.surgery.answers import aligned_corners, place_of_meant, tensors, wrapping
+from widefield.surgery.answers import aligned_corners, described, place_of_meant, tensors, wrapping
+from widefield.surgery.detections import DetectionCounts, detections, threshold_of
 from widefield.surgery.inputs import batches
 from widefield.surgery.predictions import ImageCounts, PixelCounts, Shares, counts_for
 
@@ -20,6 +21,10 @@ _NO_NUMBERS = (
     "there is nothing to compare: the outputs hold no numbers, as those of a detector without detections. Choose other "
     "images."
 )
+
+COMPLETE = 0.95
+"""Share of detections with a partner from which two sets count as the same. Rounding may exchange a few detections
+whose scores or overlaps are nearly equal."""
 
 
 class NothingToCompareError(ValueError):
@@ -33,6 +38,10 @@ class Difference(Report):
     In outputs of several tensors each tensor is measured against its own size, and the worst counts: small scores do
     not hide next to large boxes. Tensors are matched by their position in the output.
 
+    Outputs of detectors, a list with ``boxes``, ``scores`` and ``labels`` of each image, are compared as sets:
+    :mod:`widefield.surgery.detections` says which detections are partners. ``max_abs`` and ``scale`` are then those of
+    partners' scores, boxes or masks; in ``rms``, a detection without a partner counts as one with the score 0.
+
     Attributes:
         images: number of images compared.
         max_abs: largest absolute difference, in the tensor with the largest ``relative``; infinite where an output is
@@ -41,15 +50,23 @@ class Difference(Report):
         rms: root of the sum of squared differences, over the same root for the first model's output; of several
             tensors, the largest.
         agreement: share of images for which both models have the same top class; of a segmentation model, share of
-            pixels. None unless the output, or the tensor in it that :func:`widefield.surgery.answers.meant` finds, has
-            the shape (N, classes), or (N, classes, H, W).
+            pixels; of a detector, share of detections, of both models, that have a partner. None for other outputs:
+            neither detections, nor of the shape (N, classes) or (N, classes, H, W), nor with a tensor of these shapes
+            that :func:`widefield.surgery.answers.meant` finds.
         accuracy_before: share of labeled images, or labeled pixels, that the first model classifies correctly; None
             without labels.
         accuracy_after: the same for the second model.
         miou_before: mean over the classes of the first model's intersection over union with the labels, both summed
             over all images; None unless outputs are (N, classes, H, W) and there are masks.
         miou_after: the same for the second model.
-        pixels: number of pixels that ``agreement`` counts; None if it counts images.
+        pixels: number of pixels that ``agreement`` counts; None if it does not count pixels.
+        detections: number of detections, of both models, that ``agreement`` counts; None if it does not count
+            detections.
+        tied: number of those detections without a partner that overlap one of nearly equal score in the other set:
+            rounding decides which of the two suppresses the other.
+        ap_before: box AP (COCO's, over ten overlaps) of the first model; None unless outputs are detections and there
+            are targets.
+        ap_after: the same for the second model.
     """
 
     images: int
@@ -62,18 +79,47 @@ class Difference(Report):
     miou_before: float | None = None
     miou_after: float | None = None
     pixels: int | None = None
+    detections: int | None = None
+    tied: int = 0
+    ap_before: float | None = None
+    ap_after: float | None = None
 
     @property
     def score(self) -> str:
-        """Name of the score that counts: "mIoU" for segmentation, else "accuracy"."""
+        """Name of the score that counts: "mIoU" for segmentation, "box AP" for detection, else "accuracy"."""
+        if self.detections is not None:
+            return "box AP"
         return "accuracy" if self.pixels is None else "mIoU"
 
     @property
     def scores(self) -> tuple[float, float] | None:
         """The score of the first and of the second model, from 0 to 1; None without labels."""
-        pixels = self.pixels is not None
-        before, after = (self.miou_before, self.miou_after) if pixels else (self.accuracy_before, self.accuracy_after)
+        before, after = {
+            "box AP": (self.ap_before, self.ap_after),
+            "mIoU": (self.miou_before, self.miou_after),
+            "accuracy": (self.accuracy_before, self.accuracy_after),
+        }[self.score]
         return None if before is None or after is None else (before, after)
+
+    @property
+    def agreed(self) -> str:
+        """``agreement`` as a clause, such as "top-1 the same for 99.00% of pixels"; empty if there is none."""
+        if self.agreement is None:
+            return ""
+        if self.detections is not None:
+            return f"{self.agreement:.2%} of {self.detections} detections found by both"
+        return f"top-1 the same for {self.agreement:.2%}" + (" of pixels" if self.pixels is not None else "")
+
+    def within(self, tolerance: float) -> bool:
+        """Return whether ``relative`` is at most a tolerance and, of detections, nearly all are found by both.
+
+        Tied detections count as found by both if most others are.
+        """
+        if self.detections is not None:
+            share = self.agreement or 0.0
+            if share < 0.5 or share + self.tied / self.detections < COMPLETE:
+                return False
+        return self.relative <= tolerance
 
     @property
     def relative(self) -> float:
@@ -83,8 +129,8 @@ class Difference(Report):
     def summary(self) -> str:
         """Return the difference as one clause."""
         text = f"outputs on {self.images} images change by {self.rms:.2g} (relative RMS)"
-        if self.agreement is not None:
-            text += f", top-1 the same for {self.agreement:.2%}" + (" of pixels" if self.pixels is not None else "")
+        if self.agreed:
+            text += f", {self.agreed}"
         if self.scores is not None:
             text += ", {} {:.2%} -> {:.2%}".format(self.score, *self.scores)
         return text
@@ -121,28 +167,43 @@ class Tally:
     """Accumulates the difference between two models' outputs, batch by batch.
 
     Args:
-        align_corners: of resizing logits to masks of another size: that of the models, see
-            :func:`widefield.surgery.answers.aligned_corners`.
+        model: the first model. Its ``align_corners`` is that of resizing logits to masks of another size, and its score
+            threshold tells which detections are near it. None: of outputs of parts, which predict nothing.
     """
 
-    def __init__(self, align_corners: bool = False) -> None:
-        self._images, self._align_corners = 0, align_corners
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._images, self._align_corners, self._threshold = 0, aligned_corners(model), threshold_of(model)
         self._outputs: dict[int, _Sums] = {}
         self._counts: ImageCounts | PixelCounts | None = None
         self._predict = True
+        self._found: DetectionCounts | None = None
 
     def add(self, first: Any, second: Any, labels: Any = None, *, images: int | None = None) -> None:
         """Add both models' outputs for one batch.
 
         Args:
-            first, second: outputs with the same tensors, alone or in tuples, mappings and dataclasses.
+            first, second: outputs with the same tensors, alone or in tuples, mappings and dataclasses; or detections
+                of each image, see :func:`widefield.surgery.detections.detections`.
             labels: of images, integers (N,) or (N, 1), as a tensor, an array or a list; -1: unlabeled. Of pixels,
-                masks (N, H, W) or a list of masks (H, W); 255: unlabeled. Anything else is ignored.
+                masks (N, H, W) or a list of masks (H, W); 255: unlabeled. Of detections, ``boxes`` and ``labels`` of
+                each image. Anything else is ignored.
             images: N. Default: the length of the first output tensor that has one, or else 1.
 
         Raises:
             ValueError: outputs of different shapes; a first output that is not finite; another number of labels than N.
         """
+        before = detections(first)
+        if before is not None:
+            after = detections(second)
+            if after is None:
+                raise ValueError(f"the first model returns detections, and the second {described(second)}.")
+            self._found = self._found or DetectionCounts(self._threshold)
+            self._images += len(before)
+            self._found.add(before, after, labels)
+        else:
+            self._add_tensors(first, second, labels, images)
+
+    def _add_tensors(self, first: Any, second: Any, labels: Any, images: int | None) -> None:
         ours, theirs = comparable(first, second)
         count = next((len(out) for out in ours if out.ndim), 1) if images is None else images
         self._images += count
@@ -159,6 +220,8 @@ class Tally:
 
     def difference(self) -> Difference:
         """Return the difference over all batches; raises NothingToCompareError if the outputs held no number."""
+        if self._found is not None:
+            return _of_sets(self._images, self._found)
         if not self._outputs:
             raise NothingToCompareError(_NO_NUMBERS)
         worst = max(self._outputs.values(), key=_Sums.relative)
@@ -172,6 +235,24 @@ class Tally:
         )
 
 
+def _of_sets(images: int, found: DetectionCounts) -> Difference:
+    if not found.seen:
+        raise NothingToCompareError(_NO_NUMBERS)
+    worst = max(found.gaps.values(), key=lambda gaps: gaps.relative)
+    before, after = found.average_precisions
+    return Difference(
+        images,
+        worst.max_abs,
+        worst.scale,
+        found.rms(),
+        found.agreement,
+        detections=found.counted,
+        tied=found.tied,
+        ap_before=before,
+        ap_after=after,
+    )
+
+
 @_checks.guided
 def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Difference:
     """Run two models on the same images and return how far their outputs are apart.
@@ -182,14 +263,14 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         first: the reference.
         second: another model, or what :func:`widefield.deploy.load` returns.
         images: one input tensor, passed as it is; or a loader, see :func:`widefield.surgery.inputs.batches`. Its labels
-            give accuracies, and its masks mean IoUs.
+            give accuracies, its masks mean IoUs, and its boxes box APs.
 
     Raises:
         TypeError: a loader whose batches hold no images, or that runs out after one pass.
         ValueError: a loader without images; outputs of different shapes; a first output that is not finite; a
             :class:`NothingToCompareError` for outputs without a number.
     """
-    tally = Tally(aligned_corners(first))
+    tally = Tally(first)
     with torch.no_grad():
         if isinstance(images, Tensor):
             tally.add(first(images), second(images))
@@ -199,9 +280,14 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
     return tally.difference()
 
 
-def difference(first: Any, second: Any) -> Difference:
-    """Return how far two outputs are apart; raises as :func:`compare` does."""
-    tally = Tally()
+def difference(first: Any, second: Any, model: nn.Module | None = None) -> Difference:
+    """Return how far two outputs are apart; raises as :func:`compare` does.
+
+    Args:
+        first, second: outputs.
+        model: the first model, if these are outputs of whole models; see :class:`Tally`.
+    """
+    tally = Tally(model)
     tally.add(first, second)
     return tally.difference()
 

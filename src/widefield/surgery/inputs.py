@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.surgery.detections import TARGETS, targets_in
 
 LABELS = ("mask", "label")
 """Keys of labels in batches that are mappings: masks of segmentation, classes of images. The first one counts."""
+
+_BY_IMAGE = (*LABELS, *TARGETS)
+"""Keys of batches with an entry for each image."""
 
 Example = Tensor | int | Sequence[int]
 """An example input: one batch, or its size as one side, (H, W), (C, H, W) or (N, C, H, W)."""
@@ -42,9 +46,10 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
 
     Args:
         loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": labels}, {"image": tensor, "mask":
-            masks}, or (images, labels, ...). In a mapping, images of several sizes are a list of tensors (C, H, W),
-            which are yielded one by one. It is iterated once for every call of this function, so it must not be a
-            generator.
+            masks}, {"image": tensor, "boxes": [...], "labels": [...]} with an entry per image, or (images, labels,
+            ...), in which labels may be a list of {"boxes": ..., "labels": ...}. Images of several sizes are a list of
+            tensors (C, H, W), which are yielded one by one. It is iterated once for every call of this function, so it
+            must not be a generator.
         model: gives device and dtype.
 
     Raises:
@@ -58,7 +63,7 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
         images = pixels(batch)
         labels = None
         if isinstance(batch, Mapping):
-            labels = next((batch[name] for name in LABELS if batch.get(name) is not None), None)
+            labels = next((batch[name] for name in LABELS if batch.get(name) is not None), targets_in(batch))
         elif isinstance(batch, (tuple, list)) and len(batch) > 1:
             labels = batch[1]
         if len(images):
@@ -69,14 +74,18 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
 
 
 def _of_one_size(batch: Any) -> Iterator[Any]:
-    """Yield a batch as it is, or one by one if it is a mapping with a list of images."""
-    images = batch.get("image") if isinstance(batch, Mapping) else None
+    """Yield a batch as it is, or one by one if its images are a list."""
+    named = isinstance(batch, Mapping)
+    images = batch.get("image") if named else batch[0] if isinstance(batch, (tuple, list)) and batch else None
     if not isinstance(images, (list, tuple)) or not all(isinstance(image, Tensor) for image in images):
         yield batch
         return
     for index, image in enumerate(images):
-        labels = {name: batch[name][index : index + 1] for name in LABELS if batch.get(name) is not None}
-        yield {"image": image[None], **labels}
+        if named:
+            rest = {name: values[index : index + 1] for name, values in batch.items() if name in _BY_IMAGE}
+            yield {"image": image[None], **{name: values for name, values in rest.items() if values is not None}}
+        else:
+            yield (image[None], *(values[index : index + 1] for values in batch[1:2]))
 
 
 def check_loader(loader: Any) -> None:

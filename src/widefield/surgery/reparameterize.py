@@ -18,6 +18,7 @@ from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
 from widefield.nn.reparam import ConvNorm, ReparamConv2d
 from widefield.surgery import inputs
 from widefield.surgery.compare import Difference, comparable, difference
+from widefield.surgery.detections import detections, sensitive
 from widefield.surgery.folding import Pair, Watch, is_linear, is_norm, without_norm
 from widefield.surgery.inputs import Example, place
 from widefield.surgery.plain import Changed, plain, with_numbers
@@ -118,14 +119,15 @@ def reparameterize(
     begin(model, "reparameterize needs the evaluation-mode function", report)
     model = model.eval() if inplace else copied(model)  # frozen norms may still be in training mode
     x = inputs.example_input(model, example_input)
-    work = _merged(model, x, made_up=not isinstance(example_input, Tensor), count=report is not None)
-    _fold_norms(work)
-    work.model, changed, kept = plain(work.model, x)
-    work.fused = _finished(work.fused, changed, work.model)
-    work.left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in work.left}]
-    if not work.fused:
-        raise NothingToFuseError(f"{work.name} has nothing to fuse: {_nothing(work.left)}")
-    apart = _verified(work, tolerance)
+    with sensitive(model, x):
+        work = _merged(model, x, made_up=not isinstance(example_input, Tensor), count=report is not None)
+        _fold_norms(work)
+        work.model, changed, kept = plain(work.model, x)
+        work.fused = _finished(work.fused, changed, work.model)
+        work.left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in work.left}]
+        if not work.fused:
+            raise NothingToFuseError(f"{work.name} has nothing to fuse: {_nothing(work.left)}")
+        apart = _verified(work, tolerance)
     if report is not None and work.cost is not None:
         done = work.cost, _cost(work.model, x), apart, tolerance
         report(Reparameterization(work.name, tuple(work.fused), tuple(work.left), *done))
@@ -164,14 +166,14 @@ def _verified(work: _Work, tolerance: float) -> Difference:
     """Return how far the outputs moved; raises RuntimeError if they, or those of a layer, moved too far."""
     with torch.no_grad():
         after = _still_runs(work.model, work.x)
-    apart = difference(work.before, after)
+    apart = difference(work.before, after, work.model)
     moved = worst(work.fused)
     layerwise = 0.0 if moved is None or moved.difference is None else moved.difference.relative
     log.info(
         "%s: %s; outputs differ by %.1e of their scale, those of single layers by at most %.1e; left %d",
         work.name, counted(work.fused), apart.relative, layerwise, len(work.left),
     )  # fmt: skip
-    if not max(apart.relative, layerwise) <= tolerance:
+    if not (apart.within(tolerance) and layerwise <= tolerance):
         turned = _turned(work.before, after)
         raise RuntimeError(_too_far(work.model, work.fused, apart, layerwise, tolerance, turned=turned))
     return apart
@@ -328,6 +330,8 @@ def _nothing(left: list[LeftLayer]) -> str:
 
 def _turned(before: Any, after: Any) -> bool:
     """Return whether an output of integers changed, such as classes in the order of their scores."""
+    if detections(before) is not None:
+        return False
     pairs = zip(*comparable(before, after), strict=True)
     return any(not (a.is_floating_point() or a.is_complex()) and not torch.equal(a, b) for a, b in pairs)
 
@@ -359,9 +363,10 @@ def _too_far(
         f" Its parameters are {dtype}, which rounds every folded kernel anew: reparameterize in float32 and cast "
         "after that, or allow more."
     )  # fmt: skip
+    kept = "" if apart.detections is None else f", with {apart.agreed}"
     return (
         f"reparameterization changed the outputs by {apart.relative:.2e} of their scale "
-        f"({apart.max_abs:.2e} absolute) and those of single layers by up to {layerwise:.2e}, "
+        f"({apart.max_abs:.2e} absolute{kept}) and those of single layers by up to {layerwise:.2e}, "
         f"more than tolerance={tolerance:.0e}. Look at: {', '.join(named[:5])}{more}.{grown}{half}"
     )
 

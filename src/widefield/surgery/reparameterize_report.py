@@ -114,9 +114,8 @@ class Reparameterization(Report):
         at = "" if moved is None or moved.difference is None else (
             f", those of single layers by at most {moved.difference.relative:.1e} ({moved.name})"
         )  # fmt: skip
-        same = "" if self.difference.pixels is None or self.difference.agreement is None else (
-            f", top-1 the same for {self.difference.agreement:.2%} of pixels"
-        )  # fmt: skip
+        dense = self.difference.pixels is not None or self.difference.detections is not None
+        same = f", {self.difference.agreed}" if dense and self.difference.agreed else ""
         return (
             f"{self.model}: {counted(self.fused)}; {len(self.left)} left\n"
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}\n"

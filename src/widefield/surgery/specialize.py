@@ -24,8 +24,8 @@ from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import Report
 from widefield.surgery import walk
 from widefield.surgery.anatomy import anatomy
-from widefield.surgery.answers import aligned_corners
 from widefield.surgery.compare import Difference, Tally, comparable, compare
+from widefield.surgery.detections import detections
 from widefield.surgery.inputs import batches, check_loader
 
 log = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ class Specialization(Report):
     tolerance: float
     layers: tuple[RoutedLayer, ...]
     """In the order of the model's modules."""
-    predicted: Difference
+    predicted: Difference | None
     """Change if all layers are static, predicted from the change by each layer alone. This ignores that a layer reads
-    the changed outputs of earlier layers."""
+    the changed outputs of earlier layers. None for detectors, whose detections do not add up."""
     independent: float
     """A coarser prediction of its ``rms``, for independent changes: the root of the sum of the squared changes."""
     together: Difference
@@ -88,6 +88,10 @@ class Specialization(Report):
         """Names of the layers that were made static."""
         return tuple(layer.name for layer in self.layers if layer.reason is None)
 
+    @property
+    def _same(self) -> str:
+        return "same top-1" if self.measured.detections is None else "found by both"
+
     def rows(self) -> list[dict[str, str]]:
         """Return one table row per routed layer."""
         return [
@@ -98,7 +102,7 @@ class Specialization(Report):
                 "routing varies by": _text(layer.variation),
                 "own output changes by": _text(layer.own),
                 "outputs change by": _text(layer.change.rms if layer.change else None),
-                "same top-1": _share(layer.change.agreement if layer.change else None),
+                self._same: _share(layer.change.agreement if layer.change else None),
                 self.measured.score: _share(layer.change.scores[1] if layer.change and layer.change.scores else None),
                 "static": "yes" if layer.reason is None else f"no: {layer.reason}",
             }
@@ -118,8 +122,9 @@ class Specialization(Report):
         ]
         if self.measured != self.together:
             lines.append(f"all {count} static: {self.together}")
+        if self.predicted is not None:
+            lines.append(f"predicted for all {count} from each alone: {self.predicted}")
         lines += [
-            f"predicted for all {count} from each alone: {self.predicted}",
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}, "
             f"MACs an image {self.before.macs:,} -> {self.after.macs:,}",
         ]
@@ -175,7 +180,7 @@ def specialize(
         if not reached:
             raise ValueError(f"the data never reach a routed layer of {type(model).__name__}: {', '.join(layers)}.")
         statics = {name: _static(name, layer, routing[name].mean()) for name, layer in reached.items()}
-        effects = _Effects(statics, aligned_corners(work))
+        effects = _Effects(statics, work)
         effects.measure(work, reached, statics, loader)
         chosen, measured = list(reached), effects.together.difference()
         if policy == "auto":
@@ -192,7 +197,7 @@ def specialize(
         policy,
         tolerance,
         tuple(_entry(name, stages[name], layer, routing[name], effects, chosen) for name, layer in layers.items()),
-        effects.predicted.difference(),
+        effects.predicted(),
         _independent(alone.values()),
         effects.together.difference(),
         measured,
@@ -347,11 +352,16 @@ def _record(model: nn.Module, layers: Layers, loader: Iterable[Any]) -> tuple[di
 class _Effects:
     """The changes by static layers: of their own outputs and of the model's, alone and together."""
 
-    def __init__(self, names: Iterable[str], align_corners: bool) -> None:
+    def __init__(self, names: Iterable[str], model: nn.Module) -> None:
         names = list(names)
         self.own = {name: Tally() for name in names}
-        self.alone = {name: Tally(align_corners) for name in names}
-        self.unchanged, self.predicted, self.together = (Tally(align_corners) for _ in range(3))
+        self.alone = {name: Tally(model) for name in names}
+        self.unchanged, self.together, self._summed = (Tally(model) for _ in range(3))
+        self._sums = True
+
+    def predicted(self) -> Difference | None:
+        """Return the change if all are static, from the sum of the changes by each; None if outputs do not add up."""
+        return self._summed.difference() if self._sums else None
 
     def alone_differences(self) -> dict[str, Difference]:
         """Return what each layer changes in the model's outputs alone."""
@@ -362,17 +372,20 @@ class _Effects:
         for images, labels in batches(loader, model):
             with _watched(layers, lambda name, x, y: self.own[name].add(y, statics[name](x))):
                 outputs = model(images)
-            plain = comparable(outputs, outputs)[0]
+            self._sums &= detections(outputs) is None
+            plain = comparable(outputs, outputs)[0] if self._sums else []
             shifted = [leaf.double() for leaf in plain]
             for name, tally in self.alone.items():
                 with _swapped(model, layers, statics, [name]) as variant:
                     moved = variant(images)
                 tally.add(outputs, moved, labels, images=len(images))
-                pairs = zip(shifted, plain, comparable(outputs, moved)[1], strict=True)
-                shifted = [sum_ + (new.double() - old.double()) for sum_, old, new in pairs]
+                if self._sums:
+                    pairs = zip(shifted, plain, comparable(outputs, moved)[1], strict=True)
+                    shifted = [sum_ + (new.double() - old.double()) for sum_, old, new in pairs]
             with _swapped(model, layers, statics, layers) as variant:
                 self.together.add(outputs, variant(images), labels, images=len(images))
-            self.predicted.add(outputs, shifted, labels, images=len(images))
+            if self._sums:
+                self._summed.add(outputs, shifted, labels, images=len(images))
             self.unchanged.add(outputs, outputs, labels, images=len(images))
 
 

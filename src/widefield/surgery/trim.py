@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from widefield import _checks, bench
 from widefield.ops.crop_table import CropTable
 from widefield.surgery.anatomy import anatomy
-from widefield.surgery.compare import Difference, NothingToCompareError, difference
+from widefield.surgery.compare import Difference, difference
+from widefield.surgery.detections import detections, sensitive
 from widefield.surgery.inputs import Example, batches, check_loader, pixels
 from widefield.surgery.inputs import example_input as made_up
 from widefield.surgery.trim_kernels import Call, Layer, Left, Sizes, crop_kernels, kernels_of, watch, zero_taps
@@ -94,7 +94,7 @@ def trim(
     if loader is None or x is None:
         sizes = {layer.name: _within(layer, tolerance, limit) for layer in layers}
     else:
-        with suppress(NothingToCompareError):  # a detector with such small kernels may detect nothing
+        if not _detects(model, x):  # with such small kernels all its boxes may have equal scores
             _verify(model, {layer.name: layer.inside(0) for layer in layers}, x)  # cheap, so before any measurement
         search = Search(model, layers, loader, tolerance)
         sizes = search.run([_limited(layer.windows, limit) for layer in layers])
@@ -119,6 +119,11 @@ def trim(
     if report is not None:
         report(done)
     return trimmed
+
+
+def _detects(model: nn.Module, x: Tensor) -> bool:
+    with torch.no_grad():
+        return detections(model(x)) is not None
 
 
 def _refuse_unmerged(model: nn.Module) -> None:
@@ -175,7 +180,7 @@ def _example(model: nn.Module) -> Tensor | None:
     """Return noise on which the model runs; None, with a warning, if it does not run on any."""
     try:
         x = made_up(model)
-        with torch.no_grad():
+        with torch.no_grad(), sensitive(model, x):
             outputs = model(x)
         difference(outputs, outputs)
     except Exception as error:  # models raise anything on inputs that they were not made for
@@ -238,7 +243,8 @@ def _entries(layer: Layer | Left, stage: int, sizes: Sizes, limit: int | None) -
 
 def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
     """Return how far the trimmed model is from the one with zeros in the same taps; RuntimeError if too far."""
-    masked, trimmed = zero_taps(model, sizes), crop_kernels(model, sizes)
+    with sensitive(model, x):  # copies keep the thresholds
+        masked, trimmed = zero_taps(model, sizes), crop_kernels(model, sizes)
     if x.dtype in (torch.float16, torch.bfloat16):  # their rounding would hide a difference
         x, masked, trimmed = x.float(), masked.float(), trimmed.float()
     with torch.no_grad():
@@ -248,7 +254,8 @@ def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
         except ValueError as error:
             raise type(error)(f"the trimmed model cannot be verified: {error}") from error
         try:
-            apart = difference(expected, trimmed(x)).relative
+            change = difference(expected, trimmed(x), masked)
+            apart = change.relative if change.within(ROUNDING) else max(change.relative, change.rms)
             why = f"its outputs are off by {apart:.1e} of their scale"
         except (RuntimeError, ValueError) as error:
             apart, why = math.inf, str(error).splitlines()[0]

@@ -277,14 +277,8 @@ def _mask_overlaps(
         raise ValueError(f"average precision of masks needs masks, and {whose} none.")
     masks = found.masks
     if masks.dtype != torch.bool:
-        masks = paste(masks, found.boxes, true.size)
+        masks = dense.paste_masks(masks, found.boxes, true.size)
     return matching.mask_overlaps(masks, true.masks.to(masks.device), crowd)
-
-
-def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return masks at the size of a file, bool (D, H, W), from probabilities (D, S, S) inside boxes (D, 4)."""
-    pasted: Tensor = vars(dense)["paste_masks"](masks, boxes, size)
-    return pasted
 
 
 _OVERLAPS = {"box": _box_overlaps, "mask": _mask_overlaps}

@@ -15,7 +15,7 @@ from widefield.data import Sample
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
-from widefield.tasks.coco_metric import OCTAVES, RELATIVE_OCTAVES, CocoMetric, TrueObjects, paste
+from widefield.tasks.coco_metric import OCTAVES, RELATIVE_OCTAVES, CocoMetric, TrueObjects
 from widefield.tasks.detection_scores import DetectionScores
 from widefield.tasks.predictions import BoxPrediction, Prediction
 
@@ -185,7 +185,7 @@ class Detection(Task):
 
 
 def _box_prediction(found: Detections, size: tuple[int, int]) -> BoxPrediction:
-    masks = None if found.masks is None else paste(found.masks, found.boxes, size).cpu()
+    masks = None if found.masks is None else dense.paste_masks(found.masks, found.boxes, size).cpu()
     return BoxPrediction(
         found.boxes.float().cpu(), found.labels.cpu(), found.scores.float().cpu(), masks, size=(size[0], size[1])
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from widefield.data import Sample, SampleSet
@@ -22,13 +23,31 @@ class EpochSampler(Sampler[int]):
     With ``repeats`` each image comes that many times in a row (Hoffer et al. 2020, "Augment your batch"). An epoch is
     as long as before, so it holds a part of the images. Visit v of image i is ``i + v * length``.
 
+    With ``groups``, the samples of a step are of one group: the shuffled samples of each group are collected, and
+    follow as soon as there are enough for a step. Those left over at the end of the epoch come last, mixed.
+
+    Args:
+        length: number of samples.
+        seed: first word of the key to every shuffle.
+        repeats: how often each image comes in a row.
+        groups: number of each sample's group, (length,); None: one group.
+        together: number of samples of a step, in all processes and before accumulation.
+
     Attributes:
         start: how many samples of the epoch to skip, because they were used before an interruption; they are not
             loaded.
     """
 
-    def __init__(self, length: int, seed: int, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        repeats: int = 1,
+        groups: NDArray[np.int64] | None = None,
+        together: int = 1,
+    ) -> None:
         self.length, self.seed, self.repeats = length, seed, repeats
+        self.groups, self.together = groups, together
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,7 +60,23 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         visits = (order[:, None] + self.length * np.arange(self.repeats)).ravel()[: self.length]
+        if self.groups is not None:
+            visits = visits[_grouped(self.groups[visits % self.length], self.together)]
         return iter(visits[self.start :].tolist())
+
+
+def _grouped(groups: NDArray[np.int64], together: int) -> NDArray[np.int64]:
+    """Return an order of the elements of ``groups`` in which as many as possible of one group stand together."""
+    blocks, rest = [], []
+    for group in np.unique(groups):
+        places = np.flatnonzero(groups == group)
+        full = len(places) - len(places) % together
+        blocks.append(places[:full].reshape(-1, together))
+        rest.append(places[full:])
+    whole = np.concatenate(blocks)
+    whole = whole[np.argsort(whole[:, -1])]  # a block is complete when its last sample comes
+    order: NDArray[np.int64] = np.concatenate([whole.ravel(), np.sort(np.concatenate(rest))])
+    return order
 
 
 Collate = Callable[[Sequence[Sample]], Batch]
@@ -49,11 +84,21 @@ Collate = Callable[[Sequence[Sample]], Batch]
 
 
 def train_loader(
-    dataset: SampleSet, collate: Collate, batch_size: int, workers: int, seed: int, repeats: int = 1
+    dataset: SampleSet,
+    collate: Collate,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    repeats: int = 1,
+    processes: int = 1,
 ) -> DataLoader[Any]:
-    """Return a loader of full shuffled batches, for ``batches``; its ``sampler`` is an :class:`EpochSampler`."""
+    """Return a loader of full shuffled batches, for ``batches``; its ``sampler`` is an :class:`EpochSampler`.
+
+    If the data set has :meth:`~widefield.data.SampleSet.batch_groups`, the batches of a step in all ``processes`` are
+    of one group.
+    """
     reading = _Reading(dataset)
-    sampler = EpochSampler(len(reading), seed, repeats)
+    sampler = EpochSampler(len(reading), seed, repeats, dataset.batch_groups(), batch_size * processes)
     return _loader(reading, collate, batch_size, workers, sampler=sampler, drop_last=True)
 
 

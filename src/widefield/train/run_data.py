@@ -39,10 +39,10 @@ class RunData:
     palette: tuple[tuple[int, int, int], ...] = ()
     """Of a set for segmentation or detection: color of each class, (red, green, blue)."""
     crop_size: tuple[int, int] | None = None
-    """Of such a set: (height, width) of the train images in pixels; None if they differ."""
+    """Of a segmentation set: (height, width) of the train images in pixels; None if they differ."""
     test_scale: tuple[int, int] | None = None
-    """Of such a set: (longer side, shorter side) of the rectangle that val images are fitted into; None: their size is
-    kept."""
+    """Of a set for segmentation or detection: (longer side, shorter side) of the rectangle that val images are fitted
+    into; None: their size is kept."""
     object_classes: tuple[str, ...] = ()
     """Of a set with objects: names of their classes, without a background."""
 
@@ -73,7 +73,7 @@ def record(train: data.SampleSet, val: data.SampleSet) -> RunData:
     return replace(
         found,
         palette=train.palette,
-        crop_size=train.crop_size,
+        crop_size=getattr(train, "crop_size", None),
         test_scale=train.test_scale,
         object_classes=tuple(getattr(train, "object_classes", ())),
     )
