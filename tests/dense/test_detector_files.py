@@ -20,8 +20,12 @@ def fcos(backbone="test_convnext", classes=3, **options):
     return dense.FCOS(backbone, classes, **{"neck_channels": 64, **options})
 
 
-BUILDERS = (faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn, fcos)
-KINDS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "CascadeRCNN", "FCOS")
+def retinanet(backbone="test_convnext", classes=3, **options):
+    return dense.RetinaNet(backbone, classes, **{"neck_channels": 16, **options})
+
+
+BUILDERS = (faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn, retinanet, fcos)
+KINDS = ("FasterRCNN", "MaskRCNN", "CascadeRCNN", "CascadeRCNN", "RetinaNet", "FCOS")
 
 
 def refusal(model, path, **options):
@@ -112,6 +116,7 @@ def test_the_first_names_of_fcos_load(tmp_path):
         (faster_rcnn, {"roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg"}),
         (mask_rcnn, {"roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg", "roi_head.mask_head.conv_logits"}),
         (cascade_rcnn, {f"roi_head.bbox_head.{stage}.fc_cls" for stage in range(3)}),
+        (retinanet, {"bbox_head.retina_cls"}),
         (fcos, {"bbox_head.conv_cls"}),
     ],
 )
@@ -143,6 +148,7 @@ def test_parts(tmp_path):
     [
         (faster_rcnn, mask_rcnn, "The file holds a MaskRCNN, the model is a FasterRCNN"),
         (fcos, mask_rcnn, "The file holds a MaskRCNN, the model is an FCOS"),
+        (retinanet, fcos, "The file holds an FCOS, the model is a RetinaNet"),
         (lambda: faster_rcnn(box_head="4conv1fc"), faster_rcnn, "build the model with box_head='shared2fc'"),
         (faster_rcnn, lambda: faster_rcnn(box_head="4conv1fc"), "build the model with box_head='4conv1fc'"),
         (faster_rcnn, lambda: faster_rcnn(class_agnostic=True), "build the model with class_agnostic=True"),

@@ -1,5 +1,7 @@
 """Weights of torchvision's detectors load with their classes in order, and give torchvision's detections."""
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -31,13 +33,13 @@ def pyramid(layers, extra):
     return BackboneWithFPN(trunk(), names, widths, CHANNELS, extra)
 
 
-def noisy(model):
-    """Return the model in float64 and evaluation mode, with weights that give various scores."""
+def noisy(model, scale=0.1):
+    """Return the model in float64 and evaluation mode, with weights (float32) that give various scores."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "head" in name and parameter.ndim >= 2 and parameter.shape[0] != CHANNELS:
-                value = torch.randn(parameter.shape, generator=generator) * 0.1
+                value = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.copy_(value - value.mean(tuple(range(1, value.ndim)), keepdim=True))
             elif "bbox_reg.bias" in name:
                 parameter.fill_(1.0)
@@ -58,6 +60,13 @@ class Unchanged(nn.Module):
 
     def postprocess(self, result, _sizes, _original):
         return result
+
+
+def detected(theirs, ours):
+    with torch.no_grad():
+        (expected,) = theirs(list(IMAGES))
+        (found,) = ours.double().eval()(IMAGES)
+    return expected, found
 
 
 # FCOS
@@ -84,15 +93,55 @@ def test_fcos_gives_the_same_detections_with_the_settings_of_torchvision(tmp_pat
     report = dense.load_checkpoint(ours, written(theirs, tmp_path / "fcos.pth"))
     assert report.fresh == report.skipped == ()
     assert "converted from torchvision's" in str(report)
-    with torch.no_grad():
-        (expected,) = theirs(list(IMAGES))
-        (found,) = ours.double().eval()(IMAGES)
+    expected, found = detected(theirs, ours)
     # torchvision does not train its class 0, and keeps boxes without area.
     rows = (expected["labels"] > 0) & (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1)
     count = int(rows.sum())
     assert 20 < count <= len(found.boxes) == 50
     close(found.scores[:count], expected["scores"][rows] ** 2, FLOAT64)
     close(found.boxes[:count], expected["boxes"][rows], FLOAT64)
+    assert torch.equal(found.labels[:count] + 1, expected["labels"][rows])
+    assert len(found.labels.unique()) > 2
+
+
+# RetinaNet
+
+
+def theirs_retinanet(classes, norm):
+    """Return torchvision's RetinaNet, as in its first or second version, with anchors that are not rounded."""
+    sizes = tuple(tuple(8 * 2**level * 2 ** (i / 3) * 4 for i in range(3)) for level in range(5))
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+    own = dense.anchors.Anchors.octaves()
+    anchors.cell_anchors = [torch.tensor(own.shapes(level), dtype=torch.float64) for level in range(5)]
+    body = pyramid((2, 3, 4), LastLevelP6P7(512 if norm else CHANNELS, CHANNELS))
+    head = detection.retinanet.RetinaNetHead(CHANNELS, 9, classes, norm_layer=norm)
+    model = detection.RetinaNet(body, classes, anchor_generator=anchors, head=head, score_thresh=1e-9,
+                                detections_per_img=60, topk_candidates=200)  # fmt: skip
+    model.transform = Unchanged()
+    noisy(model, 0.02)  # scores below 1, boxes of various sizes
+    with torch.no_grad():  # so that the class 0, which torchvision does not train, is no candidate
+        model.head.classification_head.cls_logits.bias.reshape(9, classes)[:, 0] = -90.0
+    return model
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_retinanet_gives_the_same_detections_with_the_published_anchors(version, tmp_path):
+    theirs = theirs_retinanet(7, partial(nn.GroupNorm, 32) if version == 2 else None)
+    settings = {1: {"extra": "on_output", "relu_before_extra": True}, 2: {"norm": "group", "relu_before_extra": True}}
+    ours = dense.RetinaNet(
+        trunk(), 6, neck_channels=CHANNELS, score_threshold=1e-9, max_per_image=60, candidates=200, **settings[version]
+    )
+    path = written(theirs, tmp_path / "retinanet.pth")
+    info = dense.inspect_checkpoint(path)
+    assert (info.detector, info.num_classes) == ("RetinaNet", 6)
+    report = dense.load_checkpoint(ours, path)
+    assert report.fresh == report.skipped == ()
+    expected, found = detected(theirs, ours)
+    rows = (expected["boxes"][:, 2:] > expected["boxes"][:, :2]).all(1)  # torchvision keeps boxes without area
+    count = int(rows.sum())
+    assert 40 < count <= len(found.boxes)
+    close(found.boxes[:count], expected["boxes"][rows], FLOAT64)
+    close(found.scores[:count], expected["scores"][rows], FLOAT64)
     assert torch.equal(found.labels[:count] + 1, expected["labels"][rows])
     assert len(found.labels.unique()) > 2
 
@@ -140,13 +189,6 @@ def ours_mask_rcnn(classes, kind=dense.MaskRCNN, **options):
     settings = {"neck_channels": CHANNELS, "box_channels": 32, "score_threshold": 0.0, "max_per_image": 30,
                 "test_proposals": 40}  # fmt: skip
     return kind(trunk(), classes, **{**settings, **options})
-
-
-def detected(theirs, ours):
-    with torch.no_grad():
-        (expected,) = theirs(list(IMAGES))
-        (found,) = ours.double().eval()(IMAGES)
-    return expected, found
 
 
 def test_mask_rcnn_gives_the_same_detections_with_the_published_anchors_and_rois(tmp_path):
