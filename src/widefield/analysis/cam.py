@@ -69,10 +69,10 @@ class ClassActivation(Result):
     title = "Class activation maps"
     lead = (
         "Grad-CAM: the positive part of a layer's map, channels weighted by the mean gradient of the class's score "
-        "(for a detector's box by the gradient at each position), scaled to a maximum of 1 per image and model: positions compare, magnitudes do not. The contour is at half "
-        "the maximum; under each map are the class and its probability. Table: share of the image above that half, and "
-        "share of the map in the central quarter of the image (25 % for an even map), ± standard deviations over "
-        "images; an empty map is 0 everywhere."
+        "(for a detector's box by the gradient at each position), scaled to a maximum of 1 per image and model: "
+        "positions compare, magnitudes do not. The contour is at half the maximum; under each map are the class and "
+        "its probability. Table: share of the image above that half, and share of the map in the central quarter of "
+        "the image (25 % for an even map), ± standard deviations over images; an empty map is 0 everywhere."
     )
 
     @property
