@@ -91,7 +91,8 @@ def test_a_changed_number_is_found(name, tmp_path):
         value = document
         for key in path:
             value = value[key]
-        lines = _found(_changed(document, path, value + (1 if isinstance(value, int) else 1e-6)), tmp_path)
+        step = 1 if isinstance(value, int) else 1e-6 * max(1, abs(value))
+        lines = _found(_changed(document, path, value + step), tmp_path)
         assert len(lines) >= 1, f"a change of {path} went unseen"
 
 
