@@ -6,7 +6,7 @@ Boxes are (x1, y1, x2, y2) in continuous pixels; (0, 0) is the top left corner o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,18 @@ class Detector(nn.Module):
         self._frozen = _freeze(backbone, self.frozen_stages)
         self.train(self.training)
 
+    rules: dict[str, Any]
+    """Rules of test time: ``score_threshold``, ``nms_threshold``, ``max_per_image``, and what else the detector has."""
+
+    @property
+    def score_threshold(self) -> float:
+        """The score that detections must exceed; it can be set."""
+        return float(self.rules["score_threshold"])
+
+    @score_threshold.setter
+    def score_threshold(self, value: float) -> None:
+        self.rules = {**self.rules, "score_threshold": _checks.number("score_threshold", value, maximum=1.0)}
+
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses by name; their sum is the loss of training.
 
@@ -227,6 +239,16 @@ class Detector(nn.Module):
             return found
         outer = _listed("out_sizes", out_sizes, len(images))
         return [_scaled(*entry) for entry in zip(found, inner, outer, strict=True)]
+
+    def served(self, nms: str = "inside") -> nn.Module:
+        """Return this detector as a module whose outputs have fixed shapes, as exported files have them.
+
+        Args:
+            nms: where the last non-maximum suppression is: see :class:`widefield.dense.ServedDetector`.
+        """
+        from widefield.dense.serving import ServedDetector  # it knows all detectors
+
+        return ServedDetector(self, nms)
 
     def train(self, mode: bool = True) -> Detector:
         """Set the mode; frozen parts, and batch norms if ``norm_eval``, stay in evaluation mode."""
