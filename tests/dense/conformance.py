@@ -17,7 +17,14 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense import anchor_head_checks, box_checks, detection_checks, segmentation_checks
+from dense import (
+    anchor_head_checks,
+    box_checks,
+    detection_checks,
+    roi_checks,
+    segmentation_checks,
+    two_stage_checks,
+)
 from dense.rules import Differences
 
 CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
@@ -25,6 +32,8 @@ CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
     **anchor_head_checks.CHECKS,
     **box_checks.CHECKS,
     **detection_checks.CHECKS,
+    **roi_checks.CHECKS,
+    **two_stage_checks.CHECKS,
 }
 """Kind -> check."""
 
@@ -34,8 +43,10 @@ def kind(document: Mapping[str, Any]) -> str | None:
     config = document.get("config")
     names = [
         document.get("neck"),
+        document.get("head"),
         config.get("type") if isinstance(config, Mapping) else None,
         str(document.get("model", "")).split("_")[0],
+        "bbox_heads" if "bbox_coder" in str(document.get("cases")) else None,
         "detection_units" if set(document) & set(box_checks.SECTIONS) else None,
     ]
     return next((name for name in names if name in CHECKS), None)

@@ -213,13 +213,14 @@ def check_fpn(document: Document, differences: Differences) -> None:
 
 
 def built_trunk(document: Document) -> nn.Module:
-    """Return the network that the name of a whole model ends in, such as upernet_convnext_tiny.
+    """Return the network in the name of a whole model, such as upernet_convnext_tiny.
 
     Depths and widths of ConvNeXts are those of the file's state dict.
     """
     state = document["state_dict"]
     words = document["model"].split("_")[1:]
-    names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
+    count = len(words)
+    names = ["_".join(words[start:end]) for start in range(count) for end in range(count, start, -1)]
     name = next((name for name in names if timm.is_model(name)), None)
     if name is None:
         raise ValueError(f"no network is called {names[0]!r}")
@@ -232,7 +233,7 @@ def built_trunk(document: Document) -> nn.Module:
         ]
         args["depths"] = [blocks.count(stage) for stage in range(4)]
         args["dims"] = [state[f"backbone.norm{stage}.weight"][0] for stage in range(4)]
-        if not document["config"].get("layer_scale", True):
+        if not document.get("config", {}).get("layer_scale", True):
             args["ls_init_value"] = None
     return timm.model_entrypoint(name)(**args)  # unlike create_model, it passes on arguments that are None
 

@@ -39,13 +39,14 @@ class BoxHead(nn.Module):
     Args:
         in_channels: channels of the RoIs' features.
         num_classes: number of classes, without the background.
-        kind: "shared2fc", or "4conv1fc" with batch norms.
+        kind: "shared2fc" or "4conv1fc", the convolutions and fully connected layers.
         class_agnostic: whether one box is predicted for all classes.
         box_loss: "l1" or "smooth_l1" (beta 1) of the differences, or "giou" of the boxes, with weight 10.
         stds: the predicted differences are multiplied by these.
         roi_size: height and width of the features.
         channels: outputs of the fully connected layers.
         conv_channels: outputs of the convolutions; None: ``in_channels``.
+        norm: of the convolutions: "batch", "group" or None.
 
     Raises:
         ValueError: an unknown ``kind`` or ``box_loss``.
@@ -63,6 +64,7 @@ class BoxHead(nn.Module):
         roi_size: int = 7,
         channels: int = 1024,
         conv_channels: int | None = None,
+        norm: str | None = "batch",
     ) -> None:
         super().__init__()
         convs, fcs = BOX_HEADS[_checks.choice("box_head", kind, tuple(BOX_HEADS))]
@@ -76,7 +78,7 @@ class BoxHead(nn.Module):
         self.fc_reg = nn.Linear(channels, 4 if self.class_agnostic else 4 * self.num_classes)
         self.shared_convs = nn.ModuleList()
         for _ in range(convs):
-            self.shared_convs.append(ConvModule(width, conv_channels or width, 3, padding=1, norm="batch"))
+            self.shared_convs.append(ConvModule(width, conv_channels or width, 3, padding=1, norm=norm))
             width = conv_channels or width
         width *= self.roi_size**2
         self.shared_fcs = nn.ModuleList()
