@@ -53,16 +53,19 @@ def kind(document: Mapping[str, Any]) -> str | None:
 
 
 def check(path: Path) -> Differences:
-    """Return what differs between a file and this library."""
+    """Return what differs between a file and this library. An error is a difference, after those found before it."""
     differences = Differences()
-    document = json.loads(path.read_text())
-    found = kind(document) if isinstance(document, dict) else None
-    if found is None:
-        differences.lines.append(f"the kind of this file is unknown; known are {', '.join(CHECKS)}")
-    else:
-        CHECKS[found](document, differences)
-        if not differences.compared:
-            differences.lines.append("nothing in this file was compared")
+    try:
+        document = json.loads(path.read_text())
+        found = kind(document) if isinstance(document, dict) else None
+        if found is None:
+            differences.lines.append(f"the kind of this file is unknown; known are {', '.join(CHECKS)}")
+        else:
+            CHECKS[found](document, differences)
+            if not differences.compared:
+                differences.lines.append("nothing in this file was compared")
+    except Exception as error:  # one bad file must not hide the results of the others
+        differences.lines.append(f"{type(error).__name__}: {error}")
     return differences
 
 
@@ -74,11 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     failed = 0
     for name in arguments:
         start = time.monotonic()
-        try:
-            differences = check(Path(name))
-        except Exception as error:  # one bad file must not hide the results of the others
-            differences = Differences()
-            differences.lines.append(f"{type(error).__name__}: {error}")
+        differences = check(Path(name))
         failed += bool(differences.lines)
         verdict = f"FAILED, {len(differences.lines)} differences" if differences.lines else "ok"
         print(f"{name}: {verdict} ({differences.compared} comparisons, {time.monotonic() - start:.0f} s)", flush=True)

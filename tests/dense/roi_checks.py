@@ -15,7 +15,7 @@ from dense.detection_checks import check_boxes, check_loss_values
 from dense.mmdet_configs import Settings
 from dense.rules import Differences
 from dense.segmentation_checks import REMARKS, check_module
-from widefield.dense.box_head import BoxHead, probabilities
+from widefield.dense.box_head import BOX_LOSSES, BoxHead, probabilities
 from widefield.dense.boxes import Sampler
 from widefield.dense.detector import Targets
 from widefield.dense.mask_head import FCNMaskHead, mask_targets, paste_masks
@@ -69,9 +69,7 @@ def built_box_head(config: Settings) -> BoxHead:
     if mmdet_configs.cross_entropy_weight(config, "loss_cls", sigmoid=False) != 1:
         config.unknown("loss_cls.loss_weight", "other than 1")
     loss = mmdet_configs.box_loss(config)
-    if loss != {"l1": {"kind": "l1", "weight": 1.0}, "giou": {"kind": "giou", "weight": 10.0}}.get(
-        loss["kind"], {"kind": "smooth_l1", "weight": 1.0, "beta": 1.0}
-    ):
+    if loss["kind"] not in BOX_LOSSES:
         config.unknown("loss_bbox", loss)
     config.expect("reg_decoded_bbox", loss["kind"] == "giou")
     channels = config.take("in_channels")
@@ -86,6 +84,8 @@ def built_box_head(config: Settings) -> BoxHead:
         channels=config.take("fc_out_channels", 1024),
         conv_channels=config.take("conv_out_channels", 256),
         norm=mmdet_configs.norm_of(config),
+        beta=loss.get("beta", 1.0),
+        box_weight=loss["weight"],
     )
     config.done()
     return head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from dense.detection_checks import check_detections, targets_of
 from dense.mmdet_configs import Settings
 from dense.roi_checks import FLOAT32, accuracy, built_box_head, built_mask_head, ellipses
 from dense.rules import WITHIN, Differences, images
-from dense.segmentation_checks import REMARKS, built_trunk, fill_through_files
+from dense.segmentation_checks import REMARKS, built_fpn, built_trunk, fill_through_files
 from widefield import dense
 from widefield.dense._trunk_keys import trunk_names
 from widefield.dense.boxes import BoxCoder, Sampler
@@ -26,10 +27,6 @@ from widefield.dense.roi_head import RoIHead, Selection
 from widefield.dense.rpn import ProposalLimits, RPNHead
 
 Document = Mapping[str, Any]
-
-FIRST = 50
-"""Proposals of the first image whose outputs are in the file."""
-
 
 # Configurations
 
@@ -126,7 +123,7 @@ def _built_roi_head(document: Document, differences: Differences) -> RoIHead | C
     assigners = [box_checks.built_assigner(train.take("assigner")) for train in trains]
     samplers = [_sampler(train.inner("sampler"), with_truth=True) for train in trains]
     for train in trains:
-        train.expect("mask_size", 28)
+        train.expect("mask_size", masks[0].mask_size if masks else 28)
         train.expect("pos_weight", -1)
         train.expect("debug", False)
         train.done()
@@ -147,19 +144,15 @@ def built_detector(document: Document, differences: Differences) -> TwoStageDete
     config = Settings("backbone_cfg", document.get("backbone_cfg", {}), differences)
     frozen, norm_eval = config.take("frozen_stages", -1), config.take("norm_eval", False)
     config.expect("style", "pytorch")
-    for name in ("type", "depth", "depths", "dims", "num_stages", "norm_cfg"):  # the state dict shows them
+    for name in ("type", "depth", "depths", "dims", "num_stages", "norm_cfg", "layer_scale_init_value"):
+        config.take(name)  # the state dict shows them
+    for name in ("drop_path_rate", "init_cfg", "pretrained", "with_cp"):  # without effect in evaluation mode
         config.take(name)
     config.expect("out_indices", [0, 1, 2, 3])
-    config.expect("drop_path_rate", 0.0)
-    config.take("layer_scale_init_value")
     config.done()
     roi = _built_roi_head(document, differences)
-    neck = Settings("neck_cfg", document.get("neck_cfg", {}), differences)
-    neck.expect("type", "FPN")
-    neck.expect("num_outs", 5)
-    options: dict[str, Any] = {
-        "neck_channels": neck.take("out_channels", 256), "frozen_stages": max(frozen, 0), "norm_eval": norm_eval,
-    }  # fmt: skip
+    neck = built_fpn(Settings("neck_cfg", document["neck_cfg"], differences))
+    options: dict[str, Any] = {"frozen_stages": max(frozen, 0), "norm_eval": norm_eval}
     word = document["model"].split("_")[0]
     classes: dict[str, type[dense.FasterRCNN] | type[dense.CascadeRCNN]] = {
         "faster": dense.FasterRCNN, "mask": dense.MaskRCNN, "cascade": dense.CascadeRCNN,
@@ -167,10 +160,9 @@ def built_detector(document: Document, differences: Differences) -> TwoStageDete
     if word == "cascade":
         options["masks"] = bool(roi.mask_heads)
     model = classes[word](built_trunk(document), roi.box_heads[0].num_classes, **options)
-    differences.equal("neck_cfg.in_channels", list(model.backbone.channels), neck.take("in_channels"))
-    neck.done()
+    differences.equal("neck_cfg.in_channels", list(model.backbone.channels), list(neck.in_channels))
     differences.equal("masks", bool(roi.mask_heads), model.has_masks)
-    model.roi_head, model.rpn_head = roi, _built_rpn(document, differences)
+    model.neck, model.roi_head, model.rpn_head = neck, roi, _built_rpn(document, differences)
     return model
 
 
@@ -196,19 +188,22 @@ def check_two_stage(document: Document, differences: Differences) -> None:
         if "proposals_test" in document:
             found = [Detections(entry.boxes, entry.scores, entry.scores.long()) for entry in proposals]
             check_detections("proposals_test", found, document["proposals_test"], differences)
-        _check_outputs(model, maps, proposals[0].boxes[:FIRST], document, differences)
+        outputs = next((name for name in document if re.fullmatch(OUTPUTS, name)), "")
+        if outputs:
+            first = proposals[0].boxes[: int(outputs.split("first")[1].split("_")[0])]
+            _check_outputs(outputs, model, maps, first, document[outputs], differences)
         for name, out in (("detections", None), ("detections_rescaled", [e["ori_shape"] for e in batch["images"]])):
             if name in document:
                 found = model(x, sizes=sizes, out_sizes=out)
                 _check_found(name, found, document[name], differences)
     known = ("train_cfg", "test_cfg", "roi_head_cfg", "rpn_cfg", "neck_cfg", "backbone_cfg", "params", "batch",
              "backbone_features", "fpn_features", "rpn_objectness", "rpn_deltas", "losses_eval_mode", "sampled",
-             "total_loss", "proposals_test", OUTPUTS, "detections", "detections_rescaled", "grad_l2", "state_dict",
+             "total_loss", "proposals_test", outputs, "detections", "detections_rescaled", "grad_l2", "state_dict",
              *REMARKS)  # fmt: skip
     differences.fields("the file", document, known)
 
 
-OUTPUTS = f"roi_head_outputs_first{FIRST}_proposals_of_image0"
+OUTPUTS = r"roi_head_outputs_first\d+_proposals_of_image0"
 """Field of the outputs of box and mask heads."""
 
 
@@ -301,13 +296,17 @@ def _check_gradients(model: TwoStageDetector, expected: Document, differences: D
 
 
 def _check_outputs(
-    model: TwoStageDetector, maps: Sequence[Tensor], boxes: Tensor, document: Document, differences: Differences
+    where: str,
+    model: TwoStageDetector,
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    expected: Document,
+    differences: Differences,
 ) -> None:
     """Check what the heads of every stage say about the first proposals."""
-    expected = document[OUTPUTS]
     roi: Any = model.roi_head
     heads, masks = roi.box_heads, roi.mask_heads
-    differences.equal(f"{OUTPUTS}: stages", len(heads), len(expected))
+    differences.equal(f"{where}: stages", len(heads), len(expected))
     rois = batched([boxes])
     for stage, head in enumerate(heads):
         wanted = expected[f"stage{stage}"]
@@ -317,8 +316,8 @@ def _check_outputs(
         if masks:
             found["mask_logits"] = masks[stage](roi_features(maps, rois, roi.strides, masks[stage].roi_size))
         for name, value in found.items():
-            differences.summary(f"{OUTPUTS}.stage{stage}.{name}", value, wanted[name])
-        differences.fields(f"{OUTPUTS}.stage{stage}", wanted, (*found, *REMARKS))
+            differences.summary(f"{where}.stage{stage}.{name}", value, wanted[name])
+        differences.fields(f"{where}.stage{stage}", wanted, (*found, *REMARKS))
 
 
 def _check_found(
