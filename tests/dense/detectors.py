@@ -7,11 +7,11 @@ from widefield import dense
 
 
 def retinanet(backbone="test_resnet", classes=3, **options):
-    return dense.RetinaNet(backbone, classes, **{"channels": 8, "num_convs": 1, **options})
+    return dense.RetinaNet(backbone, classes, **{"neck_channels": 8, "num_convs": 1, **options})
 
 
 def fcos(backbone="test_resnet", classes=3, **options):
-    return dense.FCOS(backbone, classes, **{"channels": 64, "num_convs": 1, **options})
+    return dense.FCOS(backbone, classes, **{"neck_channels": 64, "num_convs": 1, **options})
 
 
 ONE_STAGE = (retinanet, fcos)

@@ -29,7 +29,7 @@ def test_the_detections_are_those_of_the_model(model, shape):
     found = model(images)
     assert min(len(one.scores) for one in found) > 2
     for where in ("inside", "outside") if not model.has_masks else ("inside",):
-        graph = model.served(where)
+        graph = dense.ServedDetector(model, where)
         apart = difference(found, graph.detections(graph(images)), model)
         assert apart.agreement == 1.0
         assert apart.relative < FLOAT32
@@ -40,7 +40,7 @@ def test_the_detections_are_those_of_the_model(model, shape):
 def test_in_float64_they_are_the_same_numbers(build):
     torch.manual_seed(0)
     model, images = trained(build().double()), noise(2, 3, 64, 64).double()
-    graph = model.served()
+    graph = dense.ServedDetector(model)
     apart = difference(model(images), graph.detections(graph(images)), model)
     assert apart.agreement == 1.0
     assert apart.relative < FLOAT64
@@ -49,18 +49,18 @@ def test_in_float64_they_are_the_same_numbers(build):
 @torch.no_grad()
 def test_shapes_do_not_depend_on_the_images_and_the_rest_is_zero():
     model = trained(mask_rcnn(max_per_image=40))
-    outputs = model.served()(noise(2, 3, 64, 64))
+    outputs = dense.ServedDetector(model)(noise(2, 3, 64, 64))
     shapes = {name: tuple(x.shape) for name, x in outputs.items()}
     size = {"boxes": (2, 40, 4), "scores": (2, 40), "labels": (2, 40), "count": (2,), "masks": (2, 40, 28, 28)}
     assert shapes == size
     model.score_threshold = outputs["scores"][0, 5].item()  # five exceed it
-    few = model.served()(noise(2, 3, 64, 64))
+    few = dense.ServedDetector(model)(noise(2, 3, 64, 64))
     assert {name: tuple(x.shape) for name, x in few.items()} == size
     assert few["count"][0] == 5
     assert not few["scores"][0, 5:].any()
     assert not few["boxes"][0, 5:].any()
     model.score_threshold = 1.0
-    assert model.served()(noise(2, 3, 64, 64))["count"].tolist() == [0, 0]
+    assert dense.ServedDetector(model)(noise(2, 3, 64, 64))["count"].tolist() == [0, 0]
 
 
 @torch.no_grad()
@@ -73,15 +73,15 @@ def test_shapes_do_not_depend_on_the_images_and_the_rest_is_zero():
     ],
 )
 def test_candidates_are_what_the_caller_suppresses(build, boxes, scores):
-    outputs = trained(build()).served("outside")(noise(1, 3, 64, 64))
+    outputs = dense.ServedDetector(trained(build()), "outside")(noise(1, 3, 64, 64))
     assert {name: tuple(x.shape) for name, x in outputs.items()} == {"boxes": boxes, "scores": scores}
 
 
 def test_masks_need_the_final_boxes():
     with pytest.raises(ValueError, match="computed for the boxes that are left"):
-        mask_rcnn().served("outside")
+        dense.ServedDetector(mask_rcnn(), "outside")
     with pytest.raises(ValueError, match="nms"):
-        faster_rcnn().served("both")
+        dense.ServedDetector(faster_rcnn(), "both")
 
 
 def test_the_score_threshold_can_be_read_and_set():

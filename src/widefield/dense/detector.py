@@ -240,16 +240,6 @@ class Detector(nn.Module):
         outer = _listed("out_sizes", out_sizes, len(images))
         return [_scaled(*entry) for entry in zip(found, inner, outer, strict=True)]
 
-    def served(self, nms: str = "inside") -> nn.Module:
-        """Return this detector as a module whose outputs have fixed shapes, as exported files have them.
-
-        Args:
-            nms: where the last non-maximum suppression is: see :class:`widefield.dense.ServedDetector`.
-        """
-        from widefield.dense.serving import ServedDetector  # it knows all detectors
-
-        return ServedDetector(self, nms)
-
     def train(self, mode: bool = True) -> Detector:
         """Set the mode; frozen parts, and batch norms if ``norm_eval``, stay in evaluation mode."""
         super().train(mode)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widefield.dense import Detector, ServedDetector
 from widefield.deploy.runtime import Runtime
 from widefield.surgery.anatomy import anatomy
 
@@ -16,11 +17,11 @@ LEAST_CELLS = 3
 
 
 def is_detector(model: nn.Module) -> bool:
-    """Return whether a model is a detector of ``widefield.dense``, which can be served as a graph."""
-    return callable(getattr(model, "served", None))
+    """Return whether a model is a detector of :mod:`widefield.dense`, which can be a graph of fixed shapes."""
+    return isinstance(model, Detector)
 
 
-def served(model: Any, nms: str, format: str) -> nn.Module:
+def served(model: nn.Module, nms: str, format: str) -> ServedDetector:
     """Return a detector as a graph, see :class:`widefield.dense.ServedDetector`.
 
     Raises ValueError for a format that cannot hold non-maximum suppression.
@@ -30,15 +31,14 @@ def served(model: Any, nms: str, format: str) -> nn.Module:
             "archives of PyTorch (.pt2) hold no non-maximum suppression that runs without widefield: write a detector "
             "as .onnx or .xml."
         )
-    graph: nn.Module = model.served(nms)
-    return graph
+    return ServedDetector(cast(Detector, model), nms)
 
 
-def reading(graph: Any, exported: Runtime) -> Callable[[Tensor], Any]:
+def reading(graph: nn.Module, exported: Runtime) -> Callable[[Tensor], Any]:
     """Return a callable that runs a file and returns the detections of each image."""
 
     def answer(images: Tensor) -> Any:
-        return graph.detections(exported.named(images))
+        return cast(ServedDetector, graph).detections(exported.named(images))
 
     return answer
 
@@ -49,15 +49,15 @@ def heads_of(model: nn.Module, names: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if parts.part(name) == "head"]
 
 
-def rules_of(graph: Any) -> dict[str, Any]:
+def rules_of(graph: nn.Module) -> dict[str, Any]:
     """Return where the last suppression of a graph is, and its rules."""
-    return {"nms": graph.nms, **graph.rules}
+    served = cast(ServedDetector, graph)
+    return {"nms": served.nms, **served.rules}
 
 
-def traceable(model: Any, x: Tensor, dynamic: Sequence[str]) -> Tensor:
+def traceable(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> Tensor:
     """Return an example from which a graph for any size can be traced: of detectors, an enlarged one."""
-    stride = getattr(model, "largest_stride", 0)
-    if "size" not in dynamic or not stride:
+    if "size" not in dynamic or not isinstance(model, ServedDetector):
         return x
-    side = LEAST_CELLS * stride
+    side = LEAST_CELLS * model.largest_stride
     return F.pad(x, (0, max(0, side - x.shape[3]), 0, max(0, side - x.shape[2])))

@@ -449,7 +449,7 @@ def _measured(
     calls: Counter[str] = Counter()
     with torch.no_grad():
         for x, labels in batches(images, model):
-            weights, theirs = probe(x)[probe.outputs :], list(rounded.named(x).values())
+            weights, theirs = probe(x)[probe.outputs :], [y for y in tree_leaves(rounded(x)) if isinstance(y, Tensor)]
             tally.add(model(x), read(theirs[: probe.outputs]), labels, images=len(x))
             count += len(x)
             calls = Counter(probe.names)
