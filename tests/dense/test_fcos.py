@@ -241,3 +241,33 @@ def test_wrong_arguments_are_refused():
         dense.FCOSHead(8, 3)([torch.zeros(1, 8, 4, 4)])
     with pytest.raises(TypeError, match=r"has an argument 'score_treshold'"):
         fcos(score_treshold=0.1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(box, st.sampled_from([0.0, 0.5]))
+def test_the_point_of_a_box_is_one_that_learns_it(given_box, offset):
+    """Where the middle of a box is a point inside of it, in the range of its level."""
+    built, maps = head(point_offset=offset), levels((96, 96), 1)
+    ((level, row, column),) = built.places(torch.tensor([given_box], dtype=torch.float64))
+    x, y = (column + offset) * STRIDES[level], (row + offset) * STRIDES[level]
+    sides = (x - given_box[0], y - given_box[1], given_box[2] - x, given_box[3] - y)
+    if min(sides) <= 0 or max(sides) < (-1, *RANGES)[level]:
+        return  # too small to hold a point, or just between two levels
+    learned_by = built.targets(maps, torch.tensor([given_box], dtype=torch.float64), torch.tensor([1])).labels
+    before = sum(one.shape[2] * one.shape[3] for one in maps[:level])
+    assert learned_by[before + row * maps[level].shape[3] + column] == 1
+
+
+def test_scores_of_boxes_are_the_logits_at_their_points():
+    torch.manual_seed(0)
+    model = dense.FCOS(Maps(), 3, channels=64, num_convs=1).double().eval()
+    maps = model.maps(torch.randn(2, 3, 96, 128, dtype=torch.float64).requires_grad_())
+    boxes = [torch.tensor([[8.0, 8, 40, 24], [0, 0, 128, 96]]), torch.zeros(0, 4), torch.tensor([[100.0, 60, 128, 96]])]
+    found = model.box_scores(maps, [boxes[0].double(), boxes[2].double()])
+    logits = model.bbox_head(maps).logits
+    close(found.logits[0], logits[0][0, :, 2, 3], FLOAT64)
+    close(found.logits[1], logits[1][0, :, 3, 4], FLOAT64)  # the farthest side is at 72 pixels, above 64
+    close(found.logits[2], logits[0][1, :, 9, 14], FLOAT64)
+    close(found.probabilities, found.logits.sigmoid(), FLOAT64)
+    assert found.logits.requires_grad
+    assert model.box_scores(maps, [boxes[1], boxes[1]]).logits.shape == (0, 3)

@@ -1,5 +1,7 @@
 """Analyze what a model responds to; functions do not change the model, and their results can draw figures."""
 
+from widefield.analysis._detectors import DetectionScore
+from widefield.analysis._objects import ObjectExample, SizeGroup
 from widefield.analysis._result import Result, save, section
 from widefield.analysis._targets import ClassAt, ClassIn
 from widefield.analysis.cam import ClassActivation, class_activation
@@ -7,6 +9,7 @@ from widefield.analysis.erf import ReceptiveField, effective_receptive_field
 from widefield.analysis.interactions import Interactions, interactions
 from widefield.analysis.kernels import KernelMaps, LayerKernel, kernel_energy
 from widefield.analysis.masks import LayerMask, Masks, masks
+from widefield.analysis.objects import ObjectFields, object_receptive_fields
 from widefield.analysis.routing import Routing, RoutingStatistics, routing_statistics, routing_weights
 from widefield.analysis.shape_bias import ShapeBias, shape_bias
 from widefield.analysis.stability import TranslationStability, translation_stability
@@ -18,17 +21,21 @@ __all__ = [
     "ClassAt",
     "ClassIn",
     "CropTable",
+    "DetectionScore",
     "Field",
     "Interactions",
     "KernelMaps",
     "LayerKernel",
     "LayerMask",
     "Masks",
+    "ObjectExample",
+    "ObjectFields",
     "ReceptiveField",
     "Result",
     "Routing",
     "RoutingStatistics",
     "ShapeBias",
+    "SizeGroup",
     "TranslationStability",
     "class_activation",
     "crop_table",
@@ -36,6 +43,7 @@ __all__ = [
     "interactions",
     "kernel_energy",
     "masks",
+    "object_receptive_fields",
     "routing_statistics",
     "routing_weights",
     "save",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widefield.analysis._detectors import DetectionScore, box_scores
 from widefield.analysis._model import running
 from widefield.analysis._targets import Target
 from widefield.surgery.answers import described, meant, wrapping
@@ -25,6 +26,8 @@ class Scores(NamedTuple):
     """(N,), int64; -1 if a detector detects nothing."""
     known: bool = True
     """Whether K is the number of the model's classes. For detectors, K is one more than the largest detected label."""
+    boxes: Tensor | None = None
+    """(N, 4): the box that was asked about, in pixels; NaN if there is no such detection."""
 
     def upto(self, count: int) -> Scores:
         """Return the scores of at least ``count`` classes; if K is unknown, missing ones are 0."""
@@ -57,21 +60,26 @@ def class_scores(
     model: nn.Module,
     images: Tensor,
     weights: Mapping[str, Tensor] | None = None,
-    target: Target | None = None,
+    target: Target | DetectionScore | None = None,
 ) -> Scores:
     """Run a model with its parameters replaced by ``weights``, by name; return the score of every class.
 
     - Classifier, (N, classes): its logits.
     - Segmentation model, (N, classes, h, w): the mean logit of the pixels predicted as the class, as in Seg-Grad-CAM
       (Vinogradova et al. 2020, section 3); of all pixels if there are none. The predicted class covers the most pixels.
-    - Detector, a list with {"labels": (n,), "scores": (n,), ...} per image as in torchvision: the sum of the scores of
-      that class's detections.
+    - Detector, a list with {"labels": (n,), "scores": (n,), ...} per image as in torchvision, or with these attributes:
+      the sum of the scores of that class's detections.
 
-    With ``target``, which needs a segmentation model, the scores are those of its pixel or region: each class's mean
-    logit there, at the images' resolution. The predicted class covers the most pixels of the region.
+    With a ``target`` `DetectionScore`, the scores are a detector's logits for one box. With another target, which needs
+    a segmentation model, the scores are those of its pixel or region: each class's mean logit there, at the images'
+    resolution. The predicted class covers the most pixels of the region.
 
     Raises ValueError for other outputs, a target outside the images, or values that are not finite.
     """
+    if isinstance(target, DetectionScore):
+        boxed = box_scores(model, images, target)
+        values = _finite(model, boxed.values)
+        return Scores(values, boxed.probability, boxed.labels, boxes=boxed.boxes.detach())
     with running(model, images):
         output = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
     maps = _maps(output, len(images))
@@ -159,7 +167,9 @@ def _detections(output: Any, images: int) -> list[tuple[Tensor, Tensor]] | None:
         return None
     found = []
     for entry in output:
-        labels, scores = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("labels", "scores"))
+        labels, scores = (
+            entry.get(key) if isinstance(entry, Mapping) else getattr(entry, key, None) for key in ("labels", "scores")
+        )
         if not isinstance(labels, Tensor) or not isinstance(scores, Tensor) or labels.shape != scores.shape:
             return None
         found.append((labels, scores))

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from widefield.analysis._detectors import DetectionScore, check_detector
 from widefield.analysis._model import Layer, layer_name
-from widefield.analysis._scores import class_scores
+from widefield.analysis._scores import Scores, class_scores
 from widefield.analysis._targets import ClassAt, ClassIn, Target, label_text
 from widefield.analysis.theoretical import (
     Field,
@@ -46,6 +47,8 @@ class Unit(ABC):
     """Name of the layer; "" for the output."""
     where: str
     """The unit's place, for errors."""
+    box: tuple[float, float, float, float] | None = None
+    """(left, top, right, bottom) in pixels of the box that was asked about."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -79,16 +82,19 @@ def chosen(
     model: nn.Module,
     layer: Layer | None,
     position: Position,
-    targets: Target | None,
+    targets: Target | DetectionScore | None,
     classes: Sequence[str] | None,
 ) -> Unit:
     """Return the unit that arguments of ``effective_receptive_field`` choose; raises ValueError or TypeError."""
     if targets is None:
         return LayerUnit(model, None if layer is None else layer_name(model, layer), position)
-    if not isinstance(targets, (ClassAt, ClassIn)):
-        raise TypeError(f"targets must be a ClassAt or a ClassIn; got {targets!r}.")
+    if not isinstance(targets, (ClassAt, ClassIn, DetectionScore)):
+        raise TypeError(f"targets must be a ClassAt, a ClassIn or a DetectionScore; got {targets!r}.")
     if layer is not None or position != "center":
         raise ValueError("targets are logits of the model's output: leave out layer and position, or targets.")
+    if isinstance(targets, DetectionScore):
+        check_detector(model, "DetectionScore")
+        return BoxLogit(model, targets, classes)
     return ClassLogit(model, targets, classes)
 
 
@@ -158,8 +164,8 @@ class LayerUnit(Unit):
         return ""
 
 
-class ClassLogit(Unit):
-    """A class's logit at a pixel, or its mean over a region, of a segmentation model's output.
+class Logit(Unit):
+    """A class's logit in a model's output.
 
     Args:
         model: in evaluation mode.
@@ -169,7 +175,7 @@ class ClassLogit(Unit):
 
     layer = ""
 
-    def __init__(self, model: nn.Module, target: Target, classes: Sequence[str] | None) -> None:
+    def __init__(self, model: nn.Module, target: Target | DetectionScore, classes: Sequence[str] | None) -> None:
         super().__init__(model)
         self.target, self.classes = target, classes
         self.labels: list[int] = []
@@ -196,17 +202,20 @@ class ClassLogit(Unit):
         if gradient is None:
             raise ValueError(f"{self.where} has no gradient: it is computed without gradients (torch.no_grad, detach).")
         self.labels += labels.tolist()
-        middle = self.target.where((H, W)).nonzero().double().mean(0)
-        return Look(gradient, (int(middle[0]), int(middle[1])), (H, W))
+        return Look(gradient, self._middle((H, W), scores), (H, W))
 
     def _labels(self, predicted: Tensor, count: int) -> Tensor:
         if self.classes is not None and len(self.classes) != count:
-            raise ValueError(f"classes has {len(self.classes)} names, but the model returns {count} logits per pixel.")
+            raise ValueError(f"classes has {len(self.classes)} names, but the model returns {count} logits.")
         if self.target.label is None:
             return predicted
         if self.target.label >= count:
             raise ValueError(f"label must be a class from 0 to {count - 1}; got {self.target.label}.")
         return torch.full_like(predicted, self.target.label)
+
+    @abstractmethod
+    def _middle(self, size: tuple[int, int], scores: Scores) -> tuple[int, int]:
+        """Return the pixel in the middle of what was asked about."""
 
     def about(self, look: Look) -> dict[str, Any]:
         """Return facts to store with a result."""
@@ -218,11 +227,70 @@ class ClassLogit(Unit):
         known = label_text(label, self.classes) if label is not None else "largest class"
         return f"{known} at {self.place}"
 
+
+class ClassLogit(Logit):
+    """A class's logit at a pixel, or its mean over a region, of a segmentation model's output."""
+
+    target: Target
+
+    def _middle(self, size: tuple[int, int], scores: Scores) -> tuple[int, int]:
+        middle = self.target.where(size).nonzero().double().mean(0)
+        return int(middle[0]), int(middle[1])
+
     def theory(self, images: Tensor, look: Look) -> Field:
         """Return the theoretical field of the pixel; that of a region is not computed."""
         if isinstance(self.target, ClassIn):
             return unknown(images, look.places, look.unit, "a region has a field for each of its pixels")
         return super().theory(images, look)
+
+
+class BoxLogit(Logit):
+    """A class's logit for one box of a detector."""
+
+    target: DetectionScore
+
+    def first(self, images: Tensor) -> Look:
+        """Look at the first batch of images."""
+        found = super().first(images)
+        if self.target.label is None and len(images) == 1:  # name what was found
+            self.place = f"{self.place}, {label_text(self.labels[0], self.classes)}"
+        return found
+
+    def look(self, images: Tensor) -> Look:
+        """Return the gradients for images (N, C, H, W); raises ValueError without such a detection."""
+        if self.target.box is None and len(self.labels) + len(images) > 1:
+            raise ValueError(
+                "the detections of several images lie at different places, so the mean of their fields says little: "
+                "give one image, or a box; object_receptive_fields centers the fields of objects before it averages."
+            )
+        return super().look(images)
+
+    def _labels(self, predicted: Tensor, count: int) -> Tensor:
+        if (predicted < 0).any():
+            of = "" if self.target.label is None else f" of {label_text(self.target.label, self.classes)}"
+            raise ValueError(
+                f"{type(self.model).__name__} has no detection {self.target.index}{of} in this image: give a smaller "
+                "index (0 is the best), another image or a box, or lower the detector's score_threshold."
+            )
+        return super()._labels(predicted, count)
+
+    def _middle(self, size: tuple[int, int], scores: Scores) -> tuple[int, int]:
+        if scores.boxes is None:  # class_scores returns them for every DetectionScore
+            raise TypeError("the scores have no boxes.")
+        left, top, right, bottom = scores.boxes[0].tolist()
+        self.box = (left, top, right, bottom)
+        row, column = (top + bottom) / 2, (left + right) / 2
+        return min(int(row), size[0] - 1), min(int(column), size[1] - 1)
+
+    def of(self) -> str:
+        """Return the class and its box as text."""
+        if self.target.label is None:
+            return self.place
+        return f"{label_text(self.target.label, self.classes)} at {self.place}"
+
+    def theory(self, images: Tensor, look: Look) -> Field:
+        """Return the field of the box's middle, whose extent is not computed."""
+        return unknown(images, look.places, look.unit, "a box has a field for each of its positions")
 
 
 def _gradient(value: Tensor, leaf: Tensor, *, keep: bool = False) -> Tensor | None:

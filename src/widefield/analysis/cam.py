@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widefield import _checks, report
 from widefield.analysis._cam_layer import target_layer
+from widefield.analysis._detectors import DetectionScore
 from widefield.analysis._maps import tapped
 from widefield.analysis._model import Layer, chunks, layer_name, never_called, track, visited
 from widefield.analysis._result import Result
@@ -61,6 +62,9 @@ class ClassActivation(Result):
     """(N, H, W, C), float32 in [0, 1]: the images for the figure, at most 224 pixels a side."""
     where: np.ndarray | None = None
     """(H, W), bool: the pixel or region whose class logit is explained; None: the class as a whole."""
+    boxes: np.ndarray | None = None
+    """(N, 4), float64: (left, top, right, bottom) in pixels of the boxes whose class logits are explained; NaN if there
+    is no such detection. None: the class as a whole."""
 
     title = "Class activation maps"
     lead = (
@@ -138,6 +142,8 @@ class ClassActivation(Result):
             for row, axis in enumerate(axes[:, column]):
                 shades.append(_overlay(axis, maps[row], None if result.pixels is None else result.pixels[row]))
                 _mark(axis, result.where)
+                if result.boxes is not None:
+                    _mark_box(axis, result.boxes[row], result.size)
                 label = result.labels[row]
                 label = label if len(label) <= letters else f"{label[: letters - 1]}…"
                 text = f"{label}{', ' if short else chr(10)}{result.probability[row] * 100:.2g} %"
@@ -152,7 +158,7 @@ def class_activation(
     model: nn.Module,
     images: Tensor | Iterable[Any],
     *,
-    targets: int | Sequence[int] | Tensor | ClassAt | ClassIn | None = None,
+    targets: int | Sequence[int] | Tensor | ClassAt | ClassIn | DetectionScore | None = None,
     layer: Layer | None = None,
     classes: Sequence[str] | None = None,
     pixels: Tensor | np.ndarray | None = None,
@@ -172,7 +178,8 @@ def class_activation(
     Detector: the sum of the scores of that class's detections, so an image without any has an empty map.
 
     ``targets=ClassAt(...)`` and ``ClassIn(...)`` explain what a segmentation model says at one pixel or in a region
-    instead: the class's logit there, or its mean, at the images' resolution.
+    instead: the class's logit there, or its mean, at the images' resolution. ``targets=DetectionScore(...)`` explains
+    one detection, or one box, of a detector of ``widefield.dense`` by the class's logit for it.
 
     Args:
         model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections, alone, as
@@ -180,8 +187,9 @@ def class_activation(
         images: normalized images (N, C, H, W), or batches of them, all of one size. Video clips (N, C, T, H, W) get
             one map each: time steps of a layer's map count as further channels.
         targets: one class for all images, or one per image; for segmentation models also a pixel (`ClassAt`) or a
-            region (`ClassIn`). Default: the class with the largest score; for segmentation the one that covers the most
-            pixels, for detectors the one with the largest sum of scores.
+            region (`ClassIn`), for detectors a detection or a box (`DetectionScore`). Default: the class with the
+            largest score; for segmentation the one that covers the most pixels, for detectors the one with the largest
+            sum of scores.
         layer: a layer that returns a map, or its name. Default: that of :func:`target_layer`.
         classes: class names in the order of the scores.
         pixels: the images as drawn in figures, (N, H, W, C) in [0, 1]. Default: figures show only the maps.
@@ -198,8 +206,8 @@ def class_activation(
         TypeError: images, targets, layer or batch size have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
-    target = targets if isinstance(targets, (ClassAt, ClassIn)) else None
-    wanted = targets.label if isinstance(targets, (ClassAt, ClassIn)) else _targets(targets)
+    target = targets if isinstance(targets, (ClassAt, ClassIn, DetectionScore)) else None
+    wanted = targets.label if isinstance(targets, (ClassAt, ClassIn, DetectionScore)) else _targets(targets)
     kept = None if pixels is None else _pixels(pixels)
     name_of_layer = None if layer is None else layer_name(model, layer)
     each: dict[str, Sized] = {} if wanted is None or isinstance(wanted, int) else {"targets": wanted}
@@ -226,7 +234,7 @@ def class_activation(
         parts.append(_maps(model, name_of_layer, part, _Asked(chosen, target, classes)))
         done += len(part)
     _one_each(each, done)
-    maps, targeted, predicted, probability = (torch.cat(column) for column in zip(*parts, strict=True))
+    maps, targeted, predicted, probability, boxes = (torch.cat(column) for column in zip(*parts, strict=True))
     _check_detected(model, targeted)
     peak = maps.amax((1, 2), keepdim=True)
     maps = maps / torch.where(peak > 0, peak, 1)
@@ -252,7 +260,8 @@ def class_activation(
         area=area,
         central=central,
         pixels=kept,
-        where=target.where(size[-2:]).numpy() if target else None,
+        where=target.where(size[-2:]).numpy() if isinstance(target, (ClassAt, ClassIn)) else None,
+        boxes=boxes.double().numpy() if isinstance(target, DetectionScore) else None,
     )
 
 
@@ -262,13 +271,13 @@ class _Asked:
 
     labels: int | list[int] | None
     """The class of every image, or of each; None: the predicted one."""
-    target: Target | None
-    """The pixel or region; None: the class as a whole."""
+    target: Target | DetectionScore | None
+    """The pixel, region or box; None: the class as a whole."""
     names: Sequence[str] | None
 
 
 def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[Tensor, ...]:
-    """Return maps (N, h, w) before scaling, targets, predicted classes and probabilities, on the CPU."""
+    """Return maps (N, h, w) before scaling, targets, predicted classes, probabilities and boxes, on the CPU."""
     from captum.attr import LayerGradCam  # imports pyplot, so only when needed
 
     with visited(model), torch.inference_mode(False), tapped(model, layer, images.shape[2:]) as tap:
@@ -319,11 +328,14 @@ class _Scorer:
             if max(given) >= total:
                 raise ValueError(f"targets must be classes from 0 to {total - 1}; got {max(given)}.")
             chosen = torch.tensor(given, device=chosen.device)
+        boxes = torch.full((len(images), 4), torch.nan) if scores.boxes is None else scores.boxes.cpu()
+        if scores.boxes is not None:  # without such a detection there is nothing to explain, also if a class is given
+            chosen = chosen.masked_fill(scores.predicted < 0, -1)
         place = chosen.clamp(min=0)[:, None]
-        self.seen = chosen.cpu(), scores.predicted.cpu(), scores.probability.gather(1, place)[:, 0].cpu()
+        self.seen = chosen.cpu(), scores.predicted.cpu(), scores.probability.gather(1, place)[:, 0].cpu(), boxes
         value = scores.values.gather(1, place)[:, 0]
         # Without detections the gradient must exist as well; the map is then empty.
-        return value if scores.known else value + 0 * called[-1].sum()
+        return value if scores.known and scores.boxes is None else value + 0 * called[-1].sum()
 
 
 _NOTHING = "nothing detected"
@@ -432,6 +444,14 @@ def _mark(axis: Any, where: np.ndarray | None) -> None:
     # One pixel of margin, so that the outline of a region at the border is closed.
     across, down = ((np.arange(-1, n + 1) + 0.5) / n for n in (W, H))
     axis.contour(across, down, np.pad(where, 1).astype(float), levels=[0.5], colors="cyan", linewidths=0.9)
+    axis.set(xlim=(0, 1), ylim=(1, 0))
+
+
+def _mark_box(axis: Any, box: np.ndarray, size: tuple[int, int]) -> None:
+    """Outline the box whose class logit a map explains; NaN: there is none."""
+    H, W = size
+    left, top, right, bottom = box / (W, H, W, H)
+    axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="cyan", linewidth=0.9)
     axis.set(xlim=(0, 1), ylim=(1, 0))
 
 

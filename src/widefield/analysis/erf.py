@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
+from widefield.analysis._detectors import DetectionScore
 from widefield.analysis._model import Layer, chunks, is_size, made_up, track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._targets import ClassAt, ClassIn
@@ -57,12 +58,14 @@ class ReceptiveField(Result):
         clipped: how many (rows, columns) of the theoretical field lie in the image.
         layer: name of the layer; "" if a class logit was differentiated.
         position: (row, column) of the unit on the layer's map; of a class logit the pixel, or the middle of the region.
-        of: the class and its pixel or region, as text; "" if a layer's unit was differentiated.
+        of: the class and its pixel, region or box, as text; "" if a layer's unit was differentiated.
+        box: (left, top, right, bottom) in pixels of the box whose score was differentiated; None for other units.
     """
 
     title: ClassVar[str] = "Effective receptive fields"
     lead: ClassVar[str] = (
-        "Contribution of each pixel to one unit of a feature map, or to a class logit of a segmentation model: the "
+        "Contribution of each pixel to one unit of a feature map, or to a class logit of a segmentation model or of a "
+        "detector's box: the "
         "positive part of the gradient, summed over channels and images, relative to the largest. Under each field: "
         "the share of the image's area covered by the smallest centered square that holds 20, 30, 50 and 99 % of all "
         "contributions; and the theoretical receptive field, drawn dashed if it fits into the image."
@@ -81,6 +84,7 @@ class ReceptiveField(Result):
     layer: str
     position: tuple[int, int]
     of: str = ""
+    box: tuple[float, float, float, float] | None = None
 
     @property
     def size(self) -> str:
@@ -153,7 +157,7 @@ def effective_receptive_field(
     *,
     layer: Layer | None = None,
     position: Position = "center",
-    targets: ClassAt | ClassIn | None = None,
+    targets: ClassAt | ClassIn | DetectionScore | None = None,
     classes: Sequence[str] | None = None,
     batch_size: int = 8,
     name: str | None = None,
@@ -163,8 +167,10 @@ def effective_receptive_field(
     """Measure how much each pixel contributes to one unit of a feature map (RepLKNet, section 5 and appendix B).
 
     With ``targets``, measure the same for a segmentation model's answer: the logit of one class at one pixel
-    (`ClassAt`), or its mean over a region (`ClassIn`), at the images' resolution. The squares of the area ratios are
-    then centered on that pixel or region.
+    (`ClassAt`), or its mean over a region (`ClassIn`), at the images' resolution. Or for a detector of
+    ``widefield.dense``: the logit of one box (`DetectionScore`), which shows what part of the image made a detection.
+    The squares of the area ratios are then centered on that pixel, region or box. To average over many objects, see
+    :func:`object_receptive_fields`.
 
     The unit's channels are summed and differentiated with respect to each image. Negative gradients are dropped; the
     rest is summed over channels and images. The authors' script also drops negative outputs before it sums the
@@ -186,8 +192,8 @@ def effective_receptive_field(
             map (:func:`widefield.surgery.anatomy.anatomy`). Layers whose channels always sum to a constant, as
             after a freshly initialized layer norm, are skipped.
         position: "center", which is (h // 2, w // 2), or (row, column) on the map, from 0.
-        targets: what a segmentation model is asked about, instead of a layer's unit: ``ClassAt()`` is the class with
-            the largest logit in the middle of the image.
+        targets: what a segmentation model or a detector is asked about, instead of a layer's unit: ``ClassAt()`` is
+            the class with the largest logit in the middle of the image, ``DetectionScore()`` an image's best detection.
         classes: class names in the order of the logits, for the table.
         batch_size: images at a time.
         name: the model's name in tables and figures. Default: its class name.
@@ -198,7 +204,8 @@ def effective_receptive_field(
         ValueError: there are no images, or they differ in size; the model rejects their size; the layer does not exist
             or returns no map; its gradient is missing, not finite or nowhere positive; the position lies outside the
             map. Or targets are given for a model that returns no map of logits, next to a layer or a position, or
-            outside the image; a class is out of range, or the names do not match.
+            outside the image; a class is out of range, or the names do not match; there is no such detection, or there
+            are detections of several images.
         TypeError: images, layer, position or targets have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
@@ -242,6 +249,7 @@ def effective_receptive_field(
         layer=unit.layer,
         position=found.unit,
         of=unit.of(),
+        box=unit.box,
     )
 
 
@@ -337,6 +345,10 @@ def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) ->
         corners = ((from_left, -from_left), (from_top, -from_top))
         (left, right), (top, bottom) = corners
         axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], "--", color=report.COLORS[0])
+    if result.box is not None:
+        left, top, right, bottom = result.box
+        across, down = np.array([left, right, right, left, left]) - x, np.array([top, top, bottom, bottom, top]) - y
+        axis.plot(across - 0.5, down - 0.5, color=report.COLORS[0], linewidth=1.2)
     axis.set_title(heading)
     axis.locator_params(nbins=3)
     shares = "/".join(f"{share:.0%}"[:-1] for share in result.area_ratio)

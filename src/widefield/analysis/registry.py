@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from widefield.analysis._detectors import is_detector
 from widefield.analysis._result import Result
 from widefield.analysis.cam import class_activation
 from widefield.analysis.erf import effective_receptive_field
 from widefield.analysis.interactions import interactions
 from widefield.analysis.kernels import kernel_energy
 from widefield.analysis.masks import masks
+from widefield.analysis.objects import object_receptive_fields
 from widefield.analysis.routing import mixtures, routing_statistics
 from widefield.analysis.shape_bias import shape_bias
 from widefield.analysis.stability import translation_stability
-from widefield.data import ConflictImages, Pictures
+from widefield.data import ConflictImages, Pictures, SampleSet
 from widefield.nn import DynamicGMConv2d, GMConv2d
 
 
@@ -39,10 +41,16 @@ class View:
     own: bool = False
     """Whether the labels of the images are indices of the model's outputs."""
     batch_size: int = 8
+    samples: SampleSet | None = None
+    """Samples with objects, for analyses that read those."""
+    source: str = ""
+    """Name of the samples' data set."""
 
     @property
     def about(self) -> dict[str, Any]:
         """Facts that a result keeps about its model and images."""
+        if self.samples is not None:
+            return {"source": self.source, "weights": self.weights}
         return {**(self.pictures.about if isinstance(self.pictures, Pictures) else {}), "weights": self.weights}
 
     @property
@@ -86,6 +94,8 @@ class Analysis:
     """The images as the function takes them."""
     reads_images: Callable[[nn.Module], bool] = _always
     """Whether the analysis of this model needs images, or only its weights."""
+    reads_objects: bool = False
+    """Whether it reads a run's own samples, with boxes and labels of objects, instead of pictures."""
     count: int = 32
     """Default number of images of its command."""
     arguments: Callable[[View], dict[str, Any]] = _nothing
@@ -104,6 +114,8 @@ class Analysis:
     def run(self, view: View, *, progress: bool = False, **options: Any) -> Result:
         """Run the analysis on a view; ``options`` are keyword arguments of its function."""
         given = {"name": view.name, "about": view.about, **self.arguments(view), **options}
+        if self.reads_objects:
+            return self.function(view.model, view.samples, progress=progress, **given)
         if view.pictures is None:
             return self.function(view.model, **given)
         return self.function(view.model, self.images(view), batch_size=view.batch_size, progress=progress, **given)
@@ -143,6 +155,18 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 "Effective receptive field",
                 arguments=lambda view: {"classes": view.classes or None},
                 reported=lambda count: count,
+            ),
+            Analysis(
+                "object-erf",
+                object_receptive_fields,
+                "effective receptive fields of a detector's objects, by their size",
+                "Effective receptive fields of objects",
+                reads_objects=True,
+                count=64,
+                arguments=lambda view: {"classes": view.classes or None},
+                applies=is_detector,
+                reported=lambda count: 2 * count,
+                report_options={"count": 12},
             ),
             Analysis(
                 "routing",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from widefield.analysis import ClassAt, ClassIn, Result
+    from widefield.analysis import ClassAt, ClassIn, DetectionScore, Result
     from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
     from widefield.runs import Subject
@@ -68,7 +68,7 @@ def arguments(
 
 
 def places(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add the arguments that choose a class, and a pixel or a region of a segmentation model's output.
+    """Add the arguments that choose a class, and a pixel, a region, a detection or a box of a model's output.
 
     ``names`` are further names of ``--class``.
     """
@@ -88,13 +88,23 @@ def places(parser: argparse.ArgumentParser, *names: str) -> None:
         "--region", type=int, nargs=4, metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"),
         help="segmentation: the rectangle whose mean class logit is examined",
     )  # fmt: skip
+    place.add_argument(
+        "--detection", type=int, nargs="?", const=0, metavar="RANK",
+        help="detectors: the detection whose class logit is examined, 0 being the best (0); with --class of that class",
+    )  # fmt: skip
+    place.add_argument(
+        "--box", type=float, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="detectors: the box, in pixels, whose class logit is examined",
+    )  # fmt: skip
 
 
-def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | int | None:
+def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | DetectionScore | int | None:
     """Return what the arguments of :func:`places` choose, for a model; raises ValueError for an unknown class."""
-    from widefield.analysis import ClassAt, ClassIn
+    from widefield.analysis import ClassAt, ClassIn, DetectionScore
 
     label = None if args.of_class is None else _label(args.of_class, view)
+    if args.box is not None or args.detection is not None:
+        return DetectionScore(label, args.detection or 0, args.box)
     if args.region is not None:
         return ClassIn(label, tuple(args.region))
     if args.pixel is None:
@@ -166,6 +176,11 @@ def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **option
     """Yield one model as :func:`views` does."""
     from widefield import _checks
 
+    if entry.reads_objects:
+        view = found.object_view(args.count)
+        print(f"{len(view.samples or ())} images of {view.source}")
+        yield view
+        return
     if not entry.reads_images(found.model):
         yield found.view()
         return

@@ -19,13 +19,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--position", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="unit on the layer's map (default: the center)"
     )
     _subjects.places(parser)
+    parser.set_defaults(count=None)
     parser.add_argument("--linear", action="store_true", help="use a linear color scale instead of a logarithmic one")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     several = len(args.size or ()) > 1
-    if args.of_class is not None and args.region is None and args.pixel is None:
+    if args.count is None:  # detections of several images lie at different places
+        args.count = ENTRY.count if args.detection is None else 1
+    if args.of_class is not None and all(place is None for place in _places(args)):
         args.pixel = []
     options = {"layer": args.layer, "position": args.position or "center"}
     results = {}
@@ -34,3 +37,7 @@ def run(args: argparse.Namespace) -> int:
         results[label] = ENTRY.run(view, progress=True, targets=_subjects.target(args, view), **options)
     _subjects.write(results, args, log=not args.linear)
     return 0
+
+
+def _places(args: argparse.Namespace) -> list[object]:
+    return [args.region, args.pixel, args.detection, args.box]

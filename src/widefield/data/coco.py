@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from widefield import _checks
 from widefield.data.base import Sample
 from widefield.data.listing import Skipped
-from widefield.data.object_files import ObjectFiles, filled
+from widefield.data.object_files import ObjectFiles, filled, names_of
 from widefield.data.object_index import (
     AnnotationError,
     Box,
@@ -92,7 +92,8 @@ class Coco(ObjectFiles):
         flaws = Flaws(str(path), self.repair)
         inner = filled("images", images, part)
         reader = _Reader(flaws, folder, inner, masks=self.has_masks, decoding=self.decoding)
-        index, classes = reader.read(path, _chosen(categories))
+        chosen = None if categories is None else names_of("categories", categories)
+        index, classes = reader.read(path, chosen)
         self._federated = reader.federated(len(index))
         self._hold(index, classes, folder, reader.skipped, flaws.found)
 
@@ -133,16 +134,6 @@ class Lvis(Coco):
         **options: Any,
     ) -> None:
         super().__init__(split, root=root, annotations=annotations, images=images, **options)
-
-
-def _chosen(categories: Any) -> list[str] | None:
-    if categories is None:
-        return None
-    if isinstance(categories, str) or not all(isinstance(name, str) for name in categories) or not len(categories):
-        raise TypeError(f"categories must be a list of names, such as ['person', 'car']; got {categories!r}.")
-    if len(set(categories)) < len(categories):
-        raise ValueError(f"categories must be different names; got {list(categories)!r}.")
-    return list(categories)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from widefield.dense.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from widefield.dense.detector import Detections, Detector, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets
 from widefield.dense.faster_rcnn import FasterRCNN, MaskRCNN
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fcos import FCOS, FCOSHead
@@ -31,6 +31,7 @@ __all__ = [
     "FCOS",
     "FPN",
     "BoxHead",
+    "BoxScores",
     "CascadeRCNN",
     "CheckpointInfo",
     "ConvModule",

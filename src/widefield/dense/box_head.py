@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense import detection_losses
-from widefield.dense.boxes import BoxCoder, at_least_float32
+from widefield.dense.boxes import BoxCoder
 from widefield.dense.detector import Size
-from widefield.dense.layers import ConvModule
+from widefield.dense.layers import ConvModule, widened
 from widefield.dense.roi import RoISample, of_labels
 
 BOX_HEADS = {"shared2fc": (0, 2), "4conv1fc": (4, 1)}
@@ -163,4 +163,4 @@ class BoxHead(nn.Module):
 
 def probabilities(logits: Tensor) -> Tensor:
     """Return the probabilities of the classes without the background, (R, num_classes), in float32 or wider."""
-    return at_least_float32(logits).softmax(1)[:, :-1]
+    return widened(logits).softmax(1)[:, :-1]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from widefield import _checks
+from widefield.dense.layers import widened
 
 OVERLAPS = ("iou", "iof", "giou")
 """Kinds of overlap: see :func:`pairwise_iou`."""
@@ -40,11 +41,6 @@ Size = tuple[int, int]
 
 
 # Geometry
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return x in float32 if it has a smaller float dtype: boxes and losses need the precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def clip(boxes: Tensor, size: Size) -> Tensor:
@@ -85,7 +81,7 @@ def paired_iou(a: Tensor, b: Tensor, mode: str = "iou") -> Tensor:
 
 def _overlap(a: Tensor, b: Tensor, mode: str) -> Tensor:
     _checks.choice("mode", mode, OVERLAPS)
-    a, b = at_least_float32(a), at_least_float32(b)
+    a, b = widened(a), widened(b)
     ax1, ay1, ax2, ay2 = a.unbind(-1)
     bx1, by1, bx2, by2 = b.unbind(-1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
@@ -120,7 +116,7 @@ class BoxCoder:
 
     def encode(self, references: Tensor, boxes: Tensor) -> Tensor:
         """Return the differences (..., 4) of boxes (..., 4) to references (..., 4), all with positive sides."""
-        references, boxes = at_least_float32(references), at_least_float32(boxes)
+        references, boxes = widened(references), widened(boxes)
         sides, center = references[..., 2:] - references[..., :2], (references[..., :2] + references[..., 2:]) * 0.5
         moved = ((boxes[..., :2] + boxes[..., 2:]) * 0.5 - center) / sides
         scaled = torch.log((boxes[..., 2:] - boxes[..., :2]) / sides)
@@ -134,7 +130,7 @@ class BoxCoder:
             deltas: (..., 4).
             size: (height, width) of the image; the boxes are cut at its borders. None: they are not cut.
         """
-        references, deltas = at_least_float32(references), at_least_float32(deltas)
+        references, deltas = widened(references), widened(deltas)
         deltas = deltas * deltas.new_tensor(self.stds)
         sides, center = references[..., 2:] - references[..., :2], (references[..., :2] + references[..., 2:]) * 0.5
         center = center + sides * deltas[..., :2]
@@ -151,7 +147,7 @@ def from_distances(points: Tensor, distances: Tensor, size: Size | None = None) 
         distances: (..., 4) from the point to the left, top, right and bottom edge.
         size: (height, width) of the image; the boxes are cut at its borders. None: they are not cut.
     """
-    points, distances = at_least_float32(points), at_least_float32(distances)
+    points, distances = widened(points), widened(distances)
     boxes = torch.cat((points - distances[..., :2], points + distances[..., 2:]), -1)
     return boxes if size is None else clip(boxes, size)
 
@@ -222,7 +218,7 @@ class Assigner:
             objects: (M, 4) xyxy.
             crowd: (C, 4) xyxy: crowd regions.
         """
-        boxes = at_least_float32(boxes)
+        boxes = widened(boxes)
         objects, count = objects.to(boxes), len(boxes)
         if not count or not len(objects):
             return Assignment(torch.full((count,), BACKGROUND, device=boxes.device), boxes.new_zeros(count))
@@ -361,7 +357,7 @@ def nms_by_label(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float
         labels: int64 (N,): classes or levels.
         threshold: largest IoU of two kept boxes of one label.
     """
-    boxes, scores = at_least_float32(boxes), at_least_float32(scores)
+    boxes, scores = widened(boxes), widened(scores)
     exporting = torch.compiler.is_exporting()
     if exporting or len(boxes) <= _JOINT_NMS.get(boxes.device.type, _JOINT_NMS_ELSEWHERE):
         if not exporting:  # float32 rounds coordinates that are moved far; exported graphs have NMS in float32 only

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead, probabilities
-from widefield.dense.boxes import Assigner, Sampler, at_least_float32
-from widefield.dense.detector import Detections, Size, Targets
+from widefield.dense.boxes import Assigner, Sampler
+from widefield.dense.detector import BoxScores, Detections, Size, Targets
 from widefield.dense.faster_rcnn import POSITIVE_FRACTION, TwoStageDetector, pyramid_of
+from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
-from widefield.dense.roi_head import Selection, mask_loss, with_masks
+from widefield.dense.roi_head import Selection, mask_loss, roi_scores, with_masks
 from widefield.dense.rpn import ProposalLimits, RPNHead
 
 STAGES = (
@@ -77,6 +78,10 @@ class CascadeRoIHead(nn.Module):
         """Return the mask heads, first stage first; empty without masks."""
         return list(self._modules.get("mask_head") or [])  # type: ignore[arg-type]
 
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of given boxes, (M_i, 4) of each image, as RoIs of all stages; the logits are averaged."""
+        return roi_scores(self.box_heads, maps, boxes, self.strides)
+
     def losses(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
     ) -> dict[str, Tensor]:
@@ -130,7 +135,7 @@ class CascadeRoIHead(nn.Module):
         said: list[Tensor] = []
         for stage, head in enumerate(self.box_heads):
             logits, deltas = head(roi_features(maps, batched(boxes), self.strides, head.roi_size))
-            said.append(at_least_float32(logits))
+            said.append(widened(logits))
             outputs = list(zip(boxes, logits.split(counts), deltas.split(counts), sizes, strict=True))
             if stage + 1 < len(self.bbox_head):
                 boxes = [head.refined(*entry) for entry in outputs]

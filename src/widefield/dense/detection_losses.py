@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield.dense.boxes import at_least_float32, paired_iou
+from widefield.dense.boxes import paired_iou
+from widefield.dense.layers import widened
 
 EPS = torch.finfo(torch.float32).eps
 """Added to the counts in denominators."""
@@ -52,7 +53,7 @@ def differences(predicted: Tensor, target: Tensor, beta: float | None = None) ->
 
     The smooth L1 loss is d^2 / (2 beta) below d = beta, and d - beta / 2 from there on (Girshick 2015, equation 3).
     """
-    predicted = at_least_float32(predicted)
+    predicted = widened(predicted)
     if beta is None:
         return (predicted - target).abs()
     return F.smooth_l1_loss(predicted, target, reduction="none", beta=beta)
@@ -72,13 +73,13 @@ def smooth_l1(
 
 def binary_cross_entropy(logits: Tensor, target: Tensor, count: float | Tensor) -> Tensor:
     """Return the cross-entropy of sigmoids of logits with probabilities of the same shape, in nats."""
-    logits = at_least_float32(logits)
+    logits = widened(logits)
     return mean_over(F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none"), count)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, count: float | Tensor) -> Tensor:
     """Return the cross-entropy of softmaxes of logits (N, K) with labels int64 (N,), in nats."""
-    return mean_over(F.cross_entropy(at_least_float32(logits), labels, reduction="none"), count)
+    return mean_over(F.cross_entropy(widened(logits), labels, reduction="none"), count)
 
 
 def focal(logits: Tensor, labels: Tensor, count: float | Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
@@ -91,7 +92,7 @@ def focal(logits: Tensor, labels: Tensor, count: float | Tensor, *, alpha: float
         alpha: weight of the class that is there; the others have 1 - alpha.
         gamma: focusing exponent.
     """
-    logits = at_least_float32(logits)
+    logits = widened(logits)
     absent = ((1 - alpha) * _focal_terms(logits, gamma)).sum(-1)  # as if no class were there
     found = ((labels >= 0) & (labels < logits.shape[-1])).nonzero(as_tuple=True)
     there = logits[(*found, labels[found])]

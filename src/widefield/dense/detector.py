@@ -69,10 +69,23 @@ class Detections(NamedTuple):
     masks: Tensor | None = None
 
 
+class BoxScores(NamedTuple):
+    """What a detector says about given boxes; R boxes, image after image.
+
+    Attributes:
+        logits: (R, num_classes), without the background; gradients flow to the maps.
+        probabilities: (R, num_classes).
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+
+
 class Detector(nn.Module):
     """A detection model: backbone, neck and heads.
 
-    A detector defines :meth:`losses` and :meth:`detect`. Neck and heads move to the device and dtype of the backbone.
+    A detector defines :meth:`losses`, :meth:`detect` and :meth:`box_scores`. Neck and heads move to the device and
+    dtype of the backbone.
 
     Args:
         backbone: the maps of a network.
@@ -127,6 +140,18 @@ class Detector(nn.Module):
         Args:
             maps: of the neck, finest first.
             sizes: (height, width) of each image without its padding. Boxes are clipped to it.
+        """
+        raise NotImplementedError
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of every class for given boxes, without moving or choosing any.
+
+        A second stage pools features inside of each box. A dense head reads the anchor or point that fits the box best.
+        The boxes are constants: gradients flow to the maps only.
+
+        Args:
+            maps: of the neck, finest first.
+            boxes: (M_i, 4) of each image, in pixels of the images that the model gets.
         """
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ from widefield.dense.anchors import Anchors
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead
 from widefield.dense.boxes import Assigner, Sampler
-from widefield.dense.detector import Detections, Detector, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi_head import RoIHead, Selection
@@ -37,6 +37,9 @@ class SecondStage(Protocol):
 
     def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image."""
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of given boxes."""
 
 
 class TwoStageDetector(Detector):
@@ -70,6 +73,10 @@ class TwoStageDetector(Detector):
         """Return the detections of each image in pixels of the images that the model gets."""
         proposals = self.rpn_head.proposals(self.rpn_head(maps), sizes, training=False)
         return self.roi_head.detect(maps, [entry.boxes for entry in proposals], sizes)
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores that the second stage gives to boxes (M_i, 4) of each image; no box is moved."""
+        return self.roi_head.box_scores(maps, boxes)
 
 
 def pyramid_of(maps: FeatureMaps, channels: int, scales: Sequence[float]) -> tuple[FPN, Anchors]:

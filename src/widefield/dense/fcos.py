@@ -21,7 +21,7 @@ from widefield.dense.anchors import points
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.boxes import area, best_scores, from_distances, nms_by_label
 from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
-from widefield.dense.detector import Detections, Detector, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -247,6 +247,19 @@ class FCOSHead(nn.Module):
     def _levels(self, outputs: FCOSOutputs) -> list[tuple[Tensor, int]]:
         return list(zip(outputs.logits, self.strides, strict=True))
 
+    def places(self, boxes: Tensor) -> list[tuple[int, int, int]]:
+        """Return (level, row, column) of the point in the middle of each box (M, 4), on the level of the box's size."""
+        found = []
+        for left, top, right, bottom in boxes.tolist():
+            y, x = (top + bottom) / 2, (left + right) / 2
+            for level, (stride, most) in enumerate(zip(self.strides, (*self.ranges, math.inf), strict=True)):
+                row, column = int(y / stride), int(x / stride)
+                py, px = (row + self.point_offset) * stride, (column + self.point_offset) * stride
+                if max(px - left, right - px, py - top, bottom - py) <= most:
+                    found.append((level, row, column))
+                    break
+        return found
+
     def detections(
         self,
         outputs: FCOSOutputs,
@@ -387,3 +400,14 @@ class FCOS(Detector):
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`FCOSHead.detections`."""
         return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores at the point in the middle of each box, on the level of its size; without centerness."""
+        logits = self.bbox_head(maps).logits
+        found = []
+        for image, own in enumerate(boxes):
+            for level, row, column in self.bbox_head.places(own):
+                h, w = logits[level].shape[2:]
+                found.append(logits[level][image, :, min(row, h - 1), min(column, w - 1)])
+        stacked = torch.stack(found) if found else logits[0].new_zeros(0, self.num_classes)
+        return BoxScores(stacked, widened(stacked).sigmoid())

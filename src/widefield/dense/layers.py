@@ -148,12 +148,12 @@ def _averages(side: int, size: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True)
 
 
-def widened(logits: Tensor) -> Tensor:
-    """Return logits in float32 or wider.
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32 or wider.
 
-    Resized in half precision, neighboring classes tie at many pixels.
+    Boxes and losses need the precision; logits resized in half precision tie at many pixels.
     """
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def concatenate(maps: Sequence[Tensor], reader: nn.Module) -> Tensor:

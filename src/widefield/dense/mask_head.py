@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from widefield import _checks
-from widefield.dense.boxes import at_least_float32, clip
+from widefield.dense.boxes import clip
 from widefield.dense.detector import Size, Targets
-from widefield.dense.layers import ConvModule
+from widefield.dense.layers import ConvModule, widened
 from widefield.dense.roi import RoISample, of_labels
 
 _PIXELS_AT_ONCE = 2**24
@@ -77,7 +77,7 @@ class FCNMaskHead(nn.Module):
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the logits of each RoI for its label, (R, 2 * S, 2 * S), in float32 or wider."""
-        return at_least_float32(logits[:, 0] if self.class_agnostic else of_labels(logits, labels))
+        return widened(logits[:, 0] if self.class_agnostic else of_labels(logits, labels))
 
     def loss(self, logits: Tensor, samples: Sequence[RoISample], targets: Sequence[Targets]) -> Tensor:
         """Return the mean binary cross-entropy over the masks of the labels; 0 without objects.
@@ -135,7 +135,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5
         raise ValueError(f"threshold must be above 0 and at most 1; got {threshold!r}.")
     height, width = (int(side) for side in size)
     pasted = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    masks, boxes = at_least_float32(masks), at_least_float32(boxes)
+    masks, boxes = widened(masks), widened(boxes)
     # On the CPU each mask is computed around its box only; elsewhere fewer and larger steps are faster.
     step = 1 if masks.device.type == "cpu" else max(1, _PIXELS_AT_ONCE // max(1, height * width))
     for start in range(0, len(masks), step):

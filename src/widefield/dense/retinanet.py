@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.anchors import Anchors, by_anchor
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
-from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, best_scores, nms_by_label
+from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, best_scores, nms_by_label, pairwise_iou
 from widefield.dense.detection_losses import EPS, differences, focal, mean_over_processes, sums_by_level
-from widefield.dense.detector import Detections, Detector, Size, Targets, size_of
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets, size_of
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -290,3 +290,12 @@ class RetinaNet(Detector):
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`RetinaHead.detections`."""
         return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of the anchor that overlaps each box (M_i, 4) of each image the most."""
+        logits = self.bbox_head(maps).logits
+        anchors = torch.cat(self.bbox_head.anchors.grid(logits))
+        by_image = torch.cat(by_anchor(logits, self.num_classes), 1)
+        chosen = [pairwise_iou(own.to(anchors), anchors).argmax(1) for own in boxes]
+        found = torch.cat([own[places] for own, places in zip(by_image, chosen, strict=True)])
+        return BoxScores(found, widened(found).sigmoid())

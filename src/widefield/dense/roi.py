@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from widefield.dense.boxes import Assigner, Sampler, at_least_float32
+from widefield.dense.boxes import Assigner, Sampler
 from widefield.dense.detector import Targets
+from widefield.dense.layers import widened
 
 SIDE_PER_STRIDE = 14
 """Side of a RoI in strides of the finest map, where its levels start: below twice this side it belongs to that map."""
@@ -52,12 +53,12 @@ def roi_features(maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], s
         strides: of the levels.
         size: height and width of the features.
     """
-    rois = at_least_float32(rois)
+    rois = widened(rois)
     levels = roi_levels(rois, strides)
     features = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size)
     for index, (x, stride) in enumerate(zip(maps, strides, strict=False)):
         places = torch.where(levels == index)[0]
-        wide = at_least_float32(x)  # coordinates need the precision, and the kernels lack bfloat16
+        wide = widened(x)  # coordinates need the precision, and the kernels lack bfloat16
         found = roi_align(wide, rois[places].to(wide), size, 1 / stride, sampling_ratio=0, aligned=True)
         features[places] = found.to(features)
     return features

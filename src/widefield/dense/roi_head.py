@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.box_head import BoxHead, probabilities
 from widefield.dense.boxes import Assigner, Sampler, nms_per_class
-from widefield.dense.detector import Detections, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Size, Targets
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
 
@@ -118,6 +118,19 @@ class RoIHead(nn.Module):
         for boxes, size, logits, deltas in zip(proposals, sizes, *outputs, strict=True):
             found.append(self.selection(self.bbox_head.decode(boxes, deltas, size), probabilities(logits)))
         return with_masks([self.mask_head], maps, found, self.strides) if self.has_masks else found
+
+    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
+        """Return the scores of given boxes, (M_i, 4) of each image, as RoIs."""
+        return roi_scores([self.bbox_head], maps, boxes, self.strides)
+
+
+def roi_scores(
+    heads: Sequence[BoxHead], maps: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int]
+) -> BoxScores:
+    """Return the scores of given boxes as RoIs, from the mean of the heads' logits."""
+    features = roi_features(maps, batched([own.detach() for own in boxes]), strides, heads[0].roi_size)
+    logits = torch.stack([head(features)[0] for head in heads]).mean(0)
+    return BoxScores(logits[:, :-1], probabilities(logits))
 
 
 def mask_loss(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.anchors import Anchors, by_anchor
-from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, at_least_float32, clip, nms_by_label
+from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, clip, nms_by_label
 from widefield.dense.detection_losses import EPS, differences, mean_over_processes, sums_by_level
 from widefield.dense.detector import Size, Targets, size_of
+from widefield.dense.layers import widened
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class RPNHead(nn.Module):
             both = torch.cat(sample)
             truth = torch.zeros_like(both, dtype=anchors.dtype)
             truth[: len(sample.positive)] = 1
-            found = at_least_float32(logits[image, both, 0])
+            found = widened(logits[image, both, 0])
             objectness.append(F.binary_cross_entropy_with_logits(found, truth.to(found), reduction="none"))
             goals = self.coder.encode(anchors[sample.positive], wanted)
             moved.append(differences(deltas[image, sample.positive], goals, self.smooth_l1_beta).sum(1))
@@ -203,7 +204,7 @@ class RPNHead(nn.Module):
         anchors = self.anchors.grid(outputs.objectness)
         flat = zip(by_anchor(outputs.objectness, 1), by_anchor(outputs.deltas, 4), strict=True)
         for level, (scores, deltas) in enumerate(flat):
-            best = at_least_float32(scores[..., 0]).topk(min(count, scores.shape[1]))
+            best = widened(scores[..., 0]).topk(min(count, scores.shape[1]))
             chosen = deltas.gather(1, best.indices[..., None].expand(-1, -1, 4))
             boxes.append(self.coder.decode(anchors[level][best.indices], chosen))
             logits.append(best.values)

@@ -185,6 +185,8 @@ def training(folders: Sequence[Path]) -> list[Section]:
 
 def _look(entry: Analysis, subject: Subject, count: int, options: Mapping[str, Any]) -> analysis.Result:
     """Run one analysis on ``count`` of the run's images."""
+    if entry.reads_objects:
+        return entry.run(subject.object_view(count), **options)
     pictures = None
     if entry.reads_images(subject.model):
         choose = subject.any_pictures if entry.stand_in else subject.pictures

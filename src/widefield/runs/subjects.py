@@ -23,7 +23,7 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
-from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, count_maps
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Selection, count_maps
 from widefield.runs.trained import load_trained, read_run_data, weights_of
 from widefield.tasks import Task, count_outputs
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
@@ -248,6 +248,23 @@ class Subject:
         """Return the model and these images as analyses take them."""
         own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
         return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
+
+    def object_view(self, count: int) -> View:
+        """Return the model and samples of its own validation data with objects, as analyses take them.
+
+        Args:
+            count: number of samples; a seeded choice if there are more.
+
+        Raises:
+            MissingDataError: the model is not a run, or the data of the run are missing.
+            ValueError: the data have no objects.
+        """
+        whole = self.own_data()
+        if not getattr(whole, "object_classes", ()):
+            raise ValueError(f"the data of the run {self.name!r} have no objects with boxes.")
+        source = self.recipe.data.name if self.recipe else ""
+        samples = Selection(whole, count)
+        return View(self.model, self.name, str(self.weights), None, self.class_names, samples=samples, source=source)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
