@@ -180,7 +180,7 @@ OBJECTS = [
 
 
 def fcos(backbone="test_convnext", **options):
-    return dense.FCOS(backbone, 5, **{"channels": 64, "num_convs": 1, **options})
+    return dense.FCOS(backbone, 5, **{"neck_channels": 64, "num_convs": 1, **options})
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", Maps()], ids=["convnext", "resnet", "module"])

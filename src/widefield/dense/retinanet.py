@@ -221,7 +221,7 @@ class RetinaNet(Detector):
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
-        channels: channels of pyramid and head.
+        neck_channels: channels of the pyramid and the head.
         num_convs: convolutions in each of the head's two branches.
         norm: of the head's convolutions: "batch", "group" or None.
         extra: where the two coarsest levels come from; see :class:`widefield.dense.FPN`.
@@ -246,7 +246,7 @@ class RetinaNet(Detector):
         backbone: Backboned,
         num_classes: int,
         *,
-        channels: int = 256,
+        neck_channels: int = 256,
         num_convs: int = 4,
         norm: str | None = None,
         extra: str = "on_input",
@@ -267,10 +267,12 @@ class RetinaNet(Detector):
         maps = feature_maps(
             backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
         )
-        neck = FPN(maps.channels, channels, num_outs=5, start_level=1, extra=extra, relu_before_extra=relu_before_extra)
+        neck = FPN(
+            maps.channels, neck_channels, num_outs=5, start_level=1, extra=extra, relu_before_extra=relu_before_extra
+        )
         strides = (*maps.strides[1:], 2 * maps.strides[-1], 4 * maps.strides[-1])
         head = RetinaHead(
-            channels, num_classes, channels=channels, num_convs=num_convs, norm=norm,
+            neck_channels, num_classes, channels=neck_channels, num_convs=num_convs, norm=norm,
             anchors=anchors or Anchors.octaves(strides), allowed_border=allowed_border, smooth_l1_beta=smooth_l1_beta,
         )  # fmt: skip
         super().__init__(
