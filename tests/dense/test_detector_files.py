@@ -40,6 +40,30 @@ def refusal(model, path, **options):
 # Names
 
 
+@pytest.mark.parametrize(
+    ("fixture", "build"),
+    [
+        ("mask_rcnn_convnext_tiny_fpn", lambda: mask_rcnn(network("convnext_tiny"), 80)),
+        (
+            "cascade_mask_rcnn_convnext_tiny_fpn_giou_4conv1fc",
+            lambda: cascade_mask_rcnn(network("convnext_tiny"), 80),
+        ),
+    ],
+)
+def test_saved_names_are_those_of_whole_published_models(fixture, build, tmp_path):
+    published = json.loads((FIXTURES / "dense" / f"{fixture}.json").read_text())["state_dict"]
+    weights = saved(build(), tmp_path)
+    assert weights.keys() == published.keys()
+    assert {key: value.ndim for key, value in weights.items()} == {key: len(shape) for key, shape in published.items()}
+
+
+@pytest.mark.slow
+def test_saved_names_and_shapes_are_the_published_ones_at_full_width(tmp_path):
+    published = json.loads((FIXTURES / "dense" / "faster_rcnn_resnet50_fpn.json").read_text())["state_dict"]
+    weights = saved(dense.FasterRCNN("resnet50", 80), tmp_path)
+    assert {key: list(value.shape) for key, value in weights.items()} == published
+
+
 def test_saved_names_of_fcos_are_published(tmp_path):
     weights = saved(fcos(), tmp_path)
     assert {key for key in weights if key.startswith("bbox_head.")} == set(FCOS_KEYS)

@@ -91,6 +91,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="segmentation and detection: write a page with the results of each class, and the best and worst images",
     )
     parser.add_argument("--examples", **number, default=4, help="number of best and of worst images on the page (4)")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="detectors: least score of the objects drawn on the page; metrics take all (0.3)",
+    )
     parser.set_defaults(writes={"page": False})
     parser.epilog = "Several processes share the images: accelerate launch -m widefield eval ..."
 
@@ -378,5 +385,5 @@ def _write_page(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespac
     for job, found in done:
         size = "" if len(args.size) == 1 else f", {_size(job, found)}"
         shown[f"{job.subject.name} ({job.subject.weights}{size})"] = (found, job.subject, _called(job.source))
-    write_evaluation(shown, args.page)
+    write_evaluation(shown, args.page, min_score=args.min_score)
     print(f"wrote {args.page}")

@@ -97,6 +97,7 @@ class FCOSHead(nn.Module):
             the box.
         box_loss: "iou" or "giou".
         point_offset: of a point from the top left corner of its cell, in strides. torchvision's is 0.
+        alpha, gamma: of the focal loss; see :func:`widefield.dense.detection_losses.focal`.
 
     Raises:
         ValueError: an argument is out of range, or there are not as many ranges as levels.
@@ -118,8 +119,11 @@ class FCOSHead(nn.Module):
         center_radius: float | None = None,
         box_loss: str = "iou",
         point_offset: float = 0.5,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
     ) -> None:
         super().__init__()
+        self.alpha, self.gamma = _checks.number("alpha", alpha, maximum=1.0), _checks.number("gamma", gamma)
         self.num_classes = _checks.integer("num_classes", num_classes)
         self.strides = tuple(_checks.integer("every entry of strides", stride) for stride in strides)
         self.ranges = tuple(_checks.number("every entry of ranges", value) for value in ranges)
@@ -239,7 +243,7 @@ class FCOSHead(nn.Module):
         loss = iou_loss if self.box_loss == "iou" else giou_loss
         boxes = from_distances(origin, predicted[positive]), from_distances(origin, distances)
         return {
-            "loss_cls": focal(logits, labels, count),
+            "loss_cls": focal(logits, labels, count, alpha=self.alpha, gamma=self.gamma),
             "loss_bbox": loss(*boxes, weight, wanted),
             "loss_centerness": binary_cross_entropy(centerness[positive, 0], wanted, count),
         }

@@ -68,6 +68,7 @@ class RetinaHead(nn.Module):
         assigner: which anchors stand for objects.
         allowed_border: anchors that leave the image by more pixels are not used for training. None: all are used.
         smooth_l1_beta: of the smooth L1 loss of boxes. None: L1.
+        alpha, gamma: of the focal loss; see :func:`widefield.dense.detection_losses.focal`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -86,8 +87,11 @@ class RetinaHead(nn.Module):
         assigner: Assigner | None = None,
         allowed_border: float | None = None,
         smooth_l1_beta: float | None = None,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
     ) -> None:
         super().__init__()
+        self.alpha, self.gamma = _checks.number("alpha", alpha, maximum=1.0), _checks.number("gamma", gamma)
         self.num_classes = _checks.integer("num_classes", num_classes)
         self.anchors = anchors or Anchors.octaves()
         self.coder = coder or BoxCoder()
@@ -163,7 +167,8 @@ class RetinaHead(nn.Module):
         learned = torch.stack([entry.labels for entry in made]).split(lengths, 1)
         for x, labels in zip(outputs.logits, learned, strict=True):
             own = x.unflatten(1, (self.anchors.per_cell, -1)).permute(0, 3, 4, 1, 2)  # no copy: these are the most
-            classes.append(focal(own, labels.reshape(own.shape[:-1]), total))
+            labels = labels.reshape(own.shape[:-1])
+            classes.append(focal(own, labels, total, alpha=self.alpha, gamma=self.gamma))
         deltas = torch.cat(by_anchor(outputs.deltas, 4), 1)
         moved = [
             differences(deltas[image, entry.positive], entry.deltas, self.smooth_l1_beta).sum(1)

@@ -52,9 +52,11 @@ _PLURAL = {"box": "boxes", "mask": "masks"}
 @report.paper()
 def draw_sizes(scores: DetectionScores) -> Figure:
     """Draw the average precision of the objects of each size, and how many objects there are."""
-    counts = scores.objects_by_size.sum(1)
+    occurring = np.flatnonzero(scores.objects_by_size.sum(1))
+    shown = slice(occurring.min(initial=0), occurring.max(initial=0) + 1)
+    counts, names = scores.objects_by_size.sum(1)[shown], scores.size_bins[shown]
     places = np.arange(len(counts))
-    figure = report.blank(min(report.PAGE, 1.6 + 0.65 * len(counts)), 2.6)
+    figure = report.blank(min(report.PAGE, 2.4 + 0.6 * len(counts)), 2.6)
     axis = figure.subplots()
     below = axis.twinx()
     below.bar(places, counts, color="0.88", width=0.7)
@@ -64,14 +66,16 @@ def draw_sizes(scores: DetectionScores) -> Figure:
     below.locator_params(axis="y", nbins=4, integer=True)
     for number, (kind, found) in enumerate(scores.kinds.items()):
         color, marker, label = report.COLORS[number], report.MARKERS[number], f"AP of {_PLURAL[kind]}"
-        axis.plot(places, 100 * found.ap_by_size, color=color, marker=marker, label=label)
+        axis.plot(places, 100 * found.ap_by_size[shown], color=color, marker=marker, label=label)
     axis.set_zorder(below.get_zorder() + 1)
     axis.patch.set_visible(False)
-    axis.set_xticks(places, scores.size_bins, rotation=30 if len(counts) > 5 else 0)
-    axis.set(ylim=(0, 100), ylabel="average precision (%)", xlabel="size of the objects")
+    axis.set_xticks(places, names)
+    axis.set_ylim(bottom=0)
+    axis.margins(y=0.1)
+    axis.set(ylabel="average precision (%)", xlabel="side of the objects (pixels)")
     for one in (axis, below):
         one.spines["top"].set_visible(False)
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 

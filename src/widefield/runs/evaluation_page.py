@@ -14,7 +14,7 @@ from widefield.data.listing import counted
 from widefield.runs.accuracy import Evaluation, Example
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.runs.detection_page import detection_sections
-from widefield.runs.drawing import DRAWINGS, drawing_of
+from widefield.runs.drawing import DRAWINGS, MIN_SCORE, drawing_of
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
 from widefield.tasks import DetectionScores, SegmentationScores
@@ -26,8 +26,12 @@ Section = tuple[str, str]
 """Heading, HTML."""
 
 
-def write_evaluation(found: Mapping[str, tuple[Evaluation, Subject, str]], page: str | Path) -> Path:
+def write_evaluation(
+    found: Mapping[str, tuple[Evaluation, Subject, str]], page: str | Path, *, min_score: float = MIN_SCORE
+) -> Path:
     """Write a page about evaluations, by title: each with its model and the name of its data; return its path.
+
+    ``min_score`` is the least score of the objects that are drawn.
 
     Raises OSError if it cannot be written.
     """
@@ -36,7 +40,7 @@ def write_evaluation(found: Mapping[str, tuple[Evaluation, Subject, str]], page:
     several = len(found) > 1
     sections: list[Section] = []
     for title, (evaluation, subject, source) in found.items():
-        for heading, body in evaluation_sections(evaluation, subject, source):
+        for heading, body in evaluation_sections(evaluation, subject, source, min_score=min_score):
             sections.append((f"{title}: {heading}" if several else heading, body))
     names = ", ".join(dict.fromkeys(subject.name for _, subject, _ in found.values()))
     devices = {evaluation.device for evaluation, _, _ in found.values()}
@@ -46,7 +50,9 @@ def write_evaluation(found: Mapping[str, tuple[Evaluation, Subject, str]], page:
     return page
 
 
-def evaluation_sections(evaluation: Evaluation, subject: Subject, source: str, note: str = "") -> list[Section]:
+def evaluation_sections(
+    evaluation: Evaluation, subject: Subject, source: str, note: str = "", *, min_score: float = MIN_SCORE
+) -> list[Section]:
     """Return the sections of a page about an evaluation.
 
     Args:
@@ -54,6 +60,7 @@ def evaluation_sections(evaluation: Evaluation, subject: Subject, source: str, n
         subject: the model.
         source: name of the data.
         note: a sentence about the choice of images.
+        min_score: least score of the objects that are drawn.
     """
     row = {name: shown(name, value) for name, value in evaluation.metrics.items()}
     about = f"{counted(evaluation.images, 'image')} of {source}, weights {subject.weights}. {note}".strip()
@@ -72,7 +79,7 @@ def evaluation_sections(evaluation: Evaluation, subject: Subject, source: str, n
     ):
         if examples:
             wide = DRAWINGS[type(examples[0].prediction)].wide
-            blocks = [example_card(one, subject) for one in examples]
+            blocks = [example_card(one, subject, min_score) for one in examples]
             rating = report.paragraph(f"The title of each image is {evaluation.rating}.")
             sections.append((heading, rating + report.cards(blocks, wide=wide)))
     return sections
@@ -118,8 +125,8 @@ def draw_confusion(scores: SegmentationScores, most: int = MOST) -> Figure:
     return confusion_figure(scores.confusion.double().numpy(), scores.classes, "pixels", most)
 
 
-def example_card(example: Example, subject: Subject) -> str:
+def example_card(example: Example, subject: Subject, min_score: float = MIN_SCORE) -> str:
     """Return an image with its label and prediction as a card of a page (HTML)."""
-    drawing = drawing_of(example.prediction, subject.class_names, subject.palette)
+    drawing = drawing_of(example.prediction, subject.class_names, subject.palette, min_score=min_score)
     title = f"{Path(example.name).name}: {100 * example.rating:.1f} %"
     return drawing.card(title, example.image, example.prediction, example.truth)
