@@ -286,6 +286,8 @@ def _check_images(images: Tensor) -> None:
             f"images must be (N, C, H, W); got shape {tuple(images.shape)}. Add the batch dimension to a single image "
             "with images[None]."
         )
+    if not images.numel():
+        raise ValueError(f"there are no pixels in images of shape {tuple(images.shape)}; give at least one image.")
 
 
 def _enlarged(images: Tensor, side: int) -> Tensor:
@@ -341,6 +343,7 @@ def _prepared(index: int, images: Tensor, target: Targets, masks: bool) -> Targe
             f"{where}.masks must be {(count, *size)}, one mask per box at the size of the image; got "
             f"{tuple(target.masks.shape)}."
         )
+    _check_types(where, target, masks)
     crowd = target.crowd
     return Targets(
         boxes=target.boxes.to(torch.promote_types(images.dtype, torch.float32)),
@@ -349,6 +352,15 @@ def _prepared(index: int, images: Tensor, target: Targets, masks: bool) -> Targe
         crowd=torch.zeros_like(target.labels, dtype=torch.bool) if crowd is None else crowd.bool(),
         size=size,
     )
+
+
+def _check_types(where: str, target: Targets, masks: bool) -> None:
+    """Refuse labels with fractions, and numbers in place of masks, which would be taken for coverage."""
+    if len(target.labels) and (target.labels.is_floating_point() or target.labels.dtype == torch.bool):
+        raise TypeError(f"{where}.labels must be integers; got {target.labels.dtype}.")
+    for name, value in (("masks", target.masks if masks else None), ("crowd", target.crowd)):
+        if value is not None and value.dtype != torch.bool:
+            raise TypeError(f"{where}.{name} must be bool; got {value.dtype}. Write {name} != 0 or {name} > 0.5.")
 
 
 def _check_objects(targets: Sequence[Targets], num_classes: int) -> None:
