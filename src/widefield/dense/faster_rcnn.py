@@ -38,6 +38,8 @@ class SecondStage(Protocol):
     def mask_heads(self) -> list[FCNMaskHead]:
         """Return the mask heads, first stage first; empty without masks."""
 
+    selection: Selection
+
     def losses(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
     ) -> dict[str, Tensor]:
@@ -68,6 +70,15 @@ class TwoStageDetector(Detector):
         self, backbone: FeatureMaps, neck: nn.Module, rpn_head: RPNHead, roi_head: nn.Module, **options: Any
     ) -> None:
         super().__init__(backbone, neck, {"rpn_head": rpn_head, "roi_head": roi_head}, **options)
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Rules of test time of the second stage, see :class:`Selection`; they can be set."""
+        return dict(vars(self.roi_head.selection))
+
+    @rules.setter
+    def rules(self, values: dict[str, Any]) -> None:
+        self.roi_head.selection = Selection(**values)
 
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses of both stages by name."""
