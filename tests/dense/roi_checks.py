@@ -71,7 +71,7 @@ def built_box_head(config: Settings) -> BoxHead:
     loss = mmdet_configs.box_loss(config)
     if loss["kind"] not in BOX_LOSSES:
         config.unknown("loss_bbox", loss)
-    config.expect("reg_decoded_bbox", loss["kind"] == "giou")
+    config.expect("reg_decoded_bbox", loss["kind"] in ("iou", "giou"))
     channels = config.take("in_channels")
     head = BoxHead(
         channels,
@@ -109,7 +109,7 @@ def _check_box_head(where: str, case: Document, differences: Differences) -> Non
     differences.equal(f"{where}.labels", sample.labels.tolist(), case["labels"])
     differences.equal(f"{where}.label_weights", [1.0] * len(sample.labels), case["label_weights"])
     known = len(sample.objects)
-    wanted = sample.truth if head.box_loss == "giou" else head.coder.encode(sample.positive, sample.truth)
+    wanted = sample.truth if head.compares_boxes else head.coder.encode(sample.positive, sample.truth)
     rest = len(sample.boxes) - known
     rows = torch.cat((wanted, wanted.new_zeros(rest, 4)))
     differences.numbers(f"{where}.bbox_targets", rows.tolist(), case["bbox_targets"])

@@ -69,6 +69,7 @@ def test_other_settings_of_retinanet():
     [
         ({"loss_bbox": {"type": "SmoothL1Loss", "beta": 0.5, "loss_weight": 2.0}}, ("smooth_l1", 0.5, 2.0)),
         ({"loss_bbox": {"type": "GIoULoss", "loss_weight": 12.0}, "reg_decoded_bbox": True}, ("giou", 1.0, 12.0)),
+        ({"loss_bbox": {"type": "IoULoss", "loss_weight": 10.0}, "reg_decoded_bbox": True}, ("iou", 1.0, 10.0)),
     ],
 )
 def test_other_losses_of_box_heads(changes, found):
