@@ -70,8 +70,8 @@ def draw_sizes(scores: DetectionScores) -> Figure:
     axis.set_zorder(below.get_zorder() + 1)
     axis.patch.set_visible(False)
     axis.set_xticks(places, names)
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.1)
+    highest = max(np.nanmax([*found.ap_by_size[shown], 0]) for found in scores.kinds.values())
+    axis.set_ylim(0, max(115 * highest, 1))
     axis.set(ylabel="average precision (%)", xlabel="side of the objects (pixels)")
     for one in (axis, below):
         one.spines["top"].set_visible(False)

@@ -298,7 +298,8 @@ class BoxDrawing(Drawing):
             crowd = np.zeros(len(truth), np.bool_) if truth.crowd is None else truth.crowd.numpy()
             found = judgment.found | crowd
             errors = [_ERRORS.get(kind, "") for kind in judgment.kinds.tolist()]
-            missed = f"label: {len(truth)} objects, {int((~found).sum())} not found (dashed)"
+            missing = f"{int((~found).sum())} not found (dashed)" if not found.all() else "all found"
+            missed = f"label: {len(truth)} objects, {missing}"
             views = [
                 _view(self.annotated(small, truth, ["" if one else "not found" for one in found]), missed),
                 _view(self.annotated(small, shown, errors), f"prediction: {detected}; {_listed_errors(errors)}"),

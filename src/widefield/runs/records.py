@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import re
 import time
@@ -262,8 +263,8 @@ def lower_is_better(metric: str) -> bool:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: accuracies, IoU and AP in percent, others with four digits, ``-`` for None."""
-    if value is None:
+    """Return a metric's value as text: accuracies, IoU and AP in percent, others with four digits; ``-`` for none."""
+    if value is None or (is_share(metric) and math.isnan(value)):
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
 
