@@ -54,6 +54,7 @@ def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def built_box_head(config: Settings) -> BoxHead:
     """Return the box head of a configuration."""
     kind = config.take("type")
+    config.take("init_cfg")
     convs, fcs = {"Shared2FCBBoxHead": (0, 2), "Shared4Conv1FCBBoxHead": (4, 1)}.get(kind, (0, 0))
     config.left["type"] = kind
     config.expect("type", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead", "ConvFCBBoxHead")
@@ -71,7 +72,7 @@ def built_box_head(config: Settings) -> BoxHead:
     loss = mmdet_configs.box_loss(config)
     if loss["kind"] not in BOX_LOSSES:
         config.unknown("loss_bbox", loss)
-    config.expect("reg_decoded_bbox", loss["kind"] == "giou")
+    config.expect("reg_decoded_bbox", loss["kind"] in ("iou", "giou"))
     channels = config.take("in_channels")
     head = BoxHead(
         channels,
@@ -109,7 +110,7 @@ def _check_box_head(where: str, case: Document, differences: Differences) -> Non
     differences.equal(f"{where}.labels", sample.labels.tolist(), case["labels"])
     differences.equal(f"{where}.label_weights", [1.0] * len(sample.labels), case["label_weights"])
     known = len(sample.objects)
-    wanted = sample.truth if head.box_loss == "giou" else head.coder.encode(sample.positive, sample.truth)
+    wanted = sample.truth if head.compares_boxes else head.coder.encode(sample.positive, sample.truth)
     rest = len(sample.boxes) - known
     rows = torch.cat((wanted, wanted.new_zeros(rest, 4)))
     differences.numbers(f"{where}.bbox_targets", rows.tolist(), case["bbox_targets"])
@@ -152,6 +153,7 @@ def accuracy(logits: Tensor, samples: Sequence[RoISample]) -> float:
 def built_mask_head(config: Settings) -> FCNMaskHead:
     """Return the mask head of a configuration."""
     config.expect("type", "FCNMaskHead")
+    config.take("init_cfg")
     loss = config.inner("loss_mask", {"type": "CrossEntropyLoss", "use_mask": True})
     loss.expect("type", "CrossEntropyLoss")
     loss.expect("use_mask", True)

@@ -42,6 +42,12 @@ def test_published_tricks_of_fcos():
     assert not differences.lines
 
 
+def test_training_rules_of_other_detectors_mean_nothing_to_fcos(tmp_path):
+    changed = document("fcos_head") | {"train_cfg": {"allowed_border": -1, "assigner": {"type": "MaxIoUAssigner"}}}
+    (tmp_path / "file.json").write_text(json.dumps(changed))
+    assert conformance.check(tmp_path / "file.json").lines == []
+
+
 def test_other_settings_of_retinanet():
     given = document("retinanet_head")
     config = {
@@ -69,6 +75,7 @@ def test_other_settings_of_retinanet():
     [
         ({"loss_bbox": {"type": "SmoothL1Loss", "beta": 0.5, "loss_weight": 2.0}}, ("smooth_l1", 0.5, 2.0)),
         ({"loss_bbox": {"type": "GIoULoss", "loss_weight": 12.0}, "reg_decoded_bbox": True}, ("giou", 1.0, 12.0)),
+        ({"loss_bbox": {"type": "IoULoss", "loss_weight": 10.0}, "reg_decoded_bbox": True}, ("iou", 1.0, 10.0)),
     ],
 )
 def test_other_losses_of_box_heads(changes, found):
@@ -95,6 +102,7 @@ def test_backbones_by_name_or_configuration(model, backbone, name):
 def test_other_necks_and_rois_of_whole_models():
     given = document("faster_rcnn_resnet50_fpn")
     given["neck_cfg"] |= {"out_channels": 64, "add_extra_convs": "on_output"}
+    given["train_cfg"]["rpn_proposal"] |= {"nms_across_levels": False, "nms_post": 1000}  # of mmdetection 2.x
     given["rpn_cfg"] |= {"in_channels": 64, "feat_channels": 32}
     given["roi_head_cfg"]["bbox_head"] |= {"in_channels": 64, "num_classes": 7}
     differences = Differences()

@@ -162,7 +162,7 @@ class CascadeRCNN(TwoStageDetector):
             small images with small objects need smaller ones.
         box_head: "shared2fc" (two fully connected layers) or "4conv1fc" (four convolutions with batch norms and one).
         class_agnostic: whether one box is predicted for all classes.
-        box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "giou" of the box, with weight 10.
+        box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "iou" or "giou" of the box (weight 10).
         rpn_beta: of the smooth L1 loss of the RPN's boxes; None for L1.
         allowed_border: anchors that leave the image by more pixels are not used in training; None: all are used.
         train_proposals, test_proposals: proposals of an image.
