@@ -54,6 +54,7 @@ def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def built_box_head(config: Settings) -> BoxHead:
     """Return the box head of a configuration."""
     kind = config.take("type")
+    config.take("init_cfg")
     convs, fcs = {"Shared2FCBBoxHead": (0, 2), "Shared4Conv1FCBBoxHead": (4, 1)}.get(kind, (0, 0))
     config.left["type"] = kind
     config.expect("type", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead", "ConvFCBBoxHead")
@@ -152,6 +153,7 @@ def accuracy(logits: Tensor, samples: Sequence[RoISample]) -> float:
 def built_mask_head(config: Settings) -> FCNMaskHead:
     """Return the mask head of a configuration."""
     config.expect("type", "FCNMaskHead")
+    config.take("init_cfg")
     loss = config.inner("loss_mask", {"type": "CrossEntropyLoss", "use_mask": True})
     loss.expect("type", "CrossEntropyLoss")
     loss.expect("use_mask", True)

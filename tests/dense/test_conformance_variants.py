@@ -42,6 +42,12 @@ def test_published_tricks_of_fcos():
     assert not differences.lines
 
 
+def test_training_rules_of_other_detectors_mean_nothing_to_fcos(tmp_path):
+    changed = document("fcos_head") | {"train_cfg": {"allowed_border": -1, "assigner": {"type": "MaxIoUAssigner"}}}
+    (tmp_path / "file.json").write_text(json.dumps(changed))
+    assert conformance.check(tmp_path / "file.json").lines == []
+
+
 def test_other_settings_of_retinanet():
     given = document("retinanet_head")
     config = {
@@ -96,6 +102,7 @@ def test_backbones_by_name_or_configuration(model, backbone, name):
 def test_other_necks_and_rois_of_whole_models():
     given = document("faster_rcnn_resnet50_fpn")
     given["neck_cfg"] |= {"out_channels": 64, "add_extra_convs": "on_output"}
+    given["train_cfg"]["rpn_proposal"] |= {"nms_across_levels": False, "nms_post": 1000}  # of mmdetection 2.x
     given["rpn_cfg"] |= {"in_channels": 64, "feat_channels": 32}
     given["roi_head_cfg"]["bbox_head"] |= {"in_channels": 64, "num_classes": 7}
     differences = Differences()

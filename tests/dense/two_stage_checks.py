@@ -47,6 +47,8 @@ def _limits(config: Settings) -> ProposalLimits:
         mmdet_configs.nms_threshold(config),
         config.take("min_bbox_size", 0),
     )
+    config.expect("nms_across_levels", False)
+    config.take("nms_post")  # without effect since version 2.0
     config.done()
     return found
 
@@ -55,6 +57,8 @@ def _built_rpn(document: Document, differences: Differences) -> RPNHead:
     config = Settings("rpn_cfg", document["rpn_cfg"], differences)
     train = Settings("train_cfg.rpn", document["train_cfg"]["rpn"], differences)
     config.expect("type", "RPNHead")
+    config.expect("num_convs", 1)
+    config.take("init_cfg")
     coder = config.inner("bbox_coder")
     coder.expect("type", "DeltaXYWHBBoxCoder")
     coder.expect("target_means", [0.0] * 4)
