@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +40,11 @@ def drawn(seed: int, *shape: int) -> Tensor:
     """Return normal numbers, float64 from float32."""
     numbers = np.random.Generator(np.random.PCG64(seed)).standard_normal(shape)
     return torch.from_numpy(numbers.astype(np.float32)).double()
+
+
+def seed_of(text: str) -> int:
+    """Return the seed in a description such as "PCG64(2000).standard_normal(...)"."""
+    return int(re.findall(r"PCG64\((\d+)\)", text)[0])
 
 
 def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -117,7 +124,8 @@ def _check_box_head(where: str, case: Document, differences: Differences) -> Non
     differences.equal(f"{where}.bbox_weights", [[1.0] * 4] * known + [[0.0] * 4] * rest, case["bbox_weights"])
     width = case["config"]["in_channels"]
     with torch.no_grad():
-        logits, deltas = head(drawn(2000, len(sample.boxes), width, head.roi_size, head.roi_size))
+        shape = (len(sample.boxes), width, head.roi_size, head.roi_size)
+        logits, deltas = head(drawn(seed_of(case["roi_input"]), *shape))
     differences.summary(f"{where}.cls_score", logits, case["cls_score"])
     differences.summary(f"{where}.bbox_pred", deltas, case["bbox_pred"])
     losses = {name: value.item() for name, value in head.losses(logits, deltas, [sample]).items()}
@@ -181,7 +189,8 @@ def check_mask_head(document: Document, differences: Differences) -> None:
     truth, labels = tensor(document["gt_bboxes"]), torch.tensor(document["labels"])
     positives, objects = tensor(document["positives"]), torch.tensor(document["assigned"])
     crowd = torch.zeros(len(truth), dtype=torch.bool)
-    target = Targets(truth, labels, ellipses(truth, SIZE), crowd, SIZE)
+    height, width = (int(side) for side in re.findall(r"on (\d+)x(\d+)", document["gt_masks"])[0])
+    target = Targets(truth, labels, ellipses(truth, (height, width)), crowd, (height, width))
     sample = RoISample(positives, labels[objects], objects, truth[objects], crowd[objects])
     masks = mask_targets(sample, target, head.mask_size)
     differences.equal("mask_target_ones", masks.sum((1, 2)).tolist(), document["mask_target_ones"])
@@ -189,12 +198,14 @@ def check_mask_head(document: Document, differences: Differences) -> None:
     for name in rows:
         differences.equal(name, masks[int(name.rpartition("instance")[2])].sum(1).tolist(), document[name])
     with torch.no_grad():
-        logits = head(drawn(2100, len(positives), document["config"]["in_channels"], head.roi_size, head.roi_size))
+        shape = (len(positives), document["config"]["in_channels"], head.roi_size, head.roi_size)
+        logits = head(drawn(seed_of(document["roi_input"]), *shape))
         loss = head.loss(logits, [sample], [target]).item()
     differences.summary("logits", logits, document["logits"])
     differences.numbers("loss", loss, document["loss"], FLOAT32)
-    boxes = truth + torch.tensor([0.3, -0.2, 0.7, 0.1], dtype=torch.float64)
-    boxes[2] = torch.tensor([-3.0, 60, 44, 131])
+    moved, third = (torch.tensor(json.loads(row)).double() for row in re.findall(r"\[[^]]*\]", document["paste_boxes"]))
+    boxes = truth + moved
+    boxes[2] = third
     for name, case in document["paste"].items():
         _check_paste(f"paste.{name}", head.of_labels(logits, labels).sigmoid(), boxes, case, differences)
     known = ("config", "gt_bboxes", "positives", "assigned", "labels", "mask_target_ones", *rows, "logits", "loss",

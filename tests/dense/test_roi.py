@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dense.networks import objects
 from tolerances import BFLOAT16, FLOAT64, close
@@ -256,3 +257,14 @@ def test_wrong_heads_are_refused():
         BoxHead(8, 3, kind="shared2fcs")
     with pytest.raises(ValueError, match=r"box_loss must be one of .* got 'diou'"):
         BoxHead(8, 3, box_loss="diou")
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_masks_of_the_labels_alone_are_those_of_all(class_agnostic):
+    torch.manual_seed(0)
+    head = FCNMaskHead(6, 3, channels=5, num_convs=2, class_agnostic=class_agnostic).double()
+    nn.init.normal_(head.conv_logits.bias)
+    features, labels = torch.randn(4, 6, 14, 14, dtype=torch.float64), torch.tensor([2, 0, 1, 1])
+    expected = head.of_labels(head(features), labels).sigmoid()
+    close(head.probabilities(features, labels), expected, FLOAT64)
+    assert head.probabilities(features[:0], labels[:0]).shape == (0, 28, 28)

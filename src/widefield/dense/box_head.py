@@ -115,7 +115,7 @@ class BoxHead(nn.Module):
             x = conv(x)
         x = x.flatten(1)
         for layer in self.shared_fcs:
-            x = F.relu(layer(x))
+            x = F.relu(layer(x), inplace=True)
         return self.fc_cls(x), self.fc_reg(x)
 
     def losses(self, logits: Tensor, deltas: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
