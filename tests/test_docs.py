@@ -27,6 +27,7 @@ PAGES = (
     "deployment",
     "segmentation",
     "mmsegmentation",
+    "mmdetection",
 )
 
 

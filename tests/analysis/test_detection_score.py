@@ -18,7 +18,7 @@ BOX = (6.0, 9.0, 41.0, 52.0)
 @pytest.fixture(scope="module")
 def fcos():
     torch.manual_seed(0)
-    model = dense.FCOS("test_resnet", 3, channels=64, num_convs=1, conv_bias=True, center_radius=1.5)
+    model = dense.FCOS("test_resnet", 3, neck_channels=64, num_convs=1, conv_bias=True, center_radius=1.5)
     for module in model.bbox_head.modules():  # spread scores, so that some pass the threshold and none are equal
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=0.2)
@@ -81,6 +81,19 @@ def test_the_activation_of_a_detection_is_of_its_box(fcos, images, tmp_path):
     found.save(tmp_path / "cam.png")
     content = json.loads(found.save(tmp_path / "cam.json").read_text())
     assert np.array(content["results"]["FCOS"]["boxes"]).shape == (2, 4)
+
+
+def test_the_activation_of_a_box_is_the_map_times_its_gradient(fcos, images):
+    layer = next(name for name, _ in fcos.named_modules() if name.endswith("layer3"))
+    found = class_activation(fcos, images, targets=DetectionScore(1, box=BOX), layer=layer)
+    kept = []
+    handle = fcos.get_submodule(layer).register_forward_hook(lambda module, args, output: kept.append(output))
+    logits = fcos.box_scores(fcos.maps(images.clone()), [torch.tensor([BOX], dtype=torch.float64)] * 2).logits
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), kept[0])
+    expected = (gradient * kept[0]).sum(1).relu().detach()
+    expected = expected / expected.amax((1, 2), keepdim=True)
+    np.testing.assert_allclose(found.maps, expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_image_without_such_a_detection_has_an_empty_map(fcos, images):

@@ -115,7 +115,7 @@ def test_crowds_empty_boxes_and_objects_beyond_the_count_are_left_out():
 @pytest.fixture(scope="module")
 def fcos():
     torch.manual_seed(0)
-    return dense.FCOS("test_resnet", 3, channels=64, num_convs=1).double().eval()
+    return dense.FCOS("test_resnet", 3, neck_channels=64, num_convs=1).double().eval()
 
 
 def test_the_field_of_a_score_is_the_gradient_of_its_logit(fcos):

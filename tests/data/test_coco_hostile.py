@@ -7,13 +7,14 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_objects import write_coco, write_json
 from PIL import Image
 
-from widefield import data
+from widefield import data, tasks
 from widefield.data import AnnotationError
 
 NAMED = (
@@ -104,6 +105,27 @@ def test_a_mutated_file_loads_or_its_error_names_the_entry(root, content, mutati
         if error is not None:
             assert re.search(NAMED, error)
             assert str(root) in error
+
+
+@pytest.mark.slow
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(mutation=mutations())
+def test_a_mutated_file_trains_or_its_error_names_the_entry(root, content, mutation):
+    (root / "annotations/instances_val2017.json").write_text(damaged(content, mutation))
+    options = {"images": "train2017", "train": "val", "scale": (96, 64), "pipeline": "multi_scale_crop"}
+    try:
+        found = data.create("coco", "train", root=root, **options)
+        batch = [sample for sample in found if sample is not None]
+    except AnnotationError as error:
+        message = str(error)
+        assert re.search(NAMED.replace("val split", "train split"), message), message
+        return
+    task = tasks.create("detection", found, model="fcos", head_args={"neck_channels": 32, "num_convs": 1})
+    backbone = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), features_only=True)
+    model = task.model(backbone).train()
+    task.loss(model, task.collate(batch)).backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def change(content, where, **values):

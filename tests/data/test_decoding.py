@@ -10,7 +10,7 @@ from made_sets import write_parquet, write_tar
 from PIL import Image, PngImagePlugin
 
 from widefield.data import ConflictImages, Pictures, UnsupportedImageError, create
-from widefield.data.decoding import read
+from widefield.data.decoding import read, read_size
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
 SCALED = ((RAMP.astype(int) * 2 + 257) // 514).astype(np.uint8)  # to 8 bits, rounded
@@ -250,3 +250,13 @@ def test_bad_options_are_refused(options, error, text, tmp_path):
     for make in (lambda: create("folder", "val", root=tmp_path, **options), lambda: Pictures(tmp_path, **options)):
         with pytest.raises(error, match=text):
             make()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("turn", [1, 3, 5, 6, 8])
+def test_the_size_of_a_file_is_that_of_the_image_it_gives(tmp_path, kind, turn):
+    path, exif = tmp_path / f"a.{kind}", Image.Exif()
+    exif[0x0112] = turn
+    Image.new("RGB", (20, 12)).save(path, exif=exif)
+    for upright in (True, False):
+        assert read_size(path, exif_orientation=upright) == read(path, exif_orientation=upright).size[::-1]

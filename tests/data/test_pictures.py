@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from made_objects import write_coco
 from made_segmentation import write_masks
 from PIL import Image
 
@@ -125,6 +126,14 @@ def test_images_of_a_set_for_segmentation_are_squares_with_their_masks(tmp_path)
         assert torch.equal(shown, torch.from_numpy(mask).long()[rows][:, left + rows])
     (batch,) = pictures.batches()
     assert batch["mask"].shape == (3, 20, 20)
+
+
+def test_of_a_set_for_detection_the_images_are_taken(tmp_path):
+    write_coco(tmp_path)
+    pictures = Pictures("coco", size=20, options={"root": tmp_path, "masks": True, "scale": (60, 40)})
+    assert pictures.classes == ()
+    (batch,) = pictures.batches()
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {"image": (3, 3, 20, 20), "label": (3,)}
 
 
 def test_scenes_come_in_batches_without_their_objects():

@@ -48,9 +48,6 @@ def built_retina_head(config: Settings, rules: Settings) -> tuple[RetinaHead, di
     """Return the head of a configuration and its rules of training, and the factors of its losses."""
     config.expect("type", "RetinaHead")
     focal = mmdet_configs.focal_loss(config)
-    for name, value in (("alpha", 0.25), ("gamma", 2.0)):
-        if focal[name] != value:
-            config.unknown(f"loss_cls.{name}", focal[name])
     boxes = mmdet_configs.box_loss(config)
     sampler = rules.inner("sampler")
     sampler.expect("type", "PseudoSampler")
@@ -71,6 +68,8 @@ def built_retina_head(config: Settings, rules: Settings) -> tuple[RetinaHead, di
         assigner=built_assigner(rules.take("assigner")),
         allowed_border=border_of(rules),
         smooth_l1_beta=beta_of(boxes, config),
+        alpha=focal["alpha"],
+        gamma=focal["gamma"],
     )
     config.done()
     rules.done()

@@ -1,4 +1,4 @@
-"""Checks of the fixture of detection's units: box coders, anchors, points, assignment, NMS.
+"""Checks of the fixture of detection's units: box coders, anchors, points, assignment, NMS, features of RoIs.
 
 :data:`SECTIONS` has a check for each field of such a file.
 """
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dense.rules import Differences
+from dense.rules import Differences, features
 from widefield.dense import anchors, boxes
+from widefield.dense.roi import roi_features, roi_levels
 
 Document = Mapping[str, Any]
 
@@ -144,6 +145,23 @@ def check_nms(entry: Document, differences: Differences) -> None:
     differences.fields("multiclass_nms", entry, known)
 
 
+def check_roi_features(entry: Document, differences: Differences) -> None:
+    """Check levels and RoIAlign."""
+    rois, maps = tensor(entry["rois"], 5), features(entry["feature_shapes"])
+    strides = (4, 8, 16, 32)
+    differences.equal("roi_extractor.levels", roi_levels(rois, strides).tolist(), entry["levels"])
+    differences.equal("roi_extractor: aligned", (True, 0), (entry["aligned"], entry["sampling_ratio"]))
+    names = [name for name in entry if name.startswith("per_roi_")]
+    for name in names:
+        side = int(name.rpartition("x")[2])
+        for number, (found, wanted) in enumerate(
+            zip(roi_features(maps, rois, strides, side), entry[name], strict=True)
+        ):
+            differences.summary(f"roi_extractor.{name}[{number}]", found, wanted)
+    known = ("feature_shapes", "rois", "levels", "aligned", "sampling_ratio", *names)
+    differences.fields("roi_extractor", entry, known)
+
+
 SECTIONS: Mapping[str, Callable[[Any, Differences], None]] = {
     "delta_xywh": check_coder,
     "distance_point": check_distances,
@@ -151,11 +169,9 @@ SECTIONS: Mapping[str, Callable[[Any, Differences], None]] = {
     "points_fcos": check_points,
     "max_iou_assigner": check_assigner,
     "multiclass_nms": check_nms,
+    "roi_extractor": check_roi_features,
 }
 """Field of a file -> check."""
-
-ELSEWHERE = ("roi_extractor",)
-"""Fields that the checks of the RoI heads read."""
 
 
 def check_units(document: Document, differences: Differences) -> None:
@@ -163,7 +179,7 @@ def check_units(document: Document, differences: Differences) -> None:
     for name, check in SECTIONS.items():
         if name in document:
             check(document[name], differences)
-    differences.fields("the file", document, (*SECTIONS, *ELSEWHERE))
+    differences.fields("the file", document, SECTIONS)
 
 
 CHECKS = {"detection_units": check_units}

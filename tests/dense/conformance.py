@@ -17,7 +17,14 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense import anchor_head_checks, box_checks, detection_checks, segmentation_checks
+from dense import (
+    anchor_head_checks,
+    box_checks,
+    detection_checks,
+    roi_checks,
+    segmentation_checks,
+    two_stage_checks,
+)
 from dense.rules import Differences
 
 CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
@@ -25,6 +32,8 @@ CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
     **anchor_head_checks.CHECKS,
     **box_checks.CHECKS,
     **detection_checks.CHECKS,
+    **roi_checks.CHECKS,
+    **two_stage_checks.CHECKS,
 }
 """Kind -> check."""
 
@@ -34,24 +43,29 @@ def kind(document: Mapping[str, Any]) -> str | None:
     config = document.get("config")
     names = [
         document.get("neck"),
+        document.get("head"),
         config.get("type") if isinstance(config, Mapping) else None,
         str(document.get("model", "")).split("_")[0],
+        "bbox_heads" if "bbox_coder" in str(document.get("cases")) else None,
         "detection_units" if set(document) & set(box_checks.SECTIONS) else None,
     ]
     return next((name for name in names if name in CHECKS), None)
 
 
 def check(path: Path) -> Differences:
-    """Return what differs between a file and this library."""
+    """Return what differs between a file and this library. An error is a difference, after those found before it."""
     differences = Differences()
-    document = json.loads(path.read_text())
-    found = kind(document) if isinstance(document, dict) else None
-    if found is None:
-        differences.lines.append(f"the kind of this file is unknown; known are {', '.join(CHECKS)}")
-    else:
-        CHECKS[found](document, differences)
-        if not differences.compared:
-            differences.lines.append("nothing in this file was compared")
+    try:
+        document = json.loads(path.read_text())
+        found = kind(document) if isinstance(document, dict) else None
+        if found is None:
+            differences.lines.append(f"the kind of this file is unknown; known are {', '.join(CHECKS)}")
+        else:
+            CHECKS[found](document, differences)
+            if not differences.compared:
+                differences.lines.append("nothing in this file was compared")
+    except Exception as error:  # one bad file must not hide the results of the others
+        differences.lines.append(f"{type(error).__name__}: {error}")
     return differences
 
 
@@ -63,11 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     failed = 0
     for name in arguments:
         start = time.monotonic()
-        try:
-            differences = check(Path(name))
-        except Exception as error:  # one bad file must not hide the results of the others
-            differences = Differences()
-            differences.lines.append(f"{type(error).__name__}: {error}")
+        differences = check(Path(name))
         failed += bool(differences.lines)
         verdict = f"FAILED, {len(differences.lines)} differences" if differences.lines else "ok"
         print(f"{name}: {verdict} ({differences.compared} comparisons, {time.monotonic() - start:.0f} s)", flush=True)

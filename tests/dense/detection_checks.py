@@ -125,9 +125,6 @@ def built_fcos_head(config: Settings) -> tuple[FCOSHead, dict[str, float]]:
     ranges = config.take("regress_ranges")
     sampling, radius = config.take("center_sampling", False), config.take("center_sample_radius", 1.5)
     focal = mmdet_configs.focal_loss(config)
-    for name, value in (("alpha", 0.25), ("gamma", 2.0)):
-        if focal[name] != value:
-            config.unknown(f"loss_cls.{name}", focal[name])
     boxes = mmdet_configs.box_loss(config, default="IoULoss")
     centerness = mmdet_configs.cross_entropy_weight(config, "loss_centerness", sigmoid=True)
     config.expect("dcn_on_last_conv", False)
@@ -148,6 +145,8 @@ def built_fcos_head(config: Settings) -> tuple[FCOSHead, dict[str, float]]:
         distances="relu" if config.take("norm_on_bbox", False) else "exp",
         center_radius=radius if sampling else None,
         box_loss=str(boxes["kind"]),
+        alpha=focal["alpha"],
+        gamma=focal["gamma"],
     )
     config.done()
     weights = {"loss_cls": focal["weight"], "loss_bbox": boxes["weight"], "loss_centerness": centerness}

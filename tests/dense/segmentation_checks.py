@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dense.mmdet_configs import Settings, norm_of
 from dense.rules import IGNORED, Differences, features, filled, images, labels, published_fill
 from widefield import dense
 from widefield.dense.layers import resize
@@ -176,8 +177,27 @@ def check_module(module: nn.Module, prefix: str, document: Document, differences
 
 # Necks
 
-NORMS = {"BN": "batch", "SyncBN": "batch", "GN": "group"}
-"""OpenMMLab's name of a norm -> ours."""
+
+def built_fpn(config: Settings) -> dense.FPN:
+    """Return the feature pyramid of an OpenMMLab configuration."""
+    config.expect("type", "FPN")
+    extra = config.take("add_extra_convs", False)
+    for name in ("conv_cfg", "act_cfg"):
+        config.expect(name, None)
+    config.expect("upsample_cfg", {"mode": "nearest"})
+    neck = dense.FPN(
+        config.take("in_channels"),
+        config.take("out_channels"),
+        num_outs=config.take("num_outs"),
+        start_level=config.take("start_level", 0),
+        end_level=config.take("end_level", -1),
+        extra="on_input" if extra is True else extra or "max_pool",
+        relu_before_extra=config.take("relu_before_extra_convs", False),
+        norm=norm_of(config),
+        norm_on_lateral=not config.take("no_norm_on_lateral", False),
+    )
+    config.done()
+    return neck
 
 
 def check_fpn(document: Document, differences: Differences) -> None:
@@ -185,19 +205,8 @@ def check_fpn(document: Document, differences: Differences) -> None:
     differences.fields("the file", document, ("cases",))
     for number, case in enumerate(document["cases"]):
         where = f"cases[{number}]"
-        config = {key: value for key, value in case["config"].items() if key != "type"}
-        extra = config.pop("add_extra_convs", False)
-        norm = config.pop("norm_cfg", None)
-        neck = dense.FPN(
-            config.pop("in_channels"),
-            config.pop("out_channels"),
-            extra="on_input" if extra is True else extra or "max_pool",
-            relu_before_extra=config.pop("relu_before_extra_convs", False),
-            norm=NORMS[norm["type"]] if norm else None,
-            norm_on_lateral=not config.pop("no_norm_on_lateral", False),
-            **config,
-        )
         inner = Differences()
+        neck = built_fpn(Settings("config", case["config"], inner))
         check_module(neck, case["prefix"], case, inner)
         with torch.no_grad():
             levels = neck(features(case["feature_shapes"]))
@@ -213,16 +222,12 @@ def check_fpn(document: Document, differences: Differences) -> None:
 
 
 def built_trunk(document: Document) -> nn.Module:
-    """Return the network that the name of a whole model ends in, such as upernet_convnext_tiny.
+    """Return the network in the name of a whole model, such as upernet_convnext_tiny, or in its configuration.
 
     Depths and widths of ConvNeXts are those of the file's state dict.
     """
     state = document["state_dict"]
-    words = document["model"].split("_")[1:]
-    names = ["_".join(words[:end]) for end in range(len(words), 0, -1)]
-    name = next((name for name in names if timm.is_model(name)), None)
-    if name is None:
-        raise ValueError(f"no network is called {names[0]!r}")
+    name = _trunk_name(document)
     if "backbone.stem.6.weight" in state:  # OpenMMLab's ResNetV1c has a deep stem
         name += "c"
     args: dict[str, Any] = {"features_only": True}
@@ -232,9 +237,22 @@ def built_trunk(document: Document) -> nn.Module:
         ]
         args["depths"] = [blocks.count(stage) for stage in range(4)]
         args["dims"] = [state[f"backbone.norm{stage}.weight"][0] for stage in range(4)]
-        if not document["config"].get("layer_scale", True):
+        if not any(key.startswith("backbone.") and key.endswith(".gamma") for key in state):
             args["ls_init_value"] = None
     return timm.model_entrypoint(name)(**args)  # unlike create_model, it passes on arguments that are None
+
+
+def _trunk_name(document: Document) -> str:
+    config = document.get("backbone_cfg", {})
+    words = document["model"].split("_")[1:]
+    count = len(words)
+    names = ["_".join(words[start:end]) for start in range(count) for end in range(count, start, -1)]
+    names.append(f"resnet{config['depth']}" if "depth" in config else "")
+    names.append("convnext_tiny" if str(config.get("type", "")).endswith("ConvNeXt") else "")
+    name = next((name for name in names if timm.is_model(name)), None)
+    if name is None:
+        raise ValueError(f"no network is called {names[0]!r}, and its configuration {dict(config)} names none")
+    return name
 
 
 def built_upernet(document: Document) -> dense.UPerNet:

@@ -34,7 +34,7 @@ def test_half_precision_maps_get_float32_anchors():
 
 
 def test_cells_within_an_area():
-    flags = Anchors((4, 8), (8,), (1, 2)).covered([torch.empty(3, 4), torch.empty(2, 2)], (5, 12))
+    flags = Anchors((4, 8), (8,), (1, 2)).covered([torch.empty(3, 4), torch.empty(2, 2)], (8, 12))
     assert flags[0].reshape(3, 4, 2)[..., 0].tolist() == [[True] * 3 + [False]] * 2 + [[False] * 4]
     assert flags[1].reshape(2, 2, 2)[..., 1].tolist() == [[True, True], [False, False]]
 

@@ -12,7 +12,7 @@ SIZE = (96, 128)
 
 def built(kind, **options):
     torch.manual_seed(0)
-    narrow = {"channels": 64, "num_convs": 1} if kind in ("RetinaNet", "FCOS") else {"neck_channels": 16}
+    narrow = {"neck_channels": 64, "num_convs": 1} if kind in ("RetinaNet", "FCOS") else {"neck_channels": 16}
     options = {"norm": "group", **options} if kind == "RetinaNet" else options
     model = getattr(dense, kind)(Maps(), 3, **narrow, **options)
     for name, parameter in model.named_parameters():

@@ -111,6 +111,7 @@ def test_wrong_stds_are_refused(stds):
 )
 @example([(0, 0, 2, 2)], [], [(0, 0, 4, 4)], (0.7, 0.3, 0.3), True, 0.5)
 @example([(0, 0, 2, 2), (1, 1, 2, 2)], [(0, 0, 2, 2)], [(0, 0, 4, 4)], (0.5, 0.4, 0.0), True, 0.5)
+@example([(0, 0, 1, 2), (0, 0, 2, 5)], [(0, 0, 2, 2)], [], (0.5, 0.5, 0.5), False, None)  # IoU 1/2 and 2/5
 @example([(3, 3, 3, 3)] * 2, [(0, 0, 1, 1), (3, 3, 3, 3)], [], (0.5, 0.4, 0.0), True, None)
 def test_assignment(candidates, objects, crowd, limits, low_quality, crowd_part):
     positive, negative, minimum = limits
@@ -231,8 +232,8 @@ def test_far_labels_and_negative_coordinates_do_not_interfere():
     pair = [[-300.0, 0.0, -299.0, 1.0], [-300.0, 0.0, -299.0, 1.02], [1300.0, 0.0, 1301.0, 1.0]]
     found = boxes.nms_by_label(torch.tensor(pair), torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1202] * 3), 0.985)
     assert found.tolist() == [0, 1, 2]
-    labels = torch.tensor([1, 0, 0])
-    assert len(boxes.nms_by_label(torch.tensor(pair), torch.tensor([0.9, 0.8, 0.7]), labels, 0.1)) == 3
+    left = torch.tensor([[-300.0, -101.0, -200.0, -1.0], [-199.0, 0.0, -99.0, 100.0]])  # moved by 101, they coincide
+    assert len(boxes.nms_by_label(left, torch.tensor([0.9, 0.8]), torch.tensor([1, 0]), 0.1)) == 2
 
 
 def test_detections_of_one_box_or_a_box_per_class():
@@ -247,6 +248,11 @@ def test_detections_of_one_box_or_a_box_per_class():
     assert torch.equal(scores[rows, kept.labels], kept.scores)
     assert torch.equal(shared[rows], kept.boxes)
     assert kept.scores.tolist() == sorted(kept.scores.tolist(), reverse=True)
+
+
+def test_scores_must_exceed_the_threshold():
+    kept = boxes.nms_per_class(tensor([[0, 0, 9, 9]]), torch.tensor([[0.5, 0.75]]), score_threshold=0.5)
+    assert kept.labels.tolist() == [1]
 
 
 def test_no_detections():

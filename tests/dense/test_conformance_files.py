@@ -16,7 +16,14 @@ from widefield import dense
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "dense"
 FILES = sorted(FOLDER.glob("*.json"))
-WHOLE = ("upernet_convnext_tiny",)
+WHOLE = (
+    "upernet_convnext_tiny",
+    "faster_rcnn_resnet50_fpn",
+    "mask_rcnn_resnet50_fpn",
+    "mask_rcnn_convnext_tiny_fpn",
+    "cascade_rcnn_resnet50_fpn",
+    "cascade_mask_rcnn_convnext_tiny_fpn_giou_4conv1fc",
+)
 """Files of whole models, which take minutes."""
 
 
@@ -77,14 +84,15 @@ def _found(document, tmp_path):
     return conformance.check(path).lines
 
 
-@pytest.mark.parametrize("name", ["fcn_head_aux", "uper_head"])
+@pytest.mark.parametrize("name", ["fcn_head_aux", "uper_head", "bbox_heads", "mask_head"])
 def test_a_changed_number_is_found(name, tmp_path):
-    document, paths = _results(name, "feature_shapes", "label_size")
+    document, paths = _results(name, "feature_shapes", "label_size", "assigner", "positives", "assigned")
     for path in paths[:: max(1, len(paths) // 12)]:
         value = document
         for key in path:
             value = value[key]
-        lines = _found(_changed(document, path, value + (1 if isinstance(value, int) else 1e-6)), tmp_path)
+        step = 1 if isinstance(value, int) else 1e-6 * max(1, abs(value))
+        lines = _found(_changed(document, path, value + step), tmp_path)
         assert len(lines) >= 1, f"a change of {path} went unseen"
 
 

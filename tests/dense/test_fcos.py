@@ -180,7 +180,7 @@ OBJECTS = [
 
 
 def fcos(backbone="test_convnext", **options):
-    return dense.FCOS(backbone, 5, **{"channels": 64, "num_convs": 1, **options})
+    return dense.FCOS(backbone, 5, **{"neck_channels": 64, "num_convs": 1, **options})
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", Maps()], ids=["convnext", "resnet", "module"])
@@ -260,7 +260,7 @@ def test_the_point_of_a_box_is_one_that_learns_it(given_box, offset):
 
 def test_scores_of_boxes_are_the_logits_at_their_points():
     torch.manual_seed(0)
-    model = dense.FCOS(Maps(), 3, channels=64, num_convs=1).double().eval()
+    model = dense.FCOS(Maps(), 3, neck_channels=64, num_convs=1).double().eval()
     maps = model.maps(torch.randn(2, 3, 96, 128, dtype=torch.float64).requires_grad_())
     boxes = [torch.tensor([[8.0, 8, 40, 24], [0, 0, 128, 96]]), torch.zeros(0, 4), torch.tensor([[100.0, 60, 128, 96]])]
     found = model.box_scores(maps, [boxes[0].double(), boxes[2].double()])

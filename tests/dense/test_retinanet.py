@@ -128,7 +128,7 @@ OBJECTS = [
 
 
 def retinanet(backbone="test_convnext", **options):
-    return dense.RetinaNet(backbone, 5, **{"channels": 32, "num_convs": 1, **options})
+    return dense.RetinaNet(backbone, 5, **{"neck_channels": 32, "num_convs": 1, **options})
 
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", Maps()], ids=["convnext", "resnet", "module"])

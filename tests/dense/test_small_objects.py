@@ -24,7 +24,7 @@ def losses(model: Detector) -> dict[str, torch.Tensor]:
 
 def test_the_finest_level_of_fcos_can_have_stride_4() -> None:
     torch.manual_seed(0)
-    options = {"channels": 64, "num_convs": 1, **NETWORK}
+    options = {"neck_channels": 64, "num_convs": 1, **NETWORK}
     fine = FCOS("convnext_atto", 3, start_level=0, ranges=(16, 32, 64), **options)
     assert fine.bbox_head.strides == (4, 8, 16, 32)
     assert losses(fine)["loss_bbox"] > 0

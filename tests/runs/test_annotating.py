@@ -13,8 +13,9 @@ from PIL import Image
 from widefield import report
 from widefield.data import object_palette
 from widefield.runs.annotating import Marks, annotated
-from widefield.runs.drawing import BoxDrawing, matched
+from widefield.runs.drawing import BoxDrawing, judged
 from widefield.tasks import BoxPrediction
+from widefield.tasks.detection_errors import BACKDROP, CLASSIFICATION, DUPLICATE, IGNORED, RIGHT
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -129,15 +130,13 @@ def test_right_and_wrong_detections_are_told_apart() -> None:
         [0, 0, 2, 2, 0, 1],
         scores=torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4]),
     )
-    right, detected = matched(found, TRUTH)
-    # A second box of the same object is wrong, and so is another class; in a crowd of its class, a box is no mistake.
-    assert right.tolist() == [True, False, False, True, False, False]
-    assert detected.tolist() == [True, False, True]
-    nothing = _objects([], [], scores=torch.zeros(0))
-    right, detected = matched(nothing, TRUTH)
-    assert (right.shape, detected.tolist()) == ((0,), [False, False, True])
-    right, detected = matched(found, _objects([], []))
-    assert (right.any(), detected.shape) == (False, (0,))
+    right, duplicate, other_class, in_crowd, nothing, nothing_there = judged(found, TRUTH).kinds.tolist()
+    assert (right, duplicate, other_class) == (RIGHT, DUPLICATE, CLASSIFICATION)
+    assert (in_crowd, nothing, nothing_there) == (IGNORED, BACKDROP, BACKDROP)
+    assert judged(found, TRUTH).found.tolist() == [True, False, False]
+    nobody = _objects([], [], scores=torch.zeros(0))
+    assert judged(nobody, TRUTH).found.tolist() == [False, False, False]
+    assert judged(found, _objects([], [])).kinds.tolist() == [BACKDROP] * 6
 
 
 def test_cards_rows_and_numbers_list_what_is_shown() -> None:
@@ -153,8 +152,9 @@ def test_cards_rows_and_numbers_list_what_is_shown() -> None:
     assert [entry["name"] for entry in data] == ["cat", "dog", "dog"]  # of all scores
     assert data[2]["box"] == [30, 0, 50, 20]
     card = drawing.card("x", image, found, TRUTH)
-    assert "label: 3 objects, 1 missed (dashed)" in card
-    assert "prediction: 2 of a score of at least 0.5, 1 wrong (dashed)" in card
+    assert "label: 3 objects, 1 not found (dashed)" in card
+    assert "prediction: 2 of a score of at least 0.5; wrong (dashed): 1 background" in card
+    assert "none is wrong" in drawing.card("x", image, found, found)
     assert "owl: 1" in card
     plain = drawing.card("x", image, found)
     assert plain.count("<img") == 2

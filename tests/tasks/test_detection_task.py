@@ -14,7 +14,7 @@ from widefield.dense import FCOS, Detections, Detector
 from widefield.surgery.answers import evaluating
 from widefield.tasks import BoxPrediction, Detection, DetectionScores
 
-HEAD = {"channels": 64, "num_convs": 1}
+HEAD = {"neck_channels": 64, "num_convs": 1}
 NETWORK: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
 
 
@@ -148,8 +148,8 @@ def test_what_is_wrong_is_named(scenes: Scenes, task: Detection, model: Detector
         Detection([])
     with pytest.raises(ValueError, match=r"size_bins must be positive and rising; got \[2, 1\]"):
         Detection(["x"], size_bins=[2, 1])
-    with pytest.raises(TypeError, match=r"task.args.head_args: FCOS refuses {'chanels': 32}"):
-        Detection(["x"], model="fcos", head_args={"chanels": 32}).model(model.backbone)
+    with pytest.raises(TypeError, match=r"task.args.head_args: FCOS refuses {'neck_chanels': 32}"):
+        Detection(["x"], model="fcos", head_args={"neck_chanels": 32}).model(model.backbone)
     boxes_only = {name: value for name, value in scenes[0].items() if name != "masks"}
     with pytest.raises(ValueError, match="mask_rcnn learns masks, and the data set has none"):
         Detection(["x"], model="mask_rcnn").collate([boxes_only])

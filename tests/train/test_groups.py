@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -82,6 +83,10 @@ def test_a_step_of_several_processes_is_of_one_group() -> None:
     assert [index.tolist() for index in one] == [
         [*first.tolist(), *second.tolist()] for first, second in zip(two[::2], two[1::2], strict=True)
     ]
+    # As accelerate deals batches out to processes.
+    sampler = train_loader(dataset, collate, 6, 0, seed=0, processes=2).batch_sampler
+    shares = [list(BatchSamplerShard(sampler, num_processes=2, process_index=i)) for i in range(2)]
+    assert [index.tolist() for index in one] == [[*mine, *theirs] for mine, theirs in zip(*shares, strict=True)]
     kinds = [set((dataset.batch_groups()[index]).tolist()) for index in one]
     assert kinds.count({0}) == 5
     assert kinds.count({1}) == 2

@@ -52,7 +52,9 @@ def same_log(ours: Path, theirs: Path) -> None:
     for entry, other in zip(mine, others, strict=True):
         assert entry.keys() == other.keys()
         for name, value in entry.items():
-            assert other[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4, abs=1e-6)), name
+            assert other[name] == (
+                value if isinstance(value, (str, type(None))) else pytest.approx(value, rel=1e-4, abs=1e-6)
+            ), name
 
 
 @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)])

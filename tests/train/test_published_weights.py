@@ -1,4 +1,4 @@
-"""Recipes of segmentation start from OpenMMLab's files, in full or in part, with or without a conversion."""
+"""Recipes of segmentation and detection start from OpenMMLab's files, in full or in part, converted or not."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from tolerances import FLOAT32, close
+from tolerances import FLOAT32, NETWORK, close
 from widefield import dense
-from widefield.tasks import Segmentation
+from widefield.tasks import Detection, Segmentation
 from widefield.train import Recipe, build_model
 from widefield.train.recipe import ConversionSpec, DataSpec, ModelSpec
 
@@ -74,3 +74,56 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"model\.pretrained: .*does not fit this UPerNet: .*backbone\.norm1\.bias"):
         started(path)
+
+
+# Detectors
+
+BOX_HEAD = {"neck_channels": 8, "box_channels": 16}
+
+
+def detector(folder: Path, classes: int = 3) -> tuple[dense.FasterRCNN, str]:
+    """Return a detector with drawn weights, and its file in OpenMMLab's form."""
+    model = dense.FasterRCNN(timm.create_model("convnext_atto", features_only=True, **ARGS), classes, **BOX_HEAD).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    dense.save_checkpoint(model, folder / "detector.pth")
+    return model, str(folder / "detector.pth")
+
+
+def started_detector(pretrained: str, classes: int = 3, conversion: ConversionSpec | None = None) -> Any:
+    recipe = Recipe("name", ModelSpec("convnext_atto", ARGS, pretrained), DataSpec("digits"), conversion=conversion)
+    return build_model(recipe, Detection([str(index) for index in range(classes)], head_args=BOX_HEAD)).eval()
+
+
+def test_a_detector_starts_from_a_whole_file_converted_or_not(tmp_path: Path) -> None:
+    model, path = detector(tmp_path)
+    with torch.no_grad():
+        expected = model(IMAGES)[0]
+        assert len(expected.boxes) > 5
+        for conversion in (None, ConversionSpec("large_kernel", None, {"kernel_sizes": 13})):
+            found = started_detector(path, conversion=conversion)(IMAGES)[0]
+            close(found.boxes, expected.boxes, NETWORK)
+            close(found.scores, expected.scores, NETWORK)
+
+
+def test_another_number_of_classes_starts_the_last_layers_of_a_detector_afresh(tmp_path: Path) -> None:
+    model, path = detector(tmp_path, classes=5)
+    found = started_detector(path)
+    assert torch.equal(found.roi_head.bbox_head.shared_fcs[1].weight, model.roi_head.bbox_head.shared_fcs[1].weight)
+    assert torch.equal(found.rpn_head.rpn_conv.weight, model.rpn_head.rpn_conv.weight)
+    assert found.roi_head.bbox_head.fc_cls.weight.std() < 0.02
+
+
+def test_a_detector_takes_the_backbone_of_a_segmenter(tmp_path: Path) -> None:
+    model, path = published(tmp_path)
+    found = started_detector(path)
+    with torch.no_grad():
+        for one, other in zip(found.backbone(IMAGES), model.backbone(IMAGES), strict=True):
+            close(one, other, FLOAT32)
+
+
+def test_another_detector_is_refused(tmp_path: Path) -> None:
+    _, path = detector(tmp_path)
+    recipe = Recipe("name", ModelSpec("convnext_atto", ARGS, path), DataSpec("digits"))
+    with pytest.raises(ValueError, match=r"model\.pretrained: .*holds a FasterRCNN, the model is an FCOS"):
+        build_model(recipe, Detection(["0", "1", "2"], model="fcos", head_args={"neck_channels": 64}))

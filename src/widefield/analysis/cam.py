@@ -68,11 +68,11 @@ class ClassActivation(Result):
 
     title = "Class activation maps"
     lead = (
-        "Grad-CAM: the positive part of a layer's map, channels weighted by the mean gradient of the class's score, "
-        "scaled to a maximum of 1 per image and model: positions compare, magnitudes do not. The contour is at half "
-        "the maximum; under each map are the class and its probability. Table: share of the image above that half, and "
-        "share of the map in the central quarter of the image (25 % for an even map), ± standard deviations over "
-        "images; an empty map is 0 everywhere."
+        "Grad-CAM: the positive part of a layer's map, channels weighted by the mean gradient of the class's score "
+        "(for a detector's box by the gradient at each position), scaled to a maximum of 1 per image and model: "
+        "positions compare, magnitudes do not. The contour is at half the maximum; under each map are the class and "
+        "its probability. Table: share of the image above that half, and share of the map in the central quarter of "
+        "the image (25 % for an even map), ± standard deviations over images; an empty map is 0 everywhere."
     )
 
     @property
@@ -179,7 +179,9 @@ def class_activation(
 
     ``targets=ClassAt(...)`` and ``ClassIn(...)`` explain what a segmentation model says at one pixel or in a region
     instead: the class's logit there, or its mean, at the images' resolution. ``targets=DetectionScore(...)`` explains
-    one detection, or one box, of a detector of ``widefield.dense`` by the class's logit for it.
+    one detection, or one box, of a detector of ``widefield.dense`` by the class's logit for it. Such a logit depends on
+    a part of the map only, so the map is multiplied with its gradient position by position, without the mean over
+    positions (HiResCAM: Draelos and Carin 2020, equation 4).
 
     Args:
         model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections, alone, as
@@ -278,12 +280,15 @@ class _Asked:
 
 def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[Tensor, ...]:
     """Return maps (N, h, w) before scaling, targets, predicted classes, probabilities and boxes, on the CPU."""
-    from captum.attr import LayerGradCam  # imports pyplot, so only when needed
+    from captum.attr import LayerGradCam, LayerGradientXActivation  # imports pyplot, so only when needed
 
     with visited(model), torch.inference_mode(False), tapped(model, layer, images.shape[2:]) as tap:
         scorer = _Scorer(model, layer, tap, asked)
         try:
-            found = LayerGradCam(scorer, tap).attribute(images.clone().detach(), relu_attributions=True)
+            if isinstance(asked.target, DetectionScore):  # a mean gradient would also show what is far from the box
+                found = LayerGradientXActivation(scorer, tap).attribute(images.clone().detach()).sum(1, True).relu()
+            else:
+                found = LayerGradCam(scorer, tap).attribute(images.clone().detach(), relu_attributions=True)
         except RuntimeError as error:  # from autograd; the model's own errors are ValueErrors by now
             raise ValueError(
                 f"layer {layer!r} of {type(model).__name__} does not affect the scores through a gradient: choose "

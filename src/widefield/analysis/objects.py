@@ -89,7 +89,7 @@ class ObjectFields(Result):
     @report.paper()
     def draw(cls, results: Mapping[str, ObjectFields]) -> Figure:
         """Draw one row per model and one column per size, on one color scale (GMConv, figure 8)."""
-        table, names, figure, axes = _panels(results, below=0.45)
+        table, names, figure, axes = _panels(results, below=0.6)
         shown: AxesImage | None = None
         # Densities per box's area, so that colors do not depend on the extent.
         densest = max(_density(group, result).max() for result, row in table for group in row if group)
@@ -267,12 +267,12 @@ def _draw_field(axis: Axes, group: SizeGroup, result: ObjectFields, densest: flo
     edge = result.extent
     values = np.maximum(_density(group, result) / densest, _FAINTEST)
     shown = axis.imshow(values, extent=(-edge, edge, edge, -edge), cmap="magma_r", norm="log", vmin=_FAINTEST, vmax=1.0)
-    axis.plot([-0.5, 0.5, 0.5, -0.5, -0.5], [-0.5, -0.5, 0.5, 0.5, -0.5], "--", color=report.COLORS[0], linewidth=1)
+    _draw_box(axis, (-0.5, -0.5, 0.5, 0.5), "--")
     axis.locator_params(nbins=3)
     half, most = (group.reach[share] for share in SHARES)
     axis.set_xlabel(
-        f"{group.objects} objects of {group.side:.0f} px\n{100 * group.inside:.0f} % inside, "
-        f"half in {half:.1f}, 90 % in {most:.1f} boxes",
+        f"{group.objects} objects of {group.side:.0f} px\n{100 * group.inside:.0f} % inside the box\n"
+        f"half within {half:.1f}, 90 % within {most:.1f} boxes",
         fontsize=6,
     )
     return shown
@@ -282,14 +282,22 @@ def _draw_example(axis: Axes, example: ObjectExample, classes: Sequence[str]) ->
     from matplotlib import colormaps
 
     gray = np.repeat(example.image.mean(-1, keepdims=True), 3, -1)
-    axis.imshow(0.35 + 0.65 * gray)
+    axis.imshow((0.35 + 0.65 * gray).clip(0, 1))
     strength = np.log10(np.maximum(example.field, _FAINTEST)) / -np.log10(_FAINTEST) + 1  # 0 to 1
     layer = colormaps["magma_r"](0.25 + 0.75 * strength)
     layer[..., 3] = 0.85 * strength
     axis.imshow(layer)
     left, top, right, bottom = np.array(example.box) - 0.5
-    axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=report.COLORS[0], linewidth=1)
+    _draw_box(axis, (left, top, right, bottom), "-")
     h, w = example.field.shape
     axis.set(xlim=(-0.5, w - 0.5), ylim=(h - 0.5, -0.5))
     label = classes[example.label] if classes else f"class {example.label}"
     axis.set_xlabel(f"{label[:20]}, {100 * example.probability:.2g} %", fontsize=6.5)
+
+
+def _draw_box(axis: Axes, box: tuple[float, float, float, float], line: str) -> None:
+    """Outline a box in a color that is seen on dark and on light."""
+    left, top, right, bottom = box
+    across, down = [left, right, right, left, left], [top, top, bottom, bottom, top]
+    axis.plot(across, down, color="w", linewidth=2)
+    axis.plot(across, down, line, color=report.COLORS[0], linewidth=1)

@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[None],
         **number,
-        help="sides of the images; segmentation: shorter sides (the model's own)",
+        help="sides of the images; other models than classifiers: shorter sides (the model's own)",
     )
     parser.add_argument(
         "--task",
@@ -79,7 +79,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--throughput", action="store_true", help="also time the model alone on random images")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help="autocast (the run's; no)")
     parser.add_argument("--channels-last", action="store_true", help="memory order of images, weights (the run's; no)")
-    parser.add_argument("--batch-size", **number, help="images per batch (the run's; 128; 4 for segmentation)")
+    parser.add_argument("--batch-size", **number, help="images per batch (the run's; 128; 4 if no classifier)")
     parser.add_argument("--workers", **number, help="loader processes (the run's; 4 at most)")
     parser.add_argument("--device", help="where to compute (a GPU if there is one)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights (0)")
@@ -88,9 +88,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--page",
         type=Path,
         metavar="FILE",
-        help="segmentation: write a page with the result of each class, and the best and worst images",
+        help="segmentation and detection: write a page with the results of each class, and the best and worst images",
     )
     parser.add_argument("--examples", **number, default=4, help="number of best and of worst images on the page (4)")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="detectors: least score of the objects drawn on the page; metrics take all (0.3)",
+    )
     parser.set_defaults(writes={"page": False})
     parser.epilog = "Several processes share the images: accelerate launch -m widefield eval ..."
 
@@ -196,7 +203,9 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
             if value and subject.work != "classification":
                 raise ValueError(f"{option} is for classifiers, and {subject.name} is a model for {subject.work}.")
         if args.page and subject.work == "classification":
-            raise ValueError(f"--page is for segmentation models, and {subject.name} is a classifier; use --out.")
+            raise ValueError(
+                f"--page is for segmentation models and detectors, and {subject.name} is a classifier; use --out."
+            )
         if args.task and subject.recipe is None and subject.work == "classification":
             raise ValueError(f"--task changes options of a run's task, and {subject.name} is not a run.")
 
@@ -236,7 +245,8 @@ def _task(
     if subject.work != "classification":
         changes = {key: value for word in args.task for key, value in read_yaml(word.replace("=", ": ", 1)).items()}
         task = subject.task(dataset, **changes)
-        return task, subject.outputs, len(dataset.classes)
+        # A set for segmentation may have objects, too; its classes then have a background.
+        return task, subject.outputs, subject.outputs if subject.work == "detection" else len(dataset.classes)
     if not isinstance(dataset, data.LabeledImages):
         raise ValueError("the data have no labeled images, and the model is a classifier.")
     if not args.all_outputs:
@@ -271,7 +281,7 @@ def _readers() -> int:
 
 def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """Return the name and the options of the data set to evaluate a model on."""
-    from widefield.data import SegmentationSet
+    from widefield.data import DetectionSet, SegmentationSet
     from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
 
@@ -283,9 +293,9 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     else:
         name, colon, root = args.data.partition(":")
         if not (colon and name in SETS):
-            pairs = subject.work == "segmentation"
+            usual = {"segmentation": "masks", "detection": own["name"] if own else "coco"}.get(subject.work, "folder")
             is_folder = Path(args.data).expanduser().is_dir()
-            name, root = ("masks" if pairs else "folder", args.data) if is_folder else (args.data, "")
+            name, root = (usual, args.data) if is_folder else (args.data, "")
         if name not in SETS:
             raise ValueError(
                 f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."
@@ -300,7 +310,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
         asked["names"] = True
     if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
-    if own and name == own["name"] and (not root or issubclass(kind, SegmentationSet)):
+    if own and name == own["name"] and (not root or issubclass(kind, (SegmentationSet, DetectionSet))):
         return {**own, **asked, **({"root": root} if root else {})}
     return {"name": name, **subject.file_options(kind, size), **asked, **({"root": root} if root else {})}
 
@@ -321,6 +331,7 @@ def _bar(*, visible: bool) -> Iterator[Progress]:
 
 def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     from widefield.runs.records import shown
+    from widefield.tasks import DetectionScores
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     rows = []
@@ -337,6 +348,10 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
         if found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")
             print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
+        if isinstance(found.scores, DetectionScores):
+            print_table(found.scores.size_rows())
+            for kind, of_kind in found.scores.kinds.items():
+                print(f"errors, {kind}: {of_kind.errors.summary()}")
 
 
 def _size(job: _Job, found: Evaluation) -> str:
@@ -370,5 +385,5 @@ def _write_page(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespac
     for job, found in done:
         size = "" if len(args.size) == 1 else f", {_size(job, found)}"
         shown[f"{job.subject.name} ({job.subject.weights}{size})"] = (found, job.subject, _called(job.source))
-    write_evaluation(shown, args.page)
+    write_evaluation(shown, args.page, min_score=args.min_score)
     print(f"wrote {args.page}")

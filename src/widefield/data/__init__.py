@@ -24,6 +24,8 @@ from widefield.data.scenes import Scenes
 from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
+from widefield.data.voc_boxes import VocBoxes
+from widefield.data.yolo import Yolo
 
 __all__ = [
     "PHOTOGRAPHS",
@@ -58,6 +60,8 @@ __all__ = [
     "Shards",
     "UnsupportedImageError",
     "Voc",
+    "VocBoxes",
+    "Yolo",
     "check_classes",
     "collate",
     "create",

@@ -21,6 +21,8 @@ from widefield.data.scales import Scales
 from widefield.data.scenes import Scenes
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
+from widefield.data.voc_boxes import VocBoxes
+from widefield.data.yolo import Yolo
 
 SETS: dict[str, type[SampleSet]] = {
     "digits": Digits,
@@ -38,6 +40,8 @@ SETS: dict[str, type[SampleSet]] = {
     "coco_stuff": CocoStuff,
     "coco": Coco,
     "lvis": Lvis,
+    "voc_boxes": VocBoxes,
+    "yolo": Yolo,
 }
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
 
@@ -48,11 +52,11 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
     Args:
         name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``,
             ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"``,
-            ``"coco"``, ``"lvis"`` or one of yours.
+            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"`` or one of yours.
         split: ``"train"`` or ``"val"``.
         options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `Cifar`, `Folder`, `Shards`,
             `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
-            `Lvis`.
+            `Lvis`, `VocBoxes`, `Yolo`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from widefield import _checks
 from widefield.data.base import Sample
 from widefield.data.listing import Skipped
-from widefield.data.object_files import ObjectFiles, filled
+from widefield.data.object_files import ObjectFiles, filled, names_of
 from widefield.data.object_index import (
     AnnotationError,
     Box,
@@ -24,6 +24,7 @@ from widefield.data.object_index import (
     IndexBuilder,
     ObjectIndex,
     brief,
+    compact,
     is_size,
     missing_files,
     stored_sizes,
@@ -92,7 +93,8 @@ class Coco(ObjectFiles):
         flaws = Flaws(str(path), self.repair)
         inner = filled("images", images, part)
         reader = _Reader(flaws, folder, inner, masks=self.has_masks, decoding=self.decoding)
-        index, classes = reader.read(path, _chosen(categories))
+        chosen = None if categories is None else names_of("categories", categories)
+        index, classes = reader.read(path, chosen)
         self._federated = reader.federated(len(index))
         self._hold(index, classes, folder, reader.skipped, flaws.found)
 
@@ -133,16 +135,6 @@ class Lvis(Coco):
         **options: Any,
     ) -> None:
         super().__init__(split, root=root, annotations=annotations, images=images, **options)
-
-
-def _chosen(categories: Any) -> list[str] | None:
-    if categories is None:
-        return None
-    if isinstance(categories, str) or not all(isinstance(name, str) for name in categories) or not len(categories):
-        raise TypeError(f"categories must be a list of names, such as ['person', 'car']; got {categories!r}.")
-    if len(set(categories)) < len(categories):
-        raise ValueError(f"categories must be different names; got {list(categories)!r}.")
-    return list(categories)
 
 
 @contextmanager
@@ -192,11 +184,10 @@ class _Reader:
     def _parsed(self, path: Path) -> dict[str, list[Any]]:
         """Return the three lists of the file."""
         name = self.flaws.file
-        text = path.read_bytes()
-        if not text.strip():
-            raise AnnotationError(f"{name} is empty. Download or write it again.")
         try:
-            content = json.loads(text)
+            content = json.loads(_text_of(path, name), object_hook=self._compacted)
+        except AnnotationError:
+            raise
         except (ValueError, RecursionError) as error:  # ValueError: JSON's and Unicode's errors
             raise AnnotationError(
                 f"{name} is not complete JSON: {error or type(error).__name__}. Download or write it again."
@@ -213,6 +204,13 @@ class _Reader:
             lacking = "categories" if not content["categories"] else "images"
             raise AnnotationError(f"{name} has no {lacking}: the list is empty.")
         return content
+
+    def _compacted(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Replace the polygons of an entry by arrays while the file is parsed: a third of the memory in all."""
+        outline = entry.get("segmentation")
+        if isinstance(outline, list):
+            entry["segmentation"] = [compact(polygon) for polygon in outline] if self.builder.masks else None
+        return entry
 
     def _read_categories(self, entries: list[Any], chosen: Sequence[str] | None) -> tuple[str, ...]:
         """Set the class of each category's id and return the classes; categories are never repaired."""
@@ -357,6 +355,14 @@ class _Reader:
             area = None
         outline = entry.get("segmentation")
         self.builder.add(row, where, box, label, identity, crowd=bool(crowd), area=area, outline=outline)
+
+
+def _text_of(path: Path, name: str) -> str:
+    """Return the text of a JSON file; raises AnnotationError if it is empty, or UnicodeDecodeError."""
+    content = path.read_bytes()
+    if not content.strip():
+        raise AnnotationError(f"{name} is empty. Download or write it again.")
+    return content.decode(json.detect_encoding(content))
 
 
 def _box(bbox: Any) -> Box | None:

@@ -112,8 +112,10 @@ def read_size(path: str | Path, *, exif_orientation: bool = True, max_pixels: in
     """
     name = str(path)
     with _naming(name), _opened(path, name, max_pixels) as image:
-        turned = exif_orientation and _orientation(image) in _SIDEWAYS
-        return (image.width, image.height) if turned else (image.height, image.width)
+        # Pillow states the size of a TIFF file as it turns it; see _decoded.
+        turned = exif_orientation != isinstance(image, TiffImagePlugin.TiffImageFile)
+        sideways = turned and _orientation(image) in _SIDEWAYS
+        return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def read_labels(path: str | Path, *, form: str = "index", max_pixels: int | None = None) -> Pixels:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -67,6 +68,7 @@ class Training:
         height, width = sample["image"].shape[-2:]
         inside = {**sample, "boxes": _clipped(sample["boxes"], height, width)}
         found = joint.apply(self._geometry, inside)
+        found["boxes"] = _clipped(found["boxes"], *found["image"].shape[-2:])  # rounding may pass the border
         jitter = self.augmentation.pipeline == "large_scale_jitter"
         if jitter and "masks" in found:
             found["boxes"] = mask_boxes(found["masks"])
@@ -191,7 +193,7 @@ def copy_paste(sample: Sample, source: Sample) -> Sample:
     masks = sample["masks"] & ~cover
     boxes = mask_boxes(masks)
     unmoved = ((boxes - sample["boxes"]).abs() <= _MOST_CHANGED).all(1)
-    seen = masks.sum((1, 2))
+    seen = _pixels(masks)
     left = chosen({**sample, "masks": masks, "boxes": boxes}, (seen > _LEAST_SEEN) | unmoved & (seen > 0))
     joined = {name: torch.cat([left[name], added[name]]) for name in added}
     return {**left, **joined, "image": torch.where(cover, source["image"], sample["image"])}
@@ -222,8 +224,13 @@ def _clipped(boxes: Tensor, height: int, width: int) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
+def _pixels(masks: Tensor) -> Tensor:
+    """Return the number of pixels of each mask, float32 (M,); ``masks.sum`` would convert every pixel to int64."""
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.float32)
+
+
 def _areas(sample: Sample) -> Tensor:
     if "masks" in sample:
-        return torch.as_tensor(sample["masks"].sum((1, 2)), dtype=torch.float32)
+        return _pixels(sample["masks"])
     boxes: Tensor = sample["boxes"]
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -248,3 +248,12 @@ def filled(option: str, pattern: object, split: str) -> str:
     if not isinstance(pattern, str):
         raise TypeError(f"{option} must be a path such as 'annotations/{{split}}.json'; got {pattern!r}.")
     return pattern.replace("{split}", split)
+
+
+def names_of(option: str, names: object) -> tuple[str, ...]:
+    """Return names of classes; raises TypeError or ValueError unless they are different texts, at least one."""
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option} must be a list of names, such as ['person', 'car']; got {names!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{option} must be different names; got {list(names)!r}.")
+    return tuple(names)

@@ -210,12 +210,13 @@ class IndexBuilder:
             what = f"has no mask: its segmentation is {brief(outline)}"
             self.flaws.report(entry(), f"{what}. Set masks: false for boxes only", "objects without a mask")
             return NONE, []
-        parts = []
+        parts: list[Part] = []
         for number, polygon in enumerate(outline):
-            wrong = _wrong_polygon(polygon)
-            if wrong is None:
-                parts.append(fifths(polygon))
+            part = compact(polygon)
+            if isinstance(part, array):
+                parts.append(part)
             else:
+                wrong = _wrong_polygon(polygon)
                 self.flaws.report(entry(), f"has a polygon (number {number}) {wrong}", "damaged polygons")
         return POLYGONS, parts
 
@@ -260,6 +261,11 @@ def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.in
     offsets = np.cumsum(lengths) - lengths
     places: NDArray[np.int64] = np.arange(int(lengths.sum())) + np.repeat(starts - offsets, lengths)
     return places
+
+
+def compact(polygon: Any) -> Any:
+    """Return a polygon, a list of coordinates in pixels, as an array of fifths of a pixel; others as they are."""
+    return array("i", fifths(polygon)) if isinstance(polygon, list) and _wrong_polygon(polygon) is None else polygon
 
 
 def _wrong_polygon(polygon: Any) -> str | None:

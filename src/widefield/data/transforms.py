@@ -139,7 +139,8 @@ class DetectionAugmentation:
             and sets with masks. Images are then padded to ``size``.
         hflip: probability of a horizontal flip.
         photometric: distort brightness, contrast, saturation and hue; see `widefield.data.joint`.
-        min_size: leave out objects, except crowd regions, whose box has no side above this, in pixels of the result.
+        min_size: leave out objects, except crowd regions, unless both sides of their box are above this, in pixels of
+            the result.
         antialias: smooth images before they are shrunk. Published results come from OpenCV's bilinear resize, which
             does not. Applies to both splits.
 

@@ -41,6 +41,8 @@ class Checkpoint:
             preprocessing.
         classes: class names, if the file has them.
         palette: a color (red, green, blue) from 0 to 255 for each class, if the file has it.
+        config: the text of the configuration that OpenMMLab's tools store, or an empty text.
+        converted: what was changed to get OpenMMLab's form, or None for nothing.
     """
 
     path: Path
@@ -48,6 +50,8 @@ class Checkpoint:
     skipped: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
+    config: str = ""
+    converted: str | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -66,7 +70,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     content, info = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
     weights, skipped = _weights(path, content)
     classes, palette = _classes(info)
-    return Checkpoint(path, weights, skipped, classes, palette)
+    texts = [info[key] for key in ("config", "cfg") if isinstance(info.get(key), str)]  # mmdet 2.x, 3.x
+    return Checkpoint(path, weights, skipped, classes, palette, "\n".join(texts))
 
 
 def write_checkpoint(path: str | Path, weights: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

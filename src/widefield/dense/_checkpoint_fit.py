@@ -9,14 +9,21 @@ from dataclasses import dataclass, field
 
 from torch import Size, Tensor, nn
 
+from widefield.dense import _detector_fit
 from widefield.dense._checkpoint_files import Checkpoint
 from widefield.dense._trunk_keys import Family, TrunkNames, depths, family_of_file, trunk_names
 
 BACKBONE = "backbone."
 """The prefix of a backbone's weights, in OpenMMLab's files and in our models."""
 
-CLASSIFIER = r"(?:decode_head|auxiliary_head)\.conv_seg\."
+CLASSIFIER = rf"(?:decode_head|auxiliary_head)\.conv_seg\.|{_detector_fit.CLASSIFIER}"
 """Weights whose shape depends on the number of classes."""
+
+_AGNOSTIC = 4
+"""Rows of the layer of a box head that predicts one box for all classes."""
+
+_UNREAD_NORM = re.compile(r"backbone\.(?:norm0|stages\.0\.norm)\.(?!\d)")
+"""The norm after the first stage, which one-stage detectors do not read."""
 
 _HEADS = {
     "UPerNet": "decode_head.psp_modules.",
@@ -93,7 +100,9 @@ def source_of(file: Checkpoint) -> Source:
 
 
 def _usual(name: str, family: Family | None) -> str:
-    if family is None or not name.startswith(BACKBONE):
+    if not name.startswith(BACKBONE):
+        return _detector_fit.usual_name(name)
+    if family is None:
         return name
     return BACKBONE + family.common(name.removeprefix(BACKBONE))
 
@@ -136,7 +145,7 @@ def compared(model: Weights, file: Source, parts: Collection[str] | None, *, fre
     alone = parts is not None and set(parts) == {"backbone"}
     for name, shape in model.shapes.items():
         optional = alone and model.keys[name].startswith("backbone.norm")
-        if not _wanted(name, parts, fresh_classifier) or (optional and name not in file.shapes):
+        if not _wanted(name, shape, parts, fresh_classifier) or (optional and name not in file.shapes):
             fit.fresh.append(name)
         elif name not in file.shapes:
             fit.missing.append(name)
@@ -144,18 +153,24 @@ def compared(model: Weights, file: Source, parts: Collection[str] | None, *, fre
             fit.shapes.append(name)
         else:
             fit.pairs.append(name)
-    fit.missing += [name for name in model.others if _wanted(name, parts, fresh_classifier)]
+    fit.missing += [name for name in model.others if parts is None or "backbone" in parts]
     classifier = file.family.classifier if alone and file.family else r"(?!)"
-    for name in file.shapes:
-        if not _wanted(name, parts, fresh_classifier) or re.match(BACKBONE + classifier, name):
+    unread = not any(_UNREAD_NORM.match(name) for name in model.shapes) and any(map(_is_stage_norm, model.shapes))
+    for name, shape in file.shapes.items():
+        if (
+            not _wanted(name, shape, parts, fresh_classifier)
+            or re.match(BACKBONE + classifier, name)
+            or (unread and _UNREAD_NORM.match(name))
+        ):
             fit.left.append(name)
         elif name not in model.shapes:
             fit.unknown.append(name)
     return fit
 
 
-def _wanted(name: str, parts: Collection[str] | None, fresh_classifier: bool) -> bool:
-    if fresh_classifier and re.match(CLASSIFIER, name):
+def _wanted(name: str, shape: Size, parts: Collection[str] | None, fresh_classifier: bool) -> bool:
+    agnostic = ".fc_reg." in name and shape[0] == _AGNOSTIC
+    if fresh_classifier and not agnostic and re.match(CLASSIFIER, name):
         return False
     return parts is None or name.partition(".")[0] in parts
 
@@ -201,28 +216,39 @@ def hints(fit: Fit, model: Weights, file: Source, parts: Collection[str] | None)
 
 def _kind_of_file(model: Weights, file: Source, alone: bool) -> str | None:
     tops, known = ({name.partition(".")[0] for name in weights.shapes} for weights in (file, model))
+    is_detector = bool(known & {"rpn_head", "roi_head", "bbox_head"})
     pose = ("keypoint_head.", "head.deconv_layers", "head.final_layer")
     if any(name.startswith("backbone.body.") for name in file.shapes):
         return "The file has widefield's own names: load it with model.load_state_dict."
     if alone:
         return None
     hint = "parts='backbone' loads its backbone."
-    if tops & {"rpn_head", "roi_head", "bbox_head", "mask_head"} - known:
+    if not is_detector and tops & {"rpn_head", "roi_head", "bbox_head", "mask_head"}:
         return f"It is a detection file; {hint}"
     if "head" not in known and any(name.startswith(pose) for name in file.shapes):
         return f"It is a pose file; {hint}"
-    if file.bare or "decode_head" in known - tops:
+    if is_detector and "decode_head" in tops:
+        return f"It is a segmentation file; {hint}"
+    if file.bare or "decode_head" in known - tops or (is_detector and not tops & {"roi_head", "bbox_head", "rpn_head"}):
         return f"It holds a classifier or a backbone alone; {hint}"
     return None
 
 
 def _head(model: Weights, file: Source) -> str | None:
+    ours, theirs = (_detector_fit.detector_of(weights.shapes) for weights in (model, file))
+    if ours is not None and theirs != ours:
+        named = _with_article(theirs) if theirs else "another detector, which is not here"
+        return f"The file holds {named}, the model is {_with_article(ours)}."
     ours, theirs = (segmenter_of(weights.shapes) for weights in (model, file))
     if theirs == ours:
         return None
     if theirs is None:
         return f"The file's decode head is not that of {ours or 'this model'}, nor of another segmenter here."
     return f"The file holds a {theirs}" + (f", the model is a {ours}." if ours else ".")
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name == 'FCOS' else 'a'} {name}"
 
 
 def segmenter_of(names: Iterable[str]) -> str | None:
@@ -282,7 +308,7 @@ def _notes(fit: Fit, family: Family | None) -> list[str]:
 
 
 def _details(fit: Fit, model: Weights, file: Source) -> list[str]:
-    found = []
+    found = _detector_fit.details(fit.missing, fit.unknown, model.shapes, file.shapes)
     for name in ("decode_head.conv_seg.bias", "auxiliary_head.conv_seg.bias"):
         if name in fit.shapes:
             ours, theirs = model.shapes[name][0], file.shapes[name][0]

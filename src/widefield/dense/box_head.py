@@ -39,13 +39,16 @@ class BoxHead(nn.Module):
     Args:
         in_channels: channels of the RoIs' features.
         num_classes: number of classes, without the background.
-        kind: "shared2fc", or "4conv1fc" with batch norms.
+        kind: "shared2fc" or "4conv1fc", the convolutions and fully connected layers.
         class_agnostic: whether one box is predicted for all classes.
-        box_loss: "l1" or "smooth_l1" (beta 1) of the differences, or "giou" of the boxes, with weight 10.
+        box_loss: "l1" or "smooth_l1" of the differences, or "giou" of the boxes.
         stds: the predicted differences are multiplied by these.
         roi_size: height and width of the features.
         channels: outputs of the fully connected layers.
         conv_channels: outputs of the convolutions; None: ``in_channels``.
+        norm: of the convolutions: "batch", "group" or None.
+        beta: of "smooth_l1".
+        box_weight: factor of the loss of boxes; None: 10 for "giou" and 1 for the others, as published.
 
     Raises:
         ValueError: an unknown ``kind`` or ``box_loss``.
@@ -63,12 +66,18 @@ class BoxHead(nn.Module):
         roi_size: int = 7,
         channels: int = 1024,
         conv_channels: int | None = None,
+        norm: str | None = "batch",
+        beta: float = 1.0,
+        box_weight: float | None = None,
     ) -> None:
         super().__init__()
         convs, fcs = BOX_HEADS[_checks.choice("box_head", kind, tuple(BOX_HEADS))]
         self.num_classes = _checks.integer("num_classes", num_classes)
         self.class_agnostic = bool(class_agnostic)
         self.box_loss = _checks.choice("box_loss", box_loss, BOX_LOSSES)
+        self.beta = _checks.number("beta", beta)
+        published = GIOU_WEIGHT if box_loss == "giou" else 1.0
+        self.box_weight = published if box_weight is None else _checks.number("box_weight", box_weight)
         self.roi_size = _checks.integer("roi_size", roi_size)
         self.coder = BoxCoder((stds[0], stds[1], stds[2], stds[3]))
         width = _checks.integer("in_channels", in_channels)
@@ -76,7 +85,7 @@ class BoxHead(nn.Module):
         self.fc_reg = nn.Linear(channels, 4 if self.class_agnostic else 4 * self.num_classes)
         self.shared_convs = nn.ModuleList()
         for _ in range(convs):
-            self.shared_convs.append(ConvModule(width, conv_channels or width, 3, padding=1, norm="batch"))
+            self.shared_convs.append(ConvModule(width, conv_channels or width, 3, padding=1, norm=norm))
             width = conv_channels or width
         width *= self.roi_size**2
         self.shared_fcs = nn.ModuleList()
@@ -119,11 +128,13 @@ class BoxHead(nn.Module):
         truth = torch.cat([sample.truth for sample in samples])
         if self.box_loss == "giou":
             moved = self.coder.decode(boxes, chosen)
-            loss = GIOU_WEIGHT * detection_losses.giou_loss(moved, truth, count)
+            loss = detection_losses.giou_loss(moved, truth, count)
+        elif self.box_loss == "l1":
+            loss = detection_losses.l1(chosen, self.coder.encode(boxes, truth), count)
         else:
-            measure = detection_losses.l1 if self.box_loss == "l1" else detection_losses.smooth_l1
-            loss = measure(chosen, self.coder.encode(boxes, truth), count)
-        return {"loss_cls": detection_losses.cross_entropy(logits, labels, count), "loss_bbox": loss}
+            loss = detection_losses.smooth_l1(chosen, self.coder.encode(boxes, truth), count, beta=self.beta)
+        classes = detection_losses.cross_entropy(logits, labels, count)
+        return {"loss_cls": classes, "loss_bbox": self.box_weight * loss}
 
     def decode(self, boxes: Tensor, deltas: Tensor, size: Size) -> Tensor:
         """Return the moved boxes of one image: (R, num_classes, 4), or (R, 4) if they are class-agnostic.

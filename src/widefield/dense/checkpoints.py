@@ -1,4 +1,4 @@
-"""Load and save segmenters in the files of OpenMMLab's libraries, with the published key names.
+"""Load and save segmenters and detectors in the files of OpenMMLab's libraries, with the published key names.
 
 The names of heads and necks in :mod:`widefield.dense` are the published ones, so only backbones need a map.
 """
@@ -26,12 +26,14 @@ from widefield.dense._checkpoint_fit import (
     source_of,
     weights_of,
 )
+from widefield.dense._detector_fit import classes_of, detector_of, in_openmmlab_form, refusal
+from widefield.dense._torchvision import COCO_CLASSES
 from widefield.dense._trunk_keys import Family
 from widefield.dense.backbone import FeatureMaps
 from widefield.surgery.merged_forms import Select, merge_in_place, merged_forms
 
 NAMES = ("published", "mmpretrain")
-"""Whose names a saved backbone has: its family's own segmentation code, or OpenMMLab's mmpretrain (ConvNeXt only)."""
+"""Whose names a saved backbone has: its family's own downstream code, or OpenMMLab's mmpretrain (ConvNeXt only)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LoadedCheckpoint:
         merged: whether the model was brought into the merged form of the file.
         classes: class names, if the file has them.
         palette: a color (red, green, blue) from 0 to 255 for each class, if the file has it.
+        converted: what was changed in weights of another library, or None.
     """
 
     path: Path
@@ -55,10 +58,13 @@ class LoadedCheckpoint:
     merged: bool
     classes: tuple[str, ...] | None
     palette: tuple[tuple[int, int, int], ...] | None
+    converted: str | None = None
 
     def __str__(self) -> str:
         """Return the counts of each part, one statement per line."""
         lines = [f"{self.path.name}: loaded {len(self.loaded)} weights ({_counts(self.loaded)})"]
+        if self.converted:
+            lines.append(self.converted)
         if self.merged:
             lines.append("the model was brought into the merged form of the file")
         if self.fresh:
@@ -79,7 +85,9 @@ class CheckpointInfo:
         published: whether the backbone's weights have published names, after the prefix "backbone".
         backbone: the backbone's family, such as "ConvNeXt", or None if it is not known.
         segmenter: the class in :mod:`widefield.dense` with such a decode head, or None.
-        num_classes: number of classes of the decode head, or None.
+        detector: the class in :mod:`widefield.dense` with such heads, or None.
+        num_classes: number of classes of the heads, without the background, or None. A file of torchvision with the 91
+            outputs of COCO has 80.
         classes: class names, if the file has them.
         palette: a color (red, green, blue) from 0 to 255 for each class, if the file has it.
     """
@@ -89,6 +97,7 @@ class CheckpointInfo:
     published: bool
     backbone: str | None
     segmenter: str | None
+    detector: str | None
     num_classes: int | None
     classes: tuple[str, ...] | None
     palette: tuple[tuple[int, int, int], ...] | None
@@ -104,7 +113,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         FileNotFoundError: there is no such file.
         ValueError: the file holds no weights, or needs code to be read.
     """
-    file = read_checkpoint(path)
+    file = in_openmmlab_form(read_checkpoint(path), COCO_CLASSES)
     source = source_of(file)
     bias = source.shapes.get("decode_head.conv_seg.bias")
     own = any(key.startswith("backbone.body.") for key in file.weights)
@@ -114,7 +123,8 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         published=not own and any(key.startswith(BACKBONE) for key in file.weights),
         backbone=source.family.name if source.family else None,
         segmenter=segmenter_of(source.shapes),
-        num_classes=bias[0] if bias else None,
+        detector=detector_of(source.shapes),
+        num_classes=bias[0] if bias else classes_of(source.shapes),
         classes=file.classes,
         palette=file.palette,
     )
@@ -136,31 +146,39 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Load a file of OpenMMLab's libraries into a model: every weight, or nothing.
 
-    Files of mmsegmentation 0.x and 1.x and of the families' own segmentation code fit, as ``torch.save`` or safetensors
-    wrote them. Only tensors and plain values are unpickled. If the file's kernels were merged (RepLKNet, SLaK,
-    UniRepLKNet), the model's are merged first.
+    Files of mmsegmentation 0.x and 1.x, of mmdetection 2.x and 3.x, of the families' own downstream code, and of
+    torchvision's detectors fit, as ``torch.save`` or safetensors wrote them. Only tensors and plain values are
+    unpickled. If the file's kernels were merged (RepLKNet, SLaK, UniRepLKNet), the model's are merged first.
+
+    The classes of torchvision's files are brought into OpenMMLab's order. From its 91 outputs for COCO, a model of 80
+    classes takes those with a category.
 
     Args:
-        model: a segmenter of :mod:`widefield.dense`, on any device.
+        model: a segmenter or detector of :mod:`widefield.dense`, on any device.
         path: the file.
         parts: the parts to load, such as "backbone" or ("backbone", "decode_head"); the others keep their values. None
-            for the whole model. "backbone" alone also takes files of detectors and classifiers; the norms after the
-            stages keep their values if the file has none.
-        fresh_classifier: whether the last layers (``conv_seg``) keep their values. The file may then have another
-            number of classes.
+            for the whole model. "backbone" alone also takes files of other tasks; the norms after the stages keep their
+            values if the file has none.
+        fresh_classifier: whether the last layers (``conv_seg`` of segmenters; those with an output per class of
+            detectors) keep their values. The file may then have another number of classes.
 
     Returns:
         What was loaded and what was not, and the class names of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError: the model is not a segmenter.
+        TypeError: the model is not a segmenter or detector.
         ValueError: a weight is missing, not known, or has another shape. The message has the first ones and the
-            probable reason, and the model is unchanged. Or: the file holds no weights, or needs code to be read.
+            probable reason, and the model is unchanged. Or: the weights would fit and mean something else, such as
+            those of mmdetection 1.x. Or: the file holds no weights, or needs code to be read.
     """
     segmenter = _segmenter(model)
     chosen = _parts(segmenter, parts)
-    file = read_checkpoint(path)
+    file = in_openmmlab_form(read_checkpoint(path), getattr(segmenter, "num_classes", None))
+    reason = refusal(file, segmenter, chosen)
+    if reason is not None:
+        raise ValueError(f"{file.path.name} is not loaded into this {type(segmenter).__name__}: {reason} The model is "
+                         "unchanged.")  # fmt: skip
     source = source_of(file)
     state, backbone = segmenter.state_dict(), segmenter.get_submodule("backbone")
     ours = weights_of(state, backbone, by_timm=source.by_timm)
@@ -191,7 +209,7 @@ def save_checkpoint(
     Backbones of unknown families are named as mmsegmentation's ``TIMMBackbone`` does.
 
     Args:
-        model: a segmenter of :mod:`widefield.dense`.
+        model: a segmenter or detector of :mod:`widefield.dense`.
         path: the file; safetensors if it ends so, otherwise what ``torch.save`` writes.
         classes: class names to store, which OpenMMLab's tools show.
         palette: a color (red, green, blue) from 0 to 255 for each class.
@@ -200,8 +218,8 @@ def save_checkpoint(
 
     Raises:
         OSError: the place cannot be written.
-        TypeError, ValueError: the model is not a segmenter, or has layers that the published code lacks; classes or
-            colors do not fit its number of classes.
+        TypeError, ValueError: the model is not a segmenter or detector, or has layers that the published code lacks;
+            classes or colors do not fit its number of classes.
     """
     segmenter = _segmenter(model)
     _checks.choice("names", names, NAMES)
@@ -233,13 +251,13 @@ def _name(family: Family | None) -> str:
 
 
 def _segmenter(model: nn.Module) -> nn.Module:
-    """Return the segmenter in wrappers of data parallelism and ``torch.compile``."""
+    """Return the segmenter or detector in wrappers of data parallelism and ``torch.compile``."""
     while not isinstance(model._modules.get("backbone"), FeatureMaps):
         inner = model._modules.get("module") or model._modules.get("_orig_mod")
         if inner is None:
             raise TypeError(
-                f"model must be a segmenter, such as widefield.dense.UPerNet; got {type(model).__name__}. Weights of "
-                "classifiers load with timm.create_model(..., checkpoint_path=...)."
+                f"model must be a segmenter or detector, such as widefield.dense.UPerNet; got {type(model).__name__}. "
+                "Weights of classifiers load with timm.create_model(..., checkpoint_path=...)."
             )
         model = inner
     return model
@@ -286,4 +304,6 @@ def _fill(
     segmenter.load_state_dict(values, strict=False)
     fresh = tuple(ours.keys.get(name, name) for name in (*fit.fresh, *ours.others))
     skipped = (*(source.keys[name] for name in fit.left), *file.skipped)
-    return LoadedCheckpoint(file.path, tuple(values), fresh, skipped, merged, file.classes, file.palette)
+    return LoadedCheckpoint(
+        file.path, tuple(values), fresh, skipped, merged, file.classes, file.palette, file.converted
+    )

@@ -28,7 +28,15 @@ POSITIVE_FRACTION = 0.25
 
 
 class SecondStage(Protocol):
-    """A head on proposals: see :class:`widefield.dense.roi_head.RoIHead`."""
+    """Heads on proposals: see :class:`widefield.dense.roi_head.RoIHead`."""
+
+    @property
+    def box_heads(self) -> list[BoxHead]:
+        """Return the box heads, first stage first."""
+
+    @property
+    def mask_heads(self) -> list[FCNMaskHead]:
+        """Return the mask heads, first stage first; empty without masks."""
 
     def losses(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]

@@ -26,7 +26,7 @@ from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
 RANGES = (64, 128, 256, 512)
-"""Pixels between the levels: a level has the boxes whose farthest side is in its range, both ends included."""
+"""Pixels between the published levels: a level has the boxes whose farthest side is in its range, ends included."""
 
 CENTERNESS = ("classification", "boxes")
 """The branch that predicts the centerness."""
@@ -97,6 +97,7 @@ class FCOSHead(nn.Module):
             the box.
         box_loss: "iou" or "giou".
         point_offset: of a point from the top left corner of its cell, in strides. torchvision's is 0.
+        alpha, gamma: of the focal loss; see :func:`widefield.dense.detection_losses.focal`.
 
     Raises:
         ValueError: an argument is out of range, or there are not as many ranges as levels.
@@ -118,8 +119,11 @@ class FCOSHead(nn.Module):
         center_radius: float | None = None,
         box_loss: str = "iou",
         point_offset: float = 0.5,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
     ) -> None:
         super().__init__()
+        self.alpha, self.gamma = _checks.number("alpha", alpha, maximum=1.0), _checks.number("gamma", gamma)
         self.num_classes = _checks.integer("num_classes", num_classes)
         self.strides = tuple(_checks.integer("every entry of strides", stride) for stride in strides)
         self.ranges = tuple(_checks.number("every entry of ranges", value) for value in ranges)
@@ -239,7 +243,7 @@ class FCOSHead(nn.Module):
         loss = iou_loss if self.box_loss == "iou" else giou_loss
         boxes = from_distances(origin, predicted[positive]), from_distances(origin, distances)
         return {
-            "loss_cls": focal(logits, labels, count),
+            "loss_cls": focal(logits, labels, count, alpha=self.alpha, gamma=self.gamma),
             "loss_bbox": loss(*boxes, weight, wanted),
             "loss_centerness": binary_cross_entropy(centerness[positive, 0], wanted, count),
         }
@@ -325,7 +329,7 @@ class FCOS(Detector):
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
-        channels: channels of pyramid and head.
+        neck_channels: channels of the pyramid and the head.
         num_convs: convolutions in each of the head's two branches.
         start_level: which of the backbone's maps is the finest level, from 0. Small objects need 0, stride 4.
         ranges: pixels between the levels, of which there is one more; see :class:`FCOSHead`.
@@ -350,7 +354,7 @@ class FCOS(Detector):
         backbone: Backboned,
         num_classes: int,
         *,
-        channels: int = 256,
+        neck_channels: int = 256,
         num_convs: int = 4,
         start_level: int = 1,
         ranges: Sequence[float] = RANGES,
@@ -375,10 +379,10 @@ class FCOS(Detector):
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=normed, **backbone_args)
         levels = len(ranges) + 1
         neck = FPN(
-            maps.channels, channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
+            maps.channels, neck_channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
         )
         head = FCOSHead(
-            channels, num_classes, channels=channels, num_convs=num_convs, conv_bias=conv_bias,
+            neck_channels, num_classes, channels=neck_channels, num_convs=num_convs, conv_bias=conv_bias,
             strides=[maps.strides[first] * 2**level for level in range(levels)], ranges=ranges,
             centerness_on=centerness_on, distances=distances, center_radius=center_radius, box_loss=box_loss,
             point_offset=point_offset,

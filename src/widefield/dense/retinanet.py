@@ -68,6 +68,7 @@ class RetinaHead(nn.Module):
         assigner: which anchors stand for objects.
         allowed_border: anchors that leave the image by more pixels are not used for training. None: all are used.
         smooth_l1_beta: of the smooth L1 loss of boxes. None: L1.
+        alpha, gamma: of the focal loss; see :func:`widefield.dense.detection_losses.focal`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -86,8 +87,11 @@ class RetinaHead(nn.Module):
         assigner: Assigner | None = None,
         allowed_border: float | None = None,
         smooth_l1_beta: float | None = None,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
     ) -> None:
         super().__init__()
+        self.alpha, self.gamma = _checks.number("alpha", alpha, maximum=1.0), _checks.number("gamma", gamma)
         self.num_classes = _checks.integer("num_classes", num_classes)
         self.anchors = anchors or Anchors.octaves()
         self.coder = coder or BoxCoder()
@@ -163,7 +167,8 @@ class RetinaHead(nn.Module):
         learned = torch.stack([entry.labels for entry in made]).split(lengths, 1)
         for x, labels in zip(outputs.logits, learned, strict=True):
             own = x.unflatten(1, (self.anchors.per_cell, -1)).permute(0, 3, 4, 1, 2)  # no copy: these are the most
-            classes.append(focal(own, labels.reshape(own.shape[:-1]), total))
+            labels = labels.reshape(own.shape[:-1])
+            classes.append(focal(own, labels, total, alpha=self.alpha, gamma=self.gamma))
         deltas = torch.cat(by_anchor(outputs.deltas, 4), 1)
         moved = [
             differences(deltas[image, entry.positive], entry.deltas, self.smooth_l1_beta).sum(1)
@@ -221,7 +226,7 @@ class RetinaNet(Detector):
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`.
         num_classes: number of classes, without the background.
-        channels: channels of pyramid and head.
+        neck_channels: channels of the pyramid and the head.
         num_convs: convolutions in each of the head's two branches.
         norm: of the head's convolutions: "batch", "group" or None.
         extra: where the two coarsest levels come from; see :class:`widefield.dense.FPN`.
@@ -246,7 +251,7 @@ class RetinaNet(Detector):
         backbone: Backboned,
         num_classes: int,
         *,
-        channels: int = 256,
+        neck_channels: int = 256,
         num_convs: int = 4,
         norm: str | None = None,
         extra: str = "on_input",
@@ -267,10 +272,12 @@ class RetinaNet(Detector):
         maps = feature_maps(
             backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
         )
-        neck = FPN(maps.channels, channels, num_outs=5, start_level=1, extra=extra, relu_before_extra=relu_before_extra)
+        neck = FPN(
+            maps.channels, neck_channels, num_outs=5, start_level=1, extra=extra, relu_before_extra=relu_before_extra
+        )
         strides = (*maps.strides[1:], 2 * maps.strides[-1], 4 * maps.strides[-1])
         head = RetinaHead(
-            channels, num_classes, channels=channels, num_convs=num_convs, norm=norm,
+            neck_channels, num_classes, channels=neck_channels, num_convs=num_convs, norm=norm,
             anchors=anchors or Anchors.octaves(strides), allowed_border=allowed_border, smooth_l1_beta=smooth_l1_beta,
         )  # fmt: skip
         super().__init__(

@@ -77,9 +77,14 @@ class RoIHead(nn.Module):
         self.assigner, self.sampler, self.selection = assigner, sampler, selection
 
     @property
-    def has_masks(self) -> bool:
-        """Return whether there is a mask head."""
-        return "mask_head" in self._modules
+    def box_heads(self) -> list[BoxHead]:
+        """Return the box head in a list."""
+        return [self.bbox_head]
+
+    @property
+    def mask_heads(self) -> list[FCNMaskHead]:
+        """Return the mask head in a list; empty without masks."""
+        return [self.mask_head] if "mask_head" in self._modules else []
 
     def losses(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
@@ -99,8 +104,8 @@ class RoIHead(nn.Module):
         rois = batched([sample.boxes for sample in samples])
         logits, deltas = self.bbox_head(roi_features(maps, rois, self.strides, self.bbox_head.roi_size))
         losses = self.bbox_head.losses(logits, deltas, samples)
-        if self.has_masks:
-            losses["loss_mask"] = mask_loss(self.mask_head, maps, samples, targets, self.strides)
+        for head in self.mask_heads:
+            losses["loss_mask"] = mask_loss(head, maps, samples, targets, self.strides)
         return losses
 
     def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
@@ -117,7 +122,7 @@ class RoIHead(nn.Module):
         outputs = (x.split(counts) for x in self.bbox_head(features))
         for boxes, size, logits, deltas in zip(proposals, sizes, *outputs, strict=True):
             found.append(self.selection(self.bbox_head.decode(boxes, deltas, size), probabilities(logits)))
-        return with_masks([self.mask_head], maps, found, self.strides) if self.has_masks else found
+        return with_masks(self.mask_heads, maps, found, self.strides) if self.mask_heads else found
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores of given boxes, (M_i, 4) of each image, as RoIs."""

@@ -20,7 +20,7 @@ from widefield import _checks, bench
 from widefield.data import SampleSet
 from widefield.report import Report
 from widefield.surgery.answers import evaluating
-from widefield.tasks import Batch, Prediction, SegmentationScores, Task
+from widefield.tasks import Batch, Prediction, Task
 from widefield.train.evaluation import Share, measure
 from widefield.train.loaders import batches, shut_down, val_loader
 from widefield.train.recipe import PRECISIONS
@@ -36,7 +36,7 @@ class Example:
     Attributes:
         index: its place in the data set.
         name: its file, or its place again for sets without files.
-        rating: how good the prediction is, as the task rates it; for segmentation the image's mean IoU.
+        rating: how good the prediction is, as the task rates it; see ``Evaluation.rating``.
         image: the image as the model sees it.
         truth: the label.
         prediction: what the model predicts.
@@ -74,6 +74,8 @@ class Evaluation:
     """Results with more than scalars, such as those of each class; None if the task has none."""
     examples: tuple[Example, ...] = ()
     """The images with the best and the worst predictions, best first, if asked for."""
+    rating: str = ""
+    """What the rating of an image is, as the end of a sentence."""
 
     @property
     def images_per_second(self) -> float | None:
@@ -83,9 +85,10 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types, except examples; a metric that is not finite becomes None."""
         found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=()))
-        del found["examples"], found["scores"]
+        del found["examples"], found["scores"], found["rating"]
         found["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
-        scores = {"scores": self.scores.to_dict()} if isinstance(self.scores, SegmentationScores) else {}
+        to_dict = getattr(self.scores, "to_dict", None)
+        scores = {"scores": to_dict()} if to_dict else {}
         return {**found, **scores, "images_per_second": self.images_per_second}
 
 
@@ -167,6 +170,7 @@ def evaluate_model(
         forward=forward,
         scores=measured.scores,
         examples=tuple(shown),
+        rating=task.rating,
     )
 
 

@@ -16,6 +16,8 @@ from widefield import report
 from widefield._pixels import IGNORED
 from widefield.runs.annotating import Color, Marks, annotated
 from widefield.tasks import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
+from widefield.tasks.coco_matching import box_overlaps
+from widefield.tasks.detection_errors import CLASSIFICATION, ERRORS, ImageErrors, classify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +34,8 @@ _GRAY: Color = (128, 128, 128)
 """Color of pixels without a class, and of crowds of objects."""
 MIN_SCORE = 0.3
 """Least score of the objects that are drawn and listed, if none is asked for."""
-_MATCHING = 0.5
-"""Least intersection over union of a detection and the object that it finds."""
+_ERRORS = dict(enumerate(tuple(ERRORS)[:-1], start=CLASSIFICATION))
+"""Kind of a wrong detection -> its name."""
 _SMALL = 320
 """Images of fewer pixels a side are enlarged for their files with boxes, or no label would fit."""
 
@@ -292,11 +294,15 @@ class BoxDrawing(Drawing):
         if truth is None:
             views, legend = [_view(small, "image"), _view(self.annotated(small, shown), detected)], _counts(shown)
         else:
-            right, found = matched(shown, truth)
-            missed, wrong = int((~found).sum()), int((~right).sum())
+            judgment = judged(shown, truth)
+            crowd = np.zeros(len(truth), np.bool_) if truth.crowd is None else truth.crowd.numpy()
+            found = judgment.found | crowd
+            errors = [_ERRORS.get(kind, "") for kind in judgment.kinds.tolist()]
+            missing = f"{int((~found).sum())} not found (dashed)" if not found.all() else "all found"
+            missed = f"label: {len(truth)} objects, {missing}"
             views = [
-                _view(self.annotated(small, truth, found), f"label: {len(truth)} objects, {missed} missed (dashed)"),
-                _view(self.annotated(small, shown, right), f"prediction: {detected}, {wrong} wrong (dashed)"),
+                _view(self.annotated(small, truth, ["" if one else "not found" for one in found]), missed),
+                _view(self.annotated(small, shown, errors), f"prediction: {detected}; {_listed_errors(errors)}"),
             ]
             legend = {**_counts(truth), **{k: 0 for k in _counts(shown) if k not in _counts(truth)}}
         return report.card(title, report.views(views) + self._legend(legend))
@@ -308,27 +314,30 @@ class BoxDrawing(Drawing):
         entries = [(self.palette[k], f"{self.name(k)}: {count}") for k, count in listed]
         return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
 
-    def annotated(self, image: Image.Image, prediction: BoxPrediction, solid: Tensor | None = None) -> Image.Image:
-        """Return an image with the objects of a prediction; those not in ``solid``, bool (D,), have dashed lines."""
+    def annotated(
+        self, image: Image.Image, prediction: BoxPrediction, errors: Sequence[str] | None = None
+    ) -> Image.Image:
+        """Return an image with the objects of a prediction.
+
+        ``errors`` say what is wrong with each object, "" for nothing: such objects have dashed lines.
+        """
         height, width = prediction.size
         scale = np.array([image.width / width, image.height / height] * 2)
-        names = [self.name(k)[:24] for k in prediction.labels.tolist()]
-        if prediction.scores is None:
-            texts = [[name, ""] for name in names]
-        else:
-            pairs = zip(names, prediction.scores.tolist(), strict=True)
-            texts = [[f"{name} {score:.2f}", f"{score:.2f}".removeprefix("0")] for name, score in pairs]
-        crowd = [False] * len(names) if prediction.crowd is None else prediction.crowd.tolist()
-        colors = [_GRAY if c else self.palette[k] for k, c in zip(prediction.labels.tolist(), crowd, strict=True)]
-        texts = [["crowd", ""] if c else own for own, c in zip(texts, crowd, strict=True)]
+        crowd = [False] * len(prediction) if prediction.crowd is None else prediction.crowd.tolist()
+        labels = prediction.labels.tolist()
+        wrong = [""] * len(labels) if errors is None else list(errors)
+        scores = [None] * len(labels) if prediction.scores is None else prediction.scores.tolist()
         return annotated(
             image,
             Marks(
                 prediction.boxes.numpy() * scale,
-                colors,
-                texts,
+                [_GRAY if one else self.palette[k] for k, one in zip(labels, crowd, strict=True)],
+                [
+                    ["crowd", ""] if one else _texts(self.name(k)[:24], score, error)
+                    for k, score, error, one in zip(labels, scores, wrong, crowd, strict=True)
+                ],
                 None if prediction.masks is None else prediction.masks.numpy(),
-                None if solid is None else (~solid).tolist(),
+                [bool(error) for error in wrong],
             ),
         )
 
@@ -348,32 +357,31 @@ class BoxDrawing(Drawing):
         return {"overlays": encoded(self.annotated(large, shown), "png")}
 
 
-def matched(prediction: BoxPrediction, truth: BoxPrediction) -> tuple[Tensor, Tensor]:
-    """Return which detections are right, bool (D,), and which true objects are found, bool (M,), at an IoU of 0.5.
-
-    In the order of their scores, each detection gets the object of its class that it covers best and that no other
-    detection got. Detections in crowds of their class, and crowds, count as right and found.
-    """
-    import torch
-    from torchvision.ops import box_iou
-
-    crowd = torch.zeros(len(truth), dtype=torch.bool) if truth.crowd is None else truth.crowd
-    right, found = torch.zeros(len(prediction), dtype=torch.bool), crowd.clone()
-    same = prediction.labels[:, None] == truth.labels
-    shares = box_iou(prediction.boxes, truth.boxes).masked_fill(~same | crowd, 0)
-    for index, row in enumerate(shares):
-        free = row.masked_fill(found, 0)
-        if len(free) and float(free.max()) >= _MATCHING:
-            right[index], found[free.argmax()] = True, True
-    corners = torch.minimum(prediction.boxes[:, None, 2:], truth.boxes[:, 2:])
-    inside = (corners - torch.maximum(prediction.boxes[:, None, :2], truth.boxes[:, :2])).clamp(min=0).prod(2)
-    own = (prediction.boxes[:, 2:] - prediction.boxes[:, :2]).prod(1, keepdim=True).clamp(min=1e-9)
-    return right | ((inside / own >= _MATCHING) & same & crowd).any(1), found
+def judged(prediction: BoxPrediction, truth: BoxPrediction) -> ImageErrors:
+    """Return why each detection is right or wrong, as evaluations count errors, and which objects are found."""
+    crowd = np.zeros(len(truth), np.bool_) if truth.crowd is None else truth.crowd.numpy()
+    overlaps = box_overlaps(prediction.boxes.double().numpy(), truth.boxes.double().numpy(), crowd)
+    return classify(overlaps, prediction.labels.numpy(), truth.labels.numpy(), crowd)
 
 
 def _scores(prediction: BoxPrediction) -> Tensor:
     """Return the scores, (D,); 1 for true objects."""
     return prediction.boxes.new_ones(len(prediction)) if prediction.scores is None else prediction.scores
+
+
+def _texts(name: str, score: float | None, error: str) -> list[str]:
+    """Return the labels of an object, from the longest to the shortest."""
+    if score is None:
+        return [name, ""]
+    texts = [f"{name} {score:.2f}", f"{score:.2f}".removeprefix("0")]
+    return [f"{texts[0]} {error}", *texts] if error else texts
+
+
+def _listed_errors(errors: Sequence[str]) -> str:
+    """Return how many errors of each type there are, as text."""
+    counts = {name: errors.count(name) for name in ERRORS if name in errors}
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"wrong (dashed): {listed}" if listed else "none is wrong"
 
 
 def _counts(prediction: BoxPrediction) -> dict[int, int]:

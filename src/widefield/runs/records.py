@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import re
 import time
@@ -262,15 +263,15 @@ def lower_is_better(metric: str) -> bool:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: accuracies and IoU in percent, others with four digits, ``-`` for None."""
-    if value is None:
+    """Return a metric's value as text: accuracies, IoU and AP in percent, others with four digits; ``-`` for none."""
+    if value is None or (is_share(metric) and math.isnan(value)):
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a fraction of images or pixels, which is shown in percent."""
-    return re.search(r"top\d+$|(^|_)(miou|macc|aacc)(_|$)", metric) is not None
+    """Return whether a metric is a fraction, of images, pixels or objects, which is shown in percent."""
+    return re.search(r"top\d+$|(^|_)(miou|macc|aacc)(_|$)|^(box|mask)_ap", metric) is not None
 
 
 def duration(seconds: float) -> str:

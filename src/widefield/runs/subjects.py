@@ -6,8 +6,6 @@ The commands, the report about runs and the evaluation load their models with th
 from __future__ import annotations
 
 import itertools
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,11 +22,12 @@ from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
 from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Selection, count_maps
+from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
 from widefield.runs.trained import load_trained, read_run_data, weights_of
+from widefield.runs.words import is_path, parsed
 from widefield.tasks import Task, count_outputs
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
-from widefield.train.recipe_io import read_yaml
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Subject:
     """Of a run: class names, number of images and so on."""
     work: str = "classification"
     """What the model does: the name of a task."""
+    published_classes: tuple[str, ...] = ()
+    """Names of the classes of a detector with published weights; empty for runs."""
 
     def image_options(self, size: int | None = None) -> dict[str, Any]:
         """Return the options of a set of image files that prepares images as the model expects them.
@@ -85,6 +86,8 @@ class Subject:
         """
         if self.trained_on:
             return (self.work == "detection" and self.trained_on.object_classes) or self.trained_on.classes
+        if self.work == "detection":
+            return self.published_classes
         return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
 
     @property
@@ -138,7 +141,8 @@ class Subject:
             options = {**self.recipe.task.args, **changes}
             return tasks.create(self.recipe.task.name, dataset or self.trained_on, **options)
         names = self.class_names or tuple(f"class {k}" for k in range(self.outputs))
-        return tasks.create(self.work, dataset or Classes(names), **changes)
+        masks = {"model": "mask_rcnn"} if self.work == "detection" and getattr(self.model, "has_masks", False) else {}
+        return tasks.create(self.work, dataset or Classes(names), **{**masks, **changes})
 
     def _check_data(self, dataset: data.SampleSet) -> None:
         if self.work == "segmentation" and not isinstance(dataset, data.SegmentationSet):
@@ -319,7 +323,7 @@ def load(
         found = _of_run(Path(word).expanduser(), which, weights)
         if sum(Path(other).name == Path(word).name for other in set(together_with)) > 1:
             found = replace(found, name=word)
-    elif _is_path(word):
+    elif is_path(word):
         raise FileNotFoundError(
             f"there is no folder {word!r}: give the folder of a run, or the name of a model, which has no slashes."
         )
@@ -331,27 +335,10 @@ def load(
     return found
 
 
-def _is_path(word: str) -> bool:
-    """Return whether a word must be a path: only names with one of timm's sources, ``hf-hub:``, have slashes."""
-    name = word.partition("{")[0]
-    return ":" not in name and ("/" in name or os.sep in name or name.startswith(("~", ".")))
-
-
-def _parsed(word: str) -> tuple[str, dict[str, Any]]:
-    match = re.fullmatch(r"([^{}]+)(\{.*\})?", word, re.DOTALL)
-    if match is None:
-        raise ValueError(f"a model is a name, or a name and arguments in braces; got {word!r}.")
-    try:
-        given = read_yaml(match[2] or "{}")
-    except ValueError as error:
-        raise ValueError(f"the braces of {word!r} hold no YAML: {str(error).splitlines()[0]}.") from error
-    return match[1].strip(), {str(key): value for key, value in given.items()}
-
-
 def _of_timm(word: str, pretrained: bool) -> Subject:
     from timm.data import resolve_model_data_config
 
-    name, given = _parsed(word)
+    name, given = parsed(word)
     if name == word and ":" not in name and name.partition(".")[0] not in (known := timm.list_models()):
         raise ValueError(
             f"there is neither a folder {name!r}, nor does timm know a model of that name."
@@ -386,9 +373,11 @@ def _weights_of_timm(model: nn.Module, checkpoint: object, pretrained: bool) -> 
 def _of_torchvision(word: str, pretrained: bool) -> Subject:
     from torchvision.models import get_model_weights
 
-    name, given = _parsed(word)
+    name, given = parsed(word)
     if name.removeprefix(TORCHVISION) in _segmenters():
         return _segmenter_of_torchvision(word, pretrained)
+    if name.removeprefix(TORCHVISION) in torchvision_detectors():
+        return _detector_of_torchvision(word, pretrained)
     model = create_model(ModelSpec(name, given, pretrained))
     shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
     size = getattr(model, "image_size", shown.crop_size[0])  # a ViT accepts no other
@@ -407,7 +396,7 @@ def _segmenters() -> list[str]:
 def _segmenter_of_torchvision(word: str, pretrained: bool) -> Subject:
     from torchvision.models import get_model, get_model_weights
 
-    name, given = _parsed(word)
+    name, given = parsed(word)
     name = name.removeprefix(TORCHVISION)
     published = get_model_weights(name).DEFAULT
     chosen = {"weights": published} if pretrained else {"weights": None, "weights_backbone": None}
@@ -429,9 +418,25 @@ def _segmenter_of_torchvision(word: str, pretrained: bool) -> Subject:
     )
 
 
+def _detector_of_torchvision(word: str, pretrained: bool) -> Subject:
+    name, given = parsed(word)
+    model, names = build_detector(name.removeprefix(TORCHVISION), given, pretrained=pretrained)
+    return Subject(
+        word,
+        model,
+        TEST_SCALE[1],
+        MEAN,
+        STD,
+        Weights("pretrained" if pretrained else "random"),
+        {"test_scale": TEST_SCALE},
+        work="detection",
+        published_classes=names if pretrained else (),
+    )
+
+
 def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
     """Return the names of the outputs of a model's published weights, one or several words each; () if unknown."""
-    name = _parsed(word)[0]
+    name = parsed(word)[0]
     if name.startswith(TORCHVISION):
         from torchvision.models import get_model_weights
 

@@ -71,11 +71,13 @@ class Task(ABC):
         higher_is_better: whether a larger headline is better.
         model_args: arguments of ``timm.create_model`` that the task decides, such as ``{"num_classes": 10}`` or
             ``{"features_only": True}``.
+        rating: what :meth:`rate` measures, as the end of a sentence; empty if images are not rated.
     """
 
     headline: str
     higher_is_better: bool
     model_args: Mapping[str, Any] = MappingProxyType({})
+    rating: str = ""
 
     @classmethod
     @abstractmethod

@@ -60,6 +60,7 @@ class Detection(Task):
 
     headline = "box_ap"
     higher_is_better = True
+    rating = "the average precision of its boxes alone, over IoU from 0.5 to 0.95 and the classes in its label"
     model_args = {"features_only": True}  # noqa: RUF012 (read only, as in the base class)
 
     def __init__(

@@ -41,11 +41,13 @@ class ImageErrors(NamedTuple):
         kinds: uint8 (D,): ``RIGHT``, one of the errors, or ``IGNORED``.
         targets: (D,): the label that the detection has when its error is corrected; -1 if it is then left out.
         missed: bool (M,): objects that are missed.
+        found: bool (M,): objects that a right detection finds.
     """
 
     kinds: NDArray[np.uint8]
     targets: Ints
     missed: Bools
+    found: Bools
 
 
 def classify(overlaps: Floats, labels: Ints, object_labels: Ints, crowd: Bools, limit: int = 100) -> ImageErrors:
@@ -70,7 +72,7 @@ def classify(overlaps: Floats, labels: Ints, object_labels: Ints, crowd: Bools, 
         if place is not None and not found[place]:  # of several for one object, the best is corrected
             targets[index] = -1 if usable[place] else object_labels[place]
             usable[place] = True
-    return ImageErrors(kinds, targets, ~usable & ~crowd)
+    return ImageErrors(kinds, targets, ~usable & ~crowd, found)
 
 
 def _find(own: Floats, kinds: NDArray[np.uint8]) -> Bools:

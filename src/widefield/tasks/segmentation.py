@@ -77,6 +77,7 @@ class Segmentation(Task):
 
     headline = "miou"
     higher_is_better = True
+    rating = "its mean IoU, over the classes in its label or its prediction"
     model_args = {"features_only": True}  # noqa: RUF012 (read only, as in the base class)
 
     def __init__(

@@ -87,8 +87,8 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     The weights may be those of the plain network, in any form that timm reads: they are loaded before the conversion,
     which keeps their function. Or they are those of the converted network, or of the task's whole model. Weights of a
     plain network may have smaller depthwise kernels, or global filters of another size: see :func:`resized`. Segmenters
-    also start from OpenMMLab's files (:func:`widefield.dense.load_checkpoint`); without a decode head in the file, or
-    with another number of classes, its backbone, or all but the classifier, is loaded.
+    and detectors also start from OpenMMLab's files (:func:`widefield.dense.load_checkpoint`); without such heads in the
+    file, or with another number of classes, its backbone, or all but the classifier, is loaded.
 
     Args:
         source: see :func:`read_weights`.
@@ -121,7 +121,7 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
 
 
 def _published(source: str, assembly: Assembly, fresh_head: bool) -> nn.Module | None:
-    """Return the task's segmenter with the weights of a file of OpenMMLab, or None if model or file are others."""
+    """Return the task's dense model with the weights of a file of OpenMMLab, or None if model or file are others."""
     try:
         info = dense.inspect_checkpoint(source)
     except (FileNotFoundError, ValueError):
@@ -129,10 +129,11 @@ def _published(source: str, assembly: Assembly, fresh_head: bool) -> nn.Module |
     if not info.published:
         return None
     model = assembly.adapt(assembly.build({}))
-    if not isinstance(model, dense.Segmenter):
+    if not isinstance(model, (dense.Segmenter, dense.Detector)):
         return None
     other = fresh_head or info.num_classes != model.num_classes
-    parts = None if "decode_head" in info.parts else "backbone"
+    has_heads = info.detector is not None if isinstance(model, dense.Detector) else "decode_head" in info.parts
+    parts = None if has_heads else "backbone"
     try:
         dense.load_checkpoint(model, source, parts=parts, fresh_classifier=other)
     except ValueError as error:
