@@ -359,7 +359,7 @@ def test_lengths_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], messag
         ),
         ({"warmup_ratio": 0.1}, r"schedule.warmup_ratio needs a warm-up"),
         ({"warmup_steps": 5, "warmup_shape": "constant"}, r"schedule.warmup_shape: constant needs warmup_ratio"),
-        ({"warmup_shape": "constat"}, r"schedule.warmup_shape must be one of.*did you mean 'constant'"),
+        ({"warmup_shape": "constat"}, r"schedule.warmup_shape must be one of.*Did you mean 'constant'"),
         (
             {"warmup_steps": 5, "warmup_ratio": 0.1, "args": {"warmup_prefix": True}},
             r"schedule.args.warmup_prefix has no effect with warmup_ratio",

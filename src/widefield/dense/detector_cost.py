@@ -31,13 +31,13 @@ class FixedRoIs(nn.Module):
 
     def forward(self, images: Tensor) -> list[Any]:
         """Images (N, C, H, W) -> the outputs of all heads."""
+        detector: Any = self.detector
         maps = self.detector.maps(images)
-        if "roi_head" not in self.detector._modules:
-            return [self.detector.bbox_head(maps)]
-        outputs: list[Any] = [self.detector.rpn_head(maps)]
+        if "roi_head" not in detector._modules:
+            return [detector.bbox_head(maps)]
+        outputs: list[Any] = [detector.rpn_head(maps)]
         for name, count in (("bbox_head", self.box_rois), ("mask_head", self.mask_rois)):
-            heads: Any = getattr(self.detector.roi_head, name, ())
-            for head in heads if isinstance(heads, nn.ModuleList) else [heads] if heads != () else []:
-                side = head.roi_size
-                outputs.append(head(maps[0].new_zeros(count, maps[0].shape[1], side, side)))
+            found: Any = detector.roi_head._modules.get(name, [])  # one head, one for each stage, or none
+            for head in [found] if hasattr(found, "roi_size") else found:
+                outputs.append(head(maps[0].new_zeros(count, maps[0].shape[1], head.roi_size, head.roi_size)))
         return outputs

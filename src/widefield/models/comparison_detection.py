@@ -80,13 +80,11 @@ _GF = {"global_filters": (None, None, (24, 13), (12, 7))}
 _SLAK = {"kernel_sizes": (51, 49, 47, 13), "small_kernel": 5, "width_factor": 1.3, "stage_norms": "layer"}
 
 
-def _rows(
-    method: str, schedule: str, source: str, rows: tuple[tuple[Any, ...], ...], **args: Any
-) -> tuple[CitedDetector, ...]:
+def _rows(method: str, schedule: str, source: str, rows: tuple[tuple[Any, ...], ...]) -> tuple[CitedDetector, ...]:
     """Return rows from (architecture, parameters, macs, ap, name[, args])."""
     return tuple(
-        CitedDetector(row[0], method, schedule, *row[1:4], source, row[4], {**args, **(row[5] if row[5:] else {})})
-        for row in rows
+        CitedDetector(architecture, method, schedule, parameters, macs, ap, source, name, args[0] if args else _NONE)
+        for architecture, parameters, macs, ap, name, *args in rows
     )
 
 
