@@ -87,6 +87,8 @@ def test_heads_get_complete_targets():
         ([objects(BOX), dense.Targets(torch.zeros(0), torch.zeros(0))], r"targets\[1\].boxes must be \(M, 4\)"),
         ([objects(BOX, labels=[1, 2]), objects()], r"targets\[0\].labels must be \(1,\)"),
         ([objects(BOX, crowd=torch.zeros(3)), objects()], r"targets\[0\].crowd must be \(1,\)"),
+        ([objects(BOX, crowd=torch.zeros(1)), objects()], r"targets\[0\].crowd must be bool; got torch.float32"),
+        ([objects(BOX, labels=[0.7]), objects()], r"targets\[0\].labels must be integers; got torch.float32"),
         ([objects(BOX, labels=[3]), objects()], r"targets\[0\].labels\[0\] is 3; labels must be from 0 to 2"),
         ([objects(), objects(BOX, BOX, labels=[0, -1])], r"targets\[1\].labels\[1\] is -1"),
         ([objects(BOX, (5, 5, 5, 9)), objects()], r"targets\[0\].boxes\[1\] is \[5.0, 5.0, 5.0, 9.0\], without area"),
@@ -113,6 +115,19 @@ def test_masks_are_checked_where_they_are_learned():
     masks = torch.ones(1, 64, 64, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"masks must be \(1, 60, 64\), one mask per box .* got \(1, 64, 64\)"):
         model(images, [objects(BOX, size=(60, 64), masks=masks)])
+
+
+def test_masks_of_numbers_are_refused():
+    """Masks of 0 and 255, which image files hold, would count every cell that they touch as covered."""
+    masks = torch.full((1, 64, 64), 255, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"targets\[0\].masks must be bool; got torch.uint8. Write masks != 0"):
+        Center(masks=True)(torch.zeros(1, 3, 64, 64), [objects(BOX, masks=masks)])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64, 64), (1, 3, 0, 64)])
+def test_images_without_a_pixel_are_refused(shape):
+    with pytest.raises(ValueError, match="no pixels in images of shape"):
+        Center().eval()(torch.zeros(shape))
 
 
 def test_a_box_may_leave_the_image_by_the_rounding_of_its_size():

@@ -28,8 +28,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "faster_rcnn": BOXES,
     "mask_rcnn": BOXES,
     "cascade_rcnn": {**BOXES, "masks": True},
-    "retinanet": {"channels": 16, "num_convs": 1},
-    "fcos": {"channels": 64, "num_convs": 1, "start_level": 0, "ranges": [16, 32, 64]},
+    "retinanet": {"neck_channels": 16, "num_convs": 1},
+    "fcos": {"neck_channels": 64, "num_convs": 1, "start_level": 0, "ranges": [16, 32, 64]},
 }
 LOSSES = {
     "faster_rcnn": {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox"},

@@ -25,6 +25,7 @@ from widefield.dense.mask_head import FCNMaskHead, paste_masks
 from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
+from widefield.dense.serving import ServedDetector
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "SegmentationLogits",
     "Segmenter",
     "SemanticFPN",
+    "ServedDetector",
     "Targets",
     "UPerHead",
     "UPerNet",

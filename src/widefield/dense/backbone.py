@@ -47,8 +47,10 @@ _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 _ARGUMENTS = (
     "channels", "auxiliary", "auxiliary_channels", "neck_channels", "stage_norms", "dropout", "align_corners",
     "pool_scales", "dilations", "out_indices", "output_stride", "pretrained", "drop_path_rate", "in_chans",
+    "anchor_scales", "box_head", "box_loss", "box_channels", "class_agnostic", "masks", "frozen_stages", "norm_eval",
+    "score_threshold", "nms_threshold", "max_per_image",
 )  # fmt: skip
-"""Usual arguments of segmenters and backbones, for hints."""
+"""Usual arguments of segmenters, detectors and backbones, for hints."""
 
 _SIDES = (128, 224)
 """Sides of the images on which unknown networks are measured; the second for networks that refuse the first."""
@@ -194,7 +196,7 @@ def _created(name: str, indices: tuple[int, ...], args: Mapping[str, Any]) -> An
                 "another network."
             ) from error
         raise TypeError(
-            f"neither the segmenter nor {name} has an argument {unknown[1]!r}."
+            f"neither the model nor {name} has an argument {unknown[1]!r}."
             f"{_checks.did_you_mean(unknown[1], [word for word in _ARGUMENTS if word not in args])}"
         ) from error
     except (AssertionError, IndexError) as error:
@@ -217,8 +219,9 @@ def _refuse(backbone: object, args: Mapping[str, Any]) -> None:
         raise TypeError(f"backbone must be a timm name or a module; got {backbone!r} of {type(backbone).__name__}.")
     for name in args:
         raise TypeError(
-            f"there is no argument {name!r} for a backbone that is a module.{_checks.did_you_mean(name, _ARGUMENTS)} "
-            "Arguments of the network belong to its own constructor."
+            f"there is no argument {name!r} for a backbone that is a module."
+            f"{_checks.did_you_mean(name, [word for word in _ARGUMENTS if word not in args])} Arguments of the network "
+            "belong to its own constructor."
         )
 
 

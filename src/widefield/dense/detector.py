@@ -6,7 +6,7 @@ Boxes are (x1, y1, x2, y2) in continuous pixels; (0, 0) is the top left corner o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,18 @@ class Detector(nn.Module):
         self._frozen = _freeze(backbone, self.frozen_stages)
         self.train(self.training)
 
+    rules: dict[str, Any]
+    """Rules of test time: ``score_threshold``, ``nms_threshold``, ``max_per_image``, and what else the detector has."""
+
+    @property
+    def score_threshold(self) -> float:
+        """The score that detections must exceed; it can be set."""
+        return float(self.rules["score_threshold"])
+
+    @score_threshold.setter
+    def score_threshold(self, value: float) -> None:
+        self.rules = {**self.rules, "score_threshold": _checks.number("score_threshold", value, maximum=1.0)}
+
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses by name; their sum is the loss of training.
 
@@ -153,7 +165,7 @@ class Detector(nn.Module):
             maps: of the neck, finest first.
             boxes: (M_i, 4) of each image, in pixels of the images that the model gets.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define box_scores, the scores of given boxes.")
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the maps that the heads get, finest first, from images (N, C, H, W).
@@ -274,6 +286,8 @@ def _check_images(images: Tensor) -> None:
             f"images must be (N, C, H, W); got shape {tuple(images.shape)}. Add the batch dimension to a single image "
             "with images[None]."
         )
+    if not images.numel():
+        raise ValueError(f"there are no pixels in images of shape {tuple(images.shape)}; give at least one image.")
 
 
 def _enlarged(images: Tensor, side: int) -> Tensor:
@@ -329,6 +343,7 @@ def _prepared(index: int, images: Tensor, target: Targets, masks: bool) -> Targe
             f"{where}.masks must be {(count, *size)}, one mask per box at the size of the image; got "
             f"{tuple(target.masks.shape)}."
         )
+    _check_types(where, target, masks)
     crowd = target.crowd
     return Targets(
         boxes=target.boxes.to(torch.promote_types(images.dtype, torch.float32)),
@@ -337,6 +352,15 @@ def _prepared(index: int, images: Tensor, target: Targets, masks: bool) -> Targe
         crowd=torch.zeros_like(target.labels, dtype=torch.bool) if crowd is None else crowd.bool(),
         size=size,
     )
+
+
+def _check_types(where: str, target: Targets, masks: bool) -> None:
+    """Refuse labels with fractions, and numbers in place of masks, which would be taken for coverage."""
+    if len(target.labels) and (target.labels.is_floating_point() or target.labels.dtype == torch.bool):
+        raise TypeError(f"{where}.labels must be integers; got {target.labels.dtype}.")
+    for name, value in (("masks", target.masks if masks else None), ("crowd", target.crowd)):
+        if value is not None and value.dtype != torch.bool:
+            raise TypeError(f"{where}.{name} must be bool; got {value.dtype}. Write {name} != 0 or {name} > 0.5.")
 
 
 def _check_objects(targets: Sequence[Targets], num_classes: int) -> None:

@@ -66,7 +66,7 @@ def roi_features(maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], s
 
 def of_labels(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return what a head says for the label of each RoI: (R, K, ...) and int64 (R,) -> (R, ...)."""
-    return outputs[torch.arange(len(labels), device=labels.device), labels]
+    return outputs[torch.arange(labels.shape[0], device=labels.device), labels]  # len() would fix it in exports
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class Weight(NamedTuple):
 
 
 def weights(model: Any) -> list[Weight]:
-    """Return the weights of a graph that :func:`quantize` would round."""
-    return [weight for _, weight in _weights(model)]
+    """Return the weights of a graph that :func:`quantize` would round, each once, however many nodes read it."""
+    return list({node.input[1]: weight for node, weight in _weights(model)}.values())
 
 
 def quantize(

@@ -39,6 +39,8 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     from onnx_ir.passes import PassError
 
     table: dict[Any, Any] = {torch.ops.aten.conv2d.default: _convolution}
+    if hasattr(torch.ops.widefield, "nms_mask"):  # of detectors, which define it
+        table[torch.ops.widefield.nms_mask.default] = _suppression
     if not all(isinstance(size, int) for size in image_shape(program)[2:]):
         _refuse_transforms(program)
         table[torch.ops.aten.adaptive_avg_pool2d.default] = _adaptive_pooling
@@ -178,6 +180,17 @@ def _convolution(
     body = _one_convolution(len(inputs), c_in // c_group, attributes)
     y = op.Scan(*inputs, body=body, num_scan_inputs=len(inputs))
     return op.Reshape(y, op.Concat(op.Constant(value_ints=[1, -1]), op.Shape(y, start=3), axis=0))
+
+
+def _suppression(boxes: Any, scores: Any, iou_threshold: float, score_threshold: float) -> Any:
+    """Translate ``widefield::nms_mask``: the places that ONNX's suppression returns are marked in zeros."""
+    op: Any = importlib.import_module("onnxscript").opset18
+    rows = op.Shape(boxes, start=1, end=2)
+    limits = [op.Constant(value_floats=[value]) for value in (iou_threshold, score_threshold)]
+    found = op.NonMaxSuppression(boxes, scores, rows, *limits)
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(found, end=1))
+    zeros = op.Expand(op.Constant(value_float=0.0), op.Shape(scores))
+    return op.Cast(op.ScatterND(zeros, found, ones), to=9)  # bool
 
 
 def _one_convolution(inputs: int, groups: int, attributes: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,16 +20,17 @@ from torch.utils._pytree import tree_leaves
 from widefield import _checks, bench
 from widefield._files import checksum, staged
 from widefield.deploy import _graph
+from widefield.deploy._detectors import is_detector, reading, rules_of, served, traceable
 from widefield.deploy._onnx import to_onnx
 from widefield.deploy._others import first_line
 from widefield.deploy._trace import DYNAMIC, bare, prepared, traced
 from widefield.deploy.info import INFO, ModelInfo, collected, to_texts
 from widefield.deploy.record import Deployed, input_of
-from widefield.deploy.runtime import FORMATS, Runtime, format_of, import_openvino, load
+from widefield.deploy.runtime import FORMATS, format_of, import_openvino, load
 from widefield.deploy.throughput import Speed, measure_throughput
 from widefield.nn import DynamicGMConv2d, FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery import inputs
-from widefield.surgery.compare import Tally
+from widefield.surgery.compare import Difference, NothingToCompareError, Tally
 from widefield.surgery.inputs import Example, batches, pixels
 from widefield.surgery.walk import begin, copied, unmerged
 
@@ -40,6 +41,9 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "openvino"
 
 BATCHES = (1, 3, 8)
 """Batch sizes at which a graph with a dynamic batch is verified."""
+
+FEW = (1, 3)
+"""The same for detectors, which need a lot of memory for each image."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,18 @@ class Check:
     relative: float
     """``max_abs`` divided by the largest absolute value of the model's outputs."""
     agreement: float | None
-    """Share of images with the same top class, or of pixels if the output is (N, classes, H, W); None for others."""
+    """Share of images with the same top class, or of pixels if the output is (N, classes, H, W); of detectors, share of
+    detections that the model and the file both find; None for others."""
     miou_before: float | None = None
     """Mean IoU of the model, where the loader's masks give one."""
     miou_after: float | None = None
     """Mean IoU of the file."""
+    detections: int | None = None
+    """Of detectors: number of detections, of the model and of the file, that ``agreement`` counts."""
+    ap_before: float | None = None
+    """Box AP of the model, where the loader has boxes."""
+    ap_after: float | None = None
+    """Box AP of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +86,7 @@ class Export(Deployed):
         tolerance: largest relative difference allowed; a larger one is an error, and nothing is written.
         images: which images were compared.
         throughput: timings of the file and the model, if requested.
+        detection: of detectors: where the last non-maximum suppression is ("nms"), and its rules; None for others.
     """
 
     model: str
@@ -85,6 +97,7 @@ class Export(Deployed):
     tolerance: float
     images: str
     throughput: Sequence[Speed]
+    detection: Mapping[str, Any] | None = None
 
     @property
     def relative(self) -> float:
@@ -98,6 +111,8 @@ class Export(Deployed):
     def rows(self) -> list[dict[str, str]]:
         """Return one row per check."""
         labeled = any(check.miou_before is not None for check in self.checks)
+        boxes = any(check.ap_before is not None for check in self.checks)
+        same = "top-1 agreement" if self.detection is None else "found by both"
         return [
             {
                 "file": self.path,
@@ -105,8 +120,9 @@ class Export(Deployed):
                 "count": str(check.images),
                 "largest difference": f"{check.max_abs:.1e}",
                 "relative": f"{check.relative:.1e}",
-                "top-1 agreement": "-" if check.agreement is None else f"{100 * check.agreement:.4g} %",
+                same: "-" if check.agreement is None else f"{100 * check.agreement:.4g} %",
                 **({"mIoU": _from_to(check.miou_before, check.miou_after)} if labeled else {}),
+                **({"box AP": _from_to(check.ap_before, check.ap_after)} if boxes else {}),
             }
             for check in self.checks
         ]
@@ -120,6 +136,7 @@ def export(
     *,
     routing: str = "branches",
     dynamic: Sequence[str] = ("batch",),
+    nms: str = "inside",
     loader: Iterable[Any] | None = None,
     tolerance: float = 1e-4,
     opset: int | None = None,
@@ -135,6 +152,8 @@ def export(
     computes them here. The file is loaded and compared with the model on noise: at batch sizes 1, 3 and 8 if the batch
     is dynamic, and at a larger and an odd image size if the size is. The file is written only if verification passes.
 
+    Outputs of detectors have fixed shapes, see :class:`widefield.dense.ServedDetector`, and are compared as sets.
+
     Args:
         model: in evaluation mode, float32; not modified.
         path: ``.onnx``, ``.pt2`` (an archive of torch.export) or ``.xml`` (OpenVINO, with a ``.bin`` next to it).
@@ -143,6 +162,7 @@ def export(
         routing: form of layers whose kernel depends on the image, "branches" or "per-sample"; see
             :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model first.
         dynamic: sizes that may change: "batch", "size" (height and width), both or neither.
+        nms: of detectors: the last non-maximum suppression is "inside" of the file or "outside".
         loader: further images to verify on, of any size the graph accepts; see
             :func:`widefield.surgery.inputs.batches`.
         tolerance: largest difference allowed, relative to the largest absolute output.
@@ -160,7 +180,8 @@ def export(
     Raises:
         RuntimeError: the model is in training mode, or the file does not compute the same as the model.
         TypeError: parameters are not float32.
-        ValueError: unknown suffix or option; the model cannot be traced, or not with these dynamic sizes; an operator
+        ValueError: unknown suffix or option; a detector in an archive of PyTorch, or one that finds nothing in any of
+            the images; the model cannot be traced, or not with these dynamic sizes; an operator
             has no form in this format, in which case the message names it.
         OSError: the path cannot be written.
         ModuleNotFoundError: OpenVINO is not installed.
@@ -174,20 +195,24 @@ def export(
     if format == "openvino":
         import_openvino()
     twin = prepared(model, routing, format)
+    detector = is_detector(model)
+    if detector:
+        twin = served(twin, nms, format)
     _warn_unmerged(model)
     reference = copied(model).cpu()
     x = _example(reference, example_input)
+    outputs = outputs_of(reference, x)
     info = collected(
-        model, x.shape, outputs_of(reference, x), classes=classes, normalization=normalization, info=info,
-        fixed="size" not in dynamic,
-    )  # fmt: skip
+        model, x.shape, outputs, classes=classes, normalization=normalization, info=info, fixed="size" not in dynamic
+    )
     times = _times(throughput, dynamic, len(x))
     given = () if loader is None else batches(loader, reference)
     with staged(path.parent) as stage:
         with torch.no_grad():
             operators = _write(twin, x, stage / path.name, format, dynamic, opset, info)
         exported = load(stage / path.name)
-        checks = _verified(reference, exported, chain(_fresh(reference, x, dynamic), given), tolerance)
+        answer = reading(twin, exported) if detector else exported
+        checks = _verified(reference, answer, chain(_fresh(reference, x, dynamic), given), tolerance, format)
         done = Export(
             path=path.name,
             files={part.name: checksum(part) for part in sorted(stage.iterdir())},
@@ -204,6 +229,7 @@ def export(
             tolerance=tolerance,
             images="noise" if loader is None else "noise, and images given",
             throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
+            detection=rules_of(twin) if detector else None,
         )
         done.write(stage)
     if format == "onnx" and f"{path.name}.data" not in done.files:  # weights of a larger model that was here before
@@ -228,7 +254,12 @@ def _times(throughput: Sequence[int], dynamic: Sequence[str], fixed: int) -> lis
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> int | None:
-    """Return how many classes a model tells apart: the channels of its only output, (N, classes, ...), or None."""
+    """Return how many classes a model tells apart: the channels of its only output, (N, classes, ...), or None.
+
+    Detectors state it.
+    """
+    if is_detector(model):
+        return int(model.num_classes)  # type: ignore[arg-type]
     with torch.no_grad():
         found = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
     return found[0].shape[1] if len(found) == 1 and found[0].ndim > 1 else None
@@ -266,7 +297,7 @@ def sizes_of(dynamic: Sequence[str]) -> tuple[str, ...]:
 def _write(
     model: nn.Module, x: Tensor, path: Path, format: str, dynamic: Sequence[str], opset: int | None, info: ModelInfo
 ) -> Counter[str]:
-    program = traced(model, x, dynamic)
+    program = traced(model, traceable(model, x, dynamic), dynamic)
     if format == "pt2":
         torch.export.save(program, path, extra_files={INFO: json.dumps(info.to_dict())})
         return Counter(str(n.target).removesuffix(".default") for n in program.graph.nodes if n.op == "call_function")
@@ -299,7 +330,8 @@ def _fresh(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> Iterator[tupl
         if len(sizes) == 1:  # a model that takes only multiples of a side
             sizes.append((2 * height, 3 * width))
     for rows, columns in sizes:
-        for batch in BATCHES if "batch" in dynamic else (count,):
+        batches_tried = FEW if is_detector(model) else BATCHES
+        for batch in batches_tried if "batch" in dynamic else (count,):
             yield torch.randn(batch, channels, rows, columns, generator=generator), None
 
 
@@ -314,25 +346,49 @@ def _runs(model: nn.Module, x: Tensor, size: tuple[int, int]) -> bool:
 
 
 def _verified(
-    model: nn.Module, exported: Runtime, images: Iterable[tuple[Tensor, Any]], tolerance: float
+    model: nn.Module,
+    exported: Callable[[Tensor], Any],
+    images: Iterable[tuple[Tensor, Any]],
+    tolerance: float,
+    format: str,
 ) -> tuple[Check, ...]:
     """Compare an exported model with its source; raises RuntimeError if they differ by more than the tolerance."""
     tallies: dict[tuple[int, ...], Tally] = {}
     with torch.no_grad():
         for x, labels in images:
             tallies.setdefault(tuple(x.shape), Tally(model)).add(model(x), exported(x), labels, images=len(x))
-    changes = {shape: tally.difference() for shape, tally in tallies.items()}
-    checks = tuple(
-        Check(shape, c.images, c.max_abs, c.relative, c.agreement, c.miou_before, c.miou_after)
-        for shape, c in changes.items()
-    )
-    worst = max(checks, key=lambda check: check.relative)
-    if not worst.relative <= tolerance:
-        raise RuntimeError(
-            f"the {exported.format} file does not compute the same as the model: on images of {worst.shape} outputs "
-            f"differ by {worst.relative:.2e} of their scale, more than tolerance={tolerance:.0e}. Nothing was written."
+    changes = {shape: _difference(tally, model) for shape, tally in tallies.items()}
+    known = {shape: change for shape, change in changes.items() if change is not None}
+    if not known:
+        raise ValueError(
+            "the file cannot be verified: the model finds nothing in noise or in the images given. Pass loader= with "
+            "images in which it does, or lower its score_threshold."
         )
-    return checks
+    for shape, change in known.items():
+        if not change.within(tolerance):
+            found = f", with {change.agreed}" if change.detections is not None else ""
+            raise RuntimeError(
+                f"the {format} file does not compute the same as the model: on images of {shape} outputs differ by "
+                f"{change.relative:.2e} of their scale{found}, more than tolerance={tolerance:.0e}. Nothing was "
+                "written."
+            )
+    return tuple(
+        Check(
+            shape, c.images, c.max_abs, c.relative, c.agreement, c.miou_before, c.miou_after, c.detections,
+            c.ap_before, c.ap_after,
+        )
+        for shape, c in known.items()
+    )  # fmt: skip
+
+
+def _difference(tally: Tally, model: nn.Module) -> Difference | None:
+    """Return what a tally counted; None for a detector that found nothing."""
+    try:
+        return tally.difference()
+    except NothingToCompareError:
+        if is_detector(model):
+            return None
+        raise
 
 
 def _from_to(before: float | None, after: float | None) -> str:

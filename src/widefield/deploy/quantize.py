@@ -11,7 +11,7 @@ import logging
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from widefield import _checks, bench
 from widefield._files import checksum, staged
 from widefield.deploy import _balance, _graph, _int8
 from widefield.deploy._ablation import Ablation
+from widefield.deploy._detectors import heads_of, is_detector, served, traceable
 from widefield.deploy._onnx import output_names, to_onnx
 from widefield.deploy._trace import bare, prepared, traced
 from widefield.deploy.export import PACKAGES, outputs_of, sizes_of
@@ -193,6 +194,8 @@ def quantize(
     Activation ranges that a later clamp makes unreachable are removed before rounding. The mean error of rounded
     weights is subtracted from the biases (Nagel et al., ICCV 2019, section 4.2).
 
+    Of detectors, backbone and neck are rounded; the heads stay in float32. The last non-maximum suppression is inside.
+
     Args:
         model: in evaluation mode, reparameterized, float32; not modified.
         path: ``.onnx``.
@@ -235,6 +238,9 @@ def quantize(
     if "batch" not in dynamic:
         raise ValueError(f"dynamic must contain 'batch', because calibration runs image by image; got {dynamic!r}.")
     twin = prepared(model, "branches", "onnx")
+    detector = is_detector(model)
+    if detector:
+        twin = served(twin, "inside", "onnx")
     left = unmerged(model)
     if left:
         raise ValueError(f"{left[0]} is not merged, and layers are rounded as they compute: call reparameterize first.")
@@ -252,20 +258,24 @@ def quantize(
     with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
         first, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():
-            to_onnx(traced(probe, x, dynamic), first, None)
-            names = output_names(reference(x))
+            to_onnx(traced(probe, traceable(twin, x, dynamic), dynamic), first, None)
+            names = output_names(twin(x) if detector else reference(x))
         plain = _graph.read(first)
         _balance.prepare(plain)
         if equalize:
             _balance.equalize(plain, shown)
-        kernels = _judged(_int8.weights(plain), outliers, keep, 64 if reduce_range else 127)
+        weights = _int8.weights(plain)
+        if detector:
+            keep = [*([keep] if isinstance(keep, str) else keep), *heads_of(model, [weight.name for weight in weights])]
+        kernels = _judged(weights, outliers, keep, 64 if reduce_range else 127)
         floating = {kernel.name for kernel in kernels if kernel.kept_float}
         _int8.quantize(plain, written, shown, CALIBRATION[calibration], floating, seven_bits=reduce_range)
         rounded = _graph.read(written)
         _balance.correct(plain, rounded, shown)
         _graph.write(rounded, written)
-        change, flips = _measured(reference, probe, load(written), measured)
-        layers = _compared(plain, rounded, _Shown(measured, twin), compare_layers, probe.outputs)
+        read = partial(_detections, twin, names) if detector else list
+        change, flips = _measured(reference, probe, load(written), measured, read)
+        layers = _compared(plain, rounded, _Shown(measured, twin), compare_layers, probe.outputs, read)
         _int8.drop_outputs(written, names)
         _graph.annotate(written, to_texts(info))
         done = Quantization(
@@ -307,7 +317,17 @@ class _Shown:
                 )
 
 
-def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, outputs: int) -> tuple[RoundedLayer, ...]:
+Read = Callable[[Sequence[Tensor]], Any]
+"""How the outputs of a graph are to be compared: a list, or the detections of each image."""
+
+
+def _detections(graph: Any, names: Sequence[str], outputs: Sequence[Tensor]) -> Any:
+    return graph.detections(dict(zip(names, outputs, strict=True)))
+
+
+def _compared(
+    plain: Any, rounded: Any, images: Iterable[Tensor], count: int, outputs: int, read: Read
+) -> tuple[RoundedLayer, ...]:
     """Measure on ``count`` images how the rounding of each layer alone changes the first ``outputs`` outputs."""
     if not count:
         return ()
@@ -315,9 +335,9 @@ def _compared(plain: Any, rounded: Any, images: Iterable[Tensor], count: int, ou
     tallies = [Tally() for _ in ablation.layers]
     for batch in images:
         x = batch[:count]
-        before = ablation(x, ())[:outputs]
+        before = read(ablation(x, ())[:outputs])
         for index, tally in enumerate(tallies):
-            tally.add(before, ablation(x, (index,))[:outputs])
+            tally.add(before, read(ablation(x, (index,))[:outputs]))
         count -= len(x)
         if not count:
             break
@@ -422,16 +442,15 @@ def _rounded(weight: _int8.Weight, steps: int, kept: Collection[str], *, noisy: 
 
 
 def _measured(
-    model: nn.Module, probe: _Probe, rounded: Runtime, images: Iterable[Any]
+    model: nn.Module, probe: _Probe, rounded: Runtime, images: Iterable[Any], read: Read
 ) -> tuple[Difference, tuple[Flips, ...]]:
     """Compare outputs with the model's, and routing weights with the probe's."""
     tally, flipped, count = Tally(model), Counter[str](), 0
     calls: Counter[str] = Counter()
     with torch.no_grad():
         for x, labels in batches(images, model):
-            weights, theirs = probe(x)[probe.outputs :], rounded(x)
-            theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-            tally.add(model(x), list(theirs[: probe.outputs]), labels, images=len(x))
+            weights, theirs = probe(x)[probe.outputs :], [y for y in tree_leaves(rounded(x)) if isinstance(y, Tensor)]
+            tally.add(model(x), read(theirs[: probe.outputs]), labels, images=len(x))
             count += len(x)
             calls = Counter(probe.names)
             routing = zip(probe.names, probe.chosen, weights, theirs[probe.outputs :], strict=True)

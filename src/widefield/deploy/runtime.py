@@ -14,11 +14,15 @@ from torch import Tensor
 from widefield import _checks
 from widefield.deploy._others import first_line, quiet
 from widefield.deploy.info import INFO, ModelInfo, from_texts
+from widefield.surgery.detections import Found
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 """Format -> suffix of its file."""
 
-Answer = Tensor | tuple[Tensor, ...]
+DETECTIONS = frozenset({"boxes", "scores", "labels", "count"})
+"""Outputs of detectors with the last non-maximum suppression inside; those with masks have ``masks``, too."""
+
+Answer = Tensor | tuple[Tensor, ...] | list[Found]
 _Loaded = tuple[Callable[[Tensor], list[Tensor]], Any, tuple[str, ...], ModelInfo]
 
 
@@ -43,16 +47,39 @@ class Runtime:
         self._run = run
 
     def __call__(self, images: Tensor) -> Answer:
-        """Run the model; raises ValueError for images of a shape that it does not accept."""
+        """Run the model; raises ValueError for images of a shape that it does not accept.
+
+        Detectors with the last non-maximum suppression inside return a list with ``boxes``, ``scores``, ``labels`` and
+        ``masks`` of each image, like the model. Other models return tensors.
+        """
+        outputs = self._run_on(images)
+        if set(self.outputs) >= DETECTIONS:
+            return _detections(dict(zip(self.outputs, outputs, strict=True)))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def named(self, images: Tensor) -> dict[str, Tensor]:
+        """Run the model and return its outputs by name; raises as calling it does."""
+        return dict(zip(self.outputs, self._run_on(images), strict=True))
+
+    def _run_on(self, images: Tensor) -> list[Tensor]:
         if images.dtype != torch.float32:
             raise TypeError(f"images must be float32, as exports are; got {images.dtype}.")
         try:
-            outputs = self._run(images.detach().cpu())
+            return self._run(images.detach().cpu())
         except Exception as error:  # runtimes raise their own types
             raise ValueError(
                 f"the {self.format} model does not run on images of {tuple(images.shape)}: {first_line(error)}"
             ) from error
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _detections(outputs: dict[str, Tensor]) -> list[Found]:
+    """Return the detections of each image without the padding."""
+    boxes, scores, labels = (outputs[name] for name in ("boxes", "scores", "labels"))
+    masks, found = outputs.get("masks"), []
+    for i, count in enumerate(outputs["count"].tolist()):
+        inner = None if masks is None else masks[i, :count]
+        found.append(Found(boxes[i, :count], scores[i, :count], labels[i, :count], inner))
+    return found
 
 
 def format_of(path: Path) -> str:

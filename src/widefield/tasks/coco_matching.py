@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,8 +25,6 @@ AREAS: dict[str, tuple[float, float]] = {
     "large": (96.0**2, 1e5**2),
 }
 """Ranges of an object's area in square pixels, with both ends."""
-_PIXELS = 2**24
-"""Number of pixels that are counted at once: float32 represents each integer up to it."""
 
 
 def box_areas(boxes: Floats) -> Floats:
@@ -62,6 +59,8 @@ def box_overlaps(found: Floats, objects: Floats, crowd: Bools) -> Floats:
 def mask_overlaps(found: Tensor, objects: Tensor, crowd: Bools) -> tuple[Floats, Floats]:
     """Return the intersection over union of masks, and the areas of the first ones.
 
+    Only the pixels that the boxes around both masks share are counted.
+
     Args:
         found: bool (D, H, W).
         objects: bool (M, H, W).
@@ -70,16 +69,31 @@ def mask_overlaps(found: Tensor, objects: Tensor, crowd: Bools) -> tuple[Floats,
     Returns:
         (D, M) and (D,), in pixels.
     """
-    rows, columns = found.flatten(1), objects.flatten(1)
-    step = _PIXELS
-    shared = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=found.device)
-    for start in range(0, rows.shape[1], step):
-        part = slice(start, start + step)
-        shared += (rows[:, part].float() @ columns[:, part].float().T).double()
-    areas, object_areas = (mask.sum(1).double().cpu().numpy() for mask in (rows, columns))
-    both: Floats = shared.cpu().numpy()
-    union = np.where(crowd[None], areas[:, None], areas[:, None] + object_areas[None] - both)
-    return np.divide(both, union, out=np.zeros_like(both), where=both > 0), areas
+    rows, columns = (masks.cpu().numpy() for masks in (found, objects))
+    boxes, object_boxes = _bounds(rows), _bounds(columns)
+    near = np.maximum(boxes[:, None, :2], object_boxes[None, :, :2])
+    far = np.minimum(boxes[:, None, 2:], object_boxes[None, :, 2:])
+    shared = np.zeros((len(rows), len(columns)))
+    for d, m in np.argwhere((far > near).all(-1)):
+        (left, top), (right, bottom) = near[d, m], far[d, m]
+        window = slice(top, bottom), slice(left, right)
+        shared[d, m] = np.count_nonzero(rows[d][window] & columns[m][window])
+    areas, object_areas = (np.array([np.count_nonzero(mask) for mask in masks], float) for masks in (rows, columns))
+    union = np.where(crowd[None], areas[:, None], areas[:, None] + object_areas[None] - shared)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0), areas
+
+
+def _bounds(masks: Bools) -> Ints:
+    """Return the box around each mask (N, H, W): the edges x1, y1, x2, y2, (N, 4); zeros for an empty mask."""
+    bounds = []
+    for axis in (1, 2):  # which columns are seen, which rows
+        seen = np.asarray(masks.any(axis=axis))
+        length = seen.shape[1]
+        first = seen.argmax(1) if length else np.zeros(len(seen), np.int64)
+        last = length - seen[:, ::-1].argmax(1) if length else first
+        bounds.append((first, np.where(seen.any(1), last, first)))
+    (left, right), (top, bottom) = bounds
+    return np.stack([left, top, right, bottom], 1)
 
 
 class Matches(NamedTuple):

@@ -68,7 +68,11 @@ class ConversionSpec:
 class DataSpec:
     """``widefield.data.create(name, split, **args)`` for the splits train and val."""
 
-    name: Annotated[str, "data set: digits, scales, scenes, cifar10, cifar100, folder, shards, hfds, or one of yours"]
+    name: Annotated[
+        str,
+        "data set: digits, scales, scenes, cifar10, cifar100, folder, shards, hfds, masks, ade20k, cityscapes, voc, "
+        "coco_stuff, coco, lvis, voc_boxes, yolo, or one of yours",
+    ]
     args: Annotated[dict[str, Any], "options of the data set"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +83,7 @@ class DataSpec:
 class TaskSpec:
     """``widefield.tasks.create(name, dataset, **args)``."""
 
-    name: Annotated[str, "task: classification, or one of yours"] = "classification"
+    name: Annotated[str, "task: classification, segmentation, detection, or one of yours"] = "classification"
     args: Annotated[dict[str, Any], "options of the task, such as mixup and label_smoothing"] = field(
         default_factory=dict
     )
