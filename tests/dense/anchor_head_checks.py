@@ -91,7 +91,7 @@ def check_retina_head(document: Document, differences: Differences) -> None:
             for level, (found, expected) in enumerate(zip(levels, document[name], strict=True)):
                 differences.summary(f"{name}[{level}]", found, expected)
         losses = head.losses_by_level(outputs, targets)
-        found = head.detections(outputs, [size_of(target) for target in targets], **rules)
+        found = head.detections(outputs, [size_of(target) for target in targets], rules)
     if "losses" in document:
         values = {name: (weights[name] * value).tolist() for name, value in losses.items()}
         check_loss_values("losses", values, document["losses"], differences)

@@ -178,7 +178,7 @@ def check_fcos_head(document: Document, differences: Differences) -> None:
             for level, (found, expected) in enumerate(zip(levels, document[name], strict=True)):
                 differences.summary(f"{name}[{level}]", found, expected)
         losses = head.losses(outputs, targets)
-        found = head.detections(outputs, [target.size or (0, 0) for target in targets], **rules)
+        found = head.detections(outputs, [target.size or (0, 0) for target in targets], rules)
     if "losses" in document:
         values = {name: weights[name] * value.item() for name, value in losses.items()}
         check_loss_values("losses", values, document["losses"], differences)

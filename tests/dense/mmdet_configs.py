@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dense.rules import Differences
+from widefield.dense import DetectionRules
 
 NORMS = {"BN": "batch", "SyncBN": "batch", "GN": "group"}
 """OpenMMLab's name of a norm -> ours."""
@@ -111,9 +112,9 @@ def box_loss(settings: Settings, name: str = "loss_bbox", default: str = "L1Loss
     return found
 
 
-def test_rules(settings: Settings) -> dict[str, Any]:
-    """Take the rules of a one-stage detector, or of the second stage, and return them under our names."""
-    rules = {
+def test_rules(settings: Settings) -> DetectionRules:
+    """Take the rules of a one-stage detector, or of the second stage."""
+    rules: dict[str, Any] = {
         "score_threshold": settings.take("score_thr", 0.0),
         "nms_threshold": nms_threshold(settings),
         "max_per_image": settings.take("max_per_img"),
@@ -123,7 +124,7 @@ def test_rules(settings: Settings) -> dict[str, Any]:
     settings.expect("min_bbox_size", 0, -1)
     settings.expect("mask_thr_binary", 0.5)
     settings.done()
-    return rules
+    return DetectionRules(**rules)
 
 
 test_rules.__test__ = False  # type: ignore[attr-defined]

@@ -31,7 +31,9 @@ UNREAD = "backbone.norm0."
 Detector = dense.RetinaNet | dense.FCOS
 
 
-def built_detector(document: Document, differences: Differences) -> tuple[Detector, dict[str, float], dict[str, Any]]:
+def built_detector(
+    document: Document, differences: Differences
+) -> tuple[Detector, dict[str, float], dense.DetectionRules]:
     """Return the detector that a file describes, the factors of its losses and its rules of evaluation."""
     options = backbone_options(document, differences)
     neck = built_fpn(Settings("neck_cfg", document["neck_cfg"], differences))
@@ -42,11 +44,11 @@ def built_detector(document: Document, differences: Differences) -> tuple[Detect
     model: Detector
     if document["model"].startswith("retinanet"):
         head, weights = built_retina_head(config, training)
-        model = dense.RetinaNet(built_trunk(document), head.num_classes, **rules, **options)
+        model = dense.RetinaNet(built_trunk(document), head.num_classes, **vars(rules), **options)
         model.neck, model.bbox_head = neck, head
     else:
         points, weights = built_fcos_head(config)
-        model = dense.FCOS(built_trunk(document), points.num_classes, **rules, **options)
+        model = dense.FCOS(built_trunk(document), points.num_classes, **vars(rules), **options)
         model.neck, model.bbox_head = neck, points
     differences.equal("neck_cfg.in_channels", list(model.backbone.channels), list(neck.in_channels))
     return model, weights, rules

@@ -19,10 +19,10 @@ from dense.rules import Differences
 from dense.segmentation_checks import REMARKS, check_module
 from widefield.dense.box_head import BOX_LOSSES, BoxHead, probabilities
 from widefield.dense.boxes import Sampler
+from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import Targets
 from widefield.dense.mask_head import FCNMaskHead, mask_targets, paste_masks
 from widefield.dense.roi import RoISample, sampled_rois
-from widefield.dense.roi_head import Selection
 
 Document = Mapping[str, Any]
 
@@ -130,8 +130,8 @@ def _check_box_head(where: str, case: Document, differences: Differences) -> Non
     differences.summary(f"{where}.bbox_pred", deltas, case["bbox_pred"])
     losses = {name: value.item() for name, value in head.losses(logits, deltas, [sample]).items()}
     check_loss_values(f"{where}.losses", {**losses, "acc": accuracy(logits, [sample])}, case["losses"], differences)
-    select = Selection(0.05, 0.5, case["detections"]["count"])  # the file does not state the limits
-    found = select(head.decode(sample.boxes, deltas, SIZE), probabilities(logits))
+    rules = DetectionRules(0.05, 0.5, case["detections"]["count"])  # the file does not state the limits
+    found = rules.of_rois(head.decode(sample.boxes, deltas, SIZE), probabilities(logits))
     check_boxes(f"{where}.detections", found, case["detections"], differences)
     name = "refined_all_rois_for_next_stage"
     refined = head.refined(sample.boxes, logits, deltas, SIZE, sample.labels)

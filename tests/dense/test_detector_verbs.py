@@ -127,7 +127,7 @@ def test_files_of_any_batch_and_size_find_what_the_model_finds(build, suffix, tm
     assert done.checks[-1].ap_before == done.checks[-1].ap_after > 0.5
     assert "box AP" in str(done)
     stored = json.loads(path.with_name(f"{path.name}.json").read_text())
-    assert stored["detection"] == {"nms": "inside", **model.rules}
+    assert stored["detection"] == {"nms": "inside", **vars(model.rules)}
     assert stored["classes"] == ["a", "b", "c"]
     runtime = deploy.load(path)
     for shape in ((1, 3, 64, 64), (3, 3, 129, 75)):  # also maps of a single cell

@@ -148,7 +148,7 @@ def test_scores_are_compared_before_the_centerness_and_boxes_are_clipped():
     built = head(classes=2).eval()
     outputs = built(levels(count=1))
     size = (37, 51)
-    (found,) = built.detections(outputs, [size], score_threshold=0.6, nms_threshold=1.0, max_per_image=10_000)
+    (found,) = built.detections(outputs, [size], dense.DetectionRules(0.6, 1.0, 10_000))
     expected = []
     for level, (logits, distances, centerness) in enumerate(zip(*outputs, strict=True)):
         for row in range(logits.shape[2]):
@@ -166,7 +166,7 @@ def test_scores_are_compared_before_the_centerness_and_boxes_are_clipped():
     close(found.scores, torch.tensor([entry[0] for entry in expected], dtype=torch.float64), FLOAT64)
     assert found.labels.tolist() == [entry[1] for entry in expected]
     close(found.boxes, torch.tensor([entry[2] for entry in expected], dtype=torch.float64), FLOAT64)
-    (few,) = built.detections(outputs, [(40, 56)], score_threshold=0.6, nms_threshold=1.0, candidates=3)
+    (few,) = built.detections(outputs, [(40, 56)], dense.DetectionRules(0.6, 1.0, candidates=3))
     assert len(few.scores) == 9
 
 

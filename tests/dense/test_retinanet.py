@@ -99,7 +99,7 @@ def test_detections_are_those_of_a_loop():
     outputs = built(levels())
     size, rules = (33, 47), {"score_threshold": 0.6, "nms_threshold": 0.4, "max_per_image": 9, "candidates": 30}
     anchors = torch.cat(ANCHORS.grid(outputs.logits))
-    for image, found in enumerate(built.detections(outputs, [size] * 2, **rules)):
+    for image, found in enumerate(built.detections(outputs, [size] * 2, dense.DetectionRules(**rules))):
         by_level = [[], []]
         for anchor, (level, logits, deltas) in zip(anchors, rows_of(outputs, image), strict=True):
             x1, y1, x2, y2 = built.coder.decode(anchor, deltas).tolist()

@@ -47,6 +47,20 @@ def test_in_float64_they_are_the_same_numbers(build):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_scores_of_fcos_may_be_below_the_threshold_and_are_compared(where):
+    torch.manual_seed(0)
+    model, images = trained(fcos()), noise(1, 3, 64, 96)
+    model.bbox_head.conv_centerness.bias.fill_(-4.0)
+    found, graph = model(images), dense.ServedDetector(model, where)
+    assert found[0].scores.max() < model.score_threshold  # of classes, before the product
+    apart = difference(found, graph.detections(graph(images)), model)
+    assert (apart.agreement, apart.detections) == (1.0, 2 * len(found[0].scores))
+    half = dense.Detections(*(part[: len(part) // 2] for part in found[0][:3]))
+    assert difference(found, [half], model).agreement < 0.7
+
+
+@torch.no_grad()
 def test_shapes_do_not_depend_on_the_images_and_the_rest_is_zero():
     model = trained(mask_rcnn(max_per_image=40))
     outputs = dense.ServedDetector(model)(noise(2, 3, 64, 64))
@@ -89,9 +103,11 @@ def test_the_score_threshold_can_be_read_and_set():
         model = build(score_threshold=0.25)
         assert model.score_threshold == 0.25
         model.score_threshold = 0.5
-        assert model.rules["score_threshold"] == 0.5
+        assert model.rules.score_threshold == 0.5
         with pytest.raises(ValueError, match="score_threshold"):
             model.score_threshold = 1.5
+        with pytest.raises(TypeError, match="DetectionRules; got dict"):
+            model.rules = {"score_threshold": 0.5}
 
 
 @settings(max_examples=25)

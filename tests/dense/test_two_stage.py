@@ -34,8 +34,7 @@ def _images(count=2, size=(64, 64), dtype=torch.float32):
 
 def _lowered(model):
     """Return a model whose fresh heads make detections: scores are low without training."""
-    head = model.roi_head
-    head.selection = dense.roi_head.Selection(0.01, 0.5, 20)
+    model.rules = dense.DetectionRules(0.01, 0.5, 20)
     return model
 
 
@@ -129,7 +128,7 @@ def test_detections(build):
 @pytest.mark.parametrize("build", TWO_STAGE)
 def test_nothing_may_be_found(build):
     model = build().eval()
-    model.roi_head.selection = dense.roi_head.Selection(1.0)
+    model.rules = dense.DetectionRules(1.0)
     found = model(_images(1))[0]
     assert found.boxes.shape == (0, 4)
     assert found.labels.shape == found.scores.shape == (0,)

@@ -19,11 +19,12 @@ from widefield import dense
 from widefield.dense._trunk_keys import trunk_names
 from widefield.dense.boxes import BoxCoder, Sampler
 from widefield.dense.cascade import CascadeRoIHead
+from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import Detections, Targets
 from widefield.dense.faster_rcnn import TwoStageDetector
 from widefield.dense.mask_head import paste_masks
 from widefield.dense.roi import RoISample, batched, roi_features
-from widefield.dense.roi_head import RoIHead, Selection
+from widefield.dense.roi_head import RoIHead
 from widefield.dense.rpn import ProposalLimits, RPNHead
 
 Document = Mapping[str, Any]
@@ -106,7 +107,7 @@ def _listed(entry: Any) -> list[Any]:
     return list(entry) if isinstance(entry, list) else [entry]
 
 
-def _built_roi_head(document: Document, differences: Differences) -> RoIHead | CascadeRoIHead:
+def _built_roi_head(document: Document, differences: Differences) -> tuple[RoIHead | CascadeRoIHead, DetectionRules]:
     config = Settings("roi_head_cfg", document["roi_head_cfg"], differences)
     kind = config.left["type"]
     config.expect("type", "StandardRoIHead", "CascadeRoIHead")
@@ -132,12 +133,12 @@ def _built_roi_head(document: Document, differences: Differences) -> RoIHead | C
         train.expect("debug", False)
         train.done()
     rules = mmdet_configs.test_rules(Settings("test_cfg.rcnn", config.take("test_cfg"), differences))
-    common: dict[str, Any] = {"strides": strides, "sampler": samplers[0], "selection": Selection(**rules)}
+    common: dict[str, Any] = {"strides": strides, "sampler": samplers[0]}
     weights = config.take("stage_loss_weights", [1] * stages)
     config.done()
     if kind == "StandardRoIHead":
-        return RoIHead(boxes[0], masks[0] if masks else None, assigner=assigners[0], **common)
-    return CascadeRoIHead(boxes, masks, assigners=assigners, weights=weights, **common)
+        return RoIHead(boxes[0], masks[0] if masks else None, assigner=assigners[0], **common), rules
+    return CascadeRoIHead(boxes, masks, assigners=assigners, weights=weights, **common), rules
 
 
 def backbone_options(document: Document, differences: Differences) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def built_detector(document: Document, differences: Differences) -> TwoStageDete
     The class of the library makes the model; parts that depend on the configuration take the place of its own.
     """
     options = backbone_options(document, differences)
-    roi = _built_roi_head(document, differences)
+    roi, rules = _built_roi_head(document, differences)
     neck = built_fpn(Settings("neck_cfg", document["neck_cfg"], differences))
     word = document["model"].split("_")[0]
     classes: dict[str, type[dense.FasterRCNN] | type[dense.CascadeRCNN]] = {
@@ -172,6 +173,7 @@ def built_detector(document: Document, differences: Differences) -> TwoStageDete
     differences.equal("neck_cfg.in_channels", list(model.backbone.channels), list(neck.in_channels))
     differences.equal("masks", bool(roi.mask_heads), model.has_masks)
     model.neck, model.roi_head, model.rpn_head = neck, roi, _built_rpn(document, differences)
+    model.rules = rules
     return model
 
 

@@ -14,6 +14,7 @@ from widefield.dense.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import BoxScores, Detections, Detector, Targets
 from widefield.dense.faster_rcnn import FasterRCNN, MaskRCNN
 from widefield.dense.fcn import FCNHead
@@ -40,6 +41,7 @@ __all__ = [
     "DeepLabV3Plus",
     "DepthwiseSeparableASPPHead",
     "DepthwiseSeparableConvModule",
+    "DetectionRules",
     "Detections",
     "Detector",
     "FCNHead",

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense import detection_losses
-from widefield.dense.boxes import BoxCoder
-from widefield.dense.detector import Size
+from widefield.dense.boxes import BoxCoder, Size
 from widefield.dense.layers import ConvModule, widened
 from widefield.dense.roi import RoISample, of_labels
 

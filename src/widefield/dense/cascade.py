@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead, probabilities
-from widefield.dense.boxes import Assigner, Sampler
-from widefield.dense.detector import BoxScores, Detections, Size, Targets, size_of
+from widefield.dense.boxes import Assigner, Sampler, Size
+from widefield.dense.detection_rules import DetectionRules
+from widefield.dense.detector import BoxScores, Detections, Targets, size_of
 from widefield.dense.faster_rcnn import POSITIVE_FRACTION, TwoStageDetector, pyramid_of
 from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
-from widefield.dense.roi_head import Selection, mask_loss, roi_scores, with_masks
+from widefield.dense.roi_head import mask_loss, roi_scores, with_masks
 from widefield.dense.rpn import ProposalLimits, RPNHead
 
 STAGES = (
@@ -46,7 +47,6 @@ class CascadeRoIHead(nn.Module):
         assigners: of each stage.
         weights: of each stage's losses.
         sampler: how many RoIs of an image are learned from.
-        selection: which boxes become detections.
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class CascadeRoIHead(nn.Module):
         assigners: Sequence[Assigner],
         weights: Sequence[float],
         sampler: Sampler,
-        selection: Selection,
     ) -> None:
         super().__init__()
         self.bbox_head = nn.ModuleList(bbox_head)
@@ -66,7 +65,7 @@ class CascadeRoIHead(nn.Module):
             self.mask_head = nn.ModuleList(mask_head)
         self.strides = tuple(strides)
         self.assigners, self.weights = tuple(assigners), tuple(weights)
-        self.sampler, self.selection = sampler, selection
+        self.sampler = sampler
 
     @property
     def box_heads(self) -> list[BoxHead]:
@@ -123,13 +122,16 @@ class CascadeRoIHead(nn.Module):
             boxes.append(refined[~sample.given])
         return boxes
 
-    def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
+    def detect(
+        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], rules: DetectionRules
+    ) -> list[Detections]:
         """Return the detections of each image.
 
         Args:
             maps: of the neck, finest first.
             proposals: (M_i, 4) of each image.
             sizes: (height, width) of each image.
+            rules: which boxes become detections.
         """
         boxes, counts = list(proposals), [len(entry) for entry in proposals]
         said: list[Tensor] = []
@@ -140,10 +142,11 @@ class CascadeRoIHead(nn.Module):
             if stage + 1 < len(self.bbox_head):
                 boxes = [head.refined(*entry) for entry in outputs]
         scores = probabilities(torch.stack(said).mean(0)).split(counts)
-        found = [
-            self.selection(head.decode(entry, moved, size), own)
+        kept = [
+            rules.of_rois(head.decode(entry, moved, size), own)
             for (entry, _, moved, size), own in zip(outputs, scores, strict=True)
         ]
+        found = [Detections(entry.boxes, entry.scores, entry.labels) for entry in kept]
         return with_masks(self.mask_heads, maps, found, self.strides) if self.mask_heads else found
 
 
@@ -235,7 +238,7 @@ class CascadeRCNN(TwoStageDetector):
             assigners=[Assigner(least, least, least, low_quality=False, crowd=crowd_overlap) for least, _, _ in STAGES],
             weights=[weight for _, weight, _ in STAGES],
             sampler=Sampler(rois_per_image, POSITIVE_FRACTION),
-            selection=Selection(score_threshold, nms_threshold, max_per_image),
         )
-        common: dict[str, Any] = {"frozen_stages": frozen_stages, "norm_eval": norm_eval}
+        rules = DetectionRules(score_threshold, nms_threshold, max_per_image)
+        common: dict[str, Any] = {"frozen_stages": frozen_stages, "norm_eval": norm_eval, "rules": rules}
         super().__init__(maps, neck, rpn, roi, num_classes=num_classes, masks=masks, **common)

@@ -6,7 +6,8 @@ Boxes are (x1, y1, x2, y2) in continuous pixels; (0, 0) is the top left corner o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from widefield import _checks
 from widefield.dense.backbone import FeatureMaps
+from widefield.dense.boxes import Size
+from widefield.dense.detection_rules import DetectionRules
 from widefield.surgery import anatomy
-
-Size = tuple[int, int]
-"""Height and width."""
 
 FIRST_STRIDE = 4
 """Stride of the first stage of a backbone. Each further stage doubles it."""
@@ -97,6 +97,7 @@ class Detector(nn.Module):
         frozen_stages: how many stages of the backbone are not trained, together with the stem; 0 trains everything.
             Frozen parts stay in evaluation mode.
         norm_eval: whether batch norms of the backbone stay in evaluation mode, so that their statistics do not change.
+        rules: which boxes become detections; None: the defaults.
 
     Raises:
         ValueError: stages are to be frozen and the backbone's stages are unknown or fewer.
@@ -112,8 +113,10 @@ class Detector(nn.Module):
         masks: bool = False,
         frozen_stages: int = 0,
         norm_eval: bool = False,
+        rules: DetectionRules | None = None,
     ) -> None:
         super().__init__()
+        self.rules = DetectionRules() if rules is None else rules
         self.num_classes = _checks.integer("num_classes", num_classes)
         self.has_masks = bool(masks)
         self.frozen_stages = _checks.integer("frozen_stages", frozen_stages, minimum=0)
@@ -126,17 +129,33 @@ class Detector(nn.Module):
         self._frozen = _freeze(backbone, self.frozen_stages)
         self.train(self.training)
 
-    rules: dict[str, Any]
-    """Rules of test time: ``score_threshold``, ``nms_threshold``, ``max_per_image``, and what else the detector has."""
+    @property
+    def rules(self) -> DetectionRules:
+        """Which boxes become detections; it can be set."""
+        return self._rules
+
+    @rules.setter
+    def rules(self, value: DetectionRules) -> None:
+        if not isinstance(value, DetectionRules):
+            raise TypeError(
+                f"rules must be widefield.dense.DetectionRules; got {type(value).__name__}. To change one of them: "
+                "model.rules = dataclasses.replace(model.rules, max_per_image=300)."
+            )
+        self._rules = value
 
     @property
     def score_threshold(self) -> float:
         """The score that detections must exceed; it can be set."""
-        return float(self.rules["score_threshold"])
+        return self.rules.score_threshold
 
     @score_threshold.setter
     def score_threshold(self, value: float) -> None:
-        self.rules = {**self.rules, "score_threshold": _checks.number("score_threshold", value, maximum=1.0)}
+        self.rules = replace(self.rules, score_threshold=value)
+
+    @property
+    def least_score(self) -> float | None:
+        """The score that every detection exceeds; None if there is no such bound."""
+        return self.score_threshold
 
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses by name; their sum is the loss of training.

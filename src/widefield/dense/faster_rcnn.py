@@ -16,11 +16,12 @@ from widefield import _checks
 from widefield.dense.anchors import Anchors
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead
-from widefield.dense.boxes import Assigner, Sampler
-from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets, size_of
+from widefield.dense.boxes import Assigner, Sampler, Size
+from widefield.dense.detection_rules import DetectionRules
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets, size_of
 from widefield.dense.fpn import FPN
 from widefield.dense.mask_head import FCNMaskHead
-from widefield.dense.roi_head import RoIHead, Selection
+from widefield.dense.roi_head import RoIHead
 from widefield.dense.rpn import ProposalLimits, RPNHead
 
 POSITIVE_FRACTION = 0.25
@@ -38,14 +39,14 @@ class SecondStage(Protocol):
     def mask_heads(self) -> list[FCNMaskHead]:
         """Return the mask heads, first stage first; empty without masks."""
 
-    selection: Selection
-
     def losses(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
     ) -> dict[str, Tensor]:
         """Return the losses by name."""
 
-    def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
+    def detect(
+        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], rules: DetectionRules
+    ) -> list[Detections]:
         """Return the detections of each image."""
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
@@ -71,15 +72,6 @@ class TwoStageDetector(Detector):
     ) -> None:
         super().__init__(backbone, neck, {"rpn_head": rpn_head, "roi_head": roi_head}, **options)
 
-    @property
-    def rules(self) -> dict[str, Any]:
-        """Rules of test time of the second stage, see :class:`Selection`; they can be set."""
-        return dict(vars(self.roi_head.selection))
-
-    @rules.setter
-    def rules(self, values: dict[str, Any]) -> None:
-        self.roi_head.selection = Selection(**values)
-
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses of both stages by name."""
         outputs = self.rpn_head(maps)
@@ -90,7 +82,7 @@ class TwoStageDetector(Detector):
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image in pixels of the images that the model gets."""
         proposals = self.rpn_head.proposals(self.rpn_head(maps), sizes, training=False)
-        return self.roi_head.detect(maps, [entry.boxes for entry in proposals], sizes)
+        return self.roi_head.detect(maps, [entry.boxes for entry in proposals], sizes, self.rules)
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores that the second stage gives to boxes (M_i, 4) of each image; no box is moved."""
@@ -187,9 +179,9 @@ class FasterRCNN(TwoStageDetector):
             strides=maps.strides,
             assigner=Assigner(0.5, 0.5, 0.5, low_quality=self.low_quality, crowd=crowd_overlap),
             sampler=Sampler(rois_per_image, POSITIVE_FRACTION),
-            selection=Selection(score_threshold, nms_threshold, max_per_image),
         )
-        common: dict[str, Any] = {"frozen_stages": frozen_stages, "norm_eval": norm_eval}
+        rules = DetectionRules(score_threshold, nms_threshold, max_per_image)
+        common: dict[str, Any] = {"frozen_stages": frozen_stages, "norm_eval": norm_eval, "rules": rules}
         super().__init__(maps, neck, rpn, roi, num_classes=num_classes, masks=self.masks, **common)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.anchors import points
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
-from widefield.dense.boxes import area, best_scores, from_distances, nms_by_label
+from widefield.dense.boxes import Size, area, best_scores, from_distances
 from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
-from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
+from widefield.dense.detection_rules import DetectionRules
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -264,25 +265,13 @@ class FCOSHead(nn.Module):
                     break
         return found
 
-    def detections(
-        self,
-        outputs: FCOSOutputs,
-        sizes: Sequence[Size],
-        *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_per_image: int = 100,
-        candidates: int = 1000,
-    ) -> list[Detections]:
+    def detections(self, outputs: FCOSOutputs, sizes: Sequence[Size], rules: DetectionRules) -> list[Detections]:
         """Return the detections of each image.
 
         Args:
             outputs: of this head in evaluation mode.
             sizes: (height, width) of each image without its padding.
-            score_threshold: scores of classes must exceed it, before they are multiplied by the centerness.
-            nms_threshold: largest IoU of two detections of one class.
-            max_per_image: number of detections to keep.
-            candidates: number of scores to keep per level.
+            rules: which boxes become detections. Scores that exceed the threshold are multiplied by the centerness.
         """
         grids = points(outputs.logits, self.strides, self.point_offset)
         found = []
@@ -290,14 +279,11 @@ class FCOSHead(nn.Module):
             parts = []
             for grid, *level in zip(grids, *outputs, strict=True):
                 logits, distances, centerness = (x[image].permute(1, 2, 0).flatten(0, 1) for x in level)
-                best = best_scores(widened(logits).sigmoid(), score_threshold, candidates)
+                best = best_scores(widened(logits).sigmoid(), rules.score_threshold, rules.candidates)
                 boxes = from_distances(grid[best.rows], distances[best.rows], size)
                 parts.append((boxes, best.scores * widened(centerness)[best.rows, 0].sigmoid(), best.labels))
-            boxes, scores, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-            whole = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            boxes, scores, labels = boxes[whole], scores[whole], labels[whole]
-            kept = nms_by_label(boxes, scores, labels, nms_threshold)[:max_per_image]
-            found.append(Detections(boxes[kept], scores[kept], labels[kept]))
+            kept = rules.of_levels(parts)
+            found.append(Detections(kept.boxes, kept.scores, kept.labels))
         return found
 
 
@@ -336,7 +322,7 @@ class FCOS(Detector):
         conv_bias, centerness_on, distances, center_radius, box_loss, point_offset: see :class:`FCOSHead`. The published
             models with "center-normbbox-centeronreg-giou" in their name have ``conv_bias=True, centerness_on="boxes",
             distances="relu", center_radius=1.5, box_loss="giou", nms_threshold=0.6``.
-        score_threshold, nms_threshold, max_per_image, candidates: see :meth:`FCOSHead.detections`.
+        score_threshold, nms_threshold, max_per_image, candidates: see :class:`widefield.dense.DetectionRules`.
         frozen_stages, norm_eval: see :class:`widefield.dense.Detector`.
         stage_norms: norms between backbone and neck; None follows the published code of the backbone's family.
         out_indices: which four of the backbone's maps to use, of strides 4 to 32; None for the last four. Those before
@@ -348,6 +334,7 @@ class FCOS(Detector):
     """
 
     bbox_head: FCOSHead
+    least_score = None  # scores are products with the centerness, which may be any
 
     def __init__(
         self,
@@ -387,15 +374,11 @@ class FCOS(Detector):
             centerness_on=centerness_on, distances=distances, center_radius=center_radius, box_loss=box_loss,
             point_offset=point_offset,
         )  # fmt: skip
+        rules = DetectionRules(score_threshold, nms_threshold, max_per_image, candidates)
         super().__init__(
-            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval
-        )
-        self.rules: dict[str, Any] = {
-            "score_threshold": _checks.number("score_threshold", score_threshold, maximum=1.0),
-            "nms_threshold": _checks.number("nms_threshold", nms_threshold, maximum=1.0),
-            "max_per_image": _checks.integer("max_per_image", max_per_image),
-            "candidates": _checks.integer("candidates", candidates),
-        }
+            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval,
+            rules=rules,
+        )  # fmt: skip
 
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``; see :meth:`FCOSHead.losses`."""
@@ -403,7 +386,7 @@ class FCOS(Detector):
 
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`FCOSHead.detections`."""
-        return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
+        return self.bbox_head.detections(self.bbox_head(maps), sizes, self.rules)
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores at the point in the middle of each box, on the level of its size; without centerness."""

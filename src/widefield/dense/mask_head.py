@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from widefield import _checks
-from widefield.dense.boxes import clip
+from widefield.dense.boxes import Size, clip
 from widefield.dense.detection_losses import mean_over_processes
-from widefield.dense.detector import Size, Targets
+from widefield.dense.detector import Targets
 from widefield.dense.layers import ConvModule, widened
 from widefield.dense.roi import RoISample, of_labels
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.anchors import Anchors, by_anchor
 from widefield.dense.backbone import Backboned, StageNorms, feature_maps
-from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, best_scores, nms_by_label, pairwise_iou
+from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, Size, best_scores, pairwise_iou
 from widefield.dense.detection_losses import EPS, differences, focal, mean_over_processes, sums_by_level
-from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets, size_of
+from widefield.dense.detection_rules import DetectionRules
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets, size_of
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -178,25 +179,13 @@ class RetinaHead(nn.Module):
         boxes = sums_by_level(torch.cat(moved), places, lengths) / (total + EPS)
         return {"loss_cls": torch.stack(classes), "loss_bbox": boxes}
 
-    def detections(
-        self,
-        outputs: RetinaOutputs,
-        sizes: Sequence[Size],
-        *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_per_image: int = 100,
-        candidates: int = 1000,
-    ) -> list[Detections]:
+    def detections(self, outputs: RetinaOutputs, sizes: Sequence[Size], rules: DetectionRules) -> list[Detections]:
         """Return the detections of each image.
 
         Args:
             outputs: of this head.
             sizes: (height, width) of each image without its padding.
-            score_threshold: scores must exceed it.
-            nms_threshold: largest IoU of two detections of one class.
-            max_per_image: number of detections to keep.
-            candidates: number of scores to keep per level.
+            rules: which boxes become detections.
         """
         grids = self.anchors.grid(outputs.logits)
         found = []
@@ -207,14 +196,11 @@ class RetinaHead(nn.Module):
                     by_anchor([x[image, None]], values)[0][0]
                     for x, values in zip(level, (self.num_classes, 4), strict=True)
                 )
-                best = best_scores(widened(logits).sigmoid(), score_threshold, candidates)
+                best = best_scores(widened(logits).sigmoid(), rules.score_threshold, rules.candidates)
                 boxes = self.coder.decode(anchors[best.rows], deltas[best.rows], size)
                 parts.append((boxes, best.scores, best.labels))
-            boxes, scores, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-            whole = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            boxes, scores, labels = boxes[whole], scores[whole], labels[whole]
-            kept = nms_by_label(boxes, scores, labels, nms_threshold)[:max_per_image]
-            found.append(Detections(boxes[kept], scores[kept], labels[kept]))
+            kept = rules.of_levels(parts)
+            found.append(Detections(kept.boxes, kept.scores, kept.labels))
         return found
 
 
@@ -233,7 +219,7 @@ class RetinaNet(Detector):
         relu_before_extra: whether a ReLU is applied between them.
         anchors: at every position. None: three sizes per octave and three shapes, at the strides of the pyramid.
         allowed_border, smooth_l1_beta: see :class:`RetinaHead`.
-        score_threshold, nms_threshold, max_per_image, candidates: see :meth:`RetinaHead.detections`.
+        score_threshold, nms_threshold, max_per_image, candidates: see :class:`widefield.dense.DetectionRules`.
         frozen_stages, norm_eval: see :class:`widefield.dense.Detector`.
         stage_norms: norms between backbone and neck; None follows the published code of the backbone's family.
         out_indices: which four of the backbone's maps to use, of strides 4 to 32; None for the last four. The finest is
@@ -280,15 +266,11 @@ class RetinaNet(Detector):
             neck_channels, num_classes, channels=neck_channels, num_convs=num_convs, norm=norm,
             anchors=anchors or Anchors.octaves(strides), allowed_border=allowed_border, smooth_l1_beta=smooth_l1_beta,
         )  # fmt: skip
+        rules = DetectionRules(score_threshold, nms_threshold, max_per_image, candidates)
         super().__init__(
-            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval
-        )
-        self.rules: dict[str, Any] = {
-            "score_threshold": _checks.number("score_threshold", score_threshold, maximum=1.0),
-            "nms_threshold": _checks.number("nms_threshold", nms_threshold, maximum=1.0),
-            "max_per_image": _checks.integer("max_per_image", max_per_image),
-            "candidates": _checks.integer("candidates", candidates),
-        }
+            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval,
+            rules=rules,
+        )  # fmt: skip
 
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return ``loss_cls`` and ``loss_bbox``; see :meth:`RetinaHead.losses`."""
@@ -296,7 +278,7 @@ class RetinaNet(Detector):
 
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image; see :meth:`RetinaHead.detections`."""
-        return self.bbox_head.detections(self.bbox_head(maps), sizes, **self.rules)
+        return self.bbox_head.detections(self.bbox_head(maps), sizes, self.rules)
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores of the anchor that overlaps each box (M_i, 4) of each image the most."""

@@ -3,48 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from widefield import _checks
 from widefield.dense.box_head import BoxHead, probabilities
-from widefield.dense.boxes import Assigner, Sampler, nms_per_class
-from widefield.dense.detector import BoxScores, Detections, Size, Targets
+from widefield.dense.boxes import Assigner, Sampler, Size
+from widefield.dense.detection_rules import DetectionRules
+from widefield.dense.detector import BoxScores, Detections, Targets
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which boxes become detections.
-
-    Args:
-        score_threshold: scores must exceed it.
-        nms_threshold: largest IoU of two detections of one class.
-        max_per_image: number of detections to keep.
-    """
-
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    max_per_image: int = 100
-
-    def __post_init__(self) -> None:
-        _checks.number("score_threshold", self.score_threshold, maximum=1.0)
-        _checks.number("nms_threshold", self.nms_threshold, maximum=1.0)
-        _checks.integer("max_per_image", self.max_per_image)
-
-    def __call__(self, boxes: Tensor, scores: Tensor) -> Detections:
-        """Return the detections of one image from boxes (R, 4) or (R, K, 4) and scores (R, K)."""
-        kept = nms_per_class(
-            boxes,
-            scores,
-            score_threshold=self.score_threshold,
-            nms_threshold=self.nms_threshold,
-            max_per_image=self.max_per_image,
-        )
-        return Detections(kept.boxes, kept.scores, kept.labels)
 
 
 class RoIHead(nn.Module):
@@ -56,7 +24,6 @@ class RoIHead(nn.Module):
         strides: of the pyramid's levels that give features, finest first.
         assigner: which object a proposal stands for.
         sampler: how many RoIs of an image are learned from.
-        selection: which boxes become detections.
     """
 
     def __init__(
@@ -67,14 +34,13 @@ class RoIHead(nn.Module):
         strides: Sequence[int],
         assigner: Assigner,
         sampler: Sampler,
-        selection: Selection,
     ) -> None:
         super().__init__()
         self.bbox_head = bbox_head
         if mask_head is not None:
             self.mask_head = mask_head
         self.strides = tuple(strides)
-        self.assigner, self.sampler, self.selection = assigner, sampler, selection
+        self.assigner, self.sampler = assigner, sampler
 
     @property
     def box_heads(self) -> list[BoxHead]:
@@ -108,20 +74,24 @@ class RoIHead(nn.Module):
             losses["loss_mask"] = mask_loss(head, maps, samples, targets, self.strides)
         return losses
 
-    def detect(self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
+    def detect(
+        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], rules: DetectionRules
+    ) -> list[Detections]:
         """Return the detections of each image.
 
         Args:
             maps: of the neck, finest first.
             proposals: (M_i, 4) of each image.
             sizes: (height, width) of each image.
+            rules: which boxes become detections.
         """
         counts = [len(boxes) for boxes in proposals]
         said = self.bbox_head(roi_features(maps, batched(proposals), self.strides, self.bbox_head.roi_size))
         outputs = (x.split(counts) for x in said)
         found = []
         for boxes, size, logits, deltas in zip(proposals, sizes, *outputs, strict=True):
-            found.append(self.selection(self.bbox_head.decode(boxes, deltas, size), probabilities(logits)))
+            kept = rules.of_rois(self.bbox_head.decode(boxes, deltas, size), probabilities(logits))
+            found.append(Detections(kept.boxes, kept.scores, kept.labels))
         return with_masks(self.mask_heads, maps, found, self.strides) if self.mask_heads else found
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.anchors import Anchors, by_anchor
-from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, clip, nms_by_label
+from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, Size, clip, nms_by_label
 from widefield.dense.detection_losses import EPS, differences, mean_over_processes, sums_by_level
-from widefield.dense.detector import Size, Targets, size_of
+from widefield.dense.detector import Targets, size_of
 from widefield.dense.layers import widened
 
 

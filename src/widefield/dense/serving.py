@@ -8,7 +8,7 @@ their score, and gives the same detections.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torchvision.ops import roi_align
 from widefield import _checks
 from widefield.dense.anchors import points
 from widefield.dense.box_head import BoxHead, probabilities
-from widefield.dense.boxes import clip, from_distances, nms_by_label, nms_per_class
+from widefield.dense.boxes import Size, clip, from_distances, nms_by_label
 from widefield.dense.cascade import CascadeRoIHead
-from widefield.dense.detector import Detections, Detector, Size
+from widefield.dense.detection_rules import DetectionRules
+from widefield.dense.detector import Detections, Detector
 from widefield.dense.fcos import FCOSHead
 from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
@@ -68,7 +69,8 @@ class ServedDetector(nn.Module):
 
     - ``nms="inside"``: ``boxes`` (N, D, 4), ``scores`` (N, D), falling and then 0, ``labels`` int64 (N, D), ``count``
       int64 (N,), and ``masks`` (N, D, S, S) from models that have them.
-    - ``nms="outside"``: ``boxes`` (N, R, 4), or (N, R, K, 4) where each class has its own, and ``scores`` (N, R, K).
+    - ``nms="outside"``: ``boxes`` (N, R, 4), or (N, R, K, 4) where each class has its own, and ``scores`` (N, R, K), 0
+      for all that do not exceed the score threshold (of FCOS: before they are multiplied by the centerness).
       The suppression and the choice of the best are up to the caller. Two-stage detectors still have that of proposals
       inside.
 
@@ -96,7 +98,7 @@ class ServedDetector(nn.Module):
             )
         for name, child in model.named_children():
             self.add_module(name, child)
-        self.rules = dict(model.rules)
+        self.rules = model.rules
         self.train(model.training)
 
     @property
@@ -115,7 +117,7 @@ class ServedDetector(nn.Module):
             boxes, scores = dense_candidates(self.bbox_head, maps, size, self.rules)
         if self.nms == "outside":
             return {"boxes": boxes, "scores": scores}
-        found = best_of(boxes, scores, **{name: self.rules[name] for name in _RULES})
+        found = best_of(boxes, scores, self.rules)
         heads = _mask_heads(self)
         if heads:
             labels = found["labels"].flatten()
@@ -136,8 +138,8 @@ class ServedDetector(nn.Module):
                 )
                 for i, count in enumerate(outputs["count"].tolist())
             ]
-        rules = {name: self.rules[name] for name in _RULES}
-        kept = [nms_per_class(*pair, **rules) for pair in zip(outputs["boxes"], outputs["scores"], strict=True)]
+        rules = replace(self.rules, score_threshold=0.0)  # candidates exceed it already
+        kept = [rules.of_rois(*pair) for pair in zip(outputs["boxes"], outputs["scores"], strict=True)]
         return [Detections(found.boxes, found.scores, found.labels) for found in kept]
 
     def _of_rois(self, maps: Sequence[Tensor], size: Size) -> tuple[Tensor, Tensor]:
@@ -153,10 +155,7 @@ class ServedDetector(nn.Module):
                 boxes = head.refined(flat, logits, deltas, size).unflatten(0, (-1, boxes.shape[1]))
         moved = head.decode(flat, deltas, size).unflatten(0, (-1, boxes.shape[1]))
         scores = probabilities(torch.stack(said).mean(0)).unflatten(0, (-1, boxes.shape[1]))
-        return moved, torch.where(known[..., None], scores, 0.0)
-
-
-_RULES = ("score_threshold", "nms_threshold", "max_per_image")
+        return moved, torch.where(known[..., None] & (scores > self.rules.score_threshold), scores, 0.0)
 
 
 def _box_heads(roi_head: RoIHead | CascadeRoIHead) -> list[BoxHead]:
@@ -196,7 +195,7 @@ def proposals(head: RPNHead, maps: Sequence[Tensor], size: Size) -> tuple[Tensor
 
 
 def dense_candidates(
-    head: RetinaHead | FCOSHead, maps: Sequence[Tensor], size: Size, rules: Mapping[str, Any]
+    head: RetinaHead | FCOSHead, maps: Sequence[Tensor], size: Size, rules: DetectionRules
 ) -> tuple[Tensor, Tensor]:
     """Return the boxes of a one-stage detector before suppression, (N, R, 4), and their scores, (N, R, K).
 
@@ -206,7 +205,7 @@ def dense_candidates(
         head: predicts at every position.
         maps: of the neck, finest first.
         size: (height, width) of the images.
-        rules: ``score_threshold``, and ``candidates``, the number of scores to keep per level.
+        rules: the score threshold, and the number of candidates to keep per level.
     """
     boxes, scores = [], []
     outputs, classes = head(maps), head.num_classes
@@ -218,8 +217,8 @@ def dense_candidates(
         widths = (classes, 4, 1)[: len(level)]
         logits, *others = (widened(_by_anchor(x, width)) for x, width in zip(level, widths, strict=True))
         values = logits.sigmoid().flatten(1)
-        values = torch.where(values > rules["score_threshold"], values, 0.0)
-        values, (label, at, moved, *central) = _best(values, rules["candidates"], None, reference, *others, per=classes)
+        values = torch.where(values > rules.score_threshold, values, 0.0)
+        values, (label, at, moved, *central) = _best(values, rules.candidates, None, reference, *others, per=classes)
         if isinstance(head, FCOSHead):
             found = from_distances(at, moved, size)
             values = values * central[0][..., 0].sigmoid()
@@ -232,27 +231,24 @@ def dense_candidates(
     return torch.cat(boxes, 1), torch.cat(scores, 1)
 
 
-def best_of(
-    boxes: Tensor, scores: Tensor, *, score_threshold: float, nms_threshold: float, max_per_image: int
-) -> dict[str, Tensor]:
+def best_of(boxes: Tensor, scores: Tensor, rules: DetectionRules) -> dict[str, Tensor]:
     """Return the best detections: the outputs of :class:`ServedDetector` with the suppression inside.
 
     Args:
         boxes: (N, R, 4) or (N, R, K, 4).
-        scores: (N, R, K).
-        score_threshold: scores must exceed it.
-        nms_threshold: largest IoU of two detections of one class.
-        max_per_image: D.
+        scores: (N, R, K); 0 for what does not count, as what does not exceed the score threshold.
+        rules: the largest IoU of two detections of one class, and D.
     """
     rows, classes = scores.shape[1:]
+    count = rules.max_per_image
     values = scores.transpose(1, 2)
     if boxes.ndim == 4:
         flat = boxes.transpose(1, 2).flatten(0, 1)
-        kept = nms_mask(flat, values.flatten(0, 1)[:, None], nms_threshold, score_threshold).view_as(values)
+        kept = nms_mask(flat, values.flatten(0, 1)[:, None], rules.nms_threshold, 0.0).view_as(values)
     else:
-        kept = nms_mask(boxes, values, nms_threshold, score_threshold)
+        kept = nms_mask(boxes, values, rules.nms_threshold, 0.0)
     ranks = torch.where(kept, values, 0.0).flatten(1)
-    best = F.pad(ranks, (0, max(0, max_per_image - rows * classes))).topk(max_per_image)
+    best = F.pad(ranks, (0, max(0, count - rows * classes))).topk(count)
     places = best.indices.clamp(max=rows * classes - 1)
     labels = places // rows
     shared = boxes.ndim == 3

@@ -52,7 +52,7 @@ def heads_of(model: nn.Module, names: Sequence[str]) -> list[str]:
 def rules_of(graph: nn.Module) -> dict[str, Any]:
     """Return where the last suppression of a graph is, and its rules."""
     served = cast(ServedDetector, graph)
-    return {"nms": served.nms, **served.rules}
+    return {"nms": served.nms, **vars(served.rules)}
 
 
 def traceable(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> Tensor:

@@ -36,6 +36,9 @@ TARGETS = ("boxes", "labels", "crowd", "iscrowd")
 _THRESHOLDS = ("score_threshold", "score_thresh")
 """Attribute of detectors, or of their heads: here, and in torchvision."""
 
+_BOUND = "least_score"
+"""Attribute of detectors here: a bound of the scores of detections, or None."""
+
 
 class Found(NamedTuple):
     """The detections of one image, whatever the model calls their container."""
@@ -60,15 +63,23 @@ def detections(output: Any) -> list[Found] | None:
 
 
 def threshold_of(model: object) -> float | None:
-    """Return the score below which a detector drops detections; None if it does not state one."""
+    """Return the score that every detection of a model exceeds; None if there is no such bound, or it is unknown."""
     if not isinstance(model, nn.Module):
         return None
-    for module in model.modules():
-        for name in _THRESHOLDS:
-            value = getattr(module, name, None)
-            if isinstance(value, (int, float)):
-                return float(value)
-    return None
+    if hasattr(model, _BOUND):
+        bound: float | None = getattr(model, _BOUND)
+        return bound
+    return next((value for _, _, value in _thresholds(model)), None)
+
+
+def _thresholds(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Return the score thresholds of a model: the module, the attribute's name, and its value."""
+    return [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in _THRESHOLDS
+        if isinstance(getattr(module, name, None), (int, float))
+    ]
 
 
 @contextmanager
@@ -81,15 +92,10 @@ def sensitive(model: nn.Module, images: Tensor) -> Iterator[None]:
         model: in evaluation mode.
         images: that the model runs on.
     """
-    if threshold_of(model) is None or not _finds_nothing(model, images):
+    found = _thresholds(model)
+    if not found or not _finds_nothing(model, images):
         yield
         return
-    found = [
-        (module, name, getattr(module, name))
-        for module in model.modules()
-        for name in _THRESHOLDS
-        if isinstance(getattr(module, name, None), (int, float))
-    ]
     try:
         for module, name, _ in found:
             setattr(module, name, 0.0)
