@@ -11,6 +11,7 @@ import torch
 from data.made_objects import CLASSES, IDS, write_coco
 from train.helpers import QUIET
 from widefield import cli
+from widefield.runs import load
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 
 HEAD = {"neck_channels": 64, "num_convs": 1, "score_threshold": 0.0}
@@ -70,6 +71,7 @@ def test_the_run_is_evaluated_predicted_and_analyzed(
         left, top, width, height = entry["bbox"]
         assert left + width <= known[entry["image_id"]][0] + 1e-3
         assert top + height <= known[entry["image_id"]][1] + 1e-3
+    assert load(str(trained)).size == 64  # the shorter side at the test scale
     words = ["object-erf", str(trained), "--sizes", "24", "--objects", "2", "--out", str(tmp_path / "fields")]
     assert cli.main(words) == 0
     found = json.loads((tmp_path / "fields/object-erf.json").read_text())["results"]["coco_run"]

@@ -58,6 +58,18 @@ def test_objects_are_those_that_pycocotools_reads(root, split, capsys):
     }
 
 
+def test_images_come_in_the_order_of_their_ids(tmp_path):
+    """COCO's own files are not sorted; pycocotools is, and which of two equal scores comes first changes AP."""
+    content = write_coco(tmp_path)["val"]
+    content["images"].reverse()
+    write_json(tmp_path, "val", content)
+    found = data.create("coco", "val", root=tmp_path, scale=None)
+    ids = [found.image_id(index) for index in range(len(found))]
+    assert ids == sorted(ids)
+    stated = {one["id"]: [one["height"], one["width"]] for one in content["images"]}
+    assert [sample["size"].tolist() for sample in found] == [stated[identity] for identity in ids]
+
+
 def test_val_images_are_resized_and_their_objects_are_not(root):
     plain = data.create("coco", "val", root=root, masks=True, scale=None)
     resized = data.create("coco", "val", root=root, masks=True, scale=(133, 80))

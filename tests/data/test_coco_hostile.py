@@ -161,6 +161,16 @@ FLAWS = {
     "odd polygon": ("annotations", {"segmentation": [[1, 1, 9, 9, 4, 1, 2]]}, "an odd number of coordinates: 7"),
     "flat polygon": ("annotations", {"segmentation": [1, 1, 9, 9, 4, 1]}, "that is not a list of numbers: 1"),
     "NaN in a polygon": ("annotations", {"segmentation": [[1, 1, 9, math.nan, 4, 1]]}, "is not a number of pixels"),
+    "polygon outside": (
+        "annotations",
+        {"segmentation": [[300, 2, 320, 2, 320, 20]]},
+        r"polygon \(number 0\) outside the image of .*: x from 300 to 320",
+    ),
+    "polygon on a line": (
+        "annotations",
+        {"segmentation": [[4, 9, 8, 9, 20, 9]]},
+        r"polygon \(number 0\) without area: all points have y = 9",
+    ),
     "no mask": ("annotations", {"segmentation": []}, r"has no mask: its segmentation is \[\]. Set masks: false"),
     "run lengths": (
         "annotations",
@@ -195,6 +205,26 @@ def test_a_flaw_is_refused_by_file_and_entry_or_repaired_and_counted(root, conte
     else:
         assert len(found) == 4
         assert objects == (10 if kind in ("partly outside", "area") else 9)
+
+
+def test_run_lengths_without_a_pixel_are_refused(root, content):
+    entry = content["annotations"][2]
+    image = next(one for one in content["images"] if one["id"] == entry["image_id"])
+    size = [image["height"], image["width"]]
+    entry["segmentation"] = {"size": size, "counts": [size[0] * size[1]]}
+    write_json(root, "val", content)
+    with pytest.raises(AnnotationError, match=f"annotation {entry['id']} of image .* has a mask without a pixel"):
+        load(root)
+    assert "objects with an empty mask" in load(root, repair=True)[0].found()
+
+
+def test_a_file_of_two_images_is_refused(root, content):
+    content["images"][2]["file_name"] = content["images"][0]["file_name"]
+    write_json(root, "val", content)
+    named = f"image {content['images'][2]['id']} has the file of an earlier image"
+    with pytest.raises(AnnotationError, match=named):
+        load(root)
+    assert len(load(root, repair=True)[0]) == 3
 
 
 @pytest.mark.parametrize(("where", "key"), [("annotations", "annotations"), ("images", "images")])

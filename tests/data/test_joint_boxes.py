@@ -146,6 +146,13 @@ def test_tiny_objects_are_left_out_if_asked_and_crowds_are_kept():
     assert train(sample_of(60, 90, boxes), scale=None)["labels"].tolist() == [0, 1, 2]
 
 
+def test_regions_beyond_the_border_are_left_out():
+    """Boxes may pass the border by a pixel; a crowd region there has no pixel to ignore."""
+    beyond = [[10, 60, 30, 61], [90, 10, 91, 30], [10, 59, 30, 61]]
+    found = train(sample_of(60, 90, beyond, crowd=[True, True, True]), scale=None, hflip=0)
+    assert found["boxes"].tolist() == [[10, 59, 30, 60]]
+
+
 def test_pasted_objects_cover_those_below():
     below = [[0, 0, 20, 20], [30, 30, 34, 34], [40, 0, 60, 60], [0, 40, 20, 60]]
     above = [[10, 0, 20, 20], [30, 30, 34, 34], [40, 0, 55, 60], [0, 0, 64, 64]]

@@ -63,6 +63,21 @@ def test_boxes_count_pixels_from_one_and_difficult_objects_are_crowds(tmp_path):
     assert val.found() == f"val: 3 images in {tmp_path}, 20 classes, 3 objects (1 image without)"
 
 
+def test_lists_of_one_class_have_a_second_column(tmp_path):
+    base = write_voc(tmp_path, lists=("train",))
+    lines = "2007_000001 -1\r\n2007_000003  1\r\n"
+    (base / "ImageSets/Main/dog_val.txt").write_text(lines, encoding="utf-8-sig")
+    found = data.create("voc_boxes", "val", root=tmp_path, val="dog_val", scale=None)
+    assert [sample["size"].tolist() for sample in found] == [[40, 60], [48, 48]]
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    base = write_voc(tmp_path)
+    write_image(base / "JPEGImages/2007_000001.png", 40, 60, np.random.default_rng(0))
+    with pytest.raises(AnnotationError, match=r"2007_000001.jpg' and '2007_000001.png', which have one XML file"):
+        data.create("voc_boxes", "val", root=tmp_path)
+
+
 def test_several_years_are_read_one_after_the_other(tmp_path):
     write_voc(tmp_path, "VOC2007", lists=("trainval", "test"))
     write_voc(tmp_path, "VOC2012", ("2008_000001", "2008_000002", "2008_000003"), lists=("trainval",))

@@ -44,6 +44,14 @@ def test_boxes_are_fractions_of_the_image(tmp_path):
     assert val.found() == f"val: 3 images in {tmp_path}, 2 classes, 2 objects (2 images without)"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_number(tmp_path):
+    write_yolo(tmp_path)
+    path = next(tmp_path.rglob("labels/**/*.txt"))
+    before = [sample["boxes"].tolist() for sample in data.create("yolo", "val", root=tmp_path, scale=None)]
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [sample["boxes"].tolist() for sample in data.create("yolo", "val", root=tmp_path, scale=None)] == before
+
+
 def test_polygons_have_boxes_areas_and_masks(tmp_path):
     write_yolo(tmp_path, POLYGON)
     sample = data.create("yolo", "val", root=tmp_path, masks=True, scale=None)[0]

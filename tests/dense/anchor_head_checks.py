@@ -47,6 +47,7 @@ def border_of(rules: Settings) -> float | None:
 def built_retina_head(config: Settings, rules: Settings) -> tuple[RetinaHead, dict[str, float]]:
     """Return the head of a configuration and its rules of training, and the factors of its losses."""
     config.expect("type", "RetinaHead")
+    config.take("init_cfg")
     focal = mmdet_configs.focal_loss(config)
     boxes = mmdet_configs.box_loss(config)
     sampler = rules.inner("sampler")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,16 @@ def tensor(rows: Any, columns: int = 4) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, columns)
 
 
+def clipped_sizes(entry: Document, plain: str) -> dict[str, tuple[int, int] | None]:
+    """Return the size in the name of each field of decoded boxes, such as decoded_max_shape_96x128; None for plain."""
+    found: dict[str, tuple[int, int] | None] = {plain: None} if plain in entry else {}
+    for name in entry:
+        size = re.fullmatch(r"decoded_max_shape_(\d+)x(\d+)", name)
+        if size:
+            found[name] = int(size[1]), int(size[2])
+    return found
+
+
 def check_coder(entry: Document, differences: Differences) -> None:
     """Check box coders of several scales."""
     references, objects = tensor(entry["proposals"]), tensor(entry["gts"])
@@ -35,26 +46,30 @@ def check_coder(entry: Document, differences: Differences) -> None:
         coder = boxes.BoxCoder(tuple(case["stds"]))
         encoded, deltas = coder.encode(references, objects), tensor(case["deltas"])
         differences.numbers(f"{where}.encoded", encoded.tolist(), case["encoded"])
-        for name, size in (("decoded_no_clip", None), ("decoded_max_shape_96x128", (96, 128))):
+        decoded = clipped_sizes(case, "decoded_no_clip")
+        for name, size in decoded.items():
             differences.numbers(f"{where}.{name}", coder.decode(references, deltas, size).tolist(), case[name])
         gap = (coder.decode(references, encoded) - objects).abs().max().item()
         differences.numbers(f"{where}.round_trip_max_abs", gap, case["round_trip_max_abs"])
-        known = ("stds", "encoded", "deltas", "decoded_no_clip", "decoded_max_shape_96x128", "round_trip_max_abs")
+        known = ("stds", "encoded", "deltas", *decoded, "round_trip_max_abs")
         differences.fields(where, case, known)
 
 
 def check_distances(entry: Document, differences: Differences) -> None:
     """Check boxes by their distances from points."""
     points, distances = tensor(entry["points"], 2), tensor(entry["ltrb"])
-    for name, size in (("decoded", None), ("decoded_max_shape_96x128", (96, 128))):
+    decoded = clipped_sizes(entry, "decoded")
+    for name, size in decoded.items():
         found = boxes.from_distances(points, distances, size).tolist()
         differences.numbers(f"distance_point.{name}", found, entry[name])
-    differences.fields("distance_point", entry, ("points", "ltrb", "decoded", "decoded_max_shape_96x128"))
+    differences.fields("distance_point", entry, ("points", "ltrb", *decoded))
 
 
 def built_anchors(config: Document) -> anchors.Anchors:
     """Return the anchors of an OpenMMLab configuration."""
     known = {"type", "strides", "ratios", "scales", "octave_base_scale", "scales_per_octave"}
+    defaults = {"center_offset": 0.0, "scale_major": True, "base_sizes": None, "centers": None}
+    config = {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
     if set(config) - known:
         raise ValueError(f"unknown settings of anchors: {sorted(set(config) - known)}")
     if "scales" in config:
@@ -129,10 +144,12 @@ def check_assigner(entry: Document, differences: Differences) -> None:
 
 def check_nms(entry: Document, differences: Differences) -> None:
     """Check NMS per class, on the boxes that the file describes in words."""
-    generator = np.random.Generator(np.random.PCG64(5))
-    corners, sides = generator.uniform(0, 80, (40, 2)), generator.uniform(10, 50, (40, 2))
+    text = entry["boxes"]
+    generator = np.random.Generator(np.random.PCG64(int(re.findall(r"PCG64\((\d+)\)", text)[0])))
+    draws = re.findall(r"uniform\(([\d.]+),([\d.]+),\((\d+),(\d+)\)\)", text)
+    corners, sides, values = (generator.uniform(float(a), float(b), (int(n), int(k))) for a, b, n, k in draws)
     given = torch.from_numpy(np.round(np.concatenate((corners, corners + sides), 1), 3))
-    scores = torch.from_numpy(np.round(generator.uniform(0, 1, (40, 4)), 4))
+    scores = torch.from_numpy(np.round(values, 4))
     differences.numbers("multiclass_nms.boxes_first", given[:3].tolist(), entry["boxes_first"])
     differences.numbers("multiclass_nms.scores_first", scores[:3].tolist(), entry["scores_first"])
     limits = {"nms_threshold": entry["iou"], "max_per_image": entry["max"]}

@@ -21,6 +21,7 @@ from dense import (
     anchor_head_checks,
     box_checks,
     detection_checks,
+    one_stage_checks,
     roi_checks,
     segmentation_checks,
     two_stage_checks,
@@ -32,6 +33,7 @@ CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
     **anchor_head_checks.CHECKS,
     **box_checks.CHECKS,
     **detection_checks.CHECKS,
+    **one_stage_checks.CHECKS,
     **roi_checks.CHECKS,
     **two_stage_checks.CHECKS,
 }

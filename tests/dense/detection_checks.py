@@ -17,6 +17,9 @@ from widefield.dense.fcos import RANGES, FCOSHead, centerness_of
 
 Document = Mapping[str, Any]
 
+CROWD = ("bboxes_ignore", "gt_bboxes_ignore", "ignore")
+"""Names of crowd regions."""
+
 # Objects and detections
 
 
@@ -24,12 +27,12 @@ def targets_of(images: Sequence[Document], differences: Differences, where: str 
     """Return the objects of a batch, in float64."""
     found = []
     for number, image in enumerate(images):
-        crowd = image.get("bboxes_ignore") or []
+        crowd = [box for name in CROWD for box in image.get(name) or ()]
         boxes = torch.tensor([*image["bboxes"], *crowd], dtype=torch.float64).reshape(-1, 4)
         labels = torch.tensor([*image["labels"], *([0] * len(crowd))])
         is_crowd = torch.arange(len(labels)) >= len(image["labels"])
         found.append(Targets(boxes, labels, None, is_crowd, tuple(image["img_shape"])))
-        known = ("bboxes", "bboxes_ignore", "labels", "img_shape", "pad_shape", "ori_shape")
+        known = ("bboxes", "labels", "img_shape", "pad_shape", "ori_shape", *CROWD)
         differences.fields(f"{where}[{number}]", image, known)
     return found
 
@@ -127,6 +130,11 @@ def built_fcos_head(config: Settings) -> tuple[FCOSHead, dict[str, float]]:
     focal = mmdet_configs.focal_loss(config)
     boxes = mmdet_configs.box_loss(config, default="IoULoss")
     centerness = mmdet_configs.cross_entropy_weight(config, "loss_centerness", sigmoid=True)
+    coder = config.inner("bbox_coder", {"type": "DistancePointBBoxCoder"})
+    coder.expect("type", "DistancePointBBoxCoder")
+    coder.expect("clip_border", True)
+    coder.done()
+    config.take("init_cfg")
     config.expect("dcn_on_last_conv", False)
     config.expect("conv_cfg", None)
     channels = config.take("feat_channels", 256)
@@ -157,8 +165,10 @@ def check_fcos_head(document: Document, differences: Differences) -> None:
     """Check an FCOS head: outputs, targets, losses, detections."""
     head, weights = built_fcos_head(Settings("config", document["config"], differences))
     rules = mmdet_configs.test_rules(Settings("test_cfg", document["test_cfg"], differences))
-    if document.get("train_cfg"):
-        differences.lines.append(f"train_cfg={document['train_cfg']!r} is unknown")
+    training = Settings("train_cfg", document.get("train_cfg") or {}, differences)
+    for name in ("assigner", "sampler", "allowed_border", "pos_weight", "debug"):  # FCOS reads none of them
+        training.take(name)
+    training.done()
     check_module(head, document["prefix"], document, differences)
     targets = targets_of(document["images"], differences)
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +42,11 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.from_numpy(numbers.astype(np.float32)).double()
 
 
+def seed_of(text: str) -> int:
+    """Return the seed in a description such as "PCG64(2000).standard_normal(...)"."""
+    return int(re.findall(r"PCG64\((\d+)\)", text)[0])
+
+
 def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the masks of the ellipses inscribed in boxes, bool (M, H, W)."""
     center, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
@@ -54,6 +61,7 @@ def ellipses(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def built_box_head(config: Settings) -> BoxHead:
     """Return the box head of a configuration."""
     kind = config.take("type")
+    config.take("init_cfg")
     convs, fcs = {"Shared2FCBBoxHead": (0, 2), "Shared4Conv1FCBBoxHead": (4, 1)}.get(kind, (0, 0))
     config.left["type"] = kind
     config.expect("type", "Shared2FCBBoxHead", "Shared4Conv1FCBBoxHead", "ConvFCBBoxHead")
@@ -71,7 +79,7 @@ def built_box_head(config: Settings) -> BoxHead:
     loss = mmdet_configs.box_loss(config)
     if loss["kind"] not in BOX_LOSSES:
         config.unknown("loss_bbox", loss)
-    config.expect("reg_decoded_bbox", loss["kind"] == "giou")
+    config.expect("reg_decoded_bbox", loss["kind"] in ("iou", "giou"))
     channels = config.take("in_channels")
     head = BoxHead(
         channels,
@@ -109,14 +117,15 @@ def _check_box_head(where: str, case: Document, differences: Differences) -> Non
     differences.equal(f"{where}.labels", sample.labels.tolist(), case["labels"])
     differences.equal(f"{where}.label_weights", [1.0] * len(sample.labels), case["label_weights"])
     known = len(sample.objects)
-    wanted = sample.truth if head.box_loss == "giou" else head.coder.encode(sample.positive, sample.truth)
+    wanted = sample.truth if head.compares_boxes else head.coder.encode(sample.positive, sample.truth)
     rest = len(sample.boxes) - known
     rows = torch.cat((wanted, wanted.new_zeros(rest, 4)))
     differences.numbers(f"{where}.bbox_targets", rows.tolist(), case["bbox_targets"])
     differences.equal(f"{where}.bbox_weights", [[1.0] * 4] * known + [[0.0] * 4] * rest, case["bbox_weights"])
     width = case["config"]["in_channels"]
     with torch.no_grad():
-        logits, deltas = head(drawn(2000, len(sample.boxes), width, head.roi_size, head.roi_size))
+        shape = (len(sample.boxes), width, head.roi_size, head.roi_size)
+        logits, deltas = head(drawn(seed_of(case["roi_input"]), *shape))
     differences.summary(f"{where}.cls_score", logits, case["cls_score"])
     differences.summary(f"{where}.bbox_pred", deltas, case["bbox_pred"])
     losses = {name: value.item() for name, value in head.losses(logits, deltas, [sample]).items()}
@@ -152,6 +161,7 @@ def accuracy(logits: Tensor, samples: Sequence[RoISample]) -> float:
 def built_mask_head(config: Settings) -> FCNMaskHead:
     """Return the mask head of a configuration."""
     config.expect("type", "FCNMaskHead")
+    config.take("init_cfg")
     loss = config.inner("loss_mask", {"type": "CrossEntropyLoss", "use_mask": True})
     loss.expect("type", "CrossEntropyLoss")
     loss.expect("use_mask", True)
@@ -179,7 +189,8 @@ def check_mask_head(document: Document, differences: Differences) -> None:
     truth, labels = tensor(document["gt_bboxes"]), torch.tensor(document["labels"])
     positives, objects = tensor(document["positives"]), torch.tensor(document["assigned"])
     crowd = torch.zeros(len(truth), dtype=torch.bool)
-    target = Targets(truth, labels, ellipses(truth, SIZE), crowd, SIZE)
+    height, width = (int(side) for side in re.findall(r"on (\d+)x(\d+)", document["gt_masks"])[0])
+    target = Targets(truth, labels, ellipses(truth, (height, width)), crowd, (height, width))
     sample = RoISample(positives, labels[objects], objects, truth[objects], crowd[objects])
     masks = mask_targets(sample, target, head.mask_size)
     differences.equal("mask_target_ones", masks.sum((1, 2)).tolist(), document["mask_target_ones"])
@@ -187,12 +198,14 @@ def check_mask_head(document: Document, differences: Differences) -> None:
     for name in rows:
         differences.equal(name, masks[int(name.rpartition("instance")[2])].sum(1).tolist(), document[name])
     with torch.no_grad():
-        logits = head(drawn(2100, len(positives), document["config"]["in_channels"], head.roi_size, head.roi_size))
+        shape = (len(positives), document["config"]["in_channels"], head.roi_size, head.roi_size)
+        logits = head(drawn(seed_of(document["roi_input"]), *shape))
         loss = head.loss(logits, [sample], [target]).item()
     differences.summary("logits", logits, document["logits"])
     differences.numbers("loss", loss, document["loss"], FLOAT32)
-    boxes = truth + torch.tensor([0.3, -0.2, 0.7, 0.1], dtype=torch.float64)
-    boxes[2] = torch.tensor([-3.0, 60, 44, 131])
+    moved, third = (torch.tensor(json.loads(row)).double() for row in re.findall(r"\[[^]]*\]", document["paste_boxes"]))
+    boxes = truth + moved
+    boxes[2] = third
     for name, case in document["paste"].items():
         _check_paste(f"paste.{name}", head.of_labels(logits, labels).sigmoid(), boxes, case, differences)
     known = ("config", "gt_bboxes", "positives", "assigned", "labels", "mask_target_ones", *rows, "logits", "loss",

@@ -236,7 +236,7 @@ def built_trunk(document: Document) -> nn.Module:
             int(found[1]) for key in state if (found := re.match(r"backbone\.stages\.(\d)\.\d+\.dwconv\.weight", key))
         ]
         args["depths"] = [blocks.count(stage) for stage in range(4)]
-        args["dims"] = [state[f"backbone.norm{stage}.weight"][0] for stage in range(4)]
+        args["dims"] = [state[f"backbone.stages.{stage}.0.dwconv.weight"][0] for stage in range(4)]
         if not any(key.startswith("backbone.") and key.endswith(".gamma") for key in state):
             args["ls_init_value"] = None
     return timm.model_entrypoint(name)(**args)  # unlike create_model, it passes on arguments that are None

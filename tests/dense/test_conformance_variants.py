@@ -2,13 +2,25 @@
 
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
-from dense import anchor_head_checks, conformance, detection_checks, roi_checks, segmentation_checks, two_stage_checks
+from dense import (
+    anchor_head_checks,
+    conformance,
+    detection_checks,
+    one_stage_checks,
+    roi_checks,
+    segmentation_checks,
+    two_stage_checks,
+)
 from dense.mmdet_configs import Settings
-from dense.rules import Differences
+from dense.rules import Differences, images
+from widefield import dense
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "conformance" / "dense"
 TRICKS = {
@@ -42,6 +54,12 @@ def test_published_tricks_of_fcos():
     assert not differences.lines
 
 
+def test_training_rules_of_other_detectors_mean_nothing_to_fcos(tmp_path):
+    changed = document("fcos_head") | {"train_cfg": {"allowed_border": -1, "assigner": {"type": "MaxIoUAssigner"}}}
+    (tmp_path / "file.json").write_text(json.dumps(changed))
+    assert conformance.check(tmp_path / "file.json").lines == []
+
+
 def test_other_settings_of_retinanet():
     given = document("retinanet_head")
     config = {
@@ -69,6 +87,7 @@ def test_other_settings_of_retinanet():
     [
         ({"loss_bbox": {"type": "SmoothL1Loss", "beta": 0.5, "loss_weight": 2.0}}, ("smooth_l1", 0.5, 2.0)),
         ({"loss_bbox": {"type": "GIoULoss", "loss_weight": 12.0}, "reg_decoded_bbox": True}, ("giou", 1.0, 12.0)),
+        ({"loss_bbox": {"type": "IoULoss", "loss_weight": 10.0}, "reg_decoded_bbox": True}, ("iou", 1.0, 10.0)),
     ],
 )
 def test_other_losses_of_box_heads(changes, found):
@@ -95,6 +114,7 @@ def test_backbones_by_name_or_configuration(model, backbone, name):
 def test_other_necks_and_rois_of_whole_models():
     given = document("faster_rcnn_resnet50_fpn")
     given["neck_cfg"] |= {"out_channels": 64, "add_extra_convs": "on_output"}
+    given["train_cfg"]["rpn_proposal"] |= {"nms_across_levels": False, "nms_post": 1000}  # of mmdetection 2.x
     given["rpn_cfg"] |= {"in_channels": 64, "feat_channels": 32}
     given["roi_head_cfg"]["bbox_head"] |= {"in_channels": 64, "num_classes": 7}
     differences = Differences()
@@ -129,3 +149,67 @@ def test_settings_that_are_not_known_are_reported(name, path, value, tmp_path):
     (tmp_path / "file.json").write_text(json.dumps(changed))
     lines = conformance.check(tmp_path / "file.json").lines
     assert any((str(path[-1]) in line and "unknown" in line) or repr(value) in line for line in lines), lines
+
+
+def _summary(tensor):
+    flat = tensor.detach().flatten()
+    return {"shape": [*tensor.shape], "l2": flat.norm().item(), "first": flat[:8].tolist(), "last": flat[-4:].tolist()}
+
+
+def _whole(kind, head, test):
+    """Return a document in the form of the whole models, of a narrow network with numbers of this library."""
+    given = {
+        "model": f"{kind}_convnext_tiny_fpn",
+        "neck_cfg": {"type": "FPN", "in_channels": [4, 8, 12, 16], "out_channels": 64, "start_level": 1,
+                     "add_extra_convs": "on_output", "relu_before_extra_convs": True, "num_outs": 5},
+        "bbox_head_cfg": {**head, "in_channels": 64, "feat_channels": 64, "num_classes": 4, "stacked_convs": 1},
+        "train_cfg": document("retinanet_head")["train_cfg"] if kind == "retinanet" else None,
+        "test_cfg": {**test, "score_thr": 0.3},
+        "batch": {"shape": [1, 3, 64, 96], "images": [{"bboxes": [[4, 5, 60, 50]], "labels": [2],
+                  "img_shape": [60, 90], "ori_shape": [120, 45]}]},
+    }  # fmt: skip
+    widths = {"dims": (4, 8, 12, 16), "depths": (1, 1, 1, 1)}
+    options = {"neck_channels": 64, "num_convs": 1}
+    if kind == "retinanet":
+        options |= {"extra": "on_output", "relu_before_extra": True}
+    build = dense.RetinaNet if kind == "retinanet" else dense.FCOS
+    built = build(timm.create_model("convnext_tiny", features_only=True, **widths), 4, **options)
+    given["state_dict"] = state_of(built)
+    model, weights, _ = one_stage_checks.built_detector(given, Differences())
+    segmentation_checks.fill_through_files(model, given["state_dict"], Differences())
+    x = images((64, 96))
+    maps = model.maps(x)
+    targets = detection_checks.targets_of(given["batch"]["images"], Differences())
+    losses = {name: weights[name] * value.item() for name, value in model.losses(maps, targets).items()}
+    given["state_dict"] |= {"backbone.norm0.weight": [4], "backbone.norm0.bias": [4]}  # the published code has them
+    (found,) = model(x, sizes=[(60, 90)])
+    detections = {"count": len(found.boxes), "bboxes": _summary(found.boxes), "scores": _summary(found.scores),
+                  "labels": found.labels.tolist()}  # fmt: skip
+    return given | {
+        "params": sum(p.numel() for p in model.parameters()) + 8,
+        "fpn_features": [_summary(level) for level in maps],
+        "cls_scores": [_summary(level) for level in model.bbox_head(maps).logits],
+        "losses_eval_mode": losses,
+        "detections": [detections],
+    }
+
+
+def state_of(model):
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_checkpoint(model, Path(folder) / "model.pth")
+        state = torch.load(Path(folder) / "model.pth", weights_only=True)["state_dict"]
+    return {key: [*value.shape] for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+def test_whole_one_stage_detectors_are_understood(kind, tmp_path):
+    head, test = (document(f"{kind}_head")[name] for name in ("config", "test_cfg"))
+    made = _whole(kind, head, test)
+    (tmp_path / "file.json").write_text(json.dumps(made))
+    differences = conformance.check(tmp_path / "file.json")
+    assert differences.lines == []
+    assert made["detections"][0]["count"] > 3
+    made["losses_eval_mode"]["loss_cls"] += 1e-5
+    made["fpn_features"][4]["l2"] += 1e-5
+    (tmp_path / "file.json").write_text(json.dumps(made))
+    assert len(conformance.check(tmp_path / "file.json").lines) == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dense.networks import objects
 from tolerances import BFLOAT16, FLOAT64, close
@@ -152,6 +153,19 @@ def test_losses_of_perfect_boxes_are_zero(box_loss, class_agnostic):
     assert head.losses(logits, deltas, [sample])["loss_bbox"] > 1e-3
 
 
+def test_losses_of_boxes_are_those_of_their_formulas():
+    target = objects((0, 0, 20, 20), labels=[1])
+    sample = sampled_rois(torch.zeros(0, 4), target, Assigner(0.5, 0.5, 0.5), Sampler(100), 3)
+    deltas = torch.tensor([[0.0, 0.0, 2.0, 0.0]], dtype=torch.float64)  # 0.2 times 2: as wide as exp(0.4) times 20
+    logits, width = torch.zeros(1, 4, dtype=torch.float64), math.exp(0.4)
+    expected = {"l1": 2.0, "smooth_l1": 1.5, "iou": 10 * math.log(width), "giou": 10 * (1 - 1 / width)}
+    for name, value in expected.items():
+        head = BoxHead(4, 3, box_loss=name, class_agnostic=True, channels=16)
+        assert head.losses(logits, deltas, [sample])["loss_bbox"].item() == pytest.approx(value, rel=1e-6)
+    head = BoxHead(4, 3, box_loss="smooth_l1", beta=4.0, box_weight=3.0, class_agnostic=True, channels=16)
+    assert head.losses(logits, deltas, [sample])["loss_bbox"].item() == pytest.approx(3 * 0.5 * 4 / 4, rel=1e-6)
+
+
 def test_refined_boxes_of_the_background_follow_the_best_class():
     head = BoxHead(4, 2, channels=8)
     boxes = torch.tensor([[10.0, 10, 30, 30]] * 3)
@@ -241,5 +255,16 @@ def test_wrong_masks_are_refused():
 def test_wrong_heads_are_refused():
     with pytest.raises(ValueError, match="box_head must be one of 'shared2fc', '4conv1fc'; got 'shared2fcs'"):
         BoxHead(8, 3, kind="shared2fcs")
-    with pytest.raises(ValueError, match=r"box_loss must be one of .* got 'iou'"):
-        BoxHead(8, 3, box_loss="iou")
+    with pytest.raises(ValueError, match=r"box_loss must be one of .* got 'diou'"):
+        BoxHead(8, 3, box_loss="diou")
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_masks_of_the_labels_alone_are_those_of_all(class_agnostic):
+    torch.manual_seed(0)
+    head = FCNMaskHead(6, 3, channels=5, num_convs=2, class_agnostic=class_agnostic).double()
+    nn.init.normal_(head.conv_logits.bias)
+    features, labels = torch.randn(4, 6, 14, 14, dtype=torch.float64), torch.tensor([2, 0, 1, 1])
+    expected = head.of_labels(head(features), labels).sigmoid()
+    close(head.probabilities(features, labels), expected, FLOAT64)
+    assert head.probabilities(features[:0], labels[:0]).shape == (0, 28, 28)

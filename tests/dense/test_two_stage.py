@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dense.networks import TWO_STAGE, cascade_mask_rcnn, cascade_rcnn, faster_rcnn, mask_rcnn, objects
 from tolerances import FLOAT64, close
-from widefield import dense
+from widefield import bench, dense
 
 BOXES = ((4.0, 6.0, 30.0, 40.0), (20.0, 10.0, 60.0, 62.0))
 NAMES = {
@@ -214,3 +215,39 @@ def test_wrong_arguments_are_refused(options, message):
     for build in (faster_rcnn, cascade_rcnn):
         with pytest.raises((TypeError, ValueError), match=message):
             build(**options)
+
+
+CONVNEXT_CASCADE = {"masks": True, "box_head": "4conv1fc", "class_agnostic": False, "box_loss": "giou"}
+
+
+class _Counted(nn.Module):
+    """Run a detector as mmdetection counts it: 1000 RoIs, 100 masks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        maps = self.model.maps(x)
+        self.model.rpn_head(maps)
+        channels = maps[0].shape[1]
+        for heads, count, side in ((self.model.roi_head.box_heads, 1000, 7), (self.model.roi_head.mask_heads, 100, 14)):
+            for head in heads:
+                head(x.new_zeros(count, channels, side, side))
+        return maps
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "parameters", "macs"),
+    [
+        ("convnext_tiny", dense.MaskRCNN, {}, 48.10, 261.9),
+        ("resnet50", dense.MaskRCNN, {}, 44.40, 259.3),
+        ("convnext_tiny", dense.CascadeRCNN, CONVNEXT_CASCADE, 85.93, 740.3),
+    ],
+)
+def test_parameters_and_macs_of_published_tables(name, kind, options, parameters, macs):
+    with torch.device("meta"):
+        model = kind(name, 80, **options).eval()
+        found = bench.cost(_Counted(model), torch.zeros(1, 3, 800, 1280))
+    assert round(found.parameters / 1e6, 2) == parameters
+    assert abs(found.macs / 1e9 - macs) < 0.2  # the tables add up to seven rounded parts

@@ -47,6 +47,8 @@ def _limits(config: Settings) -> ProposalLimits:
         mmdet_configs.nms_threshold(config),
         config.take("min_bbox_size", 0),
     )
+    config.expect("nms_across_levels", False)
+    config.take("nms_post")  # without effect since version 2.0
     config.done()
     return found
 
@@ -55,6 +57,8 @@ def _built_rpn(document: Document, differences: Differences) -> RPNHead:
     config = Settings("rpn_cfg", document["rpn_cfg"], differences)
     train = Settings("train_cfg.rpn", document["train_cfg"]["rpn"], differences)
     config.expect("type", "RPNHead")
+    config.expect("num_convs", 1)
+    config.take("init_cfg")
     coder = config.inner("bbox_coder")
     coder.expect("type", "DeltaXYWHBBoxCoder")
     coder.expect("target_means", [0.0] * 4)
@@ -136,11 +140,8 @@ def _built_roi_head(document: Document, differences: Differences) -> RoIHead | C
     return CascadeRoIHead(boxes, masks, assigners=assigners, weights=weights, **common)
 
 
-def built_detector(document: Document, differences: Differences) -> TwoStageDetector:
-    """Return the detector that a file describes.
-
-    The class of the library makes the model; parts that depend on the configuration take the place of its own.
-    """
+def backbone_options(document: Document, differences: Differences) -> dict[str, Any]:
+    """Take the configuration of a backbone; return which arguments of detectors follow from it."""
     config = Settings("backbone_cfg", document.get("backbone_cfg", {}), differences)
     frozen, norm_eval = config.take("frozen_stages", -1), config.take("norm_eval", False)
     config.expect("style", "pytorch")
@@ -150,9 +151,17 @@ def built_detector(document: Document, differences: Differences) -> TwoStageDete
         config.take(name)
     config.expect("out_indices", [0, 1, 2, 3])
     config.done()
+    return {"frozen_stages": max(frozen, 0), "norm_eval": norm_eval}
+
+
+def built_detector(document: Document, differences: Differences) -> TwoStageDetector:
+    """Return the detector that a file describes.
+
+    The class of the library makes the model; parts that depend on the configuration take the place of its own.
+    """
+    options = backbone_options(document, differences)
     roi = _built_roi_head(document, differences)
     neck = built_fpn(Settings("neck_cfg", document["neck_cfg"], differences))
-    options: dict[str, Any] = {"frozen_stages": max(frozen, 0), "norm_eval": norm_eval}
     word = document["model"].split("_")[0]
     classes: dict[str, type[dense.FasterRCNN] | type[dense.CascadeRCNN]] = {
         "faster": dense.FasterRCNN, "mask": dense.MaskRCNN, "cascade": dense.CascadeRCNN,
@@ -255,7 +264,7 @@ def _check_losses(
     differences.numbers("total_loss", total.item(), document["total_loss"], FLOAT32 if model.has_masks else WITHIN)
     if "grad_l2" in document:
         total.backward()
-        _check_gradients(model, document["grad_l2"], differences)
+        check_gradients(model, document["grad_l2"], differences)
 
 
 class _Counts:
@@ -283,7 +292,7 @@ def _listen(head: Any, accuracies: list[float]) -> None:
     head.losses = noting
 
 
-def _check_gradients(model: TwoStageDetector, expected: Document, differences: Differences) -> None:
+def check_gradients(model: dense.Detector, expected: Document, differences: Differences) -> None:
     """Check norms of gradients by published names."""
     names = trunk_names(model.backbone).names
     grads = {

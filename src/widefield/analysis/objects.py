@@ -283,7 +283,7 @@ def _draw_example(axis: Axes, example: ObjectExample, classes: Sequence[str]) ->
 
     gray = np.repeat(example.image.mean(-1, keepdims=True), 3, -1)
     axis.imshow((0.35 + 0.65 * gray).clip(0, 1))
-    strength = np.log10(np.maximum(example.field, _FAINTEST)) / -np.log10(_FAINTEST) + 1  # 0 to 1
+    strength = (1 - np.log10(np.maximum(example.field, _FAINTEST)) / np.log10(_FAINTEST)).clip(0, 1)
     layer = colormaps["magma_r"](0.25 + 0.75 * strength)
     layer[..., 3] = 0.85 * strength
     axis.imshow(layer)

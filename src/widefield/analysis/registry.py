@@ -212,6 +212,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 translation_stability,
                 "how much a model's outputs change when the image shifts",
                 "Translation stability",
+                applies=lambda model: not is_detector(model),
                 reported=lambda count: count,
                 report_options={"shifts": (1, 2, 4)},
                 margin=lambda options: max(options["shifts"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,6 +160,7 @@ class _Reader:
         self.skipped = Skipped()
         self._rows: dict[int, int] = {}  # id of an image -> its place
         self._gone: set[int] = set()  # ids of images that were left out
+        self._seen: set[str] = set()  # files of images, of those that several images name
         self._labels: dict[int, int] = {}  # id of a category -> class
         self._other: set[int] = set()  # ids of categories that are not read
         self._lists: dict[str, list[list[int]]] = {name: [] for name in _FEDERATED}
@@ -233,17 +236,27 @@ class _Reader:
         return tuple(classes)
 
     def _read_images(self, entries: list[Any]) -> None:
-        """Add the images whose files are there; if flaws are repaired, those whose files have the right size."""
+        """Add the images whose files are there; if flaws are repaired, those whose files have the right size.
+
+        They are sorted by their ids: pycocotools measures them in this order, on which equal scores depend.
+        """
         names = [self._file_of(entry) if isinstance(entry, dict) else None for entry in entries]
         given = [name for name in names if name is not None]
         gone = missing_files(self.root, given)
         there = [name for name in given if name not in gone] if self.flaws.repair else []
         sizes = stored_sizes(self.root, there, self.decoding)
-        for place, (entry, name) in enumerate(zip(entries, names, strict=True)):
-            self._read_image(place, entry, name, gone, sizes)
+        repeated = {name for name, count in Counter(given).items() if count > 1}
+        for place in sorted(range(len(entries)), key=lambda place: _id_of(entries[place])):
+            self._read_image(place, entries[place], names[place], gone, sizes, repeated)
 
     def _read_image(
-        self, place: int, entry: Any, name: str | None, gone: set[str], sizes: Mapping[str, tuple[int, int]]
+        self,
+        place: int,
+        entry: Any,
+        name: str | None,
+        gone: set[str],
+        sizes: Mapping[str, tuple[int, int]],
+        repeated: set[str],
     ) -> None:
         identity = entry.get("id") if isinstance(entry, dict) else None
         if not _is_id(identity):
@@ -273,6 +286,12 @@ class _Reader:
         if sizes.get(name, (height, width)) != (height, width):
             self.flaws.report(where, f"has a file of another size: {sizes[name]}", "images of another size than stated")
             return
+        if name in repeated:
+            if name in self._seen:
+                what = f"has the file of an earlier image: {str(self.root / name)!r}"
+                self.flaws.report(where, what, "images with a used file")
+                return
+            self._seen.add(name)
         lists = {key: self._classes_of(where, entry, source) for key, source in _FEDERATED.items()}
         for key, found in lists.items():
             self._lists[key].append(found)
@@ -374,6 +393,12 @@ def _box(bbox: Any) -> Box | None:
     except OverflowError:
         return None
     return left, top, left + width, top + height
+
+
+def _id_of(entry: Any) -> float:
+    """Return the id of an image as a key to sort by; entries without one come last."""
+    identity = entry.get("id") if isinstance(entry, dict) else None
+    return identity if _is_id(identity) else math.inf
 
 
 def _is_id(value: Any) -> TypeGuard[int]:

@@ -74,7 +74,8 @@ class Training:
             found["boxes"] = mask_boxes(found["masks"])
         least = max(self.augmentation.min_size, _LEAST_SIDE if jitter else 0.0)
         left, top, right, bottom = found["boxes"].unbind(1)
-        return chosen(found, ((right - left > least) & (bottom - top > least)) | found["crowd"] & (right > left))
+        regions = found["crowd"] & (right > left) & (bottom > top)
+        return chosen(found, ((right - left > least) & (bottom - top > least)) | regions)
 
 
 def _geometry(augmentation: DetectionAugmentation) -> list[Any]:

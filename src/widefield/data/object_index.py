@@ -202,7 +202,11 @@ class IndexBuilder:
         """Return how the mask is stored, and its parts; without parts the object is left out."""
         if isinstance(outline, dict):
             try:
-                return RUNS, [runs(outline, height, width)]
+                lengths = runs(outline, height, width)
+                if any(lengths[1::2]):
+                    return RUNS, [lengths]
+                self.flaws.report(entry(), "has a mask without a pixel", "objects with an empty mask")
+                return NONE, []
             except ValueError as error:
                 self.flaws.report(entry(), f"has a mask that is damaged: {error}", "objects with damaged run lengths")
                 return NONE, []
@@ -213,10 +217,10 @@ class IndexBuilder:
         parts: list[Part] = []
         for number, polygon in enumerate(outline):
             part = compact(polygon)
-            if isinstance(part, array):
+            wrong = _misplaced(part, height, width) if isinstance(part, array) else _wrong_polygon(polygon)
+            if wrong is None:
                 parts.append(part)
             else:
-                wrong = _wrong_polygon(polygon)
                 self.flaws.report(entry(), f"has a polygon (number {number}) {wrong}", "damaged polygons")
         return POLYGONS, parts
 
@@ -278,6 +282,17 @@ def _wrong_polygon(polygon: Any) -> str | None:
         return f"with {len(polygon) // 2} points, where at least 3 are needed"
     if not all(abs(value) < _FARTHEST for value in polygon):  # NaN is not
         return f"with a coordinate that is not a number of pixels: {brief(polygon)}"
+    return None
+
+
+def _misplaced(corners: array[int], height: int, width: int) -> str | None:
+    """Return why a polygon, in fifths of a pixel, can have no pixel in an image, or None."""
+    for axis, side in ((0, width), (1, height)):
+        low, high = min(corners[axis::2]), max(corners[axis::2])
+        if low == high:
+            return f"without area: all points have {'xy'[axis]} = {low / 5:g}"
+        if high <= 0 or low >= 5 * side:
+            return f"outside the image of {width} x {height} pixels: {'xy'[axis]} from {low / 5:g} to {high / 5:g}"
     return None
 
 

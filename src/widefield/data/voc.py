@@ -69,7 +69,9 @@ def _listed(folder: Path, name: str) -> list[str]:
     path = folder / _LISTS / name
     if not path.is_file():
         raise FileNotFoundError(f"there is no list of images {str(path)!r}. {_LAYOUT}")
-    stems = list(dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()))
+    stems = list(
+        dict.fromkeys(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    )
     if not stems:
         raise FileNotFoundError(f"the list of images {str(path)!r} is empty. {_LAYOUT}")
     return stems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,10 @@ from widefield import _checks
 from widefield.data.labels import published
 from widefield.data.listing import Skipped, images_in
 from widefield.data.object_files import ObjectFiles, filled, names_of
-from widefield.data.object_index import Flaws, IndexBuilder, brief, is_size, stored_sizes
+from widefield.data.object_index import AnnotationError, Flaws, IndexBuilder, brief, is_size, stored_sizes
 
+_CLASS_COLUMN = re.compile(r"\s+(-1|0|1)$")
+"""What follows a name in the lists of single classes, such as cat_train.txt: whether the image has one."""
 _EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -88,14 +91,14 @@ def _names_of(split: str, names: Any) -> list[str]:
 
 
 def _stems_of(path: Path) -> list[str]:
-    """Return the names in a list, without duplicates."""
+    """Return the names in a list, without duplicates; in the lists of single classes a number follows each."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no list of images {str(path)!r}. Name it by the options train, val and lists, or set lists: "
             f"null to read all XML files of the folder annotations."
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return list(dict.fromkeys(_CLASS_COLUMN.sub("", line.strip()) for line in lines if line.strip()))
 
 
 def _stems_in(folder: Path) -> list[str]:
@@ -115,7 +118,15 @@ def _images_of(folder: Path, skipped: Skipped) -> dict[str, str]:
     others = Skipped()  # the XML files may be in the same folder
     paths = [os.path.relpath(path, folder) for path in images_in(folder, others)]
     skipped.reasons.update({reason: found for reason, found in others.reasons.items() if ".xml" not in reason})
-    return {os.path.splitext(path)[0]: path for path in paths}  # noqa: PTH122 (a Path takes minutes for a million)
+    found: dict[str, str] = {}
+    for path in paths:
+        stem = os.path.splitext(path)[0]  # noqa: PTH122 (a Path takes minutes for a million)
+        if stem in found:
+            raise AnnotationError(
+                f"{str(folder)!r} holds {found[stem]!r} and {path!r}, which have one XML file. Remove one of them."
+            )
+        found[stem] = path
+    return found
 
 
 class _Reader:

@@ -85,7 +85,7 @@ def _described(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no description {str(path)!r}. Name it by the option description, from root.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AnnotationError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
@@ -135,7 +135,7 @@ def _images(root: Path, path: Path, content: dict[str, Any], split: str, skipped
 
 def _listed(path: Path) -> list[str]:
     """Return the paths in a text file, which are relative to it; raises FileNotFoundError for a missing image."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     paths = [str(path.parent / line.removeprefix("./")) for line in lines]
     for name in paths:
         if not Path(name).is_file():
@@ -146,7 +146,7 @@ def _listed(path: Path) -> list[str]:
 def _read(builder: IndexBuilder, row: int, root: Path, file: str, classes: int) -> None:
     """Add the objects of a text file."""
     try:
-        lines = (root / file).read_text(encoding="utf-8").splitlines()
+        lines = (root / file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         builder.flaws.report(file, "is not a text file", "damaged text files")
         return

@@ -117,8 +117,8 @@ FOCALNET = Family(
     notes=(
         (
             r".*\.focal_layers\.",
-            "the file has other focal windows (published segmentation models use 9): build the backbone with them, "
-            "such as focal_windows=(9, 9, 9, 9)",
+            "the file has other focal windows (published segmenters and detectors use 9): build the backbone with "
+            "them, such as focal_windows=(9, 9, 9, 9)",
         ),
     ),
 )
@@ -236,7 +236,8 @@ HORNET = Family(
     notes=(
         (
             r".*\.complex_weight",
-            "the file has global filters of another size (published segmentation models use those of 384 pixels): "
+            "the file has global filters of another size (published segmentation models use those of 384 pixels, "
+            "detectors those of 224): "
             "build the backbone with them, or call set_input_size(384) of the HorNet in it first",
         ),
     ),

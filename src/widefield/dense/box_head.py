@@ -24,11 +24,11 @@ from widefield.dense.roi import RoISample, of_labels
 BOX_HEADS = {"shared2fc": (0, 2), "4conv1fc": (4, 1)}
 """Name -> number of convolutions and of fully connected layers."""
 
-BOX_LOSSES = ("l1", "smooth_l1", "giou")
+BOX_LOSSES = ("l1", "smooth_l1", "iou", "giou")
 """Losses of boxes: see :class:`BoxHead`."""
 
-GIOU_WEIGHT = 10.0
-"""Factor of the GIoU loss in published models."""
+IOU_WEIGHT = 10.0
+"""Factor of the losses of overlaps in published models."""
 
 
 class BoxHead(nn.Module):
@@ -41,14 +41,14 @@ class BoxHead(nn.Module):
         num_classes: number of classes, without the background.
         kind: "shared2fc" or "4conv1fc", the convolutions and fully connected layers.
         class_agnostic: whether one box is predicted for all classes.
-        box_loss: "l1" or "smooth_l1" of the differences, or "giou" of the boxes.
+        box_loss: "l1" or "smooth_l1" of the differences, or "iou" or "giou" of the boxes.
         stds: the predicted differences are multiplied by these.
         roi_size: height and width of the features.
         channels: outputs of the fully connected layers.
         conv_channels: outputs of the convolutions; None: ``in_channels``.
         norm: of the convolutions: "batch", "group" or None.
         beta: of "smooth_l1".
-        box_weight: factor of the loss of boxes; None: 10 for "giou" and 1 for the others, as published.
+        box_weight: factor of the loss of boxes; None: 10 for "iou" and "giou", 1 for the others, as published.
 
     Raises:
         ValueError: an unknown ``kind`` or ``box_loss``.
@@ -76,7 +76,7 @@ class BoxHead(nn.Module):
         self.class_agnostic = bool(class_agnostic)
         self.box_loss = _checks.choice("box_loss", box_loss, BOX_LOSSES)
         self.beta = _checks.number("beta", beta)
-        published = GIOU_WEIGHT if box_loss == "giou" else 1.0
+        published = IOU_WEIGHT if self.compares_boxes else 1.0
         self.box_weight = published if box_weight is None else _checks.number("box_weight", box_weight)
         self.roi_size = _checks.integer("roi_size", roi_size)
         self.coder = BoxCoder((stds[0], stds[1], stds[2], stds[3]))
@@ -103,6 +103,11 @@ class BoxHead(nn.Module):
         for layer in (*fcs, self.fc_cls, self.fc_reg):
             nn.init.zeros_(layer.bias)
 
+    @property
+    def compares_boxes(self) -> bool:
+        """Return whether the loss compares boxes, not differences to the RoI."""
+        return self.box_loss in ("iou", "giou")
+
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (R, C, S, S) -> logits (R, num_classes + 1) and differences (R, 4 or 4 * num_classes)."""
         x = features
@@ -110,7 +115,7 @@ class BoxHead(nn.Module):
             x = conv(x)
         x = x.flatten(1)
         for layer in self.shared_fcs:
-            x = F.relu(layer(x))
+            x = F.relu(layer(x), inplace=True)
         return self.fc_cls(x), self.fc_reg(x)
 
     def losses(self, logits: Tensor, deltas: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
@@ -126,9 +131,9 @@ class BoxHead(nn.Module):
         chosen = self._of_labels(deltas[positive], labels[positive])
         boxes = torch.cat([sample.positive for sample in samples])
         truth = torch.cat([sample.truth for sample in samples])
-        if self.box_loss == "giou":
-            moved = self.coder.decode(boxes, chosen)
-            loss = detection_losses.giou_loss(moved, truth, count)
+        if self.compares_boxes:
+            measure = detection_losses.iou_loss if self.box_loss == "iou" else detection_losses.giou_loss
+            loss = measure(self.coder.decode(boxes, chosen), truth, count)
         elif self.box_loss == "l1":
             loss = detection_losses.l1(chosen, self.coder.encode(boxes, truth), count)
         else:

@@ -162,10 +162,11 @@ class CascadeRCNN(TwoStageDetector):
             small images with small objects need smaller ones.
         box_head: "shared2fc" (two fully connected layers) or "4conv1fc" (four convolutions with batch norms and one).
         class_agnostic: whether one box is predicted for all classes.
-        box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "giou" of the box, with weight 10.
+        box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "iou" or "giou" of the box (weight 10).
         rpn_beta: of the smooth L1 loss of the RPN's boxes; None for L1.
         allowed_border: anchors that leave the image by more pixels are not used in training; None: all are used.
         train_proposals, test_proposals: proposals of an image.
+        train_candidates, test_candidates: anchors of each level from which NMS chooses the proposals.
         box_channels: outputs of the fully connected layers.
         rois_per_image: RoIs of an image and stage that are learned from, a quarter of them objects.
         score_threshold: least score of a detection.
@@ -196,6 +197,8 @@ class CascadeRCNN(TwoStageDetector):
         allowed_border: float | None = 0,
         train_proposals: int = 2000,
         test_proposals: int = 1000,
+        train_candidates: int = 2000,
+        test_candidates: int = 1000,
         box_channels: int = 1024,
         rois_per_image: int = 512,
         score_threshold: float = 0.05,
@@ -215,8 +218,8 @@ class CascadeRCNN(TwoStageDetector):
             anchors=anchors,
             allowed_border=allowed_border,
             smooth_l1_beta=rpn_beta,
-            for_training=ProposalLimits(2000, train_proposals),
-            for_testing=ProposalLimits(1000, test_proposals),
+            for_training=ProposalLimits(train_candidates, train_proposals),
+            for_testing=ProposalLimits(test_candidates, test_proposals),
         )
         heads: dict[str, Any] = {
             "kind": box_head, "class_agnostic": class_agnostic, "box_loss": box_loss, "channels": box_channels,

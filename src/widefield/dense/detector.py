@@ -165,7 +165,7 @@ class Detector(nn.Module):
             maps: of the neck, finest first.
             boxes: (M_i, 4) of each image, in pixels of the images that the model gets.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define box_scores, the scores of given boxes.")
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the maps that the heads get, finest first, from images (N, C, H, W).

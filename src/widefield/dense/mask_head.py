@@ -69,11 +69,27 @@ class FCNMaskHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (R, C, S, S) -> logits (R, num_classes or 1, 2 * S, 2 * S)."""
+        y: Tensor = self.conv_logits(self._enlarged(features))
+        return y
+
+    def probabilities(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the masks of the labels only, (R, 2 * S, 2 * S), in float32 or wider.
+
+        Args:
+            features: (R, C, S, S).
+            labels: int64 (R,).
+        """
+        x = self._enlarged(features)
+        rows = torch.zeros_like(labels) if self.class_agnostic else labels
+        weight, bias = self.conv_logits.weight.flatten(1), self.conv_logits.bias
+        logits = torch.baddbmm(bias[rows, None, None], weight[rows, None], x.flatten(2))  # type: ignore[index]
+        return widened(logits.unflatten(2, x.shape[2:])[:, 0]).sigmoid()
+
+    def _enlarged(self, features: Tensor) -> Tensor:
         x = features
         for conv in self.convs:
             x = conv(x)
-        y: Tensor = self.conv_logits(F.relu(self.upsample(x)))
-        return y
+        return F.relu(self.upsample(x), inplace=True)  # the largest tensor of inference
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the logits of each RoI for its label, (R, 2 * S, 2 * S), in float32 or wider."""

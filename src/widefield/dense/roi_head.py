@@ -116,10 +116,10 @@ class RoIHead(nn.Module):
             proposals: (M_i, 4) of each image.
             sizes: (height, width) of each image.
         """
-        features = roi_features(maps, batched(proposals), self.strides, self.bbox_head.roi_size)
         counts = [len(boxes) for boxes in proposals]
+        said = self.bbox_head(roi_features(maps, batched(proposals), self.strides, self.bbox_head.roi_size))
+        outputs = (x.split(counts) for x in said)
         found = []
-        outputs = (x.split(counts) for x in self.bbox_head(features))
         for boxes, size, logits, deltas in zip(proposals, sizes, *outputs, strict=True):
             found.append(self.selection(self.bbox_head.decode(boxes, deltas, size), probabilities(logits)))
         return with_masks(self.mask_heads, maps, found, self.strides) if self.mask_heads else found
@@ -156,6 +156,6 @@ def with_masks(
     """Return detections with masks, the mean probabilities of the heads."""
     features = roi_features(maps, batched([entry.boxes for entry in found]), strides, heads[0].roi_size)
     labels = torch.cat([entry.labels for entry in found])
-    masks = torch.stack([head.of_labels(head(features), labels).sigmoid() for head in heads]).mean(0)
+    masks = torch.stack([head.probabilities(features, labels) for head in heads]).mean(0)
     parts = masks.split([len(entry.labels) for entry in found])
     return [entry._replace(masks=part) for entry, part in zip(found, parts, strict=True)]

@@ -119,8 +119,12 @@ class RPNHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> RPNOutputs:
         """Maps (N, in_channels, H_i, W_i), finest first -> logits and differences of every level."""
-        hidden = [F.relu(self.rpn_conv(x)) for x in maps]
-        return RPNOutputs([self.rpn_cls(x) for x in hidden], [self.rpn_reg(x) for x in hidden])
+        outputs = RPNOutputs([], [])
+        for x in maps:
+            hidden = F.relu(self.rpn_conv(x), inplace=True)
+            outputs.objectness.append(self.rpn_cls(hidden))
+            outputs.deltas.append(self.rpn_reg(hidden))
+        return outputs
 
     # Training
 

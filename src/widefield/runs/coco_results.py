@@ -50,8 +50,11 @@ def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
     fourth run on. Each is written in groups of five bits, the lowest first, as characters from ``0`` on; the sixth bit
     says that more groups follow (pycocotools, maskApi.c, rleToString).
     """
-    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
-    ends = np.flatnonzero(flat[1:] != flat[:-1])
+    columns = np.flatnonzero(mask.any(0))
+    first, last = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
+    # Only the columns of the object: a photo may have a hundred masks.
+    flat = np.concatenate([[False], mask[:, first:last].ravel(order="F"), [False]])
+    ends = np.flatnonzero(flat[1:] != flat[:-1]) + first * mask.shape[0]
     counts = np.diff(np.concatenate([[0], ends, [mask.size]]))
     # A last run of no length is left out; a mask without a pixel is one run.
     lengths = (counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts).tolist()

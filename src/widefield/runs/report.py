@@ -45,8 +45,8 @@ def write_report(
         runs: folders of runs of ``widefield train``.
         out: the page, ``.html``; a ``.json`` of the same name is written next to it. None: ``report.html`` in the run's
             folder, for a single run only.
-        count: images to analyze, from the run's validation data; routing, and the evaluation of a segmentation run, use
-            four times as many.
+        count: images to analyze, from the run's validation data; routing, and the evaluation of runs of dense tasks,
+            use four times as many.
         device: where to compute.
         title, lead: of the page.
         first: sections to begin with.

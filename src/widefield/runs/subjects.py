@@ -477,10 +477,12 @@ def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
     model = load_trained(folder, which, weights)
     recipe, found = load_recipe(folder), read_run_data(folder)
     reading = {key: value for key, value in recipe.data.args.items() if key in _READING}
+    # A detector knows objects of the size that they have at its test scale, not in small crops.
+    sides = (found.test_scale if recipe.task.name == "detection" else None) or found.crop_size or (_USUAL_SIZE,)
     return Subject(
         recipe.name,
         model,
-        found.size or min(found.crop_size or (_USUAL_SIZE,)),
+        found.size or min(sides),
         found.mean,
         found.std,
         Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),

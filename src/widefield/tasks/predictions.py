@@ -65,7 +65,7 @@ class BoxPrediction:
         """Return the objects of at least this score; all true objects."""
         if self.scores is None:
             return self
-        kept = self.scores >= score
+        kept = slice(int((self.scores >= score).sum()))  # scores are in descending order; a slice copies no mask
         masks = None if self.masks is None else self.masks[kept]
         return replace(self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], masks=masks)
 
