@@ -67,9 +67,7 @@ def models(size: int, backbone: str, *, limits: dict[str, int]) -> dict[str, nn.
         limits: "proposals" and "detections" of an image.
     """
     torch.manual_seed(0)
-    trunk = resnet_fpn_backbone(
-        backbone_name=backbone, weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
-    )
+    trunk = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5)
     theirs = TorchvisionMaskRCNN(
         trunk, CLASSES + 1, min_size=size, max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3,
         rpn_post_nms_top_n_train=limits["proposals"], rpn_post_nms_top_n_test=limits["proposals"],
@@ -123,9 +121,7 @@ def call(name: str, model: nn.Module, x: Tensor, mode: str) -> Callable[[], None
     return step if mode == "step" else infer
 
 
-def rows_of(
-    mode: str, measured: dict[str, bench.Row], memory: dict[str, int], parameters: dict[str, int]
-) -> list[Row]:
+def rows_of(mode: str, measured: dict[str, bench.Row], memory: dict[str, int], parameters: dict[str, int]) -> list[Row]:
     """Return a row for each model and layout."""
     best = min(measured[f"{PEER}, {layout}"].p50 for layout in LAYOUTS)
     rows = []
