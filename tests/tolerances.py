@@ -8,6 +8,10 @@ FLOAT64 = 1e-10
 # The same in float32 (unit roundoff 6e-8), one operator.
 FLOAT32 = 1e-5
 
+# The published 1.2e-7 in the denominators of detection losses, once in each of two processes instead of once, on counts
+# of a hundred and more.
+DENOMINATORS = 1e-8
+
 # bf16 keeps 8 bits: a few rounding errors of inputs, kernels and output.
 BFLOAT16 = 3e-2
 

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dense.networks import TWO_STAGE, cascade_mask_rcnn, cascade_rcnn, faster_rcnn, mask_rcnn, objects
 from tolerances import FLOAT64, close
 from widefield import bench, dense
+from widefield.dense.boxes import BACKGROUND, IGNORED
 
 BOXES = ((4.0, 6.0, 30.0, 40.0), (20.0, 10.0, 60.0, 62.0))
 NAMES = {
@@ -66,6 +67,20 @@ def test_images_without_objects_teach_the_background(build, crowd):
         if "fc_reg" in name or "mask_head" in name or "rpn_reg" in name:
             assert not p.grad.any(), name
     assert any(p.grad.any() for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("build", [mask_rcnn, cascade_rcnn])
+def test_crowd_regions_may_be_left_out(build):
+    torch.manual_seed(0)
+    model = build(crowd_overlap=0.5)
+    target = objects(BOXES[0], (32.0, 0.0, 64.0, 64.0), crowd=torch.tensor([False, True]))
+    second = model.roi_head.assigners if build is cascade_rcnn else [model.roi_head.assigner]
+    boxes = torch.tensor([BOXES[0], (36.0, 4.0, 60.0, 60.0), (0.0, 50.0, 20.0, 64.0)])
+    for assigner in (model.rpn_head.assigner, *second):
+        found = assigner(boxes, target.boxes[:1], target.boxes[1:])
+        assert found.objects.tolist() == [0, IGNORED, BACKGROUND]
+    assert build().rpn_head.assigner(boxes, target.boxes[:1], target.boxes[1:]).objects.tolist()[1] == BACKGROUND
+    assert all(value.isfinite() for value in model(_images(1), [target]).values())
 
 
 @pytest.mark.parametrize("build", [mask_rcnn, cascade_mask_rcnn])

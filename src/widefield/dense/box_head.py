@@ -119,18 +119,18 @@ class BoxHead(nn.Module):
         return self.fc_cls(x), self.fc_reg(x)
 
     def losses(self, logits: Tensor, deltas: Tensor, samples: Sequence[RoISample]) -> dict[str, Tensor]:
-        """Return ``loss_cls`` and ``loss_bbox``, both divided by the number of RoIs.
+        """Return ``loss_cls`` and ``loss_bbox``, both divided by the number of RoIs, the mean over processes.
 
         Args:
             logits, deltas: of all images, in the order of the samples.
             samples: one for each image.
         """
         labels = torch.cat([sample.labels for sample in samples])
-        count = max(len(labels), 1)
         positive = (labels < self.num_classes).nonzero().flatten()
         chosen = self._of_labels(deltas[positive], labels[positive])
         boxes = torch.cat([sample.positive for sample in samples])
         truth = torch.cat([sample.truth for sample in samples])
+        count = detection_losses.mean_over_processes(boxes.new_tensor(max(len(labels), 1)))
         if self.compares_boxes:
             measure = detection_losses.iou_loss if self.box_loss == "iou" else detection_losses.giou_loss
             loss = measure(self.coder.decode(boxes, chosen), truth, count)

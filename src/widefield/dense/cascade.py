@@ -17,7 +17,7 @@ from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead, probabilities
 from widefield.dense.boxes import Assigner, Sampler
-from widefield.dense.detector import BoxScores, Detections, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Size, Targets, size_of
 from widefield.dense.faster_rcnn import POSITIVE_FRACTION, TwoStageDetector, pyramid_of
 from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
@@ -119,7 +119,7 @@ class CascadeRoIHead(nn.Module):
         for sample, target, own, moved in zip(
             samples, targets, logits.split(counts), deltas.split(counts), strict=True
         ):
-            refined = head.refined(sample.boxes, own, moved, target.size, sample.labels)  # type: ignore[arg-type]
+            refined = head.refined(sample.boxes, own, moved, size_of(target), sample.labels)
             boxes.append(refined[~sample.given])
         return boxes
 
@@ -165,6 +165,8 @@ class CascadeRCNN(TwoStageDetector):
         box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "iou" or "giou" of the box (weight 10).
         rpn_beta: of the smooth L1 loss of the RPN's boxes; None for L1.
         allowed_border: anchors that leave the image by more pixels are not used in training; None: all are used.
+        crowd_overlap: anchors and proposals of which more than this part lies within a crowd region are not used in
+            training; None: they are background, as in published models.
         train_proposals, test_proposals: proposals of an image.
         train_candidates, test_candidates: anchors of each level from which NMS chooses the proposals.
         box_channels: outputs of the fully connected layers.
@@ -195,6 +197,7 @@ class CascadeRCNN(TwoStageDetector):
         box_loss: str = "smooth_l1",
         rpn_beta: float | None = 1 / 9,
         allowed_border: float | None = 0,
+        crowd_overlap: float | None = None,
         train_proposals: int = 2000,
         test_proposals: int = 1000,
         train_candidates: int = 2000,
@@ -216,6 +219,7 @@ class CascadeRCNN(TwoStageDetector):
         rpn = RPNHead(
             neck_channels,
             anchors=anchors,
+            assigner=Assigner(crowd=crowd_overlap),
             allowed_border=allowed_border,
             smooth_l1_beta=rpn_beta,
             for_training=ProposalLimits(train_candidates, train_proposals),
@@ -228,7 +232,7 @@ class CascadeRCNN(TwoStageDetector):
             [BoxHead(neck_channels, num_classes, stds=stds, **heads) for _, _, stds in STAGES],
             [FCNMaskHead(neck_channels, num_classes, channels=neck_channels) for _ in STAGES] if masks else [],
             strides=maps.strides,
-            assigners=[Assigner(least, least, least, low_quality=False) for least, _, _ in STAGES],
+            assigners=[Assigner(least, least, least, low_quality=False, crowd=crowd_overlap) for least, _, _ in STAGES],
             weights=[weight for _, weight, _ in STAGES],
             sampler=Sampler(rois_per_image, POSITIVE_FRACTION),
             selection=Selection(score_threshold, nms_threshold, max_per_image),

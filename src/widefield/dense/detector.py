@@ -34,7 +34,8 @@ class Targets(NamedTuple):
         boxes: (M, 4), x1, y1, x2, y2 in pixels of the image that the model gets.
         labels: int64 (M,), from 0 to num_classes - 1.
         masks: bool (M, h, w) at the size of the image; None if the model has no mask head.
-        crowd: bool (M,): regions of many objects. They are neither objects nor background. None: no crowd regions.
+        crowd: bool (M,): regions of many objects. None of them is learned as an object. Whether what is inside counts
+            as background depends on the model; in published ones it does. None: no crowd regions.
         size: (h, w) of the part of the padded image that is the image; None: all of it.
     """
 

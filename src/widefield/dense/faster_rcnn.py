@@ -17,7 +17,7 @@ from widefield.dense.anchors import Anchors
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.box_head import BoxHead
 from widefield.dense.boxes import Assigner, Sampler
-from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Size, Targets, size_of
 from widefield.dense.fpn import FPN
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi_head import RoIHead, Selection
@@ -83,8 +83,7 @@ class TwoStageDetector(Detector):
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses of both stages by name."""
         outputs = self.rpn_head(maps)
-        sizes = [target.size for target in targets if target.size is not None]
-        proposals = self.rpn_head.proposals(outputs, sizes, training=True)
+        proposals = self.rpn_head.proposals(outputs, [size_of(target) for target in targets], training=True)
         second = self.roi_head.losses(maps, [entry.boxes for entry in proposals], targets)
         return {**self.rpn_head.losses(outputs, targets), **second}
 
@@ -118,6 +117,8 @@ class FasterRCNN(TwoStageDetector):
         box_loss: "l1" or "smooth_l1" (beta 1) of the differences to the RoI, or "iou" or "giou" of the box (weight 10).
         rpn_beta: of the smooth L1 loss of the RPN's boxes; None for L1.
         allowed_border: anchors that leave the image by more pixels are not used in training; None: all are used.
+        crowd_overlap: anchors and proposals of which more than this part lies within a crowd region are not used in
+            training; None: they are background, as in published models.
         train_proposals, test_proposals: proposals of an image.
         train_candidates, test_candidates: anchors of each level from which NMS chooses the proposals.
         box_channels: outputs of the fully connected layers.
@@ -151,6 +152,7 @@ class FasterRCNN(TwoStageDetector):
         box_loss: str = "l1",
         rpn_beta: float | None = None,
         allowed_border: float | None = None,
+        crowd_overlap: float | None = None,
         train_proposals: int = 1000,
         test_proposals: int = 1000,
         train_candidates: int = 2000,
@@ -172,6 +174,7 @@ class FasterRCNN(TwoStageDetector):
         rpn = RPNHead(
             neck_channels,
             anchors=anchors,
+            assigner=Assigner(crowd=crowd_overlap),
             allowed_border=allowed_border,
             smooth_l1_beta=rpn_beta,
             for_training=ProposalLimits(train_candidates, train_proposals),
@@ -182,7 +185,7 @@ class FasterRCNN(TwoStageDetector):
             BoxHead(neck_channels, num_classes, kind=box_head, **head),
             FCNMaskHead(neck_channels, num_classes, channels=neck_channels) if self.masks else None,
             strides=maps.strides,
-            assigner=Assigner(0.5, 0.5, 0.5, low_quality=self.low_quality),
+            assigner=Assigner(0.5, 0.5, 0.5, low_quality=self.low_quality, crowd=crowd_overlap),
             sampler=Sampler(rois_per_image, POSITIVE_FRACTION),
             selection=Selection(score_threshold, nms_threshold, max_per_image),
         )

@@ -16,6 +16,7 @@ from torchvision.ops import roi_align
 
 from widefield import _checks
 from widefield.dense.boxes import clip
+from widefield.dense.detection_losses import mean_over_processes
 from widefield.dense.detector import Size, Targets
 from widefield.dense.layers import ConvModule, widened
 from widefield.dense.roi import RoISample, of_labels
@@ -98,6 +99,8 @@ class FCNMaskHead(nn.Module):
     def loss(self, logits: Tensor, samples: Sequence[RoISample], targets: Sequence[Targets]) -> Tensor:
         """Return the mean binary cross-entropy over the masks of the labels; 0 without objects.
 
+        The number of masks is the mean over the processes of distributed training.
+
         Args:
             logits: of the RoIs that stand for objects, in the order of the samples.
             samples, targets: one for each image.
@@ -106,7 +109,7 @@ class FCNMaskHead(nn.Module):
         chosen = self.of_labels(logits, torch.cat([sample.labels[: len(sample.objects)] for sample in samples]))
         wanted = torch.cat([mask_targets(sample, target, self.mask_size) for sample, target in pairs])
         total = F.binary_cross_entropy_with_logits(chosen, wanted.to(chosen), reduction="sum")
-        return total / max(chosen.numel(), 1)
+        return total / mean_over_processes(chosen.new_tensor(chosen.numel())).clamp(min=1)
 
 
 @torch.no_grad()
