@@ -5,6 +5,7 @@ import timm
 
 from widefield import cli, dense
 from widefield.models.comparison import CITED
+from widefield.models.comparison_detection import CITED_DETECTORS, METHODS
 from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
 
 
@@ -55,7 +56,42 @@ def test_counts_that_are_not_stated_get_no_mark(capsys, monkeypatch):
             assert "│      - /" in line
 
 
-@pytest.mark.parametrize(("kind", "words"), [("imagenet", "the slides' table"), ("segmentation", "segmentation model")])
+def test_every_detector_can_be_named():
+    assert {row.name for row in CITED_DETECTORS} <= set(timm.list_models())
+    assert {row.method for row in CITED_DETECTORS} == set(METHODS)
+    assert all(issubclass(getattr(dense, method.kind), dense.Detector) for method in METHODS.values())
+    rows = [(row.architecture, row.method, row.schedule) for row in CITED_DETECTORS]
+    assert len(rows) == len(set(rows))
+
+
+def test_detectors_are_counted_as_their_authors_count(capsys, monkeypatch):
+    """With 1000 RoIs in each box head and 100 in each mask head, at 1280x800."""
+    monkeypatch.setenv("COLUMNS", "170")
+    assert cli.main(["models", "--compare", "detection", "convnext_tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    one, three = (line for line in lines if "ConvNeXt-T" in line)
+    assert "Mask R-CNN" in one
+    assert "48 / 48.1 " in one
+    assert "262 / 261.9 " in one
+    assert "46.2 / 41.7" in one
+    assert "Cascade Mask R-CNN" in three
+    assert "86 / 85.93 " in three
+    assert "741 / 740.2 " in three
+    assert "*" not in one + three
+
+
+def test_a_one_stage_detector_is_counted_without_rois(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "170")
+    assert cli.main(["models", "--compare", "detection", "moganet_xtiny"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "RetinaNet" in line)
+    assert "12.1 / 12.11 " in line
+    assert "167.2 / 166.7 " in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("imagenet", "the slides' table"), ("segmentation", "segmentation model"), ("detection", "no detector")],
+)
 def test_a_name_that_is_not_in_a_table_is_an_error(kind, words, capsys):
     assert cli.main(["models", "--compare", kind, "resnet152"]) == 1
     message = capsys.readouterr().err

@@ -36,6 +36,16 @@ def layer_wise(name: str, num_layers: int) -> int:
     return num_layers + 1
 
 
+def pair_wise(name: str, num_layers: int) -> int:
+    """HorNet's code, get_num_layer_layer_wise, which is for twelve layers."""
+    words = name.split(".")
+    if words[1] == "downsample_layers":
+        return (0, 2, 3, 12)[int(words[2])]
+    if words[1] == "stages":
+        return (1, 2, min(3 + int(words[3]) // 2, 11), 12)[int(words[2])]
+    return num_layers + 1
+
+
 def stage_wise(name: str, num_layers: int) -> int:
     """ConvNeXt's segmentation code, get_num_layer_stage_wise, whose argument is num_layers + 2."""
     words = name.split(".")
@@ -66,6 +76,8 @@ def block_wise(name: str, num_layers: int, depths: tuple[int, ...] = (4, 4, 18, 
         ("convnext_base", "stage_wise", stage_wise, 12),
         ("unireplknet_t", "layer_wise", layer_wise, 12),
         ("hornet_tiny_7x7", "stage_wise", stage_wise, 6),
+        ("hornet_tiny_7x7", "pair_wise", pair_wise, 12),
+        ("convnext_base", "pair_wise", pair_wise, 12),
         ("internimage_t", "block_wise", block_wise, 30),
     ],
 )

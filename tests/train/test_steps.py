@@ -309,6 +309,21 @@ def test_a_warm_up_in_steps_within_epochs() -> None:
     assert found == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_constant_warm_up_keeps_its_factor() -> None:
+    """As in mmdetection's FCOS: a third of the rate for 500 steps, and the milestones where they were."""
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), 0.1)
+    args = {"decay_milestones": [2], "decay_rate": 0.1}
+    spec = ScheduleSpec("multistep", warmup_steps=4, warmup_ratio=1 / 3, warmup_shape="constant", args=args)
+    schedule, steps = create_schedule(optimizer, spec, 3, 5)
+    assert schedule is not None
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 3)
+    found = []
+    for step in range(steps):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([0.1 / 3] * 4 + [0.1] * 6 + [0.01] * 5)
+
+
 # Recipes
 
 
@@ -343,6 +358,8 @@ def test_lengths_that_do_not_fit(recipe: Recipe, changes: dict[str, Any], messag
             r"warmup_lr and schedule.warmup_ratio cannot both",
         ),
         ({"warmup_ratio": 0.1}, r"schedule.warmup_ratio needs a warm-up"),
+        ({"warmup_steps": 5, "warmup_shape": "constant"}, r"schedule.warmup_shape: constant needs warmup_ratio"),
+        ({"warmup_shape": "constat"}, r"schedule.warmup_shape must be one of.*Did you mean 'constant'"),
         (
             {"warmup_steps": 5, "warmup_ratio": 0.1, "args": {"warmup_prefix": True}},
             r"schedule.args.warmup_prefix has no effect with warmup_ratio",

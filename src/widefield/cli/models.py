@@ -10,8 +10,7 @@ from typing import Any
 
 SUMMARY = "list models with parameters and MACs"
 
-
-COMPARISONS = ("imagenet", "segmentation")
+COMPARISONS = ("imagenet", "segmentation", "detection")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=COMPARISONS[0],
         choices=COMPARISONS,
-        help="published counts next to measured ones: of networks on ImageNet (the default), or of segmentation models",
+        help="published counts next to measured ones: of networks on ImageNet (the default), segmentation models, or "
+        "detectors",
     )
     parser.add_argument("pattern", nargs="?", help="glob over all names of timm; default: the models of widefield")
 
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     if args.compare == "segmentation":
         _compare_segmentation(args.pattern)
+    elif args.compare == "detection":
+        _compare_detection(args.pattern)
     elif args.compare:
         _compare_imagenet(args.pattern)
     else:
@@ -182,6 +184,34 @@ def _compare_segmentation(pattern: str | None) -> None:
             row.source,
             row.name,
         )
+    Console().print(table)
+
+
+def _compare_detection(pattern: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from widefield import dense
+    from widefield.dense.detector_cost import FixedRoIs
+    from widefield.models.comparison_detection import CITED_DETECTORS, CLASSES, METHODS, SIZE
+
+    rows = [row for row in CITED_DETECTORS if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
+    if not rows:
+        raise ValueError(f"no detector of the tables has a backbone {pattern!r} in timm's registry.")
+    table = Table(
+        caption=f"{_CAPTION} MACs are of an image of {SIZE[1]}x{SIZE[0]} pixels, 1000 RoIs in each box head and 100 in "
+        f"each mask head. AP: boxes / masks.",
+        caption_justify="left",
+    )
+    for column in ("architecture", "method", "schedule", "parameters (M)", "MACs (G)", "AP", "source", "backbone"):
+        table.add_column(column, justify="right" if column in ("parameters (M)", "MACs (G)", "AP") else "left")
+    for row in rows:
+        method = METHODS[row.method]
+        model = _on_meta(partial(getattr(dense, method.kind), row.name, CLASSES, **method.args, **row.args))
+        model.backbone = _merged(model.backbone, row.name)
+        cost = _measured(FixedRoIs(model), (3, *SIZE))
+        counts = _both(row.parameters, cost.parameters / 1e6), _both(row.macs, cost.macs / 1e9)
+        table.add_row(row.architecture, row.method, row.schedule, *counts, row.ap, row.source, row.name)
     Console().print(table)
 
 

@@ -60,6 +60,7 @@ def layer_numbers(model: nn.Module, spec: LayerDecaySpec) -> tuple[dict[str, int
 
     - ``layer_wise``: stage 0 is 1, stage 1 is 2, block b of stage 2 is 3 + b // 3, stage 3 is L. Downsampling layers
       count as the first block of the stage that they lead to.
+    - ``pair_wise``, HorNet's: as ``layer_wise``, but block b of stage 2 is 3 + b // 2, and at most L - 1.
     - ``stage_wise``: stage s is s + 1; all downsampling layers are 0.
     - ``block_wise``: block b of stage s is 1 + b + the number of blocks before the stage. Layers after the blocks of a
       stage count as the next block; those of the last stage as its first.
@@ -102,6 +103,8 @@ def _number(place: _Place | None, rule: str, depths: list[int], last: int) -> in
         return 0 if place.leads else stage + 1
     if rule == "layer_wise":
         return last - 1 if stage == 3 else stage + 1 + (block or 0) // 3 * (stage == 2)
+    if rule == "pair_wise":
+        return last - 1 if stage == 3 else min(stage + 1 + (block or 0) // 2 * (stage == 2), max(last - 2, 3))
     if block is not None or not place.inside:
         return 1 + sum(depths[:stage]) + (block or 0)
     return 1 + sum(depths[: min(stage + 1, len(depths) - 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
     """Build the model of a recipe: the network, converted if the recipe says so, and adapted by the task.
 
     Args:
-        recipe: ``model`` and ``conversion`` are used.
+        recipe: ``model``, ``conversion`` and ``more_conversions`` are used.
         task: decides arguments of the network (``Task.model_args``) and makes the model of it (``Task.model``).
         classes: names of the outputs. If the model starts from a run with other classes, its head starts afresh.
 
@@ -29,11 +30,12 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
         ValueError: unknown model; an argument that the task decides, or that the model refuses; nothing to convert.
         TypeError: an argument that the model or the conversion does not have.
     """
-    spec, conversion = recipe.model, recipe.conversion
+    spec = recipe.model
+    conversions = [*([recipe.conversion] if recipe.conversion else []), *recipe.more_conversions]
     fresh = dataclasses.replace(spec, pretrained=isinstance(spec.pretrained, bool) and spec.pretrained)
     assembly = Assembly(
         build=lambda given: create_model(fresh, {**task.model_args, **given}),
-        convert=lambda network: _converted(network, conversion) if conversion else network,
+        convert=lambda network: functools.reduce(_converted, conversions, network),
         adapt=task.model,
         classes=task.model_args.get(HEAD),
     )

@@ -269,7 +269,7 @@ def create_schedule(
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"schedule: {spec.name!r} refuses its args {spec.args}: {error}.") from error
     if spec.warmup_ratio is not None:
-        schedule = ScaledWarmup(schedule, optimizer, warmup, spec.warmup_ratio)
+        schedule = ScaledWarmup(schedule, optimizer, warmup, spec.warmup_ratio, spec.warmup_shape)
     return schedule, int(steps) // unit * unit
 
 
@@ -284,17 +284,22 @@ class ScaledWarmup:
         optimizer: its optimizer.
         steps: w, the length of the warm-up.
         ratio: factor of the first step.
+        shape: "linear", see above; "constant" keeps the factor of the first step until step w.
     """
 
-    def __init__(self, schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int, ratio: float) -> None:
+    def __init__(
+        self, schedule: Schedule, optimizer: torch.optim.Optimizer, steps: int, ratio: float, shape: str = "linear"
+    ) -> None:
         self._schedule, self._optimizer, self._steps, self._ratio = schedule, optimizer, steps, ratio
+        self._rises = shape == "linear"
         self.step_update(0)
 
     def step_update(self, num_updates: int) -> None:
         """Set the rate for the step after ``num_updates`` steps."""
         self._schedule.step_update(num_updates)
         if num_updates < self._steps:
-            factor = 1 - (1 - num_updates / self._steps) * (1 - self._ratio)
+            done = num_updates / self._steps if self._rises else 0.0
+            factor = 1 - (1 - done) * (1 - self._ratio)
             for group in self._optimizer.param_groups:
                 group["lr"] *= factor
 

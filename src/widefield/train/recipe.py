@@ -24,7 +24,8 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb")
 NONFINITE = ("stop", "skip")
-LAYER_RULES = ("layer_wise", "stage_wise", "block_wise")
+LAYER_RULES = ("layer_wise", "pair_wise", "stage_wise", "block_wise")
+WARMUPS = ("linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class ScheduleSpec:
     """``timm.scheduler.create_scheduler_v2``, stepped at every update.
 
     With ``warmup_ratio`` the warm-up multiplies the schedule, as in OpenMMLab's mmcv: at step t of w the rate is the
-    schedule's times 1 - (1 - t / w)(1 - warmup_ratio). Without it the rate rises from ``warmup_lr`` to the peak.
+    schedule's times 1 - (1 - t / w)(1 - warmup_ratio), or times warmup_ratio if ``warmup_shape`` is constant. Without
+    it the rate rises from ``warmup_lr`` to the peak.
     """
 
     name: Annotated[str, f"one of {', '.join(SCHEDULES)}"] = "cosine"
@@ -196,9 +198,15 @@ class ScheduleSpec:
         "learning rate at the start of the warm-up relative to the schedule's, which the warm-up multiplies, as in "
         "OpenMMLab; null: warmup_lr",
     ] = None
+    warmup_shape: Annotated[
+        str, f"how the factor of warmup_ratio goes on, one of {', '.join(WARMUPS)}: up to 1, or unchanged"
+    ] = "linear"
 
     def __post_init__(self) -> None:
         _checks.choice("schedule.name", self.name, SCHEDULES)
+        _checks.choice("schedule.warmup_shape", self.warmup_shape, WARMUPS)
+        if self.warmup_shape == "constant" and self.warmup_ratio is None:
+            raise ValueError("schedule.warmup_shape: constant needs warmup_ratio, the factor of the learning rate.")
         _checks.integer("schedule.warmup_epochs", self.warmup_epochs, minimum=0)
         if self.warmup_steps is not None:
             _checks.integer("schedule.warmup_steps", self.warmup_steps, minimum=0)
@@ -282,6 +290,9 @@ class Recipe:
     output: Annotated[str, "folder that holds the runs"] = "runs"
     seed: Annotated[int, "seed of the weights, the order of the data, mixing and dropping"] = 0
     conversion: Annotated[ConversionSpec | None, "layers of the model to replace; null: none"] = None
+    more_conversions: Annotated[
+        list[ConversionSpec], "further layers to replace after conversion, such as those of other stages; in this order"
+    ] = field(default_factory=list)
     task: Annotated[TaskSpec, "the task"] = field(default_factory=TaskSpec)
     optimizer: Annotated[OptimizerSpec, "the optimizer"] = field(default_factory=OptimizerSpec)
     schedule: Annotated[ScheduleSpec, "the learning rate over time"] = field(default_factory=ScheduleSpec)
@@ -325,6 +336,8 @@ class Recipe:
         for name in ("batch_size", "accumulate", "repeats", "log_every"):
             _checks.integer(name, getattr(self, name))
         _set(self, freeze=_plain("freeze", self.freeze))
+        if self.more_conversions and self.conversion is None:
+            raise ValueError("more_conversions follow conversion, which is null: set conversion to the first of them.")
         _checks.choice("nonfinite", self.nonfinite, NONFINITE)
         for tracker in self.trackers:
             _checks.choice("every entry of trackers", tracker, TRACKERS)
