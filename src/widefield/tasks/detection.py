@@ -40,9 +40,8 @@ class Detection(Task):
     ``box_ap_medium``, ``box_ap_large`` (above 96^2), and with a model that gives masks ``mask_ap``, ... They are
     measured at the size of each file. All other results are in :class:`DetectionScores`.
 
-    With several processes, the losses of FCOS are divided by counts that are averaged over the processes, so that two
-    processes give the results of one. Those of the other models are divided by the counts of their own process, as
-    published: their mean differs a little from the loss of the whole batch, and samplers draw other random numbers.
+    With several processes, losses are divided by counts that are averaged over the processes, so that the gradients of
+    two are those of one with all images. The samplers of anchors and RoIs draw other random numbers in each.
 
     Batches hold ``image`` float32 (N, C, H, W), padded by zeros on the right and at the bottom to a multiple of 32;
     ``image_size`` int64 (N, 2), the (height, width) of each image without its padding; ``size`` int64 (N, 2), that of
