@@ -34,6 +34,7 @@ _SLACK = 1.0  # pixels that a box may pass the border by, as boxes do that count
 _MOST_PIXELS = 2**31
 _READERS = 8  # threads that open image files; they wait for the disk
 _FARTHEST = 1e8  # pixels of a polygon's corner from the origin
+_EMPTY = "has a mask without a pixel in its image"
 _LEAST_POLYGON = 6  # coordinates
 
 
@@ -203,25 +204,30 @@ class IndexBuilder:
         if isinstance(outline, dict):
             try:
                 lengths = runs(outline, height, width)
-                if any(lengths[1::2]):
-                    return RUNS, [lengths]
-                self.flaws.report(entry(), "has a mask without a pixel", "objects with an empty mask")
-                return NONE, []
             except ValueError as error:
                 self.flaws.report(entry(), f"has a mask that is damaged: {error}", "objects with damaged run lengths")
                 return NONE, []
+            if any(lengths[1::2]):
+                return RUNS, [lengths]
+            self.flaws.report(entry(), _EMPTY, "objects with an empty mask")
+            return NONE, []
         if not isinstance(outline, list) or not outline:
             what = f"has no mask: its segmentation is {brief(outline)}"
             self.flaws.report(entry(), f"{what}. Set masks: false for boxes only", "objects without a mask")
             return NONE, []
         parts: list[Part] = []
+        empty = True
         for number, polygon in enumerate(outline):
             part = compact(polygon)
-            wrong = _misplaced(part, height, width) if isinstance(part, array) else _wrong_polygon(polygon)
-            if wrong is None:
+            if isinstance(part, array):
                 parts.append(part)
+                empty = empty and _is_empty(part, height, width)
             else:
+                wrong = _wrong_polygon(polygon)
                 self.flaws.report(entry(), f"has a polygon (number {number}) {wrong}", "damaged polygons")
+        if parts and empty:
+            self.flaws.report(entry(), _EMPTY, "objects with an empty mask")
+            return NONE, []
         return POLYGONS, parts
 
     def build(self) -> ObjectIndex:
@@ -285,15 +291,13 @@ def _wrong_polygon(polygon: Any) -> str | None:
     return None
 
 
-def _misplaced(corners: array[int], height: int, width: int) -> str | None:
-    """Return why a polygon, in fifths of a pixel, can have no pixel in an image, or None."""
-    for axis, side in ((0, width), (1, height)):
-        low, high = min(corners[axis::2]), max(corners[axis::2])
-        if low == high:
-            return f"without area: all points have {'xy'[axis]} = {low / 5:g}"
-        if high <= 0 or low >= 5 * side:
-            return f"outside the image of {width} x {height} pixels: {'xy'[axis]} from {low / 5:g} to {high / 5:g}"
-    return None
+def _is_empty(corners: array[int], height: int, width: int) -> bool:
+    """Return whether a polygon, in fifths of a pixel, has no pixel in an image: it is outside, or lines only."""
+    x, y = corners[0::2], corners[1::2]
+    if max(x) <= 0 or max(y) <= 0 or min(x) >= 5 * width or min(y) >= 5 * height:
+        return True
+    triangles = range(2, len(x))  # those of a fan from the first point
+    return all((x[i] - x[0]) * (y[i - 1] - y[0]) == (y[i] - y[0]) * (x[i - 1] - x[0]) for i in triangles)
 
 
 def is_size(height: Any, width: Any) -> bool:
