@@ -180,3 +180,17 @@ def test_mistakes_are_one_line(
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.strip().count("\n") == 0
+
+
+@pytest.mark.slow
+def test_a_file_of_a_run_finds_what_the_run_finds(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(trained), "--count", "4", "--batch-size", "2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "of the run's own data" in printed
+    assert "box AP" in printed
+    stored = json.loads((tmp_path / "objects.onnx.json").read_text())
+    assert stored["detection"]["nms"] == "inside"
+    assert stored["input"]["dynamic"] == ["batch", "size"]
+    assert stored["classes"] == list(load(str(trained)).class_names)

@@ -42,12 +42,13 @@ def write_objects(folder: Path) -> None:
             "harbor/images/val",
             "--data.args.size 64 --task.args.head_args.channels 16",
         ),
-        (
+        pytest.param(
             "detection.md",
             write_objects,
             "harbor/images",
             "--epochs null --data.args.scale [96,96] --data.args.hflip 0 --schedule.args.decay_milestones [2,3] "
             "--task.args.head_args.neck_channels 16 --task.args.head_args.box_channels 16",
+            marks=pytest.mark.slow,  # the export compares files at several sizes
         ),
     ],
     ids=["segmentation", "detection"],

@@ -310,6 +310,11 @@ def test_names_decide_what_is_decayed_as_in_swins_settings(name: str, words: tup
     assert any(key.endswith(".bias") for key in set(groups) - free)
 
 
+def test_cocos_two_boxes_without_height_do_not_stop_recipes() -> None:
+    for name in NAMES:
+        assert shipped(name).data.args["repair"] is True
+
+
 def test_resnets_train_as_in_mmdetection() -> None:
     recipe = shipped("faster_rcnn_resnet50_1x_coco")
     model, groups = groups_of(recipe)

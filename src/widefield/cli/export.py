@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from widefield.cli import _subjects
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    Batches = list[tuple[Tensor, ...]]
+    from widefield.runs import Subject
+
+    Batches = list[Any]
 
 SUMMARY = "from a trained model to a file that serves it: specialized, reparameterized, trimmed, verified"
 
@@ -36,7 +38,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--dynamic", nargs="*", choices=("batch", "size"),
-        help="sizes that may change (batch; of segmentation models batch and size)",
+        help="sizes that may change (batch; of segmentation models and detectors batch and size)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nms", choices=("inside", "outside"), default="inside",
+        help="detectors: where the last non-maximum suppression is; outside, the file gives its candidates (inside)",
     )  # fmt: skip
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (that of torch's exporter)")
     parser.add_argument(
@@ -73,17 +79,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
     found = _subjects.subject(args.models[0], args)
     if args.dynamic is None:
-        args.dynamic = ["batch", "size"] if found.work == "segmentation" else ["batch"]
+        args.dynamic = ["batch"] if found.work == "classification" else ["batch", "size"]
     # Photographs suffice to verify a file. Calibration and trimming need images from the data set.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
-    pictures = _subjects.pictures(args, found, stand_in=not reads)
-    images = _subjects.labeled_batches(found.view(pictures, batch_size=args.batch_size))
+    images = _own_objects(found, args, stand_in=not reads) or _pictures(found, args, stand_in=not reads)
     shown, held_out = images[::2], images[1::2] or images
-    example = images[0][0]
+    example = _pixels(images[0])
     with torch.no_grad(), running(found.model, example):  # reports an unsupported size as a one-line error
         found.model(example[:1])
     if "batch" not in args.dynamic:
-        held_out = [batch for batch in held_out if len(batch[0]) == len(example)] or [images[0]]
+        held_out = [batch for batch in held_out if len(_pixels(batch)) == len(example)] or [images[0]]
     model = _prepared(found.model, shown, args)
     info = deploy.ModelInfo(found.classes or None, tuple(found.mean), tuple(found.std), (found.size, found.size))
     stem = found.name.partition("{")[0].replace(":", "_").replace("/", "_")
@@ -94,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         example,
         routing=args.routing if args.routing in deploy.ROUTING else "branches",
         dynamic=args.dynamic,
+        nms=args.nms,
         loader=held_out,
         opset=args.opset,
         throughput=args.throughput,
@@ -103,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(done.rows())
     if done.throughput:
         print_table([speed.row() for speed in done.throughput])
-    print(f"The file against {found.name} as it came: {compare(found.model, deploy.load(path), held_out)}.")
+    if done.detection is None or args.nms == "inside":  # candidates are not comparable with detections
+        print(f"The file against {found.name} as it came: {compare(found.model, deploy.load(path), held_out)}.")
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
@@ -123,15 +130,52 @@ def _prepared(model: nn.Module, shown: Batches, args: argparse.Namespace) -> nn.
     if args.routing in ("mean", "auto"):
         model = specialize(model, shown, policy=args.routing, tolerance=args.tolerance, report=_say)
     try:
-        model = reparameterize(model, shown[0][0][:2], report=_say)
+        model = reparameterize(model, _pixels(shown[0])[:2], report=_say)
     except NothingToFuseError:
         print(f"{type(model).__name__} has nothing to reparameterize.")
     if args.trim:
-        size = None if "size" in args.dynamic else tuple(shown[0][0].shape[-2:])
+        size = None if "size" in args.dynamic else tuple(_pixels(shown[0]).shape[-2:])
         model = trim(model, args.tolerance, loader=shown, limit=args.limit, example_input=size, report=_say)
     elif args.limit is not None:
         model = trim(model, 0.0, loader=shown, limit=args.limit, report=_say)
     return model
+
+
+def _pixels(batch: Any) -> Tensor:
+    images: Tensor = batch["image"] if isinstance(batch, dict) else batch[0]
+    return images
+
+
+def _pictures(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
+    """Return pictures in batches, with labels or masks where these are known."""
+    shown = _subjects.pictures(args, found, stand_in=stand_in)
+    return list(_subjects.labeled_batches(found.view(shown, batch_size=args.batch_size)))
+
+
+def _own_objects(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
+    """Return a detection run's own validation images in batches, with their objects; [] for all else.
+
+    Args:
+        found: the model.
+        args: arguments of the command line.
+        stand_in: whether missing data are no error, since pictures take their place.
+    """
+    from widefield.runs import MissingDataError
+    from widefield.runs.inputs import Selection
+
+    if found.work != "detection" or args.images is not None or found.recipe is None:
+        return []
+    try:
+        whole = found.own_data()
+    except MissingDataError:
+        if stand_in:
+            return []
+        raise
+    chosen, task = Selection(whole, args.count, args.seed), found.task(whole)
+    samples = [sample for index in range(len(chosen)) if (sample := chosen[index]) is not None]
+    print(f"{len(samples)} images of the run's own data")
+    step = args.batch_size
+    return [task.collate(samples[start : start + step]) for start in range(0, len(samples), step)]
 
 
 def _say(report: object) -> None:

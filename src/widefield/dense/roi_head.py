@@ -14,6 +14,9 @@ from widefield.dense.detector import BoxScores, Detections, Targets
 from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
 
+MASKS_AT_ONCE = 32
+"""Masks that are computed together on a CPU: features of all detections would be the largest tensors of inference."""
+
 
 class RoIHead(nn.Module):
     """A box head and perhaps a mask head on the RoIs of a pyramid (Fast R-CNN, Mask R-CNN).
@@ -124,8 +127,12 @@ def with_masks(
     heads: Sequence[FCNMaskHead], maps: Sequence[Tensor], found: Sequence[Detections], strides: Sequence[int]
 ) -> list[Detections]:
     """Return detections with masks, the mean probabilities of the heads."""
-    features = roi_features(maps, batched([entry.boxes for entry in found]), strides, heads[0].roi_size)
-    labels = torch.cat([entry.labels for entry in found])
-    masks = torch.stack([head.probabilities(features, labels) for head in heads]).mean(0)
+    rois, labels = batched([entry.boxes for entry in found]), torch.cat([entry.labels for entry in found])
+    step = MASKS_AT_ONCE if rois.device.type == "cpu" else max(1, len(rois))
+    done = []
+    for some, own in zip(rois.split(step), labels.split(step), strict=True):
+        features = roi_features(maps, some, strides, heads[0].roi_size)
+        done.append(torch.stack([head.probabilities(features, own) for head in heads]).mean(0))
+    masks = torch.cat(done)
     parts = masks.split([len(entry.labels) for entry in found])
     return [entry._replace(masks=part) for entry, part in zip(found, parts, strict=True)]

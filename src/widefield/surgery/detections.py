@@ -287,10 +287,18 @@ def targets_in(batch: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the objects of each image in a batch of lists, or None if it has no boxes.
 
     Args:
-        batch: with ``boxes`` and ``labels``, a list each with an entry per image, and perhaps ``crowd``.
+        batch: with ``boxes`` and ``labels``, a list each with an entry per image, and perhaps ``crowd``. If it has
+            ``size``, the (height, width) of each file, and ``image_size``, that of each image without its padding, then
+            boxes are in pixels of the file. They are scaled to those of the images, as models find them.
     """
     names = [name for name in TARGETS if batch.get(name) is not None]
     if not {"boxes", "labels"} <= set(names):
         return None
     columns: Iterable[tuple[Any, ...]] = zip(*(batch[name] for name in names), strict=True)
-    return [dict(zip(names, values, strict=True)) for values in columns]
+    found = [dict(zip(names, values, strict=True)) for values in columns]
+    if batch.get("size") is not None and batch.get("image_size") is not None:
+        for target, file, image in zip(found, batch["size"], batch["image_size"], strict=True):
+            height, width = (float(new) / float(old) for new, old in zip(image, file, strict=True))
+            boxes = torch.as_tensor(target["boxes"])
+            target["boxes"] = boxes * boxes.new_tensor([width, height, width, height])
+    return found

@@ -40,6 +40,9 @@ class Detection(Task):
     ``box_ap_medium``, ``box_ap_large`` (above 96^2), and with a model that gives masks ``mask_ap``, ... They are
     measured at the size of each file. All other results are in :class:`DetectionScores`.
 
+    With several processes, losses are divided by counts that are averaged over the processes, so that the gradients of
+    two are those of one with all images. The samplers of anchors and RoIs draw other random numbers in each.
+
     Batches hold ``image`` float32 (N, C, H, W), padded by zeros on the right and at the bottom to a multiple of 32;
     ``image_size`` int64 (N, 2), the (height, width) of each image without its padding; ``size`` int64 (N, 2), that of
     its file; and lists of N tensors: ``boxes``, ``labels``, ``crowd``, ``area``, and ``masks`` if the model gives
