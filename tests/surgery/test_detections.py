@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tolerances import FLOAT32, FLOAT64
-from widefield.surgery.average_precision import AveragePrecision, overlaps
+from widefield._coco.precision import AveragePrecision
 from widefield.surgery.compare import NothingToCompareError, Tally, compare, difference
 from widefield.surgery.detections import sensitive
 from widefield.surgery.inputs import batches
@@ -209,11 +209,11 @@ def test_images_of_several_sizes_come_as_lists_with_their_targets():
         assert [target[0]["labels"].tolist() for _, target in found] == [[1], []]
 
 
-def test_equal_boxes_without_area_overlap_and_crowds_count_the_box_alone():
-    a = torch.tensor([[1.0, 1, 1, 1], [0, 0, 4, 4], [0, 0, 2, 2]])
-    assert overlaps(a, a).diagonal().tolist() == [1, 1, 1]
-    assert overlaps(a[2:], a[1:2], torch.tensor([True])).item() == 1
-    assert overlaps(a[2:], a[1:2]).item() == 0.25
+def test_boxes_without_area_have_partners():
+    found = made(3)
+    flat = changed(found, 1, boxes=torch.tensor([5.0, 5, 5, 9]))
+    assert difference([flat], [flat]).agreement == 1.0
+    assert difference([flat], [changed(flat, 1, boxes=torch.tensor([5.0, 6, 5, 9]))]).agreement == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize("seed", range(6))

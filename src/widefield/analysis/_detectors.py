@@ -61,7 +61,7 @@ class DetectionScore:
         return f"box ({', '.join(f'{side:g}' for side in self.box)})"
 
 
-class BoxScores(NamedTuple):
+class AskedBoxes(NamedTuple):
     """What a detector says about one box in each of N images."""
 
     values: Tensor
@@ -88,7 +88,7 @@ def check_detector(model: nn.Module, what: str) -> None:
         )
 
 
-def box_scores(model: nn.Module, images: Tensor, target: DetectionScore) -> BoxScores:
+def box_scores(model: nn.Module, images: Tensor, target: DetectionScore) -> AskedBoxes:
     """Return the scores of one box in each image (N, C, H, W), from one forward pass.
 
     Raises ValueError for other models than detectors, a box outside of the images, or an unknown class.
@@ -115,7 +115,7 @@ def box_scores(model: nn.Module, images: Tensor, target: DetectionScore) -> BoxS
     largest = scores.logits.argmax(1)
     labels = torch.stack([largest[i] if k is None else torch.full_like(largest[i], k) for i, k in enumerate(known)])
     nothing = torch.tensor([box is None for box, _ in chosen], device=images.device)
-    return BoxScores(
+    return AskedBoxes(
         scores.logits.masked_fill(nothing[:, None], 0),
         scores.probabilities.detach().float().masked_fill(nothing[:, None], 0),
         labels.masked_fill(nothing, -1),

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from widefield import report
+from widefield._coco.matching import box_overlaps
 from widefield._pixels import IGNORED
 from widefield.runs.annotating import Color, Marks, annotated
 from widefield.tasks import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
-from widefield.tasks.coco_matching import box_overlaps
 from widefield.tasks.detection_errors import CLASSIFICATION, ERRORS, ImageErrors, classify
 
 if TYPE_CHECKING:

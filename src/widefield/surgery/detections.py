@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from widefield.surgery.average_precision import AveragePrecision, overlaps
+from widefield._coco.precision import AveragePrecision, overlaps
 
 OVERLAP = 0.9
 PIXELS = 0.1

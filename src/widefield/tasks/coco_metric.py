@@ -19,9 +19,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from widefield import _checks, dense
+from widefield._coco import matching
+from widefield._coco.curves import Tally
 from widefield.dense.detector import Detections
-from widefield.tasks import coco_matching as matching
-from widefield.tasks.coco_curves import Tally
 from widefield.tasks.detection_errors import classify, confused
 from widefield.tasks.detection_scores import DetectionScores
 

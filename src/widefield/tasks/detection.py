@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 
 from widefield import _checks, dense
 from widefield.data import Sample
+from widefield.dense.anchors import DIVISOR
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
@@ -28,8 +29,6 @@ MODELS = {
 }
 """Name of a model in recipes -> its class in ``widefield.dense``."""
 _LISTS = ("boxes", "labels", "crowd", "area")
-_DIVISOR = 32
-"""Batches are padded to a multiple of it, as in OpenMMLab's code."""
 
 
 class Detection(Task):
@@ -125,7 +124,7 @@ class Detection(Task):
             )
         images = [sample["image"] for sample in samples]
         sizes = torch.tensor([image.shape[1:] for image in images])
-        height, width = (-(-int(side) // _DIVISOR) * _DIVISOR for side in sizes.amax(0))
+        height, width = (-(-int(side) // DIVISOR) * DIVISOR for side in sizes.amax(0))
         padded = [F.pad(one, (0, width - one.shape[2], 0, height - one.shape[1])) for one in images]
         lists = {name: [sample[name] for sample in samples] for name in (*_LISTS, *(("masks",) if self.masks else ()))}
         files = torch.stack([sample["size"] for sample in samples])

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from widefield._coco.curves import Bools, Floats, Ints, Tally, mean, ordered, precisions
 from widefield.report import Report
-from widefield.tasks.coco_curves import Bools, Floats, Ints, Tally, mean, ordered, precisions
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
 """Intersection over union from which a detection finds an object, and up to which it has nothing to do with it."""
@@ -54,7 +54,7 @@ def classify(overlaps: Floats, labels: Ints, object_labels: Ints, crowd: Bools, 
     """Return the error of each detection of an image.
 
     Args:
-        overlaps: (D, M) of the detections, best first; see `widefield.tasks.coco_matching`.
+        overlaps: (D, M) of the detections, best first; see `widefield._coco.matching`.
         labels, object_labels: (D,) and (M,).
         crowd: (M,). Detections in a crowd region of their class are ignored.
         limit: number of detections that are used; the others are ignored.

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from widefield._coco.curves import Floats, Ints, Tally, mean
+from widefield._coco.matching import AREAS
 from widefield.report import Report
-from widefield.tasks.coco_curves import Floats, Ints, Tally, mean
-from widefield.tasks.coco_matching import AREAS
 from widefield.tasks.detection_errors import CONFUSION_SCORE, DetectionErrors, mistakes
 
 AVERAGE_PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")

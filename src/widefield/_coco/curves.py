@@ -24,7 +24,7 @@ class Tally:
         labels: (D,).
         scores: (D,).
         ranks: (D,), the place of each detection among those of its class in its image, by score, from 0.
-        right, counted: (D, T, A), see `widefield.tasks.coco_matching.Matches`.
+        right, counted: (D, T, A), see `widefield._coco.matching.Matches`.
         objects: (K, A), the number of objects that count.
         errors: uint8 (D,), see `widefield.tasks.detection_errors.ImageErrors`.
         targets: (D,), likewise.
