@@ -161,7 +161,8 @@ def _around(heatmaps: Tensor, pixels: Tensor, reach: int) -> Tensor:
     columns = (pixels[..., 0, None] + steps).clamp(0, width - 1)
     rows = (pixels[..., 1, None] + steps).clamp(0, height - 1)
     places = rows[..., :, None] * width + columns[..., None, :]
-    return heatmaps.flatten(2).gather(2, places.flatten(2)).unflatten(2, places.shape[2:])
+    values: Tensor = heatmaps.flatten(2).gather(2, places.flatten(2)).unflatten(2, places.shape[2:])
+    return values
 
 
 def _within(pixels: Tensor, heatmaps: Tensor, margin: int) -> Tensor:
