@@ -1,5 +1,6 @@
 """convert, specialize, reparameterize, trim, export and quantize on whole detectors."""
 
+import copy
 import json
 
 import pytest
@@ -96,6 +97,21 @@ def test_a_detector_that_finds_nothing_is_verified_on_its_best_boxes():
     widefield.reparameterize(model, noise(1, 3, 64, 64), report=reports.append)
     assert reports[0].difference.detections > 100
     assert model.score_threshold == 0.999
+
+
+@pytest.mark.parametrize("build", [faster_rcnn, mask_rcnn, cascade_rcnn, retinanet, fcos])
+def test_detectors_that_find_nothing_are_compared_on_their_best_boxes(build):
+    model, images = made(build, score_threshold=0.999), noise(1, 3, 64, 64)
+    other = copy.deepcopy(model)
+    same = compare(model, other, images)
+    assert same.detections > 20
+    assert same.agreement == 1.0
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith(("fc_cls.weight", "retina_cls.weight", "conv_cls.weight")):
+                parameter.copy_(parameter.roll(1, 0))
+    assert compare(model, other, [images]).agreement < 0.9
+    assert model.score_threshold == other.score_threshold == 0.999
 
 
 def test_archives_of_pytorch_hold_no_suppression(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dense import detectors
 from dense.networks import Maps
 from tolerances import FLOAT64, close
 from widefield import dense
@@ -207,6 +208,43 @@ def test_names_are_the_published_ones():
     assert some <= keys
     assert "bbox_head.cls_convs.0.conv.bias" not in keys
     assert "bbox_head.cls_convs.0.conv.bias" in fcos(conv_bias=True).state_dict()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("build", detectors.ONE_STAGE)
+def test_group_norm_of_one_value_is_its_bias(build, training):
+    norm = {"norm": "group"} if build is detectors.retinanet else {}
+    model = build(neck_channels=32, norm_eval=True, **norm).train(training)
+    image = torch.randn(1, 3, 32, 32)  # the coarsest map has one pixel
+    if training:
+        losses = model(image, [dense.Targets(torch.tensor([[2.0, 3, 20, 30]]), torch.tensor([1]))])
+        sum(losses.values()).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    else:
+        assert torch.isfinite(model(image)[0].scores).all()
+    layer = dense.ConvModule(3, 32, 3, padding=1, norm="group").double()
+    close(layer.gn(torch.randn(1, 32, 1, 1).double()), layer.gn.bias[None, :, None, None], FLOAT64)
+    x = torch.randn(2, 32, 4, 5).double()
+    assert torch.equal(layer.gn(x), torch.nn.functional.group_norm(x, 32, layer.gn.weight, layer.gn.bias))
+
+
+@pytest.mark.parametrize("build", detectors.ONE_STAGE)
+def test_three_maps_are_refused(build):
+    with pytest.raises(ValueError, match=r"needs four maps .* got 3 with strides \(8, 16, 32\)"):
+        build(out_indices=(2, 3, 4))
+
+
+def test_targets_do_not_depend_on_the_blocks_of_points(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    corner = 60 * torch.rand(40, 2, generator=g)
+    boxes, labels = torch.cat((corner, corner + 1 + 90 * torch.rand(40, 2, generator=g)), 1), torch.arange(40) % 3
+    built, maps = dense.FCOSHead(64, 3), [torch.zeros(1, 1, 160 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
+    whole = built.targets(maps, boxes, labels)
+    assert (whole.labels < 3).sum() > 20
+    monkeypatch.setattr("widefield.dense.fcos._BLOCK", 280)  # seven points
+    blocks = built.targets(maps, boxes, labels)
+    assert torch.equal(blocks.labels, whole.labels)
+    assert torch.equal(blocks.distances, whole.distances)
 
 
 def test_evaluation_gives_detections():

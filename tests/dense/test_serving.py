@@ -61,6 +61,14 @@ def test_scores_of_fcos_may_be_below_the_threshold_and_are_compared(where):
 
 
 @torch.no_grad()
+def test_images_below_the_largest_stride_are_padded(model):
+    images = noise(2, 3, 17, 40)
+    found, graph = model(images), dense.ServedDetector(model)
+    assert sum(len(one.scores) for one in found) > 2
+    assert difference(found, graph.detections(graph(images)), model).agreement == 1.0
+
+
+@torch.no_grad()
 def test_shapes_do_not_depend_on_the_images_and_the_rest_is_zero():
     model = trained(mask_rcnn(max_per_image=40))
     outputs = dense.ServedDetector(model)(noise(2, 3, 64, 64))

@@ -125,6 +125,19 @@ def test_detections(build):
     assert torch.equal(scaled[1].scores, found[1].scores)
 
 
+def test_hooks_see_what_layers_return():
+    torch.manual_seed(0)
+    model, seen, masks = _lowered(mask_rcnn()).eval(), [], []
+    with torch.no_grad():
+        plain = model(_images(1))[0]
+        model.rpn_head.rpn_conv.register_forward_hook(lambda *call: seen.append(call[2]))
+        model.roi_head.mask_head.conv_logits.register_forward_hook(lambda *call: masks.append(call[2]))
+        found = model(_images(1))[0]
+    assert min(x.min() for x in seen) < 0
+    assert [x.shape[1:] for x in masks] == [(3, 28, 28)]
+    close(found.masks, plain.masks, 1e-5)
+
+
 @pytest.mark.parametrize("build", TWO_STAGE)
 def test_nothing_may_be_found(build):
     model = build().eval()

@@ -192,7 +192,7 @@ class Detector(nn.Module):
 
         Images with a side below the backbone's largest stride are padded to it.
         """
-        maps = self.backbone(_enlarged(images, max(self.backbone.strides)))
+        maps = self.backbone(enlarged(images, max(self.backbone.strides)))
         found: list[Tensor] = self.neck(maps)
         return found
 
@@ -270,6 +270,15 @@ class Detector(nn.Module):
         return self
 
 
+def check_four(maps: FeatureMaps, detector: str) -> None:
+    """Raise ValueError unless a backbone gives four maps, from which the pyramids of one-stage detectors are built."""
+    if len(maps.strides) != 4:
+        raise ValueError(
+            f"{detector} needs four maps of the backbone, as those of strides 4 to 32; got {len(maps.strides)} with "
+            f"strides {tuple(maps.strides)}. Choose four with out_indices: the finest ones may remain unread."
+        )
+
+
 # Frozen parts
 
 
@@ -310,11 +319,11 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"there are no pixels in images of shape {tuple(images.shape)}; give at least one image.")
 
 
-def _enlarged(images: Tensor, side: int) -> Tensor:
+def enlarged(images: Tensor, side: int) -> Tensor:
     """Pad images on the right and at the bottom to at least this side."""
-    if torch.compiler.is_exporting():  # a branch on the size would bind the graph to it
-        return images
     height, width = images.shape[2:]
+    if any(isinstance(length, torch.SymInt) for length in images.shape):  # a branch would bind a graph for any size
+        return images
     if height >= side and width >= side:
         return images
     return F.pad(images, (0, max(0, side - width), 0, max(0, side - height)))

@@ -22,7 +22,7 @@ from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.boxes import Size, area, best_scores, from_distances
 from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
 from widefield.dense.detection_rules import DetectionRules
-from widefield.dense.detector import BoxScores, Detections, Detector, Targets
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets, check_four
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -37,6 +37,8 @@ DISTANCES = ("exp", "relu")
 
 PRIOR = 0.01
 """Score of every class at the start (Lin et al. 2017, "Focal Loss", section 4.1)."""
+
+_BLOCK = 2**18  # pairs of points and objects whose distances are computed at once
 
 LEAST_CENTERNESS = 1e-6
 """The sum of the centerness that the box loss is divided by is at least this."""
@@ -203,7 +205,15 @@ class FCOSHead(nn.Module):
     def _level_targets(
         self, grid: Tensor, stride: int, low: float, high: float, boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        place = grid.to(boxes)[:, None]
+        step = max(1, _BLOCK // len(boxes))
+        found = [self._block_targets(part, stride, low, high, boxes, labels) for part in grid.to(boxes).split(step)]
+        own, distances = zip(*found, strict=True)
+        return torch.cat(own), torch.cat(distances)
+
+    def _block_targets(
+        self, block: Tensor, stride: int, low: float, high: float, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        place = block[:, None]
         distances = torch.cat((place - boxes[:, :2], boxes[:, 2:] - place), -1)  # (points, objects, 4)
         inside = distances.amin(-1) > 0
         if self.center_radius is not None:
@@ -365,6 +375,7 @@ class FCOS(Detector):
         normed = tuple(range(first, 4))
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=normed, **backbone_args)
         levels = len(ranges) + 1
+        check_four(maps, "FCOS")
         neck = FPN(
             maps.channels, neck_channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
         )

@@ -17,6 +17,22 @@ GROUPS = 32
 """Groups of a group norm (Wu and He 2018)."""
 
 
+class GroupNorm(nn.GroupNorm):
+    """``torch.nn.GroupNorm`` for maps of any size.
+
+    PyTorch's refuses groups of one value, as those of 32 channels on a map of one pixel. Here they become the bias.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def observed(module: nn.Module) -> bool:
+    """Return whether hooks read what a module gets or returns: it must run, and nothing may change its output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class ConvModule(nn.Module):
     """A convolution, a norm and a ReLU, under OpenMMLab's names: ``conv``, and ``bn`` or ``gn``.
 
@@ -61,7 +77,7 @@ class ConvModule(nn.Module):
         if norm == "batch":
             self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         elif norm == "group":
-            self.gn = nn.GroupNorm(GROUPS, out_channels, device=device, dtype=dtype)
+            self.gn = GroupNorm(GROUPS, out_channels, device=device, dtype=dtype)
         self._norm = {"batch": "bn", "group": "gn"}.get(norm or "")
         self.activate = nn.ReLU(inplace=True) if activation else None
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")

@@ -18,7 +18,7 @@ from widefield import _checks
 from widefield.dense.boxes import Size, clip
 from widefield.dense.detection_losses import mean_over_processes
 from widefield.dense.detector import Targets
-from widefield.dense.layers import ConvModule, widened
+from widefield.dense.layers import ConvModule, observed, widened
 from widefield.dense.roi import RoISample, of_labels
 
 _PIXELS_AT_ONCE = 2**24
@@ -80,6 +80,8 @@ class FCNMaskHead(nn.Module):
             features: (R, C, S, S).
             labels: int64 (R,).
         """
+        if type(self.conv_logits) is not nn.Conv2d or observed(self.conv_logits):  # it may compute something else
+            return self.of_labels(self(features), labels).sigmoid()
         x = self._enlarged(features)
         rows = torch.zeros_like(labels) if self.class_agnostic else labels
         weight, bias = self.conv_logits.weight.flatten(1), self.conv_logits.bias
@@ -90,7 +92,7 @@ class FCNMaskHead(nn.Module):
         x = features
         for conv in self.convs:
             x = conv(x)
-        return F.relu(self.upsample(x), inplace=True)  # the largest tensor of inference
+        return F.relu(self.upsample(x), inplace=not observed(self.upsample))  # the largest tensor of inference
 
     def of_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the logits of each RoI for its label, (R, 2 * S, 2 * S), in float32 or wider."""

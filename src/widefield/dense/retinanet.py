@@ -21,7 +21,7 @@ from widefield.dense.backbone import Backboned, StageNorms, feature_maps
 from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, Size, best_scores, pairwise_iou
 from widefield.dense.detection_losses import EPS, differences, focal, mean_over_processes, sums_by_level
 from widefield.dense.detection_rules import DetectionRules
-from widefield.dense.detector import BoxScores, Detections, Detector, Targets, size_of
+from widefield.dense.detector import BoxScores, Detections, Detector, Targets, check_four, size_of
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
 
@@ -258,6 +258,7 @@ class RetinaNet(Detector):
         maps = feature_maps(
             backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
         )
+        check_four(maps, "RetinaNet")
         neck = FPN(
             maps.channels, neck_channels, num_outs=5, start_level=1, extra=extra, relu_before_extra=relu_before_extra
         )

@@ -19,7 +19,7 @@ from widefield.dense.anchors import Anchors, by_anchor
 from widefield.dense.boxes import Assigner, BoxCoder, Sample, Sampler, Size, clip, nms_by_label
 from widefield.dense.detection_losses import EPS, differences, mean_over_processes, sums_by_level
 from widefield.dense.detector import Targets, size_of
-from widefield.dense.layers import widened
+from widefield.dense.layers import observed, widened
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class RPNHead(nn.Module):
         """Maps (N, in_channels, H_i, W_i), finest first -> logits and differences of every level."""
         outputs = RPNOutputs([], [])
         for x in maps:
-            hidden = F.relu(self.rpn_conv(x), inplace=True)
+            hidden = F.relu(self.rpn_conv(x), inplace=not observed(self.rpn_conv))
             outputs.objectness.append(self.rpn_cls(hidden))
             outputs.deltas.append(self.rpn_reg(hidden))
         return outputs

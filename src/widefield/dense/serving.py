@@ -17,11 +17,12 @@ from torchvision.ops import roi_align
 
 from widefield import _checks
 from widefield.dense.anchors import points
+from widefield.dense.backbone import FeatureMaps
 from widefield.dense.box_head import BoxHead, probabilities
 from widefield.dense.boxes import Size, clip, from_distances, nms_by_label
 from widefield.dense.cascade import CascadeRoIHead
 from widefield.dense.detection_rules import DetectionRules
-from widefield.dense.detector import Detections, Detector
+from widefield.dense.detector import Detections, Detector, enlarged
 from widefield.dense.fcos import FCOSHead
 from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
@@ -64,8 +65,9 @@ def _(boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: floa
 class ServedDetector(nn.Module):
     """A detector whose outputs have fixed shapes; parts and weights are those of the model.
 
-    The whole batch counts as image: boxes are in its pixels, and clipped to its size. R is the number of candidates of
-    an image, D the most detections, K the number of classes.
+    The whole batch counts as image: boxes are in its pixels, and clipped to its size. In graphs for any size, images
+    with a side below the backbone's largest stride, usually 32, must be padded to it; models do that themselves. R is
+    the number of candidates of an image, D the most detections, K the number of classes.
 
     - ``nms="inside"``: ``boxes`` (N, D, 4), ``scores`` (N, D), falling and then 0, ``labels`` int64 (N, D), ``count``
       int64 (N,), and ``masks`` (N, D, S, S) from models that have them.
@@ -82,7 +84,7 @@ class ServedDetector(nn.Module):
         ValueError: an unknown ``nms``; "outside" with masks, which are computed for the final boxes.
     """
 
-    backbone: nn.Module
+    backbone: FeatureMaps
     neck: nn.Module
     rpn_head: RPNHead
     roi_head: RoIHead | CascadeRoIHead
@@ -110,7 +112,7 @@ class ServedDetector(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the outputs above for images (N, C, H, W)."""
         size = images.shape[2], images.shape[3]
-        maps = self.neck(self.backbone(images))
+        maps = self.neck(self.backbone(enlarged(images, max(self.backbone.strides))))
         if "roi_head" in self._modules:
             boxes, scores = self._of_rois(maps, size)
         else:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.report import Report
 from widefield.surgery.answers import aligned_corners, described, place_of_meant, tensors, wrapping
-from widefield.surgery.detections import DetectionCounts, detections, threshold_of
+from widefield.surgery.detections import DetectionCounts, can_be_lowered, detections, lowered, threshold_of
 from widefield.surgery.inputs import batches
 from widefield.surgery.predictions import ImageCounts, PixelCounts, Shares, counts_for
 
 _NO_NUMBERS = (
     "there is nothing to compare: the outputs hold no numbers, as those of a detector without detections. Choose other "
-    "images."
+    "images, or set the score threshold of the detectors to 0."
 )
 
 COMPLETE = 0.95
@@ -218,6 +218,11 @@ class Tally:
         if self._predict and self._counts is not None and place is not None:
             self._counts.add(ours[place], theirs[place], labels)
 
+    @property
+    def without_detections(self) -> bool:
+        """Whether the outputs are detections of which there is none."""
+        return self._found is not None and not self._found.seen
+
     def difference(self) -> Difference:
         """Return the difference over all batches; raises NothingToCompareError if the outputs held no number."""
         if self._found is not None:
@@ -257,7 +262,8 @@ def _of_sets(images: int, found: DetectionCounts) -> Difference:
 def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Difference:
     """Run two models on the same images and return how far their outputs are apart.
 
-    Both models run in their current mode, without gradients.
+    Both models run in their current mode, without gradients. Detectors that find nothing in any image run again with
+    score thresholds of 0, so that their best boxes are compared.
 
     Args:
         first: the reference.
@@ -270,6 +276,14 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         ValueError: a loader without images; outputs of different shapes; a first output that is not finite; a
             :class:`NothingToCompareError` for outputs without a number.
     """
+    tally = _tally(first, second, images)
+    if tally.without_detections and can_be_lowered(first) and can_be_lowered(second):
+        with lowered(first, second):  # type: ignore[arg-type]
+            tally = _tally(first, second, images)
+    return tally.difference()
+
+
+def _tally(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Tally:
     tally = Tally(first)
     with torch.no_grad():
         if isinstance(images, Tensor):
@@ -277,7 +291,7 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         else:
             for batch, labels in batches(images, first):
                 tally.add(first(batch), second(batch), labels, images=len(batch))
-    return tally.difference()
+    return tally
 
 
 def difference(first: Any, second: Any, model: nn.Module | None = None) -> Difference:

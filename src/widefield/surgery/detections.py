@@ -92,10 +92,22 @@ def sensitive(model: nn.Module, images: Tensor) -> Iterator[None]:
         model: in evaluation mode.
         images: that the model runs on.
     """
-    found = _thresholds(model)
-    if not found or not _finds_nothing(model, images):
+    if _thresholds(model) and _finds_nothing(model, images):
+        with lowered(model):
+            yield
+    else:
         yield
-        return
+
+
+def can_be_lowered(model: object) -> bool:
+    """Return whether a model is a detector whose score threshold can be set."""
+    return isinstance(model, nn.Module) and bool(_thresholds(model))
+
+
+@contextmanager
+def lowered(*models: nn.Module) -> Iterator[None]:
+    """Set the score thresholds of detectors to 0 in the block."""
+    found = [entry for model in models for entry in _thresholds(model)]
     try:
         for module, name, _ in found:
             setattr(module, name, 0.0)
