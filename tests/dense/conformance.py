@@ -22,6 +22,7 @@ from dense import (
     box_checks,
     detection_checks,
     one_stage_checks,
+    pose_checks,
     roi_checks,
     segmentation_checks,
     two_stage_checks,
@@ -34,6 +35,7 @@ CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
     **box_checks.CHECKS,
     **detection_checks.CHECKS,
     **one_stage_checks.CHECKS,
+    **pose_checks.CHECKS,
     **roi_checks.CHECKS,
     **two_stage_checks.CHECKS,
 }
@@ -45,7 +47,7 @@ def kind(document: Mapping[str, Any]) -> str | None:
     config = document.get("config")
     names = [
         document.get("neck"),
-        document.get("head"),
+        str(document.get("head", "")).split(" ")[0],
         config.get("type") if isinstance(config, Mapping) else None,
         str(document.get("model", "")).split("_")[0],
         "bbox_heads" if "bbox_coder" in str(document.get("cases")) else None,

@@ -20,6 +20,8 @@ from widefield.dense.faster_rcnn import FasterRCNN, MaskRCNN
 from widefield.dense.fcn import FCNHead
 from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
+from widefield.dense.heatmap import HeatmapHead, HeatmapPose
+from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, flipped_heatmaps
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.mask_head import FCNMaskHead, paste_masks
@@ -38,6 +40,7 @@ __all__ = [
     "CheckpointInfo",
     "ConvModule",
     "DecodeHead",
+    "DecodedKeypoints",
     "DeepLabV3Plus",
     "DepthwiseSeparableASPPHead",
     "DepthwiseSeparableConvModule",
@@ -50,6 +53,9 @@ __all__ = [
     "FPNHead",
     "FasterRCNN",
     "FeatureMaps",
+    "HeatmapCodec",
+    "HeatmapHead",
+    "HeatmapPose",
     "LoadedCheckpoint",
     "MaskRCNN",
     "RetinaHead",
@@ -63,6 +69,7 @@ __all__ = [
     "UPerNet",
     "check_views",
     "feature_maps",
+    "flipped_heatmaps",
     "inspect_checkpoint",
     "largest_at",
     "load_checkpoint",
