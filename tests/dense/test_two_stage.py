@@ -73,7 +73,7 @@ def test_crowd_regions_may_be_left_out(build):
     torch.manual_seed(0)
     model = build(crowd_overlap=0.5)
     target = objects(BOXES[0], (32.0, 0.0, 64.0, 64.0), crowd=torch.tensor([False, True]))
-    second = model.roi_head.assigners if build is cascade_rcnn else [model.roi_head.assigner]
+    second = model.roi_head.assigners if build is cascade_rcnn else [model.roi_head.assigners[0]]
     boxes = torch.tensor([BOXES[0], (36.0, 4.0, 60.0, 60.0), (0.0, 50.0, 20.0, 64.0)])
     for assigner in (model.rpn_head.assigner, *second):
         found = assigner(boxes, target.boxes[:1], target.boxes[1:])
@@ -219,8 +219,8 @@ def test_training_is_random_by_the_seed_alone(build):
 
 def test_published_settings():
     faster, mask, cascade = faster_rcnn(), mask_rcnn(), cascade_rcnn()
-    assert not faster.roi_head.assigner.low_quality
-    assert mask.roi_head.assigner.low_quality
+    assert not faster.roi_head.assigners[0].low_quality
+    assert mask.roi_head.assigners[0].low_quality
     assert [head.coder.stds[0] for head in cascade.roi_head.bbox_head] == [0.1, 0.05, 0.033]
     assert [assigner.positive for assigner in cascade.roi_head.assigners] == [0.5, 0.6, 0.7]
     assert faster.rpn_head.allowed_border is None

@@ -18,7 +18,6 @@ from dense.segmentation_checks import REMARKS, built_fpn, built_trunk, fill_thro
 from widefield import dense
 from widefield.dense._trunk_keys import trunk_names
 from widefield.dense.boxes import BoxCoder, Sampler
-from widefield.dense.cascade import CascadeRoIHead
 from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import Detections, Targets
 from widefield.dense.faster_rcnn import TwoStageDetector
@@ -107,7 +106,7 @@ def _listed(entry: Any) -> list[Any]:
     return list(entry) if isinstance(entry, list) else [entry]
 
 
-def _built_roi_head(document: Document, differences: Differences) -> tuple[RoIHead | CascadeRoIHead, DetectionRules]:
+def _built_roi_head(document: Document, differences: Differences) -> tuple[RoIHead, DetectionRules]:
     config = Settings("roi_head_cfg", document["roi_head_cfg"], differences)
     kind = config.left["type"]
     config.expect("type", "StandardRoIHead", "CascadeRoIHead")
@@ -137,8 +136,8 @@ def _built_roi_head(document: Document, differences: Differences) -> tuple[RoIHe
     weights = config.take("stage_loss_weights", [1] * stages)
     config.done()
     if kind == "StandardRoIHead":
-        return RoIHead(boxes[0], masks[0] if masks else None, assigner=assigners[0], **common), rules
-    return CascadeRoIHead(boxes, masks, assigners=assigners, weights=weights, **common), rules
+        return RoIHead(boxes[0], masks[0] if masks else None, assigners=assigners, **common), rules
+    return RoIHead(boxes, masks, assigners=assigners, weights=weights, **common), rules
 
 
 def backbone_options(document: Document, differences: Differences) -> dict[str, Any]:

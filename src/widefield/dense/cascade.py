@@ -10,21 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
-from widefield.dense.box_head import BoxHead, probabilities
-from widefield.dense.boxes import Assigner, Sampler, Size
+from widefield.dense.box_head import BoxHead
+from widefield.dense.boxes import Assigner, Sampler
 from widefield.dense.detection_rules import DetectionRules
-from widefield.dense.detector import BoxScores, Detections, Targets, size_of
-from widefield.dense.faster_rcnn import POSITIVE_FRACTION, TwoStageDetector, pyramid_of
-from widefield.dense.layers import widened
+from widefield.dense.faster_rcnn import POSITIVE_FRACTION, TwoStageDetector, first_stage
 from widefield.dense.mask_head import FCNMaskHead
-from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
-from widefield.dense.roi_head import mask_loss, roi_scores, with_masks
-from widefield.dense.rpn import ProposalLimits, RPNHead
+from widefield.dense.roi_head import RoIHead
+from widefield.dense.rpn import ProposalLimits
 
 STAGES = (
     (0.5, 1.0, (0.1, 0.1, 0.2, 0.2)),
@@ -32,122 +26,6 @@ STAGES = (
     (0.7, 0.25, (0.033, 0.033, 0.067, 0.067)),
 )
 """Least IoU of an object's proposals, weight of the losses, and scale of the differences, stage by stage."""
-
-
-class CascadeRoIHead(nn.Module):
-    """Box heads in a row, and perhaps as many mask heads.
-
-    At test, the logits of all stages are averaged, and the boxes are those of the last one; the probabilities of masks
-    are averaged.
-
-    Args:
-        bbox_head: the box heads.
-        mask_head: the mask heads; empty for none.
-        strides: of the pyramid's levels that give features, finest first.
-        assigners: of each stage.
-        weights: of each stage's losses.
-        sampler: how many RoIs of an image are learned from.
-    """
-
-    def __init__(
-        self,
-        bbox_head: Sequence[BoxHead],
-        mask_head: Sequence[FCNMaskHead],
-        *,
-        strides: Sequence[int],
-        assigners: Sequence[Assigner],
-        weights: Sequence[float],
-        sampler: Sampler,
-    ) -> None:
-        super().__init__()
-        self.bbox_head = nn.ModuleList(bbox_head)
-        if mask_head:
-            self.mask_head = nn.ModuleList(mask_head)
-        self.strides = tuple(strides)
-        self.assigners, self.weights = tuple(assigners), tuple(weights)
-        self.sampler = sampler
-
-    @property
-    def box_heads(self) -> list[BoxHead]:
-        """Return the box heads, first stage first."""
-        return list(self.bbox_head)  # type: ignore[arg-type]
-
-    @property
-    def mask_heads(self) -> list[FCNMaskHead]:
-        """Return the mask heads, first stage first; empty without masks."""
-        return list(self._modules.get("mask_head") or [])  # type: ignore[arg-type]
-
-    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
-        """Return the scores of given boxes, (M_i, 4) of each image, as RoIs of all stages; the logits are averaged."""
-        return roi_scores(self.box_heads, maps, boxes, self.strides)
-
-    def losses(
-        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
-    ) -> dict[str, Tensor]:
-        """Return the losses of every stage, named ``s0.loss_cls`` and so on, with their weights.
-
-        Args:
-            maps: of the neck, finest first.
-            proposals: (M_i, 4) of each image.
-            targets: of each image.
-        """
-        losses: dict[str, Tensor] = {}
-        boxes = list(proposals)
-        for stage, (head, assigner) in enumerate(zip(self.box_heads, self.assigners, strict=True)):
-            samples = [
-                sampled_rois(entry, target, assigner, self.sampler, head.num_classes)
-                for entry, target in zip(boxes, targets, strict=True)
-            ]
-            rois = batched([sample.boxes for sample in samples])
-            logits, deltas = head(roi_features(maps, rois, self.strides, head.roi_size))
-            found = head.losses(logits, deltas, samples)
-            for mask_head in self.mask_heads[stage : stage + 1]:
-                found["loss_mask"] = mask_loss(mask_head, maps, samples, targets, self.strides)
-            losses |= {f"s{stage}.{name}": self.weights[stage] * value for name, value in found.items()}
-            if stage + 1 < len(self.bbox_head):
-                boxes = self._next(head, logits, deltas, samples, targets)
-        return losses
-
-    @staticmethod
-    def _next(
-        head: BoxHead, logits: Tensor, deltas: Tensor, samples: Sequence[RoISample], targets: Sequence[Targets]
-    ) -> list[Tensor]:
-        """Return the boxes that the next stage learns from, without those that were objects themselves."""
-        counts = [len(sample.boxes) for sample in samples]
-        boxes = []
-        for sample, target, own, moved in zip(
-            samples, targets, logits.split(counts), deltas.split(counts), strict=True
-        ):
-            refined = head.refined(sample.boxes, own, moved, size_of(target), sample.labels)
-            boxes.append(refined[~sample.given])
-        return boxes
-
-    def detect(
-        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], rules: DetectionRules
-    ) -> list[Detections]:
-        """Return the detections of each image.
-
-        Args:
-            maps: of the neck, finest first.
-            proposals: (M_i, 4) of each image.
-            sizes: (height, width) of each image.
-            rules: which boxes become detections.
-        """
-        boxes, counts = list(proposals), [len(entry) for entry in proposals]
-        said: list[Tensor] = []
-        for stage, head in enumerate(self.box_heads):
-            logits, deltas = head(roi_features(maps, batched(boxes), self.strides, head.roi_size))
-            said.append(widened(logits))
-            outputs = list(zip(boxes, logits.split(counts), deltas.split(counts), sizes, strict=True))
-            if stage + 1 < len(self.bbox_head):
-                boxes = [head.refined(*entry) for entry in outputs]
-        scores = probabilities(torch.stack(said).mean(0)).split(counts)
-        kept = [
-            rules.of_rois(head.decode(entry, moved, size), own)
-            for (entry, _, moved, size), own in zip(outputs, scores, strict=True)
-        ]
-        found = [Detections(entry.boxes, entry.scores, entry.labels) for entry in kept]
-        return with_masks(self.mask_heads, maps, found, self.strides) if self.mask_heads else found
 
 
 class CascadeRCNN(TwoStageDetector):
@@ -218,20 +96,14 @@ class CascadeRCNN(TwoStageDetector):
     ) -> None:
         num_classes = _checks.integer("num_classes", num_classes)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
-        neck, anchors = pyramid_of(maps, neck_channels, anchor_scales)
-        rpn = RPNHead(
-            neck_channels,
-            anchors=anchors,
-            assigner=Assigner(crowd=crowd_overlap),
-            allowed_border=allowed_border,
-            smooth_l1_beta=rpn_beta,
-            for_training=ProposalLimits(train_candidates, train_proposals),
-            for_testing=ProposalLimits(test_candidates, test_proposals),
-        )
+        neck, rpn = first_stage(
+            maps, neck_channels, anchor_scales, crowd_overlap, allowed_border, rpn_beta,
+            ProposalLimits(train_candidates, train_proposals), ProposalLimits(test_candidates, test_proposals),
+        )  # fmt: skip
         heads: dict[str, Any] = {
             "kind": box_head, "class_agnostic": class_agnostic, "box_loss": box_loss, "channels": box_channels,
         }  # fmt: skip
-        roi = CascadeRoIHead(
+        roi = RoIHead(
             [BoxHead(neck_channels, num_classes, stds=stds, **heads) for _, _, stds in STAGES],
             [FCNMaskHead(neck_channels, num_classes, channels=neck_channels) for _ in STAGES] if masks else [],
             strides=maps.strides,

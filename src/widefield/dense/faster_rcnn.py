@@ -8,7 +8,7 @@ of OpenMMLab's code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,31 +28,6 @@ POSITIVE_FRACTION = 0.25
 """Largest part of the sampled RoIs that stand for objects (Girshick 2015, section 2.3)."""
 
 
-class SecondStage(Protocol):
-    """Heads on proposals: see :class:`widefield.dense.roi_head.RoIHead`."""
-
-    @property
-    def box_heads(self) -> list[BoxHead]:
-        """Return the box heads, first stage first."""
-
-    @property
-    def mask_heads(self) -> list[FCNMaskHead]:
-        """Return the mask heads, first stage first; empty without masks."""
-
-    def losses(
-        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], targets: Sequence[Targets]
-    ) -> dict[str, Tensor]:
-        """Return the losses by name."""
-
-    def detect(
-        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Size], rules: DetectionRules
-    ) -> list[Detections]:
-        """Return the detections of each image."""
-
-    def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
-        """Return the scores of given boxes."""
-
-
 class TwoStageDetector(Detector):
     """A detector with an RPN and a second stage on its proposals.
 
@@ -65,10 +40,10 @@ class TwoStageDetector(Detector):
     """
 
     rpn_head: RPNHead
-    roi_head: SecondStage
+    roi_head: RoIHead
 
     def __init__(
-        self, backbone: FeatureMaps, neck: nn.Module, rpn_head: RPNHead, roi_head: nn.Module, **options: Any
+        self, backbone: FeatureMaps, neck: nn.Module, rpn_head: RPNHead, roi_head: RoIHead, **options: Any
     ) -> None:
         super().__init__(backbone, neck, {"rpn_head": rpn_head, "roi_head": roi_head}, **options)
 
@@ -89,10 +64,37 @@ class TwoStageDetector(Detector):
         return self.roi_head.box_scores(maps, boxes)
 
 
-def pyramid_of(maps: FeatureMaps, channels: int, scales: Sequence[float]) -> tuple[FPN, Anchors]:
-    """Return the neck of two-stage detectors and its anchors: one level more than maps, at twice the last stride."""
+def first_stage(
+    maps: FeatureMaps,
+    channels: int,
+    scales: Sequence[float],
+    crowd: float | None,
+    border: float | None,
+    beta: float | None,
+    training: ProposalLimits,
+    testing: ProposalLimits,
+) -> tuple[FPN, RPNHead]:
+    """Return neck and RPN of two-stage detectors: one level more than maps, at twice the last stride.
+
+    Args:
+        maps: of the backbone.
+        channels: of the pyramid and of the RPN.
+        scales: sides of anchors in strides.
+        crowd, border, beta: see ``crowd_overlap``, ``allowed_border`` and ``rpn_beta`` of :class:`FasterRCNN`.
+        training, testing: how many proposals.
+    """
     neck = FPN(maps.channels, channels, num_outs=len(maps.channels) + 1)
-    return neck, Anchors(strides=(*maps.strides, 2 * maps.strides[-1]), scales=tuple(scales))
+    anchors = Anchors(strides=(*maps.strides, 2 * maps.strides[-1]), scales=tuple(scales))
+    rpn = RPNHead(
+        channels,
+        anchors=anchors,
+        assigner=Assigner(crowd=crowd),
+        allowed_border=border,
+        smooth_l1_beta=beta,
+        for_training=training,
+        for_testing=testing,
+    )
+    return neck, rpn
 
 
 class FasterRCNN(TwoStageDetector):
@@ -162,22 +164,16 @@ class FasterRCNN(TwoStageDetector):
     ) -> None:
         num_classes = _checks.integer("num_classes", num_classes)
         maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
-        neck, anchors = pyramid_of(maps, neck_channels, anchor_scales)
-        rpn = RPNHead(
-            neck_channels,
-            anchors=anchors,
-            assigner=Assigner(crowd=crowd_overlap),
-            allowed_border=allowed_border,
-            smooth_l1_beta=rpn_beta,
-            for_training=ProposalLimits(train_candidates, train_proposals),
-            for_testing=ProposalLimits(test_candidates, test_proposals),
-        )
+        neck, rpn = first_stage(
+            maps, neck_channels, anchor_scales, crowd_overlap, allowed_border, rpn_beta,
+            ProposalLimits(train_candidates, train_proposals), ProposalLimits(test_candidates, test_proposals),
+        )  # fmt: skip
         head: dict[str, Any] = {"class_agnostic": class_agnostic, "box_loss": box_loss, "channels": box_channels}
         roi = RoIHead(
             BoxHead(neck_channels, num_classes, kind=box_head, **head),
             FCNMaskHead(neck_channels, num_classes, channels=neck_channels) if self.masks else None,
             strides=maps.strides,
-            assigner=Assigner(0.5, 0.5, 0.5, low_quality=self.low_quality, crowd=crowd_overlap),
+            assigners=[Assigner(0.5, 0.5, 0.5, low_quality=self.low_quality, crowd=crowd_overlap)],
             sampler=Sampler(rois_per_image, POSITIVE_FRACTION),
         )
         rules = DetectionRules(score_threshold, nms_threshold, max_per_image)

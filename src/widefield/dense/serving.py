@@ -18,14 +18,12 @@ from torchvision.ops import roi_align
 from widefield import _checks
 from widefield.dense.anchors import points
 from widefield.dense.backbone import FeatureMaps
-from widefield.dense.box_head import BoxHead, probabilities
+from widefield.dense.box_head import probabilities
 from widefield.dense.boxes import Size, clip, from_distances, nms_by_label
-from widefield.dense.cascade import CascadeRoIHead
 from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import Detections, Detector, enlarged
 from widefield.dense.fcos import FCOSHead
 from widefield.dense.layers import widened
-from widefield.dense.mask_head import FCNMaskHead
 from widefield.dense.retinanet import RetinaHead
 from widefield.dense.roi import roi_levels
 from widefield.dense.roi_head import RoIHead
@@ -87,7 +85,7 @@ class ServedDetector(nn.Module):
     backbone: FeatureMaps
     neck: nn.Module
     rpn_head: RPNHead
-    roi_head: RoIHead | CascadeRoIHead
+    roi_head: RoIHead
     bbox_head: RetinaHead | FCOSHead
 
     def __init__(self, model: Detector, nms: str = "inside") -> None:
@@ -120,7 +118,7 @@ class ServedDetector(nn.Module):
         if self.nms == "outside":
             return {"boxes": boxes, "scores": scores}
         found = best_of(boxes, scores, self.rules)
-        heads = _mask_heads(self)
+        heads = self.roi_head.mask_heads if "roi_head" in self._modules else []
         if heads:
             labels = found["labels"].flatten()
             features = features_of(maps, found["boxes"], self.roi_head.strides, heads[0].roi_size)
@@ -147,7 +145,7 @@ class ServedDetector(nn.Module):
     def _of_rois(self, maps: Sequence[Tensor], size: Size) -> tuple[Tensor, Tensor]:
         """Return the boxes and scores of the second stage."""
         boxes, known = proposals(self.rpn_head, maps, size)
-        heads = _box_heads(self.roi_head)
+        heads = self.roi_head.box_heads
         said: list[Tensor] = []
         for stage, head in enumerate(heads):
             logits, deltas = head(features_of(maps, boxes, self.roi_head.strides, head.roi_size))
@@ -158,15 +156,6 @@ class ServedDetector(nn.Module):
         moved = head.decode(flat, deltas, size).unflatten(0, (-1, boxes.shape[1]))
         scores = probabilities(torch.stack(said).mean(0)).unflatten(0, (-1, boxes.shape[1]))
         return moved, torch.where(known[..., None] & (scores > self.rules.score_threshold), scores, 0.0)
-
-
-def _box_heads(roi_head: RoIHead | CascadeRoIHead) -> list[BoxHead]:
-    return roi_head.box_heads if isinstance(roi_head, CascadeRoIHead) else [roi_head.bbox_head]
-
-
-def _mask_heads(served: ServedDetector) -> list[FCNMaskHead]:
-    head = getattr(served._modules.get("roi_head"), "mask_head", None)
-    return list(head) if isinstance(head, nn.ModuleList) else [] if head is None else [head]  # type: ignore[arg-type]
 
 
 # Steps
