@@ -73,7 +73,7 @@ def test_crowd_regions_may_be_left_out(build):
     torch.manual_seed(0)
     model = build(crowd_overlap=0.5)
     target = objects(BOXES[0], (32.0, 0.0, 64.0, 64.0), crowd=torch.tensor([False, True]))
-    second = model.roi_head.assigners if build is cascade_rcnn else [model.roi_head.assigners[0]]
+    second = model.roi_head.assigners
     boxes = torch.tensor([BOXES[0], (36.0, 4.0, 60.0, 60.0), (0.0, 50.0, 20.0, 64.0)])
     for assigner in (model.rpn_head.assigner, *second):
         found = assigner(boxes, target.boxes[:1], target.boxes[1:])
