@@ -41,6 +41,11 @@ def roi_levels(rois: Tensor, strides: Sequence[int]) -> Tensor:
     return level.clamp(min=0, max=len(strides) - 1).long()
 
 
+def for_rois(maps: Sequence[Tensor], strides: Sequence[int]) -> list[Tensor]:
+    """Return the maps that RoIs use, in the layout that RoIAlign reads; otherwise it copies them at each call."""
+    return [x.contiguous() for x, _ in zip(maps, strides, strict=False)]
+
+
 def roi_features(maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], size: int) -> Tensor:
     """Return the features inside each RoI, (R, C, size, size), by RoIAlign on the level that fits its area.
 

@@ -14,7 +14,7 @@ from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import BoxScores, Detections, Targets, size_of
 from widefield.dense.layers import widened
 from widefield.dense.mask_head import FCNMaskHead
-from widefield.dense.roi import RoISample, batched, roi_features, sampled_rois
+from widefield.dense.roi import RoISample, batched, for_rois, roi_features, sampled_rois
 
 MASKS_AT_ONCE = 32
 """Masks that are computed together on a CPU: features of all detections would be the largest tensors of inference."""
@@ -81,7 +81,7 @@ class RoIHead(nn.Module):
             targets: of each image.
         """
         losses: dict[str, Tensor] = {}
-        heads = self.box_heads
+        heads, maps = self.box_heads, for_rois(maps, self.strides)
         boxes = list(proposals)
         for stage, (head, assigner) in enumerate(zip(heads, self.assigners, strict=True)):
             samples = [
@@ -125,6 +125,7 @@ class RoIHead(nn.Module):
             rules: which boxes become detections.
         """
         heads, boxes, counts = self.box_heads, list(proposals), [len(entry) for entry in proposals]
+        maps = for_rois(maps, self.strides)
         said: list[Tensor] = []
         for stage, head in enumerate(heads):
             logits, deltas = head(roi_features(maps, batched(boxes), self.strides, head.roi_size))
