@@ -226,6 +226,15 @@ def test_frozen_stages_need_known_stages():
         Center("resnet18", frozen_stages=5)
 
 
+def test_a_detector_without_its_methods_cannot_be_built():
+    class Unfinished(dense.Detector):
+        def losses(self, maps, targets):
+            return {}
+
+    with pytest.raises(TypeError, match="detect"):
+        Unfinished()
+
+
 def test_parts_follow_the_backbone():
     model = Center(timm.create_model("test_resnet", features_only=True).double())
     assert {p.dtype for p in model.parameters()} == {torch.float64}

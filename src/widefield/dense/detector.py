@@ -5,6 +5,7 @@ Boxes are (x1, y1, x2, y2) in continuous pixels; (0, 0) is the top left corner o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -82,7 +83,7 @@ class BoxScores(NamedTuple):
     probabilities: Tensor
 
 
-class Detector(nn.Module):
+class Detector(nn.Module, ABC):
     """A detection model: backbone, neck and heads.
 
     A detector defines :meth:`losses`, :meth:`detect` and :meth:`box_scores`. Neck and heads move to the device and
@@ -157,6 +158,7 @@ class Detector(nn.Module):
         """The score that every detection exceeds; None if there is no such bound."""
         return self.score_threshold
 
+    @abstractmethod
     def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return the losses by name; their sum is the loss of training.
 
@@ -164,8 +166,8 @@ class Detector(nn.Module):
             maps: of the neck, finest first.
             targets: from :meth:`prepared`, so that crowd and size are never None.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
         """Return the detections of each image in pixels of the images that the model gets.
 
@@ -173,7 +175,6 @@ class Detector(nn.Module):
             maps: of the neck, finest first.
             sizes: (height, width) of each image without its padding. Boxes are clipped to it.
         """
-        raise NotImplementedError
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores of every class for given boxes, without moving or choosing any.
@@ -268,15 +269,6 @@ class Detector(nn.Module):
                 if name in self._frozen or (self.norm_eval and isinstance(module, _BatchNorm)):
                     module.eval()
         return self
-
-
-def check_four(maps: FeatureMaps, detector: str) -> None:
-    """Raise ValueError unless a backbone gives four maps, from which the pyramids of one-stage detectors are built."""
-    if len(maps.strides) != 4:
-        raise ValueError(
-            f"{detector} needs four maps of the backbone, as those of strides 4 to 32; got {len(maps.strides)} with "
-            f"strides {tuple(maps.strides)}. Choose four with out_indices: the finest ones may remain unread."
-        )
 
 
 # Frozen parts

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.anchors import points
-from widefield.dense.backbone import Backboned, StageNorms, feature_maps
+from widefield.dense.backbone import Backboned, StageNorms
 from widefield.dense.boxes import Size, area, best_scores, from_distances
 from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
 from widefield.dense.detection_rules import DetectionRules
-from widefield.dense.detector import BoxScores, Detections, Detector, Targets, check_four
+from widefield.dense.detector import BoxScores, Detections, Targets
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
+from widefield.dense.one_stage import OneStageDetector, four_maps
 
 RANGES = (64, 128, 256, 512)
 """Pixels between the published levels: a level has the boxes whose farthest side is in its range, ends included."""
@@ -316,7 +317,7 @@ def _by_image(levels: Sequence[Tensor]) -> Tensor:
     return widened(torch.cat([x.flatten(2) for x in levels], 2).transpose(1, 2).flatten(0, 1))
 
 
-class FCOS(Detector):
+class FCOS(OneStageDetector):
     """FCOS on any backbone.
 
     The pyramid has the strides 8 to 128: three from the backbone's maps, two by convolutions of stride 2 on the
@@ -372,10 +373,8 @@ class FCOS(Detector):
         **backbone_args: Any,
     ) -> None:
         first = _checks.integer("start_level", start_level, minimum=0, maximum=3)
-        normed = tuple(range(first, 4))
-        maps = feature_maps(backbone, out_indices=out_indices, stage_norms=stage_norms, normed=normed, **backbone_args)
+        maps = four_maps(backbone, first, "FCOS", out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
         levels = len(ranges) + 1
-        check_four(maps, "FCOS")
         neck = FPN(
             maps.channels, neck_channels, num_outs=levels, start_level=first, extra="on_output", relu_before_extra=True
         )
@@ -387,17 +386,8 @@ class FCOS(Detector):
         )  # fmt: skip
         rules = DetectionRules(score_threshold, nms_threshold, max_per_image, candidates)
         super().__init__(
-            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval,
-            rules=rules,
-        )  # fmt: skip
-
-    def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
-        """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``; see :meth:`FCOSHead.losses`."""
-        return self.bbox_head.losses(self.bbox_head(maps), targets)
-
-    def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
-        """Return the detections of each image; see :meth:`FCOSHead.detections`."""
-        return self.bbox_head.detections(self.bbox_head(maps), sizes, self.rules)
+            maps, neck, head, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval, rules=rules
+        )
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores at the point in the middle of each box, on the level of its size; without centerness."""

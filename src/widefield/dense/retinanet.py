@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.anchors import Anchors, by_anchor
-from widefield.dense.backbone import Backboned, StageNorms, feature_maps
+from widefield.dense.backbone import Backboned, StageNorms
 from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, Size, best_scores, pairwise_iou
 from widefield.dense.detection_losses import EPS, differences, focal, mean_over_processes, sums_by_level
 from widefield.dense.detection_rules import DetectionRules
-from widefield.dense.detector import BoxScores, Detections, Detector, Targets, check_four, size_of
+from widefield.dense.detector import BoxScores, Detections, Targets, size_of
 from widefield.dense.fpn import FPN
 from widefield.dense.layers import ConvModule, widened
+from widefield.dense.one_stage import OneStageDetector, four_maps
 
 PRIOR = 0.01
 """Score of every class at the start (section 4.1)."""
@@ -204,7 +205,7 @@ class RetinaHead(nn.Module):
         return found
 
 
-class RetinaNet(Detector):
+class RetinaNet(OneStageDetector):
     """RetinaNet on any backbone.
 
     The pyramid has the strides 8 to 128: three from the backbone's maps, two by convolutions of stride 2.
@@ -255,10 +256,7 @@ class RetinaNet(Detector):
         out_indices: Sequence[int] | None = None,
         **backbone_args: Any,
     ) -> None:
-        maps = feature_maps(
-            backbone, out_indices=out_indices, stage_norms=stage_norms, normed=(1, 2, 3), **backbone_args
-        )
-        check_four(maps, "RetinaNet")
+        maps = four_maps(backbone, 1, "RetinaNet", out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
         neck = FPN(
             maps.channels, neck_channels, num_outs=5, start_level=1, extra=extra, relu_before_extra=relu_before_extra
         )
@@ -269,17 +267,8 @@ class RetinaNet(Detector):
         )  # fmt: skip
         rules = DetectionRules(score_threshold, nms_threshold, max_per_image, candidates)
         super().__init__(
-            maps, neck, {"bbox_head": head}, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval,
-            rules=rules,
-        )  # fmt: skip
-
-    def losses(self, maps: Sequence[Tensor], targets: Sequence[Targets]) -> dict[str, Tensor]:
-        """Return ``loss_cls`` and ``loss_bbox``; see :meth:`RetinaHead.losses`."""
-        return self.bbox_head.losses(self.bbox_head(maps), targets)
-
-    def detect(self, maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Detections]:
-        """Return the detections of each image; see :meth:`RetinaHead.detections`."""
-        return self.bbox_head.detections(self.bbox_head(maps), sizes, self.rules)
+            maps, neck, head, num_classes=num_classes, frozen_stages=frozen_stages, norm_eval=norm_eval, rules=rules
+        )
 
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores of the anchor that overlaps each box (M_i, 4) of each image the most."""

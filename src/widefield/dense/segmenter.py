@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class SegmentationLogits(NamedTuple):
     aux: Tensor | None
 
 
-class DecodeHead(nn.Module):
+class DecodeHead(nn.Module, ABC):
     """Base of the heads: features, dropout of whole channels, and a 1x1 classifier ``conv_seg``.
 
     A head defines :meth:`features`. The classifier starts as N(0, 0.01), as in OpenMMLab's code.
@@ -48,9 +49,9 @@ class DecodeHead(nn.Module):
         rate = _checks.number("dropout", dropout, maximum=1.0)
         self.dropout = nn.Dropout2d(rate) if rate else None
 
+    @abstractmethod
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         """Return the input of dropout and classifier, (N, channels, H, W), from the backbone's or neck's maps."""
-        raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps, finest first, each (N, C_i, H_i, W_i) -> logits (N, num_classes, H, W)."""
