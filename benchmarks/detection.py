@@ -25,7 +25,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from segmentation import peak_bytes
+from peers import peak_bytes, rows_of
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -121,30 +121,6 @@ def call(name: str, model: nn.Module, x: Tensor, mode: str) -> Callable[[], None
     return step if mode == "step" else infer
 
 
-def rows_of(mode: str, measured: dict[str, bench.Row], memory: dict[str, int], parameters: dict[str, int]) -> list[Row]:
-    """Return a row for each model and layout."""
-    best = min(measured[f"{PEER}, {layout}"].p50 for layout in LAYOUTS)
-    rows = []
-    for key, row in measured.items():
-        name, layout = key.split(", ")
-        peer = f"{PEER}, {layout}"
-        rows.append(
-            {
-                "label": f"{mode}, {key}",
-                "model": name,
-                "parameters": parameters[name],
-                "mode": mode,
-                "layout": layout,
-                "time": row.to_dict(),
-                "same_layout": measured[peer].p50 / row.p50,
-                "better_layout": best / row.p50,
-                "peak_bytes": memory[key],
-                "memory": memory[peer] / memory[key],
-            }
-        )
-    return rows
-
-
 def measure(
     settings: Settings, found: dict[str, nn.Module], x: Tensor, mode: str
 ) -> tuple[dict[str, bench.Row], dict[str, int]]:
@@ -180,11 +156,11 @@ def main() -> None:
     x = torch.randn(args.batch_size, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
     limits = {"proposals": args.proposals, "detections": args.detections}
     found = models(args.size, args.backbone, limits=limits)
-    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()}
+    facts = {name: {"parameters": sum(p.numel() for p in model.parameters())} for name, model in found.items()}
     with out.until_interrupted():
         for mode in ("inference", "step"):
             measured, memory = measure(settings, found, x, mode)
-            for row in rows_of(mode, measured, memory, parameters):
+            for row in rows_of(PEER, mode, measured, memory, facts):
                 out.add(table, row)
     compared = [row for row in table.rows if row["model"] == "widefield"]
     out.finish(

@@ -23,8 +23,8 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from peers import peak_bytes, rows_of
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import widefield
 from widefield import bench
@@ -85,45 +85,6 @@ def call(model: nn.Module, x: Tensor, mode: str) -> Callable[[], None]:
     return step if mode == "step" else infer
 
 
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Return the largest sum of the tensors that a call holds at a time, beyond those that exist before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def rows_of(
-    mode: str, measured: dict[str, bench.Row], memory: dict[str, int], costs: dict[str, bench.Cost]
-) -> list[Row]:
-    """Return a row for each model and layout."""
-    best = min(measured[f"{PEER}, {layout}"].p50 for layout in LAYOUTS)
-    rows = []
-    for key, row in measured.items():
-        name, layout = key.split(", ")
-        peer = f"{PEER}, {layout}"
-        rows.append(
-            {
-                "label": f"{mode}, {key}",
-                "model": name,
-                "parameters": costs[name].parameters,
-                "macs": costs[name].macs,
-                "mode": mode,
-                "layout": layout,
-                "time": row.to_dict(),
-                "same_layout": measured[peer].p50 / row.p50,
-                "better_layout": best / row.p50,
-                "peak_bytes": memory[key],
-                "memory": memory[peer] / memory[key],
-            }
-        )
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="convnext_tiny")
@@ -146,7 +107,8 @@ def main() -> None:
         for mode, found in models(args.backbone, x).items():
             costs = {name: bench.cost(model.eval(), x[:1]) for name, model in found.items()}
             measured, memory = measure(settings, found, x, mode)
-            for row in rows_of(mode, measured, memory, costs):
+            facts = {name: {"parameters": cost.parameters, "macs": cost.macs} for name, cost in costs.items()}
+            for row in rows_of(PEER, mode, measured, memory, facts):
                 out.add(table, row)
     compared = [row for row in table.rows if row["model"] == "widefield"]
     bars = [
