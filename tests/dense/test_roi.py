@@ -69,6 +69,27 @@ def test_features_are_means_of_samples(x1, y1, width, height, image):
     close(found, _aligned(maps[level][image, 0], roi[0, 1:].tolist(), STRIDES[level], 4), FLOAT64)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_features_are_the_same_on_several_threads(count, mode):
+    maps = [torch.randn(2, 3, 32 >> level, 40 >> level) for level in range(4)]
+    corner = 60 * torch.rand(count, 2)
+    rois = torch.cat((torch.arange(count)[:, None] % 2.0, corner, corner + 5 + 80 * torch.rand(count, 2)), 1)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with mode():
+                found.append(roi_features(maps, rois, (4, 8, 16, 32), 7))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert found[1].is_inference() == (mode is torch.inference_mode)
+    with torch.enable_grad():
+        assert torch.equal(roi_features(maps, rois, (4, 8, 16, 32), 7), found[0])
+
+
 def test_features_keep_the_order_of_the_rois():
     maps = _maps()
     boxes = torch.tensor([[0, 0, 90, 90], [3, 5, 12, 30], [0, 0, 128, 96], [40, 20, 100, 88]], dtype=torch.float64)

@@ -7,6 +7,7 @@ for Object Detection", CVPR 2017, equation 1 (levels); He et al., "Mask R-CNN", 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +65,35 @@ def roi_features(maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], s
     for index, (x, stride) in enumerate(zip(maps, strides, strict=False)):
         places = torch.where(levels == index)[0]
         wide = widened(x)  # coordinates need the precision, and the kernels lack bfloat16
-        found = roi_align(wide, rois[places].to(wide), size, 1 / stride, sampling_ratio=0, aligned=True)
+        found = _aligned(wide, rois[places].to(wide), size, 1 / stride)
         features[places] = found.to(features)
     return features
+
+
+def _aligned(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """Return RoIAlign of one map, (R, C, size, size).
+
+    torchvision's kernel for CPUs runs on one thread. Without gradients its RoIs are shared out among PyTorch's threads;
+    with them, each part would add a gradient of the whole map.
+    """
+
+    def align(part: Tensor) -> Tensor:
+        found: Tensor = roi_align(x, part, size, scale, sampling_ratio=0, aligned=True)
+        return found
+
+    threads = torch.get_num_threads()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if x.device.type != "cpu" or threads == 1 or torch.is_grad_enabled() or traced:
+        return align(rois)
+    parts = rois.chunk(threads)
+    inference = torch.is_inference_mode_enabled()  # a state of each thread
+
+    def run(part: Tensor) -> Tensor:
+        with torch.inference_mode(inference), torch.no_grad():
+            return align(part)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return torch.cat(list(pool.map(run, parts)))
 
 
 def of_labels(outputs: Tensor, labels: Tensor) -> Tensor:
