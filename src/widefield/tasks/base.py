@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -49,6 +49,26 @@ def sum_of(losses: Mapping[str, Tensor]) -> Tensor:
     """Return the sum of losses; that of a single one is the loss itself."""
     first, *rest = losses.values()
     return torch.stack([first, *rest]).sum() if rest else first
+
+
+def built(
+    model: Callable[..., nn.Module], backbone: nn.Module, classes: Sequence[str], head_args: Mapping[str, Any]
+) -> nn.Module:
+    """Return a dense model on a backbone, with an output for each class.
+
+    Args:
+        model: its class.
+        backbone: the recipe's network.
+        classes: names of the classes.
+        head_args: further arguments of the class, from the recipe.
+
+    Raises:
+        TypeError: the class refuses its arguments.
+    """
+    try:
+        return model(backbone, len(classes), **head_args)
+    except TypeError as error:
+        raise TypeError(f"task.args.head_args: {model.__name__} refuses {dict(head_args)}: {error}") from error
 
 
 class Labeled(Protocol):

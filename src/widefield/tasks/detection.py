@@ -15,7 +15,7 @@ from widefield.data import Sample
 from widefield.dense.anchors import DIVISOR
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
-from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
+from widefield.tasks.base import Batch, Labeled, Task, built, sum_of, training_on
 from widefield.tasks.coco_metric import OCTAVES, RELATIVE_OCTAVES, CocoMetric, TrueObjects
 from widefield.tasks.detection_scores import DetectionScores
 from widefield.tasks.predictions import BoxPrediction, Prediction
@@ -97,13 +97,7 @@ class Detection(Task):
 
     def model(self, backbone: nn.Module) -> nn.Module:
         """Return the model named by the option ``model`` on this backbone."""
-        kind = MODELS[self._name]
-        build = getattr(dense, kind)
-        try:
-            built: nn.Module = build(backbone, len(self.classes), **self._head_args)
-        except TypeError as error:
-            raise TypeError(f"task.args.head_args: {kind} refuses {self._head_args}: {error}") from error
-        return built
+        return built(getattr(dense, MODELS[self._name]), backbone, self.classes, self._head_args)
 
     def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless a model is a detector of as many classes."""

@@ -17,7 +17,7 @@ from widefield._pixels import IGNORED
 from widefield.data import Sample
 from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, training_on
+from widefield.tasks.base import Batch, Labeled, Task, built, training_on
 from widefield.tasks.confusion import Confusion, SegmentationScores
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
@@ -130,12 +130,7 @@ class Segmentation(Task):
 
     def model(self, backbone: nn.Module) -> nn.Module:
         """Return the model named by the option ``model`` on this backbone."""
-        build = getattr(dense, self._kind)
-        try:
-            built: nn.Module = build(backbone, len(self.classes), **self._head_args)
-        except TypeError as error:
-            raise TypeError(f"task.args.head_args: {self._kind} refuses {self._head_args}: {error}") from error
-        return built
+        return built(getattr(dense, self._kind), backbone, self.classes, self._head_args)
 
     def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless a model gives a logit for each class at every pixel."""
