@@ -70,24 +70,28 @@ def test_features_are_means_of_samples(x1, y1, width, height, image):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_features_are_the_same_on_several_threads(count, mode):
-    maps = [torch.randn(2, 3, 32 >> level, 40 >> level) for level in range(4)]
+    maps = [torch.randn(2, 5, 32 >> level, 40 >> level, requires_grad=mode is torch.enable_grad) for level in range(4)]
     corner = 60 * torch.rand(count, 2)
     rois = torch.cat((torch.arange(count)[:, None] % 2.0, corner, corner + 5 + 80 * torch.rand(count, 2)), 1)
+    weights = torch.randn(count, 5, 7, 7).transpose(2, 3)
     before = torch.get_num_threads()
-    found = []
+    found, gradients = [], []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             with mode():
                 found.append(roi_features(maps, rois, (4, 8, 16, 32), 7))
+            if mode is torch.enable_grad:
+                gradients.append(torch.autograd.grad(found[-1], maps, weights))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
     assert found[1].is_inference() == (mode is torch.inference_mode)
-    with torch.enable_grad():
-        assert torch.equal(roi_features(maps, rois, (4, 8, 16, 32), 7), found[0])
+    for one, several in zip(*gradients, strict=True) if gradients else ():
+        assert one.isfinite().all()
+        assert torch.equal(one, several)
 
 
 def test_features_keep_the_order_of_the_rois():

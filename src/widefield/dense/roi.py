@@ -6,12 +6,14 @@ for Object Detection", CVPR 2017, equation 1 (levels); He et al., "Mask R-CNN", 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torchvision.ops import roi_align
 
 from widefield.dense.boxes import Assigner, Sampler
@@ -71,29 +73,56 @@ def roi_features(maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], s
 
 
 def _aligned(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
-    """Return RoIAlign of one map, (R, C, size, size).
+    """Return RoIAlign of one map, (R, C, size, size)."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if x.device.type != "cpu" or torch.get_num_threads() == 1 or traced:
+        return _align(x, rois, size, scale)
+    found: Tensor = _ThreadedRoIAlign.apply(x, rois, size, scale)
+    return found
 
-    torchvision's kernel for CPUs runs on one thread. Without gradients its RoIs are shared out among PyTorch's threads;
-    with them, each part would add a gradient of the whole map.
+
+def _align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    found: Tensor = roi_align(x, rois, size, scale, sampling_ratio=0, aligned=True)
+    return found
+
+
+class _ThreadedRoIAlign(torch.autograd.Function):
+    """RoIAlign on all threads: torchvision's kernels for CPUs run on one. Each thread takes a part of the channels.
+
+    Parts of the RoIs instead would each have a gradient of the whole map.
     """
 
-    def align(part: Tensor) -> Tensor:
-        found: Tensor = roi_align(x, part, size, scale, sampling_ratio=0, aligned=True)
-        return found
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+        ctx.save_for_backward(rois)
+        ctx.shape, ctx.size, ctx.scale = x.shape, size, scale
+        return _by_channels(lambda part: _align(part.contiguous(), rois, size, scale), x)
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (rois,) = ctx.saved_tensors
+        batch, _, height, width = ctx.shape
+
+        def run(part: Tensor) -> Tensor:
+            found: Tensor = torch.ops.torchvision._roi_align_backward(
+                part, rois, ctx.scale, ctx.size, ctx.size, batch, part.shape[1], height, width, 0, True
+            )
+            return found
+
+        return _by_channels(run, grad), None, None, None
+
+
+def _by_channels(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``run(x)`` from parts of the channels, one for each of PyTorch's threads."""
     threads = torch.get_num_threads()
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if x.device.type != "cpu" or threads == 1 or torch.is_grad_enabled() or traced:
-        return align(rois)
-    parts = rois.chunk(threads)
-    inference = torch.is_inference_mode_enabled()  # a state of each thread
 
-    def run(part: Tensor) -> Tensor:
-        with torch.inference_mode(inference), torch.no_grad():
-            return align(part)
+    def without_graph(part: Tensor) -> Tensor:
+        with torch.no_grad():  # a state of each thread
+            return run(part)
 
     with ThreadPoolExecutor(threads) as pool:
-        return torch.cat(list(pool.map(run, parts)))
+        return torch.cat(list(pool.map(without_graph, x.chunk(threads, 1))), 1)
 
 
 def of_labels(outputs: Tensor, labels: Tensor) -> Tensor:
