@@ -42,8 +42,8 @@ def similarities(found: Floats, true: Floats, areas: Floats, boxes: Floats, sigm
         # The order of these divisions decides the last digit.
         exponents = squares / (sigmas * 2) ** 2 / (areas + np.spacing(1))[:, None] / 2
         alike = np.exp(-exponents)
-    found: Floats = np.nan_to_num(alike, nan=0.0)
-    return found
+    known: Floats = np.nan_to_num(alike, nan=0.0)
+    return known
 
 
 def overall(alike: Floats, labeled: Bools) -> Floats:
