@@ -197,7 +197,7 @@ class PoseMetric(RecordMetric[PoseScores]):
         limits = np.concatenate([np.array(list(AREAS.values())), sizes.ranges(self.size_bins)])
         own = np.concatenate([np.repeat(overall(alike, labeled)[..., None], len(limits), 2), alike], 2)
         own[labels[:, None] != kinds] = -1.0
-        unlabeled = np.concatenate([np.repeat(~labeled.any(1)[:, None], len(limits), 1), ~labeled], 1)
+        unlabeled = np.concatenate([np.repeat(~labeled.any(1, keepdims=True), len(limits), 1), ~labeled], 1)
         ignored = unlabeled | crowd[:, None] | self._outside(areas, limits)
         matches = matching.assign(own, ignored, self._outside(pose_areas(poses["points"]), limits), crowd)
         errors = count_errors(poses["points"], labels, true, kinds, areas, boxes, crowd,

@@ -77,8 +77,8 @@ class PosePrediction:
     """The poses of people or things in an image, all on the CPU.
 
     Attributes:
-        keypoints: float32 (D, K, 2): x and y in pixels of the image's file. As in COCO, the center of the top left pixel
-            is (0, 0).
+        keypoints: float32 (D, K, 2): x and y in pixels of the image's file. As in COCO, (0, 0) is the center of the top
+            left pixel.
         scores: float32 (D, K), of the key points; 1 for true poses.
         pose_scores: float32 (D,), in descending order; None for true poses.
         boxes: float32 (D, 4): the edges (left, top, right, bottom) in continuous pixels of the file.
