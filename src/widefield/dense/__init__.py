@@ -29,6 +29,7 @@ from widefield.dense.pose_rules import PoseRules
 from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
+from widefield.dense.served_pose import ServedPose
 from widefield.dense.serving import ServedDetector
 from widefield.dense.uper import UPerHead, UPerNet
 
@@ -66,6 +67,7 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "ServedDetector",
+    "ServedPose",
     "Targets",
     "UPerHead",
     "UPerNet",
