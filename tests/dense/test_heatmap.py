@@ -139,3 +139,28 @@ def test_published_parameters():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         codec(**options)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("msra", (64, 64)), ("unbiased", (96, 96)), ("udp", (64, 96))])
+def test_a_model_reads_the_heatmaps_that_its_codec_writes(kind, size):
+    model = dense.HeatmapPose("test_resnet", 3, channels=(8,), kind=kind, sigma=1.5, blur=7).eval()
+    codec = model.codec(size)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, *size)).shape[2:] == codec.heatmap_size
+    points = torch.tensor([[[20.0, 30.0], [31.0, 24.0], [26.5, 41.25]]])
+    heatmaps, _ = codec.encode(points, torch.ones(1, 3))
+    found = model.decode(heatmaps)
+    close(found.points, codec.decode(heatmaps).points, FLOAT64)
+    assert (found.points - points).abs().max() < model.stride
+
+
+def test_codecs_have_the_size_of_the_heatmaps_of_odd_images():
+    model = dense.HeatmapPose("test_resnet", 3, channels=(8,)).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 70, 93)).shape[2:] == model.codec((70, 93)).heatmap_size
+
+
+@pytest.mark.parametrize("option", [{"kind": "dark"}, {"sigma": 0}, {"blur": 4}])
+def test_models_refuse_codecs_that_do_not_exist(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        dense.HeatmapPose("test_resnet", 3, **option)

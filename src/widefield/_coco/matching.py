@@ -132,17 +132,31 @@ def match(
         thresholds: (T,).
     """
     low, high = ranges[:, 0], ranges[:, 1]
-    ignored = crowd[:, None] | (object_areas[:, None] < low) | (object_areas[:, None] > high)  # (M, A)
-    beyond = (areas[:, None] < low) | (areas[:, None] > high)  # (D, A)
-    shape = (len(labels), len(thresholds), len(ranges))
+    ignored = crowd[:, None] | (object_areas[:, None] < low) | (object_areas[:, None] > high)
+    beyond = (areas[:, None] < low) | (areas[:, None] > high)
+    own = np.where(labels[:, None] == object_labels[None], overlaps, -1.0)
+    return assign(own[..., None], ignored, beyond, crowd, thresholds)
+
+
+def assign(own: Floats, ignored: Bools, beyond: Bools, crowd: Bools, thresholds: Floats = THRESHOLDS) -> Matches:
+    """Match detections as :func:`match` does, with objects that are ignored for any reason.
+
+    Args:
+        own: overlaps (D, M, A), or (D, M, 1) if they are the same for all A groups. They are -1 between classes.
+        ignored: (M, A), objects that do not count.
+        beyond: (D, A), detections that do not count without a match.
+        crowd: (M,), objects that may be matched many times.
+        thresholds: (T,).
+    """
+    groups = ignored.shape[1]
+    shape = (len(own), len(thresholds), groups)
     right = np.zeros(shape, np.bool_)
     counted = np.broadcast_to(~beyond[:, None], shape).copy()
-    own = np.where(labels[:, None] == object_labels[None], overlaps, -1.0)
-    taken = np.zeros((len(object_labels), *shape[1:]), np.bool_)
-    reaches = own >= thresholds.min(initial=1.0)
+    taken = np.zeros((len(ignored), *shape[1:]), np.bool_)
+    reaches = (own >= thresholds.min(initial=1.0)).any(2)
     for index in np.flatnonzero(reaches.any(1)):
         near = np.flatnonzero(reaches[index])
-        free = (own[index, near][:, None, None] >= thresholds[:, None]) & (~taken[near] | crowd[near, None, None])
+        free = (own[index, near][:, None] >= thresholds[:, None]) & (~taken[near] | crowd[near, None, None])
         chosen = free if len(near) == 1 else _largest(free, own[index, near], ignored[near])
         hidden = ignored[near][:, None]  # (m, 1, A)
         right[index] = (chosen & ~hidden).any(0)
@@ -153,14 +167,14 @@ def match(
 
 
 def _largest(free: Bools, overlaps: Floats, ignored: Bools) -> Bools:
-    """Choose one of the free objects (m, T, A) with overlaps (m,): that with the largest, of equals the last.
+    """Choose one of the free objects (m, T, A) with overlaps (m, A or 1): that with the largest, of equals the last.
 
     Ignored ones (m, A) are chosen only if there are no others.
     """
-    order = np.argsort(overlaps, kind="stable")  # of equals, the last one comes last
-    ranks = np.empty(len(order), np.int64)
-    ranks[order] = np.arange(1, len(order) + 1)
-    value = ranks[:, None, None] + np.where(ignored[:, None], 0, len(order))
+    order = np.argsort(overlaps, axis=0, kind="stable")  # of equals, the last one comes last
+    ranks = np.empty(order.shape, np.int64)
+    np.put_along_axis(ranks, order, np.arange(1, len(order) + 1)[:, None], 0)
+    value = (ranks + np.where(ignored, 0, len(order)))[:, None]
     value = np.where(free, value, 0)
     chosen: Bools = (value == value.max(0)) & free
     return chosen

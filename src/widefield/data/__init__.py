@@ -1,4 +1,4 @@
-"""Provide data sets: built-in, generated, CIFAR, and files of images with labels, label images or objects."""
+"""Provide data sets: built-in, generated, CIFAR, and files of images with labels, masks, objects or key points."""
 
 from widefield.data.ade20k import Ade20k
 from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
@@ -19,10 +19,13 @@ from widefield.data.object_files import ObjectFiles
 from widefield.data.object_index import AnnotationError
 from widefield.data.objects import DetectionSet, object_palette
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
+from widefield.data.poses import PoseSet
 from widefield.data.scales import Scales
+from widefield.data.scene_poses import ScenePoses
 from widefield.data.scenes import Scenes
 from widefield.data.segmentation import SegmentationSet, default_palette
 from widefield.data.shards import Shards
+from widefield.data.skeleton import Skeleton
 from widefield.data.voc import Voc
 from widefield.data.voc_boxes import VocBoxes
 from widefield.data.yolo import Yolo
@@ -51,13 +54,16 @@ __all__ = [
     "Masks",
     "ObjectFiles",
     "Pictures",
+    "PoseSet",
     "Sample",
     "SampleSet",
     "Scales",
+    "ScenePoses",
     "Scenes",
     "SegmentationFiles",
     "SegmentationSet",
     "Shards",
+    "Skeleton",
     "UnsupportedImageError",
     "Voc",
     "VocBoxes",

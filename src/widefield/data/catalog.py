@@ -18,6 +18,7 @@ from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.masks import Masks
 from widefield.data.scales import Scales
+from widefield.data.scene_poses import ScenePoses
 from widefield.data.scenes import Scenes
 from widefield.data.shards import Shards
 from widefield.data.voc import Voc
@@ -42,6 +43,7 @@ SETS: dict[str, type[SampleSet]] = {
     "lvis": Lvis,
     "voc_boxes": VocBoxes,
     "yolo": Yolo,
+    "scene_poses": ScenePoses,
 }
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
 
@@ -52,11 +54,11 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
     Args:
         name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``,
             ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"``,
-            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"`` or one of yours.
+            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"``, ``"scene_poses"`` or one of yours.
         split: ``"train"`` or ``"val"``.
         options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `Cifar`, `Folder`, `Shards`,
             `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
-            `Lvis`, `VocBoxes`, `Yolo`.
+            `Lvis`, `VocBoxes`, `Yolo`, `ScenePoses`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.

@@ -94,6 +94,8 @@ class ObjectIndex:
     """Numbers of the objects in the file of annotations, or their places in their image, (M,)."""
     outlines: Outlines | None
     """None if masks are not read."""
+    keypoints: NDArray[np.float32] | None = None
+    """(x, y, visibility) of the key points, in pixel indices of the file, (M, K, 3); None if they are not read."""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -8,6 +8,7 @@ edges of its own, and pale colors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -157,43 +158,54 @@ class Scenes(SegmentationSet):
 
     def sample(self, index: int) -> Sample:
         """Draw scene ``index``."""
-        pixels, seen, things = self._kept.get(index) or self._drawn(index)
-        if len(self._kept) < (_KEPT if get_worker_info() is None else _KEPT_BY_WORKER) // (_PIXEL * self.image_size**2):
-            self._kept[index] = pixels, seen, things
-        labels = np.array([one.shape for one in things], np.int64)
-        sides = np.array([one.side for one in things], np.float32)
-        masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
+        pixels, seen, things = self._scene(index)
+        found = _annotations(things, seen)
         # One more entry for the background, which the index -1 reads.
-        at_pixels = np.append(labels + 1, 0)
-        groups = np.append(_size_groups(sides, self.image_size), np.uint8(NO_OBJECT))
-        arrays = {
-            "mask": at_pixels[seen],
-            "size_group": groups[seen],
-            "labels": labels,
-            "masks": masks,
-            "boxes": _boxes(masks),
-            "area": masks.sum((1, 2), dtype=np.float32),
-            "crowd": np.zeros(len(things), np.bool_),
-            "keypoints": composition.keypoints(things, seen),
-            "sides": sides,
-            "size": np.array(seen.shape, np.int64),
-        }
+        at_pixels = np.append(found["labels"] + 1, 0)
+        groups = np.append(_size_groups(found["sides"], self.image_size), np.uint8(NO_OBJECT))
+        arrays = {"mask": at_pixels[seen], "size_group": groups[seen], **found}
         image = normalize(torch.from_numpy(pixels) / 255, self.mean, self.std)
         sample = {"image": image, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
         return _flipped(sample) if self._flips(index) else sample
 
+    def pixels(self, index: int) -> torch.Tensor:
+        """Return the image of scene ``index`` as it is drawn, uint8 (3, size, size); it is never flipped."""
+        return torch.from_numpy(self._scene(index)[0])
+
+    def annotations(self, index: int) -> dict[str, NDArray[Any]]:
+        """Return the objects of scene ``index`` without drawing it: the entries of `sample` from ``labels`` on.
+
+        They belong to `pixels`, so they are never flipped.
+        """
+        things = self._arranged(self._generator(index))
+        return _annotations(things, composition.owners(things, self.image_size))
+
+    def _scene(self, index: int) -> _Scene:
+        """Return a scene from those that are kept, or draw it."""
+        scene = self._kept.get(index) or self._drawn(index)
+        if len(self._kept) < (_KEPT if get_worker_info() is None else _KEPT_BY_WORKER) // (_PIXEL * self.image_size**2):
+            self._kept[index] = scene
+        return scene
+
+    def _generator(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+
+    def _arranged(self, generator: np.random.Generator) -> list[composition.Thing]:
+        """Draw the objects of a scene, farthest first; these are the generator's first numbers."""
+        size, (fewest, most) = self.image_size, self.objects
+        count = fewest + int(generator.random(1, dtype=np.float32)[0] * (most - fewest + 1))
+        draws = generator.random((most, composition.OBJECT_DRAWS), dtype=np.float32)[:count].tolist()
+        things = [composition.thing(one, size, self.object_sizes, self.rotation) for one in draws]
+        return composition.arranged(things, size, self.min_visible)
+
     def _drawn(self, index: int) -> _Scene:
         """Draw a scene."""
-        generator = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+        generator = self._generator(index)
+        things = self._arranged(generator)
+        size, most = self.image_size, self.objects[1]
 
         def uniform(*shape: int) -> NDArray[np.float32]:
             return generator.random(shape, dtype=np.float32)
-
-        size, (fewest, most) = self.image_size, self.objects
-        count = fewest + int(uniform(1)[0] * (most - fewest + 1))
-        draws = uniform(most, composition.OBJECT_DRAWS)[:count].tolist()
-        things = [composition.thing(one, size, self.object_sizes, self.rotation) for one in draws]
-        things = composition.arranged(things, size, self.min_visible)
 
         materials = composition.Materials(
             uniform(composition.PATCHES + most, composition.MATERIAL_DRAWS),
@@ -214,6 +226,21 @@ class Scenes(SegmentationSet):
         if self.split != "train" or not self.hflip:
             return False
         return bool(np.random.default_rng((_FLIP, *self.key(index))).random() < self.hflip)
+
+
+def _annotations(things: Sequence[composition.Thing], seen: NDArray[np.int16]) -> dict[str, NDArray[Any]]:
+    """Return the entries of a sample that describe its objects."""
+    masks = seen == np.arange(len(things), dtype=np.int16)[:, None, None]
+    return {
+        "labels": np.array([one.shape for one in things], np.int64),
+        "masks": masks,
+        "boxes": _boxes(masks),
+        "area": masks.sum((1, 2), dtype=np.float32),
+        "crowd": np.zeros(len(things), np.bool_),
+        "keypoints": composition.keypoints(things, seen),
+        "sides": np.array([one.side for one in things], np.float32),
+        "size": np.array(seen.shape, np.int64),
+    }
 
 
 def _boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -194,6 +194,59 @@ class DetectionAugmentation:
             raise ValueError("scale must be a rectangle such as (1333, 800) for multi-scale training; got None.")
 
 
+@dataclass(frozen=True)
+class PoseAugmentation:
+    """Augmentation of the crops of a train split for pose estimation, with mmpose's semantics and defaults.
+
+    "A normal number" below is drawn from a normal distribution with standard deviation 1, cut off at -1 and 1.
+
+    Args:
+        hflip: probability of a horizontal flip.
+        half_body_prob: probability that the crop shows one half of the body, where the skeleton has an upper body.
+        min_total_keypoints: people with fewer labeled key points keep their whole body.
+        min_upper_keypoints, min_lower_keypoints: a half with fewer labeled key points is not shown alone.
+        half_body_padding: factor on the sides of the rectangle around a half's key points.
+        upper_prob: probability of the upper body if either half can be shown.
+        shift_factor: the crop moves by a normal number times this, in units of its sides.
+        shift_prob: probability that it moves.
+        scale_factor: range of the factor on the crop's sides: a normal number is stretched to it.
+        scale_prob: probability that the size changes.
+        rotate_factor: the crop turns by a normal number times this, in degrees.
+        rotate_prob: probability that it turns.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of the wrong type.
+    """
+
+    hflip: float = 0.5
+    half_body_prob: float = 0.3
+    min_total_keypoints: int = 9
+    min_upper_keypoints: int = 2
+    min_lower_keypoints: int = 3
+    half_body_padding: float = 1.5
+    upper_prob: float = 0.7
+    shift_factor: float = 0.16
+    shift_prob: float = 0.3
+    scale_factor: Sequence[float] = (0.5, 1.5)
+    scale_prob: float = 1.0
+    rotate_factor: float = 80.0
+    rotate_prob: float = 0.6
+
+    def __post_init__(self) -> None:
+        probabilities = ("hflip", "half_body_prob", "upper_prob", "shift_prob", "scale_prob", "rotate_prob")
+        counts = ("min_total_keypoints", "min_upper_keypoints", "min_lower_keypoints")
+        checked = {
+            **{name: _checks.number(name, getattr(self, name), maximum=1) for name in probabilities},
+            **{name: _checks.integer(name, getattr(self, name)) for name in counts},
+            "half_body_padding": _checks.number("half_body_padding", self.half_body_padding, minimum=1),
+            "shift_factor": _checks.number("shift_factor", self.shift_factor, maximum=1),
+            "scale_factor": _range("scale_factor", self.scale_factor),
+            "rotate_factor": _checks.number("rotate_factor", self.rotate_factor, maximum=180),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+
 def training(
     size: int,
     mean: Sequence[float],

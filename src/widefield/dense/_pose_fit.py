@@ -78,6 +78,7 @@ def refusal(
     expected: PoseConvention | None,
     parts: Collection[str],
     *,
+    kind: str,
     fresh_classifier: bool,
 ) -> str | None:
     """Return why a file must not be loaded into a pose model although its weights may fit, or None.
@@ -85,13 +86,14 @@ def refusal(
     Args:
         file: the file.
         found: see :func:`convention_of`.
-        expected: what the heatmaps of the model mean; None for no expectation.
+        expected: what images and heatmaps of the model mean; None for no expectation. Its codec is not compared.
         parts: the parts to load.
+        kind: of the model's heatmaps.
         fresh_classifier: whether the last layer stays as it is.
     """
     reasons = [_of_images(file, found, expected)] if "backbone" in parts else []
     if "head" in parts and not fresh_classifier:
-        reasons += [_of_head(file.config), _of_convention(found, expected)]
+        reasons += [_of_head(file.config), _of_kind(found, kind), _of_keypoints(found, expected)]
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -121,7 +123,18 @@ def _of_head(config: str) -> str | None:
     return None
 
 
-def _of_convention(found: PoseConvention | None, expected: PoseConvention | None) -> str | None:
+def _of_kind(found: PoseConvention | None, kind: str) -> str | None:
+    codec = None if found is None else found.codec
+    if codec is None or codec.kind == kind:
+        return None
+    return (
+        f"its heatmaps are of the kind {codec.kind!r}, and this model has kind={kind!r}: build the model with "
+        f"kind={codec.kind!r}, sigma={codec.sigma:g}, blur={codec.blur}, or keep its own last layer with "
+        "fresh_classifier=True."
+    )
+
+
+def _of_keypoints(found: PoseConvention | None, expected: PoseConvention | None) -> str | None:
     if found is None or expected is None:
         return None
     theirs, ours = found.keypoints, expected.keypoints
@@ -136,9 +149,6 @@ def _of_convention(found: PoseConvention | None, expected: PoseConvention | None
             f"it {differs}. Use a skeleton with the file's key points in their order, or keep the model's last layer "
             "with fresh_classifier=True."
         )
-    if found.codec is not None and expected.codec is not None and found.codec.kind != expected.codec.kind:
-        kind = found.codec.kind
-        return f"its heatmaps are of the kind {kind!r}, and {expected.codec.kind!r} is expected. Use kind={kind!r}."
     return None
 
 

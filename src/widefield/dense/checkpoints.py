@@ -183,9 +183,9 @@ def load_checkpoint(
         fresh_classifier: whether the last layers (``conv_seg`` of segmenters; those with an output per class of
             detectors; ``final_layer`` of pose models) keep their values. The file may then have another number of
             classes or key points.
-        pose: what the heatmaps of a pose model are to mean. A file that says otherwise (other key points or another
-            order, another kind of heatmaps, other mean and std of the images) is refused. Image size, sigma and the
-            shift of mirrored heatmaps are not compared. None: the file's meaning is only reported.
+        pose: what images and heatmaps of a pose model are to mean. A file that says otherwise (other key points or
+            another order, other mean and std) is refused. The kind of heatmaps is compared with the model's, image size
+            and sigma are only reported.
 
     Returns:
         What was loaded and what was not, and the class names of the file.
@@ -319,7 +319,9 @@ def _checked(
         count = _pose_fit.keypoints_of(source.shapes)
         convention = None if count is None else _pose_fit.convention_of(file, count)
         loaded = {"backbone", "head"} if chosen is None else set(chosen)
-        reason = reason or _pose_fit.refusal(file, convention, pose, loaded, fresh_classifier=fresh_classifier)
+        reason = reason or _pose_fit.refusal(
+            file, convention, pose, loaded, kind=segmenter.kind, fresh_classifier=fresh_classifier
+        )
     if reason is not None:
         raise ValueError(f"{file.path.name} is not loaded into this {type(segmenter).__name__}: {reason} The model is "
                          "unchanged.")  # fmt: skip

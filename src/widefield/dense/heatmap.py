@@ -7,6 +7,7 @@ head's modules are those of OpenMMLab's ``HeatmapHead`` (mmpose 1.x).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
+from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, decoded
 
 
 class HeatmapHead(nn.Module):
@@ -56,7 +58,7 @@ class HeatmapHead(nn.Module):
 class HeatmapPose(nn.Module):
     """A top-down pose model on any backbone: images of single people or things -> a heatmap for each key point.
 
-    :class:`widefield.dense.HeatmapCodec` turns heatmaps into key points, and key points into targets.
+    :meth:`decode` turns heatmaps into key points, and :meth:`codec` key points into targets.
 
     Args:
         backbone: a timm name, or a module that gives feature maps; see :func:`widefield.dense.feature_maps`. Its last
@@ -65,6 +67,8 @@ class HeatmapPose(nn.Module):
         channels: of each of the head's deconvolutions.
         stage_norms: a norm after the map; None follows the published code of the backbone's family.
         out_indices: one map of the backbone, in place of the last one.
+        kind, sigma, blur: how heatmaps are written and read; see :class:`widefield.dense.HeatmapCodec`. They have no
+            weights.
         backbone_args: further arguments of ``timm.create_model``, such as ``pretrained=True``.
 
     Raises:
@@ -79,9 +83,14 @@ class HeatmapPose(nn.Module):
         channels: Sequence[int] = (256, 256, 256),
         stage_norms: StageNorms = None,
         out_indices: Sequence[int] | None = None,
+        kind: str = "msra",
+        sigma: float = 2.0,
+        blur: int = 11,
         **backbone_args: Any,
     ) -> None:
         super().__init__()
+        HeatmapCodec((2, 2), (2, 2), sigma, kind, blur)  # refuses what is out of range
+        self.kind, self.sigma, self.blur = kind, sigma, blur
         maps = feature_maps(backbone, levels=1, out_indices=out_indices, stage_norms=stage_norms, **backbone_args)
         if len(maps.channels) != 1:
             raise ValueError(
@@ -100,7 +109,37 @@ class HeatmapPose(nn.Module):
     @property
     def stride(self) -> float:
         """Return pixels of the image per pixel of the heatmap."""
-        return self.backbone.strides[0] / float(2 ** (len(self.head.deconv_layers) // 3))
+        return self.backbone.strides[0] / self._doublings
+
+    @property
+    def _doublings(self) -> int:
+        return 1 << (len(self.head.deconv_layers) // 3)
+
+    def codec(self, image_size: Sequence[int]) -> HeatmapCodec:
+        """Return how the heatmaps of images of a size are written and read.
+
+        The backbone's map is taken to have the size of the image divided by its stride, rounded up.
+
+        Args:
+            image_size: (height, width) in pixels.
+
+        Raises:
+            TypeError, ValueError: a size, sigma or blur is of the wrong type or out of range.
+        """
+        height, width = image_size
+        rows, columns = (math.ceil(side / self.backbone.strides[0]) * self._doublings for side in image_size)
+        return HeatmapCodec((height, width), (rows, columns), self.sigma, self.kind, self.blur)
+
+    def decode(self, heatmaps: Tensor, image_size: Sequence[int] | None = None) -> DecodedKeypoints:
+        """Return the key points of heatmaps (N, K, H, W), in pixels of the images.
+
+        Args:
+            heatmaps: of this model.
+            image_size: (height, width) of the images. Default: that of the heatmaps times :attr:`stride`.
+        """
+        if image_size is None:
+            image_size = [round(side * self.stride) for side in heatmaps.shape[2:]]
+        return decoded(heatmaps, image_size, self.kind, self.blur)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> heatmaps (N, K, H / stride, W / stride)."""

@@ -1,0 +1,100 @@
+"""How a top-down pose model is used: its crops, how its heatmaps are read, and which poses are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from widefield import _checks
+from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, flipped_heatmaps
+
+
+@dataclass(frozen=True)
+class PoseRules:
+    """How a top-down pose model is used at test time.
+
+    Args:
+        crop_size: (height, width) of the crops in pixels.
+        swapped: the key point that each one becomes in a mirrored image; left and right change places.
+        sigmas: of each key point, as COCO defines them: how far apart annotators place it, relative to the size of the
+            person. Needed to find duplicates.
+        kind, sigma, blur: how heatmaps are read; see :class:`widefield.dense.HeatmapCodec`.
+        flip_test: also run the mirrored crops, and average the heatmaps.
+        shift_heatmaps: move the mirrored heatmaps by one pixel; None: unless kind is "udp", as published.
+        padding: sides of the crop relative to the box.
+        udp: whether centers of the crop's corner pixels lie on the box's edges; None: if kind is "udp".
+        keypoint_threshold: key points with lower scores do not count in the score of a pose.
+        nms_threshold: of two poses of one class that are more alike (OKS), the one with the lower score is dropped; 1
+            keeps all.
+
+    Raises:
+        TypeError, ValueError: a rule is of the wrong type or out of range.
+    """
+
+    crop_size: tuple[int, int]
+    swapped: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    kind: str = "msra"
+    sigma: float = 2.0
+    blur: int = 11
+    flip_test: bool = True
+    shift_heatmaps: bool | None = None
+    padding: float = 1.25
+    udp: bool | None = None
+    keypoint_threshold: float = 0.2
+    nms_threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        HeatmapCodec(self.crop_size, (2, 2), self.sigma, self.kind, self.blur)  # checks them
+        if sorted(self.swapped) != list(range(len(self.swapped))):
+            raise ValueError(f"swapped must hold every index of a key point once; got {self.swapped}.")
+        if len(self.sigmas) != len(self.swapped) or not all(value > 0 for value in self.sigmas):
+            raise ValueError(
+                f"sigmas must be {len(self.swapped)} numbers above 0, one for each key point; got {self.sigmas}."
+            )
+        if not _checks.number("padding", self.padding):
+            raise ValueError("padding must be above 0, as the crop would be empty; got 0.")
+        _checks.number("keypoint_threshold", self.keypoint_threshold)
+        _checks.number("nms_threshold", self.nms_threshold, maximum=1.0)
+
+    def heatmaps(self, model: nn.Module, crops: Tensor) -> Tensor:
+        """Return the heatmaps (N, K, H, W) of normalized crops (N, C, h, w), averaged over the flip test.
+
+        The model runs in the mode that it is in.
+
+        Raises:
+            ValueError: the model gives no heatmap for each key point.
+        """
+        found = self._checked(model, crops)
+        if not self.flip_test:
+            return found
+        shift = self.kind != "udp" if self.shift_heatmaps is None else self.shift_heatmaps
+        return (found + flipped_heatmaps(self._checked(model, crops.flip(3)), self.swapped, shift=shift)) / 2
+
+    def _checked(self, model: nn.Module, crops: Tensor) -> Tensor:
+        found = model(crops)
+        if not isinstance(found, Tensor) or found.ndim != 4 or found.shape[1] != len(self.swapped):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"the model must give {len(self.swapped)} heatmaps, (N, {len(self.swapped)}, H, W), one for each key "
+                f"point of the rules; {type(model).__name__} gives {shape}."
+            )
+        return found
+
+    def decode(self, heatmaps: Tensor) -> DecodedKeypoints:
+        """Return the key points of heatmaps (N, K, H, W) in pixels of the crops."""
+        size = heatmaps.shape[2], heatmaps.shape[3]
+        return HeatmapCodec(self.crop_size, size, self.sigma, self.kind, self.blur).decode(heatmaps)
+
+    def pose_scores(self, scores: Tensor, box_scores: Tensor) -> Tensor:
+        """Return the scores of poses, (D,): the mean score of the key points above the threshold times the box's.
+
+        Args:
+            scores: (D, K), of the key points. A pose without any above the threshold has score 0.
+            box_scores: (D,).
+        """
+        counted = scores > self.keypoint_threshold
+        total = torch.where(counted, scores, 0.0).sum(1)
+        return total / counted.sum(1).clamp(min=1) * box_scores
