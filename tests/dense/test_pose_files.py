@@ -250,7 +250,9 @@ def test_another_kind_of_heatmaps_is_refused(file, tmp_path):
     text = pose_configs.version_0(encoding="use_udp=True,", target="sigma=2, encoding='UDP'", shift=False)
     path = write(file, tmp_path / "file.pth", meta={"config": text})
     message = refusal(pose(), path)
-    assert "its heatmaps are of the kind 'udp', and this model has kind='msra': build the model with kind='udp'" in message
+    assert (
+        "its heatmaps are of the kind 'udp', and this model has kind='msra': build the model with kind='udp'" in message
+    )
     assert dense.load_checkpoint(pose(kind="udp", sigma=3), path).loaded
     assert dense.load_checkpoint(pose(), path, fresh_classifier=True).loaded
     assert dense.load_checkpoint(pose(), path, parts="backbone").loaded
