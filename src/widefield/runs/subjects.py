@@ -21,7 +21,7 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
-from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Selection, count_maps
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Selection, count_maps
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
 from widefield.runs.trained import load_trained, read_run_data, weights_of
 from widefield.runs.words import is_path, parsed
@@ -95,6 +95,12 @@ class Subject:
         """Return one name for each output, for figures; empty if they are unknown."""
         # ImageNet's names are lists of synonyms.
         return self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Return one name for each output: key points of a pose model, else the classes; empty if they are unknown."""
+        skeleton = self.trained_on.skeleton if self.work == "pose" and self.trained_on else None
+        return skeleton.names if skeleton else self.class_names
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
@@ -227,7 +233,8 @@ class Subject:
         """Return images as the model expects them; arguments as of `Pictures`.
 
         The default source is a run's validation data, or photographs for other models. Labels of a run's own images are
-        indices of the model's outputs, in whatever order the data's classes are now.
+        indices of the model's outputs, in whatever order the data's classes are now. Of a pose run these are crops with
+        the run's aspect ratio, whose shorter side is ``size``.
 
         Raises:
             MissingDataError: the data of a run are missing.
@@ -241,6 +248,8 @@ class Subject:
         spec = self.recipe.data
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
+            if self.work == "pose":
+                return self._crops(given["size"], count, seed)
             return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
@@ -248,27 +257,36 @@ class Subject:
                 f"{data.PHOTOGRAPHS!r} (--images)."
             ) from error
 
+    def _crops(self, size: int, count: int | None, seed: int) -> OwnCrops:
+        """Return crops of a pose run's validation data whose shorter side is ``size``."""
+        if self.recipe is None or self.trained_on is None or self.trained_on.crop_size is None:
+            raise MissingDataError(f"the run {self.name!r} does not state the size of its crops.")
+        scale = size / min(self.trained_on.crop_size)
+        crop_size = tuple(round(side * scale) for side in self.trained_on.crop_size)
+        whole: Any = data.create(self.recipe.data.name, "val", **{**self.recipe.data.args, "crop_size": crop_size})
+        return OwnCrops(whole, self.recipe.data.name, count, seed)
+
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
         own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
+        return View(self.model, self.name, str(self.weights), pictures, self.output_names, own, batch_size)
 
     def object_view(self, count: int) -> View:
-        """Return the model and samples of its own validation data with objects, as analyses take them.
+        """Return the model and samples of its own validation data, with objects or key points, as analyses take them.
 
         Args:
             count: number of samples; a seeded choice if there are more.
 
         Raises:
             MissingDataError: the model is not a run, or the data of the run are missing.
-            ValueError: the data have no objects.
+            ValueError: the data have neither.
         """
         whole = self.own_data()
-        if not getattr(whole, "object_classes", ()):
-            raise ValueError(f"the data of the run {self.name!r} have no objects with boxes.")
+        if not getattr(whole, "object_classes", ()) and not isinstance(whole, data.PoseSet):
+            raise ValueError(f"the data of the run {self.name!r} have neither objects with boxes nor key points.")
         source = self.recipe.data.name if self.recipe else ""
         samples = Selection(whole, count)
-        return View(self.model, self.name, str(self.weights), None, self.class_names, samples=samples, source=source)
+        return View(self.model, self.name, str(self.weights), None, self.output_names, samples=samples, source=source)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
