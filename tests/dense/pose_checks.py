@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dense.oks_checks import check_nms, check_oks
 from dense.rules import Differences, features, published_fill
 from widefield.data import crops
 from widefield.dense import HeatmapCodec, HeatmapHead, flipped_heatmaps
@@ -133,7 +134,11 @@ def check_crops(document: Document, differences: Differences) -> None:
         differences.fields(where, case, (*known, *(name for name, parts in matrices.items() if parts)))
 
 
-UNITS: Mapping[str, Callable[[Document, Differences], None]] = {"warp_cases": check_crops}
+UNITS: Mapping[str, Callable[[Document, Differences], None]] = {
+    "warp_cases": check_crops,
+    "oks": check_oks,
+    "oks_nms": check_nms,
+}
 """Field of a file -> check, which gets the whole file."""
 
 

@@ -25,10 +25,12 @@ from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, flippe
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.mask_head import FCNMaskHead, paste_masks
+from widefield.dense.pose_convention import PoseConvention
 from widefield.dense.pose_rules import PoseRules
 from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
+from widefield.dense.served_pose import ServedPose
 from widefield.dense.serving import ServedDetector
 from widefield.dense.uper import UPerHead, UPerNet
 
@@ -59,6 +61,7 @@ __all__ = [
     "HeatmapPose",
     "LoadedCheckpoint",
     "MaskRCNN",
+    "PoseConvention",
     "PoseRules",
     "RetinaHead",
     "RetinaNet",
@@ -66,6 +69,7 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "ServedDetector",
+    "ServedPose",
     "Targets",
     "UPerHead",
     "UPerNet",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from widefield.data.skeleton import Skeleton
+
 
 @dataclass(frozen=True, eq=False)
 class ClassPrediction:
@@ -70,5 +72,49 @@ class BoxPrediction:
         return replace(self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], masks=masks)
 
 
-Prediction = ClassPrediction | MaskPrediction | BoxPrediction
+@dataclass(frozen=True, eq=False)
+class PosePrediction:
+    """The poses of people or things in an image, all on the CPU.
+
+    Attributes:
+        keypoints: float32 (D, K, 2): x and y in pixels of the image's file. As in COCO, (0, 0) is the center of the top
+            left pixel.
+        scores: float32 (D, K), of the key points; 1 for true poses.
+        pose_scores: float32 (D,), in descending order; None for true poses.
+        boxes: float32 (D, 4): the edges (left, top, right, bottom) in continuous pixels of the file.
+        visible: (D, K), of true poses: 0 without a label, 1 hidden, 2 visible. None: all key points are there.
+        labels: int64 (D,): classes of the boxes; None: there is one class.
+        size: (height, width) of the file.
+        skeleton: the K key points.
+    """
+
+    keypoints: Tensor
+    scores: Tensor
+    pose_scores: Tensor | None
+    boxes: Tensor
+    visible: Tensor | None = None
+    labels: Tensor | None = None
+    size: tuple[int, int] = field(kw_only=True)
+    skeleton: Skeleton = field(kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.keypoints)
+
+    def at_least(self, score: float) -> PosePrediction:
+        """Return the poses of at least this score; all true poses."""
+        if self.pose_scores is None:
+            return self
+        kept = slice(int((self.pose_scores >= score).sum()))
+        return replace(
+            self,
+            keypoints=self.keypoints[kept],
+            scores=self.scores[kept],
+            pose_scores=self.pose_scores[kept],
+            boxes=self.boxes[kept],
+            visible=None if self.visible is None else self.visible[kept],
+            labels=None if self.labels is None else self.labels[kept],
+        )
+
+
+Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""
