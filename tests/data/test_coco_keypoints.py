@@ -73,20 +73,21 @@ def test_val_samples_bring_all_people_of_their_file_once(root, content):
         file = int(sample["image_id"])
         if file in seen:
             assert sample["people"].shape == (0, 17, 3)
-            assert sample["people_ignored"].shape == (0,)
+            assert sample["people_crowd"].shape == (0,)
         seen.setdefault(file, sample)
     assert sorted(seen) == [0, 1, 2]
     for file, sample in seen.items():
         expected = people(content, file)
         points = torch.tensor([one["keypoints"] for one in expected]).float().reshape(-1, 17, 3)
         assert torch.equal(sample["people"], points)
-        ignored = [one["iscrowd"] == 1 or not any(one["keypoints"][2::3]) for one in expected]
-        assert sample["people_ignored"].tolist() == ignored
+        assert sample["people_crowd"].tolist() == [one["iscrowd"] == 1 for one in expected]
         close(sample["people_area"], torch.tensor([one["area"] for one in expected]), FLOAT32)
         x, y, width, height = torch.tensor([one["bbox"] for one in expected]).unbind(1)
         close(sample["people_boxes"], torch.stack([x, y, x + width, y + height], 1), FLOAT32)
         assert sample["people_labels"].tolist() == [0] * len(expected)
-    assert [int(one["people_ignored"].sum()) for one in seen.values()] == [1, 1, 0]
+    assert [int(one["people_crowd"].sum()) for one in seen.values()] == [1, 0, 0]
+    unlabeled = [int((one["people"][..., 2] == 0).all(1).sum()) for one in seen.values()]
+    assert unlabeled == [1, 1, 0]  # the crowd region, and a person
 
 
 def test_what_was_read_and_left_out_is_reported(root):
@@ -215,7 +216,8 @@ def test_a_file_without_key_points_has_no_people_to_train_on(root, tmp_path, con
         "val", root=root, annotations=str(tmp_path / "boxes_only.json"), boxes=str(root / "boxes.json")
     )
     assert len(found) == 7
-    assert all(sample["people_ignored"].all() for sample in found)
+    assert sum(len(sample["people"]) for sample in found) == 7
+    assert not any(sample["people"].any() for sample in found)
 
 
 def test_train_crops_are_augmented_and_reproducible(root):
