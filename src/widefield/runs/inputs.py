@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,14 +124,27 @@ class OwnCrops(data.Pictures):
     """Crops of a pose run's validation data.
 
     Args:
-        whole: the data set.
-        source: its name.
+        source: name of the data set.
+        options: those of the run.
+        crop_size: (height, width) of the run's crops; None: square ones.
+        size: shorter side of the crops in pixels.
         count: number of crops; a seeded choice if there are more. None: all of them.
         seed: of the choice.
     """
 
-    def __init__(self, whole: data.PoseSet, source: str, count: int | None, seed: int) -> None:
-        data.LabeledImages.__init__(self, "val", min(whole.crop_size), seed)
+    def __init__(
+        self,
+        source: str,
+        options: Mapping[str, Any],
+        crop_size: tuple[int, int] | None,
+        size: int,
+        count: int | None,
+        seed: int,
+    ) -> None:
+        data.LabeledImages.__init__(self, "val", size, seed)
+        sides = crop_size or (1, 1)
+        scaled = [round(side * size / min(sides)) for side in sides]
+        whole: Any = data.create(source, "val", **{**options, "crop_size": scaled})
         self._whole, self.source, self.classes = whole, source, ()
         self._some = Selection(whole, len(whole) if count is None else count, seed)
         self.mean, self.std = whole.mean, whole.std

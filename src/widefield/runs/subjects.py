@@ -249,22 +249,13 @@ class Subject:
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
             if self.work == "pose":
-                return self._crops(given["size"], count, seed)
+                return OwnCrops(spec.name, spec.args, self.trained_on.crop_size, given["size"], count, seed)
             return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
                 f"the data of the run {self.name!r} are missing: {error} Ask for other images: a folder, or "
                 f"{data.PHOTOGRAPHS!r} (--images)."
             ) from error
-
-    def _crops(self, size: int, count: int | None, seed: int) -> OwnCrops:
-        """Return crops of a pose run's validation data whose shorter side is ``size``."""
-        if self.recipe is None or self.trained_on is None or self.trained_on.crop_size is None:
-            raise MissingDataError(f"the run {self.name!r} does not state the size of its crops.")
-        scale = size / min(self.trained_on.crop_size)
-        crop_size = tuple(round(side * scale) for side in self.trained_on.crop_size)
-        whole: Any = data.create(self.recipe.data.name, "val", **{**self.recipe.data.args, "crop_size": crop_size})
-        return OwnCrops(whole, self.recipe.data.name, count, seed)
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
