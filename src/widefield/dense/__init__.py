@@ -30,6 +30,7 @@ from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.serving import ServedDetector
+from widefield.dense.top_down import Poses, estimate_poses, find_boxes
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "LoadedCheckpoint",
     "MaskRCNN",
     "PoseRules",
+    "Poses",
     "RetinaHead",
     "RetinaNet",
     "SegmentationLogits",
@@ -70,7 +72,9 @@ __all__ = [
     "UPerHead",
     "UPerNet",
     "check_views",
+    "estimate_poses",
     "feature_maps",
+    "find_boxes",
     "flipped_heatmaps",
     "inspect_checkpoint",
     "largest_at",

@@ -14,7 +14,8 @@ from widefield.data.listing import counted
 from widefield.runs.accuracy import Evaluation, Example
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.runs.detection_page import detection_sections
-from widefield.runs.drawing import DRAWINGS, MIN_SCORE, drawing_of
+from widefield.runs.drawing import DRAWINGS, drawing_of
+from widefield.runs.drawing_parts import MIN_SCORE
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
 from widefield.tasks import DetectionScores, SegmentationScores

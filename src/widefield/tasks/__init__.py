@@ -13,7 +13,7 @@ from widefield.tasks.confusion import SegmentationScores
 from widefield.tasks.detection import Detection
 from widefield.tasks.detection_errors import DetectionErrors
 from widefield.tasks.detection_scores import DetectionScores
-from widefield.tasks.predictions import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
+from widefield.tasks.predictions import BoxPrediction, ClassPrediction, MaskPrediction, PosePrediction, Prediction
 from widefield.tasks.segmentation import Segmentation
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "DetectionScores",
     "Labeled",
     "MaskPrediction",
+    "PosePrediction",
     "Prediction",
     "Segmentation",
     "SegmentationScores",

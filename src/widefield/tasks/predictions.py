@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from widefield.data.skeleton import Skeleton
+
 
 @dataclass(frozen=True, eq=False)
 class ClassPrediction:
@@ -70,5 +72,43 @@ class BoxPrediction:
         return replace(self, boxes=self.boxes[kept], labels=self.labels[kept], scores=self.scores[kept], masks=masks)
 
 
-Prediction = ClassPrediction | MaskPrediction | BoxPrediction
+@dataclass(frozen=True, eq=False)
+class PosePrediction:
+    """The poses of people or things in an image, all on the CPU.
+
+    Attributes:
+        keypoints: float32 (D, K, 2): x and y in pixels of the image's file. As in COCO, the center of the top left
+            pixel is (0, 0).
+        scores: float32 (D, K), of the key points; None for true poses.
+        pose_scores: float32 (D,), in descending order; None for true poses.
+        visible: (D, K), of true poses: 0 without a label, 1 covered, 2 visible; None for others.
+        boxes: float32 (D, 4): the boxes that the poses are in, as in `BoxPrediction`.
+        labels: int64 (D,): indices of classes of the boxes.
+        skeleton: names and links of the key points.
+        size: (height, width) of the file.
+        threshold: key points with a lower score are unsure. They are not drawn.
+    """
+
+    keypoints: Tensor
+    scores: Tensor | None = None
+    pose_scores: Tensor | None = None
+    visible: Tensor | None = None
+    boxes: Tensor = field(kw_only=True)
+    labels: Tensor = field(kw_only=True)
+    skeleton: Skeleton = field(kw_only=True)
+    size: tuple[int, int] = field(kw_only=True)
+    threshold: float = 0.2
+
+    def __len__(self) -> int:
+        return len(self.keypoints)
+
+    @property
+    def shown(self) -> Tensor:
+        """Return which key points are drawn, bool (D, K): sure ones, or those with a label."""
+        if self.scores is not None:
+            return self.scores >= self.threshold
+        return self.keypoints.isfinite().all(-1) if self.visible is None else self.visible > 0
+
+
+Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""
