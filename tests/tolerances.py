@@ -25,6 +25,10 @@ OF_DTYPE = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: BFLO
 # A whole network in float32: errors of its layers add up. The project guarantees this for conversion and fusing.
 NETWORK = 1e-4
 
+# Key points read from heatmaps of a network in float32, in pixels of the image. DARK divides by second derivatives of
+# the heatmap, which noise brings near 0. A wrong pixel of the heatmap is off by 4.
+KEYPOINT_PIXELS = 0.1
+
 # A whole network under bf16 autocast, as the L2 norm of the difference over that of the outputs: 50 layers with
 # rounding errors of 4e-3 each, amplified by random weights. A wrong computation is off by 1.
 NETWORK_BFLOAT16 = 0.2

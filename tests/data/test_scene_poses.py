@@ -63,7 +63,7 @@ def test_every_person_is_in_one_sample_of_its_file(val):
         own = [sample["truth"] for sample in samples if int(sample["image_id"]) == file]
         assert torch.equal(first["people"], torch.stack(own))
         assert len(first["people_boxes"]) == len(first["people_area"]) == len(first["people_labels"]) == len(own)
-        assert not first["people_ignored"].any()
+        assert not first["people_crowd"].any()
 
 
 def test_samples_are_functions_of_seed_epoch_and_index():

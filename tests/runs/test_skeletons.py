@@ -128,7 +128,7 @@ def prediction(**changes: Any) -> PosePrediction:
     return PosePrediction(points, **given)
 
 
-TRUE = {"scores": None, "pose_scores": None, "visible": torch.tensor([[2, 1, 2, 0, 2]])}
+TRUE = {"scores": torch.ones(1, 5), "pose_scores": None, "visible": torch.tensor([[2, 1, 2, 0, 2]])}
 DRAWING = PoseDrawing(("disk", "square"), object_palette("ab"))
 
 
@@ -158,7 +158,7 @@ def test_cards_show_label_and_prediction() -> None:
     assert "1 pose" in plain
     nobody = prediction()
     nobody = PosePrediction(
-        nobody.keypoints[:0], torch.zeros(0, 5), torch.zeros(0), boxes=torch.zeros(0, 4),
+        nobody.keypoints[:0], torch.zeros(0, 5), torch.zeros(0), torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64), skeleton=SCENES, size=(20, 20),
     )  # fmt: skip
     assert "0 poses" in DRAWING.card("x", image, nobody)

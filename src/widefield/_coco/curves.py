@@ -26,9 +26,6 @@ class Tally:
         ranks: (D,), the place of each detection among those of its class in its image, by score, from 0.
         right, counted: (D, T, A), see `widefield._coco.matching.Matches`.
         objects: (K, A), the number of objects that count.
-        errors: uint8 (D,), see `widefield.tasks.detection_errors.ImageErrors`.
-        targets: (D,), likewise.
-        missed: (K,), the number of objects that no detection comes near.
     """
 
     labels: Ints
@@ -37,9 +34,6 @@ class Tally:
     right: Bools
     counted: Bools
     objects: Ints
-    errors: NDArray[np.uint8]
-    targets: Ints
-    missed: Ints
 
     @cached_property
     def by_class(self) -> list[Ints]:

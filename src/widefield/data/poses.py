@@ -69,7 +69,7 @@ class PoseSet(SampleSet):
 
     - ``people`` float32 (M, K, 3), ``people_boxes`` float32 (M, 4), ``people_area`` float32 (M,), ``people_labels``
       int64 (M,).
-    - ``people_ignored`` bool (M,): crowd regions, and people without a labeled key point.
+    - ``people_crowd`` bool (M,): crowd regions.
 
     Train crops are of people with a labeled key point, without crowd regions, and are augmented. With true boxes, val
     crops are of the same kind.
@@ -310,6 +310,6 @@ class PoseSet(SampleSet):
             "people_boxes": self.index.boxes[rows],
             "people_area": self.index.areas[rows],
             "people_labels": self.index.labels[rows].astype(np.int64),
-            "people_ignored": self._ignored[rows],
+            "people_crowd": self.index.crowd[rows],
         }
         return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}

@@ -29,6 +29,7 @@ from widefield.dense.pose_rules import PoseRules
 from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
+from widefield.dense.served_pose import ServedPose
 from widefield.dense.serving import ServedDetector
 from widefield.dense.top_down import Poses, estimate_poses, find_boxes
 from widefield.dense.uper import UPerHead, UPerNet
@@ -68,6 +69,7 @@ __all__ = [
     "Segmenter",
     "SemanticFPN",
     "ServedDetector",
+    "ServedPose",
     "Targets",
     "UPerHead",
     "UPerNet",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
-from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec
+from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, decoded
 
 
 class HeatmapHead(nn.Module):
@@ -115,20 +115,19 @@ class HeatmapPose(nn.Module):
     def _doublings(self) -> int:
         return 1 << (len(self.head.deconv_layers) // 3)
 
-    def codec(self, image_size: Sequence[int], heatmap_size: Sequence[int] | None = None) -> HeatmapCodec:
+    def codec(self, image_size: Sequence[int]) -> HeatmapCodec:
         """Return how the heatmaps of images of a size are written and read.
+
+        The backbone's map is taken to have the size of the image divided by its stride, rounded up.
 
         Args:
             image_size: (height, width) in pixels.
-            heatmap_size: (height, width). Default: that of backbones whose maps have the size of the image divided by
-                their stride, rounded up.
 
         Raises:
             TypeError, ValueError: a size, sigma or blur is of the wrong type or out of range.
         """
-        if heatmap_size is None:
-            heatmap_size = [math.ceil(side / self.backbone.strides[0]) * self._doublings for side in image_size]
-        (height, width), (rows, columns) = image_size, heatmap_size
+        height, width = image_size
+        rows, columns = (math.ceil(side / self.backbone.strides[0]) * self._doublings for side in image_size)
         return HeatmapCodec((height, width), (rows, columns), self.sigma, self.kind, self.blur)
 
     def decode(self, heatmaps: Tensor, image_size: Sequence[int] | None = None) -> DecodedKeypoints:
@@ -138,10 +137,9 @@ class HeatmapPose(nn.Module):
             heatmaps: of this model.
             image_size: (height, width) of the images. Default: that of the heatmaps times :attr:`stride`.
         """
-        size = heatmaps.shape[2:]
         if image_size is None:
-            image_size = [round(side * self.stride) for side in size]
-        return self.codec(image_size, size).decode(heatmaps)
+            image_size = [round(side * self.stride) for side in heatmaps.shape[2:]]
+        return decoded(heatmaps, image_size, self.kind, self.blur)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> heatmaps (N, K, H / stride, W / stride)."""

@@ -118,22 +118,31 @@ class HeatmapCodec:
 
         Key points without a value above 0 are at (-1, -1) of the heatmap, as published.
         """
-        heatmaps = widened(heatmaps)
-        width = heatmaps.shape[3]
-        scores, places = heatmaps.flatten(2).max(2)
-        pixels = torch.stack((places % width, places // width), 2)
-        found = pixels.to(heatmaps)
-        if self.kind == "msra":
-            found = found + 0.25 * _towards_larger(heatmaps, pixels)
-        else:
-            smooth = _blurred(heatmaps, self.blur, scores)
-            step = _udp_step(smooth, pixels) if self.kind == "udp" else _newton_step(smooth, pixels)
-            found = found + step
-        found = torch.where(scores[..., None] > 0, found, -1.0)
-        scale = self.scale(found)
-        if self.kind == "udp":  # published: written by (image - 1) / (heatmap - 1), read by image / (heatmap - 1)
-            scale = scale * scale.new_tensor([side / (side - 1) for side in reversed(self.image_size)])
-        return DecodedKeypoints(found * scale, scores)
+        return decoded(heatmaps, self.image_size, self.kind, self.blur)
+
+
+def decoded(heatmaps: Tensor, image_size: Sequence[int], kind: str, blur: int) -> DecodedKeypoints:
+    """Return the key points of heatmaps (N, K, H, W); see :meth:`HeatmapCodec.decode`.
+
+    Sizes may be symbols, so that graphs for any size can be traced.
+    """
+    heatmaps = widened(heatmaps)
+    width = heatmaps.shape[3]
+    scores, places = heatmaps.flatten(2).max(2)
+    rows = places // width
+    pixels = torch.stack((places - rows * width, rows), 2)  # ONNX has no remainder of a symbol
+    found = pixels.to(heatmaps)
+    if kind == "msra":
+        found = found + 0.25 * _towards_larger(heatmaps, pixels)
+    else:
+        smooth = _blurred(heatmaps, blur, scores)
+        step = _udp_step(smooth, pixels) if kind == "udp" else _newton_step(smooth, pixels)
+        found = found + step
+    found = torch.where(scores[..., None] > 0, found, -1.0)
+    less = 1 if kind == "udp" else 0  # published: written by (image - 1) / (heatmap - 1), read by image / (heatmap - 1)
+    x = found[..., 0] * image_size[1] / (width - less)
+    y = found[..., 1] * image_size[0] / (heatmaps.shape[2] - less)
+    return DecodedKeypoints(torch.stack((x, y), 2), scores)
 
 
 def flipped_heatmaps(heatmaps: Tensor, swapped: Sequence[int], *, shift: bool) -> Tensor:
@@ -167,8 +176,9 @@ def _around(heatmaps: Tensor, pixels: Tensor, reach: int) -> Tensor:
 
 def _within(pixels: Tensor, heatmaps: Tensor, margin: int) -> Tensor:
     """Return for x and y whether a pixel is more than 1 from the first and ``margin`` from the last one: (N, K, 2)."""
-    sides = pixels.new_tensor([heatmaps.shape[3], heatmaps.shape[2]])
-    return (pixels > 1) & (pixels < sides - margin)
+    height, width = heatmaps.shape[2:]
+    before_last = torch.stack((pixels[..., 0] < width - margin, pixels[..., 1] < height - margin), -1)
+    return (pixels > 1) & before_last
 
 
 def _towards_larger(heatmaps: Tensor, pixels: Tensor) -> Tensor:

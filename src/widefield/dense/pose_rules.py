@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield.data.crops import apply_matrix, inverse
 from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, flipped_heatmaps
 
 
@@ -87,6 +88,27 @@ class PoseRules:
         """Return the key points of heatmaps (N, K, H, W) in pixels of the crops."""
         size = heatmaps.shape[2], heatmaps.shape[3]
         return HeatmapCodec(self.crop_size, size, self.sigma, self.kind, self.blur).decode(heatmaps)
+
+    @property
+    def aligned(self) -> bool:
+        """Return whether crops are cut with ``udp``."""
+        return self.kind == "udp" if self.udp is None else self.udp
+
+    def to_file(self, points: Tensor, matrices: Tensor) -> Tensor:
+        """Return decoded key points in pixels of the file, as published code maps them.
+
+        Args:
+            points: (N, K, 2), from :meth:`decode`.
+            matrices: (N, 2, 3), from pixels of the file to pixels of the crops.
+
+        Returns:
+            (N, K, 2) float64.
+        """
+        points = points.double()
+        if self.aligned:  # the matrix has the crop's last pixel on the edge of the box, published code its end
+            sides = points.new_tensor([self.crop_size[1], self.crop_size[0]])
+            points = points * (sides - 1) / sides
+        return apply_matrix(points, inverse(matrices.double()))
 
     def pose_scores(self, scores: Tensor, box_scores: Tensor) -> Tensor:
         """Return the scores of poses, (D,): the mean score of the key points above the threshold times the box's.

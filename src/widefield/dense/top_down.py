@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield._coco.keypoints import oks_nms
-from widefield.data.crops import apply_matrix, crop_box, crop_matrix, inverse, warp
+from widefield.data.crops import crop_box, crop_matrix, warp
 from widefield.dense.detector import Detections, Detector
 from widefield.dense.heatmap import HeatmapPose
 from widefield.dense.pose_rules import PoseRules
@@ -100,8 +100,7 @@ def estimate_poses(
     found = _detections(find_boxes(boxes, image, mean=mean, std=std) if isinstance(boxes, nn.Module) else boxes)
     found = _chosen(found, classes, min_score, device)
     center, scale = crop_box(found.boxes, rules.crop_size, padding=rules.padding)
-    udp = rules.kind == "udp" if rules.udp is None else rules.udp
-    matrices = crop_matrix(center, scale, rules.crop_size, udp=udp)
+    matrices = crop_matrix(center, scale, rules.crop_size, udp=rules.aligned)
     shift, width = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
     pixels, count = image.to(device), len(rules.swapped)
     points = [torch.zeros(0, count, 2, dtype=torch.float64, device=device)]
@@ -110,7 +109,7 @@ def estimate_poses(
         for part in matrices.split(batch_size):
             crops = (_floating(warp(pixels, part, rules.crop_size)) - shift) / width
             read = rules.decode(rules.heatmaps(model, crops.to(dtype)))
-            points.append(apply_matrix(read.points.double(), inverse(part)))
+            points.append(rules.to_file(read.points, part))
             scores.append(read.scores.float())
     every, sure = torch.cat(points), torch.cat(scores)
     overall = rules.pose_scores(sure, found.scores)

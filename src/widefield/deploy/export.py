@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from widefield import _checks, bench
 from widefield._files import checksum, staged
+from widefield.dense import HeatmapPose
 from widefield.deploy import _graph
-from widefield.deploy._detectors import is_detector, reading, rules_of, served, traceable
+from widefield.deploy._dense import is_detector, reading, rules_of, served, traceable
 from widefield.deploy._onnx import to_onnx
 from widefield.deploy._others import first_line
 from widefield.deploy._trace import DYNAMIC, bare, prepared, traced
@@ -60,7 +61,8 @@ class Check:
     """``max_abs`` divided by the largest absolute value of the model's outputs."""
     agreement: float | None
     """Share of images with the same top class, or of pixels if the output is (N, classes, H, W); of detectors, share of
-    detections that the model and the file both find; None for others."""
+    detections that the model and the file both find; of pose models, share of key points that are within a pixel of the
+    image; None for others."""
     miou_before: float | None = None
     """Mean IoU of the model, where the loader's masks give one."""
     miou_after: float | None = None
@@ -71,6 +73,22 @@ class Check:
     """Box AP of the model, where the loader has boxes."""
     ap_after: float | None = None
     """Box AP of the file."""
+    keypoints: int | None = None
+    """Of pose models: number of key points that ``agreement`` counts."""
+    distance: float | None = None
+    """Largest distance of key points in pixels of the image, without those with two peaks of equal height."""
+    near: float | None = None
+    """Share of key points that are within 5 % of the longer side of the image."""
+    pck_before: float | None = None
+    """Share of labeled key points that the model finds within 5 % of the longer side, where the loader has them."""
+    pck_after: float | None = None
+    """The same for the file."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], found: Difference) -> Check:
+        """Return the check that a difference on images of a shape amounts to."""
+        names = [field.name for field in fields(cls) if field.name not in ("shape", "relative")]
+        return cls(shape=shape, relative=found.relative, **{name: getattr(found, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +105,7 @@ class Export(Deployed):
         images: which images were compared.
         throughput: timings of the file and the model, if requested.
         detection: of detectors: where the last non-maximum suppression is ("nms"), and its rules; None for others.
+        pose: of pose models: where heatmaps become key points ("decoding"), and how; None for others.
     """
 
     model: str
@@ -98,6 +117,7 @@ class Export(Deployed):
     images: str
     throughput: Sequence[Speed]
     detection: Mapping[str, Any] | None = None
+    pose: Mapping[str, Any] | None = None
 
     @property
     def relative(self) -> float:
@@ -112,7 +132,9 @@ class Export(Deployed):
         """Return one row per check."""
         labeled = any(check.miou_before is not None for check in self.checks)
         boxes = any(check.ap_before is not None for check in self.checks)
+        points = any(check.pck_before is not None for check in self.checks)
         same = "top-1 agreement" if self.detection is None else "found by both"
+        same = same if self.pose is None else "within a pixel"
         return [
             {
                 "file": self.path,
@@ -121,6 +143,8 @@ class Export(Deployed):
                 "largest difference": f"{check.max_abs:.1e}",
                 "relative": f"{check.relative:.1e}",
                 same: "-" if check.agreement is None else f"{100 * check.agreement:.4g} %",
+                **({} if check.distance is None else {"farthest, px": f"{check.distance:.2g}"}),
+                **({"PCK": _from_to(check.pck_before, check.pck_after)} if points else {}),
                 **({"mIoU": _from_to(check.miou_before, check.miou_after)} if labeled else {}),
                 **({"box AP": _from_to(check.ap_before, check.ap_after)} if boxes else {}),
             }
@@ -137,6 +161,7 @@ def export(
     routing: str = "branches",
     dynamic: Sequence[str] = ("batch",),
     nms: str = "inside",
+    decoding: str = "inside",
     loader: Iterable[Any] | None = None,
     tolerance: float = 1e-4,
     opset: int | None = None,
@@ -152,7 +177,8 @@ def export(
     computes them here. The file is loaded and compared with the model on noise: at batch sizes 1, 3 and 8 if the batch
     is dynamic, and at a larger and an odd image size if the size is. The file is written only if verification passes.
 
-    Outputs of detectors have fixed shapes, see :class:`widefield.dense.ServedDetector`, and are compared as sets.
+    Outputs of detectors have fixed shapes, see :class:`widefield.dense.ServedDetector`, and are compared as sets. Pose
+    models give key points or heatmaps, see :class:`widefield.dense.ServedPose`; both are compared by their key points.
 
     Args:
         model: in evaluation mode, float32; not modified.
@@ -163,12 +189,14 @@ def export(
             :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model first.
         dynamic: sizes that may change: "batch", "size" (height and width), both or neither.
         nms: of detectors: the last non-maximum suppression is "inside" of the file or "outside".
+        decoding: of pose models: heatmaps become key points "inside" of the file or "outside".
         loader: further images to verify on, of any size the graph accepts; see
             :func:`widefield.surgery.inputs.batches`.
         tolerance: largest difference allowed, relative to the largest absolute output.
         opset: ONNX operator set. Default: that of torch's exporter.
         throughput: batch sizes at which to time the file and the model, eager and compiled; some seconds each.
-        classes: class names in the order of the scores; stored in the file and the record, like the next two.
+        classes: class names, or names of key points, in the order of the scores; stored in the file and the record,
+            like the next two.
         normalization: mean and standard deviation of each channel, for images in [0, 1].
         info: normalization, classes and image size together, such as
             ``ModelInfo.from_weights(ResNet50_Weights.DEFAULT)`` for torchvision. The two arguments above take
@@ -195,9 +223,7 @@ def export(
     if format == "openvino":
         import_openvino()
     twin = prepared(model, routing, format)
-    detector = is_detector(model)
-    if detector:
-        twin = served(twin, nms, format)
+    twin = served(twin, format, nms=nms, decoding=decoding)
     _warn_unmerged(model)
     reference = copied(model).cpu()
     x = _example(reference, example_input)
@@ -211,7 +237,7 @@ def export(
         with torch.no_grad():
             operators = _write(twin, x, stage / path.name, format, dynamic, opset, info)
         exported = load(stage / path.name)
-        answer = reading(twin, exported) if detector else exported
+        answer = reading(twin, exported)
         checks = _verified(reference, answer, chain(_fresh(reference, x, dynamic), given), tolerance, format)
         done = Export(
             path=path.name,
@@ -229,7 +255,8 @@ def export(
             tolerance=tolerance,
             images="noise" if loader is None else "noise, and images given",
             throughput=[speed for count in times for speed in measure_throughput(model, exported, x, count)],
-            detection=rules_of(twin) if detector else None,
+            detection=rules_of(twin) if is_detector(model) else None,
+            pose=rules_of(twin) if isinstance(model, HeatmapPose) else None,
         )
         done.write(stage)
     if format == "onnx" and f"{path.name}.data" not in done.files:  # weights of a larger model that was here before
@@ -356,7 +383,8 @@ def _verified(
     tallies: dict[tuple[int, ...], Tally] = {}
     with torch.no_grad():
         for x, labels in images:
-            tallies.setdefault(tuple(x.shape), Tally(model)).add(model(x), exported(x), labels, images=len(x))
+            tally = tallies.setdefault(tuple(x.shape), Tally(model))
+            tally.add(model(x), exported(x), labels, images=len(x), size=x.shape[-2:])
     changes = {shape: _difference(tally, model) for shape, tally in tallies.items()}
     known = {shape: change for shape, change in changes.items() if change is not None}
     if not known:
@@ -366,19 +394,13 @@ def _verified(
         )
     for shape, change in known.items():
         if not change.within(tolerance):
-            found = f", with {change.agreed}" if change.detections is not None else ""
+            found = f", with {change.agreed}" if change.matched is not None else ""
             raise RuntimeError(
                 f"the {format} file does not compute the same as the model: on images of {shape} outputs differ by "
                 f"{change.relative:.2e} of their scale{found}, more than tolerance={tolerance:.0e}. Nothing was "
                 "written."
             )
-    return tuple(
-        Check(
-            shape, c.images, c.max_abs, c.relative, c.agreement, c.miou_before, c.miou_after, c.detections,
-            c.ap_before, c.ap_after,
-        )
-        for shape, c in known.items()
-    )  # fmt: skip
+    return tuple(Check.of(shape, change) for shape, change in known.items())
 
 
 def _difference(tally: Tally, model: nn.Module) -> Difference | None:

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from widefield import _checks, bench
 from widefield._files import checksum, staged
+from widefield.dense import HeatmapPose, ServedPose
 from widefield.deploy import _balance, _graph, _int8
 from widefield.deploy._ablation import Ablation
-from widefield.deploy._detectors import heads_of, is_detector, served, traceable
+from widefield.deploy._dense import heads_of, is_detector, served, traceable
 from widefield.deploy._onnx import output_names, to_onnx
 from widefield.deploy._trace import bare, prepared, traced
 from widefield.deploy.export import PACKAGES, outputs_of, sizes_of
@@ -194,15 +195,16 @@ def quantize(
     Activation ranges that a later clamp makes unreachable are removed before rounding. The mean error of rounded
     weights is subtracted from the biases (Nagel et al., ICCV 2019, section 4.2).
 
-    Of detectors, backbone and neck are rounded; the heads stay in float32. The last non-maximum suppression is inside.
+    Of detectors and pose models, backbone and neck are rounded; the heads stay in float32, and the last non-maximum
+    suppression, or decoding, is inside.
 
     Args:
         model: in evaluation mode, reparameterized, float32; not modified.
         path: ``.onnx``.
         loader: calibration images, some hundreds, preprocessed as in training but not augmented. See
             :func:`widefield.surgery.inputs.batches`.
-        images: images to compare on, with labels for accuracies, or masks for mean IoUs. Default: ``loader``, which
-            gives optimistic results.
+        images: images to compare on, with labels for accuracies, masks for mean IoUs, boxes for box APs, or key points
+            for PCKs. Default: ``loader``, which gives optimistic results.
         dynamic: sizes that may change, as in :func:`widefield.deploy.export`; "batch" is always one, since calibration
             runs image by image. Without "size", all images must have the size of the first batch.
         calibration: how activation ranges are read off: "minmax", "entropy" or "percentile" (99.999).
@@ -238,9 +240,8 @@ def quantize(
     if "batch" not in dynamic:
         raise ValueError(f"dynamic must contain 'batch', because calibration runs image by image; got {dynamic!r}.")
     twin = prepared(model, "branches", "onnx")
-    detector = is_detector(model)
-    if detector:
-        twin = served(twin, "inside", "onnx")
+    dense = is_detector(model) or isinstance(model, HeatmapPose)
+    twin = ServedPose(twin, measured=True) if isinstance(twin, HeatmapPose) else served(twin, "onnx")
     left = unmerged(model)
     if left:
         raise ValueError(f"{left[0]} is not merged, and layers are rounded as they compute: call reparameterize first.")
@@ -259,13 +260,13 @@ def quantize(
         first, written = Path(elsewhere) / "float32.onnx", stage / path.name
         with torch.no_grad():
             to_onnx(traced(probe, traceable(twin, x, dynamic), dynamic), first, None)
-            names = output_names(twin(x) if detector else reference(x))
+            names = output_names(twin(x) if dense else reference(x))
         plain = _graph.read(first)
         _balance.prepare(plain)
         if equalize:
             _balance.equalize(plain, shown)
         weights = _int8.weights(plain)
-        if detector:
+        if dense:
             keep = [*([keep] if isinstance(keep, str) else keep), *heads_of(model, [weight.name for weight in weights])]
         kernels = _judged(weights, outliers, keep, 64 if reduce_range else 127)
         floating = {kernel.name for kernel in kernels if kernel.kept_float}
@@ -273,9 +274,11 @@ def quantize(
         rounded = _graph.read(written)
         _balance.correct(plain, rounded, shown)
         _graph.write(rounded, written)
-        read = partial(_detections, twin, names) if detector else list
+        read = partial(_comparable, twin, names) if dense else list
         change, flips = _measured(reference, probe, load(written), measured, read)
         layers = _compared(plain, rounded, _Shown(measured, twin), compare_layers, probe.outputs, read)
+        if isinstance(twin, ServedPose):
+            names.remove(_HEATMAPS)
         _int8.drop_outputs(written, names)
         _graph.annotate(written, to_texts(info))
         done = Quantization(
@@ -318,11 +321,15 @@ class _Shown:
 
 
 Read = Callable[[Sequence[Tensor]], Any]
-"""How the outputs of a graph are to be compared: a list, or the detections of each image."""
+"""How the outputs of a graph are to be compared: a list, the detections of each image, or heatmaps."""
+
+_HEATMAPS = "heatmaps"
+"""Last output of a pose model's graph while it is compared."""
 
 
-def _detections(graph: Any, names: Sequence[str], outputs: Sequence[Tensor]) -> Any:
-    return graph.detections(dict(zip(names, outputs, strict=True)))
+def _comparable(graph: Any, names: Sequence[str], outputs: Sequence[Tensor]) -> Any:
+    named = dict(zip(names, outputs, strict=True))
+    return named[_HEATMAPS] if isinstance(graph, ServedPose) else graph.detections(named)
 
 
 def _compared(
@@ -450,7 +457,7 @@ def _measured(
     with torch.no_grad():
         for x, labels in batches(images, model):
             weights, theirs = probe(x)[probe.outputs :], [y for y in tree_leaves(rounded(x)) if isinstance(y, Tensor)]
-            tally.add(model(x), read(theirs[: probe.outputs]), labels, images=len(x))
+            tally.add(model(x), read(theirs[: probe.outputs]), labels, images=len(x), size=x.shape[-2:])
             count += len(x)
             calls = Counter(probe.names)
             routing = zip(probe.names, probe.chosen, weights, theirs[probe.outputs :], strict=True)

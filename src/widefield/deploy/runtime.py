@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from widefield import _checks
+from widefield.dense import DecodedKeypoints
 from widefield.deploy._others import first_line, quiet
 from widefield.deploy.info import INFO, ModelInfo, from_texts
 from widefield.surgery.detections import Found
@@ -22,7 +23,10 @@ FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 DETECTIONS = frozenset({"boxes", "scores", "labels", "count"})
 """Outputs of detectors with the last non-maximum suppression inside; those with masks have ``masks``, too."""
 
-Answer = Tensor | tuple[Tensor, ...] | list[Found]
+KEYPOINTS = ("keypoints", "scores")
+"""Outputs of pose models that decode their heatmaps."""
+
+Answer = Tensor | tuple[Tensor, ...] | list[Found] | DecodedKeypoints
 _Loaded = tuple[Callable[[Tensor], list[Tensor]], Any, tuple[str, ...], ModelInfo]
 
 
@@ -50,11 +54,14 @@ class Runtime:
         """Run the model; raises ValueError for images of a shape that it does not accept.
 
         Detectors with the last non-maximum suppression inside return a list with ``boxes``, ``scores``, ``labels`` and
-        ``masks`` of each image, like the model. Other models return tensors.
+        ``masks`` of each image, like the model. Pose models that decode their heatmaps return ``points`` and ``scores``
+        (archives of PyTorch, which have no names, a tuple of the two). Other models return tensors.
         """
         outputs = self._run_on(images)
         if set(self.outputs) >= DETECTIONS:
             return _detections(dict(zip(self.outputs, outputs, strict=True)))
+        if self.outputs == KEYPOINTS:
+            return DecodedKeypoints(*outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def named(self, images: Tensor) -> dict[str, Tensor]:

@@ -55,14 +55,12 @@ def coco_keypoints(prediction: PosePrediction, image_id: int, category_ids: Sequ
         for each pose ``image_id``, ``category_id``, ``keypoints`` (x, y and score of each in one list, in pixels of the
         file) and ``score``.
     """
-    count = len(prediction)
-    shape = prediction.keypoints.shape[:2]
-    scores = prediction.keypoints.new_ones(shape) if prediction.scores is None else prediction.scores
-    overall = prediction.keypoints.new_ones(count) if prediction.pose_scores is None else prediction.pose_scores
-    rows = torch.cat((prediction.keypoints.double(), scores[..., None].double()), 2).flatten(1)
+    kinds = [0] * len(prediction) if prediction.labels is None else prediction.labels.tolist()
+    overall = [1.0] * len(prediction) if prediction.pose_scores is None else prediction.pose_scores.tolist()
+    rows = torch.cat((prediction.keypoints, prediction.scores[..., None]), 2).flatten(1).tolist()
     return [
         {"image_id": image_id, "category_id": category_ids[label], "keypoints": points, "score": score}
-        for label, points, score in zip(prediction.labels.tolist(), rows.tolist(), overall.tolist(), strict=True)
+        for label, points, score in zip(kinds, rows, overall, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+import torch
 from torch import Tensor
 
 from widefield import report
@@ -28,7 +29,7 @@ class PoseDrawing(Drawing):
 
     def row(self, prediction: PosePrediction) -> dict[str, str]:
         """Return the number of poses, how many of their key points are sure, and the pose with the highest score."""
-        names = [self.name(k) for k in prediction.labels.tolist()]
+        names = [self.name(k) for k in _labels(prediction).tolist()]
         counts = {name: names.count(name) for name in names}
         listed = sorted(counts.items(), key=lambda one: -one[1])[:4]
         scores = prediction.pose_scores
@@ -45,8 +46,8 @@ class PoseDrawing(Drawing):
     def data(self, prediction: PosePrediction) -> dict[str, Any]:
         """Return all poses with all of their key points: x, y and score of each, by name."""
         entries = zip(
-            prediction.labels.tolist(),
-            _filled(prediction.pose_scores, len(prediction)).tolist(),
+            _labels(prediction).tolist(),
+            _pose_scores(prediction).tolist(),
             prediction.boxes.tolist(),
             _triples(prediction),
             strict=True,
@@ -109,7 +110,7 @@ class PoseDrawing(Drawing):
         inner = ((prediction.boxes - edges).abs() > _WHOLE).any(1)
         scores = prediction.pose_scores
         several = len(self.palette) > 1
-        labels = prediction.labels[inner].tolist()
+        labels = _labels(prediction)[inner].tolist()
         values: Sequence[float | None] = [None] * len(labels) if scores is None else scores[inner].tolist()
         return annotated(
             image,
@@ -145,16 +146,18 @@ def _continuous(prediction: PosePrediction, scale: np.ndarray[Any, Any]) -> np.n
 
 def _triples(prediction: PosePrediction) -> list[list[list[float]]]:
     """Return x, y and score of each key point of each pose."""
-    scores = _filled(prediction.scores, prediction.keypoints.shape[:2])
-    triples: list[list[list[float]]] = np.concatenate(
-        [prediction.keypoints.double().numpy(), scores.double().numpy()[..., None]], -1
-    ).tolist()
+    triples: list[list[list[float]]] = torch.cat((prediction.keypoints, prediction.scores[..., None]), -1).tolist()
     return triples
 
 
-def _filled(scores: Tensor | None, shape: Any) -> Tensor:
-    """Return scores; 1 for true poses."""
-    return Tensor([1.0]).expand(shape) if scores is None else scores
+def _labels(prediction: PosePrediction) -> Tensor:
+    """Return the classes of poses, (D,); 0 if there is one class."""
+    return torch.zeros(len(prediction), dtype=torch.int64) if prediction.labels is None else prediction.labels
+
+
+def _pose_scores(prediction: PosePrediction) -> Tensor:
+    """Return the scores of poses, (D,); 1 for true ones."""
+    return torch.ones(len(prediction)) if prediction.pose_scores is None else prediction.pose_scores
 
 
 def _texts(name: str, score: float | None) -> list[str]:

@@ -185,7 +185,7 @@ def pose_prediction(
         cpu.points.float(),
         cpu.scores,
         cpu.pose_scores,
-        boxes=cpu.boxes,
+        cpu.boxes,
         labels=cpu.labels,
         skeleton=skeleton,
         size=(pixels.shape[1], pixels.shape[2]),

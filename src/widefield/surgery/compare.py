@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from widefield.report import Report
 from widefield.surgery.answers import aligned_corners, described, place_of_meant, tensors, wrapping
 from widefield.surgery.detections import DetectionCounts, can_be_lowered, detections, lowered, threshold_of
 from widefield.surgery.inputs import batches
+from widefield.surgery.poses import KeypointCounts, is_pose_model
 from widefield.surgery.predictions import ImageCounts, PixelCounts, Shares, counts_for
 
 _NO_NUMBERS = (
@@ -23,8 +24,8 @@ _NO_NUMBERS = (
 )
 
 COMPLETE = 0.95
-"""Share of detections with a partner from which two sets count as the same. Rounding may exchange a few detections
-whose scores or overlaps are nearly equal."""
+"""Share of detections with a partner, or of key points at the same place, from which two sets count as the same.
+Rounding may exchange a few whose scores, overlaps or peaks are nearly equal."""
 
 
 class NothingToCompareError(ValueError):
@@ -42,6 +43,10 @@ class Difference(Report):
     :mod:`widefield.surgery.detections` says which detections are partners. ``max_abs`` and ``scale`` are then those of
     partners' scores, boxes or masks; in ``rms``, a detection without a partner counts as one with the score 0.
 
+    Heatmaps of pose models are compared as tensors, and by the key points that the first model reads from them; see
+    :mod:`widefield.surgery.poses`. If the second model gives key points, ``max_abs``, ``scale`` and ``rms`` are those
+    of their scores.
+
     Attributes:
         images: number of images compared.
         max_abs: largest absolute difference, in the tensor with the largest ``relative``; infinite where an output is
@@ -50,9 +55,10 @@ class Difference(Report):
         rms: root of the sum of squared differences, over the same root for the first model's output; of several
             tensors, the largest.
         agreement: share of images for which both models have the same top class; of a segmentation model, share of
-            pixels; of a detector, share of detections, of both models, that have a partner. None for other outputs:
-            neither detections, nor of the shape (N, classes) or (N, classes, H, W), nor with a tensor of these shapes
-            that :func:`widefield.surgery.answers.meant` finds.
+            pixels; of a detector, share of detections, of both models, that have a partner; of a pose model, share of
+            key points that are within a pixel of the image. None for other outputs: neither detections nor key points,
+            nor of the shape (N, classes) or (N, classes, H, W), nor with a tensor of these shapes that
+            :func:`widefield.surgery.answers.meant` finds.
         accuracy_before: share of labeled images, or labeled pixels, that the first model classifies correctly; None
             without labels.
         accuracy_after: the same for the second model.
@@ -63,10 +69,17 @@ class Difference(Report):
         detections: number of detections, of both models, that ``agreement`` counts; None if it does not count
             detections.
         tied: number of those detections without a partner that overlap one of nearly equal score in the other set:
-            rounding decides which of the two suppresses the other.
+            rounding decides which of the two suppresses the other. Of key points: number of those farther than a pixel
+            whose heatmap has another peak of nearly equal height there.
         ap_before: box AP (COCO's, over ten overlaps) of the first model; None unless outputs are detections and there
             are targets.
         ap_after: the same for the second model.
+        keypoints: number of key points that ``agreement`` counts; None if it does not count key points.
+        distance: largest distance in pixels of the image between the key points of both models, without tied ones.
+        near: share of key points that are within 5 % of the longer side of the image, as PCK counts them.
+        pck_before: share of labeled key points that the first model finds within 5 % of the longer side of the image;
+            None unless it is a pose model and there are labels.
+        pck_after: the same for the second model.
     """
 
     images: int
@@ -83,12 +96,19 @@ class Difference(Report):
     tied: int = 0
     ap_before: float | None = None
     ap_after: float | None = None
+    keypoints: int | None = None
+    distance: float | None = None
+    near: float | None = None
+    pck_before: float | None = None
+    pck_after: float | None = None
 
     @property
     def score(self) -> str:
-        """Name of the score that counts: "mIoU" for segmentation, "box AP" for detection, else "accuracy"."""
+        """Name of the score that counts: "mIoU", "box AP" (detectors), "PCK" (pose models), or else "accuracy"."""
         if self.detections is not None:
             return "box AP"
+        if self.keypoints is not None:
+            return "PCK"
         return "accuracy" if self.pixels is None else "mIoU"
 
     @property
@@ -96,6 +116,7 @@ class Difference(Report):
         """The score of the first and of the second model, from 0 to 1; None without labels."""
         before, after = {
             "box AP": (self.ap_before, self.ap_after),
+            "PCK": (self.pck_before, self.pck_after),
             "mIoU": (self.miou_before, self.miou_after),
             "accuracy": (self.accuracy_before, self.accuracy_after),
         }[self.score]
@@ -108,16 +129,33 @@ class Difference(Report):
             return ""
         if self.detections is not None:
             return f"{self.agreement:.2%} of {self.detections} detections found by both"
+        if self.keypoints is not None:
+            return (
+                f"{self.agreement:.2%} of {self.keypoints} key points within a pixel and {self.near:.2%} within 5 % of "
+                f"the image (largest distance {self.distance:.2g} pixels)"
+            )
         return f"top-1 the same for {self.agreement:.2%}" + (" of pixels" if self.pixels is not None else "")
 
-    def within(self, tolerance: float) -> bool:
-        """Return whether ``relative`` is at most a tolerance and, of detections, nearly all are found by both.
-
-        Tied detections count as found by both if most others are.
-        """
+    @property
+    def same(self) -> str:
+        """Heading of ``agreement`` in tables: "same top-1", "found by both" (detectors) or "within a pixel" (poses)."""
         if self.detections is not None:
+            return "found by both"
+        return "same top-1" if self.keypoints is None else "within a pixel"
+
+    @property
+    def matched(self) -> int | None:
+        """Number of detections or key points that ``agreement`` counts; None if it counts images or pixels."""
+        return self.keypoints if self.detections is None else self.detections
+
+    def within(self, tolerance: float) -> bool:
+        """Return whether ``relative`` is at most a tolerance and nearly all detections or key points agree.
+
+        Tied ones count as agreeing if most others do.
+        """
+        if self.matched is not None:
             share = self.agreement or 0.0
-            if share < 0.5 or share + self.tied / self.detections < COMPLETE:
+            if share < 0.5 or share + self.tied / self.matched < COMPLETE:
                 return False
         return self.relative <= tolerance
 
@@ -167,8 +205,9 @@ class Tally:
     """Accumulates the difference between two models' outputs, batch by batch.
 
     Args:
-        model: the first model. Its ``align_corners`` is that of resizing logits to masks of another size, and its score
-            threshold tells which detections are near it. None: of outputs of parts, which predict nothing.
+        model: the first model. Its ``align_corners`` is that of resizing logits to masks of another size, its score
+            threshold tells which detections are near it, and a pose model decodes heatmaps. None: of outputs of parts,
+            which predict nothing.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -177,8 +216,17 @@ class Tally:
         self._counts: ImageCounts | PixelCounts | None = None
         self._predict = True
         self._found: DetectionCounts | None = None
+        self._poses = KeypointCounts(model) if is_pose_model(model) else None
 
-    def add(self, first: Any, second: Any, labels: Any = None, *, images: int | None = None) -> None:
+    def add(
+        self,
+        first: Any,
+        second: Any,
+        labels: Any = None,
+        *,
+        images: int | None = None,
+        size: Sequence[int] | None = None,
+    ) -> None:
         """Add both models' outputs for one batch.
 
         Args:
@@ -186,8 +234,9 @@ class Tally:
                 of each image, see :func:`widefield.surgery.detections.detections`.
             labels: of images, integers (N,) or (N, 1), as a tensor, an array or a list; -1: unlabeled. Of pixels,
                 masks (N, H, W) or a list of masks (H, W); 255: unlabeled. Of detections, ``boxes`` and ``labels`` of
-                each image. Anything else is ignored.
+                each image. Of poses, key points (N, K, 3); third value 0: unlabeled. Anything else is ignored.
             images: N. Default: the length of the first output tensor that has one, or else 1.
+            size: (height, width) of the images, for pose models. Default: that of heatmaps times their stride.
 
         Raises:
             ValueError: outputs of different shapes; a first output that is not finite; another number of labels than N.
@@ -200,6 +249,9 @@ class Tally:
             self._found = self._found or DetectionCounts(self._threshold)
             self._images += len(before)
             self._found.add(before, after, labels)
+        elif self._poses is not None and self._poses.reads(first):
+            self._images += len(first)
+            self._poses.add(first, second, labels, size)
         else:
             self._add_tensors(first, second, labels, images)
 
@@ -227,6 +279,8 @@ class Tally:
         """Return the difference over all batches; raises NothingToCompareError if the outputs held no number."""
         if self._found is not None:
             return _of_sets(self._images, self._found)
+        if self._poses is not None and self._poses.counted:
+            return _of_poses(self._images, self._poses)
         if not self._outputs:
             raise NothingToCompareError(_NO_NUMBERS)
         worst = max(self._outputs.values(), key=_Sums.relative)
@@ -258,6 +312,23 @@ def _of_sets(images: int, found: DetectionCounts) -> Difference:
     )
 
 
+def _of_poses(images: int, found: KeypointCounts) -> Difference:
+    before, after = found.scores
+    return Difference(
+        images,
+        found.gaps.max_abs,
+        found.gaps.scale,
+        found.gaps.rms(),
+        found.close / found.counted,
+        tied=found.tied,
+        keypoints=found.counted,
+        distance=found.distance,
+        near=found.near / found.counted,
+        pck_before=before,
+        pck_after=after,
+    )
+
+
 @_checks.guided
 def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Difference:
     """Run two models on the same images and return how far their outputs are apart.
@@ -269,7 +340,7 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         first: the reference.
         second: another model, or what :func:`widefield.deploy.load` returns.
         images: one input tensor, passed as it is; or a loader, see :func:`widefield.surgery.inputs.batches`. Its labels
-            give accuracies, its masks mean IoUs, and its boxes box APs.
+            give accuracies, its masks mean IoUs, its boxes box APs, and its key points PCKs.
 
     Raises:
         TypeError: a loader whose batches hold no images, or that runs out after one pass.
@@ -287,10 +358,10 @@ def _tally(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | I
     tally = Tally(first)
     with torch.no_grad():
         if isinstance(images, Tensor):
-            tally.add(first(images), second(images))
+            tally.add(first(images), second(images), size=images.shape[-2:])
         else:
             for batch, labels in batches(images, first):
-                tally.add(first(batch), second(batch), labels, images=len(batch))
+                tally.add(first(batch), second(batch), labels, images=len(batch), size=batch.shape[-2:])
     return tally
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.surgery.detections import TARGETS, targets_in
+from widefield.surgery.poses import LABELS as KEYPOINTS
 
 LABELS = ("mask", "label")
-"""Keys of labels in batches that are mappings: masks of segmentation, classes of images. The first one counts."""
+"""Keys of labels in batches that are mappings: masks of segmentation, classes of images. The first one counts.
+Key points, a tensor (N, K, 3) under "keypoints", come before them."""
 
 _BY_IMAGE = (*LABELS, *TARGETS)
 """Keys of batches with an entry for each image."""
@@ -46,10 +48,10 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
 
     Args:
         loader: batches of images (N, C, H, W): tensors, {"image": tensor, "label": labels}, {"image": tensor, "mask":
-            masks}, {"image": tensor, "boxes": [...], "labels": [...]} with an entry per image, or (images, labels,
-            ...), in which labels may be a list of {"boxes": ..., "labels": ...}. Images of several sizes are a list of
-            tensors (C, H, W), which are yielded one by one. It is iterated once for every call of this function, so it
-            must not be a generator.
+            masks}, {"image": tensor, "keypoints": key points}, {"image": tensor, "boxes": [...], "labels": [...]} with
+            an entry per image, or (images, labels, ...), in which labels may be a list of {"boxes": ..., "labels":
+            ...}. Images of several sizes are a list of tensors (C, H, W), which are yielded one by one. It is iterated
+            once for every call of this function, so it must not be a generator.
         model: gives device and dtype.
 
     Raises:
@@ -63,7 +65,7 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
         images = pixels(batch)
         labels = None
         if isinstance(batch, Mapping):
-            labels = next((batch[name] for name in LABELS if batch.get(name) is not None), targets_in(batch))
+            labels = _labels(batch)
         elif isinstance(batch, (tuple, list)) and len(batch) > 1:
             labels = batch[1]
         if len(images):
@@ -71,6 +73,13 @@ def batches(loader: Iterable[Any], model: nn.Module) -> Iterator[tuple[Tensor, A
             yield images.to(device, dtype), labels
     if empty:
         raise ValueError(_NO_IMAGES)
+
+
+def _labels(batch: Mapping[str, Any]) -> Any:
+    """Return the labels of a batch, or None."""
+    if isinstance(batch.get(KEYPOINTS), Tensor):  # lists of them belong to the objects of detection
+        return batch[KEYPOINTS]
+    return next((batch[name] for name in LABELS if batch.get(name) is not None), targets_in(batch))
 
 
 def _of_one_size(batch: Any) -> Iterator[Any]:

@@ -363,7 +363,7 @@ def _too_far(
         f" Its parameters are {dtype}, which rounds every folded kernel anew: reparameterize in float32 and cast "
         "after that, or allow more."
     )  # fmt: skip
-    kept = "" if apart.detections is None else f", with {apart.agreed}"
+    kept = "" if apart.matched is None else f", with {apart.agreed}"
     return (
         f"reparameterization changed the outputs by {apart.relative:.2e} of their scale "
         f"({apart.max_abs:.2e} absolute{kept}) and those of single layers by up to {layerwise:.2e}, "

@@ -114,7 +114,7 @@ class Reparameterization(Report):
         at = "" if moved is None or moved.difference is None else (
             f", those of single layers by at most {moved.difference.relative:.1e} ({moved.name})"
         )  # fmt: skip
-        dense = self.difference.pixels is not None or self.difference.detections is not None
+        dense = self.difference.pixels is not None or self.difference.matched is not None
         same = f", {self.difference.agreed}" if dense and self.difference.agreed else ""
         return (
             f"{self.model}: {counted(self.fused)}; {len(self.left)} left\n"

@@ -88,10 +88,6 @@ class Specialization(Report):
         """Names of the layers that were made static."""
         return tuple(layer.name for layer in self.layers if layer.reason is None)
 
-    @property
-    def _same(self) -> str:
-        return "same top-1" if self.measured.detections is None else "found by both"
-
     def rows(self) -> list[dict[str, str]]:
         """Return one table row per routed layer."""
         return [
@@ -102,7 +98,7 @@ class Specialization(Report):
                 "routing varies by": _text(layer.variation),
                 "own output changes by": _text(layer.own),
                 "outputs change by": _text(layer.change.rms if layer.change else None),
-                self._same: _share(layer.change.agreement if layer.change else None),
+                self.measured.same: _share(layer.change.agreement if layer.change else None),
                 self.measured.score: _share(layer.change.scores[1] if layer.change and layer.change.scores else None),
                 "static": "yes" if layer.reason is None else f"no: {layer.reason}",
             }
@@ -378,15 +374,15 @@ class _Effects:
             for name, tally in self.alone.items():
                 with _swapped(model, layers, statics, [name]) as variant:
                     moved = variant(images)
-                tally.add(outputs, moved, labels, images=len(images))
+                tally.add(outputs, moved, labels, images=len(images), size=images.shape[-2:])
                 if self._sums:
                     pairs = zip(shifted, plain, comparable(outputs, moved)[1], strict=True)
                     shifted = [sum_ + (new.double() - old.double()) for sum_, old, new in pairs]
             with _swapped(model, layers, statics, layers) as variant:
-                self.together.add(outputs, variant(images), labels, images=len(images))
+                self.together.add(outputs, variant(images), labels, images=len(images), size=images.shape[-2:])
             if self._sums:
-                self._summed.add(outputs, shifted, labels, images=len(images))
-            self.unchanged.add(outputs, outputs, labels, images=len(images))
+                self._summed.add(outputs, shifted, labels, images=len(images), size=images.shape[-2:])
+            self.unchanged.add(outputs, outputs, labels, images=len(images), size=images.shape[-2:])
 
 
 def _independent(changes: Iterable[Difference]) -> float:

@@ -88,8 +88,9 @@ class Trimming(Report):
         if self.change is not None:
             change = self.change
             row["change (RMS)"] = f"{change.rms:.2g}"
-            same = "same class" if change.detections is None else "found by both"
-            row[same] = "-" if change.agreement is None else f"{change.agreement:.1%}"
+            row["same class" if change.matched is None else change.same] = (
+                "-" if change.agreement is None else f"{change.agreement:.1%}"
+            )
             row["top-1" if change.score == "accuracy" else change.score] = (
                 " -> ".join(f"{value:.1%}" for value in change.scores or ()) or "-"
             )

@@ -13,6 +13,10 @@ from widefield.tasks.confusion import SegmentationScores
 from widefield.tasks.detection import Detection
 from widefield.tasks.detection_errors import DetectionErrors
 from widefield.tasks.detection_scores import DetectionScores
+from widefield.tasks.pose import PoseEstimation
+from widefield.tasks.pose_errors import PoseErrors
+from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses
+from widefield.tasks.pose_scores import KeypointScores, PoseScores
 from widefield.tasks.predictions import BoxPrediction, ClassPrediction, MaskPrediction, PosePrediction, Prediction
 from widefield.tasks.segmentation import Segmentation
 
@@ -26,14 +30,22 @@ __all__ = [
     "Detection",
     "DetectionErrors",
     "DetectionScores",
+    "FoundPoses",
+    "KeypointScores",
     "Labeled",
     "MaskPrediction",
+    "People",
+    "PoseErrors",
+    "PoseEstimation",
+    "PoseMetric",
     "PosePrediction",
+    "PoseScores",
     "Prediction",
     "Segmentation",
     "SegmentationScores",
     "Task",
     "TrueObjects",
+    "TruePoses",
     "count_outputs",
     "create",
 ]
@@ -42,6 +54,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "detection": Detection,
+    "pose": PoseEstimation,
 }
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 

@@ -7,7 +7,6 @@ image. Metrics therefore do not depend on how images are batched or spread over 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
 
 from widefield import _checks, dense
 from widefield._coco import matching
-from widefield._coco.curves import Tally
 from widefield.dense.detector import Detections
-from widefield.tasks.detection_errors import classify, confused
+from widefield.tasks import sizes
+from widefield.tasks.detection_errors import DetectionTally, classify, confused
 from widefield.tasks.detection_scores import DetectionScores
+from widefield.tasks.records import RecordMetric
 
 KINDS = ("box", "mask")
 """What overlaps are measured of."""
-OCTAVES = (8, 16, 32, 64, 128, 256, 512)
-"""Edges between the finer groups of objects by size: square roots of the area in pixels."""
-RELATIVE_OCTAVES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Edges of the groups in units of the square root of the image's area."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +49,7 @@ class TrueObjects:
     masks: Tensor | None = None
 
 
-class CocoMetric(Metric):
+class CocoMetric(RecordMetric[DetectionScores]):
     """Average precision and recall of detections; ``compute`` gives the main figures by name.
 
     The first objects that detections of a class may match are those of the same class in the same image, as in
@@ -72,8 +67,6 @@ class CocoMetric(Metric):
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
-    full_state_update = False
-    rows: Any  # a list of uint8 tensors, and one tensor after synchronization
     objects: Tensor
     missed: Tensor
     confusion: Tensor
@@ -83,7 +76,7 @@ class CocoMetric(Metric):
         classes: Sequence[str],
         *,
         masks: bool = False,
-        size_bins: Sequence[float] = OCTAVES,
+        size_bins: Sequence[float] = sizes.OCTAVES,
         relative_sizes: bool = False,
         max_per_image: int = 100,
         **options: Any,
@@ -91,14 +84,11 @@ class CocoMetric(Metric):
         super().__init__(**options)
         self.classes = tuple(classes)
         self.kinds = KINDS if masks else KINDS[:1]
-        self.size_bins = _edges(size_bins)
+        self.size_bins = sizes.checked(size_bins)
         self.relative_sizes = bool(relative_sizes)
         self.max_per_image = _checks.integer("max_per_image", max_per_image)
-        self._seen = 0
-        self._found: DetectionScores | None = None
         count, areas = len(self.classes), len(matching.AREAS) + len(self.size_bins) + 1
-        self._record = _record(len(self.kinds), areas)
-        self.add_state("rows", [], dist_reduce_fx="cat")
+        self.add_records("rows", _record(len(self.kinds), areas))
         self.add_state("objects", torch.zeros(count, areas, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("missed", torch.zeros(len(self.kinds), count, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("confusion", torch.zeros(count + 1, count + 1, dtype=torch.int64), dist_reduce_fx="sum")
@@ -113,48 +103,24 @@ class CocoMetric(Metric):
             index: int64 (N,), the places of the images in this process's data; they decide the order of detections with
                 equal scores. None: the order in which they come.
         """
-        self._found = None
-        order = range(self._seen, self._seen + len(preds)) if index is None else index.tolist()
-        self._seen += len(preds)
-        for place, found, true in zip(order, preds, target, strict=True):
+        for place, found, true in zip(self.places(len(preds), index), preds, target, strict=True):
             self._add(place, found, true)
-
-    def sync(self, *args: Any, **options: Any) -> None:
-        """Gather the states of all processes."""
-        if not len(self.rows):  # torchmetrics would send an empty list as float32
-            self.rows = [torch.zeros(0, dtype=torch.uint8, device=self.device)]
-        self._found = None
-        super().sync(*args, **options)
-
-    def unsync(self, *args: Any, **options: Any) -> None:
-        """Return to the states of this process."""
-        self._found = None
-        super().unsync(*args, **options)
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._found, self._seen = None, 0
-        super().reset()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics of :meth:`DetectionScores.metrics` as float64 scalars on the CPU."""
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scores().metrics().items()}
 
-    def scores(self) -> DetectionScores:
-        """Return all results of the images so far."""
-        if self._found is None:
-            self._found = self._scores()
-        return self._found
-
     def _scores(self) -> DetectionScores:
-        rows = self._sorted_rows()
+        rows = self.kept("rows")
+        # Processes take images in turn, so that equal places are in their order.
+        rows = rows[np.argsort(rows["image"], kind="stable")]
         objects = self.objects.cpu().numpy()
         areas = self.objects.shape[1]
         shape = len(rows), len(matching.THRESHOLDS), areas
         tallies = {}
         for place, kind in enumerate(self.kinds):
             right, counted = (_unpacked(rows[name][:, place], shape) for name in ("right", "counted"))
-            tallies[kind] = Tally(
+            tallies[kind] = DetectionTally(
                 labels=rows["label"].astype(np.int64),
                 scores=rows["score"],
                 ranks=rows["rank"].astype(np.int64),
@@ -165,14 +131,9 @@ class CocoMetric(Metric):
                 targets=rows["target"][:, place].astype(np.int64),
                 missed=self.missed[place].cpu().numpy(),
             )
-        return DetectionScores.of(self.classes, tallies, self._bin_names(), self.confusion.cpu(), self.max_per_image)
-
-    def _sorted_rows(self) -> NDArray[Any]:
-        """Return the records by image. Processes take images in turn, so that equal places are in their order."""
-        rows = [self.rows] if isinstance(self.rows, Tensor) else self.rows
-        data = b"".join(part.cpu().numpy().tobytes() for part in rows)
-        found = np.frombuffer(data, self._record)
-        return found[np.argsort(found["image"], kind="stable")]
+        return DetectionScores.of(
+            self.classes, tallies, sizes.names(self.size_bins), self.confusion.cpu(), self.max_per_image
+        )
 
     def _add(self, place: int, found: Detections, true: TrueObjects) -> None:
         """Match one image."""
@@ -180,7 +141,7 @@ class CocoMetric(Metric):
         labels, scores = found.labels.cpu().numpy(), found.scores.double().cpu().numpy()
         object_labels = true.labels.long().cpu().numpy()
         crowd = np.zeros(len(object_labels), np.bool_) if true.crowd is None else true.crowd.bool().cpu().numpy()
-        records = np.zeros(len(labels), self._record)
+        records = np.zeros(len(labels), self._formats["rows"])
         records["image"], records["label"], records["score"] = place, labels, scores
         records["rank"] = matching.ranks_in_class(labels)
         ranges, object_areas = self._ranges(true.size), _areas(true)
@@ -197,8 +158,7 @@ class CocoMetric(Metric):
                     self.objects[:, area] += self._counts(object_labels[counts])
                 pairs = confused(overlaps, labels, scores, object_labels, crowd, len(self.classes))
                 self.confusion += torch.from_numpy(pairs).to(self.device)
-        if len(records):
-            self.rows.append(torch.frombuffer(bytearray(records.tobytes()), dtype=torch.uint8).to(self.device))
+        self.keep("rows", records)
 
     def _counts(self, labels: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.bincount(labels, minlength=len(self.classes))).to(self.device)
@@ -206,22 +166,7 @@ class CocoMetric(Metric):
     def _ranges(self, size: tuple[int, int]) -> NDArray[np.float64]:
         """Return the smallest and the largest area of each group, (A, 2): COCO's groups, then the finer ones."""
         side = float(np.sqrt(size[0] * size[1])) if self.relative_sizes else 1.0
-        edges = np.array([0.0, *self.size_bins, 1e5]) * side
-        finer = np.stack([edges[:-1] ** 2, np.nextafter(edges[1:] ** 2, 0)], 1)  # without their upper ends
-        return np.concatenate([np.array(list(matching.AREAS.values())), finer])
-
-    def _bin_names(self) -> tuple[str, ...]:
-        texts = [f"{edge:g}" for edge in self.size_bins]
-        return (f"<{texts[0]}", *(f"{a}-{b}" for a, b in itertools.pairwise(texts)), f">={texts[-1]}")
-
-
-def _edges(edges: Sequence[float]) -> tuple[float, ...]:
-    if not isinstance(edges, (tuple, list)) or not edges:
-        raise TypeError(f"size_bins must be a list of rising numbers such as {list(OCTAVES)}; got {edges!r}.")
-    found = tuple(_checks.number("every entry of size_bins", edge) for edge in edges)
-    if found[0] <= 0 or any(a >= b for a, b in itertools.pairwise(found)):
-        raise ValueError(f"size_bins must be positive and rising; got {list(edges)}.")
-    return found
+        return np.concatenate([np.array(list(matching.AREAS.values())), sizes.ranges(self.size_bins, side)])
 
 
 def _record(kinds: int, areas: int) -> np.dtype[Any]:

@@ -16,9 +16,10 @@ from widefield.dense.anchors import DIVISOR
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, built, sum_of, training_on
-from widefield.tasks.coco_metric import OCTAVES, RELATIVE_OCTAVES, CocoMetric, TrueObjects
+from widefield.tasks.coco_metric import CocoMetric, TrueObjects
 from widefield.tasks.detection_scores import DetectionScores
 from widefield.tasks.predictions import BoxPrediction, Prediction
+from widefield.tasks.sizes import OCTAVES, RELATIVE_OCTAVES
 
 MODELS = {
     "faster_rcnn": "FasterRCNN",

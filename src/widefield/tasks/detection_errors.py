@@ -34,6 +34,21 @@ RIGHT, CLASSIFICATION, LOCALIZATION, BOTH, DUPLICATE, BACKDROP, IGNORED = range(
 """Kinds of detections in `ImageErrors`: right, the first five of ``ERRORS``, and those that do not count."""
 
 
+@dataclass(frozen=True, eq=False)
+class DetectionTally(Tally):
+    """The matched detections of all images with their errors.
+
+    Attributes:
+        errors: uint8 (D,), see :class:`ImageErrors`.
+        targets: (D,), likewise.
+        missed: (K,), the number of objects that no detection comes near.
+    """
+
+    errors: NDArray[np.uint8]
+    targets: Ints
+    missed: Ints
+
+
 class ImageErrors(NamedTuple):
     """Why each detection of an image is right or wrong.
 
@@ -123,7 +138,7 @@ class DetectionErrors(Report):
     without_misses: float
 
     @classmethod
-    def of(cls, tally: Tally) -> DetectionErrors:
+    def of(cls, tally: DetectionTally) -> DetectionErrors:
         """Correct the errors of each type, and measure again."""
         kinds, labels, scores = tally.errors, tally.labels, tally.scores
         objects = tally.objects[:, 0]

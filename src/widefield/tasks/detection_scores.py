@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from widefield._coco.curves import Floats, Ints, Tally, mean
+from widefield._coco.curves import Floats, Ints, mean
 from widefield._coco.matching import AREAS
 from widefield.report import Report
-from widefield.tasks.detection_errors import CONFUSION_SCORE, DetectionErrors, mistakes
+from widefield.tasks.detection_errors import CONFUSION_SCORE, DetectionErrors, DetectionTally, mistakes
 
 AVERAGE_PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The figures that are metrics."""
@@ -42,7 +42,7 @@ class KindScores:
     errors: DetectionErrors
 
     @classmethod
-    def of(cls, tally: Tally, most: int) -> KindScores:
+    def of(cls, tally: DetectionTally, most: int) -> KindScores:
         """Compute the results of matched detections; ``most`` is the largest number of one class in an image."""
         found = [tally.precision(area) for area in range(tally.objects.shape[1])]
         names = list(AREAS)
@@ -86,7 +86,7 @@ class DetectionScores(Report):
     def of(
         cls,
         classes: Sequence[str],
-        tallies: Mapping[str, Tally],
+        tallies: Mapping[str, DetectionTally],
         size_bins: Sequence[str],
         confusion: Tensor,
         most: int,

@@ -77,37 +77,50 @@ class PosePrediction:
     """The poses of people or things in an image, all on the CPU.
 
     Attributes:
-        keypoints: float32 (D, K, 2): x and y in pixels of the image's file. As in COCO, the center of the top left
-            pixel is (0, 0).
-        scores: float32 (D, K), of the key points; None for true poses.
+        keypoints: float32 (D, K, 2): x and y in pixels of the image's file. As in COCO, (0, 0) is the center of the top
+            left pixel.
+        scores: float32 (D, K), of the key points; 1 for true poses.
         pose_scores: float32 (D,), in descending order; None for true poses.
-        visible: (D, K), of true poses: 0 without a label, 1 covered, 2 visible; None for others.
-        boxes: float32 (D, 4): the boxes that the poses are in, as in `BoxPrediction`.
-        labels: int64 (D,): indices of classes of the boxes.
-        skeleton: names and links of the key points.
+        boxes: float32 (D, 4): the edges (left, top, right, bottom) in continuous pixels of the file.
+        visible: (D, K), of true poses: 0 without a label, 1 hidden, 2 visible. None: all key points are there.
+        labels: int64 (D,): classes of the boxes; None: there is one class.
         size: (height, width) of the file.
-        threshold: key points with a lower score are unsure. They are not drawn.
+        skeleton: the K key points.
+        threshold: key points with a lower score are unsure: they are not drawn.
     """
 
     keypoints: Tensor
-    scores: Tensor | None = None
-    pose_scores: Tensor | None = None
+    scores: Tensor
+    pose_scores: Tensor | None
+    boxes: Tensor
     visible: Tensor | None = None
-    boxes: Tensor = field(kw_only=True)
-    labels: Tensor = field(kw_only=True)
-    skeleton: Skeleton = field(kw_only=True)
+    labels: Tensor | None = None
     size: tuple[int, int] = field(kw_only=True)
-    threshold: float = 0.2
+    skeleton: Skeleton = field(kw_only=True)
+    threshold: float = field(default=0.2, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.keypoints)
 
     @property
     def shown(self) -> Tensor:
-        """Return which key points are drawn, bool (D, K): sure ones, or those with a label."""
-        if self.scores is not None:
-            return self.scores >= self.threshold
-        return self.keypoints.isfinite().all(-1) if self.visible is None else self.visible > 0
+        """Return which key points are drawn, bool (D, K): those with a label, or the sure ones."""
+        return self.scores >= self.threshold if self.visible is None else self.visible > 0
+
+    def at_least(self, score: float) -> PosePrediction:
+        """Return the poses of at least this score; all true poses."""
+        if self.pose_scores is None:
+            return self
+        kept = slice(int((self.pose_scores >= score).sum()))
+        return replace(
+            self,
+            keypoints=self.keypoints[kept],
+            scores=self.scores[kept],
+            pose_scores=self.pose_scores[kept],
+            boxes=self.boxes[kept],
+            visible=None if self.visible is None else self.visible[kept],
+            labels=None if self.labels is None else self.labels[kept],
+        )
 
 
 Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction

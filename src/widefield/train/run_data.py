@@ -9,6 +9,9 @@ from pathlib import Path
 
 from widefield import data
 from widefield.data.class_map import alike, listed
+from widefield.data.crops import PADDING
+from widefield.data.poses import PoseSet
+from widefield.data.skeleton import Skeleton
 from widefield.train import checkpoint
 from widefield.train.recipe_io import DATA_FILE
 
@@ -39,12 +42,19 @@ class RunData:
     palette: tuple[tuple[int, int, int], ...] = ()
     """Of a set for segmentation or detection: color of each class, (red, green, blue)."""
     crop_size: tuple[int, int] | None = None
-    """Of a segmentation set: (height, width) of the train images in pixels; None if they differ."""
+    """Of a segmentation set: (height, width) of the train images in pixels; None if they differ. Of a pose set: that of
+    all crops."""
     test_scale: tuple[int, int] | None = None
     """Of a set for segmentation or detection: (longer side, shorter side) of the rectangle that val images are fitted
     into; None: their size is kept."""
     object_classes: tuple[str, ...] = ()
     """Of a set with objects: names of their classes, without a background."""
+    skeleton: Skeleton | None = None
+    """Of a pose set: the key points."""
+    udp: bool = False
+    """Of a pose set: whether crops are cut with ``udp``."""
+    padding: float = PADDING
+    """Of a pose set: sides of the crops relative to the boxes."""
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raise ValueError naming the changes if the data have a class that the run does not know."""
@@ -68,6 +78,8 @@ def record(train: data.SampleSet, val: data.SampleSet) -> RunData:
     """Describe the two splits that a run is trained and evaluated on."""
     splits = {part.split: SplitRecord(len(part), part.fingerprint()) for part in (train, val)}
     found = RunData(tuple(train.classes), val.image_size, tuple(val.mean), tuple(val.std), splits)
+    if isinstance(train, PoseSet):
+        return replace(found, skeleton=train.skeleton, crop_size=train.crop_size, udp=train.udp, padding=train.padding)
     if not isinstance(train, (data.SegmentationSet, data.DetectionSet)):
         return found
     return replace(
@@ -99,7 +111,17 @@ def read(folder: Path) -> RunData:
         crop, scale = (tuple(content[key]) if content.get(key) else None for key in ("crop_size", "test_scale"))
         palette = tuple((red, green, blue) for red, green, blue in content.get("palette", ()))
         objects = tuple(content.get("object_classes", ()))
-        return replace(found, palette=palette, crop_size=crop, test_scale=scale, object_classes=objects)
+        skeleton = Skeleton.from_dict(content["skeleton"]) if content.get("skeleton") else None
+        return replace(
+            found,
+            palette=palette,
+            crop_size=crop,
+            test_scale=scale,
+            object_classes=objects,
+            skeleton=skeleton,
+            udp=content.get("udp", False),
+            padding=content.get("padding", PADDING),
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not as a run writes it: {type(error).__name__}: {error}.") from error
 
