@@ -204,9 +204,7 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
             if value and subject.work != "classification":
                 raise ValueError(f"{option} is for classifiers, and {subject.name} is a model for {subject.work}.")
         if args.page and subject.work == "classification":
-            raise ValueError(
-                f"--page is for models of dense tasks, and {subject.name} is a classifier; use --out."
-            )
+            raise ValueError(f"--page is for models of dense tasks, and {subject.name} is a classifier; use --out.")
         if args.task and subject.recipe is None and subject.work == "classification":
             raise ValueError(f"--task changes options of a run's task, and {subject.name} is not a run.")
 
@@ -359,7 +357,8 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
             for kind, of_kind in found.scores.kinds.items():
                 print(f"errors, {kind}: {of_kind.errors.summary()}")
         if isinstance(found.scores, PoseScores):
-            print_table(found.scores.size_rows(), right=[name for name in found.scores.size_rows()[0] if name != "size"])
+            sizes = found.scores.size_rows()
+            print_table(sizes, right=[name for name in sizes[0] if name != "size"])
             print_table(found.scores.error_rows(), right=["compared"])
 
 

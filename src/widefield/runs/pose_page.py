@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FIGURES = (
-    "Average precision and recall at object keypoint similarities (OKS) from 0.5 to 0.95. Medium people have an area of "
-    "32^2 to 96^2 pixels, large ones a larger one."
+    "Average precision and recall at object keypoint similarities (OKS) from 0.5 to 0.95. Medium people have an area "
+    "of 32^2 to 96^2 pixels, large ones a larger one."
 )
 _KEYPOINTS = (
     "Left: mean distance to the true key point in pixels of the file. Right: average precision if this key point alone "
@@ -23,9 +23,9 @@ _KEYPOINTS = (
 )
 _SIZES = "Average precision of the people of each size: the square root of their area. Bars: number of people."
 _ERRORS = (
-    f"Kinds of key points in poses that were found (Ronchi, Perona 2017). Good: a similarity to the true key point of at "
-    f"least {GOOD:g}. Jitter: {NEAR:g} to {GOOD:g}. Inversion: near the same person's key point of the other side. Swap: "
-    "near such a key point of another person. Miss: near none of them."
+    f"Kinds of key points in poses that were found (Ronchi, Perona 2017). Good: a similarity to the true key point of "
+    f"at least {GOOD:g}. Jitter: {NEAR:g} to {GOOD:g}. Inversion: near the same person's key point of the other side. "
+    "Swap: near such a key point of another person. Miss: near none of them."
 )
 _SHADES = {"good": "0.85", "jitter": report.COLORS[4], "inversion": report.COLORS[1], "swap": report.COLORS[3],
            "miss": report.COLORS[5]}  # fmt: skip
