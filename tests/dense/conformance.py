@@ -51,6 +51,7 @@ def kind(document: Mapping[str, Any]) -> str | None:
         config.get("type") if isinstance(config, Mapping) else None,
         str(document.get("model", "")).split("_")[0],
         "bbox_heads" if "bbox_coder" in str(document.get("cases")) else None,
+        "pose_units" if set(document) & set(pose_checks.UNITS) else None,
         "detection_units" if set(document) & set(box_checks.SECTIONS) else None,
     ]
     return next((name for name in names if name in CHECKS), None)

@@ -1,14 +1,20 @@
-"""Checks of the fixtures of pose estimation: the heatmap head, targets, decoding, flips."""
+"""Checks of the fixtures of pose estimation: the heatmap head, targets, decoding, flips, and units.
+
+:data:`UNITS` has a check for each field of a file of units.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dense.oks_checks import check_nms, check_oks
 from dense.rules import Differences, features, published_fill
+from widefield.data import crops
 from widefield.dense import HeatmapCodec, HeatmapHead, flipped_heatmaps
 
 Document = Mapping[str, Any]
@@ -104,5 +110,45 @@ def _numbers(rows: Any) -> list[list[float]]:
     return [[float("nan") if value is None else value for value in row] for row in rows]
 
 
-CHECKS = {"HeatmapHead": check_heatmap_head}
+def check_crops(document: Document, differences: Differences) -> None:
+    """Check the rectangle of each box, and the matrices to its crop; the reference computes some in float32."""
+    found = re.search(r"aspect = (\d+)/(\d+)", document["aspect_fix"])
+    if found is None:
+        differences.lines.append(f"aspect_fix names no size of the crop: {document['aspect_fix']!r}")
+        return
+    width, height = map(int, found.groups())
+    for number, case in enumerate(document["warp_cases"]):
+        where = f"warp_cases[{number}]"
+        box = torch.tensor(case["bbox_xyxy"], dtype=torch.float64)
+        center, scale = crops.crop_box(box, (height, width), case["padding"])
+        differences.numbers(f"{where}.center", center.tolist(), case["center"])
+        differences.numbers(f"{where}.scale", scale.tolist(), case["scale"])
+        padded = (box[2:] - box[:2]) * case["padding"]
+        differences.numbers(f"{where}.scale_before", padded.tolist(), case["scale_before"])
+        matrices = {name: re.fullmatch(r"warp(_udp)?(?:_rot(-?\d+))?", name) for name in case}
+        for name, parts in matrices.items():
+            if parts:
+                matrix = crops.crop_matrix(center, scale, (height, width), float(parts[2] or 0), udp=bool(parts[1]))
+                differences.numbers(f"{where}.{name}", matrix.tolist(), case[name], SINGLE)
+        known = ("bbox_xyxy", "padding", "center", "scale_before", "scale")
+        differences.fields(where, case, (*known, *(name for name, parts in matrices.items() if parts)))
+
+
+UNITS: Mapping[str, Callable[[Document, Differences], None]] = {
+    "warp_cases": check_crops,
+    "oks": check_oks,
+    "oks_nms": check_nms,
+}
+"""Field of a file -> check, which gets the whole file."""
+
+
+def check_units(document: Document, differences: Differences) -> None:
+    """Check every field of a file of units."""
+    for name, check in UNITS.items():
+        if name in document:
+            check(document, differences)
+    differences.fields("the file", document, (*UNITS, "what", "source", "aspect_fix"))
+
+
+CHECKS = {"HeatmapHead": check_heatmap_head, "pose_units": check_units}
 """Kind -> check."""

@@ -243,7 +243,7 @@ def test_settings_that_change_what_weights_mean_are_compared(tmp_path):
 
 def test_only_models_of_dense_are_taken(tmp_path):
     path = write(saved(fcos(), tmp_path), tmp_path / "file.pth")
-    with pytest.raises(TypeError, match=r"must be a segmenter or detector.*got Linear"):
+    with pytest.raises(TypeError, match=r"must be a segmenter, detector or pose model.*got Linear"):
         dense.load_checkpoint(nn.Linear(1, 1), path)
     with pytest.raises(ValueError, match="one of 'backbone', 'neck', 'bbox_head'; got 'head'"):
         dense.load_checkpoint(fcos(), path, parts="head")

@@ -25,6 +25,7 @@ from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, flippe
 from widefield.dense.inference import check_views, largest_at, segment
 from widefield.dense.layers import ConvModule, DepthwiseSeparableConvModule
 from widefield.dense.mask_head import FCNMaskHead, paste_masks
+from widefield.dense.pose_convention import PoseConvention
 from widefield.dense.pose_rules import PoseRules
 from widefield.dense.retinanet import RetinaHead, RetinaNet
 from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
@@ -61,6 +62,7 @@ __all__ = [
     "HeatmapPose",
     "LoadedCheckpoint",
     "MaskRCNN",
+    "PoseConvention",
     "PoseRules",
     "Poses",
     "RetinaHead",

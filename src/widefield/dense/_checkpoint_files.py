@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from widefield import _checks, _files
+from widefield.dense._pose_config import is_involution
 
 _NESTS = ("state_dict", "model", "module", "net")
 """Names under which training scripts store the weights, best first."""
@@ -42,6 +43,8 @@ class Checkpoint:
         classes: class names, if the file has them.
         palette: a color (red, green, blue) from 0 to 255 for each class, if the file has it.
         config: the text of the configuration that OpenMMLab's tools store, or an empty text.
+        keypoints: names of key points in their order, and the one that each becomes in a mirrored image, if the file
+            has them next to its configuration.
         converted: what was changed to get OpenMMLab's form, or None for nothing.
     """
 
@@ -52,6 +55,7 @@ class Checkpoint:
     palette: tuple[tuple[int, int, int], ...] | None = None
     config: str = ""
     converted: str | None = None
+    keypoints: tuple[list[str], list[int] | None] | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -71,7 +75,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     weights, skipped = _weights(path, content)
     classes, palette = _classes(info)
     texts = [info[key] for key in ("config", "cfg") if isinstance(info.get(key), str)]  # mmdet 2.x, 3.x
-    return Checkpoint(path, weights, skipped, classes, palette, "\n".join(texts))
+    return Checkpoint(path, weights, skipped, classes, palette, "\n".join(texts), keypoints=_keypoints(info))
 
 
 def write_checkpoint(path: str | Path, weights: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -211,6 +215,21 @@ def _classes(info: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[tup
     classes = tuple(names) if _is_list(names) and all(isinstance(name, str) for name in names) else None
     palette = tuple((c[0], c[1], c[2]) for c in colors) if _is_list(colors) and all(map(_is_color, colors)) else None
     return classes, palette
+
+
+def _keypoints(info: Mapping[str, Any]) -> tuple[list[str], list[int] | None] | None:
+    """Return names of key points and their mirrored ones, from ``dataset_meta`` of mmpose 1.x."""
+    nested = info.get("dataset_meta")
+    names = nested.get("keypoint_id2name") if isinstance(nested, Mapping) else None
+    if not isinstance(names, Mapping):
+        return None
+    by_number = {int(key): str(name) for key, name in names.items() if str(key).isdecimal()}
+    ordered = [by_number[key] for key in sorted(by_number)]
+    if sorted(by_number) != list(range(len(names))) or len(set(ordered)) < len(names):
+        return None
+    swapped = nested.get("flip_indices") if isinstance(nested, Mapping) else None
+    usable = _is_list(swapped) and len(swapped) == len(names) and is_involution(swapped)
+    return ordered, list(swapped) if usable and swapped is not None else None
 
 
 def _is_color(value: object) -> bool:

@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 
 from torch import Size, Tensor, nn
 
-from widefield.dense import _detector_fit
+from widefield.dense import _detector_fit, _pose_fit
 from widefield.dense._checkpoint_files import Checkpoint
 from widefield.dense._trunk_keys import Family, TrunkNames, depths, family_of_file, trunk_names
 
 BACKBONE = "backbone."
 """The prefix of a backbone's weights, in OpenMMLab's files and in our models."""
 
-CLASSIFIER = rf"(?:decode_head|auxiliary_head)\.conv_seg\.|{_detector_fit.CLASSIFIER}"
-"""Weights whose shape depends on the number of classes."""
+CLASSIFIER = rf"(?:decode_head|auxiliary_head)\.conv_seg\.|{_detector_fit.CLASSIFIER}|{_pose_fit.CLASSIFIER}"
+"""Weights whose shape depends on the number of classes or key points."""
 
 _AGNOSTIC = 4
 """Rows of the layer of a box head that predicts one box for all classes."""
 
-_UNREAD_NORM = re.compile(r"backbone\.(?:norm0|stages\.0\.norm)\.(?!\d)")
-"""The norm after the first stage, which one-stage detectors do not read."""
+_STAGE_NORM = re.compile(r"backbone\.(?:norm|stages\.)(\d)(?:\.norm)?\.(?:weight|bias|running_\w+|num_\w+)")
+"""A norm after a stage of the backbone."""
 
 _HEADS = {
     "UPerNet": "decode_head.psp_modules.",
@@ -101,7 +101,7 @@ def source_of(file: Checkpoint) -> Source:
 
 def _usual(name: str, family: Family | None) -> str:
     if not name.startswith(BACKBONE):
-        return _detector_fit.usual_name(name)
+        return _pose_fit.usual_name(_detector_fit.usual_name(name))
     if family is None:
         return name
     return BACKBONE + family.common(name.removeprefix(BACKBONE))
@@ -155,12 +155,12 @@ def compared(model: Weights, file: Source, parts: Collection[str] | None, *, fre
             fit.pairs.append(name)
     fit.missing += [name for name in model.others if parts is None or "backbone" in parts]
     classifier = file.family.classifier if alone and file.family else r"(?!)"
-    unread = not any(_UNREAD_NORM.match(name) for name in model.shapes) and any(map(_is_stage_norm, model.shapes))
+    first = min((stage for name in model.shapes if (stage := _normed_stage(name)) is not None), default=0)
     for name, shape in file.shapes.items():
         if (
             not _wanted(name, shape, parts, fresh_classifier)
             or re.match(BACKBONE + classifier, name)
-            or (unread and _UNREAD_NORM.match(name))
+            or _below(_normed_stage(name), first)
         ):
             fit.left.append(name)
         elif name not in model.shapes:
@@ -175,9 +175,15 @@ def _wanted(name: str, shape: Size, parts: Collection[str] | None, fresh_classif
     return parts is None or name.partition(".")[0] in parts
 
 
-def _is_stage_norm(name: str) -> bool:
-    """Return whether only downstream models have this weight of the backbone."""
-    return re.match(r"backbone\.(?:norm\d|stages\.\d\.norm)\.(?!\d)", name) is not None
+def _normed_stage(name: str) -> int | None:
+    """Return the stage whose norm has this weight, or None. Only downstream models have such norms."""
+    found = _STAGE_NORM.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def _below(stage: int | None, first: int) -> bool:
+    """Return whether a model whose first norm is that of stage ``first`` does not read the map of this stage."""
+    return stage is not None and stage < first
 
 
 def _alike(ours: Size, theirs: Size, name: str) -> bool:
@@ -217,7 +223,8 @@ def hints(fit: Fit, model: Weights, file: Source, parts: Collection[str] | None)
 def _kind_of_file(model: Weights, file: Source, alone: bool) -> str | None:
     tops, known = ({name.partition(".")[0] for name in weights.shapes} for weights in (file, model))
     is_detector = bool(known & {"rpn_head", "roi_head", "bbox_head"})
-    pose = ("keypoint_head.", "head.deconv_layers", "head.final_layer")
+    is_pose = _pose_fit.is_pose(model.shapes)
+    pose = ("head.deconv_layers", "head.final_layer")
     if any(name.startswith("backbone.body.") for name in file.shapes):
         return "The file has widefield's own names: load it with model.load_state_dict."
     if alone:
@@ -227,9 +234,10 @@ def _kind_of_file(model: Weights, file: Source, alone: bool) -> str | None:
         return f"It is a detection file; {hint}"
     if "head" not in known and any(name.startswith(pose) for name in file.shapes):
         return f"It is a pose file; {hint}"
-    if is_detector and "decode_head" in tops:
+    if (is_detector or is_pose) and "decode_head" in tops:
         return f"It is a segmentation file; {hint}"
-    if file.bare or "decode_head" in known - tops or (is_detector and not tops & {"roi_head", "bbox_head", "rpn_head"}):
+    heads = {"roi_head", "bbox_head", "rpn_head"} if is_detector else {"decode_head"} & known or {"head"}
+    if file.bare or not tops & heads:
         return f"It holds a classifier or a backbone alone; {hint}"
     return None
 
@@ -264,7 +272,7 @@ def _backbone(fit: Fit, model: Weights, file: Source) -> list[str]:
         return []
     if theirs is not None and ours is not theirs:
         return [f"The file's backbone is a {theirs.name}" + (f", the model's a {ours.name}." if ours else ".")]
-    if all(_is_stage_norm(name) for name in wrong):
+    if all(_normed_stage(name) is not None for name in wrong):
         return [
             "Only the norms after the backbone's stages differ: build the model with another stage_norms, such as "
             + ("'layer'." if fit.unknown else "'none'.")
@@ -309,6 +317,7 @@ def _notes(fit: Fit, family: Family | None) -> list[str]:
 
 def _details(fit: Fit, model: Weights, file: Source) -> list[str]:
     found = _detector_fit.details(fit.missing, fit.unknown, model.shapes, file.shapes)
+    found += _pose_fit.details(fit.missing, fit.unknown, model.shapes, file.shapes)
     for name in ("decode_head.conv_seg.bias", "auxiliary_head.conv_seg.bias"):
         if name in fit.shapes:
             ours, theirs = model.shapes[name][0], file.shapes[name][0]

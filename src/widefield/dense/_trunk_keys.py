@@ -7,7 +7,7 @@ loading and saving. Names were read in the families' own repositories and in mms
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from timm.models import resnet
@@ -315,9 +315,10 @@ def trunk_names(backbone: nn.Module) -> TrunkNames:
     if family is None or (family.accepts and not all(_is_converted(backbone, key) for key in others)):
         converted = () if is_ours(network) else tuple(key for key in by_timm if _is_converted(backbone, key))
         return TrunkNames(None, by_timm, (), by_timm, converted)
-    stage_norm = r"stages.\1.norm" if family is REPLKNET else r"norm\1"  # RepLKNet-XL
+    stage_norm = "stages.{}.norm" if family is REPLKNET else "norm{}"  # RepLKNet-XL
+    numbers: Sequence[int] = backbone.numbers  # type: ignore[assignment]
     names = {key: name for key, name in found.items() if name is not None}
-    names |= {key: re.sub(r"^norm(\d)", stage_norm, key) for key in norms}
+    names |= {key: re.sub(r"^norm(\d)", lambda found: stage_norm.format(numbers[int(found[1])]), key) for key in norms}
     return TrunkNames(family, names, others, by_timm, others)
 
 

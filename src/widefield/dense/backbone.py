@@ -72,6 +72,8 @@ class FeatureMaps(nn.Module):
         taken: positions of the maps in the output of ``body``.
         hooks: modules of ``body`` whose outputs are the maps, if ``body`` does not return them.
         norms: callable of the channels for each map; None for no norm.
+        numbers: positions of the maps among all maps of the network; published norms are numbered by them. None: the
+            maps are the first ones.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class FeatureMaps(nn.Module):
         taken: Sequence[int],
         hooks: Sequence[str] = (),
         norms: Sequence[Callable[[int], nn.Module] | None] = (),
+        numbers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.body = body
         self.channels = tuple(channels)
         self.strides = tuple(strides)
         self.taken = tuple(taken)
+        self.numbers = tuple(range(len(channels)) if numbers is None else numbers)
         self._hooks = FeatureHooks(hooks, body.named_modules()) if hooks else None
         self._channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
         like = next(body.parameters(), torch.empty(0))
@@ -163,7 +167,15 @@ def feature_maps(
     norm = _norm(stage_norms, found.body)
     positions = range(len(found.channels)) if normed is None else normed
     norms = [norm if index in positions else None for index in range(len(found.channels))]
-    return FeatureMaps(found.body, found.channels, found.strides, taken=found.taken, hooks=found.hooks, norms=norms)
+    return FeatureMaps(
+        found.body,
+        found.channels,
+        found.strides,
+        taken=found.taken,
+        hooks=found.hooks,
+        norms=norms,
+        numbers=found.numbers,
+    )
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,7 @@ class _Found:
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     taken: tuple[int, ...]
+    numbers: tuple[int, ...]
     hooks: tuple[str, ...] = ()
 
 
@@ -285,7 +298,9 @@ def _described(network: Any, taken: Sequence[int]) -> _Found:
     channels, strides = network.feature_info.channels(), network.feature_info.reduction()
     if isinstance(network, FeatureHookNet):  # holds the layers after the last map too
         _freeze_unused(network, [_run(network)[1][index] for index in taken])
-    return _Found(network, tuple(channels[i] for i in taken), tuple(strides[i] for i in taken), tuple(taken))
+    info = network.feature_info
+    numbers = tuple(info.out_indices[i] % len(info.info) for i in taken)
+    return _Found(network, tuple(channels[i] for i in taken), tuple(strides[i] for i in taken), tuple(taken), numbers)
 
 
 def _measured(
@@ -306,7 +321,8 @@ def _measured(
             "order with out_indices."
         )
     _freeze_unused(network, [maps[index] for index in taken])
-    return _Found(network, tuple(maps[index].shape[1] for index in taken), strides, taken)
+    numbers = tuple(usable.index(index) for index in taken)
+    return _Found(network, tuple(maps[index].shape[1] for index in taken), strides, taken, numbers)
 
 
 def _run(network: nn.Module, stages: Sequence[str] = ()) -> tuple[Tensor, Any]:
