@@ -6,6 +6,7 @@ import timm
 from widefield import cli, dense
 from widefield.models.comparison import CITED
 from widefield.models.comparison_detection import CITED_DETECTORS, METHODS
+from widefield.models.comparison_pose import CITED_POSES
 from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
 
 
@@ -88,12 +89,42 @@ def test_a_one_stage_detector_is_counted_without_rois(capsys, monkeypatch):
     assert "167.2 / 166.7 " in line
 
 
+def test_pose_models_are_counted_as_their_authors_count(capsys, monkeypatch):
+    """A row that states no counts has those that are measured alone."""
+    monkeypatch.setenv("COLUMNS", "170")
+    assert cli.main(["models", "--compare", "pose", "moganet_small"]) == 0
+    small, large = (line for line in capsys.readouterr().out.splitlines() if "MogaNet-S" in line)
+    assert "256x192" in small
+    assert "29 / 28.98 " in small
+    assert "6 / 5.951 " in small
+    assert "74.9" in small
+    assert "384x288" in large
+    assert "13.5 / 13.39 " in large
+    assert "*" not in small + large
+    assert cli.main(["models", "--compare", "pose", "van_b0"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "VAN-B0" in line)
+    assert "- / 6.991 " in line
+    assert "none" in line
+
+
+def test_the_rows_of_pose_models_are_distinct_and_known():
+    assert {row.name for row in CITED_POSES} <= set(timm.list_models())
+    rows = [(row.architecture, row.size, row.source) for row in CITED_POSES]
+    assert len(rows) == len(set(rows))
+    assert {row.size for row in CITED_POSES} == {(256, 192), (384, 288)}
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("imagenet", "the slides' table"), ("segmentation", "segmentation model"), ("detection", "no detector")],
+    [
+        ("imagenet", "the slides' table"),
+        ("segmentation", "segmentation model"),
+        ("detection", "no detector"),
+        ("pose", "no pose model"),
+    ],
 )
 def test_a_name_that_is_not_in_a_table_is_an_error(kind, words, capsys):
-    assert cli.main(["models", "--compare", kind, "resnet152"]) == 1
+    assert cli.main(["models", "--compare", kind, "resnet26"]) == 1
     message = capsys.readouterr().err
     assert words in message
-    assert "'resnet152'" in message
+    assert "'resnet26'" in message

@@ -1,4 +1,4 @@
-"""Recipes of segmentation and detection start from OpenMMLab's files, in full or in part, converted or not."""
+"""Recipes for dense tasks start from OpenMMLab's files, in full or in part, converted or not."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import torch
 
 from tolerances import FLOAT32, NETWORK, close
 from widefield import dense
-from widefield.tasks import Detection, Segmentation
+from widefield.data import Skeleton
+from widefield.tasks import Detection, PoseEstimation, Segmentation
 from widefield.train import Recipe, build_model
 from widefield.train.recipe import ConversionSpec, DataSpec, ModelSpec
 
@@ -127,3 +128,41 @@ def test_another_detector_is_refused(tmp_path: Path) -> None:
     recipe = Recipe("name", ModelSpec("convnext_atto", ARGS, path), DataSpec("digits"))
     with pytest.raises(ValueError, match=r"model\.pretrained: .*holds a FasterRCNN, the model is an FCOS"):
         build_model(recipe, Detection(["0", "1", "2"], model="fcos", head_args={"neck_channels": 64}))
+
+
+# Pose models
+
+
+SKELETON = Skeleton(("tip", "left", "right"), (0, 2, 1), (0.1, 0.1, 0.1))
+
+
+def started_pose(pretrained: str) -> Any:
+    recipe = Recipe("name", ModelSpec("convnext_atto", ARGS, pretrained), DataSpec("digits"))
+    return build_model(recipe, PoseEstimation(SKELETON, (64, 48), channels=(8, 8, 8))).eval()
+
+
+@pytest.mark.parametrize("names", [None, SKELETON.names, ("tip", "right", "left"), ("a", "b", "c", "d")])
+def test_pose_models_start_from_files_with_the_same_key_points(names: tuple[str, ...] | None, tmp_path: Path) -> None:
+    """With others, or in another order, the last layer starts afresh."""
+    count = 3 if names is None else len(names)
+    network = timm.create_model("convnext_atto", features_only=True, **ARGS)
+    model = dense.HeatmapPose(network, count, channels=(8, 8, 8)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    path = tmp_path / "published.pth"
+    dense.save_checkpoint(model, path, pose=dense.PoseConvention(names), mmpose="0.x")
+    found = started_pose(str(path))
+    with torch.no_grad():
+        (one,), (other,) = found.backbone(IMAGES), model.backbone(IMAGES)
+        close(found.head.deconv_layers(one), model.head.deconv_layers(other), FLOAT32)
+        fresh = names not in (None, SKELETON.names)
+        assert (found.head.final_layer.weight.std() < 0.01) == fresh
+        if not fresh:
+            close(found(IMAGES), model(IMAGES), FLOAT32)
+
+
+def test_pose_models_start_from_the_backbone_of_other_files(tmp_path: Path) -> None:
+    model, path = published(tmp_path)
+    found = started_pose(path)
+    with torch.no_grad():
+        close(found.backbone(IMAGES)[0], model.backbone(IMAGES)[3], FLOAT32)

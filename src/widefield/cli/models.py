@@ -10,7 +10,7 @@ from typing import Any
 
 SUMMARY = "list models with parameters and MACs"
 
-COMPARISONS = ("imagenet", "segmentation", "detection")
+COMPARISONS = ("imagenet", "segmentation", "detection", "pose")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=COMPARISONS[0],
         choices=COMPARISONS,
-        help="published counts next to measured ones: of networks on ImageNet (the default), segmentation models, or "
-        "detectors",
+        help="published counts next to measured ones: of networks on ImageNet (the default), segmentation models, "
+        "detectors, or pose models",
     )
     parser.add_argument("pattern", nargs="?", help="glob over all names of timm; default: the models of widefield")
 
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         _compare_segmentation(args.pattern)
     elif args.compare == "detection":
         _compare_detection(args.pattern)
+    elif args.compare == "pose":
+        _compare_poses(args.pattern)
     elif args.compare:
         _compare_imagenet(args.pattern)
     else:
@@ -212,6 +214,31 @@ def _compare_detection(pattern: str | None) -> None:
         cost = _measured(FixedRoIs(model), (3, *SIZE))
         counts = _both(row.parameters, cost.parameters / 1e6), _both(row.macs, cost.macs / 1e9)
         table.add_row(row.architecture, row.method, row.schedule, *counts, row.ap, row.source, row.name)
+    Console().print(table)
+
+
+def _compare_poses(pattern: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from widefield import dense
+    from widefield.models.comparison_pose import CITED_POSES, KEYPOINTS
+
+    rows = [row for row in CITED_POSES if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
+    if not rows:
+        raise ValueError(f"no pose model of the tables has a backbone {pattern!r} in timm's registry.")
+    table = Table(
+        caption=f"{_CAPTION} MACs are of one crop, without the flip test. AP: percent on COCO's validation images.",
+        caption_justify="left",
+    )
+    for column in ("architecture", "crop", "parameters (M)", "MACs (G)", "AP", "source", "backbone"):
+        table.add_column(column, justify="left" if column in ("architecture", "source", "backbone") else "right")
+    for row in rows:
+        model = _on_meta(partial(dense.HeatmapPose, row.name, KEYPOINTS, **row.args))
+        model.backbone = _merged(model.backbone, row.name)
+        cost = _measured(model, (3, *row.size))
+        counts = _both(row.parameters, cost.parameters / 1e6), _both(row.macs, cost.macs / 1e9)
+        table.add_row(row.architecture, "x".join(map(str, row.size)), *counts, row.ap, row.source, row.name)
     Console().print(table)
 
 

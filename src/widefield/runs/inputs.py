@@ -57,6 +57,20 @@ class Fitted:
         return prepared
 
 
+class Pixels:
+    """Makes a pose model's input of an image: its pixels, of which it gets crops later."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the pixels, uint8 (C, H, W), of an RGB image."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        pixels: Tensor = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
+        return pixels
+
+
 def count_maps(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Return how many logits a segmentation model gives for a pixel of an image (C, H, W), from one forward pass.
 

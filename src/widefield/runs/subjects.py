@@ -21,7 +21,8 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
-from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Selection, count_maps
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Pixels, Selection, count_maps
+from widefield.runs.labels import published_classes
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
 from widefield.runs.trained import load_trained, read_run_data, weights_of
 from widefield.runs.words import is_path, parsed
@@ -88,7 +89,7 @@ class Subject:
             return (self.work == "detection" and self.trained_on.object_classes) or self.trained_on.classes
         if self.work == "detection":
             return self.published_classes
-        return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
+        return () if self.weights.origin == "random" else published_classes(self.name, self.model)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ class Subject:
         """Return the color of each class in figures; empty for a classifier."""
         if self.work == "classification":
             return ()
-        if self.work == "detection":
+        if self.work in ("detection", "pose"):
             return self._object_palette()
         own = self.trained_on.palette if self.trained_on else ()
         return own or tuple(itertools.islice(itertools.cycle(data.default_palette(256)), self.outputs))
@@ -149,6 +150,8 @@ class Subject:
             raise ValueError("the data have no masks, and the model is one for segmentation.")
         if self.work == "detection" and not getattr(dataset, "object_classes", ()):
             raise ValueError("the data have no objects with boxes, and the model is a detector.")
+        if self.work == "pose" and not isinstance(dataset, data.PoseSet):
+            raise ValueError("the data have no key points, and the model is one for poses.")
         if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
             self.trained_on.check_classes(dataset.classes)
             raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
@@ -178,7 +181,13 @@ class Subject:
             scale = self._scale(size)
             named = {"classes": list(self.classes)} if "classes" in kind.needs else {}
             return {**named, "mean": self.mean, "std": self.std, "test_scale": scale, "antialias": self._antialias}
-        return {}
+        return self._pose_options() if issubclass(kind, data.PoseSet) else {}
+
+    def _pose_options(self) -> dict[str, Any]:
+        """Return how a pose model's crops are made, in JSON types; {} for other models and unknown ones."""
+        if self.trained_on is None or self.work != "pose":
+            return {}
+        return {name: getattr(self.trained_on, name) for name in ("crop_size", "padding", "udp", "mean", "std")}
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -188,12 +197,16 @@ class Subject:
     def preparation(self, size: int | None = None) -> dict[str, Any]:
         """Return facts about how :meth:`prepare` makes the model's input of an image, in JSON types."""
         given = self.image_options(size)
-        if self.work != "classification":
+        if self.work == "pose":
+            given = self._pose_options()
+        elif self.work != "classification":
             given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std, "antialias": self._antialias}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
     def prepare(self, size: int | None = None) -> Callable[[Image.Image], Tensor]:
         """Return a function from an RGB image of any size to the model's input, float32 (C, H, W).
+
+        For a pose model it is the image itself, uint8 (C, H, W), as its crops depend on the boxes.
 
         Args:
             size: side of a classifier's input; of other models the shorter side. Default: the model's own.
@@ -205,6 +218,8 @@ class Subject:
             _checks.integer("size", size)
         if len(self.mean) not in (1, 3):
             raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
+        if self.work == "pose":
+            return Pixels(len(self.mean))
         if self.work != "classification":
             return Fitted(self._scale(size), self.mean, self.std, antialias=self._antialias)
         options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
@@ -432,21 +447,6 @@ def _detector_of_torchvision(word: str, pretrained: bool) -> Subject:
         work="detection",
         published_classes=names if pretrained else (),
     )
-
-
-def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the outputs of a model's published weights, one or several words each; () if unknown."""
-    name = parsed(word)[0]
-    if name.startswith(TORCHVISION):
-        from torchvision.models import get_model_weights
-
-        return tuple(get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta.get("categories", ()))
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    outputs = getattr(model, "num_classes", None)
-    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-    subset = infer_imagenet_subset({"num_classes": outputs}) if outputs == published else None
-    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else ()
 
 
 _DECIDED = ("size", "augment", "mean", "std")

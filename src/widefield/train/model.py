@@ -11,7 +11,7 @@ import timm
 from torch import nn
 
 from widefield import _checks
-from widefield.tasks import Task
+from widefield.tasks import PoseEstimation, Task
 from widefield.train import run_data
 from widefield.train.networks import HEAD, TORCHVISION, create_model
 from widefield.train.pretrained import Assembly, load_whole, start_from
@@ -38,6 +38,7 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
         convert=lambda network: functools.reduce(_converted, conversions, network),
         adapt=task.model,
         classes=task.model_args.get(HEAD),
+        keypoints=task.skeleton.names if isinstance(task, PoseEstimation) else (),
     )
     if not isinstance(spec.pretrained, str):
         return assembly.whole()

@@ -65,12 +65,14 @@ class Assembly:
         convert: makes the converted network of it; the identity without a conversion.
         adapt: makes the task's model of that; the identity for classification.
         classes: size of the network's head, or None if the task does not decide it.
+        keypoints: names of the key points in the order of the heatmaps; empty for other tasks.
     """
 
     build: Callable[[dict[str, Any]], nn.Module]
     convert: Callable[[nn.Module], nn.Module]
     adapt: Callable[[nn.Module], nn.Module]
     classes: int | None
+    keypoints: tuple[str, ...] = ()
 
     def whole(self) -> nn.Module:
         """Return the model with fresh weights."""
@@ -86,9 +88,11 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
 
     The weights may be those of the plain network, in any form that timm reads: they are loaded before the conversion,
     which keeps their function. Or they are those of the converted network, or of the task's whole model. Weights of a
-    plain network may have smaller depthwise kernels, or global filters of another size: see :func:`resized`. Segmenters
-    and detectors also start from OpenMMLab's files (:func:`widefield.dense.load_checkpoint`); without such heads in the
-    file, or with another number of classes, its backbone, or all but the classifier, is loaded.
+    plain network may have smaller depthwise kernels, or global filters of another size: see :func:`resized`.
+
+    Segmenters, detectors and pose models also start from OpenMMLab's files (:func:`widefield.dense.load_checkpoint`).
+    Without such heads in the file, or with another number of classes or other key points, its backbone, or all but the
+    last layers, is loaded.
 
     Args:
         source: see :func:`read_weights`.
@@ -129,16 +133,16 @@ def _published(source: str, assembly: Assembly, fresh_head: bool) -> nn.Module |
     if not info.published:
         return None
     model = assembly.adapt(assembly.build({}))
-    if not isinstance(model, (dense.Segmenter, dense.Detector)):
+    heads = _heads(info, model, assembly.keypoints)
+    if heads is None:
         return None
-    other = fresh_head or info.num_classes != model.num_classes
-    has_heads = info.detector is not None if isinstance(model, dense.Detector) else "decode_head" in info.parts
+    has_heads, other = heads
     parts = None if has_heads else "backbone"
     try:
-        dense.load_checkpoint(model, source, parts=parts, fresh_classifier=other)
+        dense.load_checkpoint(model, source, parts=parts, fresh_classifier=other or fresh_head)
     except ValueError as error:
         raise ValueError(f"model.pretrained: {error}") from error
-    body = model.backbone.body
+    body = model.get_submodule("backbone.body")
     converted = assembly.convert(body)
     if converted is body:
         return model
@@ -147,6 +151,22 @@ def _published(source: str, assembly: Assembly, fresh_head: bool) -> nn.Module |
         {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.body.")}, strict=False
     )
     return whole
+
+
+def _heads(info: dense.CheckpointInfo, model: nn.Module, keypoints: Sequence[str]) -> tuple[bool, bool] | None:
+    """Return whether a file has heads as the model has them, and whether their last layers have other outputs.
+
+    None for models whose files are not read.
+    """
+    if isinstance(model, dense.HeatmapPose):
+        named = info.convention.keypoints if info.convention is not None else None
+        renamed = named is not None and bool(keypoints) and tuple(named) != tuple(keypoints)
+        return info.pose is not None, renamed or info.num_keypoints != model.num_keypoints
+    if isinstance(model, dense.Detector):
+        return info.detector is not None, info.num_classes != model.num_classes
+    if isinstance(model, dense.Segmenter):
+        return "decode_head" in info.parts, info.num_classes != model.num_classes
+    return None
 
 
 def _plain(weights: Mapping[str, Tensor], assembly: Assembly, given: Mapping[str, Any]) -> nn.Module:
