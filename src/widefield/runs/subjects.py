@@ -21,7 +21,7 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
-from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Pixels, Selection, count_maps
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Pixels, Selection, count_maps
 from widefield.runs.labels import published_classes
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
 from widefield.runs.trained import load_trained, read_run_data, weights_of
@@ -96,6 +96,12 @@ class Subject:
         """Return one name for each output, for figures; empty if they are unknown."""
         # ImageNet's names are lists of synonyms.
         return self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Return one name for each output: key points of a pose model, else the classes; empty if they are unknown."""
+        skeleton = self.trained_on.skeleton if self.work == "pose" and self.trained_on else None
+        return skeleton.names if skeleton else self.class_names
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
@@ -256,6 +262,8 @@ class Subject:
         spec = self.recipe.data
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
+            if self.work == "pose":
+                return OwnCrops(spec.name, spec.args, self.trained_on.crop_size, given["size"], count, seed)
             return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
@@ -266,24 +274,23 @@ class Subject:
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
         own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
+        return View(self.model, self.name, str(self.weights), pictures, self.output_names, own, batch_size)
 
     def object_view(self, count: int) -> View:
-        """Return the model and samples of its own validation data with objects, as analyses take them.
+        """Return the model and samples of its own validation data, with objects or key points, as analyses take them.
 
         Args:
             count: number of samples; a seeded choice if there are more.
 
         Raises:
             MissingDataError: the model is not a run, or the data of the run are missing.
-            ValueError: the data have no objects.
+            ValueError: the data have neither.
         """
         whole = self.own_data()
-        if not getattr(whole, "object_classes", ()):
-            raise ValueError(f"the data of the run {self.name!r} have no objects with boxes.")
-        source = self.recipe.data.name if self.recipe else ""
-        samples = Selection(whole, count)
-        return View(self.model, self.name, str(self.weights), None, self.class_names, samples=samples, source=source)
+        if not getattr(whole, "object_classes", ()) and not isinstance(whole, data.PoseSet):
+            raise ValueError(f"the data of the run {self.name!r} have neither objects with boxes nor key points.")
+        source, samples = self.recipe.data.name if self.recipe else "", Selection(whole, count)
+        return View(self.model, self.name, str(self.weights), None, self.output_names, samples=samples, source=source)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
