@@ -177,7 +177,7 @@ def test_a_selection_has_the_samples_and_names_of_the_whole() -> None:
 
 
 def test_a_choice_of_poses_has_whole_files() -> None:
-    """The first sample of a file brings its people: without it, the poses of the others have nothing to be measured on."""
+    """The first sample of a file brings its people: without it, there is nothing to measure the others on."""
     whole = data.create("scene_poses", "val", count=6, size=64)
     files = whole.boxes.files.tolist()
     for count in (1, 9, 20, 10**6):
