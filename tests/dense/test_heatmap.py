@@ -154,6 +154,17 @@ def test_a_model_reads_the_heatmaps_that_its_codec_writes(kind, size):
     assert (found.points - points).abs().max() < model.stride
 
 
+@pytest.mark.parametrize("kind", CODECS)
+def test_a_batch_is_decoded_like_its_heatmaps(kind):
+    heatmaps = torch.rand(3, 4, 64, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = codec(kind).decode(heatmaps)
+    for image in range(3):
+        for keypoint in range(4):
+            alone = codec(kind).decode(heatmaps[image, keypoint][None, None])
+            close(alone.points[0, 0], whole.points[image, keypoint], FLOAT64)
+            assert alone.scores[0, 0] == whole.scores[image, keypoint]
+
+
 def test_codecs_have_the_size_of_the_heatmaps_of_odd_images():
     model = dense.HeatmapPose("test_resnet", 3, channels=(8,)).eval()
     with torch.no_grad():
