@@ -1,8 +1,11 @@
 """Small detection sets in published layouts, with objects of random outlines; sizes of images differ."""
 
+import copy
 import json
+import math
 
 import numpy as np
+from hypothesis import strategies as st
 from PIL import Image
 
 CLASSES = ("person", "bicycle", "car")
@@ -97,3 +100,39 @@ def write_json(root, split, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+JUNK = st.one_of(
+    st.sampled_from([None, math.nan, math.inf, -1, 0, 1e30, 10**400, True, "", "x", [], {}, [1, 2, 3, 4], -0.5, [[]]]),
+    st.integers(-3, 200),
+    st.floats(-1e3, 1e3),
+)
+
+
+@st.composite
+def mutations(draw):
+    """Return how to damage a file: what to do, where (numbers choose from what is there), and a value."""
+    kind = draw(st.sampled_from(["replace", "delete", "repeat", "truncate"]))
+    return kind, draw(st.lists(st.integers(0, 1000), min_size=1, max_size=6)), draw(JUNK)
+
+
+def damaged(content, mutation):
+    """Return the text of the file after a mutation."""
+    kind, steps, value = mutation
+    content = copy.deepcopy(content)
+    if kind == "truncate":
+        text = json.dumps(content)
+        return text[: steps[0] * len(text) // 1001]
+    inside, key = content, None
+    for step in steps:
+        here = inside if key is None else inside[key]
+        if not isinstance(here, (dict, list)) or not here:
+            break
+        inside, key = here, (sorted(here)[step % len(here)] if isinstance(here, dict) else step % len(here))
+    if kind == "replace":
+        inside[key] = value
+    elif kind == "delete":
+        del inside[key]
+    elif isinstance(inside, list):
+        inside.append(copy.deepcopy(inside[key]))
+    return json.dumps(content)

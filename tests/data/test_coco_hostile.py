@@ -10,8 +10,7 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from made_objects import write_coco, write_json
+from made_objects import damaged, mutations, write_coco, write_json
 from PIL import Image
 
 from widefield import data, tasks
@@ -57,42 +56,6 @@ def failure(root, **options):
     except AnnotationError as error:
         return str(error)
     return None
-
-
-JUNK = st.one_of(
-    st.sampled_from([None, math.nan, math.inf, -1, 0, 1e30, 10**400, True, "", "x", [], {}, [1, 2, 3, 4], -0.5, [[]]]),
-    st.integers(-3, 200),
-    st.floats(-1e3, 1e3),
-)
-
-
-@st.composite
-def mutations(draw):
-    """Return how to damage a file: what to do, where (numbers choose from what is there), and a value."""
-    kind = draw(st.sampled_from(["replace", "delete", "repeat", "truncate"]))
-    return kind, draw(st.lists(st.integers(0, 1000), min_size=1, max_size=6)), draw(JUNK)
-
-
-def damaged(content, mutation):
-    """Return the text of the file after a mutation."""
-    kind, steps, value = mutation
-    content = copy.deepcopy(content)
-    if kind == "truncate":
-        text = json.dumps(content)
-        return text[: steps[0] * len(text) // 1001]
-    inside, key = content, None
-    for step in steps:
-        here = inside if key is None else inside[key]
-        if not isinstance(here, (dict, list)) or not here:
-            break
-        inside, key = here, (sorted(here)[step % len(here)] if isinstance(here, dict) else step % len(here))
-    if kind == "replace":
-        inside[key] = value
-    elif kind == "delete":
-        del inside[key]
-    elif isinstance(inside, list):
-        inside.append(copy.deepcopy(inside[key]))
-    return json.dumps(content)
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -6,6 +6,7 @@ from widefield.data.catalog import SETS, create, create_both, options_of
 from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.cityscapes import Cityscapes
 from widefield.data.coco import Coco, Lvis
+from widefield.data.coco_keypoints import CocoKeypoints
 from widefield.data.coco_stuff import CocoStuff
 from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
 from widefield.data.corrupt import CorruptImagesError
@@ -40,6 +41,7 @@ __all__ = [
     "Cifar100",
     "Cityscapes",
     "Coco",
+    "CocoKeypoints",
     "CocoStuff",
     "ConflictImages",
     "CorruptImageError",

@@ -12,6 +12,7 @@ from widefield.data.cifar import Cifar10, Cifar100
 from widefield.data.cityscapes import Cityscapes
 from widefield.data.class_map import alike, listed
 from widefield.data.coco import Coco, Lvis
+from widefield.data.coco_keypoints import CocoKeypoints
 from widefield.data.coco_stuff import CocoStuff
 from widefield.data.digits import Digits
 from widefield.data.folder import Folder
@@ -43,6 +44,7 @@ SETS: dict[str, type[SampleSet]] = {
     "lvis": Lvis,
     "voc_boxes": VocBoxes,
     "yolo": Yolo,
+    "coco_keypoints": CocoKeypoints,
     "scene_poses": ScenePoses,
 }
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
@@ -54,11 +56,12 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
     Args:
         name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``,
             ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"``,
-            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"``, ``"scene_poses"`` or one of yours.
+            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"``, ``"coco_keypoints"``, ``"scene_poses"`` or one
+            of yours.
         split: ``"train"`` or ``"val"``.
         options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `Cifar`, `Folder`, `Shards`,
             `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
-            `Lvis`, `VocBoxes`, `Yolo`, `ScenePoses`.
+            `Lvis`, `VocBoxes`, `Yolo`, `CocoKeypoints`, `ScenePoses`.
 
     Raises:
         ValueError: unknown name or split, or an option out of range.

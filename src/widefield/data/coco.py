@@ -6,7 +6,7 @@ import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
@@ -27,6 +27,7 @@ from widefield.data.object_index import (
     ObjectIndex,
     brief,
     compact,
+    compact_keypoints,
     is_size,
     missing_files,
     stored_sizes,
@@ -86,15 +87,10 @@ class Coco(ObjectFiles):
         super().__init__(split, **options)
         folder = Path(root).expanduser()
         part = {"train": train, "val": val}[split]
-        path = folder / filled("annotations", annotations, part)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no file of annotations {str(path)!r}. Name it by the option annotations, from root: "
-                f"annotations: instances_{{split}}.json."
-            )
+        path = annotation_file(folder, annotations, part, "instances_{split}.json")
         flaws = Flaws(str(path), self.repair)
         inner = filled("images", images, part)
-        reader = _Reader(flaws, folder, inner, masks=self.has_masks, decoding=self.decoding)
+        reader = CocoReader(flaws, folder, inner, masks=self.has_masks, decoding=self.decoding)
         chosen = None if categories is None else names_of("categories", categories)
         index, classes = reader.read(path, chosen)
         self._federated = reader.federated(len(index))
@@ -139,8 +135,30 @@ class Lvis(Coco):
         super().__init__(split, root=root, annotations=annotations, images=images, **options)
 
 
+def annotation_file(root: Path, annotations: object, split: str, example: str) -> Path:
+    """Return the path of a file of annotations.
+
+    Args:
+        root: the set's folder.
+        annotations: the path from there; ``{split}`` is the name of the split.
+        split: that name.
+        example: such a path, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: the path is not a text.
+    """
+    path = root / filled("annotations", annotations, split)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file of annotations {str(path)!r}. Name it by the option annotations, from root: "
+            f"annotations: {example}."
+        )
+    return path
+
+
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Suspend the garbage collector, which would walk over millions of new objects that hold no cycles."""
     enabled = gc.isenabled()
     gc.disable()
@@ -151,12 +169,30 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Reader:
-    """Reads one file; its entries are checked in the order of the file."""
+class CocoReader:
+    """Reads one file; its entries are checked in the order of the file.
 
-    def __init__(self, flaws: Flaws, root: Path, images: str, *, masks: bool, decoding: Mapping[str, Any]) -> None:
+    Args:
+        flaws: takes what is wrong.
+        root: the set's folder.
+        images: folder of the images in it.
+        masks: read the masks of objects.
+        decoding: options of `widefield.data.decoding.read`.
+        keypoints: number of key points of an object; 0: they are not read.
+    """
+
+    def __init__(
+        self,
+        flaws: Flaws,
+        root: Path,
+        images: str,
+        *,
+        masks: bool,
+        decoding: Mapping[str, Any],
+        keypoints: int = 0,
+    ) -> None:
         self.flaws, self.root, self.folder, self.decoding = flaws, root, images, decoding
-        self.builder = IndexBuilder(flaws, masks=masks)
+        self.builder = IndexBuilder(flaws, masks=masks, keypoints=keypoints)
         self.skipped = Skipped()
         self._rows: dict[int, int] = {}  # id of an image -> its place
         self._gone: set[int] = set()  # ids of images that were left out
@@ -167,13 +203,21 @@ class _Reader:
 
     def read(self, path: Path, chosen: Sequence[str] | None) -> tuple[ObjectIndex, tuple[str, ...]]:
         """Return the objects and the names of the classes; raises AnnotationError."""
-        with _without_collection():
+        with without_collection():
             content = self._parsed(path)
-            classes = self._read_categories(content["categories"], chosen)
+            classes = self.read_categories(content["categories"], chosen)
             self._read_images(content["images"])
             self._read_objects(content["annotations"])
             del content  # before the arrays are sorted, which takes memory
         return self.builder.build(), classes
+
+    def place(self, image: Any) -> int | None:
+        """Return the place of an image in the index by its number; None if the file does not list it."""
+        return self._rows.get(image) if is_id(image) else None
+
+    def label(self, category: Any) -> int | None:
+        """Return the class of a category by its number; None if it is not read."""
+        return self._labels.get(category) if is_id(category) else None
 
     def federated(self, count: int) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Return the (first places, classes) of LVIS's lists by entry; empty if the file has none."""
@@ -187,21 +231,14 @@ class _Reader:
     def _parsed(self, path: Path) -> dict[str, list[Any]]:
         """Return the three lists of the file."""
         name = self.flaws.file
-        try:
-            content = json.loads(_text_of(path, name), object_hook=self._compacted)
-        except AnnotationError:
-            raise
-        except (ValueError, RecursionError) as error:  # ValueError: JSON's and Unicode's errors
-            raise AnnotationError(
-                f"{name} is not complete JSON: {error or type(error).__name__}. Download or write it again."
-            ) from error
+        content = loaded(path, self._compacted)
         if not isinstance(content, dict):
             raise AnnotationError(
-                f"{name} holds {_kind(content)} where COCO's form has an object with the lists {', '.join(_LISTS)}."
+                f"{name} holds {kind_of(content)} where COCO's form has an object with the lists {', '.join(_LISTS)}."
             )
         for key in _LISTS:
             if not isinstance(content.get(key), list):
-                what = f"{key} is {_kind(content[key])}" if key in content else f"it has no {key}"
+                what = f"{key} is {kind_of(content[key])}" if key in content else f"it has no {key}"
                 raise AnnotationError(f"{name} is not in COCO's form: {what}, where a list is needed.")
         if not content["categories"] or not content["images"]:
             lacking = "categories" if not content["categories"] else "images"
@@ -209,13 +246,15 @@ class _Reader:
         return content
 
     def _compacted(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Replace the polygons of an entry by arrays while the file is parsed: a third of the memory in all."""
+        """Replace the lists of an entry by arrays while the file is parsed: a third of the memory in all."""
+        if self.builder.keypoints and "keypoints" in entry:
+            entry["keypoints"] = compact_keypoints(entry["keypoints"])
         outline = entry.get("segmentation")
         if isinstance(outline, list):
             entry["segmentation"] = [compact(polygon) for polygon in outline] if self.builder.masks else None
         return entry
 
-    def _read_categories(self, entries: list[Any], chosen: Sequence[str] | None) -> tuple[str, ...]:
+    def read_categories(self, entries: list[Any], chosen: Sequence[str] | None) -> tuple[str, ...]:
         """Set the class of each category's id and return the classes; categories are never repaired."""
         names: dict[int, str] = {}
         for place, entry in enumerate(entries):
@@ -259,7 +298,7 @@ class _Reader:
         repeated: set[str],
     ) -> None:
         identity = entry.get("id") if isinstance(entry, dict) else None
-        if not _is_id(identity):
+        if not is_id(identity):
             what = f"must have an integer id; it is {brief(entry)}"
             self.flaws.report(f"images[{place}]", what, "images without an id")
             return
@@ -310,7 +349,7 @@ class _Reader:
     def _classes_of(self, where: str, entry: Mapping[str, Any], key: str) -> list[int]:
         """Return one of LVIS's lists of categories as classes."""
         given = entry.get(key, [])
-        if not isinstance(given, list) or not all(_is_id(one) and self._knows(one) for one in given):
+        if not isinstance(given, list) or not all(is_id(one) and self._knows(one) for one in given):
             what = f"has {key} that are not ids of categories: {brief(given)}"
             self.flaws.report(where, what, f"images with unknown {key}, ignored", mend="ignore it")
             return []
@@ -324,7 +363,7 @@ class _Reader:
         known: set[int] = set()
         for place, entry in enumerate(entries):
             identity = entry.get("id") if isinstance(entry, dict) else None
-            if not _is_id(identity):
+            if not is_id(identity):
                 what = f"must have an integer id; it is {brief(entry)}"
                 self.flaws.report(f"annotations[{place}]", what, "objects without an id")
             elif identity in known:
@@ -340,23 +379,23 @@ class _Reader:
         def where() -> str:
             return f"annotation {identity} of image {brief(image)}"
 
-        row = self._rows.get(image) if _is_id(image) else None
+        row = self.place(image)
         if row is None:
-            if not (_is_id(image) and image in self._gone):
+            if not (is_id(image) and image in self._gone):
                 self.flaws.report(where(), "is of an image that is not listed", "objects of unknown images")
             else:
                 self.skipped.add("objects of images that are left out", where())
             return
-        label = self._labels.get(category) if _is_id(category) else None
+        label = self.label(category)
         if label is None:
-            if _is_id(category) and category in self._other:
+            if is_id(category) and category in self._other:
                 self.skipped.add("objects of other categories", where())
             else:
                 self.flaws.report(
                     where(), f"has an unknown category: {brief(category)}", "objects of unknown categories"
                 )
             return
-        box = _box(entry.get("bbox"))
+        box = edges_of(entry.get("bbox"))
         if box is None:
             what = f"has a bbox that is not four numbers: {brief(entry.get('bbox'))}"
             self.flaws.report(where(), what, "objects without a box of four numbers")
@@ -373,18 +412,31 @@ class _Reader:
             self.flaws.report(where(), what, reason, mend=mend)
             area = None
         outline = entry.get("segmentation")
-        self.builder.add(row, where, box, label, identity, crowd=bool(crowd), area=area, outline=outline)
+        keypoints = entry.get("keypoints"), entry.get("num_keypoints")
+        self.builder.add(
+            row, where, box, label, identity, crowd=bool(crowd), area=area, outline=outline, keypoints=keypoints
+        )
 
 
-def _text_of(path: Path, name: str) -> str:
-    """Return the text of a JSON file; raises AnnotationError if it is empty, or UnicodeDecodeError."""
+def loaded(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Return the content of a JSON file; raises AnnotationError if it is empty or incomplete.
+
+    Args:
+        path: the file.
+        hook: replaces each object while the file is parsed.
+    """
     content = path.read_bytes()
     if not content.strip():
-        raise AnnotationError(f"{name} is empty. Download or write it again.")
-    return content.decode(json.detect_encoding(content))
+        raise AnnotationError(f"{path} is empty. Download or write it again.")
+    try:
+        return json.loads(content.decode(json.detect_encoding(content)), object_hook=hook)
+    except (ValueError, RecursionError) as error:  # ValueError: JSON's and Unicode's errors
+        raise AnnotationError(
+            f"{path} is not complete JSON: {error or type(error).__name__}. Download or write it again."
+        ) from error
 
 
-def _box(bbox: Any) -> Box | None:
+def edges_of(bbox: Any) -> Box | None:
     """Return COCO's (left, top, width, height) as edges, or None if it is of another form."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not {int, float}.issuperset(map(type, bbox)):
         return None
@@ -398,10 +450,11 @@ def _box(bbox: Any) -> Box | None:
 def _id_of(entry: Any) -> float:
     """Return the id of an image as a key to sort by; entries without one come last."""
     identity = entry.get("id") if isinstance(entry, dict) else None
-    return identity if _is_id(identity) else math.inf
+    return identity if is_id(identity) else math.inf
 
 
-def _is_id(value: Any) -> TypeGuard[int]:
+def is_id(value: Any) -> TypeGuard[int]:
+    """Return whether a value can be the number of an entry."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
@@ -414,5 +467,6 @@ def _is_name(value: Any) -> bool:
         return False
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return the kind of a JSON value in words."""
     return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")

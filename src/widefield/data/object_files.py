@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,7 @@ class ObjectFiles(DetectionSet):
         except CorruptImageError as error:
             self._corrupt.report(index, error, self.name)
             return None
-        self._check_size(row, picture)
+        check_size(picture, self.index, row, self.place, self.decoding)
         first, last = self.index.starts[row : row + 2].tolist()
         objects = slice(first, last)
         labels = self.index.labels[objects].astype(np.int64)
@@ -229,18 +229,28 @@ class ObjectFiles(DetectionSet):
         tensors = {name: torch.from_numpy(values.copy()) for name, values in found.items()}
         return {"image": pil_to_tensor(picture), **tensors}
 
-    def _check_size(self, row: int, picture: Image.Image) -> None:
-        height, width = self.index.sizes[row].tolist()
-        if picture.size == (width, height):
-            return
-        turned = picture.size == (height, width) and self.decoding["exif_orientation"]
-        hint = " If the image was rotated by its EXIF orientation, set exif_orientation: false." if turned else ""
-        name = Path(self.place, os.fsdecode(self.index.names[row]))
-        raise AnnotationError(
-            f"the image {name} is {picture.width} x {picture.height} pixels, and its annotations (image "
-            f"{self.index.ids[row]}) are for {width} x {height}. Correct the file of annotations, or set repair: true "
-            f"to leave such images out.{hint}"
-        )
+
+def check_size(picture: Image.Image, index: ObjectIndex, row: int, place: str, decoding: Mapping[str, Any]) -> None:
+    """Raise AnnotationError if an image has another size than its annotations say.
+
+    Args:
+        picture: the decoded image.
+        index: the images of the set.
+        row: the image's place in it.
+        place: folder of the set.
+        decoding: options of `widefield.data.decoding.read`.
+    """
+    height, width = index.sizes[row].tolist()
+    if picture.size == (width, height):
+        return
+    turned = picture.size == (height, width) and decoding["exif_orientation"]
+    hint = " If the image was rotated by its EXIF orientation, set exif_orientation: false." if turned else ""
+    name = Path(place, os.fsdecode(index.names[row]))
+    raise AnnotationError(
+        f"the image {name} is {picture.width} x {picture.height} pixels, and its annotations (image "
+        f"{index.ids[row]}) are for {width} x {height}. Correct the file of annotations, or set repair: true "
+        f"to leave such images out.{hint}"
+    )
 
 
 def filled(option: str, pattern: object, split: str) -> str:

@@ -36,6 +36,9 @@ _READERS = 8  # threads that open image files; they wait for the disk
 _FARTHEST = 1e8  # pixels of a polygon's corner from the origin
 _EMPTY = "has a mask without a pixel in its image"
 _LEAST_POLYGON = 6  # coordinates
+_VISIBILITIES = {0, 1, 2}
+_NOWHERE = array("d", [0, 0, 0])
+_UNLABELED = "take it as unlabeled"
 
 
 class AnnotationError(ValueError):
@@ -112,16 +115,17 @@ class IndexBuilder:
     Args:
         flaws: takes what is wrong.
         masks: objects must have a mask.
+        keypoints: number of key points of an object; 0: they are not read.
     """
 
-    def __init__(self, flaws: Flaws, *, masks: bool) -> None:
-        self.flaws, self.masks = flaws, masks
+    def __init__(self, flaws: Flaws, *, masks: bool, keypoints: int = 0) -> None:
+        self.flaws, self.masks, self.keypoints = flaws, masks, keypoints
         self.sizes: list[tuple[int, int]] = []
         self._names: list[bytes] = []
         self._ids = array("q")
         self._images, self._labels, self._object_ids = array("i"), array("i"), array("q")
         self._boxes, self._areas = array("f"), array("f")
-        self._crowd, self._kinds = array("b"), array("B")
+        self._crowd, self._kinds, self._points = array("b"), array("B"), array("f")
         self._parts, self._starts, self._values = array("q", [0]), array("q", [0]), array("i")
 
     def add_image(self, name: str, height: int, width: int, identity: int) -> int:
@@ -142,6 +146,7 @@ class IndexBuilder:
         crowd: bool = False,
         area: float | None = None,
         outline: Any = None,
+        keypoints: tuple[Any, Any] = (None, None),
     ) -> None:
         """Append an object, or report why it cannot be right.
 
@@ -154,9 +159,11 @@ class IndexBuilder:
             crowd: whether it is a crowd region.
             area: in pixels; None: that of the box.
             outline: COCO's segmentation: a list of polygons, or run lengths. Needed if the set has masks.
+            keypoints: COCO's ``keypoints`` and ``num_keypoints``; None: the object has none, or their number is not
+                stated.
 
         Raises:
-            AnnotationError: the box or the mask cannot be right, and flaws are not repaired.
+            AnnotationError: the box, the mask or a key point cannot be right, and flaws are not repaired.
         """
         height, width = self.sizes[image]
         checked = self._checked_box(entry, box, height, width)
@@ -168,6 +175,8 @@ class IndexBuilder:
             kind, parts = self._checked_outline(entry, outline, height, width)
             if not parts:
                 return
+        if self.keypoints:
+            self._points.extend(array("f", self._checked_keypoints(entry, *keypoints)))
         self._images.append(image)
         self._boxes.extend(checked)
         self._labels.append(label)
@@ -232,6 +241,41 @@ class IndexBuilder:
             return NONE, []
         return POLYGONS, parts
 
+    def _checked_keypoints(self, entry: Entry, values: Any, stated: Any) -> Sequence[float]:
+        """Return x, y and visibility of each key point in turn."""
+        nothing = [0.0] * (3 * self.keypoints)
+        if values is None:
+            values = nothing
+        points = compact_keypoints(values)
+        if not isinstance(points, array) or len(points) != len(nothing):
+            found = f"{len(points)} of them" if isinstance(points, array) else brief(values)
+            what = f"has keypoints that are not 3 x {self.keypoints} numbers: {found}"
+            self.flaws.report(entry(), what, "objects with damaged key points, taken as unlabeled", mend=_UNLABELED)
+            return nothing
+        sound = _VISIBILITIES.issuperset(points[2::3]) and all(abs(value) < _FARTHEST for value in points)
+        if not sound:
+            self._mend_keypoints(entry, points)
+        labeled = sum(visibility > 0 for visibility in points[2::3])
+        if sound and stated is not None and (type(stated) is not int or stated != labeled):
+            what = f"has a num_keypoints of {brief(stated)}, but {labeled} labeled key points"
+            self.flaws.report(entry(), what, "wrong numbers of key points, counted anew", mend="count them")
+        return points
+
+    def _mend_keypoints(self, entry: Entry, points: array[float]) -> None:
+        """Report the key points that cannot be right, and take their labels away."""
+        for place in range(0, len(points), 3):
+            x, y, visibility = points[place : place + 3]
+            if visibility not in _VISIBILITIES:
+                what = f"has a key point (number {place // 3}) with a visibility that is not 0, 1 or 2: {visibility:g}"
+                reason = "key points of unknown visibility, taken as unlabeled"
+            elif not (abs(x) < _FARTHEST and abs(y) < _FARTHEST):  # NaN is not
+                what = f"has a key point (number {place // 3}) that is not at a number of pixels: ({x:g}, {y:g})"
+                reason = "key points that are not numbers of pixels, taken as unlabeled"
+            else:
+                continue
+            self.flaws.report(entry(), what, reason, mend=_UNLABELED)
+            points[place : place + 3] = _NOWHERE
+
     def build(self) -> ObjectIndex:
         """Return the index: objects sorted by image, otherwise in the order in which they were added."""
         images = np.frombuffer(self._images, np.int32) if self._images else np.zeros(0, np.int32)
@@ -252,7 +296,13 @@ class IndexBuilder:
             areas=column(self._areas, np.float32),
             object_ids=column(self._object_ids, np.int64),
             outlines=self._outlines(order) if self.masks else None,
+            keypoints=self._keypoints(order) if self.keypoints else None,
         )
+
+    def _keypoints(self, order: NDArray[np.int64]) -> NDArray[np.float32]:
+        points = np.array(self._points, np.float32).reshape(-1, self.keypoints, 3)[order]
+        points[points[..., 2] == 0] = 0
+        return points
 
     def _outlines(self, order: NDArray[np.int64]) -> Outlines:
         parts, starts = np.array(self._parts, np.int64), np.array(self._starts, np.int64)
@@ -278,6 +328,16 @@ def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.in
 def compact(polygon: Any) -> Any:
     """Return a polygon, a list of coordinates in pixels, as an array of fifths of a pixel; others as they are."""
     return array("i", fifths(polygon)) if isinstance(polygon, list) and _wrong_polygon(polygon) is None else polygon
+
+
+def compact_keypoints(values: Any) -> Any:
+    """Return a list of numbers as an array of floats; others as they are."""
+    if not isinstance(values, list) or not {int, float}.issuperset(map(type, values)):
+        return values
+    try:
+        return array("d", values)
+    except OverflowError:
+        return values
 
 
 def _wrong_polygon(polygon: Any) -> str | None:

@@ -144,6 +144,7 @@ class PoseSet(SampleSet):
         *,
         place: str = "",
         found: BoxList | None = None,
+        skipped: Skipped | None = None,
     ) -> None:
         """Store the subclass's people, and choose the boxes of the split.
 
@@ -153,6 +154,7 @@ class PoseSet(SampleSet):
             skeleton: of the key points.
             place: of the files, for messages.
             found: a detector's boxes, sorted by file, in place of the true ones.
+            skipped: what was left out so far.
 
         Raises:
             AnnotationError: there are no samples.
@@ -163,7 +165,7 @@ class PoseSet(SampleSet):
         self.classes, self.skeleton, self.place, self.index = tuple(classes), skeleton, place, index
         self._keypoints = index.keypoints
         self._ignored = index.crowd | ~(self._keypoints[..., 2] > 0).any(1)
-        self.skipped = Skipped()
+        self.skipped = skipped or Skipped()
         self.boxes = self._true_boxes() if found is None else self._with_empty(found)
         if not len(self):
             where = f" in {place}" if place else ""
