@@ -162,7 +162,7 @@ def test_places_are_for_segmentation_models_alone(unet, images):
             analysis(classifier, images.float(), targets=ClassAt())
     with pytest.raises(ValueError, match="leave out layer and position"):
         effective_receptive_field(unet, images, layer="encoder", targets=ClassAt())
-    with pytest.raises(TypeError, match="targets must be a ClassAt, a ClassIn or a DetectionScore; got 3"):
+    with pytest.raises(TypeError, match="targets must be a ClassAt, ClassIn, DetectionScore or KeypointPeak; got 3"):
         effective_receptive_field(unet, images, targets=3)
     with pytest.raises(ValueError, match="classes has 2 names, but the model returns 4"):
         effective_receptive_field(unet, images, targets=ClassAt(), classes=("a", "b"))

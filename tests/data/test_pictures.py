@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from made_objects import write_coco
+from made_poses import write_keypoints
 from made_segmentation import write_masks
 from PIL import Image
 
@@ -140,3 +141,12 @@ def test_scenes_come_in_batches_without_their_objects():
     (batch,) = Pictures("scenes", size=32, count=4, options={"count": 4}).batches()
     assert set(batch) == {"image", "mask", "label"}
     assert batch["mask"].shape == (4, 32, 32)
+
+
+def test_of_a_set_for_pose_estimation_the_crops_are_taken(tmp_path):
+    write_keypoints(tmp_path, np.random.default_rng(0))
+    for source, options in (("coco_keypoints", {"root": tmp_path}), ("scene_poses", {"count": 1, "size": 32})):
+        pictures = Pictures(source, size=20, count=3, options=options)
+        assert pictures.classes == ()
+        (batch,) = pictures.batches()
+        assert {name: tuple(value.shape) for name, value in batch.items()} == {"image": (3, 3, 20, 20), "label": (3,)}

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tolerances import FLOAT64, close
 from widefield.data import Skeleton, crops
@@ -161,3 +163,22 @@ def test_a_flipped_half_is_that_of_the_mirrored_person():
     assert flipped.all()
     chosen = torch.from_numpy(points[:11, :2])
     close(shown_center(matrices[0]), chosen.mean(0), 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    box=st.tuples(*[st.floats(-50, 600)] * 2, *[st.floats(0.01, 600)] * 2),
+    points=st.lists(st.tuples(st.floats(-900, 900), st.floats(-900, 900), st.sampled_from([0, 1, 2])), min_size=17,
+                    max_size=17),
+    seed=st.integers(0, 2**32),
+    udp=st.booleans(),
+)  # fmt: skip
+def test_any_person_has_a_crop(box, points, seed, udp):
+    left, top, width, height = box
+    sampler = CropSampler(PoseAugmentation(half_body_prob=0.9), COCO, SIZE, 1.25, udp=udp)
+    edges = np.array([left, top, left + width, top + height])
+    matrix, flipped = sampler.draw(np.random.default_rng(seed), edges, np.array(points, float), WIDTH)
+    determinant = float(torch.linalg.det(matrix[:, :2]))
+    assert torch.isfinite(matrix).all()
+    assert determinant < 0 if flipped else determinant > 0
+    close(crops.apply_matrix(shown_center(matrix)[None], matrix)[0], torch.tensor([96.0, 128.0]).double(), 1e-6)

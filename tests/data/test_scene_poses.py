@@ -80,6 +80,25 @@ def test_samples_are_functions_of_seed_epoch_and_index():
     assert torch.equal(both(augment=False)[3]["image"], both("train", augment=False)[3]["image"])
 
 
+@pytest.mark.parametrize("udp", [False, True])
+@pytest.mark.parametrize("hflip", [0, 1])
+def test_key_points_follow_the_pixels(hflip, udp):
+    """In flipped crops left and right change places, in the truth they do not."""
+    train = both(hflip=hflip, udp=udp, crop_size=(40, 30), rotate_factor=40)
+    mean, std = torch.tensor(train.mean)[:, None, None], torch.tensor(train.std)[:, None, None]
+    for index in range(8):
+        sample = train[index]
+        order = list(train.skeleton.swapped) if hflip else list(range(5))
+        truth = sample["truth"][order]
+        seen = truth[:, 2] > 0
+        assert torch.equal(sample["keypoints"][:, 2], truth[:, 2])
+        close(sample["keypoints"][seen, :2], crops.apply_matrix(truth[seen, :2], sample["affine"]), FLOAT32)
+        assert bool(torch.linalg.det(sample["affine"][:, :2]) < 0) == bool(hflip)
+        pixels = train.pixels(int(sample["image_id"]))
+        shown = (crops.warp(pixels, sample["affine"][None], (40, 30))[0] / 255 - mean) / std
+        close(sample["image"], shown, FLOAT32)
+
+
 def test_train_batches_stack():
     train = both()
     batch = collate([train[0], train[1]])

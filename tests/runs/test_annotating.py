@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from colorblind import DICHROMATS, color_distance
 from widefield import report
 from widefield.data import object_palette
 from widefield.runs.annotating import Marks, annotated
@@ -84,30 +85,10 @@ def test_label_without_room_is_left_out() -> None:
     ).any()
 
 
-def _linear(color: Any) -> np.ndarray:
-    channels = np.array(color) / 255
-    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-
-
-def _lab(linear: np.ndarray) -> np.ndarray:
-    """Return CIE L*a*b* of linear sRGB."""
-    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    x, y, z = np.cbrt(np.maximum(to_xyz @ linear / np.array([0.9505, 1, 1.089]), 0.008856))
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-DICHROMATS = {
-    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-}
-"""What linear sRGB looks like without one kind of cones: Machado, Oliveira, Fernandes 2009, table of severity 1."""
-
-
 @pytest.mark.parametrize("kind", DICHROMATS)
 def test_color_blind_people_can_tell_the_first_seven_classes_apart(kind: str) -> None:
     palette = object_palette(["class"] * 30)
-    seen = [_lab(np.clip(np.array(DICHROMATS[kind]) @ _linear(color), 0, 1)) for color in palette[:7]]
-    distances = [float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2)]
+    distances = [color_distance(a, b, kind) for a, b in itertools.combinations(palette[:7], 2)]
     assert min(distances) > 10  # about four times what is just noticeable
     assert len(set(palette[:21])) == 21
     assert palette[21:] == palette[:9]

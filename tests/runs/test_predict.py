@@ -19,7 +19,8 @@ from tolerances import FLOAT32, close
 from widefield.data.decoding import read
 from widefield.dense import UPerNet
 from widefield.runs import load, predict, predict_each
-from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, preview, shares
+from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, shares
+from widefield.runs.drawing_parts import preview
 from widefield.runs.predict import find_images, predict_files
 from widefield.tasks import ClassPrediction, MaskPrediction
 

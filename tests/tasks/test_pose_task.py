@@ -165,10 +165,9 @@ def test_what_is_drawn(model: HeatmapPose) -> None:
     assert model.training
     with torch.no_grad():
         read = task.rules.decode(model.eval()(image))
-    # The box is the file: 100 x 200 pixels, 1.25 times as many, and in the aspect of 64 x 96: 166.7 x 250.
-    scale = torch.tensor([500 / 3, 250.0])
-    expected = read.points / torch.tensor([64.0, 96.0]) * scale + torch.tensor([50.0, 100.0]) - scale / 2
-    assert torch.allclose(found.keypoints, expected, atol=1e-4)
+    # The crop of 64 x 96 is enlarged; the center of the first pixel is (0, 0) before and after.
+    scale = torch.tensor([100 / 64, 200 / 96])
+    assert torch.allclose(found.keypoints, (read.points + 0.5) * scale - 0.5, atol=1e-4)
     assert found.boxes.tolist() == [[0, 0, 100, 200]]
     assert found.size == (200, 100)
     assert len(found.at_least(float(found.pose_scores) + 1e-3)) == 0
@@ -176,7 +175,8 @@ def test_what_is_drawn(model: HeatmapPose) -> None:
     true = task.truth(sample)
     assert isinstance(true, PosePrediction)
     assert true.pose_scores is None
-    assert torch.equal(true.keypoints[0], sample["truth"][:, :2])
+    assert torch.equal(true.keypoints[0], sample["keypoints"][:, :2])  # as they are in the crop that is drawn
+    assert true.size == (96, 64)
     assert true.visible.tolist() == [[2, 2, 2, 0, 2]]
     assert true.at_least(0.9) is true
 

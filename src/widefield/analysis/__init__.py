@@ -1,13 +1,16 @@
 """Analyze what a model responds to; functions do not change the model, and their results can draw figures."""
 
 from widefield.analysis._detectors import DetectionScore
+from widefield.analysis._keypoints import KeypointPeak
 from widefield.analysis._objects import ObjectExample, SizeGroup
+from widefield.analysis._people import KeypointExample, KeypointGroup
 from widefield.analysis._result import Result, save, section
 from widefield.analysis._targets import ClassAt, ClassIn
 from widefield.analysis.cam import ClassActivation, class_activation
 from widefield.analysis.erf import ReceptiveField, effective_receptive_field
 from widefield.analysis.interactions import Interactions, interactions
 from widefield.analysis.kernels import KernelMaps, LayerKernel, kernel_energy
+from widefield.analysis.keypoints import KeypointFields, keypoint_receptive_fields
 from widefield.analysis.masks import LayerMask, Masks, masks
 from widefield.analysis.objects import ObjectFields, object_receptive_fields
 from widefield.analysis.routing import Routing, RoutingStatistics, routing_statistics, routing_weights
@@ -25,6 +28,10 @@ __all__ = [
     "Field",
     "Interactions",
     "KernelMaps",
+    "KeypointExample",
+    "KeypointFields",
+    "KeypointGroup",
+    "KeypointPeak",
     "LayerKernel",
     "LayerMask",
     "Masks",
@@ -42,6 +49,7 @@ __all__ = [
     "effective_receptive_field",
     "interactions",
     "kernel_energy",
+    "keypoint_receptive_fields",
     "masks",
     "object_receptive_fields",
     "routing_statistics",

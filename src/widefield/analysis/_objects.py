@@ -192,11 +192,11 @@ class Group:
     def add(self, look: Look, colors: Colors) -> None:
         """Add the field of an object."""
         left, top, right, bottom = look.box
-        across = _overlap(look.field.shape[1], left, right, self.extent, CELLS)
-        down = _overlap(look.field.shape[0], top, bottom, self.extent, CELLS)
+        across = overlap(look.field.shape[1], left, right, self.extent, CELLS)
+        down = overlap(look.field.shape[0], top, bottom, self.extent, CELLS)
         self.field += down @ look.field @ across.T
-        rows = _overlap(look.field.shape[0], top, bottom, 0.5, 1)
-        columns = _overlap(look.field.shape[1], left, right, 0.5, 1)
+        rows = overlap(look.field.shape[0], top, bottom, 0.5, 1)
+        columns = overlap(look.field.shape[1], left, right, 0.5, 1)
         self.inside.append(float((rows @ look.field @ columns.T).item()))
         self.sides.append(float(np.sqrt((right - left) * (bottom - top))))
         self.chances.append(look.probability)
@@ -223,7 +223,7 @@ class Group:
         )
 
 
-def _overlap(pixels: int, start: float, end: float, extent: float, cells: int) -> NDArray[np.float64]:
+def overlap(pixels: int, start: float, end: float, extent: float, cells: int) -> NDArray[np.float64]:
     """Return the share of each pixel of an axis that lies in each cell, (cells, pixels).
 
     The cells cover ``extent`` times the length of the box to either side of its middle.

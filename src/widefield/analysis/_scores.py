@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield.analysis._detectors import DetectionScore, box_scores
+from widefield.analysis._keypoints import KeypointPeak, is_pose_model, peaks
 from widefield.analysis._model import running
 from widefield.analysis._targets import Target
 from widefield.surgery.answers import described, meant, wrapping
@@ -28,6 +29,8 @@ class Scores(NamedTuple):
     """Whether K is the number of the model's classes. For detectors, K is one more than the largest detected label."""
     boxes: Tensor | None = None
     """(N, 4): the box that was asked about, in pixels; NaN if there is no such detection."""
+    points: Tensor | None = None
+    """(N, K, 2): of a pose model, the key points in pixels."""
 
     def upto(self, count: int) -> Scores:
         """Return the scores of at least ``count`` classes; if K is unknown, missing ones are 0."""
@@ -42,6 +45,12 @@ def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Ten
 
     Raises ValueError for other outputs, or values that are not finite.
     """
+    if is_pose_model(model):
+        raise ValueError(
+            f"{type(model).__name__} is a pose model: it returns a heatmap for each key point. This analysis needs one "
+            "score per class for the whole image. effective_receptive_field and class_activation examine key points "
+            "(KeypointPeak)."
+        )
     with running(model, images, given):
         output = model(images)
     found = _classifiers(output, len(images))
@@ -60,7 +69,7 @@ def class_scores(
     model: nn.Module,
     images: Tensor,
     weights: Mapping[str, Tensor] | None = None,
-    target: Target | DetectionScore | None = None,
+    target: Target | DetectionScore | KeypointPeak | None = None,
 ) -> Scores:
     """Run a model with its parameters replaced by ``weights``, by name; return the score of every class.
 
@@ -69,6 +78,7 @@ def class_scores(
       (Vinogradova et al. 2020, section 3); of all pixels if there are none. The predicted class covers the most pixels.
     - Detector, a list with {"labels": (n,), "scores": (n,), ...} per image as in torchvision, or with these attributes:
       the sum of the scores of that class's detections.
+    - Pose model: its key points take the place of classes; the score is the height of the heatmap's peak.
 
     With a ``target`` `DetectionScore`, the scores are a detector's logits for one box. With another target, which needs
     a segmentation model, the scores are those of its pixel or region: each class's mean logit there, at the images'
@@ -80,6 +90,10 @@ def class_scores(
         boxed = box_scores(model, images, target)
         values = _finite(model, boxed.values)
         return Scores(values, boxed.probability, boxed.labels, boxes=boxed.boxes.detach())
+    if isinstance(target, KeypointPeak) or (target is None and is_pose_model(model)):
+        found_peaks = peaks(model, images, weights)
+        height = found_peaks.values.detach().float().clamp(0, 1)
+        return Scores(found_peaks.values, height, height.argmax(1), points=found_peaks.points)
     with running(model, images):
         output = torch.func.functional_call(model, dict(weights), (images,)) if weights else model(images)
     maps = _maps(output, len(images))

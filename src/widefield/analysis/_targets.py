@@ -109,3 +109,8 @@ Target = ClassAt | ClassIn
 def label_text(label: int, classes: Sequence[str] | None) -> str:
     """Return the name of a class, or "class 3" if the names are unknown."""
     return classes[label] if classes else f"class {label}"
+
+
+def keypoint_text(keypoint: int, names: Sequence[str] | None) -> str:
+    """Return the name of a key point, or "key point 3" if the names are unknown."""
+    return names[keypoint] if names else f"key point {keypoint}"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from widefield.analysis._detectors import DetectionScore, check_detector
+from widefield.analysis._keypoints import KeypointPeak, check_pose_model, peaks
 from widefield.analysis._model import Layer, layer_name
 from widefield.analysis._scores import Scores, class_scores
-from widefield.analysis._targets import ClassAt, ClassIn, Target, label_text
+from widefield.analysis._targets import ClassAt, ClassIn, Target, keypoint_text, label_text
 from widefield.analysis.theoretical import (
     Field,
     Position,
@@ -82,19 +83,22 @@ def chosen(
     model: nn.Module,
     layer: Layer | None,
     position: Position,
-    targets: Target | DetectionScore | None,
+    targets: Target | DetectionScore | KeypointPeak | None,
     classes: Sequence[str] | None,
 ) -> Unit:
     """Return the unit that arguments of ``effective_receptive_field`` choose; raises ValueError or TypeError."""
     if targets is None:
         return LayerUnit(model, None if layer is None else layer_name(model, layer), position)
-    if not isinstance(targets, (ClassAt, ClassIn, DetectionScore)):
-        raise TypeError(f"targets must be a ClassAt, a ClassIn or a DetectionScore; got {targets!r}.")
+    if not isinstance(targets, (ClassAt, ClassIn, DetectionScore, KeypointPeak)):
+        raise TypeError(f"targets must be a ClassAt, ClassIn, DetectionScore or KeypointPeak; got {targets!r}.")
     if layer is not None or position != "center":
         raise ValueError("targets are logits of the model's output: leave out layer and position, or targets.")
     if isinstance(targets, DetectionScore):
         check_detector(model, "DetectionScore")
         return BoxLogit(model, targets, classes)
+    if isinstance(targets, KeypointPeak):
+        check_pose_model(model, "KeypointPeak")
+        return Peak(model, targets, classes)
     return ClassLogit(model, targets, classes)
 
 
@@ -291,6 +295,69 @@ class BoxLogit(Logit):
     def theory(self, images: Tensor, look: Look) -> Field:
         """Return the field of the box's middle, whose extent is not computed."""
         return unknown(images, look.places, look.unit, "a box has a field for each of its positions")
+
+
+class Peak(Unit):
+    """The value of a key point's heatmap at its peak.
+
+    Args:
+        model: in evaluation mode; gives heatmaps.
+        target: the key point.
+        names: of the key points.
+    """
+
+    layer = ""
+
+    def __init__(self, model: nn.Module, target: KeypointPeak, names: Sequence[str] | None) -> None:
+        super().__init__(model)
+        self.target, self.names = target, names
+        self.keypoint: int | None = None
+
+    @property
+    def where(self) -> str:  # type: ignore[override]
+        """The unit's place, for errors."""
+        return f"a heatmap of {type(self.model).__name__} at its peak"
+
+    def first(self, images: Tensor) -> Look:
+        """Look at the first batch of images."""
+        return self.look(images)
+
+    def look(self, images: Tensor) -> Look:
+        """Return the gradients for an image (1, C, H, W); raises ValueError for several images."""
+        if self.keypoint is not None or len(images) > 1:
+            raise ValueError(
+                "a key point is at different places in several images, so the mean of their fields says little: give "
+                "one image; keypoint_receptive_fields centers the fields of key points before it averages."
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            found = peaks(self.model, leaf.clone())
+            count = found.values.shape[1]
+            if self.names is not None and len(self.names) != count:
+                raise ValueError(f"classes has {len(self.names)} names, but the model has {count} key points.")
+            chosen = int(found.values[0].argmax()) if self.target.keypoint is None else self.target.keypoint
+            if chosen >= count:
+                raise ValueError(f"keypoint must be from 0 to {count - 1}; got {chosen}.")
+            gradient = _gradient(found.values[0, chosen], leaf)
+        if gradient is None:
+            raise ValueError(f"{self.where} has no gradient: it is computed without gradients (torch.no_grad, detach).")
+        self.keypoint = chosen
+        row, column = found.pixels[0, chosen].tolist()
+        return Look(gradient, (row, column), found.size)
+
+    def about(self, look: Look) -> dict[str, Any]:
+        """Return facts to store with a result."""
+        h, w = look.places
+        return {"of": self.of(), "unit": f"{look.unit} of {h if h == w else f'{h}x{w}'}"}
+
+    def of(self) -> str:
+        """Return the key point as text."""
+        return "" if self.keypoint is None else f"{keypoint_text(self.keypoint, self.names)} at its peak"
+
+    def theory(self, images: Tensor, look: Look) -> Field:
+        """Return the place of the unit, whose field is not computed."""
+        reason = "transposed convolutions reach other pixels from even positions than from odd ones"
+        return unknown(images, look.places, look.unit, reason)
 
 
 def _gradient(value: Tensor, leaf: Tensor, *, keep: bool = False) -> Tensor | None:

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks, report
+from widefield.analysis._cam_figure import mark, mark_box, mark_point, overlay, shown
 from widefield.analysis._cam_layer import target_layer
 from widefield.analysis._detectors import DetectionScore
+from widefield.analysis._keypoints import KeypointPeak, is_pose_model
 from widefield.analysis._maps import tapped
 from widefield.analysis._model import Layer, chunks, layer_name, never_called, track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import class_scores
-from widefield.analysis._targets import ClassAt, ClassIn, Target, label_text
+from widefield.analysis._targets import ClassAt, ClassIn, Target, keypoint_text, label_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,13 +44,14 @@ class ClassActivation(Result):
     maps: np.ndarray
     """(N, h, w), float32, at the layer's resolution: not negative, each with a maximum of 1, or 0 everywhere."""
     targets: np.ndarray
-    """(N,), int64: class of each map; -1 if it is the predicted one and a detector detects nothing."""
+    """(N,), int64: class, or key point, of each map; -1 if it is the predicted one and a detector detects nothing."""
     predicted: np.ndarray
     """(N,), int64: the class with the largest score; for segmentation the one that covers the most pixels; -1 as above.
     """
     probability: np.ndarray
     """(N,), float32: probability of the target, by softmax (logistic function for a single score). Segmentation: its
-    mean over the pixels of the class. Detector: the highest score of the class's detections.
+    mean over the pixels of the class. Detector: the highest score of the class's detections. Pose model: the height of
+    the key point's peak, cut at 0 and 1.
     """
     labels: tuple[str, ...]
     """Names of the N targets."""
@@ -65,14 +68,16 @@ class ClassActivation(Result):
     boxes: np.ndarray | None = None
     """(N, 4), float64: (left, top, right, bottom) in pixels of the boxes whose class logits are explained; NaN if there
     is no such detection. None: the class as a whole."""
+    points: np.ndarray | None = None
+    """(N, 2), float64: of a pose model, the key points that are explained, x and y in pixels. None: other models."""
 
     title = "Class activation maps"
     lead = (
         "Grad-CAM: the positive part of a layer's map, channels weighted by the mean gradient of the class's score "
-        "(for a detector's box by the gradient at each position), scaled to a maximum of 1 per image and model: "
-        "positions compare, magnitudes do not. The contour is at half the maximum; under each map are the class and "
-        "its probability. Table: share of the image above that half, and share of the map in the central quarter of "
-        "the image (25 % for an even map), ± standard deviations over images; an empty map is 0 everywhere."
+        "(for a detector's box and for a key point by the gradient at each position), scaled to a maximum of 1 per "
+        "image and model: positions compare, magnitudes do not. The contour is at half the maximum; under each map are "
+        "the class and its probability. Table: share of the image above that half, and share of the map in the central "
+        "quarter of the image (25 % for an even map), ± standard deviations over images; an empty map is 0 everywhere."
     )
 
     @property
@@ -134,16 +139,18 @@ class ClassActivation(Result):
         if first.pixels is not None:
             axes[0, 0].set_title("image")
             for axis, image in zip(axes[:, 0], first.pixels, strict=False):
-                axis.imshow(_shown(image), extent=(0, 1, 1, 0), aspect=height / width)
+                axis.imshow(shown(image), extent=(0, 1, 1, 0), aspect=height / width)
         shades: list[Any] = []
         for column, (title, result) in enumerate(zip(titles, results.values(), strict=True), columns - len(results)):
             axes[0, column].set_title(title)
             maps = result.upsampled()
             for row, axis in enumerate(axes[:, column]):
-                shades.append(_overlay(axis, maps[row], None if result.pixels is None else result.pixels[row]))
-                _mark(axis, result.where)
+                shades.append(overlay(axis, maps[row], None if result.pixels is None else result.pixels[row]))
+                mark(axis, result.where)
                 if result.boxes is not None:
-                    _mark_box(axis, result.boxes[row], result.size)
+                    mark_box(axis, result.boxes[row], result.size)
+                if result.points is not None:
+                    mark_point(axis, result.points[row], result.size)
                 label = result.labels[row]
                 label = label if len(label) <= letters else f"{label[: letters - 1]}…"
                 text = f"{label}{', ' if short else chr(10)}{result.probability[row] * 100:.2g} %"
@@ -158,7 +165,7 @@ def class_activation(
     model: nn.Module,
     images: Tensor | Iterable[Any],
     *,
-    targets: int | Sequence[int] | Tensor | ClassAt | ClassIn | DetectionScore | None = None,
+    targets: int | Sequence[int] | Tensor | ClassAt | ClassIn | DetectionScore | KeypointPeak | None = None,
     layer: Layer | None = None,
     classes: Sequence[str] | None = None,
     pixels: Tensor | np.ndarray | None = None,
@@ -175,13 +182,14 @@ def class_activation(
 
     The score of a class depends on the model. Classifier: its logit. Segmentation model: the mean logit of the pixels
     predicted as that class, or of all pixels if there are none (Seg-Grad-CAM, Vinogradova et al. 2020, section 3).
-    Detector: the sum of the scores of that class's detections, so an image without any has an empty map.
+    Detector: the sum of the scores of that class's detections, so an image without any has an empty map. Pose models
+    have key points in place of classes; the score is the height of the heatmap's peak.
 
     ``targets=ClassAt(...)`` and ``ClassIn(...)`` explain what a segmentation model says at one pixel or in a region
     instead: the class's logit there, or its mean, at the images' resolution. ``targets=DetectionScore(...)`` explains
-    one detection, or one box, of a detector of ``widefield.dense`` by the class's logit for it. Such a logit depends on
-    a part of the map only, so the map is multiplied with its gradient position by position, without the mean over
-    positions (HiResCAM: Draelos and Carin 2020, equation 4).
+    one detection, or one box, of a detector of ``widefield.dense`` by the class's logit for it. Such a logit, like the
+    peak of a heatmap, depends on a part of the map only, so the map is multiplied with its gradient position by
+    position, without the mean over positions (HiResCAM: Draelos and Carin 2020, equation 4).
 
     Args:
         model: returns scores (N, classes), maps of logits (N, classes, h, w), or torchvision's detections, alone, as
@@ -189,9 +197,9 @@ def class_activation(
         images: normalized images (N, C, H, W), or batches of them, all of one size. Video clips (N, C, T, H, W) get
             one map each: time steps of a layer's map count as further channels.
         targets: one class for all images, or one per image; for segmentation models also a pixel (`ClassAt`) or a
-            region (`ClassIn`), for detectors a detection or a box (`DetectionScore`). Default: the class with the
-            largest score; for segmentation the one that covers the most pixels, for detectors the one with the largest
-            sum of scores.
+            region (`ClassIn`), for detectors a detection or a box (`DetectionScore`), for pose models a key point
+            (`KeypointPeak`). Default: the class with the largest score; for segmentation the one that covers the most
+            pixels, for detectors the one with the largest sum of scores, for pose models the highest peak.
         layer: a layer that returns a map, or its name. Default: that of :func:`target_layer`.
         classes: class names in the order of the scores.
         pixels: the images as drawn in figures, (N, H, W, C) in [0, 1]. Default: figures show only the maps.
@@ -208,8 +216,9 @@ def class_activation(
         TypeError: images, targets, layer or batch size have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
-    target = targets if isinstance(targets, (ClassAt, ClassIn, DetectionScore)) else None
-    wanted = targets.label if isinstance(targets, (ClassAt, ClassIn, DetectionScore)) else _targets(targets)
+    special = ClassAt, ClassIn, DetectionScore, KeypointPeak
+    target = targets if isinstance(targets, special) else None
+    wanted = targets.label if isinstance(targets, special) else _targets(targets)
     kept = None if pixels is None else _pixels(pixels)
     name_of_layer = None if layer is None else layer_name(model, layer)
     each: dict[str, Sized] = {} if wanted is None or isinstance(wanted, int) else {"targets": wanted}
@@ -236,7 +245,7 @@ def class_activation(
         parts.append(_maps(model, name_of_layer, part, _Asked(chosen, target, classes)))
         done += len(part)
     _one_each(each, done)
-    maps, targeted, predicted, probability, boxes = (torch.cat(column) for column in zip(*parts, strict=True))
+    maps, targeted, predicted, probability, boxes, points = (torch.cat(part) for part in zip(*parts, strict=True))
     _check_detected(model, targeted)
     peak = maps.amax((1, 2), keepdim=True)
     maps = maps / torch.where(peak > 0, peak, 1)
@@ -258,12 +267,13 @@ def class_activation(
         targets=targeted.numpy(),
         predicted=predicted.numpy(),
         probability=probability.numpy(),
-        labels=tuple(_NOTHING if k < 0 else label_text(k, classes) for k in targeted.tolist()),
+        labels=tuple(_NOTHING if k < 0 else _named(model, k, classes) for k in targeted.tolist()),
         area=area,
         central=central,
         pixels=kept,
         where=target.where(size[-2:]).numpy() if isinstance(target, (ClassAt, ClassIn)) else None,
         boxes=boxes.double().numpy() if isinstance(target, DetectionScore) else None,
+        points=points.double().numpy() if is_pose_model(model) and points.isfinite().all() else None,
     )
 
 
@@ -273,19 +283,20 @@ class _Asked:
 
     labels: int | list[int] | None
     """The class of every image, or of each; None: the predicted one."""
-    target: Target | DetectionScore | None
-    """The pixel, region or box; None: the class as a whole."""
+    target: Target | DetectionScore | KeypointPeak | None
+    """The pixel, region, box or peak; None: the class as a whole."""
     names: Sequence[str] | None
 
 
 def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[Tensor, ...]:
-    """Return maps (N, h, w) before scaling, targets, predicted classes, probabilities and boxes, on the CPU."""
+    """Return maps (N, h, w) before scaling, targets, predicted classes, probabilities, boxes and points, on the CPU."""
     from captum.attr import LayerGradCam, LayerGradientXActivation  # imports pyplot, so only when needed
 
     with visited(model), torch.inference_mode(False), tapped(model, layer, images.shape[2:]) as tap:
         scorer = _Scorer(model, layer, tap, asked)
         try:
-            if isinstance(asked.target, DetectionScore):  # a mean gradient would also show what is far from the box
+            local = isinstance(asked.target, (DetectionScore, KeypointPeak)) or is_pose_model(model)
+            if local:  # a mean gradient would also show what is far from the box or point
                 found = LayerGradientXActivation(scorer, tap).attribute(images.clone().detach()).sum(1, True).relu()
             else:
                 found = LayerGradCam(scorer, tap).attribute(images.clone().detach(), relu_attributions=True)
@@ -295,6 +306,10 @@ def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[
                 f"another layer. ({str(error).splitlines()[0]})"
             ) from error
     return found.detach()[:, 0].float().cpu(), *scorer.seen
+
+
+def _named(model: nn.Module, label: int, names: Sequence[str] | None) -> str:
+    return keypoint_text(label, names) if is_pose_model(model) else label_text(label, names)
 
 
 def _check_detected(model: nn.Module, targets: Tensor) -> None:
@@ -337,7 +352,11 @@ class _Scorer:
         if scores.boxes is not None:  # without such a detection there is nothing to explain, also if a class is given
             chosen = chosen.masked_fill(scores.predicted < 0, -1)
         place = chosen.clamp(min=0)[:, None]
-        self.seen = chosen.cpu(), scores.predicted.cpu(), scores.probability.gather(1, place)[:, 0].cpu(), boxes
+        points = torch.full((len(images), 2), torch.nan)
+        if scores.points is not None:
+            points = scores.points.gather(1, place[..., None].expand(-1, -1, 2))[:, 0].cpu()
+        probability = scores.probability.gather(1, place)[:, 0].cpu()
+        self.seen = chosen.cpu(), scores.predicted.cpu(), probability, boxes, points
         value = scores.values.gather(1, place)[:, 0]
         # Without detections the gradient must exist as well; the map is then empty.
         return value if scores.known and scores.boxes is None else value + 0 * called[-1].sum()
@@ -430,49 +449,3 @@ def _wrapped(name: str, letters: int) -> str:
                 lines.append("")
             lines[-1] += part
     return "\n".join(line for line in lines if line)
-
-
-def _shown(image: np.ndarray) -> np.ndarray:
-    """Return an image (H, W, C) with three channels; other numbers of channels are averaged."""
-    return image if image.shape[-1] == 3 else np.repeat(image.mean(-1, keepdims=True), 3, -1)
-
-
-def _mark(axis: Any, where: np.ndarray | None) -> None:
-    """Mark the pixel, or outline the region, bool (H, W), whose class logit a map explains."""
-    if where is None:
-        return
-    H, W = where.shape
-    rows, columns = where.nonzero()
-    if len(rows) == 1:
-        axis.plot((columns[0] + 0.5) / W, (rows[0] + 0.5) / H, "+", color="cyan", markersize=7, markeredgewidth=1.2)
-        return
-    # One pixel of margin, so that the outline of a region at the border is closed.
-    across, down = ((np.arange(-1, n + 1) + 0.5) / n for n in (W, H))
-    axis.contour(across, down, np.pad(where, 1).astype(float), levels=[0.5], colors="cyan", linewidths=0.9)
-    axis.set(xlim=(0, 1), ylim=(1, 0))
-
-
-def _mark_box(axis: Any, box: np.ndarray, size: tuple[int, int]) -> None:
-    """Outline the box whose class logit a map explains; NaN: there is none."""
-    H, W = size
-    left, top, right, bottom = box / (W, H, W, H)
-    axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="cyan", linewidth=0.9)
-    axis.set(xlim=(0, 1), ylim=(1, 0))
-
-
-def _overlay(axis: Any, scores: np.ndarray, image: np.ndarray | None) -> Any:
-    """Draw a map (H, W) over a gray image; return the mappable for a color bar."""
-    H, W = scores.shape
-    place: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": H / W}
-    if image is not None:
-        axis.imshow(_shown(image.mean(-1, keepdims=True)), **place)
-    shades = axis.imshow(
-        scores, cmap="inferno", vmin=0, vmax=1, alpha=None if image is None else 0.6, interpolation="nearest", **place
-    )
-    if scores.max() == 0:
-        axis.text(0.5, 0.5, "empty", color="white", ha="center", va="center")
-    elif scores.min() < 0.5:
-        # Centers of pixels, as contours do not extend to the edges.
-        across, down = ((np.arange(n) + 0.5) / n for n in (W, H))
-        axis.contour(across, down, scores, levels=[0.5], colors="white", linewidths=0.7)
-    return shades

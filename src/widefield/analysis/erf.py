@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from widefield import _checks, report
 from widefield.analysis._detectors import DetectionScore
+from widefield.analysis._keypoints import KeypointPeak
 from widefield.analysis._model import Layer, chunks, is_size, made_up, track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._targets import ClassAt, ClassIn
@@ -64,11 +65,11 @@ class ReceptiveField(Result):
 
     title: ClassVar[str] = "Effective receptive fields"
     lead: ClassVar[str] = (
-        "Contribution of each pixel to one unit of a feature map, or to a class logit of a segmentation model or of a "
-        "detector's box: the "
-        "positive part of the gradient, summed over channels and images, relative to the largest. Under each field: "
-        "the share of the image's area covered by the smallest centered square that holds 20, 30, 50 and 99 % of all "
-        "contributions; and the theoretical receptive field, drawn dashed if it fits into the image."
+        "Contribution of each pixel to one unit of a feature map, to a class logit of a segmentation model or of a "
+        "detector's box, or to the peak of a key point's heatmap: the positive part of the gradient, summed over "
+        "channels and images, relative to the largest. Under each field: the share of the image's area covered by the "
+        "smallest centered square that holds 20, 30, 50 and 99 % of all contributions; and the theoretical receptive "
+        "field, drawn dashed if it fits into the image."
     )
 
     name: str
@@ -157,7 +158,7 @@ def effective_receptive_field(
     *,
     layer: Layer | None = None,
     position: Position = "center",
-    targets: ClassAt | ClassIn | DetectionScore | None = None,
+    targets: ClassAt | ClassIn | DetectionScore | KeypointPeak | None = None,
     classes: Sequence[str] | None = None,
     batch_size: int = 8,
     name: str | None = None,
@@ -170,7 +171,8 @@ def effective_receptive_field(
     (`ClassAt`), or its mean over a region (`ClassIn`), at the images' resolution. Or for a detector of
     ``widefield.dense``: the logit of one box (`DetectionScore`), which shows what part of the image made a detection.
     The squares of the area ratios are then centered on that pixel, region or box. To average over many objects, see
-    :func:`object_receptive_fields`.
+    :func:`object_receptive_fields`. Or for a pose model: the height of one key point's peak (`KeypointPeak`) in one
+    image; :func:`keypoint_receptive_fields` averages over people.
 
     The unit's channels are summed and differentiated with respect to each image. Negative gradients are dropped; the
     rest is summed over channels and images. The authors' script also drops negative outputs before it sums the
@@ -192,9 +194,10 @@ def effective_receptive_field(
             map (:func:`widefield.surgery.anatomy.anatomy`). Layers whose channels always sum to a constant, as
             after a freshly initialized layer norm, are skipped.
         position: "center", which is (h // 2, w // 2), or (row, column) on the map, from 0.
-        targets: what a segmentation model or a detector is asked about, instead of a layer's unit: ``ClassAt()`` is
-            the class with the largest logit in the middle of the image, ``DetectionScore()`` an image's best detection.
-        classes: class names in the order of the logits, for the table.
+        targets: what a segmentation model, a detector or a pose model is asked about, instead of a layer's unit:
+            ``ClassAt()`` is the class with the largest logit in the middle of the image, ``DetectionScore()`` an
+            image's best detection, ``KeypointPeak()`` the key point with the highest peak.
+        classes: class names, or names of key points, in the order of the outputs, for the table.
         batch_size: images at a time.
         name: the model's name in tables and figures. Default: its class name.
         about: facts to store with the result.

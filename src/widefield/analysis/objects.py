@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from widefield import _checks, report
+from widefield.analysis._cam_figure import field_over
 from widefield.analysis._detectors import check_detector
 from widefield.analysis._model import track, visited
 from widefield.analysis._objects import CELLS, SHARES, Colors, Group, ObjectExample, SizeGroup, looks
@@ -175,17 +176,17 @@ def object_receptive_fields(
     """
     check_detector(model, "object_receptive_fields")
     _checks.choice("unit", unit, tuple(_UNITS))
-    edges = _edges(sizes)
+    edges = edges_of(sizes)
     _checks.integer("count", count)
     if _checks.number("extent", extent) < 0.5:
         raise ValueError(f"extent must be at least 0.5, which is the box itself; got {extent}.")
     if isinstance(images, Tensor):
         raise TypeError("images must be samples with boxes and labels, such as a detection set; got a tensor.")
     colors = Colors(getattr(images, "mean", ()), getattr(images, "std", ()))
-    groups = [Group(name, extent) for name in _names(edges)]
+    groups = [Group(name, extent) for name in ranges(edges)]
     seen = 0
     with visited(model):
-        for sample in track(_each(images), "fields of objects", total=_length(images), show=progress):
+        for sample in track(each(images), "fields of objects", total=length_of(images), show=progress):
             if sample is None:
                 continue
             seen += 1
@@ -206,14 +207,15 @@ def object_receptive_fields(
     )
 
 
-def _edges(sizes: Sequence[float]) -> list[float]:
+def edges_of(sizes: Sequence[float]) -> list[float]:
+    """Return the edges between sizes; raises ValueError unless they are positive and rising."""
     edges = [_checks.number("every entry of sizes", size) for size in sizes]
     if edges != sorted(set(edges)) or (edges and edges[0] <= 0):
         raise ValueError(f"sizes must be positive and in increasing order; got {list(sizes)}.")
     return edges
 
 
-def _names(edges: Sequence[float]) -> list[str]:
+def ranges(edges: Sequence[float]) -> list[str]:
     """Return the range of sizes of each group as text."""
     if not edges:
         return ["all sizes"]
@@ -221,12 +223,13 @@ def _names(edges: Sequence[float]) -> list[str]:
     return [f"below {edges[0]:g} px", *inner, f"{edges[-1]:g} px and more"]
 
 
-def _each(images: Any) -> Iterable[Sample | None]:
+def each(images: Any) -> Iterable[Sample | None]:
     """Yield the samples of a data set, or of another iterable."""
     return images if hasattr(images, "__iter__") else (images[index] for index in range(len(images)))
 
 
-def _length(images: Any) -> int | None:
+def length_of(images: Any) -> int | None:
+    """Return the number of samples, or None if it is unknown."""
     return len(images) if hasattr(images, "__len__") else None
 
 
@@ -279,14 +282,7 @@ def _draw_field(axis: Axes, group: SizeGroup, result: ObjectFields, densest: flo
 
 
 def _draw_example(axis: Axes, example: ObjectExample, classes: Sequence[str]) -> None:
-    from matplotlib import colormaps
-
-    gray = np.repeat(example.image.mean(-1, keepdims=True), 3, -1)
-    axis.imshow((0.35 + 0.65 * gray).clip(0, 1))
-    strength = (1 - np.log10(np.maximum(example.field, _FAINTEST)) / np.log10(_FAINTEST)).clip(0, 1)
-    layer = colormaps["magma_r"](0.25 + 0.75 * strength)
-    layer[..., 3] = 0.85 * strength
-    axis.imshow(layer)
+    field_over(axis, example.image, example.field, _FAINTEST)
     left, top, right, bottom = np.array(example.box) - 0.5
     _draw_box(axis, (left, top, right, bottom), "-")
     h, w = example.field.shape

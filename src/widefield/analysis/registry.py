@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from widefield.analysis._detectors import is_detector
+from widefield.analysis._keypoints import is_pose_model
 from widefield.analysis._result import Result
 from widefield.analysis.cam import class_activation
 from widefield.analysis.erf import effective_receptive_field
 from widefield.analysis.interactions import interactions
 from widefield.analysis.kernels import kernel_energy
+from widefield.analysis.keypoints import keypoint_receptive_fields
 from widefield.analysis.masks import masks
 from widefield.analysis.objects import object_receptive_fields
 from widefield.analysis.routing import mixtures, routing_statistics
@@ -169,6 +171,18 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 report_options={"count": 12},
             ),
             Analysis(
+                "keypoint-erf",
+                keypoint_receptive_fields,
+                "effective receptive fields of a pose model's key points, by the size of people",
+                "Effective receptive fields of key points",
+                reads_objects=True,
+                count=64,
+                arguments=lambda view: {"classes": view.classes or None},
+                applies=is_pose_model,
+                reported=lambda count: 2 * count,
+                report_options={"count": 8},
+            ),
+            Analysis(
                 "routing",
                 routing_statistics,
                 "which experts a mixture chooses for which images",
@@ -212,7 +226,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 translation_stability,
                 "how much a model's outputs change when the image shifts",
                 "Translation stability",
-                applies=lambda model: not is_detector(model),
+                applies=lambda model: not is_detector(model) and not is_pose_model(model),
                 reported=lambda count: count,
                 report_options={"shifts": (1, 2, 4)},
                 margin=lambda options: max(options["shifts"]),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from widefield.analysis import ClassAt, ClassIn, DetectionScore, Result
+    from widefield.analysis import ClassAt, ClassIn, DetectionScore, KeypointPeak, Result
     from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
     from widefield.runs import Subject
@@ -68,7 +68,7 @@ def arguments(
 
 
 def places(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Add the arguments that choose a class, and a pixel, a region, a detection or a box of a model's output.
+    """Add the arguments that choose a class, and a pixel, region, detection, box or key point of a model's output.
 
     ``names`` are further names of ``--class``.
     """
@@ -96,12 +96,20 @@ def places(parser: argparse.ArgumentParser, *names: str) -> None:
         "--box", type=float, nargs=4, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
         help="detectors: the box, in pixels, whose class logit is examined",
     )  # fmt: skip
+    place.add_argument(
+        "--keypoint", nargs="?", const="", metavar="NAME",
+        help="pose models: name or index of the key point whose heatmap's peak is examined (the highest peak)",
+    )  # fmt: skip
 
 
-def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | DetectionScore | int | None:
+def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | DetectionScore | KeypointPeak | int | None:
     """Return what the arguments of :func:`places` choose, for a model; raises ValueError for an unknown class."""
-    from widefield.analysis import ClassAt, ClassIn, DetectionScore
+    from widefield.analysis import ClassAt, ClassIn, DetectionScore, KeypointPeak
 
+    if args.keypoint is not None:
+        if args.of_class is not None:
+            raise ValueError("--keypoint chooses a heatmap, and a pose model has no other classes: leave out --class.")
+        return KeypointPeak(keypoint(args.keypoint, view) if args.keypoint else None)
     label = None if args.of_class is None else _label(args.of_class, view)
     if args.box is not None or args.detection is not None:
         return DetectionScore(label, args.detection or 0, args.box)
@@ -114,15 +122,24 @@ def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | Detectio
     return ClassAt(label, *args.pixel)
 
 
-def _label(word: str, view: View) -> int:
+def keypoint(word: str, view: View) -> int:
+    """Return the index of a key point by its name or index; raises ValueError for other models and names."""
+    from widefield.analysis._keypoints import check_pose_model
+
+    check_pose_model(view.model, "--keypoint")
+    return _label(word, view, "key point")
+
+
+def _label(word: str, view: View, kind: str = "class") -> int:
     from widefield import _checks
 
     if word in view.classes:
         return view.classes.index(word)
     if word.isdecimal():
         return int(word)
-    known = _checks.did_you_mean(word, view.classes) if view.classes else " Its classes have no names: give an index."
-    raise ValueError(f"{view.name} has no class {word!r}.{known}")
+    unnamed = f" The names of its {kind}{'es' if kind == 'class' else 's'} are unknown: give an index."
+    known = _checks.did_you_mean(word, view.classes) if view.classes else unnamed
+    raise ValueError(f"{view.name} has no {kind} {word!r}.{known}")
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:

@@ -26,8 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     several = len(args.size or ()) > 1
-    if args.count is None:  # detections of several images lie at different places
-        args.count = ENTRY.count if args.detection is None else 1
+    if args.count is None:  # detections and key points of several images lie at different places
+        args.count = ENTRY.count if args.detection is None and args.keypoint is None else 1
     if args.of_class is not None and all(place is None for place in _places(args)):
         args.pixel = []
     options = {"layer": args.layer, "position": args.position or "center"}
@@ -40,4 +40,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _places(args: argparse.Namespace) -> list[object]:
-    return [args.region, args.pixel, args.detection, args.box]
+    return [args.region, args.pixel, args.detection, args.box, args.keypoint]

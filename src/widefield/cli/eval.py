@@ -88,7 +88,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--page",
         type=Path,
         metavar="FILE",
-        help="segmentation and detection: write a page with the results of each class, and the best and worst images",
+        help="all but classifiers: write a page with the results of each class or key point, and the best and worst "
+        "images",
     )
     parser.add_argument("--examples", **number, default=4, help="number of best and of worst images on the page (4)")
     parser.add_argument(
@@ -203,9 +204,7 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
             if value and subject.work != "classification":
                 raise ValueError(f"{option} is for classifiers, and {subject.name} is a model for {subject.work}.")
         if args.page and subject.work == "classification":
-            raise ValueError(
-                f"--page is for segmentation models and detectors, and {subject.name} is a classifier; use --out."
-            )
+            raise ValueError(f"--page is for models of dense tasks, and {subject.name} is a classifier; use --out.")
         if args.task and subject.recipe is None and subject.work == "classification":
             raise ValueError(f"--task changes options of a run's task, and {subject.name} is not a run.")
 
@@ -246,7 +245,8 @@ def _task(
         changes = {key: value for word in args.task for key, value in read_yaml(word.replace("=", ": ", 1)).items()}
         task = subject.task(dataset, **changes)
         # A set for segmentation may have objects, too; its classes then have a background.
-        return task, subject.outputs, subject.outputs if subject.work == "detection" else len(dataset.classes)
+        with_objects = subject.work in ("detection", "pose")
+        return task, subject.outputs, subject.outputs if with_objects else len(dataset.classes)
     if not isinstance(dataset, data.LabeledImages):
         raise ValueError("the data have no labeled images, and the model is a classifier.")
     if not args.all_outputs:
@@ -281,7 +281,7 @@ def _readers() -> int:
 
 def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """Return the name and the options of the data set to evaluate a model on."""
-    from widefield.data import DetectionSet, SegmentationSet
+    from widefield.data import DetectionSet, PoseSet, SegmentationSet
     from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
 
@@ -293,7 +293,11 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     else:
         name, colon, root = args.data.partition(":")
         if not (colon and name in SETS):
-            usual = {"segmentation": "masks", "detection": own["name"] if own else "coco"}.get(subject.work, "folder")
+            usual = {
+                "segmentation": "masks",
+                "detection": own["name"] if own else "coco",
+                "pose": own["name"] if own else "coco_keypoints",
+            }.get(subject.work, "folder")
             is_folder = Path(args.data).expanduser().is_dir()
             name, root = (usual, args.data) if is_folder else (args.data, "")
         if name not in SETS:
@@ -310,7 +314,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
         asked["names"] = True
     if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
-    if own and name == own["name"] and (not root or issubclass(kind, (SegmentationSet, DetectionSet))):
+    if own and name == own["name"] and (not root or issubclass(kind, (SegmentationSet, DetectionSet, PoseSet))):
         return {**own, **asked, **({"root": root} if root else {})}
     return {"name": name, **subject.file_options(kind, size), **asked, **({"root": root} if root else {})}
 
@@ -331,7 +335,7 @@ def _bar(*, visible: bool) -> Iterator[Progress]:
 
 def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     from widefield.runs.records import shown
-    from widefield.tasks import DetectionScores
+    from widefield.tasks import DetectionScores, PoseScores
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     rows = []
@@ -347,11 +351,15 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     for job, found in done:
         if found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")
-            print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
+            print_table(lines, right=[name for name in lines[0] if name not in ("class", "key point", "mistaken for")])
         if isinstance(found.scores, DetectionScores):
             print_table(found.scores.size_rows())
             for kind, of_kind in found.scores.kinds.items():
                 print(f"errors, {kind}: {of_kind.errors.summary()}")
+        if isinstance(found.scores, PoseScores):
+            sizes = found.scores.size_rows()
+            print_table(sizes, right=[name for name in sizes[0] if name != "size"])
+            print_table(found.scores.error_rows(), right=["compared"])
 
 
 def _size(job: _Job, found: Evaluation) -> str:

@@ -44,6 +44,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--nms", choices=("inside", "outside"), default="inside",
         help="detectors: where the last non-maximum suppression is; outside, the file gives its candidates (inside)",
     )  # fmt: skip
+    parser.add_argument(
+        "--decoding", choices=("inside", "outside"), default="inside",
+        help="pose models: where heatmaps become key points; outside, the file gives heatmaps (inside)",
+    )  # fmt: skip
     parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set (that of torch's exporter)")
     parser.add_argument(
         "--throughput", type=int, nargs="*", default=[], metavar="N",
@@ -79,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
     found = _subjects.subject(args.models[0], args)
     if args.dynamic is None:
-        args.dynamic = ["batch"] if found.work == "classification" else ["batch", "size"]
+        args.dynamic = ["batch"] if found.work in ("classification", "pose") else ["batch", "size"]
     # Photographs suffice to verify a file. Calibration and trimming need images from the data set.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
-    images = _own_objects(found, args, stand_in=not reads) or _pictures(found, args, stand_in=not reads)
+    images = _own_samples(found, args, stand_in=not reads) or _pictures(found, args, stand_in=not reads)
     shown, held_out = images[::2], images[1::2] or images
     example = _pixels(images[0])
     with torch.no_grad(), running(found.model, example):  # reports an unsupported size as a one-line error
@@ -90,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if "batch" not in args.dynamic:
         held_out = [batch for batch in held_out if len(_pixels(batch)) == len(example)] or [images[0]]
     model = _prepared(found.model, shown, args)
-    info = deploy.ModelInfo(found.classes or None, tuple(found.mean), tuple(found.std), (found.size, found.size))
+    names = found.output_names if found.work == "pose" else found.classes
+    info = deploy.ModelInfo(names or None, tuple(found.mean), tuple(found.std), (found.size, found.size))
     stem = found.name.partition("{")[0].replace(":", "_").replace("/", "_")
     path = args.out / f"{stem}{deploy.FORMATS[args.format]}"
     done = deploy.export(
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         routing=args.routing if args.routing in deploy.ROUTING else "branches",
         dynamic=args.dynamic,
         nms=args.nms,
+        decoding=args.decoding,
         loader=held_out,
         opset=args.opset,
         throughput=args.throughput,
@@ -148,12 +154,18 @@ def _pixels(batch: Any) -> Tensor:
 
 def _pictures(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
     """Return pictures in batches, with labels or masks where these are known."""
+    from torch.nn.functional import interpolate
+
     shown = _subjects.pictures(args, found, stand_in=stand_in)
-    return list(_subjects.labeled_batches(found.view(shown, batch_size=args.batch_size)))
+    batches = list(_subjects.labeled_batches(found.view(shown, batch_size=args.batch_size)))
+    crop = found.trained_on.crop_size if found.work == "pose" and found.trained_on else None
+    if crop and _pixels(batches[0]).shape[2:] != crop:
+        return [(interpolate(_pixels(batch), crop, mode="bilinear"),) for batch in batches]
+    return batches
 
 
-def _own_objects(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
-    """Return a detection run's own validation images in batches, with their objects; [] for all else.
+def _own_samples(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
+    """Return the own validation images of a detection or pose run in batches, with their labels; [] for all else.
 
     Args:
         found: the model.
@@ -163,7 +175,7 @@ def _own_objects(found: Subject, args: argparse.Namespace, *, stand_in: bool) ->
     from widefield.runs import MissingDataError
     from widefield.runs.inputs import Selection
 
-    if found.work != "detection" or args.images is not None or found.recipe is None:
+    if found.work not in ("detection", "pose") or args.images is not None or found.recipe is None:
         return []
     try:
         whole = found.own_data()

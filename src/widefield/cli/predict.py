@@ -9,7 +9,7 @@ from pathlib import Path
 from widefield.cli._subjects import MODEL_HELP
 from widefield.cli._tables import print_table
 
-SUMMARY = "predictions of a model for images: the classes of each, the class of each pixel, or the objects"
+SUMMARY = "predictions of a model for images: the classes of each, the class of each pixel, the objects, or poses"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         metavar="N",
-        help="side of the images; other models than classifiers: the shorter side (the model's own)",
+        help="side of the images; other models than classifiers: the shorter side (the model's own); poses: that of "
+        "the detector",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to list for an image (5)")
     parser.add_argument(
@@ -31,13 +32,27 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.3,
         metavar="X",
-        help="detectors: least score of the objects in pictures and tables; the JSON files hold all (0.3)",
+        help="detectors: least score of the objects in pictures and tables; the JSON files hold all. Poses: least "
+        "score of the boxes that get a pose (0.3)",
+    )
+    parser.add_argument(
+        "--boxes",
+        metavar="SOURCE",
+        help="pose models: a detector (as MODEL), or a JSON file: COCO's annotations or results, or predict.json "
+        "of a detector (the whole image)",
+    )
+    parser.add_argument(
+        "--box-classes",
+        nargs="+",
+        metavar="CLASS",
+        help="pose models: classes of the boxes that get a pose (those that the model knows)",
     )
     parser.add_argument(
         "--coco",
         type=Path,
         metavar="FILE",
-        help="detectors: a COCO file with the ids of images and categories for predict_coco.json (counted from 1)",
+        help="detectors, poses: a COCO file with the ids of images and categories for predict_coco.json (counted "
+        "from 1)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per batch (8)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="loader processes (0)")
@@ -54,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
 
     from widefield.data.listing import counted
     from widefield.runs import load
-    from widefield.runs.predict import find_images, predict_files
+    from widefield.runs.image_paths import find_images
+    from widefield.runs.predict import predict_files
 
     find_images(args.images)  # before the model is built
     subject = load(
         args.model, pretrained=args.pretrained, seed=args.seed, device=args.device, which=args.which,
         weights=args.weights,
     )  # fmt: skip
+    boxes = args.boxes
+    if boxes is not None and not Path(boxes).expanduser().is_file():
+        boxes = load(boxes, pretrained=args.pretrained, seed=args.seed, device=args.device)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         written = predict_files(
@@ -70,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
             size=args.size,
             top=args.top,
             min_score=args.min_score,
+            boxes=boxes,
+            box_classes=args.box_classes,
             coco=args.coco,
             batch_size=args.batch_size,
             workers=args.workers,
@@ -78,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if subject.weights.origin == "random":
         print(f"{subject.name} has random weights; --pretrained downloads published ones.", file=sys.stderr)
     if written.rows:
-        print_table(written.rows, right=["probability", "objects"])
+        print_table(written.rows, right=["probability", "objects", "poses"])
     if written.images > len(written.rows):
         print(f"and {counted(written.images - len(written.rows), 'more image')}: see predict.json")
     if written.unreadable:

@@ -21,12 +21,13 @@ from widefield.data.catalog import SETS, create
 from widefield.data.decoding import decoding_options, read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
 from widefield.data.objects import DetectionSet
+from widefield.data.poses import PoseSet
 from widefield.data.segmentation import SegmentationSet
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOGRAPHS = "photographs"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
-_DENSE = SegmentationSet, DetectionSet
+_DENSE = SegmentationSet, DetectionSet, PoseSet
 _SMALLEST_CROP = 0.35  # of a photograph's shorter side
 
 
@@ -76,7 +77,8 @@ class Pictures(LabeledImages):
         self._decoding = decoding_options(exif_orientation, max_pixels)
         own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
         if self.source in SETS and (self.source != "folder" or "root" in options):
-            self._from = create(self.source, "val", size=size, **options)
+            sized = {"crop_size" if issubclass(SETS[self.source], PoseSet) else "size": size}
+            self._from = create(self.source, "val", **{**sized, **options})
             self.classes = () if isinstance(self._from, _DENSE) else self._from.classes
             own = self._from.mean, self._from.std
             available = len(self._from)
@@ -133,7 +135,7 @@ class Pictures(LabeledImages):
             found = self._from[chosen]
             if found is None:
                 raise OSError(f"{self.source} has no image {chosen}.")
-            if isinstance(self._from, _DENSE):  # objects differ in number from image to image
+            if isinstance(self._from, _DENSE):  # objects and people differ in number from image to image
                 found = {name: found[name] for name in ("image", "mask") if name in found}
             if self._from.image_size is None:
                 found = _squared(found, self.image_size)

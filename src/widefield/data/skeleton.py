@@ -82,7 +82,7 @@ class Skeleton:
         - ``names``: a list;
         - ``swap``: pairs of names that change places in a mirrored image;
         - ``sigmas``: a mapping from each name to a number, or one number for all. Without it they are 1 / K, as in
-          mmpose and Ultralytics' packages, which is lenient for few key points;
+          Ultralytics' packages, which is lenient for few key points;
         - ``links``: pairs of names;
         - ``upper``: names of the upper body.
 

@@ -32,6 +32,7 @@ from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.served_pose import ServedPose
 from widefield.dense.serving import ServedDetector
+from widefield.dense.top_down import Poses, estimate_poses, find_boxes
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "MaskRCNN",
     "PoseConvention",
     "PoseRules",
+    "Poses",
     "RetinaHead",
     "RetinaNet",
     "SegmentationLogits",
@@ -74,7 +76,9 @@ __all__ = [
     "UPerHead",
     "UPerNet",
     "check_views",
+    "estimate_poses",
     "feature_maps",
+    "find_boxes",
     "flipped_heatmaps",
     "inspect_checkpoint",
     "largest_at",

@@ -1,4 +1,4 @@
-"""Write detections as COCO's results, which pycocotools and evaluation servers read."""
+"""Write detections and poses as COCO's results, which pycocotools and evaluation servers read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from widefield import _checks
+from widefield.tasks import BoxPrediction, PosePrediction
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from widefield.tasks import BoxPrediction
 
 
 def coco_results(prediction: BoxPrediction, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -41,6 +41,27 @@ def coco_results(prediction: BoxPrediction, image_id: int, category_ids: Sequenc
         for entry, mask in zip(found, prediction.masks.numpy(), strict=True):
             entry["segmentation"] = run_lengths(mask)
     return found
+
+
+def coco_keypoints(prediction: PosePrediction, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the poses of an image as entries of COCO's results of key points, in the order of their scores.
+
+    Args:
+        prediction: the poses.
+        image_id: of the image.
+        category_ids: of each class.
+
+    Returns:
+        for each pose ``image_id``, ``category_id``, ``keypoints`` (x, y and score of each in one list, in pixels of the
+        file) and ``score``.
+    """
+    kinds = [0] * len(prediction) if prediction.labels is None else prediction.labels.tolist()
+    overall = [1.0] * len(prediction) if prediction.pose_scores is None else prediction.pose_scores.tolist()
+    rows = torch.cat((prediction.keypoints, prediction.scores[..., None]), 2).flatten(1).tolist()
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "keypoints": points, "score": score}
+        for label, points, score in zip(kinds, rows, overall, strict=True)
+    ]
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -124,11 +145,14 @@ class CocoEntries:
         self.images = 0
         self._ids, self._categories = ids, ids.classes(classes, count)
 
-    def add(self, name: str, prediction: BoxPrediction) -> dict[str, int]:
-        """Add the detections of the next image, and return its id, as an entry of the image's data."""
+    def add(self, name: str, prediction: BoxPrediction | PosePrediction) -> dict[str, int]:
+        """Add the detections or poses of the next image, and return its id, as an entry of the image's data."""
         number = self._ids.image(name, self.images)
         self.images += 1
-        self.entries += coco_results(prediction, number, self._categories)
+        if isinstance(prediction, PosePrediction):
+            self.entries += coco_keypoints(prediction, number, self._categories)
+        else:
+            self.entries += coco_results(prediction, number, self._categories)
         return {"image_id": number}
 
 

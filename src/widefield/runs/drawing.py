@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +13,9 @@ from widefield import report
 from widefield._coco.matching import box_overlaps
 from widefield._pixels import IGNORED
 from widefield.runs.annotating import Color, Marks, annotated
-from widefield.tasks import BoxPrediction, ClassPrediction, MaskPrediction, Prediction
+from widefield.runs.drawing_parts import GRAY, LISTED, SMALL, Drawing, encoded, patch, preview, view
+from widefield.runs.pose_drawing import PoseDrawing
+from widefield.tasks import BoxPrediction, ClassPrediction, MaskPrediction, PosePrediction, Prediction
 from widefield.tasks.detection_errors import CLASSIFICATION, ERRORS, ImageErrors, classify
 
 if TYPE_CHECKING:
@@ -25,32 +24,9 @@ if TYPE_CHECKING:
 Mask = NDArray[np.integer[Any]]
 """(H, W): the index of a class, or 255, at each pixel."""
 
-PREVIEW = 640
-"""Longest side of the images on a page, in pixels."""
 _OPACITY = 0.6
-_LISTED = 10
-"""Largest number of classes in a legend."""
-_GRAY: Color = (128, 128, 128)
-"""Color of pixels without a class, and of crowds of objects."""
-MIN_SCORE = 0.3
-"""Least score of the objects that are drawn and listed, if none is asked for."""
 _ERRORS = dict(enumerate(tuple(ERRORS)[:-1], start=CLASSIFICATION))
 """Kind of a wrong detection -> its name."""
-_SMALL = 320
-"""Images of fewer pixels a side are enlarged for their files with boxes, or no label would fit."""
-
-
-def preview(image: Image.Image, side: int = PREVIEW) -> Image.Image:
-    """Return an image of at most ``side`` pixels a side.
-
-    Images of less than half of that are enlarged by a whole factor, so that lines between their classes are thin.
-    """
-    factor = side // max(image.size)
-    if factor > 1:
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    found = image.copy()
-    found.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return found
 
 
 def resized_mask(mask: Mask, size: tuple[int, int]) -> Mask:
@@ -66,7 +42,7 @@ def colored(mask: Mask, palette: Sequence[Color]) -> NDArray[np.uint8]:
 
 def _filled(palette: Sequence[Color]) -> list[Color]:
     """Return a palette with at least 256 colors; gray is added."""
-    return [*palette, *[_GRAY] * (256 - len(palette))]
+    return [*palette, *[GRAY] * (256 - len(palette))]
 
 
 def overlay(image: Image.Image, mask: Mask, palette: Sequence[Color], opacity: float = _OPACITY) -> Image.Image:
@@ -101,61 +77,11 @@ def label_file(mask: Mask, palette: Sequence[Color]) -> bytes:
     return encoded(image, "png")
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    """Return an image as a file, "png" or "jpeg"."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"quality": 88} if kind == "jpeg" else {}))
-    return buffer.getvalue()
-
-
 def shares(mask: Mask, count: int) -> dict[int, float]:
     """Return the share of the pixels of each class that occurs, largest first; 255 counts if it is a class."""
     pixels = np.bincount(mask.ravel(), minlength=count)[:count]
     order = sorted(np.flatnonzero(pixels), key=lambda k: (-pixels[k], k))
     return {int(k): float(pixels[k] / mask.size) for k in order}
-
-
-@dataclass(frozen=True)
-class Drawing(ABC):
-    """How predictions of one kind are drawn, saved and listed.
-
-    Attributes:
-        classes: names of the classes; empty if they are unknown.
-        palette: color of each class.
-        top: number of classes that are listed for an image.
-        min_score: least score of the objects that are drawn and listed.
-    """
-
-    classes: tuple[str, ...]
-    palette: tuple[Color, ...]
-    top: int = 5
-    min_score: float = MIN_SCORE
-    wide: ClassVar[bool] = False
-    """Whether a card takes the whole width of a page."""
-
-    def name(self, label: int) -> str:
-        """Return the name of a class."""
-        return self.classes[label] if self.classes else f"class {label}"
-
-    @abstractmethod
-    def row(self, prediction: Any) -> dict[str, str]:
-        """Return the columns of a table of images."""
-
-    @abstractmethod
-    def data(self, prediction: Any) -> dict[str, Any]:
-        """Return the prediction in JSON types, without pixels."""
-
-    @abstractmethod
-    def card(self, title: str, image: Image.Image, prediction: Any, truth: Any = None) -> str:
-        """Return the prediction on its image, next to the label if it is known, as a card of a page (HTML)."""
-
-    @abstractmethod
-    def panel(self, axis: Any, image: Image.Image, prediction: Any) -> None:
-        """Draw the prediction into a matplotlib axis."""
-
-    def files(self, image: Image.Image, prediction: Any) -> dict[str, bytes]:
-        """Return the PNG files of a prediction, by the name of their folder."""
-        return {}
 
 
 class ClassDrawing(Drawing):
@@ -238,10 +164,10 @@ class MaskDrawing(Drawing):
         found = shares(masks[-1], len(self.palette))
         for mask in masks[:-1]:
             found |= {k: 0.0 for k in shares(mask, len(self.palette)) if k not in found}
-        listed = list(found.items())[:_LISTED]
+        listed = list(found.items())[:LISTED]
         entries = [(self.palette[k], f"{self.name(k)} {100 * share:.1f} %") for k, share in listed]
         if any((mask == IGNORED).any() for mask in masks) and len(self.palette) <= IGNORED:
-            entries.append((_GRAY, "no class"))
+            entries.append((GRAY, "no class"))
         more = len(found) - len(listed)
         return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
 
@@ -251,7 +177,7 @@ class MaskDrawing(Drawing):
         mask = resized_mask(prediction.mask.numpy(), small.size)
         axis.imshow(np.asarray(overlay(small, mask, self.palette)))
         found = list(shares(mask, len(self.palette)).items())[:4]
-        handles = [_patch(self.palette[k], f"{self.name(k)[:18]} {100 * share:.0f} %") for k, share in found]
+        handles = [patch(self.palette[k], f"{self.name(k)[:18]} {100 * share:.0f} %") for k, share in found]
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
                     handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
 
@@ -292,7 +218,7 @@ class BoxDrawing(Drawing):
         small, shown = preview(image).convert("RGB"), prediction.at_least(self.min_score)
         detected = f"{len(shown)} of a score of at least {self.min_score:g}"
         if truth is None:
-            views, legend = [_view(small, "image"), _view(self.annotated(small, shown), detected)], _counts(shown)
+            views, legend = [view(small, "image"), view(self.annotated(small, shown), detected)], _counts(shown)
         else:
             judgment = judged(shown, truth)
             crowd = np.zeros(len(truth), np.bool_) if truth.crowd is None else truth.crowd.numpy()
@@ -301,15 +227,15 @@ class BoxDrawing(Drawing):
             missing = f"{int((~found).sum())} not found (dashed)" if not found.all() else "all found"
             missed = f"label: {len(truth)} objects, {missing}"
             views = [
-                _view(self.annotated(small, truth, ["" if one else "not found" for one in found]), missed),
-                _view(self.annotated(small, shown, errors), f"prediction: {detected}; {_listed_errors(errors)}"),
+                view(self.annotated(small, truth, ["" if one else "not found" for one in found]), missed),
+                view(self.annotated(small, shown, errors), f"prediction: {detected}; {_listed_errors(errors)}"),
             ]
             legend = {**_counts(truth), **{k: 0 for k in _counts(shown) if k not in _counts(truth)}}
         return report.card(title, report.views(views) + self._legend(legend))
 
     def _legend(self, counts: Mapping[int, int]) -> str:
         """Return the colors and names of classes, and how often they occur (HTML)."""
-        listed = list(counts.items())[:_LISTED]
+        listed = list(counts.items())[:LISTED]
         more = len(counts) - len(listed)
         entries = [(self.palette[k], f"{self.name(k)}: {count}") for k, count in listed]
         return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
@@ -331,7 +257,7 @@ class BoxDrawing(Drawing):
             image,
             Marks(
                 prediction.boxes.numpy() * scale,
-                [_GRAY if one else self.palette[k] for k, one in zip(labels, crowd, strict=True)],
+                [GRAY if one else self.palette[k] for k, one in zip(labels, crowd, strict=True)],
                 [
                     ["crowd", ""] if one else _texts(self.name(k)[:24], score, error)
                     for k, score, error, one in zip(labels, scores, wrong, crowd, strict=True)
@@ -346,14 +272,14 @@ class BoxDrawing(Drawing):
         shown = prediction.at_least(self.min_score)
         axis.imshow(np.asarray(self.annotated(preview(image, 480), shown)))
         found = list(_counts(shown).items())[:4]
-        handles = [_patch(self.palette[k], f"{self.name(k)[:18]}: {count}") for k, count in found]
+        handles = [patch(self.palette[k], f"{self.name(k)[:18]}: {count}") for k, count in found]
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
                     handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
 
     def files(self, image: Image.Image, prediction: BoxPrediction) -> dict[str, bytes]:
         """Return the image with its objects, at the size of the image or enlarged by a whole factor."""
         shown = prediction.at_least(self.min_score)
-        large = image if max(image.size) >= _SMALL else preview(image)
+        large = image if max(image.size) >= SMALL else preview(image)
         return {"overlays": encoded(self.annotated(large, shown), "png")}
 
 
@@ -391,21 +317,11 @@ def _counts(prediction: BoxPrediction) -> dict[int, int]:
     return dict(sorted(found, key=lambda one: (-one[1], one[0])))
 
 
-def _view(image: Image.Image, caption: str) -> str:
-    return report.embedded(encoded(image, "jpeg"), "jpeg", caption)
-
-
-def _patch(color: Color, label: str) -> Any:
-    from matplotlib.patches import Patch
-
-    red, green, blue = color
-    return Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="gray", linewidth=0.4, label=label)
-
-
 DRAWINGS: Mapping[type, type[Drawing]] = {
     ClassPrediction: ClassDrawing,
     MaskPrediction: MaskDrawing,
     BoxPrediction: BoxDrawing,
+    PosePrediction: PoseDrawing,
 }
 """Kind of prediction -> how it is drawn."""
 

@@ -14,10 +14,12 @@ from widefield.data.listing import counted
 from widefield.runs.accuracy import Evaluation, Example
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.runs.detection_page import detection_sections
-from widefield.runs.drawing import DRAWINGS, MIN_SCORE, drawing_of
+from widefield.runs.drawing import DRAWINGS, drawing_of
+from widefield.runs.drawing_parts import MIN_SCORE
+from widefield.runs.pose_page import pose_sections
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
-from widefield.tasks import DetectionScores, SegmentationScores
+from widefield.tasks import DetectionScores, PoseScores, SegmentationScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +72,8 @@ def evaluation_sections(
         sections += _of_segmentation(scores)
     elif isinstance(scores, DetectionScores):
         sections += detection_sections(scores)
+    elif isinstance(scores, PoseScores):
+        sections += pose_sections(scores)
     elif scores is not None and (rows := scores.rows()):
         sections.append(("Details", report.table(rows)))
     half = -(-len(evaluation.examples) // 2)

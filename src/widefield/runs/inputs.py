@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,20 @@ class Fitted:
         pixels = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
         prepared: Tensor = joint.apply(self.transform, {"image": pixels})["image"]
         return prepared
+
+
+class Pixels:
+    """Makes a pose model's input of an image: its pixels, of which it gets crops later."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the pixels, uint8 (C, H, W), of an RGB image."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        pixels: Tensor = pil_to_tensor(image.convert("L") if self.channels == 1 else image)
+        return pixels
 
 
 def count_maps(model: nn.Module, shape: tuple[int, int, int]) -> int:
@@ -118,3 +132,56 @@ class OwnPictures(data.Pictures):
         """Return image ``index``."""
         found = super().sample(index)
         return {**found, "label": self._places[found["label"]] if self.classes else -1}
+
+
+class OwnCrops(data.Pictures):
+    """Crops of a pose run's validation data.
+
+    Args:
+        source: name of the data set.
+        options: those of the run.
+        crop_size: (height, width) of the run's crops; None: square ones.
+        size: shorter side of the crops in pixels.
+        count: number of crops; a seeded choice if there are more. None: all of them.
+        seed: of the choice.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        options: Mapping[str, Any],
+        crop_size: tuple[int, int] | None,
+        size: int,
+        count: int | None,
+        seed: int,
+    ) -> None:
+        data.LabeledImages.__init__(self, "val", size, seed)
+        sides = crop_size or (1, 1)
+        scaled = [round(side * size / min(sides)) for side in sides]
+        whole: Any = data.create(source, "val", **{**options, "crop_size": scaled})
+        self._whole, self.source, self.classes = whole, source, ()
+        self._some = Selection(whole, len(whole) if count is None else count, seed)
+        self.mean, self.std = whole.mean, whole.std
+
+    def __len__(self) -> int:
+        return len(self._some)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what `Pictures` does, with the size of the crops."""
+        return {**super().about, "size": list(self._whole.crop_size)}
+
+    def found(self) -> str:
+        """Return the number of crops used, and what the data hold."""
+        return f"{len(self):,} of {self.source} {self._whole.found()}"
+
+    def name(self, index: int) -> str:
+        """Return the file of a crop."""
+        return self._some.name(index)
+
+    def sample(self, index: int) -> data.Sample:
+        """Return crop ``index`` with its key points."""
+        found = self._some[index]
+        if found is None:
+            raise OSError(f"{self.name(index)} cannot be read.")
+        return {"image": found["image"], "label": -1, "keypoints": found["keypoints"]}

@@ -17,7 +17,9 @@ from torchmetrics import Metric, MetricCollection
 
 from widefield import _checks
 from widefield.data.class_map import INTEGER, alike, indices_of, listed
+from widefield.runs.words import parsed
 from widefield.tasks import Batch, Classification, count_outputs
+from widefield.train.networks import TORCHVISION
 
 CLASS_MAPS = ("auto", "sorted", INTEGER)
 """Values of a class map that are not files."""
@@ -244,3 +246,16 @@ class AnyOf(Metric):
     def compute(self) -> Tensor:
         """Return the fraction; NaN if no sample counted."""
         return self.hits / self.counted
+
+
+def published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the outputs of a model's published weights, one or several words each; () if unknown."""
+    name = parsed(word)[0]
+    if name.startswith(TORCHVISION):
+        from torchvision.models import get_model_weights
+
+        return tuple(get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta.get("categories", ()))
+    outputs = getattr(model, "num_classes", None)
+    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    subset = infer_imagenet_subset({"num_classes": outputs}) if outputs == published else None
+    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else ()

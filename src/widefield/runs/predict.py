@@ -1,12 +1,12 @@
-"""Predict images in files with any model: classes with their probabilities, the class of each pixel, or objects."""
+"""Predict images in files with any model: classes with their probabilities, classes of pixels, objects, or poses."""
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +18,25 @@ from torch.utils.data import DataLoader, Dataset
 from widefield import _checks, bench, report
 from widefield._files import write_whole
 from widefield.data.decoding import read
-from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in, is_image
+from widefield.data.listing import counted
 from widefield.runs.coco_results import CocoEntries, read_ids
-from widefield.runs.drawing import DRAWINGS, MIN_SCORE, Drawing, drawing_of, preview
+from widefield.runs.drawing import DRAWINGS, drawing_of
+from widefield.runs.drawing_parts import MIN_SCORE, Drawing, preview
+from widefield.runs.image_paths import Images, find_images, names_of
+from widefield.runs.poses import BoxSource, box_source, pose_prediction
 from widefield.runs.subjects import Subject, load
 from widefield.surgery.inputs import place
-from widefield.tasks import BoxPrediction, Prediction, Task
+from widefield.tasks import BoxPrediction, PosePrediction, Prediction, Task
 from widefield.train.interrupt import ignore_signals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Images = str | Path | Sequence[str | Path]
-"""Files, folders that are searched at any depth, and globs such as ``photos/*.jpg``."""
-
 ON_A_PAGE = 60
 """Largest number of images on a page and in a notebook."""
 _IN_A_FIGURE = 12
+_Item = tuple[int, Tensor | str, tuple[int, int]]
+"""Place of an image, what the model gets of it or why it cannot be read, and (height, width) of the file."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Predictions(report.Report):
 
         A path without an ending is a folder, which gets the mask and the overlay of each image of a segmentation model,
         as ``labels/NAME.png`` and ``overlays/NAME.png``, and the image with its objects of a detector, as
-        ``overlays/NAME.png``.
+        ``overlays/NAME.png``; likewise with its poses of a pose model.
 
         Raises ValueError for another ending, OSError if a file cannot be written.
         """
@@ -233,6 +235,8 @@ def predict(
     size: int | None = None,
     top: int = 5,
     min_score: float = MIN_SCORE,
+    boxes: str | Path | Subject | None = None,
+    box_classes: Sequence[str] | None = None,
     batch_size: int = 8,
     workers: int = 0,
     **loading: Any,
@@ -242,10 +246,16 @@ def predict(
     Args:
         model: the folder of a run, or the name of a model of timm or torchvision, as of :func:`load`; or a loaded one.
         images: files, folders that are searched at any depth, and globs.
-        size: side of the images for a classifier, or shorter side for other models; default: the model's own.
+        size: side of the images for a classifier, or shorter side for other models; default: the model's own. For poses
+            it is that of the detector.
         top: number of classes to list for an image.
-        min_score: least score of the objects that are drawn and listed; the others are kept as well.
-        batch_size: images at a time. Segmentation models and detectors get images of different sizes one by one.
+        min_score: least score of the objects that are drawn and listed; the others are kept as well. For poses: least
+            score of the boxes that get a pose.
+        boxes: for pose models: where the boxes come from: a detector, by the words of ``model`` or loaded; or a JSON
+            file with boxes, see `widefield.runs.box_files.read_boxes`. None: the whole image is one box.
+        box_classes: names of the classes of the boxes that get a pose; default: those that the pose model knows.
+        batch_size: images at a time, or crops. Segmentation models and detectors get images of different sizes one by
+            one.
         workers: loader processes; 0: load in the process itself.
         loading: further arguments of :func:`load`, such as ``pretrained`` and ``device``.
 
@@ -259,9 +269,14 @@ def predict(
     subject = load(str(model), **loading) if isinstance(model, (str, Path)) else model
     if isinstance(model, Subject) and loading:
         raise TypeError(f"the model is loaded already; it takes no {', '.join(loading)}.")
-    found = list(predict_each(subject, images, size=size, batch_size=batch_size, workers=workers))
+    known = empty(subject, size=size, top=top, min_score=min_score)
+    source = box_source(
+        subject, boxes, classes=box_classes, min_score=min_score, size=size,
+        pretrained=bool(loading.get("pretrained", False)),
+    )  # fmt: skip
+    found = list(predict_each(subject, images, size=size, boxes=source, batch_size=batch_size, workers=workers))
     return replace(
-        empty(subject, size=size, top=top, min_score=min_score),
+        about_boxes(known, source),
         images=tuple(one for one in found if isinstance(one, Predicted)),
         unreadable=tuple(one for one in found if isinstance(one, Unreadable)),
     )
@@ -281,13 +296,26 @@ def empty(subject: Subject, *, size: int | None = None, top: int = 5, min_score:
     )
 
 
+def about_boxes(predictions: Predictions, source: BoxSource | None) -> Predictions:
+    """Return predictions that name the source of the boxes, if there is one."""
+    return replace(predictions, about={**predictions.about, "boxes": source.name}) if source else predictions
+
+
 def predict_each(
-    subject: Subject, images: Images, *, size: int | None = None, batch_size: int = 8, workers: int = 0
+    subject: Subject,
+    images: Images,
+    *,
+    size: int | None = None,
+    boxes: str | Path | Subject | BoxSource | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
 ) -> Iterator[Predicted | Unreadable]:
     """Return an iterator over the images in order, which predicts each one when it is asked for it.
 
-    Arguments and errors are those of :func:`predict`.
+    Arguments and errors are those of :func:`predict`; ``boxes`` may also be of `widefield.runs.poses.box_source`, which
+    chooses among them.
     """
+    source = boxes if isinstance(boxes, BoxSource) else box_source(subject, boxes, size=size)
     files = find_images(images)
     paths = [path for path, _ in files]
     loader = DataLoader(
@@ -298,15 +326,32 @@ def predict_each(
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(0),
     )
-    return _each(subject, paths, _names(files), loader)
+    names, task = names_of(files), subject.task()
+    if source is None:
+        return _each(subject, paths, names, loader, partial(_predicted, subject, task))
+
+    posing: Any = task  # a Pose
+
+    def poses(batch: Sequence[_Item]) -> Iterator[tuple[int, Prediction | str]]:
+        for index, pixels, _ in batch:
+            if isinstance(pixels, str):
+                yield index, pixels
+            else:
+                found = source(names[index], pixels)
+                yield index, pose_prediction(subject, posing.rules, posing.skeleton, found, pixels, batch_size)
+
+    return _each(subject, paths, names, loader, poses)
 
 
 def _each(
-    subject: Subject, paths: Sequence[Path], names: Sequence[str], loader: Iterable[Any]
+    subject: Subject,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    loader: Iterable[Any],
+    predicted: Callable[[Sequence[_Item]], Iterator[tuple[int, Prediction | str]]],
 ) -> Iterator[Predicted | Unreadable]:
-    task = subject.task()
     for batch in loader:
-        for index, prediction in _predicted(subject, task, batch):
+        for index, prediction in predicted(batch):
             if isinstance(prediction, str):
                 yield Unreadable(paths[index], prediction)
             else:
@@ -338,6 +383,8 @@ def predict_files(
     size: int | None = None,
     top: int = 5,
     min_score: float = MIN_SCORE,
+    boxes: str | Path | Subject | None = None,
+    box_classes: Sequence[str] | None = None,
     coco: str | Path | None = None,
     batch_size: int = 8,
     workers: int = 0,
@@ -348,20 +395,23 @@ def predict_files(
     The folder gets a page (predict.html), the numbers (predict.json), a figure of the first images (predict.png), and
     for segmentation models ``labels/NAME.png``, whose values are indices of classes, and ``overlays/NAME.png``, both at
     the size of the image. For detectors it gets ``overlays/NAME.png``, and the objects of all scores as COCO's results
-    (predict_coco.json).
+    (predict_coco.json); likewise for pose models.
 
     Args:
         folder: where to write; it is created.
-        coco: a COCO file with the ids of images, by file name, and of categories, by name, for predict_coco.json.
-            Default: both are counted from 1, in the order of predict.json, which names them.
+        coco: a COCO file with the ids of images, by file name, and of categories, by name, for predict_coco.json, and
+            for ``boxes`` that are COCO's results. Default: both are counted from 1, in the order of predict.json, which
+            names them.
         progress: wraps the iterable of predictions; its second argument is their number.
 
     Other arguments and errors are those of :func:`predict`; OSError if a file cannot be written; ValueError for a file
     ``coco`` without one of the images or classes.
     """
     folder, known = Path(folder), empty(subject, size=size, top=top, min_score=min_score)
+    source = box_source(subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco)
+    known = about_boxes(known, source)
     results = CocoEntries(read_ids(coco), known.classes, len(known.palette))
-    stream = predict_each(subject, images, size=size, batch_size=batch_size, workers=workers)
+    stream = predict_each(subject, images, size=size, boxes=source, batch_size=batch_size, workers=workers)
     lost: list[Unreadable] = []
     first: list[Predicted] = []
     cards: list[str] = []
@@ -372,7 +422,8 @@ def predict_files(
             lost.append(found)
             continue
         drawing = known.drawing(found)
-        more = results.add(found.name, found.prediction) if isinstance(found.prediction, BoxPrediction) else {}
+        located = isinstance(found.prediction, (BoxPrediction, PosePrediction))
+        more = results.add(found.name, found.prediction) if located else {}
         data.append({**data_of(found, drawing), **more})
         for path in write_files(found, drawing, folder):
             kinds[folder / path.relative_to(folder).parts[0]] = None
@@ -403,7 +454,7 @@ class _Files(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, tuple[int, int]]:
+    def __getitem__(self, index: int) -> _Item:
         try:
             image = read(self.paths[index], **self._decoding)
         except OSError as error:
@@ -411,9 +462,7 @@ class _Files(Dataset[Any]):
         return index, self._prepare(image), (image.height, image.width)
 
 
-def _predicted(
-    subject: Subject, task: Task, batch: Sequence[tuple[int, Tensor | str, tuple[int, int]]]
-) -> Iterator[tuple[int, Prediction | str]]:
+def _predicted(subject: Subject, task: Task, batch: Sequence[_Item]) -> Iterator[tuple[int, Prediction | str]]:
     """Yield the predictions of a batch in order; images of one size that follow each other run together."""
     device, dtype = place(subject.model)
     for _, group in itertools.groupby(batch, lambda one: one[1].shape if isinstance(one[1], Tensor) else None):
@@ -425,61 +474,6 @@ def _predicted(
         stacked = torch.stack(tensors).to(device, dtype)
         found = task.predict(subject.model, stacked, [size for _, _, size in items])
         yield from ((index, one) for (index, _, _), one in zip(items, found, strict=True))
-
-
-def find_images(images: Images) -> list[tuple[Path, Path]]:
-    """Return the files that are meant, and for each the folder that its name is relative to; no file twice.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder, or no image.
-        TypeError: something else than paths.
-    """
-    if isinstance(images, (str, Path)):
-        images = [images]
-    if not isinstance(images, Sequence) or not all(isinstance(one, (str, Path)) for one in images):
-        raise TypeError(f"images must be paths of files or folders, or globs; got {images!r}.")
-    found: dict[Path, Path] = {}
-    for one in images:
-        for path, root in _found(Path(one).expanduser()):
-            found.setdefault(path, root)
-    if not found:
-        raise FileNotFoundError("there are no images to predict: give files, folders or globs.")
-    return list(found.items())
-
-
-def _found(path: Path) -> Iterable[tuple[Path, Path]]:
-    if path.is_dir():
-        skipped = Skipped()
-        inside = images_in(path, skipped)
-        if not inside:
-            left_out = f" Left out: {skipped}." if skipped else ""
-            raise FileNotFoundError(f"{str(path)!r} holds no images ({', '.join(IMAGE_ENDINGS)}).{left_out}")
-        return [(Path(name), path) for name in sorted(inside)]
-    if path.is_file():
-        return [(path, path.parent)]
-    if any(character in str(path) for character in "*?["):
-        matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (any path)
-        files = [(match, match.parent) for match in matches if match.is_file() and is_image(match.name)]
-        if files:
-            return files
-        raise FileNotFoundError(f"no image matches {str(path)!r} ({', '.join(IMAGE_ENDINGS)}).")
-    near = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise FileNotFoundError(f"there is no file or folder {str(path)!r}.{_checks.did_you_mean(str(path), near)}")
-
-
-def _names(files: Sequence[tuple[Path, Path]]) -> list[str]:
-    """Return a different name for each file, which also differs without its ending."""
-    taken: set[str] = set()
-    names = []
-    for path, root in files:
-        relative = path.relative_to(root)
-        name, number = relative, 1
-        while str(name.with_suffix("")).lower() in taken:
-            number += 1
-            name = relative.with_name(f"{relative.stem}-{number}{relative.suffix}")
-        taken.add(str(name.with_suffix("")).lower())
-        names.append(name.as_posix())
-    return names
 
 
 def _document(content: Mapping[str, Any]) -> bytes:

@@ -21,7 +21,8 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
-from widefield.runs.inputs import Classes, Cropped, Fitted, OwnPictures, Selection, count_maps
+from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Pixels, Selection, count_maps
+from widefield.runs.labels import published_classes
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
 from widefield.runs.trained import load_trained, read_run_data, weights_of
 from widefield.runs.words import is_path, parsed
@@ -88,7 +89,7 @@ class Subject:
             return (self.work == "detection" and self.trained_on.object_classes) or self.trained_on.classes
         if self.work == "detection":
             return self.published_classes
-        return () if self.weights.origin == "random" else _published_classes(self.name, self.model)
+        return () if self.weights.origin == "random" else published_classes(self.name, self.model)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -97,11 +98,17 @@ class Subject:
         return self.classes if self.trained_on else tuple(name.split(",")[0] for name in self.classes)
 
     @property
+    def output_names(self) -> tuple[str, ...]:
+        """Return one name for each output: key points of a pose model, else the classes; empty if they are unknown."""
+        skeleton = self.trained_on.skeleton if self.work == "pose" and self.trained_on else None
+        return skeleton.names if skeleton else self.class_names
+
+    @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """Return the color of each class in figures; empty for a classifier."""
         if self.work == "classification":
             return ()
-        if self.work == "detection":
+        if self.work in ("detection", "pose"):
             return self._object_palette()
         own = self.trained_on.palette if self.trained_on else ()
         return own or tuple(itertools.islice(itertools.cycle(data.default_palette(256)), self.outputs))
@@ -149,6 +156,8 @@ class Subject:
             raise ValueError("the data have no masks, and the model is one for segmentation.")
         if self.work == "detection" and not getattr(dataset, "object_classes", ()):
             raise ValueError("the data have no objects with boxes, and the model is a detector.")
+        if self.work == "pose" and not isinstance(dataset, data.PoseSet):
+            raise ValueError("the data have no key points, and the model is one for poses.")
         if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
             self.trained_on.check_classes(dataset.classes)
             raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
@@ -178,7 +187,13 @@ class Subject:
             scale = self._scale(size)
             named = {"classes": list(self.classes)} if "classes" in kind.needs else {}
             return {**named, "mean": self.mean, "std": self.std, "test_scale": scale, "antialias": self._antialias}
-        return {}
+        return self._pose_options() if issubclass(kind, data.PoseSet) else {}
+
+    def _pose_options(self) -> dict[str, Any]:
+        """Return how a pose model's crops are made, in JSON types; {} for other models and unknown ones."""
+        if self.trained_on is None or self.work != "pose":
+            return {}
+        return {name: getattr(self.trained_on, name) for name in ("crop_size", "padding", "udp", "mean", "std")}
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -188,12 +203,16 @@ class Subject:
     def preparation(self, size: int | None = None) -> dict[str, Any]:
         """Return facts about how :meth:`prepare` makes the model's input of an image, in JSON types."""
         given = self.image_options(size)
-        if self.work != "classification":
+        if self.work == "pose":
+            given = self._pose_options()
+        elif self.work != "classification":
             given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std, "antialias": self._antialias}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
     def prepare(self, size: int | None = None) -> Callable[[Image.Image], Tensor]:
         """Return a function from an RGB image of any size to the model's input, float32 (C, H, W).
+
+        For a pose model it is the image itself, uint8 (C, H, W), as its crops depend on the boxes.
 
         Args:
             size: side of a classifier's input; of other models the shorter side. Default: the model's own.
@@ -205,6 +224,8 @@ class Subject:
             _checks.integer("size", size)
         if len(self.mean) not in (1, 3):
             raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
+        if self.work == "pose":
+            return Pixels(len(self.mean))
         if self.work != "classification":
             return Fitted(self._scale(size), self.mean, self.std, antialias=self._antialias)
         options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
@@ -241,6 +262,8 @@ class Subject:
         spec = self.recipe.data
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
+            if self.work == "pose":
+                return OwnCrops(spec.name, spec.args, self.trained_on.crop_size, given["size"], count, seed)
             return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
@@ -251,24 +274,23 @@ class Subject:
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
         own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, str(self.weights), pictures, self.class_names, own, batch_size)
+        return View(self.model, self.name, str(self.weights), pictures, self.output_names, own, batch_size)
 
     def object_view(self, count: int) -> View:
-        """Return the model and samples of its own validation data with objects, as analyses take them.
+        """Return the model and samples of its own validation data, with objects or key points, as analyses take them.
 
         Args:
             count: number of samples; a seeded choice if there are more.
 
         Raises:
             MissingDataError: the model is not a run, or the data of the run are missing.
-            ValueError: the data have no objects.
+            ValueError: the data have neither.
         """
         whole = self.own_data()
-        if not getattr(whole, "object_classes", ()):
-            raise ValueError(f"the data of the run {self.name!r} have no objects with boxes.")
-        source = self.recipe.data.name if self.recipe else ""
-        samples = Selection(whole, count)
-        return View(self.model, self.name, str(self.weights), None, self.class_names, samples=samples, source=source)
+        if not getattr(whole, "object_classes", ()) and not isinstance(whole, data.PoseSet):
+            raise ValueError(f"the data of the run {self.name!r} have neither objects with boxes nor key points.")
+        source, samples = self.recipe.data.name if self.recipe else "", Selection(whole, count)
+        return View(self.model, self.name, str(self.weights), None, self.output_names, samples=samples, source=source)
 
     def any_pictures(
         self, source: str | None = None, *, say: Callable[[str], None] = lambda text: None, **given: Any
@@ -432,21 +454,6 @@ def _detector_of_torchvision(word: str, pretrained: bool) -> Subject:
         work="detection",
         published_classes=names if pretrained else (),
     )
-
-
-def _published_classes(word: str, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the outputs of a model's published weights, one or several words each; () if unknown."""
-    name = parsed(word)[0]
-    if name.startswith(TORCHVISION):
-        from torchvision.models import get_model_weights
-
-        return tuple(get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.meta.get("categories", ()))
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
-    outputs = getattr(model, "num_classes", None)
-    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-    subset = infer_imagenet_subset({"num_classes": outputs}) if outputs == published else None
-    return tuple(map(str, ImageNetInfo(subset).label_descriptions())) if subset else ()
 
 
 _DECIDED = ("size", "augment", "mean", "std")

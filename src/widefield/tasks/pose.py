@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 
 from widefield._coco.keypoints import oks
 from widefield.data import Sample
-from widefield.data.crops import PADDING, crop_box, crop_matrix
+from widefield.data.crops import PADDING
 from widefield.data.skeleton import Skeleton
 from widefield.dense.heatmap import HeatmapPose
 from widefield.dense.heatmap_codec import HeatmapCodec
@@ -197,33 +197,38 @@ class PoseEstimation(Task):
         return {"preds": preds, "target": target, "index": batch.get("index")}
 
     def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """Return the pose in each image, which is the crop around the box that is the whole file.
+        """Return the pose in each crop.
 
-        :func:`widefield.dense.estimate_poses` finds the poses in boxes of an image.
+        Poses in whole images are found by :func:`widefield.dense.estimate_poses`.
+
+        Args:
+            model: in any mode.
+            images: float32 (N, 3, H, W), crops.
+            sizes: (height, width) to which key points are scaled: those of the crops, or of them enlarged.
         """
-        boxes = torch.tensor([[0.0, 0.0, width, height] for height, width in sizes])
-        center, scale = crop_box(boxes, self.rules.crop_size, padding=self.rules.padding)
-        matrices = crop_matrix(center, scale, self.rules.crop_size, udp=self.rules.aligned).to(images.device)
         with evaluating(model), torch.no_grad():
             read = self.rules.decode(self.rules.heatmaps(model, images))
-        points = self.rules.to_file(read.points, matrices).float().cpu()
+        crop = read.points.new_tensor([images.shape[3], images.shape[2]])
+        size = read.points.new_tensor([[width, height] for height, width in sizes])[:, None]
+        points = ((read.points + 0.5) * size / crop - 0.5).float().cpu()
         overall = self.rules.pose_scores(read.scores, read.scores.new_ones(len(images))).float().cpu()
         scores = read.scores.float().cpu()
         return [
             PosePrediction(
-                points[row : row + 1], scores[row : row + 1], overall[row : row + 1], boxes[row : row + 1],
-                size=(size[0], size[1]), skeleton=self.skeleton,
+                points[row : row + 1], scores[row : row + 1], overall[row : row + 1],
+                torch.tensor([[0.0, 0, width, height]]), size=(height, width), skeleton=self.skeleton,
+                threshold=self.rules.keypoint_threshold,
             )
-            for row, size in enumerate(sizes)
+            for row, (height, width) in enumerate(sizes)
         ]  # fmt: skip
 
     def truth(self, sample: Sample) -> Prediction:
-        """Return the true pose of a sample's person; without visible key points for a detector's box."""
-        height, width = sample["size"].tolist()
-        points = sample["truth"][None]
+        """Return the true pose in a sample's crop; without visible key points for a detector's box."""
+        height, width = sample["image"].shape[1:]
+        points = sample["keypoints"][None]
         return PosePrediction(
-            points[..., :2], torch.ones(points.shape[:2]), None, sample["box"][None], visible=points[..., 2],
-            labels=sample["label"][None], size=(height, width), skeleton=self.skeleton,
+            points[..., :2], torch.ones(points.shape[:2]), None, torch.tensor([[0.0, 0, width, height]]),
+            visible=points[..., 2], labels=sample["label"][None], size=(height, width), skeleton=self.skeleton,
         )  # fmt: skip
 
     def rate(self, outputs: Mapping[str, Any]) -> Tensor:

@@ -86,6 +86,7 @@ class PosePrediction:
         labels: int64 (D,): classes of the boxes; None: there is one class.
         size: (height, width) of the file.
         skeleton: the K key points.
+        threshold: key points with a lower score are unsure: they are not drawn.
     """
 
     keypoints: Tensor
@@ -96,9 +97,15 @@ class PosePrediction:
     labels: Tensor | None = None
     size: tuple[int, int] = field(kw_only=True)
     skeleton: Skeleton = field(kw_only=True)
+    threshold: float = field(default=0.2, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.keypoints)
+
+    @property
+    def shown(self) -> Tensor:
+        """Return which key points are drawn, bool (D, K): those with a label, or the sure ones."""
+        return self.scores >= self.threshold if self.visible is None else self.visible > 0
 
     def at_least(self, score: float) -> PosePrediction:
         """Return the poses of at least this score; all true poses."""

@@ -1,0 +1,68 @@
+"""Find the image files that paths, folders and globs mean, and name them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from widefield import _checks
+from widefield.data.listing import IMAGE_ENDINGS, Skipped, images_in, is_image
+
+Images = str | Path | Sequence[str | Path]
+"""Files, folders that are searched at any depth, and globs such as ``photos/*.jpg``."""
+
+
+def find_images(images: Images) -> list[tuple[Path, Path]]:
+    """Return the files that are meant, and for each the folder that its name is relative to; no file twice.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no image.
+        TypeError: something else than paths.
+    """
+    if isinstance(images, (str, Path)):
+        images = [images]
+    if not isinstance(images, Sequence) or not all(isinstance(one, (str, Path)) for one in images):
+        raise TypeError(f"images must be paths of files or folders, or globs; got {images!r}.")
+    found: dict[Path, Path] = {}
+    for one in images:
+        for path, root in _found(Path(one).expanduser()):
+            found.setdefault(path, root)
+    if not found:
+        raise FileNotFoundError("there are no images to predict: give files, folders or globs.")
+    return list(found.items())
+
+
+def _found(path: Path) -> Iterable[tuple[Path, Path]]:
+    if path.is_dir():
+        skipped = Skipped()
+        inside = images_in(path, skipped)
+        if not inside:
+            left_out = f" Left out: {skipped}." if skipped else ""
+            raise FileNotFoundError(f"{str(path)!r} holds no images ({', '.join(IMAGE_ENDINGS)}).{left_out}")
+        return [(Path(name), path) for name in sorted(inside)]
+    if path.is_file():
+        return [(path, path.parent)]
+    if any(character in str(path) for character in "*?["):
+        matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (any path)
+        files = [(match, match.parent) for match in matches if match.is_file() and is_image(match.name)]
+        if files:
+            return files
+        raise FileNotFoundError(f"no image matches {str(path)!r} ({', '.join(IMAGE_ENDINGS)}).")
+    near = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(f"there is no file or folder {str(path)!r}.{_checks.did_you_mean(str(path), near)}")
+
+
+def names_of(files: Sequence[tuple[Path, Path]]) -> list[str]:
+    """Return a different name for each file, which also differs without its ending."""
+    taken: set[str] = set()
+    names = []
+    for path, root in files:
+        relative = path.relative_to(root)
+        name, number = relative, 1
+        while str(name.with_suffix("")).lower() in taken:
+            number += 1
+            name = relative.with_name(f"{relative.stem}-{number}{relative.suffix}")
+        taken.add(str(name.with_suffix("")).lower())
+        names.append(name.as_posix())
+    return names

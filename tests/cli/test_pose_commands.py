@@ -1,0 +1,230 @@
+"""The commands on a pose run: predict with a detector, with files and alone, eval and report."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tolerances import FLOAT32
+from train.helpers import QUIET
+from widefield import cli
+from widefield.data import Scenes
+from widefield.runs import load, predict
+from widefield.tasks import PosePrediction
+from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
+
+NETWORK = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+HEAD = {"neck_channels": 8, "box_channels": 8, "rois_per_image": 8, "anchor_scales": [2.0], "test_proposals": 20,
+        "score_threshold": 0.0}  # fmt: skip
+
+
+def trained(name: str, data: DataSpec, task: TaskSpec, folder: Path) -> Path:
+    torch.manual_seed(0)
+    recipe = Recipe(
+        name=name,
+        model=ModelSpec("convnext_atto", NETWORK),
+        data=data,
+        task=task,
+        output=str(folder),
+        max_steps=2,
+        batch_size=2,
+        workers=0,
+    )
+    return train(recipe, console=QUIET).folder
+
+
+@pytest.fixture(scope="module")
+def posing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a short run of a small pose model on the objects of scenes."""
+    data = DataSpec("scene_poses", {"size": 64, "count": 4, "crop_size": [64, 64]})
+    task = TaskSpec("pose", {"channels": [8, 8, 8], "keypoint_threshold": 0.0})
+    return trained("poses", data, task, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def detecting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a short run of a small detector on scenes."""
+    data = DataSpec("scenes", {"size": 64, "count": 6})
+    task = TaskSpec("detection", {"model": "faster_rcnn", "head_args": HEAD})
+    return trained("objects", data, task, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with two scenes, named as COCO names files."""
+    folder = tmp_path_factory.mktemp("photos")
+    scenes = Scenes("val", size=64, count=2)
+    for index, name in enumerate(("000000000139.png", "more/000000000285.png")):
+        pixels = (scenes[index]["image"] * 0.22 + 0.5).mul(255).round().clamp(0, 255).byte()
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.movedim(0, -1).numpy()).save(folder / name)
+    return folder
+
+
+def document(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_detector_and_a_pose_model_are_one_call(
+    posing: Path, detecting: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(posing), str(photos), "--boxes", str(detecting), "--min-score", "0", "--size", "64"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert "poses" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "overlays", "predict.html", "predict.json", "predict.png", "predict_coco.json",
+    }  # fmt: skip
+    found = document(tmp_path / "predict.json")
+    assert found["about"]["boxes"] == "objects"
+    assert found["about"]["crop_size"] == [64, 64]
+    assert [image["name"] for image in found["images"]] == ["000000000139.png", "more/000000000285.png"]
+    by_hand = predict(str(detecting), photos, size=64)
+    for image, boxes in zip(found["images"], by_hand.images, strict=True):
+        detected = {tuple(np.round(box, 3)) for box in boxes.prediction.boxes.tolist()}
+        assert image["poses"]
+        for pose in image["poses"]:
+            assert tuple(np.round(pose["box"], 3)) in detected
+            assert list(pose["keypoints"]) == ["center", "top", "right", "bottom", "left"]
+    listed = [pose for image in found["images"] for pose in image["poses"]]
+    entries = document(tmp_path / "predict_coco.json")
+    assert len(entries) == len(listed)
+    for pose, entry in zip(listed, entries, strict=True):
+        assert entry["category_id"] == found["classes"].index(pose["name"]) + 1
+        assert entry["keypoints"] == pytest.approx([*chain(*pose["keypoints"].values())], rel=FLOAT32)
+        assert entry["score"] == pose["score"]
+    assert {entry["image_id"] for entry in entries} == {1, 2}
+    page = (tmp_path / "predict.html").read_text()
+    assert "left (round)" in page
+    with Image.open(tmp_path / "overlays/more/000000000285.png") as shown:
+        assert shown.size == (640, 640)  # enlarged
+
+
+def test_boxes_of_some_classes_and_scores(posing: Path, detecting: Path, photos: Path) -> None:
+    subject, detector = load(str(posing)), load(str(detecting))
+    every = predict(subject, photos, boxes=detector, min_score=0, size=64)
+    names = [every.classes[label] for one in every.images for label in one.prediction.labels.tolist()]
+    some = predict(subject, photos, boxes=detector, min_score=0, size=64, box_classes=[names[0]])
+    assert {every.classes[k] for one in some.images for k in one.prediction.labels.tolist()} == {names[0]}
+    assert sum(len(one.prediction) for one in some.images) == names.count(names[0])
+    none = predict(subject, photos, boxes=detector, min_score=0.99)
+    assert [len(one.prediction) for one in none.images] == [0, 0]
+    assert none.rows()[0]["poses"] == "0"
+    none.plot()
+
+
+def test_without_boxes_the_image_is_one(posing: Path, photos: Path) -> None:
+    (found, _) = predict(str(posing), photos).images
+    assert isinstance(found.prediction, PosePrediction)
+    assert found.prediction.boxes.tolist() == [[0, 0, 64, 64]]
+    assert found.prediction.size == (64, 64)
+    assert "class" not in predict(str(posing), photos)._repr_html_().split("<style>")[0]
+
+
+def test_true_boxes_in_files_give_the_poses_of_the_evaluation(posing: Path, tmp_path: Path) -> None:
+    subject = load(str(posing))
+    dataset, task = subject.own_data(), subject.task()
+    scenes = Scenes("val", size=64, count=4)
+    images, results, annotations = [], [], []
+    for number in range(2):
+        scene = scenes[number]
+        pixels = (scene["image"] * 0.22 + 0.5).mul(255).round().clamp(0, 255).byte()
+        Image.fromarray(pixels.movedim(0, -1).numpy()).save(tmp_path / f"scene_{number}.png")
+        images.append({"id": number, "file_name": f"scene_{number}.png"})
+        for box, label in zip(scene["boxes"].tolist(), scene["labels"].tolist(), strict=True):
+            x1, y1, x2, y2 = box
+            entry = {"image_id": number, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            annotations.append(entry)
+            results.append({**entry, "score": 1.0})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    categories = [{"id": k, "name": name} for k, name in enumerate(scenes.object_classes, start=1)]
+    whole = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "true.json").write_text(json.dumps(whole))
+    batch = task.collate([dataset[index] for index in range(len(dataset)) if int(dataset[index]["image_id"]) < 2])
+    with torch.no_grad():
+        expected = task.outputs(subject.model, batch)["preds"]
+    for name in ("results.json", "true.json"):
+        found = predict(subject, tmp_path / "scene_*.png", boxes=tmp_path / name)
+        for number, one in enumerate(found.images):
+            rows = expected.images == number
+            # The suppression of duplicates may leave out some.
+            points, boxes = expected.points[rows].float(), expected.boxes[rows]
+            assert 0 < len(one.prediction) <= int(rows.sum())
+            for pose, box in zip(one.prediction.keypoints, one.prediction.boxes, strict=True):
+                match = (boxes == box).all(1).nonzero()[0, 0]
+                torch.testing.assert_close(pose, points[match], rtol=FLOAT32, atol=1e-3)
+
+
+def test_what_a_detector_wrote_is_read_again(posing: Path, detecting: Path, photos: Path, tmp_path: Path) -> None:
+    assert cli.main(["predict", str(detecting), str(photos), "--out", str(tmp_path / "boxes")]) == 0
+    out = str(tmp_path / "poses")
+    words = ["predict", str(posing), str(photos), "--min-score", "0", "--out", out]
+    assert cli.main([*words, "--boxes", str(tmp_path / "boxes/predict.json")]) == 0
+    read = document(tmp_path / "poses/predict.json")["images"]
+    assert cli.main([*words, "--boxes", str(detecting)]) == 0
+    composed = document(tmp_path / "poses/predict.json")["images"]
+    for one, other in zip(read, composed, strict=True):
+        boxes, again = (np.array(sorted(pose["box"] for pose in image["poses"])) for image in (one, other))
+        np.testing.assert_allclose(boxes, again, atol=1e-2)  # the detector ran on batches of another size
+
+
+def test_an_evaluation_has_a_page_with_key_points_sizes_errors_and_crops(
+    posing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, out = tmp_path / "page.html", tmp_path / "out.json"
+    words = ["eval", str(posing), "--workers", "0", "--page", str(page), "--out", str(out), "--examples", "1"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    for text in ("oks_ap50", "key point", "PCK@0.2", "inversion", "center"):
+        assert text in printed
+    text = page.read_text()
+    for heading in ("COCO&#x27;s figures", "Key points", "People by size", "Classes", "Best images", "Worst images"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "prediction, with lines to the labels" in text
+    assert "the object keypoint similarity" in text
+    (result,) = json.loads(out.read_text())["results"]
+    assert set(result["scores"]) >= {"metrics", "by_keypoint", "by_size", "errors"}
+    assert result["classes"] == 8
+
+
+def test_a_report_shows_the_evaluation(posing: Path, tmp_path: Path) -> None:
+    assert cli.main(["report", str(posing), "--out", str(tmp_path / "report.html"), "--count", "2"]) == 0
+    text = (tmp_path / "report.html").read_text()
+    for heading in ("Training", "Metrics", "Key points", "Worst images"):
+        assert f"<h2>{heading}</h2>" in text
+    found = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert found["Evaluation"]["poses"]["scores"]["by_keypoint"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "POSES", "photo.png", "--boxes", "test_resnet"], "test_resnet is a model for classification"),
+        (["predict", "OBJECTS", "photo.png", "--boxes", "OBJECTS"], "objects is a model for detection"),
+        (["predict", "POSES", "photo.png", "--size", "64"], "there is no detector"),
+        (["predict", "POSES", "photo.png", "--box-classes", "disk"], "there are none"),
+        (["predict", "POSES", "photo.png", "--boxes", "OBJECTS", "--box-classes", "disc"], "Did you mean 'disk'?"),
+        (["predict", "POSES", "photo.png", "--boxes", "nothing.json"], "there is neither a folder"),
+        (["predict", "POSES", "photo.png", "--boxes", "photo.png"], "is not a JSON file with boxes"),
+        (["predict", "POSES", "photo.png", "--boxes", "empty.json"], "the file name 'photo.png' does not end with one"),
+        (["eval", "POSES", "--data", "digits"], "the data have no key points"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], message: str, posing: Path, detecting: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("photo.png")
+    Path("empty.json").write_text("[]")
+    runs = {"POSES": str(posing), "OBJECTS": str(detecting)}
+    assert cli.main([runs.get(word, word) for word in words]) == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.strip().count("\n") == 0
