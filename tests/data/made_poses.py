@@ -3,7 +3,6 @@
 import json
 
 from data.made_objects import write_image
-
 from widefield.data import Skeleton
 
 COCO = Skeleton.load("coco")
