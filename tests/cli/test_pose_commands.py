@@ -62,10 +62,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     scenes = Scenes("val", size=64, count=2)
     for index, name in enumerate(("000000000139.png", "more/000000000285.png")):
-        pixels = (scenes[index]["image"] * 0.22 + 0.5).mul(255).round().clamp(0, 255).byte()
         (folder / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels.movedim(0, -1).numpy()).save(folder / name)
+        Image.fromarray(pixels_of(scenes[index])).save(folder / name)
     return folder
+
+
+def pixels_of(scene: Any) -> np.ndarray:
+    """Return the image of a scene, uint8 (H, W, 3)."""
+    pixels = (scene["image"] * 0.22 + 0.5).mul(255).round().clamp(0, 255).byte()
+    return pixels.movedim(0, -1).numpy()
 
 
 def document(path: Path) -> Any:
@@ -134,8 +139,7 @@ def test_true_boxes_in_files_give_the_poses_of_the_evaluation(posing: Path, tmp_
     images, results, annotations = [], [], []
     for number in range(2):
         scene = scenes[number]
-        pixels = (scene["image"] * 0.22 + 0.5).mul(255).round().clamp(0, 255).byte()
-        Image.fromarray(pixels.movedim(0, -1).numpy()).save(tmp_path / f"scene_{number}.png")
+        Image.fromarray(pixels_of(scene)).save(tmp_path / f"scene_{number}.png")
         images.append({"id": number, "file_name": f"scene_{number}.png"})
         for box, label in zip(scene["boxes"].tolist(), scene["labels"].tolist(), strict=True):
             x1, y1, x2, y2 = box
@@ -193,6 +197,48 @@ def test_an_evaluation_has_a_page_with_key_points_sizes_errors_and_crops(
     assert result["classes"] == 8
 
 
+def test_an_evaluation_with_the_boxes_of_a_detector(
+    detecting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scenes as files in COCO's form, with the key points of their objects."""
+    scenes = Scenes("val", size=64, count=2)
+    (tmp_path / "images").mkdir()
+    listed, annotations = [], []
+    for number, scene in enumerate(scenes):
+        Image.fromarray(pixels_of(scene)).save(tmp_path / f"images/{number:03d}.png")
+        listed.append({"id": number, "file_name": f"{number:03d}.png", "width": 64, "height": 64})
+        for index, (x1, y1, x2, y2) in enumerate(scene["boxes"].tolist()):
+            points = scene["keypoints"][index].clone()
+            points[:, :2] -= 0.5
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": number, "category_id": 10 + int(scene["labels"][index]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(scene["area"][index]), "iscrowd": 0,
+                "keypoints": (points * (points[:, 2:] > 0)).flatten().tolist(),
+                "num_keypoints": int((points[:, 2] > 0).sum()),
+            })  # fmt: skip
+    names = list(scenes.keypoint_names)
+    categories = [{"id": 10 + k, "name": name, "keypoints": names} for k, name in enumerate(scenes.object_classes)]
+    (tmp_path / "all.json").write_text(
+        json.dumps({"images": listed, "annotations": annotations, "categories": categories})
+    )
+    data = DataSpec("coco_keypoints", {
+        "root": str(tmp_path), "annotations": "all.json", "images": "images", "skeleton": "scenes",
+        "crop_size": [64, 64],
+    })  # fmt: skip
+    run = trained("files", data, TaskSpec("pose", {"channels": [8], "keypoint_threshold": 0.0}), tmp_path)
+    words = ["predict", str(detecting), str(tmp_path / "images"), "--coco", str(tmp_path / "all.json")]
+    assert cli.main([*words, "--out", str(tmp_path / "found")]) == 0
+    capsys.readouterr()
+    file = tmp_path / "found/predict_coco.json"
+    words = ["eval", str(run), "--workers", "0", "--out", str(tmp_path / "eval.json")]
+    assert cli.main([*words, "--boxes", str(file)]) == 0
+    assert f"{len(document(file))} boxes of a detector" in capsys.readouterr().out
+    (result,) = document(tmp_path / "eval.json")["results"]
+    assert result["images"] == len(document(file))
+    assert result["metrics"]["oks_ap"] is not None
+    assert result["metrics"]["pck"] is None  # whose pose it is, is not known
+
+
 def test_a_report_shows_the_evaluation(posing: Path, tmp_path: Path) -> None:
     assert cli.main(["report", str(posing), "--out", str(tmp_path / "report.html"), "--count", "2"]) == 0
     text = (tmp_path / "report.html").read_text()
@@ -214,6 +260,8 @@ def test_a_report_shows_the_evaluation(posing: Path, tmp_path: Path) -> None:
         (["predict", "POSES", "photo.png", "--boxes", "photo.png"], "is not a JSON file with boxes"),
         (["predict", "POSES", "photo.png", "--boxes", "empty.json"], "the file name 'photo.png' does not end with one"),
         (["eval", "POSES", "--data", "digits"], "the data have no key points"),
+        (["eval", "POSES", "--boxes", "empty.json"], "--boxes is for data in COCO's form"),
+        (["eval", "OBJECTS", "--boxes", "empty.json"], "--boxes is for pose models"),
     ],
 )
 def test_mistakes_are_one_line(

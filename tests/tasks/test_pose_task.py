@@ -217,3 +217,5 @@ def test_what_is_wrong_is_named(model: HeatmapPose) -> None:
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.BatchNorm2d(3))
     with pytest.raises(ValueError, match="batch of 1 is too small to train a batch norm"):
         task.loss(network, task.collate(made_samples()[:1]))
+    with pytest.raises(ValueError, match="measured on val samples, which have the entry 'people'; these have none"):
+        task.outputs(model, task.collate([{k: v for k, v in made_samples()[0].items() if "people" not in k}]))

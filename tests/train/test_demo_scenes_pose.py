@@ -30,7 +30,7 @@ def test_the_recipe_trains_its_model(tmp_path: Path) -> None:
     model = result.model
     assert isinstance(model, HeatmapPose)
     assert model.num_keypoints == 5
-    assert model.stride == 4  # as published
+    assert model.stride == 2
     assert sum(isinstance(layer, nn.ConvTranspose2d) for layer in model.head.modules()) == 3
     losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
     assert all(map(math.isfinite, losses))

@@ -54,6 +54,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="options of the run's task to change, such as test=slide window=512, or flip=true scales=[0.75,1,1.25]",
     )
     parser.add_argument(
+        "--boxes",
+        type=Path,
+        metavar="FILE",
+        help="pose models: boxes of a detector in COCO's form of results, in place of true ones",
+    )
+    parser.add_argument(
         "--crop-pct", type=float, metavar="X", help="side of the crop relative to the resized image (the model's)"
     )
     parser.add_argument(
@@ -203,6 +209,8 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
         for option, value in given.items():
             if value and subject.work != "classification":
                 raise ValueError(f"{option} is for classifiers, and {subject.name} is a model for {subject.work}.")
+        if args.boxes and subject.work != "pose":
+            raise ValueError(f"--boxes is for pose models, and {subject.name} is a model for {subject.work}.")
         if args.page and subject.work == "classification":
             raise ValueError(f"--page is for models of dense tasks, and {subject.name} is a classifier; use --out.")
         if args.task and subject.recipe is None and subject.work == "classification":
@@ -312,6 +320,12 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
         if not issubclass(kind, ImageFiles):
             raise ValueError(f"--real finds labels by file names, and {name} has none.")
         asked["names"] = True
+    if args.boxes is not None:
+        if "boxes" not in options_of(kind):
+            raise ValueError(
+                f"--boxes is for data in COCO's form such as coco_keypoints, and {name} has true boxes only."
+            )
+        asked["boxes"] = str(args.boxes.expanduser().resolve())
     if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
     if own and name == own["name"] and (not root or issubclass(kind, (SegmentationSet, DetectionSet, PoseSet))):

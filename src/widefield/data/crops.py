@@ -129,30 +129,38 @@ def warp(image: Tensor, matrices: Tensor, size: Sequence[int]) -> Tensor:
         raise ValueError(f"matrices must be (M, 2, 3); got shape {tuple(matrices.shape)}.")
     height, width = (_checks.integer("a side of size", side) for side in size)
     back = inverse(matrices.double())
-    rows = torch.arange(height, dtype=torch.float64, device=back.device)[:, None]
-    columns = torch.arange(width, dtype=torch.float64, device=back.device)
-    linear, offset = back[..., :2, None, None], back[..., 2, None, None]
-    places = linear[:, :, 0] * columns + linear[:, :, 1] * rows + offset  # (M, 2, height, width): x and y
-    part, (top, left) = _seen(image, places)
-    if not part.numel() or not len(back):
+    window = _seen(image, back, (height, width)) if len(back) else None
+    if window is None:
         return image.new_zeros(len(back), image.shape[0], height, width)
+    part, corner = window
     # grid_sample wants the centers of the first and last pixel at -1 and 1; a single pixel would divide by 0.
     part = F.pad(part, (0, 1, 0, 1)) if 1 in part.shape[1:] else part
-    spans = places.new_tensor([part.shape[2] - 1, part.shape[1] - 1])[:, None, None]
-    grid = ((places - places.new_tensor([left, top])[:, None, None]) * 2 / spans - 1).permute(0, 2, 3, 1)
+    unit = 2 / back.new_tensor([part.shape[2] - 1, part.shape[1] - 1])
+    rows = torch.arange(height, dtype=torch.float64, device=back.device)[:, None, None]
+    columns = torch.arange(width, dtype=torch.float64, device=back.device)[:, None]
+    across, down, offset = (back * unit[:, None]).movedim(2, 0)[:, :, None, None]  # each (M, 1, 1, 2): x and y
+    grid = across * columns + (down * rows + offset - back.new_tensor(corner) * unit - 1)
     values = part if part.dtype in (torch.float32, torch.float64) else part.float()
     batch = values.expand(len(back), *values.shape)
     crops = F.grid_sample(batch, grid.to(values), mode="bilinear", padding_mode="zeros", align_corners=True)
     return crops.round().to(image.dtype) if image.dtype == torch.uint8 else crops.to(image.dtype)
 
 
-def _seen(image: Tensor, places: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Return the part of an image (C, H, W) around all places (M, 2, h, w), and its (top, left)."""
-    if not places.numel():
-        return image[:, :0, :0], (0, 0)
-    # Affine maps take their extremes at the corners.
-    corners = places[..., :: places.shape[2] - 1 or 1, :: places.shape[3] - 1 or 1]
-    low, high = corners.amin((0, 2, 3)).floor(), corners.amax((0, 2, 3)).floor() + 2
-    left, top = low.clamp(min=0).long().tolist()
-    right, bottom = torch.minimum(high, high.new_tensor([image.shape[2], image.shape[1]])).long().tolist()
-    return image[:, top : max(top, bottom), left : max(left, right)], (top, left)
+def _seen(image: Tensor, back: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | None:
+    """Return the part of an image (C, H, W) that crops show, and its (left, top); None if they show none of it.
+
+    Args:
+        image: (C, H, W).
+        back: (M, 2, 3), from pixels of the crops to pixels of the image.
+        size: (height, width) of the crops.
+    """
+    bottom, right = size[0] - 1, size[1] - 1
+    ends = back.new_tensor([[0, 0], [right, 0], [0, bottom], [right, bottom]])
+    corners = apply_matrix(ends, back)  # affine maps take their extremes at the corners
+    low, high = corners.amin((0, 1)).floor(), corners.amax((0, 1)).floor() + 2
+    limits = low.new_tensor([image.shape[2], image.shape[1]])
+    low, high = torch.minimum(low.clamp(min=0), limits), torch.minimum(high, limits)
+    if not bool((high > low).all()):
+        return None
+    (left, top), (right, bottom) = low.long().tolist(), high.long().tolist()
+    return image[:, top:bottom, left:right], (left, top)

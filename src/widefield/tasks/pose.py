@@ -66,7 +66,7 @@ class PoseEstimation(Task):
         keypoint_threshold: key points with lower scores do not count in the score of a pose.
         size_bins: edges between the finer groups of people by size, square roots of areas in pixels; null: octaves
             from 8 to 512.
-        head_args: further arguments of :class:`widefield.dense.HeatmapPose`, such as ``{"out_indices": [2]}``.
+        head_args: further arguments of :class:`widefield.dense.HeatmapPose`, such as ``{"stage_norms": true}``.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
@@ -192,6 +192,9 @@ class PoseEstimation(Task):
             labels=batch["label"].cpu(),
             images=batch["image_id"].cpu(),
         )
+        for name in _PEOPLE:
+            if name not in batch:
+                raise ValueError(f"poses are measured on val samples, which have the entry {name!r}; these have none.")
         people = [People(*(part.cpu() for part in parts)) for parts in zip(*(batch[n] for n in _PEOPLE), strict=True)]
         target = TruePoses(batch["truth"].cpu(), batch["area"].cpu(), people)
         return {"preds": preds, "target": target, "index": batch.get("index")}
