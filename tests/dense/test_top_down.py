@@ -85,6 +85,7 @@ def test_boxes_come_from_anywhere() -> None:
         assert poses(given, classes=[1]).boxes.tolist() == BOXES[1:].tolist()
         assert poses(given, min_score=0.6).boxes.tolist() == BOXES[:1].tolist()
         assert poses(given, classes=[]).points.shape == (0, 3, 2)
+    assert not poses(BOXES.clone().requires_grad_()).points.requires_grad  # of a detector that recorded gradients
 
 
 class Torchvisions(nn.Module):

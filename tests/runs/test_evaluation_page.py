@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tolerances import FLOAT64
 from train.patches import Patches
+from widefield import data
 from widefield.data import Sample
 from widefield.runs import Evaluation, Subject, Weights, evaluate_model
 from widefield.runs.evaluation_page import draw_confusion, rows_by_size, write_evaluation
@@ -173,3 +174,18 @@ def test_a_selection_has_the_samples_and_names_of_the_whole() -> None:
     for index in range(6):
         place = int(some.name(index).removeprefix("image "))
         assert torch.equal(some[index]["mask"], whole[place]["mask"])
+
+
+def test_a_choice_of_poses_has_whole_files() -> None:
+    """The first sample of a file brings its people: without it, there is nothing to measure the others on."""
+    whole = data.create("scene_poses", "val", count=6, size=64)
+    files = whole.boxes.files.tolist()
+    for count in (1, 9, 20, 10**6):
+        some = Selection(whole, count, complete=True)
+        chosen = [int(sample["image_id"]) for sample in some]
+        assert len(some) >= min(count, len(whole))
+        assert len(some) - chosen.count(max(set(chosen), key=chosen.count)) < count  # not a file too many
+        for file in set(chosen):
+            assert chosen.count(file) == files.count(file)
+        assert sum(len(sample["people"]) for sample in some) >= len(some)
+    assert len(Selection(whole, 9)) == 9

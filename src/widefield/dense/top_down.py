@@ -188,7 +188,7 @@ def _chosen(found: Detections, classes: Sequence[int] | None, min_score: float, 
     if classes is not None:
         listed = [_checks.integer("every entry of classes", label, minimum=0) for label in classes]
         wanted = wanted & torch.isin(found.labels, found.labels.new_tensor(listed))
-    boxes, scores, labels = (one[wanted].to(device) for one in found[:3])
+    boxes, scores, labels = (one[wanted].detach().to(device) for one in found[:3])
     return Detections(boxes.float(), scores.float(), labels)
 
 

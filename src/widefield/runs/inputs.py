@@ -91,14 +91,19 @@ class Selection(data.SampleSet):
         whole: the data set.
         count: number of samples; a seeded choice if there are more.
         seed: of the choice.
+        complete: of a set of poses, take all samples of some files, ``count`` at least. Metrics need them: the first
+            sample of a file brings its people, against which the poses of the others are measured.
     """
 
-    def __init__(self, whole: data.SampleSet, count: int, seed: int = 0) -> None:
+    def __init__(self, whole: data.SampleSet, count: int, seed: int = 0, *, complete: bool = False) -> None:
         super().__init__(whole.split, whole.seed)
         self._whole = whole
         self.classes, self.mean, self.std, self.image_size = whole.classes, whole.mean, whole.std, whole.image_size
-        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-        self._indices = sorted(order[:count].tolist())
+        generator = torch.Generator().manual_seed(seed)
+        if complete and isinstance(whole, data.PoseSet):
+            self._indices = _of_files(torch.from_numpy(whole.boxes.files), count, generator)
+        else:
+            self._indices = sorted(torch.randperm(len(whole), generator=generator)[:count].tolist())
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -112,6 +117,21 @@ class Selection(data.SampleSet):
         named: Any = getattr(self._whole, "name", None)
         place = self._indices[index]
         return str(named(place)) if callable(named) else f"image {place}"
+
+
+def _of_files(files: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """Return the samples of a choice of files: as few files as have at least ``count`` samples.
+
+    Args:
+        files: int64 (N,), the file of each sample.
+        count: number of samples.
+        generator: of the choice.
+    """
+    known, sizes = files.unique(return_counts=True)
+    order = torch.randperm(len(known), generator=generator)
+    fewer = sizes[order].cumsum(0) - sizes[order] < count
+    chosen: list[int] = torch.isin(files, known[order[fewer]]).nonzero()[:, 0].tolist()
+    return chosen
 
 
 class OwnPictures(data.Pictures):

@@ -128,7 +128,7 @@ def _evaluated(
         task = subject.task(whole)
     except (MissingDataError, ValueError) as error:  # the data are missing, or have changed
         return [("Evaluation: left out", report.paragraph(f"Not of {subject.name}: {error}"))]
-    some = Selection(whole, count)
+    some = Selection(whole, count, complete=True)
     recipe = subject.recipe
     settings: dict[str, Any] = {}
     if recipe:

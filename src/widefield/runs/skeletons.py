@@ -131,7 +131,7 @@ class _Pen:
 
     def gap(self, start: Point, end: Point) -> None:
         """Draw a thin line from a point to where it should be, and a cross there."""
-        thin = 0.4 * self.width
+        thin = 0.55 * self.width
         for thick, ink in ((thin + self.edge, _INK), (thin, (255, 255, 255))):
             wide, reach = max(1, round(thick)), self.width
             self.draw.line([start, end], ink, wide)
