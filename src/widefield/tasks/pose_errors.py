@@ -52,6 +52,12 @@ class ImagePeople(NamedTuple):
         found: Bools = self.keypoints[..., 2] > 0
         return found
 
+    def some(self, rows: Bools) -> ImagePeople:
+        """Return the people of some rows, (M,)."""
+        return ImagePeople(
+            self.keypoints[rows], self.labels[rows], self.areas[rows], self.boxes[rows], self.crowd[rows]
+        )
+
     def similarities(self, points: Floats, sigmas: Floats) -> Floats:
         """Return how similar key points of poses (D, K, 2) are to those of the people, (D, M, K)."""
         return similarities(points, self.keypoints, self.areas, self.boxes, sigmas)
@@ -74,7 +80,7 @@ def count_errors(points: Floats, labels: Ints, people: ImagePeople, sigmas: Floa
     """
     counts = np.zeros((len(sigmas), len(KINDS)), np.int64)
     real = ~people.crowd & people.labeled.any(1)
-    people = ImagePeople(*(part[real] for part in people))
+    people = people.some(real)
     if not len(people.labels) or not len(points):
         return counts
     turned = people._replace(keypoints=people.keypoints[:, swapped])
