@@ -111,7 +111,7 @@ class ReceptiveField(Result):
                 "images": str(self.about["images"]),
                 **ratios,
                 "sigma x/y, px": f"{self.sigma_x:.1f}/{self.sigma_y:.1f}",
-                "theory, px": _sides(self.theoretical.size) if self.theoretical.size else "whole",
+                "theory, px": _extent(self.theoretical, "whole"),
             }
         ]
 
@@ -309,6 +309,13 @@ def _sides(shape: Sequence[int]) -> str:
     return str(shape[0]) if shape[0] == shape[1] else f"{shape[0]}x{shape[1]}"
 
 
+def _extent(field: Field, whole: str) -> str:
+    """Return the sides of a theoretical field as text, ``whole`` if it is the image."""
+    if field.size is not None:
+        return _sides(field.size)
+    return whole if field.computed else "not computed"
+
+
 _Entry = tuple[str, ReceptiveField]
 
 
@@ -356,7 +363,7 @@ def _draw_one(axis: Axes, heading: str, result: ReceptiveField, *, log: bool) ->
     axis.locator_params(nbins=3)
     shares = "/".join(f"{share:.0%}"[:-1] for share in result.area_ratio)
     ratios = " / ".join(_percent(ratio) for ratio in result.area_ratio.values())
-    field = f"{_sides(size)} px" if size else "whole image"
+    field = f"{_sides(size)} px" if size else _extent(result.theoretical, "whole image")
     of = f"{result.of}\n" if result.of else ""
     axis.set_xlabel(f"{of}{shares} % within\n{ratios} %\ntheoretical: {field}", fontsize=6.5)
     return shown

@@ -110,8 +110,8 @@ class KeypointFields(Result):
         sizes.sort(key=lambda size: _order(size, results))
         longest = max(len(result.keypoints()) for result in results.values())
         step = 0.09 * len(sizes) + 0.1
-        width = min(report.PAGE, 2.4 * len(results) + 1.2)
-        figure = report.blank(width, longest * step + 0.9)
+        width = min(report.PAGE, 2.4 * len(results) + 1.6)
+        figure = report.blank(width, longest * step + 1.0)
         axes = figure.subplots(1, len(results), squeeze=False, sharex=True)[0]
         for axis, (title, result) in zip(axes, results.items(), strict=True):
             _draw_radii(axis, result, sizes)
@@ -119,7 +119,7 @@ class KeypointFields(Result):
         figure.supxlabel("longer sides of the person's box, from the peak", fontsize=8)
         if len(sizes) > 1:
             handles, labels = _legend(sizes)
-            figure.legend(handles, labels, loc="outside upper center", ncols=len(sizes), frameon=False)
+            figure.legend(handles, labels, loc="outside upper center", ncols=len(sizes), frameon=False, fontsize=7)
         return figure
 
     @classmethod
@@ -166,7 +166,7 @@ def keypoint_receptive_fields(
     keypoints: Sequence[int] | None = None,
     sizes: Sequence[float] = (32, 96),
     count: int = 24,
-    extent: float = 0.5,
+    extent: float = 0.75,
     batch_size: int = 8,
     classes: Sequence[str] | None = None,
     name: str | None = None,
@@ -289,7 +289,7 @@ def _legend(sizes: Sequence[str]) -> tuple[list[Any], list[str]]:
         Line2D([], [], color=report.COLORS[k % len(report.COLORS)], marker="o", markersize=3.5)
         for k in range(len(sizes))
     ]
-    return lines, [f"people {size}" for size in sizes]
+    return lines, list(sizes)
 
 
 def _grid(results: Mapping[str, KeypointFields]) -> tuple[Figure, list[tuple[KeypointFields, int, Axes]]]:

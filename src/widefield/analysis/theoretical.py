@@ -42,6 +42,7 @@ class Field:
         reason: the first operator that reaches, or may reach, every position, and its layer.
         local: the sides the field would have if such operators returned constants, which is nearly true for the gates
             of squeeze-excite and the routing weights of a mixture; None if no grid is left.
+        computed: False if the operators were not followed, so that the extent is unknown.
     """
 
     size: tuple[int, int] | None
@@ -49,6 +50,7 @@ class Field:
     center: tuple[float, float]
     reason: str | None
     local: tuple[int, int] | None
+    computed: bool = True
 
     def clipped(self, image: Sequence[int]) -> tuple[int, int]:
         """Return how many (rows, columns) of an image (H, W) the field covers; the whole image if size is None."""
@@ -153,7 +155,7 @@ def feature_map(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 def unknown(images: Tensor, places: Sequence[int], unit: tuple[int, int], reason: str) -> Field:
     """Return the field of a unit whose extent is unknown, centered on the unit's share of the image."""
     y, x = images.shape[-2] / places[0], images.shape[-1] / places[1]
-    return Field(None, (y, x), ((unit[0] + 0.5) * y - 0.5, (unit[1] + 0.5) * x - 0.5), reason, None)
+    return Field(None, (y, x), ((unit[0] + 0.5) * y - 0.5, (unit[1] + 0.5) * x - 0.5), reason, None, False)
 
 
 def unit(position: Position, found: Tensor, layer: str) -> tuple[int, int]:

@@ -30,8 +30,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="edges between the sizes of people: square roots of their areas, in pixels of the files (32 96)",
     )
     parser.add_argument(
-        "--extent", type=float, default=0.5, metavar="X",
-        help="sides of the person's box from the key point to the border of a field (0.5)",
+        "--extent", type=float, default=0.75, metavar="X",
+        help="sides of the person's box from the key point to the border of a field (0.75)",
     )  # fmt: skip
 
 
