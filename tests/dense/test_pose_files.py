@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from dense import pose_configs
 from dense.networks import faster_rcnn
 from dense.pose_configs import NAMES, SWAPPED
-from dense.published_files import FIXTURE_NAMES, FIXTURES, NORMED, made_weights, network, same, saved, segmenter, write
+from dense.published_files import (
+    FIXTURE_NAMES,
+    FIXTURES,
+    NORMED,
+    backbone_of,
+    made_weights,
+    network,
+    official,
+    same,
+    saved,
+    segmenter,
+    write,
+)
 from widefield import LargeKernel, convert, dense
 from widefield.dense import _pose_config
 
@@ -75,6 +87,7 @@ def test_files_of_every_family_load_and_are_described(name, prefix, tmp_path):
     unread = [f"backbone.norm{stage}.{part}" for stage in range(3) for part in ("weight", "bias")]
     if name in NORMED:
         content |= dict.fromkeys(unread, torch.ones(8))
+    assert backbone_of(content).keys() == official(name).keys()
     path = write(content, tmp_path / "file.pth")
     report = dense.load_checkpoint(model, path)
     assert set(report.loaded) == set(model.state_dict())
