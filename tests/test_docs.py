@@ -28,6 +28,7 @@ PAGES = (
     "segmentation",
     "mmsegmentation",
     "mmdetection",
+    "mmpose",
 )
 
 

@@ -124,12 +124,20 @@ def test_boxes_of_some_classes_and_scores(posing: Path, detecting: Path, photos:
     none.plot()
 
 
-def test_without_boxes_the_image_is_one(posing: Path, photos: Path) -> None:
-    (found, _) = predict(str(posing), photos).images
+def test_without_boxes_the_image_is_one(posing: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    seen = predict(str(posing), [photos, tmp_path])
+    assert [one.path.name for one in seen.unreadable] == ["broken.png"]
+    (found, _) = seen.images
     assert isinstance(found.prediction, PosePrediction)
     assert found.prediction.boxes.tolist() == [[0, 0, 64, 64]]
     assert found.prediction.size == (64, 64)
-    assert "class" not in predict(str(posing), photos)._repr_html_().split("<style>")[0]
+    assert found.prediction.labels is None  # the model does not tell classes apart
+    (pose,) = seen.to_dict()["images"][0]["poses"]
+    assert (pose["label"], pose["name"]) == (None, None)
+    assert cli.main(["predict", str(posing), str(photos), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out/predict_coco.json").exists()  # whose entries have a category
+    assert seen._repr_html_().count("<img") == 4  # each image, and its pose
 
 
 def test_true_boxes_in_files_give_the_poses_of_the_evaluation(posing: Path, tmp_path: Path) -> None:

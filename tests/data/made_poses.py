@@ -2,8 +2,7 @@
 
 import json
 
-from made_objects import write_image
-
+from data.made_objects import write_image
 from widefield.data import Skeleton
 
 COCO = Skeleton.load("coco")

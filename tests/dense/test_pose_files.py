@@ -6,12 +6,27 @@ import re
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dense import pose_configs
 from dense.networks import faster_rcnn
 from dense.pose_configs import NAMES, SWAPPED
-from dense.published_files import FIXTURE_NAMES, FIXTURES, NORMED, made_weights, network, same, saved, segmenter, write
+from dense.published_files import (
+    FIXTURE_NAMES,
+    FIXTURES,
+    NORMED,
+    backbone_of,
+    made_weights,
+    network,
+    official,
+    same,
+    saved,
+    segmenter,
+    write,
+)
 from widefield import LargeKernel, convert, dense
+from widefield.dense import _pose_config
 
 HEAD = json.loads((FIXTURES / "dense" / "heatmap_head.json").read_text())["state_dict"]
 IMAGES = torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
@@ -72,6 +87,7 @@ def test_files_of_every_family_load_and_are_described(name, prefix, tmp_path):
     unread = [f"backbone.norm{stage}.{part}" for stage in range(3) for part in ("weight", "bias")]
     if name in NORMED:
         content |= dict.fromkeys(unread, torch.ones(8))
+    assert backbone_of(content).keys() == official(name).keys()
     path = write(content, tmp_path / "file.pth")
     report = dense.load_checkpoint(model, path)
     assert set(report.loaded) == set(model.state_dict())
@@ -190,6 +206,44 @@ def test_pairs_that_do_not_pair_are_left_out(file, tmp_path):
     meta = pose_configs.dataset_meta() | {"flip_indices": [1, 2, 0, *range(3, 17)]}
     found = dense.inspect_checkpoint(write(file, tmp_path / "file.pth", meta={"dataset_meta": meta})).convention
     assert (found.keypoints, found.swapped) == (NAMES, None)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_damaged_configurations_do_not_stop_anything(data):
+    """Any text may stand there: what cannot be understood is not known."""
+    text = data.draw(st.sampled_from([pose_configs.version_0(), pose_configs.version_1()]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, min(len(text), start + 40)))
+        text = text[:start] + data.draw(st.text("()[]{}'\"=:,.-e9 \n", max_size=12)) + text[end:]
+    found = _pose_config.convention(text)
+    assert isinstance(found, dense.PoseConvention)
+    for reading in (_pose_config.head_type, _pose_config.other_coding):
+        assert reading(text) is None or isinstance(reading(text), str)
+    assert _pose_config.is_bgr(text) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "mean=[0.1.2, 3, 4]",
+        "mean=[-1, 2, 3]",
+        "mean=[1e999, 2, 3]",
+        f"mean=[{'9' * 400}, 2, 3]",
+        "mean=[1, 2]",
+        "mean=",
+    ],
+)
+def test_means_that_are_none_are_left_out(field):
+    text = f"data_preprocessor = dict({field}, std=[1, 1, 1], bgr_to_rgb=True)"
+    assert _pose_config.convention(text).mean is None
+
+
+def test_formatted_lists_of_newer_mmengine_are_read():
+    text = "codec = dict(\n    heatmap_size=(\n        48,\n        64,\n    ),\n    input_size=(\n        192,\n"
+    text += "        256,\n    ),\n    sigma=2,\n    type='MSRAHeatmap')\n"
+    assert _pose_config.convention(text).codec == dense.HeatmapCodec((256, 192), (64, 48), 2)
 
 
 @pytest.mark.parametrize("version", ["0.x", "1.x"])

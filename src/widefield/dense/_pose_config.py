@@ -7,6 +7,7 @@ mmpose 0.29 and 1.3 were read in its configurations.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from widefield.dense.pose_convention import PoseConvention
 
 _BLUR = 11
 """Side of the Gaussian before DARK, if a configuration does not state it."""
+
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
@@ -63,8 +66,9 @@ def _is_true(text: str, name: str) -> bool:
 
 def _numbers(text: str, name: str) -> list[float]:
     """Return the numbers of a field: one, or those of a list."""
-    found = re.search(_start(name) + r"(?:(?:np\.)?array\(\s*)?(?:[\[(]([^][()]*)[\])]|(-?[\d.]+(?:e-?\d+)?))", text)
-    return [float(value) for value in re.findall(r"-?[\d.]+(?:e-?\d+)?", found[1] or found[2] or "")] if found else []
+    found = re.search(_start(name) + rf"(?:(?:np\.)?array\(\s*)?(?:[\[(]([^][()]*)[\])]|({_NUMBER}))", text)
+    values = [float(value) for value in re.findall(_NUMBER, found[1] or found[2] or "")] if found else []
+    return values if all(map(math.isfinite, values)) else []
 
 
 def _head(config: str) -> str:
@@ -169,7 +173,8 @@ def _normalization(config: str) -> tuple[list[float] | None, list[float] | None]
     old = re.search(r"['\"]NormalizeTensor['\"]([^)}]*)", config)
     text, scale = (preprocessor, 255.0) if preprocessor else (old[1] if old else "", 1.0)
     mean, std = ([value / scale for value in _numbers(text, name)] for name in ("mean", "std"))
-    return (mean, std) if len(mean) == len(std) == 3 else (None, None)
+    usable = len(mean) == len(std) == 3 and min(*mean, *std) >= 0
+    return (mean, std) if usable else (None, None)
 
 
 def _keypoints(config: str) -> tuple[list[str] | None, list[int] | None]:

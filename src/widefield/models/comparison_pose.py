@@ -43,7 +43,7 @@ class CitedPose(NamedTuple):
     name: str
     """Name in timm's registry."""
     args: Mapping[str, Any] = MappingProxyType({})
-    """Arguments of the network."""
+    """Arguments of the network and, as ``stage_norms``, of the pose model."""
 
 
 def _rows(source: str, rows: tuple[tuple[str, str, float, float, str, float, str], ...]) -> tuple[CitedPose, ...]:
@@ -54,6 +54,11 @@ def _rows(source: str, rows: tuple[tuple[str, str, float, float, str, float, str
         for size, macs, ap in ((SMALL, small, small_ap), (LARGE, large, large_ap))
         if macs or ap
     )
+
+
+_SLAK = MappingProxyType(
+    {"kernel_sizes": (51, 49, 47, 13), "small_kernel": 5, "width_factor": 1.3, "stage_norms": "layer"}
+)
 
 
 CITED_POSES: tuple[CitedPose, ...] = (
@@ -93,12 +98,12 @@ CITED_POSES: tuple[CitedPose, ...] = (
             ("MoRF-ConvNeXt-T", "morf_convnext_tiny", 0, 0, "-", 0, "-"),
             ("RepLKNet-31B", "replknet_31b", 0, 0, "-", 0, "-"),
             ("UniRepLKNet-T", "unireplknet_t", 0, 0, "-", 0, "-"),
-            ("SLaK-T", "slak_tiny", 0, 0, "-", 0, "-"),
             ("InternImage-T", "internimage_t", 0, 0, "-", 0, "-"),
             ("HorNet-T (7x7)", "hornet_tiny_7x7", 0, 0, "-", 0, "-"),
             ("FocalNet-T (LRF)", "focalnet_tiny_lrf", 0, 0, "-", 0, "-"),
             ("MobileNetV2", "mobilenetv2_100", 0, 0, "-", 0, "-"),
         ),
     ),
+    *(CitedPose("SLaK-T", size, 0, 0, "-", "none", "slak_tiny", _SLAK) for size in (SMALL, LARGE)),
 )
 """Rows whose models can be built here; those of one source together."""

@@ -17,7 +17,7 @@ from widefield.runs.skeletons import COLORS, SIDES, Figure, sides, with_skeleton
 from widefield.tasks import PosePrediction
 
 _PLAIN: Color = (235, 235, 235)
-"""Color of the boxes if there is one class only."""
+"""Color of the boxes if there is one class only, or the class is not known."""
 _WHOLE = 0.5
 """Largest distance in pixels between a box and the image's border for the box to be the whole image."""
 
@@ -29,7 +29,7 @@ class PoseDrawing(Drawing):
 
     def row(self, prediction: PosePrediction) -> dict[str, str]:
         """Return the number of poses, how many of their key points are sure, and the pose with the highest score."""
-        names = [self.name(k) for k in _labels(prediction).tolist()]
+        names = [name or "pose" for name in self._names(prediction)]
         counts = {name: names.count(name) for name in names}
         listed = sorted(counts.items(), key=lambda one: -one[1])[:4]
         scores = prediction.pose_scores
@@ -46,7 +46,8 @@ class PoseDrawing(Drawing):
     def data(self, prediction: PosePrediction) -> dict[str, Any]:
         """Return all poses with all of their key points: x, y and score of each, by name."""
         entries = zip(
-            _labels(prediction).tolist(),
+            self._labels(prediction),
+            self._names(prediction),
             _pose_scores(prediction).tolist(),
             prediction.boxes.tolist(),
             _triples(prediction),
@@ -56,11 +57,20 @@ class PoseDrawing(Drawing):
         return {
             "size": list(prediction.size),
             "poses": [
-                {"label": k, "name": self.name(k), "score": score, "box": box}
+                {"label": label, "name": name, "score": score, "box": box}
                 | {"keypoints": dict(zip(names, points, strict=True))}
-                for k, score, box, points in entries
+                for label, name, score, box, points in entries
             ],
         }
+
+    def _labels(self, prediction: PosePrediction) -> list[int | None]:
+        """Return the class of each pose; None if it is not known which of several it is."""
+        if prediction.labels is not None:
+            return list(prediction.labels.tolist())
+        return [0 if len(self.classes) == 1 else None] * len(prediction)
+
+    def _names(self, prediction: PosePrediction) -> list[str | None]:
+        return [None if label is None else self.name(label) for label in self._labels(prediction)]
 
     def card(
         self, title: str, image: Image.Image, prediction: PosePrediction, truth: PosePrediction | None = None
@@ -109,22 +119,23 @@ class PoseDrawing(Drawing):
         edges = prediction.boxes.new_tensor([0, 0, width, height])
         inner = ((prediction.boxes - edges).abs() > _WHOLE).any(1)
         scores = prediction.pose_scores
-        several = len(self.palette) > 1
-        labels = _labels(prediction)[inner].tolist()
+        labels = [label for label, kept in zip(self._labels(prediction), inner.tolist(), strict=True) if kept]
+        colors = [_PLAIN if label is None or len(self.palette) < 2 else self.palette[label] for label in labels]
+        names = ["" if label is None or len(self.palette) < 2 else self.name(label)[:24] for label in labels]
         values: Sequence[float | None] = [None] * len(labels) if scores is None else scores[inner].tolist()
         return annotated(
             image,
             Marks(
                 prediction.boxes[inner].numpy() * np.tile(scale, 2),
-                [self.palette[k] if several else _PLAIN for k in labels],
-                [_texts(self.name(k)[:24] if several else "", value) for k, value in zip(labels, values, strict=True)],
+                colors,
+                [_texts(name, value) for name, value in zip(names, values, strict=True)],
             ),
         )
 
     def panel(self, axis: Any, image: Image.Image, prediction: PosePrediction) -> None:
         """Draw the image with its poses, and the colors of the sides under it."""
         axis.imshow(np.asarray(self.drawn(preview(image, 480), prediction)))
-        handles = [patch(color, text) for color, text in self._legend(prediction)]
+        handles = [patch(COLORS[side], side) for side in SIDES if side in sides(prediction.skeleton)]
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, fontsize=5.5,
                     handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
 
@@ -148,11 +159,6 @@ def _triples(prediction: PosePrediction) -> list[list[list[float]]]:
     """Return x, y and score of each key point of each pose."""
     triples: list[list[list[float]]] = torch.cat((prediction.keypoints, prediction.scores[..., None]), -1).tolist()
     return triples
-
-
-def _labels(prediction: PosePrediction) -> Tensor:
-    """Return the classes of poses, (D,); 0 if there is one class."""
-    return torch.zeros(len(prediction), dtype=torch.int64) if prediction.labels is None else prediction.labels
 
 
 def _pose_scores(prediction: PosePrediction) -> Tensor:

@@ -33,12 +33,14 @@ class BoxSource:
         find: gives the boxes of an image, with labels of the source.
         labels: label of the source -> class of the poses. Boxes of other labels get no pose.
         min_score: least score of the boxes that get a pose.
+        labeled: whether it is known of which class the boxes are.
     """
 
     name: str
     find: FindBoxes
     labels: dict[int, int]
     min_score: float
+    labeled: bool = True
 
     def __call__(self, name: str, pixels: Tensor) -> dense.Detections:
         """Return the boxes of an image that get a pose, labeled by the classes of the poses."""
@@ -92,7 +94,7 @@ def box_source(
     if boxes is None:
         if classes is not None:
             raise ValueError(f"box_classes chooses among boxes, and there are none; got {list(classes)}. Give boxes.")
-        return BoxSource("", _whole, {0: 0}, min_score)
+        return BoxSource("", _whole, {0: 0}, min_score, labeled=len(subject.classes) == 1)
     if not detects:
         file = read_boxes(str(boxes), subject.classes, coco)
         names = file.classes
@@ -166,6 +168,8 @@ def pose_prediction(
     boxes: dense.Detections,
     pixels: Tensor,
     batch_size: int = 32,
+    *,
+    labeled: bool = True,
 ) -> PosePrediction:
     """Return the poses in an image.
 
@@ -176,6 +180,7 @@ def pose_prediction(
         boxes: in pixels of the image; all of them get a pose.
         pixels: uint8 (C, H, W), as in the file.
         batch_size: crops at a time.
+        labeled: whether the boxes have labels.
     """
     found = dense.estimate_poses(
         subject.model, pixels, boxes, rules, min_score=0.0, mean=subject.mean, std=subject.std, batch_size=batch_size
@@ -186,7 +191,7 @@ def pose_prediction(
         cpu.scores,
         cpu.pose_scores,
         cpu.boxes,
-        labels=cpu.labels,
+        labels=cpu.labels if labeled else None,
         skeleton=skeleton,
         size=(pixels.shape[1], pixels.shape[2]),
         threshold=rules.keypoint_threshold,

@@ -338,7 +338,12 @@ def predict_each(
                 yield index, pixels
             else:
                 found = source(names[index], pixels)
-                yield index, pose_prediction(subject, posing.rules, posing.skeleton, found, pixels, batch_size)
+                yield (
+                    index,
+                    pose_prediction(
+                        subject, posing.rules, posing.skeleton, found, pixels, batch_size, labeled=source.labeled
+                    ),
+                )
 
     return _each(subject, paths, names, loader, poses)
 
@@ -422,7 +427,7 @@ def predict_files(
             lost.append(found)
             continue
         drawing = known.drawing(found)
-        located = isinstance(found.prediction, (BoxPrediction, PosePrediction))
+        located = isinstance(found.prediction, (BoxPrediction, PosePrediction)) and (source is None or source.labeled)
         more = results.add(found.name, found.prediction) if located else {}
         data.append({**data_of(found, drawing), **more})
         for path in write_files(found, drawing, folder):

@@ -7,7 +7,7 @@ Where a key point is near several true ones, the nearest decides, as in the publ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,36 +29,68 @@ KINDS = {
 """Kind of key point -> what it is."""
 
 
-def count_errors(
-    points: Floats, labels: Ints, people: Floats, kinds: Ints, areas: Floats, boxes: Floats, crowd: Bools,
-    *, sigmas: Floats, swapped: Ints,
-) -> Ints:  # fmt: skip
+class ImagePeople(NamedTuple):
+    """The M people in an image.
+
+    Attributes:
+        keypoints: (M, K, 3), x and y in pixels, and the visibility; 0 without a label.
+        labels: (M,), classes.
+        areas: (M,) in square pixels.
+        boxes: (M, 4), x1, y1, x2, y2.
+        crowd: (M,), groups of people.
+    """
+
+    keypoints: Floats
+    labels: Ints
+    areas: Floats
+    boxes: Floats
+    crowd: Bools
+
+    @property
+    def labeled(self) -> Bools:
+        """Return which key points have a label, (M, K)."""
+        found: Bools = self.keypoints[..., 2] > 0
+        return found
+
+    def some(self, rows: Bools) -> ImagePeople:
+        """Return the people of some rows, (M,)."""
+        return ImagePeople(
+            self.keypoints[rows], self.labels[rows], self.areas[rows], self.boxes[rows], self.crowd[rows]
+        )
+
+    def similarities(self, points: Floats, sigmas: Floats) -> Floats:
+        """Return how similar key points of poses (D, K, 2) are to those of the people, (D, M, K)."""
+        return similarities(points, self.keypoints, self.areas, self.boxes, sigmas)
+
+
+def count_errors(points: Floats, labels: Ints, people: ImagePeople, sigmas: Floats, swapped: Ints) -> Ints:
     """Count key points of each kind in an image.
 
     Poses, best first, each take the free person of their class with the largest object keypoint similarity, from
     ``MATCHED`` on. The labeled key points of these people are counted.
 
     Args:
-        points, labels: of the poses, (D, K, 2), (D,), best first.
-        people, kinds, areas, boxes, crowd: of the people, (M, K, 3), (M,), (M,), (M, 4), (M,).
+        points: of the poses, (D, K, 2), best first.
+        labels: of the poses, (D,).
+        people: of the image. Crowds, and people without a labeled key point, are left out.
         sigmas, swapped: of the skeleton, (K,).
 
     Returns:
         (K, 5) by ``KINDS``.
     """
     counts = np.zeros((len(sigmas), len(KINDS)), np.int64)
-    real = ~crowd & (people[..., 2] > 0).any(1)
-    people, kinds, areas, boxes = people[real], kinds[real], areas[real], boxes[real]
-    if not len(people) or not len(points):
+    real = ~people.crowd & people.labeled.any(1)
+    people = people.some(real)
+    if not len(people.labels) or not len(points):
         return counts
-    turned = people[:, swapped]
-    own, other = (similarities(points, one, areas, boxes, sigmas) for one in (people, turned))
-    alike = np.where(labels[:, None] == kinds, overall(own, people[..., 2] > 0), -1.0)
-    near_own = np.where(people[..., 2] > 0, own, -1.0)
-    near_other = np.where(turned[..., 2] > 0, other, -1.0)
+    turned = people._replace(keypoints=people.keypoints[:, swapped])
+    own = people.similarities(points, sigmas)
+    alike = np.where(labels[:, None] == people.labels, overall(own, people.labeled), -1.0)
+    near_own = np.where(people.labeled, own, -1.0)
+    near_other = np.where(turned.labeled, turned.similarities(points, sigmas), -1.0)
     either = np.maximum(near_own, near_other)
-    free = np.ones(len(people), np.bool_)
-    every = np.arange(len(people))
+    free = np.ones(len(people.labels), np.bool_)
+    every = np.arange(len(people.labels))
     for pose, values in enumerate(alike):
         person = int(np.where(free, values, -1.0).argmax())
         if not free[person] or values[person] < MATCHED:
@@ -66,7 +98,7 @@ def count_errors(
         free[person] = False
         others = either[pose, every != person].max(0, initial=-1.0)
         found = _kinds(near_own[pose, person], near_other[pose, person], others)
-        labeled = np.flatnonzero(people[person, :, 2] > 0)
+        labeled = np.flatnonzero(people.labeled[person])
         counts[labeled, found[labeled]] += 1
     return counts
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from widefield import _checks
 from widefield._coco import matching
 from widefield._coco.curves import Bools, Floats, Ints, Tally
-from widefield._coco.keypoints import AREAS, MOST, oks_nms, overall, pose_areas, similarities
+from widefield._coco.keypoints import AREAS, MOST, oks_nms, overall, pose_areas
 from widefield.data.skeleton import Skeleton
 from widefield.tasks import sizes
 from widefield.tasks.pose_distances import Distances
-from widefield.tasks.pose_errors import KINDS, PoseErrors, count_errors
+from widefield.tasks.pose_errors import KINDS, ImagePeople, PoseErrors, count_errors
 from widefield.tasks.pose_scores import PoseScores
 from widefield.tasks.records import RecordMetric, Records
 
@@ -189,20 +189,19 @@ class PoseMetric(RecordMetric[PoseScores]):
         """Match the poses of a file."""
         poses = poses[self._distinct(poses)]
         poses = poses[matching.ranks_in_class(poses["label"].astype(np.int64)) < MOST]
-        labels, kinds = poses["label"].astype(np.int64), people["label"].astype(np.int64)
-        true: Floats = people["keypoints"]
-        areas, boxes, crowd = (people[name] for name in ("area", "box", "crowd"))
-        alike = similarities(poses["points"], true, areas, boxes, self._sigmas)
-        labeled = true[..., 2] > 0
+        labels, points = poses["label"].astype(np.int64), poses["points"]
+        known = ImagePeople(
+            people["keypoints"], people["label"].astype(np.int64), people["area"], people["box"], people["crowd"]
+        )
+        alike, labeled = known.similarities(points, self._sigmas), known.labeled
         limits = np.concatenate([np.array(list(AREAS.values())), sizes.ranges(self.size_bins)])
         own = np.concatenate([np.repeat(overall(alike, labeled)[..., None], len(limits), 2), alike], 2)
-        own[labels[:, None] != kinds] = -1.0
+        own[labels[:, None] != known.labels] = -1.0
         unlabeled = np.concatenate([np.repeat(~labeled.any(1, keepdims=True), len(limits), 1), ~labeled], 1)
-        ignored = unlabeled | crowd[:, None] | self._outside(areas, limits)
-        matches = matching.assign(own, ignored, self._outside(pose_areas(poses["points"]), limits), crowd)
-        errors = count_errors(poses["points"], labels, true, kinds, areas, boxes, crowd,
-                              sigmas=self._sigmas, swapped=np.array(self.skeleton.swapped))  # fmt: skip
-        return _Matched(labels, poses["score"], kinds, matches, errors)
+        ignored = unlabeled | known.crowd[:, None] | self._outside(known.areas, limits)
+        matches = matching.assign(own, ignored, self._outside(pose_areas(points), limits), known.crowd)
+        errors = count_errors(points, labels, known, self._sigmas, np.array(self.skeleton.swapped))
+        return _Matched(labels, poses["score"], known.labels, matches, errors)
 
     def _distinct(self, poses: Records) -> Ints:
         """Return the poses of a file that are not much like a better one of their class, best first."""

@@ -83,7 +83,7 @@ class PosePrediction:
         pose_scores: float32 (D,), in descending order; None for true poses.
         boxes: float32 (D, 4): the edges (left, top, right, bottom) in continuous pixels of the file.
         visible: (D, K), of true poses: 0 without a label, 1 hidden, 2 visible. None: all key points are there.
-        labels: int64 (D,): classes of the boxes; None: there is one class.
+        labels: int64 (D,): classes of the boxes; None: there is one class, or it is not known which.
         size: (height, width) of the file.
         skeleton: the K key points.
         threshold: key points with a lower score are unsure: they are not drawn.

@@ -1,0 +1,306 @@
+"""Every shipped recipe for poses on COCO: its options, its numbers in the docs, its model, rates, and two steps.
+
+``-m slow`` builds all of them, and trains all of them at full width with small crops and few blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from data.made_poses import write_keypoints
+from train.helpers import QUIET, log
+from widefield import data, dense, tasks
+from widefield.data import Skeleton
+from widefield.models.comparison_pose import CITED_POSES, KEYPOINTS
+from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
+from widefield.train.optimization import create_optimizer, create_schedule
+from widefield.train.recipe_io import SHIPPED
+
+DOCS = Path(__file__).parents[2] / "docs" / "pose_recipes.md"
+SOME = ("pose_moganet_xtiny_256x192_coco", "pose_convnext_tiny_384x288_coco", "pose_gmconv_resnet50_256x192_coco")
+"""Recipes that the default tests build."""
+STEPS = 292
+"""Steps of an epoch of COCO with 512 crops: 149,813 people with key points in training."""
+
+
+@functools.cache
+def shipped(name: str) -> Recipe:
+    return load_recipe(name)
+
+
+NAMES = [name for name in shipped_recipes() if name.startswith("pose_")]
+
+
+@functools.cache
+def docs_rows() -> dict[str, dict[str, str]]:
+    """Return recipe -> its row in the tables of the docs."""
+    rows, heading = {}, None
+    for line in DOCS.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if cells and cells[0] == "recipe":
+            heading = cells
+        elif not cells:
+            heading = None
+        elif heading and not set(line) <= set("|-"):
+            rows[cells[0].strip("`")] = dict(zip(heading, cells, strict=True))
+    return rows
+
+
+def as_documented(recipe: Recipe) -> dict[str, str]:
+    """Return the cells that the docs must have for a recipe."""
+    spec, options = recipe.optimizer, recipe.task.args
+    besides = ["DARK"] if options.get("kind") == "unbiased" else []
+    besides += ["synchronized norms"] if recipe.sync_batchnorm else []
+    return {
+        "backbone": f"`{recipe.model.name}`",
+        "crop": "x".join(map(str, recipe.data.args["crop_size"])),
+        "optimizer": {"adam": "Adam", "adamw": "AdamW"}[spec.name],
+        "lr": f"{spec.lr:g}",
+        "batch": f"{spec.lr_base_size}",
+        "weight decay": f"{spec.weight_decay:g}",
+        "drop path": f"{recipe.model.args.get('drop_path_rate', 0):g}",
+        "sigma": f"{options.get('sigma', 2):g}",
+        "besides": ", ".join(besides),
+    }
+
+
+def first_lines(name: str) -> str:
+    """Return the comment at the top of a recipe as one line."""
+    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines[: lines.index(f"name: {name}")])
+
+
+class People:
+    """The part of a data set that a task reads."""
+
+    classes = ("person",)
+    skeleton = Skeleton.load("coco")
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.crop_size = tuple(recipe.data.args["crop_size"])
+
+
+def on_meta(recipe: Recipe) -> Any:
+    """Return the recipe's model with fresh weights on the meta device."""
+    fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
+    with torch.device("meta"):
+        return build_model(fresh, tasks.create(recipe.task.name, People(recipe), **recipe.task.args))
+
+
+def groups_of(recipe: Recipe) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+    """Return the recipe's model on the meta device, and the optimizer's group of each parameter that learns."""
+    model = on_meta(recipe)
+    optimizer = create_optimizer(model, recipe.optimizer, recipe.optimizer.lr)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(groups) == len(found)
+    return model, groups
+
+
+def test_docs_have_a_row_for_every_recipe() -> None:
+    assert len(NAMES) == 44
+    assert sorted(docs_rows()) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docs_agree_with_the_recipe(name: str) -> None:
+    row = docs_rows()[name]
+    expected = as_documented(shipped(name))
+    assert {key: row[key] for key in expected} == expected
+    stated = re.search(r"Result: (\d\d\.\d) % AP", first_lines(name))
+    assert row["AP, %"] == (stated[1] if stated else "-")
+    assert bool(stated) == (row["published in"] != "-")
+
+
+def test_results_are_those_of_the_comparison() -> None:
+    cited = {(row.name, row.size): [] for row in CITED_POSES}
+    for row in CITED_POSES:
+        cited[row.name, row.size].append((row.source, row.ap))
+    for name, row in docs_rows().items():
+        recipe = shipped(name)
+        if row["AP, %"] != "-" and "dark" not in name:
+            network = recipe.model.name.partition(".")[0]
+            assert (row["published in"], row["AP, %"]) in cited[network, tuple(recipe.data.args["crop_size"])], name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
+    recipe = shipped(name)
+    assert recipe.name == name
+    assert recipe.optimizer.lr_base_size == 8 * recipe.batch_size * recipe.accumulate
+    assert f"accelerate launch --num_processes 8 -m widefield train {name}" in first_lines(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
+    recipe = shipped(name)
+    for split in ("train", "val"):  # the missing data are the only error
+        with pytest.raises(FileNotFoundError):
+            data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
+    task: Any = tasks.create(recipe.task.name, People(recipe), **recipe.task.args)
+    assert isinstance(task, tasks.PoseEstimation)
+    assert "x".join(map(str, task.rules.crop_size)) in name
+    assert timm.is_model(recipe.model.name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if str(shipped(name).model.pretrained).startswith("runs/")])
+def test_weights_of_runs_come_from_a_recipe_of_the_same_network(name: str) -> None:
+    recipe = shipped(name)
+    before = load_recipe(str(recipe.model.pretrained).removeprefix("runs/"))
+    assert before.model.name == recipe.model.name
+    assert before.conversion == recipe.conversion
+    free = {"drop_path_rate", "layer_scale_init", "ls_init_value", "zero_init_last"}
+    theirs, ours = ({k: v for k, v in each.model.args.items() if k not in free} for each in (before, recipe))
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_rates_fall_where_the_published_ones_do(name: str) -> None:
+    recipe = shipped(name)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), recipe.optimizer.lr)
+    schedule, steps = create_schedule(optimizer, recipe.schedule, recipe.epochs or 0, STEPS)
+    assert schedule is not None
+
+    def rate(step: int) -> float:
+        schedule.step_update(step)
+        return float(optimizer.param_groups[0]["lr"]) / recipe.optimizer.lr
+
+    assert steps == STEPS * 210
+    expected = {0: 0.001, 250: 0.5005, 500: 1.0, 170 * STEPS - 1: 1.0, 170 * STEPS: 0.1, 200 * STEPS - 1: 0.1,
+                200 * STEPS: 0.01, steps - 1: 0.01}  # fmt: skip
+    assert {step: rate(step) for step in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def test_all_recipes_have_the_same_schedule() -> None:
+    assert {repr(shipped(name).schedule) for name in NAMES} == {repr(shipped(SOME[0]).schedule)}
+    assert {shipped(name).epochs for name in NAMES} == {210}
+
+
+DROPS = {
+    "moganet_xtiny": (0.1, 0.1), "moganet_tiny": (0.15, 0.15), "moganet_small": (0.2, 0.2), "moganet_base": (0.3, 0.4),
+    "convnext_tiny": (0.4, 0.4), "convnext_small": (0.6, 0.6), "convnext_base": (0.6, 0.7),
+}  # fmt: skip
+"""Network -> the published drop path rates for small and large crops."""
+
+
+def test_drop_path_rates_are_the_published_ones() -> None:
+    for network, rates in DROPS.items():
+        for size, rate in zip(("256x192", "384x288"), rates, strict=True):
+            assert shipped(f"pose_{network}_{size}_coco").model.args["drop_path_rate"] == rate
+
+
+def test_adam_decays_nothing_and_adamw_all_but_norms() -> None:
+    """OpenMMLab's custom_keys: a parameter whose name contains the word."""
+    _, groups = groups_of(shipped("pose_moganet_xtiny_256x192_coco"))
+    assert {(group["lr"], group["weight_decay"]) for group in groups.values()} == {(1e-3, 0)}
+    _, groups = groups_of(shipped("pose_convnext_tiny_384x288_coco"))
+    free = {key for key, group in groups.items() if not group["weight_decay"]}
+    assert free == {key for key in groups if "norm" in key}
+    assert {group["weight_decay"] for key, group in groups.items() if key not in free} == {0.01}
+    assert "head.deconv_layers.1.bias" not in free
+
+
+@pytest.mark.parametrize("size", ["256x192", "384x288"])
+def test_gmconv_masks_the_stem_dynamically(size: str) -> None:
+    kinds = {type(m).__name__ for m in on_meta(shipped(f"pose_gmconv_resnet50_{size}_coco")).modules()}
+    assert {"GMConv2d", "DynamicGMConv2d"} <= kinds
+
+
+def check_model(name: str) -> None:
+    """Check that a recipe's model is the one of the comparison, and that its optimizer finds what it names."""
+    recipe = shipped(name)
+    model, _ = groups_of(recipe)
+    assert isinstance(model, dense.HeatmapPose)
+    assert model.num_keypoints == KEYPOINTS
+    if recipe.conversion is not None:
+        return
+    network = recipe.model.name.partition(".")[0]
+    row = next(row for row in CITED_POSES if row.name == network)
+    with torch.device("meta"):
+        expected = dense.HeatmapPose(network, KEYPOINTS, **row.args)
+    assert shapes(model) == shapes(expected)
+
+
+def shapes(model: nn.Module) -> list[torch.Size]:
+    return sorted(parameter.shape for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_model_is_that_of_the_comparison(name: str) -> None:
+    check_model(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SOME])
+def test_the_model_of_every_recipe_is_that_of_the_comparison(name: str) -> None:
+    check_model(name)
+
+
+FIXED_DEPTH = ("focalnet", "mobilenetv2")
+
+
+def with_few_blocks(recipe: Recipe) -> Recipe:
+    """Return a recipe with one block in each stage, at full width. FocalNet has no argument for it."""
+    if recipe.model.name.startswith(FIXED_DEPTH):
+        return recipe
+    depths = "layers" if recipe.model.name.startswith("resnet") else "depths"
+    return replace(recipe, model=replace(recipe.model, args={**recipe.model.args, depths: [1, 1, 1, 1]}))
+
+
+def two_steps(recipe: Recipe, folder: Path) -> None:
+    """Train two steps of a recipe on generated people from drawn weights, and check the results."""
+    write_keypoints(folder / "data", np.random.default_rng(0))
+    args = {key: value for key, value in recipe.model.args.items() if key != "drop_path_rate"}
+    network = timm.create_model(recipe.model.name, num_classes=7, pretrained=False, **args)
+    weights = folder / "weights.safetensors"
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, weights)
+    made = replace(
+        recipe,
+        output=str(folder / "runs"),
+        model=replace(recipe.model, pretrained=str(weights)),
+        data=replace(
+            recipe.data,
+            args={**recipe.data.args, "root": str(folder / "data"), "boxes": "boxes.json", "crop_size": [64, 64]},
+        ),
+        schedule=replace(recipe.schedule, warmup_steps=1),
+        epochs=None,
+        max_steps=2,
+        batch_size=2,
+        accumulate=1,
+        workers=0,
+        log_every=1,
+        trackers=[],
+        mixed_precision="no",
+    )
+    result = train(made, console=QUIET)
+    assert result.steps == 2
+    losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    assert 0 <= result.metrics["oks_ap"] <= 1
+
+
+def test_two_steps_of_the_smallest(tmp_path: Path) -> None:
+    two_steps(with_few_blocks(shipped("pose_moganet_xtiny_256x192_coco")), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_of_every_recipe(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # delete it at once: runs are large
+        two_steps(with_few_blocks(shipped(name)), Path(folder))
+    gc.collect()  # loops of references would keep the model until the next one is large
