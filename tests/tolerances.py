@@ -26,8 +26,8 @@ OF_DTYPE = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.bfloat16: BFLO
 NETWORK = 1e-4
 
 # Key points read from heatmaps of a network in float32, in pixels of the image. DARK divides by second derivatives of
-# the heatmap, which noise brings near 0. A wrong pixel of the heatmap is off by 4.
-KEYPOINT_PIXELS = 0.1
+# the heatmap, which noise brings near 0: 0.1 was seen in OpenVINO. A wrong pixel of the heatmap is off by 4 or 8.
+KEYPOINT_PIXELS = 0.5
 
 # A whole network under bf16 autocast, as the L2 norm of the difference over that of the outputs: 50 layers with
 # rounding errors of 4e-3 each, amplified by random weights. A wrong computation is off by 1.

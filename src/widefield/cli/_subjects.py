@@ -137,7 +137,7 @@ def _label(word: str, view: View, kind: str = "class") -> int:
         return view.classes.index(word)
     if word.isdecimal():
         return int(word)
-    unnamed = f" The names of its {kind}{'es' if kind == 'class' else 's'} are unknown: give an index."
+    unnamed = f" Its {kind}{'es' if kind == 'class' else 's'} have no names: give an index."
     known = _checks.did_you_mean(word, view.classes) if view.classes else unnamed
     raise ValueError(f"{view.name} has no {kind} {word!r}.{known}")
 
