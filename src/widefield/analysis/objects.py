@@ -103,7 +103,7 @@ class ObjectFields(Result):
             row[0].set_ylabel(names[result.name], fontsize=8)
         _title(axes[0], table[0][1])
         if shown is not None:
-            bar = figure.colorbar(shown, ax=axes, aspect=25 * len(table), pad=0.01, extend="min")
+            bar = figure.colorbar(shown, ax=axes, aspect=25 * len(table), pad=0.04, extend="min")
             bar.set_label("contribution, relative to the largest")
             bar.outline.set_visible(False)
         figure.supxlabel("boxes from the middle of the object", fontsize=8)
@@ -275,7 +275,7 @@ def _draw_field(axis: Axes, group: SizeGroup, result: ObjectFields, densest: flo
     half, most = (group.reach[share] for share in SHARES)
     axis.set_xlabel(
         f"{group.objects} objects of {group.side:.0f} px\n{100 * group.inside:.0f} % inside the box\n"
-        f"half within {half:.1f}, 90 % within {most:.1f} boxes",
+        f"half within {half:.1f} boxes\n90 % within {most:.1f} boxes",
         fontsize=6,
     )
     return shown
