@@ -89,8 +89,8 @@ class Skeleton:
 
         - ``names``: a list;
         - ``swap``: pairs of names that change places in a mirrored image;
-        - ``sigmas``: a number for each name, as a mapping or in the order of ``names``, or one number for all. Without it they are 1 / K, as in
-          Ultralytics' packages, which is lenient for few key points;
+        - ``sigmas``: a number for each name, as a mapping or in the order of ``names``, or one number for all. Without
+          it they are 1 / K, as in Ultralytics' packages, which is lenient for few key points;
         - ``links``: pairs of names;
         - ``upper``: names of the upper body.
 
