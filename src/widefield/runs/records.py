@@ -271,7 +271,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: fractions such as accuracy, IoU and AP in percent, others with four digits; ``-`` for none."""
+    """Return a metric's value as text: shares in percent, others with four digits; ``-`` for none."""
     if value is None or (is_share(metric) and math.isnan(value)):
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
