@@ -29,6 +29,7 @@ PAGES = (
     "mmsegmentation",
     "mmdetection",
     "mmpose",
+    "pose",
 )
 
 

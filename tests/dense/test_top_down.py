@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense.detectors import retinanet, trained
-from widefield.dense import Detections, HeatmapPose, PoseRules, Poses, estimate_poses, find_boxes
+from widefield.dense import Detections, DetectorInput, HeatmapPose, PoseRules, Poses, estimate_poses, find_boxes
 
 MEAN, STD = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
 RULES = PoseRules((64, 48), (0, 2, 1), (0.05, 0.05, 0.05), kind="unbiased", sigma=1.5, blur=3, flip_test=False)
@@ -50,6 +50,7 @@ def scene(points: Tensor, size: tuple[int, int] = (90, 120), width: float = 4.0)
 POINTS = torch.tensor([[[30.0, 30], [20, 45], [42, 50]], [[90, 40], [80, 60], [101, 62]]], dtype=torch.float64)
 BOXES = torch.tensor([[8.0, 15, 52, 65], [70, 25, 112, 78]])
 NORM = {"mean": MEAN, "std": STD}
+INPUT = DetectorInput(scale=(240, 180), mean=(0.1, 0.2, 0.1), std=(0.4, 0.5, 0.6))  # not those of the pose model
 
 
 def poses(boxes: Any, rules: PoseRules = RULES, image: Tensor | None = None, **more: Any) -> Poses:
@@ -117,9 +118,9 @@ def test_a_detector_and_a_pose_model_are_one_call() -> None:
     assert detector.training
     own = trained(retinanet()).train()
     own.score_threshold = 0.0
-    boxes = find_boxes(own, scene(POINTS).float(), **NORM)
+    boxes = find_boxes(own, scene(POINTS).float(), INPUT)
     assert len(boxes.boxes) > 0
-    composed = poses(own, image=scene(POINTS).float(), min_score=0.0)
+    composed = poses(own, image=scene(POINTS).float(), min_score=0.0, detector_input=INPUT)
     by_hand = poses(boxes, image=scene(POINTS).float(), min_score=0.0)
     assert torch.equal(composed.points, by_hand.points)
     assert own.training
@@ -129,12 +130,31 @@ def test_boxes_of_a_detector_are_in_pixels_of_the_image() -> None:
     detector = trained(retinanet())
     detector.score_threshold = 0.0
     image = scene(POINTS).float()
-    large = find_boxes(detector, image, scale=(240, 180), **NORM)
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    large = find_boxes(detector, image, INPUT)
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (INPUT.mean, INPUT.std))
     double = F.interpolate(image[None], scale_factor=2, mode="bilinear") - mean
     with torch.no_grad():
         (expected,) = detector(double / std)
     torch.testing.assert_close(large.boxes, expected.boxes / 2, rtol=1e-4, atol=1e-3)
+
+
+def test_a_detector_of_this_package_never_runs_on_images_of_a_guessed_form() -> None:
+    detector, image = trained(retinanet()), scene(POINTS).float()
+    for call in (lambda: poses(detector, image=image), lambda: find_boxes(detector, image)):
+        with pytest.raises(ValueError, match=r"a Detector needs detector_input.*DetectorInput\(scale=\(1333, 800\)\)"):
+            call()
+    with pytest.raises(ValueError, match="Torchvisions resizes and normalizes images itself"):
+        poses(Torchvisions(), detector_input=INPUT)
+    with pytest.raises(ValueError, match="detector_input is for a detector, and the boxes are given"):
+        poses(BOXES, detector_input=INPUT)
+
+
+def test_a_gray_image_is_one_of_equal_channels() -> None:
+    gray = scene(POINTS[:, :1].expand(-1, 3, -1)).float()
+    assert torch.equal(poses(BOXES, image=gray[:1]).points, poses(BOXES, image=gray).points)
+    detector = trained(retinanet())
+    detector.score_threshold = 0.0
+    assert torch.equal(find_boxes(detector, gray[:1], INPUT).boxes, find_boxes(detector, gray, INPUT).boxes)
 
 
 def test_of_the_poses_of_one_thing_the_best_is_kept() -> None:
@@ -163,6 +183,12 @@ def test_no_boxes_and_boxes_beyond_the_image_give_poses_without_errors() -> None
         ({"image": torch.full((3, 8, 8), 100.0)}, "image must be from 0 to 1.*100"),
         ({"image": torch.zeros(3, 8, 8, dtype=torch.int32)}, "image must be uint8, or floating point"),
         ({"image": [1]}, "image must be a tensor"),
+        (
+            {"image": torch.zeros(4, 8, 8)},
+            r"3 channels.*or 1; got shape \(4, 8, 8\). Drop the alpha channel: image\[:3\]",
+        ),
+        ({"image": torch.zeros(2, 8, 8)}, r"got shape \(2, 8, 8\). Drop the alpha channel: image\[:1\]"),
+        ({"image": torch.zeros(8, 8, 3)}, r"3 channels, as mean and std, or 1; got shape \(8, 8, 3\).$"),
         ({"boxes": torch.zeros(4)}, r"boxes must be \(D, 4\).*\(4,\)"),
         ({"boxes": torch.tensor([[0.0, 0, 5, 5], [9, 2, 4, 8]])}, "box 1 is .9.0, 2.0, 4.0, 8.0."),
         ({"boxes": {"scores": torch.zeros(1)}}, "a mapping of detections needs boxes"),

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from train.helpers import log
-from widefield import report
+from widefield import data, report, tasks
 from widefield.runs import RunRecord, comparison, draw_runs, filter_runs, find_runs, pick_runs, read_run, sort_runs
 from widefield.runs.compare import differences
-from widefield.runs.records import duration, shown
+from widefield.runs.records import duration, is_share, lower_is_better, shown
 from widefield.train import ConversionSpec, EmaSpec, OptimizerSpec, Recipe, RunResult, save_recipe
 
 Run = Callable[..., RunResult]
@@ -285,6 +285,64 @@ def test_text_forms() -> None:
     values = {"ema_top1": 0.98765, "real_top5": 1.0, "loss": 0.123456, "lr": 1e-5}
     assert [shown(name, value) for name, value in values.items()] == ["98.77%", "100.00%", "0.1235", "1e-05"]
     assert shown("loss", None) == "-"
+
+
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "classification": ("digits", {}),
+    "segmentation": ("scenes", {"size": 32, "count": 2}),
+    "detection": ("scenes", {"size": 32, "count": 2}),
+    "pose": ("scene_poses", {"size": 32, "count": 2, "crop_size": [32, 32]}),
+}
+"""Data of each task."""
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_the_metrics_of_every_task_are_ranked_and_shown_as_what_they_are(name: str) -> None:
+    source, options = SMALL[name]
+    task = tasks.create(name, data.create(source, "val", **options))
+    metrics = list(task.metrics().compute())
+    assert task.headline in metrics
+    for prefix in ("", "ema_"):
+        assert lower_is_better(prefix + task.headline) is not task.higher_is_better
+        for metric in metrics:
+            # All that is not a loss or a distance is a share, of which more is better.
+            other = metric in ("loss", "epe")
+            assert lower_is_better(prefix + metric) is other
+            assert is_share(prefix + metric) is not other
+            assert shown(prefix + metric, 0.0006199) == ("0.0006199" if other else "0.06%")
+    for other in ("lr", "epoch", "experts", "seconds", "depe", "auction"):
+        assert not lower_is_better(other)
+        assert not is_share(other)
+
+
+@pytest.mark.parametrize("prefix", ["", "ema_"])
+def test_the_smallest_error_is_the_best(prefix: str, make: Make) -> None:
+    runs = []
+    for name, errors in (("near", [9.0, 3.0, 5.0]), ("far", [30.0, 20.0, 40.0])):
+        folder = make(name, [0.1, 0.2, 0.3])
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line, error in zip([line for line in lines if line["kind"] == "epoch"], errors, strict=True):
+            line[f"{prefix}epe"], line[f"{prefix}oks_ap"] = error, error / 100
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        runs.append(read_run(folder))
+    near, far = runs
+    assert (near.best(f"{prefix}epe"), far.best(f"{prefix}epe")) == (3.0, 20.0)
+    assert names(sort_runs([far, near], f"{prefix}epe")) == ["near", "far"]
+    rows = {row[""]: row for row in comparison(runs)}
+    assert rows[f"best {prefix}epe"]["near"] == "3"
+    assert rows[f"best {prefix}oks_ap"]["far"] == "40.00%"
+    assert draw_runs(runs, [f"{prefix}oks_ap"]).axes[0].get_ylabel() == f"{prefix}oks_ap (%)"
+
+
+def test_a_run_without_checkpoints_has_the_headline_of_its_task(make: Make) -> None:
+    folder = make("poses", [None])
+    for file in (folder / "checkpoints").glob("*/meta.json"):
+        file.unlink()
+        file.parent.rmdir()
+    entry = {"kind": "epoch", "step": 6, "epoch": 0, "loss": 1.0, "oks_ap": 0.5, "ema_oks_ap": 0.25}
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(entry)}\n")
+    assert read_run(folder).headline == "ema_oks_ap"
 
 
 # Drawing

@@ -185,6 +185,10 @@ def test_rates_fall_where_the_published_ones_do(name: str) -> None:
     assert {step: rate(step) for step in expected} == pytest.approx(expected, rel=1e-9)
 
 
+def test_one_bad_entry_of_the_annotations_stops_no_recipe() -> None:
+    assert all(shipped(name).data.args["repair"] is True for name in NAMES)
+
+
 def test_all_recipes_have_the_same_schedule() -> None:
     assert {repr(shipped(name).schedule) for name in NAMES} == {repr(shipped(SOME[0]).schedule)}
     assert {shipped(name).epochs for name in NAMES} == {210}

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from widefield.data.catalog import SETS, create
+from widefield.tasks import TASKS
 from widefield.train import (
     CheckpointSpec,
     ConversionSpec,
@@ -334,3 +336,11 @@ def test_describe_keys_names_every_key() -> None:
     lines = describe_keys().splitlines()
     assert len(lines) == len(keys)
     assert all(any(line.startswith(key) for line in lines) for key in keys)
+
+
+def test_the_help_names_every_data_set_and_task() -> None:
+    lines = {line.split()[0]: line for line in describe_keys().splitlines()}
+    for key, known in (("--data.name", SETS), ("--task.name", TASKS)):
+        words = lines[key].replace(",", " ").split()
+        assert set(known) <= set(words)
+    assert set(SETS) <= set(re.findall(r'``"(\w+)"``', str(create.__doc__)))

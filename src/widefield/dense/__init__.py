@@ -32,7 +32,7 @@ from widefield.dense.segmenter import DecodeHead, SegmentationLogits, Segmenter
 from widefield.dense.semantic_fpn import FPNHead, SemanticFPN
 from widefield.dense.served_pose import ServedPose
 from widefield.dense.serving import ServedDetector
-from widefield.dense.top_down import Poses, estimate_poses, find_boxes
+from widefield.dense.top_down import DetectorInput, Poses, estimate_poses, find_boxes
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "DetectionRules",
     "Detections",
     "Detector",
+    "DetectorInput",
     "FCNHead",
     "FCNMaskHead",
     "FCOSHead",

@@ -7,6 +7,7 @@ measured with. Boxes come from anywhere: a detector of this package, one of torc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +24,28 @@ from widefield.surgery.inputs import place
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, for pixels in [0, 1]."""
-DETECTOR_SCALE = (1333, 800)
-"""(longer side, shorter side) of the rectangle that published detectors fit images into."""
 _SLACK = 1e-3
 """How far pixels may leave [0, 1]: resized images do, by rounding."""
 
 Boxes = Tensor | Detections | Mapping[str, Tensor] | nn.Module
 """Boxes (D, 4), detections, torchvision's detections of one image, or a detector."""
+
+
+@dataclass(frozen=True)
+class DetectorInput:
+    """How the input of a :class:`Detector` is made of an image. It must be the same as in the detector's evaluation.
+
+    Args:
+        scale: (longer side, shorter side) of the rectangle that the image is fitted into, such as (1333, 800) for
+            published detectors. None keeps its size.
+        mean, std: of each channel, for pixels in [0, 1]. Default: those of ImageNet.
+        antialias: smooth the image before it is shrunk.
+    """
+
+    scale: Sequence[int] | None
+    mean: Sequence[float] = MEAN
+    std: Sequence[float] = STD
+    antialias: bool = False
 
 
 class Poses(NamedTuple):
@@ -62,6 +78,7 @@ def estimate_poses(
     *,
     classes: Sequence[int] | None = None,
     min_score: float = 0.3,
+    detector_input: DetectorInput | None = None,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     batch_size: int = 32,
@@ -71,18 +88,21 @@ def estimate_poses(
     Args:
         model: maps crops (N, C, h, w) to heatmaps (N, K, H, W). It runs in evaluation mode, on its device and in its
             dtype; its mode is restored.
-        image: (C, H, W), uint8, or floating point from 0 to 1; not normalized.
+        image: (C, H, W), uint8, or floating point from 0 to 1; not normalized. C is 1 (gray), or the number of
+            channels of ``mean``.
         boxes: one of these:
 
             - (D, 4): x1, y1, x2, y2 in continuous pixels of the image; (0, 0) is its top left corner;
             - :class:`Detections`, or a mapping with ``boxes``, ``scores`` and ``labels``, as torchvision's detectors
               return for one image;
-            - a detector, which runs on the image first: see :func:`find_boxes`.
+            - a detector, which runs on the image first: see :func:`find_boxes`. A :class:`Detector` needs
+              ``detector_input``.
         rules: of the model.
         classes: labels of the boxes that get a pose, such as those of people; None: all. Labels are those of the
             detector: people are 0 in ``widefield.dense`` and 1 in torchvision.
         min_score: least score of the boxes that get a pose.
-        mean, std: of each channel, with which crops are normalized.
+        detector_input: how the input of a :class:`Detector` is made of the image. Boxes of other kinds take none.
+        mean, std: of each channel, with which crops are normalized. They do not concern the detector.
         batch_size: crops at a time. With the flip test, each runs twice.
 
     Returns:
@@ -90,15 +110,19 @@ def estimate_poses(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: a shape is wrong, an argument is out of range, or the model does not fit the rules.
+        ValueError: a shape is wrong, an argument is out of range, the model does not fit the rules, or
+            ``detector_input`` is missing or not used.
     """
     _checks.integer("batch_size", batch_size)
     _checks.number("min_score", min_score, maximum=1.0)
-    _check_image(image)
+    _check_image(image, len(mean))
     _check_model(model, rules)
     device, dtype = place(model)
-    found = _detections(find_boxes(boxes, image, mean=mean, std=std) if isinstance(boxes, nn.Module) else boxes)
-    found = _chosen(found, classes, min_score, device)
+    if isinstance(boxes, nn.Module):
+        boxes = find_boxes(boxes, image, detector_input)
+    elif detector_input is not None:
+        raise ValueError("detector_input is for a detector, and the boxes are given. Leave it out.")
+    found = _chosen(_detections(boxes), classes, min_score, device)
     center, scale = crop_box(found.boxes, rules.crop_size, padding=rules.padding)
     matrices = crop_matrix(center, scale, rules.crop_size, udp=rules.aligned)
     shift, width = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
@@ -118,46 +142,61 @@ def estimate_poses(
 
 
 @_checks.guided
-def find_boxes(
-    detector: nn.Module,
-    image: Tensor,
-    *,
-    scale: Sequence[int] | None = DETECTOR_SCALE,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-) -> Detections:
+def find_boxes(detector: nn.Module, image: Tensor, detector_input: DetectorInput | None = None) -> Detections:
     """Return what a detector finds in an image, in pixels of the image. No gradients.
 
     Args:
-        detector: a :class:`Detector`, which gets the image resized and normalized; or a module that is called like
-            torchvision's detectors, which do both themselves: ``detector([image])[0]`` is a mapping with ``boxes``,
-            ``scores`` and ``labels``.
+        detector: a :class:`Detector`; or a module that is called like torchvision's detectors, which resize and
+            normalize themselves: ``detector([image])[0]`` is a mapping with ``boxes``, ``scores`` and ``labels``.
         image: (C, H, W), uint8, or floating point from 0 to 1; not normalized.
-        scale: (longer side, shorter side) of the rectangle that the image is fitted into; None keeps its size.
-        mean, std: of each channel.
+        detector_input: how the input of a :class:`Detector` is made of the image. It has no default, as another scale
+            or normalization than in training gives worse boxes without an error. Other modules take none.
 
     Raises:
-        TypeError, ValueError: the image has another form, or the module returns something else.
+        TypeError: the image or the result of the module is of the wrong type.
+        ValueError: the image has another form, the module returns something else, or ``detector_input`` is missing
+            or not used.
     """
     from widefield.data import joint  # torchvision.transforms.v2 is slow to import
 
-    _check_image(image)
+    own = isinstance(detector, Detector)
+    if own and detector_input is None:
+        raise ValueError(
+            "a Detector needs detector_input: it finds worse boxes at another scale or normalization than in training. "
+            "Published detectors take DetectorInput(scale=(1333, 800))."
+        )
+    if not own and detector_input is not None:
+        raise ValueError(
+            f"detector_input is for a widefield.dense.Detector, and {type(detector).__name__} resizes and normalizes "
+            "images itself. Leave it out."
+        )
+    _check_image(image, len(detector_input.mean) if detector_input else None)
     pixels = _floating(image)
     device, dtype = place(detector)
     with evaluating(detector), torch.no_grad():
-        if not isinstance(detector, Detector):
+        if detector_input is None:
             return _detections(detector([pixels.to(device, dtype)])[0])
-        prepared = joint.apply(joint.evaluation(scale, mean, std), {"image": pixels})["image"]
+        transform = joint.evaluation(
+            detector_input.scale, detector_input.mean, detector_input.std, antialias=detector_input.antialias
+        )
+        pixels = pixels.expand(len(detector_input.mean), -1, -1)
+        prepared = joint.apply(transform, {"image": pixels})["image"]
         found: list[Detections] = detector(prepared[None].to(device, dtype), out_sizes=[pixels.shape[1:]])
     return found[0]
 
 
-def _check_image(image: Tensor) -> None:
-    """Raise TypeError or ValueError unless this is an image that is not normalized."""
+def _check_image(image: Tensor, channels: int | None) -> None:
+    """Raise TypeError or ValueError unless this is an image that is not normalized, gray or with so many channels."""
     if not isinstance(image, Tensor):
         raise TypeError(f"image must be a tensor (C, H, W); got {type(image).__name__}.")
     if image.ndim != 3:
         raise ValueError(f"image must be (C, H, W), one image; got shape {tuple(image.shape)}.")
+    if channels is not None and image.shape[0] not in (1, channels):
+        rest = image.shape[0] - 1
+        advice = f" Drop the alpha channel: image[:{rest}]." if rest in (1, channels) else ""
+        raise ValueError(
+            f"image must have {channels} channels, as mean and std, or 1; got shape {tuple(image.shape)}.{advice}"
+        )
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise TypeError(f"image must be uint8, or floating point from 0 to 1; got {image.dtype}.")
     if image.is_floating_point() and image.numel() and (image.amin() < -_SLACK or image.amax() > 1 + _SLACK):

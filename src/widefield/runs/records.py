@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from widefield.tasks import TASKS
 from widefield.train.recipe_io import load_recipe
 from widefield.train.run_folder import RunFolder, flat, log_entries
 
@@ -26,8 +27,12 @@ STATES = ("finished", "running?", "interrupted", "failed", "broken")
 _STILL_WRITING = 600.0
 """Seconds. A run whose files changed since then is probably running: it logs every few steps and after each epoch."""
 
-_HEADLINES = ("ema_top1", "ema_miou", "miou", "top1")
-"""Headline metrics to try if no checkpoint names one."""
+_HEADLINE = "top1"
+"""The headline of a run that names none and has none of the tasks' headlines in its log."""
+_LOWER = re.compile(r"(loss|(^|_)epe)$")
+"""Metrics of which smaller values are better: losses, and the end-point error of key points."""
+_SHARE = re.compile(r"(^|_)(top\d+$|(miou|macc|aacc)(_|$)|((box|mask)_ap|oks_a[pr])(\d+|_|$)|(pck(\d+)?|auc)$)")
+"""Metrics that are fractions."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class RunRecord:
     problem: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     log: Sequence[Mapping[str, Any]] = ()
-    headline: str = _HEADLINES[-1]
+    headline: str = _HEADLINE
 
     @property
     def name(self) -> str:
@@ -237,7 +242,10 @@ def _log(run: RunFolder) -> list[dict[str, Any]]:
 def _headline(run: RunFolder, log: Sequence[Mapping[str, Any]]) -> str:
     newest = max(run.checkpoints.glob("step-*"), default=None)
     if newest is None:
-        return next((name for name in _HEADLINES if log and name in log[-1]), _HEADLINES[-1])
+        names = [task.headline for task in TASKS.values()]
+        return next(
+            (name for name in (*(f"ema_{name}" for name in names), *names) if log and name in log[-1]), _HEADLINE
+        )
     file = newest / "meta.json"
     with _reading(file):
         return str(json.loads(file.read_text(encoding="utf-8"))["headline"])
@@ -258,20 +266,20 @@ def _line(error: BaseException) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether smaller values of a metric are better, which holds for losses only."""
-    return metric.endswith("loss")
+    """Return whether smaller values of a metric are better, which holds for losses and errors in pixels."""
+    return _LOWER.search(metric) is not None
 
 
 def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: accuracies, IoU and AP in percent, others with four digits; ``-`` for none."""
+    """Return a metric's value as text: shares in percent, others with four digits; ``-`` for none."""
     if value is None or (is_share(metric) and math.isnan(value)):
         return "-"
     return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a fraction, of images, pixels or objects, which is shown in percent."""
-    return re.search(r"top\d+$|(^|_)(miou|macc|aacc)(_|$)|^(box|mask)_ap", metric) is not None
+    """Return whether a metric is a fraction, of images, pixels, objects or key points, which is shown in percent."""
+    return _SHARE.search(metric) is not None
 
 
 def duration(seconds: float) -> str:

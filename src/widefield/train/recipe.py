@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from widefield import _checks
+from widefield.data.catalog import SETS
 from widefield.surgery.sparsity import GROWTH, INIT
+from widefield.tasks import TASKS
 
 CONVERSIONS = {
     "deformable": "Deformable",
@@ -70,8 +72,7 @@ class DataSpec:
 
     name: Annotated[
         str,
-        "data set: digits, scales, scenes, cifar10, cifar100, folder, shards, hfds, masks, ade20k, cityscapes, voc, "
-        "coco_stuff, coco, lvis, voc_boxes, yolo, or one of yours",
+        f"data set: {', '.join(SETS)}, or one of yours",
     ]
     args: Annotated[dict[str, Any], "options of the data set"] = field(default_factory=dict)
 
@@ -83,7 +84,7 @@ class DataSpec:
 class TaskSpec:
     """``widefield.tasks.create(name, dataset, **args)``."""
 
-    name: Annotated[str, "task: classification, segmentation, detection, or one of yours"] = "classification"
+    name: Annotated[str, f"task: {', '.join(TASKS)}, or one of yours"] = "classification"
     args: Annotated[dict[str, Any], "options of the task, such as mixup and label_smoothing"] = field(
         default_factory=dict
     )
