@@ -196,6 +196,16 @@ def test_files_of_any_size_find_the_key_points_of_the_model(suffix, kind, tmp_pa
         assert (runtime(noise(3, size)).points - expected.points).abs().max() <= KEYPOINT_PIXELS
 
 
+def test_files_of_any_size_come_from_small_crops(tmp_path):
+    model, path = made(), tmp_path / "model.onnx"
+    images = noise(2, (64, 32))  # the coarsest map has a side of 1
+    done = widefield.export(model, path, images, dynamic=("batch", "size"))
+    assert len({check.shape for check in done.checks}) == 9
+    with torch.no_grad():
+        expected = model.decode(model(noise()), SIZE)
+    assert (deploy.load(path)(noise()).points - expected.points).abs().max() <= KEYPOINT_PIXELS
+
+
 def test_a_file_with_other_key_points_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ServedPose, "forward", lambda self, x: {
         "keypoints": self.decoder(self.head(self.backbone(x)[0]), x).points + 4,
