@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense.detectors import retinanet, trained
+from widefield.data import Skeleton
 from widefield.dense import Detections, DetectorInput, HeatmapPose, PoseRules, Poses, estimate_poses, find_boxes
 
 MEAN, STD = (0.2, 0.3, 0.4), (0.5, 0.6, 0.7)
@@ -208,3 +209,15 @@ def test_rules_of_another_model_are_refused() -> None:
     model = HeatmapPose("test_resnet", 3, channels=(8,), kind="udp")
     with pytest.raises(ValueError, match="the heatmaps of the model have kind 'udp', and the rules 'unbiased'"):
         estimate_poses(model, scene(POINTS), BOXES, RULES)
+
+
+def test_rules_are_made_for_a_model() -> None:
+    model = HeatmapPose("test_resnet", 5, channels=(8,), kind="udp", sigma=3, blur=17)
+    skeleton = Skeleton.load("scenes")
+    rules = PoseRules.for_model(model, skeleton, (64, 48), flip_test=False)
+    assert rules == PoseRules(
+        (64, 48), skeleton.swapped, skeleton.sigmas, kind="udp", sigma=3, blur=17, flip_test=False
+    )
+    assert estimate_poses(model, scene(POINTS).float(), BOXES, rules).points.shape[1:] == (5, 2)
+    with pytest.raises(ValueError, match="the model has 5 key points, and the skeleton 17"):
+        PoseRules.for_model(model, Skeleton.load("coco"), (64, 48))

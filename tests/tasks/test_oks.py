@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tasks.poses import random_case, reference
 from tolerances import FLOAT64
-from widefield._coco.keypoints import oks, oks_nms, pose_areas, similarities
+from widefield._coco.keypoints import distinct, oks, oks_nms, pose_areas, similarities
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,6 +70,14 @@ def test_a_threshold_of_one_keeps_copies_best_first() -> None:
     scores, areas = np.array([0.1, 0.7, 0.4]), np.full(3, 50.0)
     assert oks_nms(points, scores, areas, np.full(4, 0.1), 1.0).tolist() == [1, 2, 0]
     assert oks_nms(points, scores, areas, np.full(4, 0.1), 0.99).tolist() == [1]
+
+
+def test_only_poses_of_one_class_are_duplicates() -> None:
+    points, areas, sigmas = np.ones((5, 4, 2)), np.full(5, 50.0), np.full(4, 0.1)
+    points[4] += 40
+    scores, labels = np.array([0.5, 0.7, 0.7, 0.4, 0.7]), np.array([0, 3, 0, 3, 3])
+    assert distinct(points, scores, areas, labels, sigmas, 0.9).tolist() == [1, 2, 4]  # equal scores in the given order
+    assert distinct(points[:0], scores[:0], areas[:0], labels[:0], sigmas, 0.9).tolist() == []
 
 
 def test_area_of_a_pose() -> None:

@@ -92,6 +92,25 @@ def oks_nms(points: Floats, scores: Floats, areas: Floats, sigmas: Floats, thres
     return np.array(kept, np.int64)
 
 
+def distinct(points: Floats, scores: Floats, areas: Floats, labels: Ints, sigmas: Floats, threshold: float) -> Ints:
+    """Return the indices of the poses in an image that are not much like a better one of their class.
+
+    Args:
+        points, scores, areas, sigmas, threshold: as of :func:`oks_nms`.
+        labels: (D,), classes.
+
+    Returns:
+        Indices, those with better scores first, of all classes; those with equal scores in the given order.
+    """
+    kept = [np.zeros(0, np.int64)]
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        kept.append(rows[oks_nms(points[rows], scores[rows], areas[rows], sigmas, threshold)])
+    found = np.sort(np.concatenate(kept))
+    ordered: Ints = found[np.argsort(-scores[found], kind="stable")]
+    return ordered
+
+
 def pose_areas(points: NDArray[np.floating]) -> Floats:
     """Return the areas (D,) of the boxes around the key points (D, K, 2) of poses."""
     sides = points[..., :2].max(1) - points[..., :2].min(1)

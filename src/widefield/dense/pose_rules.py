@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.data.crops import apply_matrix, inverse
+from widefield.data.skeleton import Skeleton
+from widefield.dense.heatmap import HeatmapPose
 from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, decoded, flipped_heatmaps
 
 
@@ -59,6 +62,28 @@ class PoseRules:
             raise ValueError("padding must be above 0, as the crop would be empty; got 0.")
         _checks.number("keypoint_threshold", self.keypoint_threshold)
         _checks.number("nms_threshold", self.nms_threshold, maximum=1.0)
+
+    @classmethod
+    def for_model(cls, model: HeatmapPose, skeleton: Skeleton, crop_size: tuple[int, int], **options: Any) -> PoseRules:
+        """Return the rules of a model: it knows how its heatmaps are read, and the skeleton its key points.
+
+        Args:
+            model: gives ``kind``, ``sigma`` and ``blur``.
+            skeleton: gives ``swapped`` and ``sigmas``.
+            crop_size: (height, width) of the crops in pixels.
+            options: other rules, such as ``flip_test=False``.
+
+        Raises:
+            TypeError, ValueError: a rule is of the wrong type or out of range, or the model has other key points.
+        """
+        if model.num_keypoints != len(skeleton.names):
+            raise ValueError(
+                f"the model has {model.num_keypoints} key points, and the skeleton {len(skeleton.names)}: give the "
+                "skeleton that it was trained with."
+            )
+        own = {"swapped": skeleton.swapped, "sigmas": skeleton.sigmas}
+        read = {name: getattr(model, name) for name in ("kind", "sigma", "blur")}
+        return cls(crop_size, **own, **read, **options)
 
     def heatmaps(self, model: nn.Module, crops: Tensor) -> Tensor:
         """Return the heatmaps (N, K, H, W) of normalized crops (N, C, h, w), averaged over the flip test.

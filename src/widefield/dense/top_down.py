@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield._coco.keypoints import oks_nms
+from widefield._coco.keypoints import distinct
 from widefield.data.crops import crop_box, crop_matrix, warp
 from widefield.dense.detector import Detections, Detector
 from widefield.dense.heatmap import HeatmapPose
@@ -97,7 +97,7 @@ def estimate_poses(
               return for one image;
             - a detector, which runs on the image first: see :func:`find_boxes`. A :class:`Detector` needs
               ``detector_input``.
-        rules: of the model.
+        rules: of the model; see :meth:`PoseRules.for_model`.
         classes: labels of the boxes that get a pose, such as those of people; None: all. Labels are those of the
             detector: people are 0 in ``widefield.dense`` and 1 in torchvision.
         min_score: least score of the boxes that get a pose.
@@ -212,7 +212,7 @@ def _check_model(model: nn.Module, rules: PoseRules) -> None:
         own, given = getattr(model, name), getattr(rules, name)
         if own != given:
             raise ValueError(
-                f"the heatmaps of the model have {name} {own!r}, and the rules {given!r}: give its own rules."
+                f"the heatmaps of the model have {name} {own!r}, and the rules {given!r}: make them with PoseRules.for_model."
             )
 
 
@@ -262,12 +262,7 @@ def _detections(boxes: Any) -> Detections:
 
 def _distinct(points: Tensor, scores: Tensor, areas: Tensor, labels: Tensor, rules: PoseRules) -> Tensor:
     """Return the indices of poses that no better one of their class is much like, best first."""
+    values, marks = (one.double().cpu().numpy() for one in (points, scores, areas)), labels.cpu().numpy()
     sigmas = torch.tensor(rules.sigmas, dtype=torch.float64).numpy()
-    kept = [torch.zeros(0, dtype=torch.int64)]
-    for label in labels.unique():
-        places = (labels == label).nonzero()[:, 0]
-        own, values, sizes = (one[places].double().cpu().numpy() for one in (points, scores, areas))
-        chosen = oks_nms(own, values, sizes, sigmas, rules.nms_threshold)
-        kept.append(places.cpu()[torch.from_numpy(chosen)])
-    found = torch.cat(kept).sort().values.to(scores.device)
-    return found[scores[found].argsort(descending=True, stable=True)]
+    kept = distinct(*values, marks, sigmas, rules.nms_threshold)
+    return torch.from_numpy(kept).to(scores.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from widefield import _checks
 from widefield._coco import matching
 from widefield._coco.curves import Bools, Floats, Ints, Tally
-from widefield._coco.keypoints import AREAS, MOST, oks_nms, overall, pose_areas
+from widefield._coco.keypoints import AREAS, MOST, distinct, overall, pose_areas
 from widefield.data.skeleton import Skeleton
 from widefield.tasks import sizes
 from widefield.tasks.pose_distances import Distances
@@ -187,7 +187,8 @@ class PoseMetric(RecordMetric[PoseScores]):
 
     def _matched(self, poses: Records, people: Records) -> _Matched:
         """Match the poses of a file."""
-        poses = poses[self._distinct(poses)]
+        given = (poses[name] for name in ("points", "score", "area", "label"))
+        poses = poses[distinct(*given, self._sigmas, self.nms_threshold)]
         poses = poses[matching.ranks_in_class(poses["label"].astype(np.int64)) < MOST]
         labels, points = poses["label"].astype(np.int64), poses["points"]
         known = ImagePeople(
@@ -202,16 +203,6 @@ class PoseMetric(RecordMetric[PoseScores]):
         matches = matching.assign(own, ignored, self._outside(pose_areas(points), limits), known.crowd)
         errors = count_errors(points, labels, known, self._sigmas, np.array(self.skeleton.swapped))
         return _Matched(labels, poses["score"], known.labels, matches, errors)
-
-    def _distinct(self, poses: Records) -> Ints:
-        """Return the poses of a file that are not much like a better one of their class, best first."""
-        kept = [np.zeros(0, np.int64)]
-        for label in np.unique(poses["label"]):
-            rows = np.flatnonzero(poses["label"] == label)
-            points, scores, areas = (poses[name][rows] for name in ("points", "score", "area"))
-            kept.append(rows[oks_nms(points, scores, areas, self._sigmas, self.nms_threshold)])
-        rows = np.sort(np.concatenate(kept))
-        return rows[np.argsort(-poses["score"][rows], kind="stable")]
 
     def _outside(self, areas: Floats, limits: Floats) -> Bools:
         """Return which areas (n,) are outside of limits (G, 2), and of the groups of key points, which have none."""
