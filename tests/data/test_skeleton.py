@@ -53,6 +53,7 @@ def test_a_file_describes_any_skeleton(tmp_path):
     assert Skeleton.load(path).sigmas == (0.1, 0.2, 1.0)
     assert Skeleton.load(path).upper == (0, 1, 2)
     assert Skeleton.load(write(tmp_path, {"names": names, "sigmas": 0.05})).sigmas == (0.05,) * 3
+    assert Skeleton.load(write(tmp_path, {"names": names, "sigmas": [0.1, 0.2, 1]})).sigmas == (0.1, 0.2, 1.0)
 
 
 NAMES = ["beak", "left_wing", "right_wing"]
@@ -86,7 +87,14 @@ NAMES = ["beak", "left_wing", "right_wing"]
         ({"names": NAMES, "sigmas": float("nan")}, "sigmas must be from 0.0"),
         ({"names": NAMES, "sigmas": {"tail": 0.1}}, "sigmas has 'tail', which is not in names"),
         ({"names": NAMES, "sigmas": "wide"}, "sigmas must be a number; got 'wide'"),
+        ({"names": NAMES, "sigmas": [0.1, 0.2]}, "sigmas must have one entry per key point, 3; it has 2"),
+        ({"names": NAMES, "sigmas": [0.1, "wide", 0.2]}, "the sigma of 'left_wing' must be a number; got 'wide'"),
         ({"names": NAMES, "upper": ["tail"]}, "upper has 'tail'"),
+        ({"names": NAMES, "upper": ["beak", "beak"]}, "upper has 'beak' twice"),
+        (
+            {"names": NAMES, "links": [["left_wing", "beak"], ["beak", "left_wing"]]},
+            "links has 'beak' - 'left_wing' twice",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_right_is_refused_by_name_and_part(tmp_path, content, text):
@@ -111,6 +119,8 @@ def test_other_sources_are_refused():
         ({"swapped": (0, 1, 3)}, "an index in swapped must be from 0 to 2; got 3"),
         ({"links": ((0, 7),)}, "an index in links must be from 0 to 2; got 7"),
         ({"sigmas": (0.1, -1.0, 0.1)}, "the sigma of 'left_wing' must be a number above 0; got -1.0"),
+        ({"links": ((0, 1), (1, 2), (0, 1))}, "links has 'beak' - 'left_wing' twice. Leave one out"),
+        ({"upper": (2, 1, 2)}, "upper has 'right_wing' twice"),
         ({"names": ()}, "at least one key point"),
     ],
 )

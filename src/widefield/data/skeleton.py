@@ -55,6 +55,8 @@ class Skeleton:
         for part, indices in (("swapped", self.swapped), ("links", sum(self.links, ())), ("upper", self.upper)):
             for index in indices:
                 _checks.integer(f"an index in {part}", index, minimum=0, maximum=count - 1)
+        self._refuse_repeated("upper", [(index,) for index in self.upper])
+        self._refuse_repeated("links", [tuple(sorted(link)) for link in self.links])
         for index, other in enumerate(self.swapped):
             if self.swapped[other] != index:
                 raise ValueError(
@@ -64,6 +66,12 @@ class Skeleton:
         for name, sigma in zip(self.names, self.sigmas, strict=True):
             if not (0 < sigma < math.inf):
                 raise ValueError(f"the sigma of {name!r} must be a number above 0; got {sigma!r}.")
+
+    def _refuse_repeated(self, part: str, entries: Sequence[tuple[int, ...]]) -> None:
+        for place, entry in enumerate(entries):
+            if entry in entries[:place]:
+                names = " - ".join(repr(self.names[index]) for index in entry)
+                raise ValueError(f"{part} has {names} twice. Leave one out.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -81,8 +89,8 @@ class Skeleton:
 
         - ``names``: a list;
         - ``swap``: pairs of names that change places in a mirrored image;
-        - ``sigmas``: a mapping from each name to a number, or one number for all. Without it they are 1 / K, as in
-          Ultralytics' packages, which is lenient for few key points;
+        - ``sigmas``: a number for each name, as a mapping or in the order of ``names``, or one number for all. Without
+          it they are 1 / K, as in Ultralytics' packages, which is lenient for few key points;
         - ``links``: pairs of names;
         - ``upper``: names of the upper body.
 
@@ -161,6 +169,11 @@ def _described(content: Any) -> Skeleton:
 def _sigmas(values: Any, names: Sequence[str]) -> tuple[float, ...]:
     if values is None:
         return (1 / len(names),) * len(names)
+    if isinstance(values, list):
+        if len(values) != len(names):
+            raise ValueError(f"sigmas must have one entry per key point, {len(names)}; it has {len(values)}.")
+        pairs = zip(names, values, strict=True)
+        return tuple(_checks.number(f"the sigma of {name!r}", value) for name, value in pairs)
     if not isinstance(values, Mapping):
         return (_checks.number("sigmas", values),) * len(names)
     found = {_place("sigmas", name, names): _checks.number(f"the sigma of {name!r}", values[name]) for name in values}
