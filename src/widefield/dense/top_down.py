@@ -212,7 +212,8 @@ def _check_model(model: nn.Module, rules: PoseRules) -> None:
         own, given = getattr(model, name), getattr(rules, name)
         if own != given:
             raise ValueError(
-                f"the heatmaps of the model have {name} {own!r}, and the rules {given!r}: make them with PoseRules.for_model."
+                f"the heatmaps of the model have {name} {own!r}, and the rules {given!r}: make the rules with "
+                "PoseRules.for_model."
             )
 
 
