@@ -112,6 +112,29 @@ def test_graphs_compute_what_the_model_decodes(kind):
     close(ServedPose(model, "outside")(images)["heatmaps"], model(images), NETWORK)
 
 
+class Still(nn.Module):
+    """A head that has seen the key points already."""
+
+    num_keypoints = 3
+
+    def __init__(self, heatmaps):
+        super().__init__()
+        self.heatmaps = heatmaps
+
+    def forward(self, x):
+        return self.heatmaps
+
+
+@pytest.mark.parametrize("kind", ["unbiased", "udp"])
+def test_graphs_give_pixels_of_the_crops(kind):
+    model = HeatmapPose("test_resnet", 3, channels=(8, 8, 8, 8), kind=kind, sigma=1.5).eval()
+    points = torch.tensor([[[11.3, 20.0], [80.5, 47.75], [50.0, 33.1]]], dtype=torch.float64)
+    heatmaps, _ = model.codec(SIZE).encode(points, torch.ones(1, 3))
+    model.head = Still(heatmaps)
+    found = ServedPose(model)(torch.zeros(1, 3, *SIZE))["keypoints"]
+    assert (found - points).abs().max() < 0.1
+
+
 @pytest.mark.parametrize(
     ("suffix", "kind"),
     [(".onnx", "msra"), pytest.param(".xml", "udp", marks=pytest.mark.slow), (".pt2", "unbiased")],
@@ -171,6 +194,16 @@ def test_files_of_any_size_find_the_key_points_of_the_model(suffix, kind, tmp_pa
         with torch.no_grad():
             expected = model.decode(model(noise(3, size)), size)
         assert (runtime(noise(3, size)).points - expected.points).abs().max() <= KEYPOINT_PIXELS
+
+
+def test_files_of_any_size_come_from_small_crops(tmp_path):
+    model, path = made(), tmp_path / "model.onnx"
+    images = noise(2, (64, 32))  # the coarsest map has a side of 1
+    done = widefield.export(model, path, images, dynamic=("batch", "size"))
+    assert len({check.shape for check in done.checks}) == 9
+    with torch.no_grad():
+        expected = model.decode(model(noise()), SIZE)
+    assert (deploy.load(path)(noise()).points - expected.points).abs().max() <= KEYPOINT_PIXELS
 
 
 def test_a_file_with_other_key_points_is_refused(tmp_path, monkeypatch):

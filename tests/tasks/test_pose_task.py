@@ -181,6 +181,19 @@ def test_what_is_drawn(model: HeatmapPose) -> None:
     assert true.at_least(0.9) is true
 
 
+@pytest.mark.parametrize("kind", ["unbiased", "udp"])
+def test_predicted_poses_are_in_pixels_of_the_crop(kind: str) -> None:
+    task, samples = made_task(kind=kind, flip_test=False), made_samples(udp=kind == "udp")
+    batch = task.collate(samples)
+    inside = batch["keypoints"][..., 2] > 0
+    found = task.predict(Oracle(task, batch["keypoints"]), batch["image"], [SIZE] * len(samples))
+    points = torch.cat([one.keypoints for one in found if isinstance(one, PosePrediction)])
+    labels = batch["keypoints"][..., :2]
+    inside &= ((labels > 4) & (labels < torch.tensor([60.0, 92.0]))).all(2)  # whole peaks
+    assert inside.sum() > 10
+    assert (points - labels)[inside].abs().max() < 0.1
+
+
 def test_it_is_made_from_a_data_set_or_a_record_of_it() -> None:
     record = SimpleNamespace(skeleton=SKELETON, crop_size=(96, 64), classes=("dog",), udp=True, padding=1.5)
     task = tasks.create("pose", record, kind="udp", channels=[16])

@@ -133,6 +133,9 @@ class HeatmapPose(nn.Module):
     def decode(self, heatmaps: Tensor, image_size: Sequence[int] | None = None) -> DecodedKeypoints:
         """Return the key points of heatmaps (N, K, H, W), in pixels of the images.
 
+        They invert what :meth:`codec` encodes, for every ``kind``. :meth:`HeatmapCodec.decode` has the published
+        numbers, which differ for "udp" and for flat heatmaps.
+
         Args:
             heatmaps: of this model.
             image_size: (height, width) of the images. Default: that of the heatmaps times :attr:`stride`.

@@ -114,35 +114,68 @@ class HeatmapCodec:
         return axes[1][..., :, None] * axes[0][..., None, :], weights
 
     def decode(self, heatmaps: Tensor) -> DecodedKeypoints:
-        """Return the key points of heatmaps (N, K, H, W).
+        """Return the key points of heatmaps (N, K, H, W) with the published numbers.
+
+        Two things differ from :meth:`widefield.dense.HeatmapPose.decode`, which inverts :meth:`encode`. Published code
+        writes "udp" by (image - 1) / (heatmap - 1) and reads it by image / (heatmap - 1), so points are too far from
+        the origin by image / (image - 1). And steps below one pixel have no limit.
 
         Key points without a value above 0 are at (-1, -1) of the heatmap, as published.
         """
-        return decoded(heatmaps, self.image_size, self.kind, self.blur)
+        read = _read(heatmaps, self.kind, self.blur)
+        x, y = (read.pixels + read.steps).unbind(-1)
+        x, y = (torch.where(read.scores > 0, axis, -1.0) for axis in (x, y))
+        less = 1 if self.kind == "udp" else 0
+        (image_rows, image_columns), (rows, columns) = self.image_size, self.heatmap_size
+        x, y = x * image_columns / (columns - less), y * image_rows / (rows - less)
+        return DecodedKeypoints(torch.stack((x, y), 2), read.scores)
 
 
 def decoded(heatmaps: Tensor, image_size: Sequence[int], kind: str, blur: int) -> DecodedKeypoints:
-    """Return the key points of heatmaps (N, K, H, W); see :meth:`HeatmapCodec.decode`.
+    """Return the key points of heatmaps (N, K, H, W), in pixels of the images: the inverse of encoding.
+
+    There is no step below one pixel where the heatmap has no maximum to step to: where the matrix of second derivatives
+    is not negative definite, or where the step is longer than half the blur. Flat heatmaps would otherwise give points
+    thousands of pixels away. Key points without a value above 0 are at (-1, -1) of the heatmap.
 
     Sizes may be symbols, so that graphs for any size can be traced.
     """
+    read = _read(heatmaps, kind, blur)
+    longest = max(1, (blur - 1) // 2)
+    sound = read.peaked & (read.steps.abs() <= longest).all(-1)
+    x, y = (read.pixels + torch.where(sound[..., None], read.steps, 0.0)).unbind(-1)
+    x, y = (torch.where(read.scores > 0, axis, -1.0) for axis in (x, y))
+    less = 1 if kind == "udp" else 0
+    x = x * (image_size[1] - less) / (heatmaps.shape[3] - less)
+    y = y * (image_size[0] - less) / (heatmaps.shape[2] - less)
+    return DecodedKeypoints(torch.stack((x, y), 2), read.scores)
+
+
+class _Read(NamedTuple):
+    """What heatmaps (N, K, H, W) hold, in pixels of the heatmaps."""
+
+    pixels: Tensor
+    """(N, K, 2): x and y of the largest values."""
+    steps: Tensor
+    """(N, K, 2): from there to the key points."""
+    peaked: Tensor
+    """Bool (N, K): the second-order expansion has a maximum."""
+    scores: Tensor
+    """(N, K): the largest values."""
+
+
+def _read(heatmaps: Tensor, kind: str, blur: int) -> _Read:
     heatmaps = widened(heatmaps)
     width = heatmaps.shape[3]
     scores, places = heatmaps.flatten(2).max(2)
     rows = places // width
     pixels = torch.stack((places - rows * width, rows), 2)  # ONNX has no remainder of a symbol
-    found = pixels.to(heatmaps)
     if kind == "msra":
-        found = found + 0.25 * _towards_larger(heatmaps, pixels)
+        steps, peaked = 0.25 * _towards_larger(heatmaps, pixels), torch.ones_like(scores, dtype=torch.bool)
     else:
         smooth = _blurred(heatmaps, blur, scores)
-        step = _udp_step(smooth, pixels) if kind == "udp" else _newton_step(smooth, pixels)
-        found = found + step
-    found = torch.where(scores[..., None] > 0, found, -1.0)
-    less = 1 if kind == "udp" else 0  # published: written by (image - 1) / (heatmap - 1), read by image / (heatmap - 1)
-    x = found[..., 0] * image_size[1] / (width - less)
-    y = found[..., 1] * image_size[0] / (heatmaps.shape[2] - less)
-    return DecodedKeypoints(torch.stack((x, y), 2), scores)
+        steps, peaked = _udp_step(smooth, pixels) if kind == "udp" else _newton_step(smooth, pixels)
+    return _Read(pixels.to(heatmaps), steps, peaked, scores)
 
 
 def flipped_heatmaps(heatmaps: Tensor, swapped: Sequence[int], *, shift: bool) -> Tensor:
@@ -205,19 +238,22 @@ def _blurred(heatmaps: Tensor, side: int, highest: Tensor) -> Tensor:
     return scaled
 
 
-def _newton_step(heatmaps: Tensor, pixels: Tensor) -> Tensor:
-    """Return the step to the maximum of the logarithm's second-order expansion; 0 near the border (DARK, eq. 6)."""
+def _newton_step(heatmaps: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the step to the maximum of the logarithm's second-order expansion (DARK, eq. 6), and whether it has one.
+
+    Near the border the step is 0.
+    """
     near = _around(heatmaps.clamp(min=_LEAST).log(), pixels, 2)
     dx, dy = (near[..., 2, 3] - near[..., 2, 1]) / 2, (near[..., 3, 2] - near[..., 1, 2]) / 2
     dxx = (near[..., 2, 4] - 2 * near[..., 2, 2] + near[..., 2, 0]) / 4
     dyy = (near[..., 4, 2] - 2 * near[..., 2, 2] + near[..., 0, 2]) / 4
     dxy = (near[..., 3, 3] - near[..., 1, 3] - near[..., 3, 1] + near[..., 1, 1]) / 4
-    step = _solved(dx, dy, dxx, dyy, dxy)
-    return torch.where(_within(pixels, heatmaps, 2).all(-1, keepdim=True), step, 0.0)
+    step, peaked = _solved(dx, dy, dxx, dyy, dxy)
+    return torch.where(_within(pixels, heatmaps, 2).all(-1, keepdim=True), step, 0.0), peaked
 
 
-def _udp_step(heatmaps: Tensor, pixels: Tensor) -> Tensor:
-    """Return the step as UDP's code takes it: neighbors at one pixel, also at the border."""
+def _udp_step(heatmaps: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same as UDP's code takes it: neighbors at one pixel, also at the border."""
     near = _around(heatmaps.clamp(*_UDP_RANGE).log(), pixels, 1)
     here, right, left, below, above = (
         near[..., 1, 1],
@@ -232,9 +268,12 @@ def _udp_step(heatmaps: Tensor, pixels: Tensor) -> Tensor:
     return _solved((right - left) / 2, (below - above) / 2, dxx + small, dyy + small, dxy)
 
 
-def _solved(dx: Tensor, dy: Tensor, dxx: Tensor, dyy: Tensor, dxy: Tensor) -> Tensor:
-    """Return minus the inverse of the matrix of second derivatives times the first ones; 0 if it has no inverse."""
+def _solved(dx: Tensor, dy: Tensor, dxx: Tensor, dyy: Tensor, dxy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return minus the inverse of the matrix of second derivatives times the first ones; 0 if it has no inverse.
+
+    The second result says whether the matrix is negative definite, so that the step leads to a maximum.
+    """
     determinant = dxx * dyy - dxy**2
     step = torch.stack((dxy * dy - dyy * dx, dxy * dx - dxx * dy), -1)
     safe = torch.where(determinant == 0, 1.0, determinant)
-    return torch.where((determinant == 0)[..., None], 0.0, step / safe[..., None])
+    return torch.where((determinant == 0)[..., None], 0.0, step / safe[..., None]), (determinant > 0) & (dxx < 0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.data.crops import apply_matrix, inverse
-from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, flipped_heatmaps
+from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, decoded, flipped_heatmaps
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PoseRules:
         The model runs in the mode that it is in.
 
         Raises:
-            ValueError: the model gives no heatmap for each key point.
+            ValueError: the model gives no heatmap for each key point, or values that are not finite.
         """
         found = self._checked(model, crops)
         if not self.flip_test:
@@ -82,12 +82,16 @@ class PoseRules:
                 f"the model must give {len(self.swapped)} heatmaps, (N, {len(self.swapped)}, H, W), one for each key "
                 f"point of the rules; {type(model).__name__} gives {shape}."
             )
+        if not found.isfinite().all():
+            raise ValueError(
+                f"the heatmaps of {type(model).__name__} are not finite, so they have no key points: weights or "
+                "activations are NaN or have overflowed. Check the weights, or run the model in float32."
+            )
         return found
 
     def decode(self, heatmaps: Tensor) -> DecodedKeypoints:
         """Return the key points of heatmaps (N, K, H, W) in pixels of the crops."""
-        size = heatmaps.shape[2], heatmaps.shape[3]
-        return HeatmapCodec(self.crop_size, size, self.sigma, self.kind, self.blur).decode(heatmaps)
+        return decoded(heatmaps, self.crop_size, self.kind, self.blur)
 
     @property
     def aligned(self) -> bool:
@@ -95,7 +99,7 @@ class PoseRules:
         return self.kind == "udp" if self.udp is None else self.udp
 
     def to_file(self, points: Tensor, matrices: Tensor) -> Tensor:
-        """Return decoded key points in pixels of the file, as published code maps them.
+        """Return decoded key points in pixels of the file.
 
         Args:
             points: (N, K, 2), from :meth:`decode`.
@@ -104,11 +108,7 @@ class PoseRules:
         Returns:
             (N, K, 2) float64.
         """
-        points = points.double()
-        if self.aligned:  # the matrix has the crop's last pixel on the edge of the box, published code its end
-            sides = points.new_tensor([self.crop_size[1], self.crop_size[0]])
-            points = points * (sides - 1) / sides
-        return apply_matrix(points, inverse(matrices.double()))
+        return apply_matrix(points.double(), inverse(matrices.double()))
 
     def pose_scores(self, scores: Tensor, box_scores: Tensor) -> Tensor:
         """Return the scores of poses, (D,): the mean score of the key points above the threshold times the box's.

@@ -51,6 +51,11 @@ class ServedPose(nn.Module):
         return {**named, "heatmaps": heatmaps} if self.measured else named
 
     @property
+    def largest_stride(self) -> int:
+        """Return the stride of the coarsest map."""
+        return max(self.backbone.strides)
+
+    @property
     def rules(self) -> dict[str, Any]:
         """Return where and how heatmaps are decoded."""
         return {"decoding": self.decoding, "kind": self.decoder.kind, "blur": self.decoder.blur}

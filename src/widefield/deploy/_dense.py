@@ -75,8 +75,8 @@ def rules_of(graph: nn.Module) -> dict[str, Any]:
 
 
 def traceable(model: nn.Module, x: Tensor, dynamic: Sequence[str]) -> Tensor:
-    """Return an example from which a graph for any size can be traced: of detectors, an enlarged one."""
-    if "size" not in dynamic or not isinstance(model, ServedDetector):
+    """Return an example from which a graph for any size can be traced: for dense models, an enlarged one."""
+    if "size" not in dynamic or not isinstance(model, (ServedDetector, ServedPose)):
         return x
     side = LEAST_CELLS * model.largest_stride
     return F.pad(x, (0, max(0, side - x.shape[3]), 0, max(0, side - x.shape[2])))

@@ -114,7 +114,7 @@ class KeypointCounts:
         given = keypoints(second)
         if given is not None and given.scores.shape == a.scores.shape:
             b = Keypoints(given.points.to(a.points), given.scores.to(a.scores))
-            peaks = _nearest(b.points, first.shape[2:], sides)
+            peaks = _nearest(b.points, first.shape[2:], sides, getattr(self._model, "kind", None) == "udp")
             self.gaps.add(a.scores, b.scores)
         else:
             alike = [tensor for tensor in tensors(second) if tensor.shape == first.shape]
@@ -169,17 +169,19 @@ class KeypointCounts:
             setattr(self, name, getattr(self, name) + int((hit & known).sum()))
 
 
-def _nearest(points: Tensor, size: Sequence[int], sides: Sequence[float]) -> Tensor:
+def _nearest(points: Tensor, size: Sequence[int], sides: Sequence[float], aligned: bool) -> Tensor:
     """Return the index of the pixel of heatmaps of a size that is nearest to each point, int64 (N, K).
 
     Args:
         points: (N, K, 2), in pixels of the image.
         size: (height, width) of the heatmaps.
         sides: (height, width) of the images.
+        aligned: whether the centers of the corner pixels of both meet.
     """
     height, width = size
-    x = (points[..., 0] * width / sides[1]).round().nan_to_num().long().clamp(0, width - 1)
-    y = (points[..., 1] * height / sides[0]).round().nan_to_num().long().clamp(0, height - 1)
+    x = points[..., 0] * (width - aligned) / (sides[1] - aligned)
+    y = points[..., 1] * (height - aligned) / (sides[0] - aligned)
+    x, y = (axis.round().nan_to_num().long().clamp(0, side - 1) for axis, side in ((x, width), (y, height)))
     return y * width + x
 
 
