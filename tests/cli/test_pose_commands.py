@@ -231,18 +231,30 @@ def test_an_evaluation_with_the_boxes_of_a_detector(
     )
     data = DataSpec("coco_keypoints", {
         "root": str(tmp_path), "annotations": "all.json", "images": "images", "skeleton": "scenes",
-        "crop_size": [64, 64],
+        "crop_size": [64, 48],
     })  # fmt: skip
     run = trained("files", data, TaskSpec("pose", {"channels": [8], "keypoint_threshold": 0.0}), tmp_path)
     words = ["predict", str(detecting), str(tmp_path / "images"), "--coco", str(tmp_path / "all.json")]
     assert cli.main([*words, "--out", str(tmp_path / "found")]) == 0
     capsys.readouterr()
     file = tmp_path / "found/predict_coco.json"
-    words = ["eval", str(run), "--workers", "0", "--out", str(tmp_path / "eval.json")]
+    # The detector finds nothing in the second image, whose people count as missed.
+    found = [entry for entry in document(file) if entry["image_id"] == 0]
+    assert 0 < len(found) < len(document(file))
+    file.write_text(json.dumps(found))
+    page = tmp_path / "page.html"
+    words = ["eval", str(run), "--workers", "0", "--out", str(tmp_path / "eval.json"), "--page", str(page)]
     assert cli.main([*words, "--boxes", str(file)]) == 0
-    assert f"{len(document(file))} boxes of a detector" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"val: {len(found)} boxes of a detector in 1 image in" in printed
+    assert "changed since the run" not in printed  # as was asked for
+    row = next(line for line in printed.splitlines() if "files" in line and "64x48" in line)
+    assert f" {len(found)} " in row
+    assert "crops" in printed
+    assert f"{len(found)} crops of" in page.read_text()
     (result,) = document(tmp_path / "eval.json")["results"]
-    assert result["images"] == len(document(file))
+    assert (result["images"], result["size"]) == (len(found), [64, 48])
+    assert sum(result["scores"]["people"]) == sum(entry["num_keypoints"] > 0 for entry in annotations)
     assert result["metrics"]["oks_ap"] is not None
     assert result["metrics"]["pck"] is None  # whose pose it is, is not known
 
@@ -264,12 +276,19 @@ def test_a_report_shows_the_evaluation(posing: Path, tmp_path: Path) -> None:
         (["predict", "POSES", "photo.png", "--size", "64"], "there is no detector"),
         (["predict", "POSES", "photo.png", "--box-classes", "disk"], "there are none"),
         (["predict", "POSES", "photo.png", "--boxes", "OBJECTS", "--box-classes", "disc"], "Did you mean 'disk'?"),
-        (["predict", "POSES", "photo.png", "--boxes", "nothing.json"], "there is neither a folder"),
+        (["predict", "POSES", "photo.png", "--boxes", "nothing.json"], "there is no file of boxes 'nothing.json'"),
+        (["predict", "POSES", "photo.png", "--boxes", "emty.json"], "Did you mean 'empty.json'?"),
+        (["predict", "POSES", "photo.png", "--boxes", "runs/boxes.txt"], "there is no file of boxes 'runs/boxes.txt'"),
+        (["predict", "POSES", "photo.png", "--boxes", "runs/boxes"], "there is no folder 'runs/boxes'"),
+        (["predict", "POSES", "photo.png", "--boxes", "resnet7"], "there is neither a folder 'resnet7'"),
+        (["eval", "POSES", "--boxes", "nothing.json"], "--boxes: there is no file 'nothing.json'. Give the results"),
         (["predict", "POSES", "photo.png", "--boxes", "photo.png"], "is not a JSON file with boxes"),
         (["predict", "POSES", "photo.png", "--boxes", "empty.json"], "the file name 'photo.png' does not end with one"),
         (["eval", "POSES", "--data", "digits"], "the data have no key points"),
         (["eval", "POSES", "--boxes", "empty.json"], "--boxes is for data in COCO's form"),
         (["eval", "OBJECTS", "--boxes", "empty.json"], "--boxes is for pose models"),
+        (["eval", "POSES", "--size", "96"], "the crops of a pose model have one size"),
+        (["eval", "POSES", "--data", "coco_keypoints:.", "--size", "96"], "Leave out --size"),
     ],
 )
 def test_mistakes_are_one_line(

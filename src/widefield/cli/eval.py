@@ -44,7 +44,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[None],
         **number,
-        help="sides of the images; other models than classifiers: shorter sides (the model's own)",
+        help="sides of the images; of segmentation models and detectors: shorter sides; not for pose models (the "
+        "model's own)",
     )
     parser.add_argument(
         "--task",
@@ -169,7 +170,8 @@ def run(args: argparse.Namespace) -> int:
 def _found(job: _Job, args: argparse.Namespace) -> Iterator[str]:
     """Yield a line about the data, and how they differ from what a run was evaluated on."""
     yield job.dataset.found()
-    note = job.subject.trained_on.note(job.dataset) if job.subject.trained_on and args.data is None else ""
+    own = job.subject.trained_on if args.data is None and args.boxes is None else None
+    note = own.note(job.dataset) if own else ""
     if note:
         yield f"the data of {job.subject.name} have {note}"
 
@@ -211,6 +213,8 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
                 raise ValueError(f"{option} is for classifiers, and {subject.name} is a model for {subject.work}.")
         if args.boxes and subject.work != "pose":
             raise ValueError(f"--boxes is for pose models, and {subject.name} is a model for {subject.work}.")
+        if args.boxes and not args.boxes.expanduser().is_file():
+            raise FileNotFoundError(f"--boxes: there is no file {str(args.boxes)!r}. Give the results of a detector.")
         if args.page and subject.work == "classification":
             raise ValueError(f"--page is for models of dense tasks, and {subject.name} is a classifier; use --out.")
         if args.task and subject.recipe is None and subject.work == "classification":
@@ -352,10 +356,11 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     from widefield.tasks import DetectionScores, PoseScores
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
+    samples = "crops" if all(isinstance(found.scores, PoseScores) for _, found in done) else "images"
     rows = []
     for job, found in done:
         row = {"model": job.subject.name, "weights": str(job.subject.weights), "data": _called(job.source)}
-        row |= {"size": _size(job, found), "images": str(found.images)}
+        row |= {"size": _size(job, found), samples: str(found.images)}
         row["classes"] = str(job.classes) if job.classes == job.outputs else f"{job.classes} of {job.outputs}"
         row |= {name: shown(name, found.metrics.get(name)) for name in metrics}
         if found.images_per_second is not None:
@@ -377,7 +382,9 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
 
 
 def _size(job: _Job, found: Evaluation) -> str:
-    """Return the side of the images as text: of images that differ, the shorter side if it was asked for."""
+    """Return the size of the images as text: of images that differ, the shorter side if it was asked for."""
+    if isinstance(found.size, tuple):
+        return "x".join(map(str, found.size))
     if found.size is not None:
         return str(found.size)
     return "varied" if job.side is None else f"{job.side} (shorter)"

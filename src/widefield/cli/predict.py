@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     from widefield.data.listing import counted
     from widefield.runs import load
+    from widefield.runs.box_files import is_box_file
     from widefield.runs.image_paths import find_images
     from widefield.runs.predict import predict_files
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
     )  # fmt: skip
     boxes = args.boxes
-    if boxes is not None and not Path(boxes).expanduser().is_file():
+    if boxes is not None and not is_box_file(boxes):
         boxes = load(boxes, pretrained=args.pretrained, seed=args.seed, device=args.device)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

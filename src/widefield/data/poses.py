@@ -230,11 +230,9 @@ class PoseSet(SampleSet):
         one, many = ("person", "people") if self.classes == ("person",) else ("object", "objects")
         where = f" in {self.place}" if self.place else ""
         boxes = int((self.boxes.people >= 0).sum())
-        if boxes:
-            given = counted(boxes, one, many)
-        else:
-            given = f"{counted(int(np.isfinite(self.boxes.scores).sum()), 'box', 'boxes')} of a detector"
-        files = counted(len(np.unique(self.boxes.files)), "image")
+        held = np.isfinite(self.boxes.scores)  # the others stand for files without boxes
+        given = counted(boxes, one, many) if boxes else f"{counted(int(held.sum()), 'box', 'boxes')} of a detector"
+        files = counted(len(np.unique(self.boxes.files[held])), "image")
         left_out = f"; left out: {self.skipped}" if self.skipped else ""
         return (
             f"{self.split}: {given} in {files}{where}, {counted(len(self.skeleton), 'key point')}, "

@@ -6,8 +6,9 @@ from widefield.runs.labels import MappedClassification, output_places
 from widefield.runs.predict import Predicted, Predictions, Unreadable, predict, predict_each, predict_files
 from widefield.runs.records import RunRecord, find_runs, read_run
 from widefield.runs.report import write_report
-from widefield.runs.subjects import MissingDataError, Subject, Weights, load
+from widefield.runs.subjects import MissingDataError, Subject, load
 from widefield.runs.trained import load_trained, read_run_data
+from widefield.runs.weights import Weights
 
 __all__ = [
     "Evaluation",

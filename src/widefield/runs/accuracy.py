@@ -57,11 +57,11 @@ class Evaluation:
     metrics: dict[str, float]
     """The task's metrics: accuracies are fractions of the images, the loss is in nats."""
     images: int
-    """Number of evaluated images; unreadable ones may have been left out."""
+    """Number of evaluated images, or crops of a pose model; unreadable ones may have been left out."""
     seconds: float
     """Wall-clock time for reading and evaluating all images."""
-    size: int | None
-    """Side of the images in pixels; None if they differ or are not square."""
+    size: int | tuple[int, int] | None
+    """Side of the images in pixels; (height, width) if they are not square; None if they differ."""
     batch_size: int
     """Images per batch in each process."""
     mixed_precision: str
@@ -161,7 +161,7 @@ def evaluate_model(
         metrics=measured.metrics,
         images=measured.images,
         seconds=seconds,
-        size=dataset.image_size,
+        size=_size(dataset.image_shape),
         batch_size=batch_size,
         mixed_precision=mixed_precision,
         channels_last=channels_last,
@@ -172,6 +172,14 @@ def evaluate_model(
         examples=tuple(shown),
         rating=task.rating,
     )
+
+
+def _size(shape: tuple[int, int, int] | None) -> int | tuple[int, int] | None:
+    """Return what `Evaluation.size` is for images of one shape (C, H, W), or of several (None)."""
+    if shape is None:
+        return None
+    _, height, width = shape
+    return height if height == width else (height, width)
 
 
 def _first_shape(dataset: SampleSet) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import torch
 
 from widefield import _checks
 from widefield.runs.coco_results import CocoIds, read_ids
+from widefield.runs.words import is_path
 from widefield.tasks import BoxPrediction
 
 Entry = tuple[str, float, tuple[float, float, float, float]]
@@ -78,6 +79,23 @@ class BoxFile:
                 "COCO file with their names (coco, --coco)."
             )
         return int(digits)
+
+
+def is_box_file(word: str | Path) -> bool:
+    """Return whether a word is the path of a file with boxes; otherwise it must be the name of a detector.
+
+    Raises FileNotFoundError for a path of a file that is not there.
+    """
+    path = Path(word).expanduser()
+    if path.is_file():
+        return True
+    if path.is_dir() or not (path.suffix.lower() == ".json" or (path.suffix and is_path(str(word)))):
+        return False
+    near = [str(other) for other in path.parent.glob("*.json")]
+    raise FileNotFoundError(
+        f"there is no file of boxes {str(word)!r}: give a JSON file with boxes, the name of a detector, or the folder "
+        f"of a run.{_checks.did_you_mean(str(path), near)}"
+    )
 
 
 def read_boxes(path: str | Path, classes: Sequence[str], coco: str | Path | None = None) -> BoxFile:

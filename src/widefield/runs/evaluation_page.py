@@ -65,7 +65,8 @@ def evaluation_sections(
         min_score: least score of the objects that are drawn.
     """
     row = {name: shown(name, value) for name, value in evaluation.metrics.items()}
-    about = f"{counted(evaluation.images, 'image')} of {source}, weights {subject.weights}. {note}".strip()
+    samples = counted(evaluation.images, "crop" if isinstance(evaluation.scores, PoseScores) else "image")
+    about = f"{samples} of {source}, weights {subject.weights}. {note}".strip()
     sections = [("Metrics", report.table([row]) + report.paragraph(about))]
     scores = evaluation.scores
     if isinstance(scores, SegmentationScores):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from widefield import _checks, dense
 from widefield.data import Skeleton
-from widefield.runs.box_files import read_boxes
+from widefield.runs.box_files import is_box_file, read_boxes
 from widefield.runs.drawing_parts import MIN_SCORE
 from widefield.runs.subjects import Subject, load
 from widefield.surgery.answers import evaluating
@@ -85,7 +85,7 @@ def box_source(
             )
         return None
     _checks.number("min_score", min_score, maximum=1.0)
-    detects = isinstance(boxes, Subject) or (boxes is not None and not Path(boxes).expanduser().is_file())
+    detects = isinstance(boxes, Subject) or (boxes is not None and not is_box_file(boxes))
     if size is not None and not detects:
         raise ValueError(
             "size is that of a detector's images, and there is no detector; the crops of a "

@@ -26,23 +26,11 @@ from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPicture
 from widefield.runs.labels import published_classes
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
 from widefield.runs.trained import load_trained, read_run_data, weights_of
+from widefield.runs.weights import Weights, weights_of_timm
 from widefield.runs.words import is_path, parsed
 from widefield.tasks import Task, count_outputs
 from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
 from widefield.train.networks import TORCHVISION
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where a model's weights come from."""
-
-    origin: str
-    """``"random"``, ``"pretrained"`` (published by timm or torchvision), ``"file"`` or ``"run"``."""
-    detail: str = ""
-    """The file's path, or which weights of the run."""
-
-    def __str__(self) -> str:
-        return self.detail if self.origin == "run" else f"{self.origin} {self.detail}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -182,9 +170,14 @@ class Subject:
             raise MissingDataError(f"the data of the run {self.name!r} are missing: {error}") from error
 
     def asked_options(self, kind: type[data.SampleSet], size: int | None) -> dict[str, Any]:
-        """Return the options of a data set of this kind that give the val images another size; {} for None."""
+        """Return the options of a data set of this kind that give the val images another size; {} for None.
+
+        Raises ValueError for a pose model, whose crops have one size.
+        """
         if size is None:
             return {}
+        if self.work == "pose":
+            raise ValueError(f"the crops of a pose model have one size, that of {self.name}. Leave out --size.")
         return {"test_scale": self._scale(size)} if "test_scale" in data.options_of(kind) else {"size": size}
 
     def file_options(self, kind: type[data.SampleSet], size: int | None = None) -> dict[str, Any]:
@@ -389,18 +382,11 @@ def _of_timm(word: str, pretrained: bool) -> Subject:
         config["input_size"][-1],
         mean,
         std,
-        _weights_of_timm(model, given.get("checkpoint_path"), pretrained),
+        weights_of_timm(model, given.get("checkpoint_path"), pretrained),
         {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
         # The crop that the model's authors, or timm, found best for larger images than those of training.
         resolve_model_data_config(model, use_test_size=True)["crop_pct"],
     )
-
-
-def _weights_of_timm(model: nn.Module, checkpoint: object, pretrained: bool) -> Weights:
-    """Return where timm got a model's weights: from a checkpoint, which it loads last, or from its configuration."""
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    file = checkpoint or (config.get("file") if pretrained else None)
-    return Weights("file", str(file)) if file else Weights("pretrained" if pretrained else "random")
 
 
 def _of_torchvision(word: str, pretrained: bool) -> Subject:

@@ -144,6 +144,10 @@ class Task(ABC):
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the metrics' ``update``: tensors (N, ...) or lists of N entries."""
 
+    def counted(self, outputs: Mapping[str, Any]) -> int:
+        """Return how many samples of a batch count as evaluated, from its :meth:`outputs`; default: all, N."""
+        return len(next(iter(outputs.values())))
+
     def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return what a model predicts for each image, in the form in which it is drawn.
 

@@ -208,6 +208,10 @@ class PoseEstimation(Task):
         target = TruePoses(batch["truth"].cpu(), batch["area"].cpu(), people)
         return {"preds": preds, "target": target, "index": batch.get("index")}
 
+    def counted(self, outputs: Mapping[str, Any]) -> int:
+        """Return the number of crops that stand for a box."""
+        return int(outputs["preds"].scores.isfinite().sum())
+
     def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return the pose in each crop.
 

@@ -62,19 +62,20 @@ def measure(
     ``each`` is called with every batch and its outputs.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    metrics, images = task.metrics().to(device), 0
+    metrics, images, samples = task.metrics().to(device), 0, 0
     with evaluating(model), torch.no_grad():
         for batch in batches:
             if batch:
                 outputs = task.outputs(model, send_to_device(batch, device))
                 metrics.update(**outputs)
                 each(batch, outputs)
-                images += len(next(iter(outputs.values())))
+                images += task.counted(outputs)
+                samples += len(next(iter(outputs.values())))
     if shares:  # at the end instead of after each batch: shares and batches with unreadable images differ in length
         for metric in metrics.values():
             metric.sync()
-        images = int(reduce(torch.tensor(images, device=device), "sum"))
-    if not images:
+        images, samples = reduce(torch.tensor([images, samples], device=device), "sum").tolist()
+    if not samples:
         raise ValueError("there is nothing to evaluate: the data set is empty or all of its images were skipped.")
     scores = task.scores(metrics)  # first: compute() undoes the synchronization
     return Measured({name: float(value) for name, value in metrics.compute().items()}, images, scores)

@@ -133,13 +133,14 @@ def store(folder: Path, found: RunData) -> None:
 
 def changes(before: RunData, now: RunData) -> list[str]:
     """Return one clause for each difference between data; empty if images, names and labels are the same."""
+    samples = "images" if before.skeleton is None else "crops"
     found = _class_changes(before.classes, now.classes)
     for name, was in before.splits.items():
         split = now.splits[name]
         if split.images != was.images:
-            found.append(f"the {name} split had {was.images} images and has {split.images}")
+            found.append(f"the {name} split had {was.images} {samples} and has {split.images}")
         elif split.fingerprint != was.fingerprint and not found:
-            found.append(f"images of the {name} split have other names or other labels")
+            found.append(f"{samples} of the {name} split have other names or other labels")
     return found
 
 
