@@ -63,8 +63,8 @@ def docs_rows() -> dict[str, dict[str, str]]:
 def as_documented(recipe: Recipe) -> dict[str, str]:
     """Return the cells that the docs must have for a recipe."""
     spec, options = recipe.optimizer, recipe.task.args
-    besides = ["DARK"] if options.get("kind") == "unbiased" else []
-    besides += ["synchronized norms"] if recipe.sync_batchnorm else []
+    other = ["DARK"] if options.get("kind") == "unbiased" else []
+    other += ["synchronized norms"] if recipe.sync_batchnorm else []
     return {
         "backbone": f"`{recipe.model.name}`",
         "crop": "x".join(map(str, recipe.data.args["crop_size"])),
@@ -74,7 +74,7 @@ def as_documented(recipe: Recipe) -> dict[str, str]:
         "weight decay": f"{spec.weight_decay:g}",
         "drop path": f"{recipe.model.args.get('drop_path_rate', 0):g}",
         "sigma": f"{options.get('sigma', 2):g}",
-        "besides": ", ".join(besides),
+        "other": ", ".join(other),
     }
 
 

@@ -154,14 +154,8 @@ def _pixels(batch: Any) -> Tensor:
 
 def _pictures(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
     """Return pictures in batches, with labels or masks where these are known."""
-    from torch.nn.functional import interpolate
-
     shown = _subjects.pictures(args, found, stand_in=stand_in)
-    batches = list(_subjects.labeled_batches(found.view(shown, batch_size=args.batch_size)))
-    crop = found.trained_on.crop_size if found.work == "pose" and found.trained_on else None
-    if crop and _pixels(batches[0]).shape[2:] != crop:
-        return [(interpolate(_pixels(batch), crop, mode="bilinear"),) for batch in batches]
-    return batches
+    return list(_subjects.labeled_batches(found.view(shown, batch_size=args.batch_size)))
 
 
 def _own_samples(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
@@ -178,7 +172,7 @@ def _own_samples(found: Subject, args: argparse.Namespace, *, stand_in: bool) ->
     if found.work not in ("detection", "pose") or args.images is not None or found.recipe is None:
         return []
     try:
-        whole = found.own_data()
+        whole = found.own_data(true_boxes=True)
     except MissingDataError:
         if stand_in:
             return []

@@ -154,14 +154,62 @@ class OwnPictures(data.Pictures):
         return {**found, "label": self._places[found["label"]] if self.classes else -1}
 
 
+def crop_sides(crop_size: tuple[int, int] | None, size: int) -> tuple[int, int]:
+    """Return the (height, width) of a run's crops for another shorter side; ``crop_size`` None: square ones."""
+    height, width = crop_size or (1, 1)
+    return round(height * size / min(height, width)), round(width * size / min(height, width))
+
+
+def with_true_boxes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a set of poses without the boxes of a detector."""
+    return {name: value for name, value in options.items() if name != "boxes"}
+
+
+class CutPictures(data.Pictures):
+    """The middle of other pictures, with the sides of a pose run's crops.
+
+    Args:
+        source: as of `Pictures`.
+        crop: (height, width), in place of the size.
+        given: further arguments of `Pictures`.
+    """
+
+    def __init__(self, source: str, crop: tuple[int, int], **given: Any) -> None:
+        self._square = data.Pictures(source, **{**given, "size": max(crop)})
+        data.LabeledImages.__init__(self, "val", min(crop), self._square.seed)
+        self._crop_size, self.source, self.classes = crop, source, ()
+        self.mean, self.std = self._square.mean, self._square.std
+
+    def __len__(self) -> int:
+        return len(self._square)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what `Pictures` does, with both sides."""
+        return {**super().about, "size": list(self._crop_size)}
+
+    def found(self) -> str:
+        """Return what `Pictures` does."""
+        return self._square.found()
+
+    def name(self, index: int) -> str:
+        """Return an image's name."""
+        return self._square.name(index)
+
+    def sample(self, index: int) -> data.Sample:
+        """Return image ``index``; raises OSError naming a file that cannot be read."""
+        from torchvision.transforms.functional import center_crop
+
+        return {"image": center_crop(self._square.sample(index)["image"], list(self._crop_size)), "label": -1}
+
+
 class OwnCrops(data.Pictures):
-    """Crops of a pose run's validation data.
+    """Crops of a pose run's validation data, in true boxes.
 
     Args:
         source: name of the data set.
         options: those of the run.
-        crop_size: (height, width) of the run's crops; None: square ones.
-        size: shorter side of the crops in pixels.
+        crop: (height, width) of the crops.
         count: number of crops; a seeded choice if there are more. None: all of them.
         seed: of the choice.
     """
@@ -170,15 +218,12 @@ class OwnCrops(data.Pictures):
         self,
         source: str,
         options: Mapping[str, Any],
-        crop_size: tuple[int, int] | None,
-        size: int,
+        crop: tuple[int, int],
         count: int | None,
         seed: int,
     ) -> None:
-        data.LabeledImages.__init__(self, "val", size, seed)
-        sides = crop_size or (1, 1)
-        scaled = [round(side * size / min(sides)) for side in sides]
-        whole: Any = data.create(source, "val", **{**options, "crop_size": scaled})
+        data.LabeledImages.__init__(self, "val", min(crop), seed)
+        whole: Any = data.create(source, "val", **{**with_true_boxes(options), "crop_size": list(crop)})
         self._whole, self.source, self.classes = whole, source, ()
         self._some = Selection(whole, len(whole) if count is None else count, seed)
         self.mean, self.std = whole.mean, whole.std

@@ -21,6 +21,7 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
+from widefield.runs import inputs
 from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Pixels, Selection, count_maps
 from widefield.runs.labels import published_classes
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
@@ -152,12 +153,19 @@ class Subject:
         if self.trained_on is None and len(dataset.classes) != self.outputs:
             raise ValueError(f"the model tells {self.outputs} classes apart, and the data have {len(dataset.classes)}.")
 
-    def own_data(self) -> data.SampleSet:
-        """Return the validation data of a run; raises MissingDataError if they are missing."""
+    def own_data(self, *, true_boxes: bool = False) -> data.SampleSet:
+        """Return the validation data of a run; raises MissingDataError if they are missing.
+
+        Args:
+            true_boxes: of a pose run, take crops of people with labels, also if the run is measured with the boxes of a
+                detector, whose crops have no labels.
+        """
         if self.recipe is None:
             raise MissingDataError(f"{self.name} is not a run, so it has no data of its own.")
+        given = self.recipe.data.args
+        options = inputs.with_true_boxes(given) if true_boxes and self.work == "pose" else given
         try:
-            return data.create(self.recipe.data.name, "val", **self.recipe.data.args)
+            return data.create(self.recipe.data.name, "val", **options)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(f"the data of the run {self.name!r} are missing: {error}") from error
 
@@ -238,7 +246,7 @@ class Subject:
     def pictures(
         self, source: str | None = None, *, count: int | None = 32, size: int | None = None, seed: int = 0
     ) -> data.Pictures:
-        """Return images as the model expects them; arguments as of `Pictures`.
+        """Return images as the model expects them; arguments as of `Pictures`. Those of a pose run are like its crops.
 
         The default source is a run's validation data, or photographs for other models. Labels of a run's own images are
         indices of the model's outputs, in whatever order the data's classes are now.
@@ -250,13 +258,16 @@ class Subject:
         given: dict[str, Any] = {
             "count": count, "size": size or self.size, "mean": self.mean, "std": self.std, "seed": seed,
         }  # fmt: skip
+        posed = self.trained_on if self.work == "pose" else None
+        crop = inputs.crop_sides(posed.crop_size, given["size"]) if posed else None
         if source is not None or self.recipe is None or self.trained_on is None:
-            return data.Pictures(data.PHOTOGRAPHS if source is None else source, **given)
+            source = data.PHOTOGRAPHS if source is None else source
+            return inputs.CutPictures(source, crop, **given) if crop else data.Pictures(source, **given)
         spec = self.recipe.data
         options = {key: value for key, value in spec.args.items() if key not in _DECIDED}
         try:
-            if self.work == "pose":
-                return OwnCrops(spec.name, spec.args, self.trained_on.crop_size, given["size"], count, seed)
+            if crop:
+                return OwnCrops(spec.name, spec.args, crop, count, seed)
             return OwnPictures(self.trained_on, spec.name, options=options, **given)
         except (FileNotFoundError, NotADirectoryError, ImportError) as error:
             raise MissingDataError(
@@ -279,7 +290,7 @@ class Subject:
             MissingDataError: the model is not a run, or the data of the run are missing.
             ValueError: the data have neither.
         """
-        whole = self.own_data()
+        whole = self.own_data(true_boxes=True)
         if not getattr(whole, "object_classes", ()) and not isinstance(whole, data.PoseSet):
             raise ValueError(f"the data of the run {self.name!r} have neither objects with boxes nor key points.")
         source, samples = self.recipe.data.name if self.recipe else "", Selection(whole, count)

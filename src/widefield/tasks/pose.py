@@ -26,8 +26,14 @@ from widefield.tasks.pose_scores import PoseScores
 from widefield.tasks.predictions import PosePrediction, Prediction
 from widefield.tasks.sizes import OCTAVES
 
-_PEOPLE = ("people", "people_boxes", "people_area", "people_labels", "people_crowd")
-"""Entries of val samples whose length differs; see `widefield.data.PoseSet`."""
+_PEOPLE = {
+    "people": "keypoints",
+    "people_boxes": "boxes",
+    "people_area": "areas",
+    "people_labels": "labels",
+    "people_crowd": "crowd",
+}
+"""Entries of val samples whose length differs (see `widefield.data.PoseSet`) -> attributes of `People`."""
 _OWN = ("channels", "kind", "sigma", "blur")
 """Options that are arguments of the model."""
 
@@ -195,7 +201,10 @@ class PoseEstimation(Task):
         for name in _PEOPLE:
             if name not in batch:
                 raise ValueError(f"poses are measured on val samples, which have the entry {name!r}; these have none.")
-        people = [People(*(part.cpu() for part in parts)) for parts in zip(*(batch[n] for n in _PEOPLE), strict=True)]
+        people = [
+            People(**{attribute: batch[name][row].cpu() for name, attribute in _PEOPLE.items()})
+            for row in range(len(batch["image"]))
+        ]
         target = TruePoses(batch["truth"].cpu(), batch["area"].cpu(), people)
         return {"preds": preds, "target": target, "index": batch.get("index")}
 
