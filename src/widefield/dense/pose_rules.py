@@ -81,9 +81,8 @@ class PoseRules:
                 f"the model has {model.num_keypoints} key points, and the skeleton {len(skeleton.names)}: give the "
                 "skeleton that it was trained with."
             )
-        own = {"swapped": skeleton.swapped, "sigmas": skeleton.sigmas}
-        read = {name: getattr(model, name) for name in ("kind", "sigma", "blur")}
-        return cls(crop_size, **own, **read, **options)
+        read: dict[str, Any] = {name: getattr(model, name) for name in ("kind", "sigma", "blur")}
+        return cls(crop_size, skeleton.swapped, skeleton.sigmas, **read, **options)
 
     def heatmaps(self, model: nn.Module, crops: Tensor) -> Tensor:
         """Return the heatmaps (N, K, H, W) of normalized crops (N, C, h, w), averaged over the flip test.

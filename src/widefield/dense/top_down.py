@@ -263,7 +263,7 @@ def _detections(boxes: Any) -> Detections:
 
 def _distinct(points: Tensor, scores: Tensor, areas: Tensor, labels: Tensor, rules: PoseRules) -> Tensor:
     """Return the indices of poses that no better one of their class is much like, best first."""
-    values, marks = (one.double().cpu().numpy() for one in (points, scores, areas)), labels.cpu().numpy()
+    places, values, sizes = (one.double().cpu().numpy() for one in (points, scores, areas))
     sigmas = torch.tensor(rules.sigmas, dtype=torch.float64).numpy()
-    kept = distinct(*values, marks, sigmas, rules.nms_threshold)
+    kept = distinct(places, values, sizes, labels.cpu().numpy(), sigmas, rules.nms_threshold)
     return torch.from_numpy(kept).to(scores.device)

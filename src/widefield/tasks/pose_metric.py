@@ -187,8 +187,8 @@ class PoseMetric(RecordMetric[PoseScores]):
 
     def _matched(self, poses: Records, people: Records) -> _Matched:
         """Match the poses of a file."""
-        given = (poses[name] for name in ("points", "score", "area", "label"))
-        poses = poses[distinct(*given, self._sigmas, self.nms_threshold)]
+        points, scores, areas, classes = (poses[name] for name in ("points", "score", "area", "label"))
+        poses = poses[distinct(points, scores, areas, classes, self._sigmas, self.nms_threshold)]
         poses = poses[matching.ranks_in_class(poses["label"].astype(np.int64)) < MOST]
         labels, points = poses["label"].astype(np.int64), poses["points"]
         known = ImagePeople(
