@@ -94,6 +94,15 @@ def test_a_run_becomes_a_file_with_key_points(
     assert (found.points - expected.points).norm(dim=2).median() < 0.01
 
 
+@pytest.mark.slow
+def test_photographs_verify_a_file_of_the_run_s_crops(trained: Path, tmp_path: Path) -> None:
+    words = ["--images", "photographs", "--count", "4", "--out", str(tmp_path)]
+    assert cli.main(["export", str(trained), *words]) == 0
+    told = json.loads((tmp_path / "poses.onnx.json").read_text())
+    assert told["input"]["size"] == [96, 64]
+    assert all(check["keypoints"] for check in told["checks"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
