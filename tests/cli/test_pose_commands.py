@@ -186,6 +186,58 @@ def test_what_a_detector_wrote_is_read_again(posing: Path, detecting: Path, phot
         np.testing.assert_allclose(boxes, again, atol=1e-2)  # the detector ran on batches of another size
 
 
+def test_all_images_are_looked_up_before_the_model_runs(
+    posing: Path, detecting: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "boxes.json").write_text(
+        json.dumps({"classes": ["disk"], "images": [{"name": "000000000139.png", "objects": []}]})
+    )
+    coco = {"images": [{"id": 139, "file_name": "000000000139.png"}], "annotations": []}
+    coco["categories"] = [{"id": k, "name": name} for k, name in enumerate(load(str(posing)).classes, start=1)]
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    out = tmp_path / "out"
+    for words in (
+        [str(posing), "--boxes", str(tmp_path / "boxes.json"), "--box-classes", "disk"],
+        [str(posing), "--boxes", str(detecting), "--coco", str(tmp_path / "coco.json")],
+        [str(detecting), "--coco", str(tmp_path / "coco.json")],
+    ):
+        assert cli.main(["predict", words[0], str(photos), *words[1:], "--out", str(out)]) == 1
+        assert "has no image 'more/000000000285.png'" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_an_image_with_a_box_outside_of_it_is_left_out(posing: Path, photos: Path, tmp_path: Path) -> None:
+    name = load(str(posing)).classes[0]
+    thing = {"name": name, "score": 0.9, "box": [10, 10, 40, 40]}
+    images = [
+        {"name": "000000000139.png", "objects": [{**thing, "box": [70, 10, 90, 40]}]},
+        {"name": "more/000000000285.png", "objects": [thing]},
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps({"classes": [name], "images": images}))
+    found = predict(str(posing), photos, boxes=tmp_path / "boxes.json")
+    (left_out,), (image,) = found.unreadable, found.images
+    assert "is outside of the image '000000000139.png', which is 64x64" in left_out.reason
+    assert image.name == "more/000000000285.png"
+    assert image.prediction.boxes.tolist() == [[10, 10, 40, 40]]
+    words = ["predict", str(posing), str(photos), "--boxes", str(tmp_path / "boxes.json")]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    written = document(tmp_path / "out/predict.json")
+    assert (len(written["images"]), len(written["unreadable"])) == (1, 1)
+
+
+def test_results_of_other_names_need_a_coco_file(posing: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes((photos / "000000000139.png").read_bytes())
+    entry = {"image_id": 3, "category_id": 18, "bbox": [10, 10, 30, 20], "score": 0.9}
+    (tmp_path / "results.json").write_text(json.dumps([entry]))
+    name = load(str(posing)).classes[2]
+    coco = {"images": [{"id": 3, "file_name": "one.png"}], "categories": [{"id": 18, "name": name}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    given: dict[str, Any] = {"boxes": tmp_path / "results.json", "box_classes": [name]}
+    found = predict(str(posing), tmp_path / "one.png", coco=tmp_path / "coco.json", **given)
+    assert found[0].prediction.boxes.tolist() == [[10, 10, 40, 30]]
+    assert found[0].prediction.labels.tolist() == [2]
+
+
 def test_an_evaluation_has_a_page_with_key_points_sizes_errors_and_crops(
     posing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

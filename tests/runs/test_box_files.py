@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from widefield.runs.box_files import BoxFile, read_boxes
+from widefield.runs.coco_results import read_ids
 
 IDS = {
     "images": [{"id": 7, "file_name": "a/first.jpg"}, {"id": 9, "file_name": "second.jpg"}],
@@ -69,6 +70,31 @@ def test_boxes_of_another_image_size_are_refused(tmp_path: Path) -> None:
     found = read(tmp_path, RESULTS)
     with pytest.raises(ValueError, match=r"is outside of the image '7.jpg', which is 4x20. Are the boxes"):
         found.of("7.jpg", (20, 4))
+
+
+def test_a_name_without_its_folder_is_of_one_image(tmp_path: Path) -> None:
+    found = read(tmp_path, {**IDS, "annotations": [{**RESULTS[0], "image_id": 9}]})
+    boxes = found.matched(["x/second.jpg", "a/first.jpg"])
+    assert [len(boxes.of(name, (20, 30))) for name in ("x/second.jpg", "a/first.jpg")] == [1, 0]
+    for names in (["x/second.jpg", "y/second.jpg"], ["x/second.jpg", "second.jpg"]):
+        with pytest.raises(ValueError, match=r"has no image 'x/second.jpg'.* 2 of the images are called so"):
+            found.matched(names)
+    with pytest.raises(
+        ValueError, match=r"has no image 'b.png' and 1 more of the 3\..* Add the images to the file, or"
+    ):
+        found.matched(["b.png", "second.jpg", "c.png"])
+
+
+def test_ids_are_of_one_image(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"both 'x/7.jpg' and 'y/007.jpg' end with 7: give a COCO file"):
+        read(tmp_path, RESULTS).matched(["x/7.jpg", "y/007.jpg"])
+    coco = tmp_path / "ids.json"
+    coco.write_text(json.dumps(IDS))
+    ids = read_ids(coco)
+    assert ids.of_images(["x/second.jpg"]).images == {"x/second.jpg": 9}
+    for known in (ids.of_images, read(tmp_path, RESULTS, coco=coco).matched):
+        with pytest.raises(ValueError, match=r"ids.json has no image 'x/second.jpg' and 1 more of the 2"):
+            known(["x/second.jpg", "y/second.jpg"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,11 +13,16 @@ import torch
 
 from widefield import _checks
 from widefield.runs.coco_results import CocoIds, read_ids
+from widefield.runs.image_paths import matched_names
 from widefield.runs.words import is_path
 from widefield.tasks import BoxPrediction
 
 Entry = tuple[str, float, tuple[float, float, float, float]]
 """Name of a class, score, and x1, y1, x2, y2."""
+
+
+class BoxOutsideError(ValueError):
+    """A box is outside of its image."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,15 @@ class BoxFile:
             size: (height, width) of its file.
 
         Raises:
-            ValueError: the file does not know the image, or a box is outside of it.
+            ValueError: the file does not know the image.
+            BoxOutsideError: a box is outside of it.
         """
         height, width = size
-        found = sorted(self.entries.get(self._key(name), ()), key=lambda one: -one[1])
+        entries = self.entries if name in self.entries else self.matched([name]).entries
+        found = sorted(entries[name], key=lambda one: -one[1])
         for _, _, (x1, y1, x2, y2) in found:
             if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-                raise ValueError(
+                raise BoxOutsideError(
                     f"{self.source}: the box {[x1, y1, x2, y2]} (x1, y1, x2, y2) is outside of the image {name!r}, "
                     f"which is {width}x{height}. Are the boxes of images of this size?"
                 )
@@ -61,24 +68,42 @@ class BoxFile:
             size=size,
         )
 
-    def _key(self, name: str) -> str | int:
-        base = PurePosixPath(name).name
+    def matched(self, names: Sequence[str]) -> BoxFile:
+        """Return the boxes of these images, by their names.
+
+        Args:
+            names: of all images that are asked for. A file may list an image without its folder, if no other image has
+                the same name.
+
+        Raises:
+            ValueError: the file does not know an image; the message counts them and names the first.
+        """
+        keys: Mapping[str, str | int]
         if self.ids is None:
-            for key in (name, base):
-                if key in self.entries:
-                    return key
-            raise ValueError(
-                f"{self.source} has no image {name!r}.{_checks.did_you_mean(name, map(str, self.entries))}"
-            )
-        if self.ids.source:
-            return self.ids.image(name, 0)
-        digits = PurePosixPath(base).stem.rpartition("_")[2]
-        if not digits.isdecimal():
-            raise ValueError(
-                f"{self.source} names images by their ids, and the file name {name!r} does not end with one: give a "
-                "COCO file with their names (coco, --coco)."
-            )
-        return int(digits)
+            keys = matched_names(names, [str(key) for key in self.entries], self.source)
+        elif self.ids.source:
+            keys = self.ids.of_images(names).images
+        else:
+            keys = self._numbers(names)
+        return replace(self, entries={name: self.entries.get(key, ()) for name, key in keys.items()}, ids=None)
+
+    def _numbers(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the id at the end of each name."""
+        found: dict[int, str] = {}
+        for name in names:
+            digits = PurePosixPath(name).stem.rpartition("_")[2]
+            if not digits.isdecimal():
+                raise ValueError(
+                    f"{self.source} names images by their ids, and the file name {name!r} does not end with one: give "
+                    "a COCO file with their names (coco, --coco)."
+                )
+            other = found.setdefault(int(digits), name)
+            if other != name:
+                raise ValueError(
+                    f"{self.source} names images by their ids, and both {other!r} and {name!r} end with {int(digits)}: "
+                    "give a COCO file with their names (coco, --coco)."
+                )
+        return {name: number for number, name in found.items()}
 
 
 def is_box_file(word: str | Path) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from widefield import _checks
+from widefield.runs.image_paths import matched_names
 from widefield.tasks import BoxPrediction, PosePrediction
 
 if TYPE_CHECKING:
@@ -105,6 +106,19 @@ class CocoIds:
     categories: dict[str, int]
     source: str = ""
 
+    def of_images(self, names: Sequence[str]) -> CocoIds:
+        """Return the ids of these images alone, by their names; the same ids if they are counted.
+
+        Args:
+            names: of all images. A file may list an image without its folder, if no other image has the same name.
+
+        Raises ValueError if the file does not name an image; the message counts them and names the first.
+        """
+        if not self.source:
+            return self
+        keys = matched_names(names, self.images, self.source)
+        return replace(self, images={name: self.images[key] for name, key in keys.items()})
+
     def image(self, name: str, index: int) -> int:
         """Return the id of an image: by its name, or index + 1 if ids are counted.
 
@@ -112,11 +126,7 @@ class CocoIds:
         """
         if not self.source:
             return index + 1
-        for key in (name, PurePosixPath(name).name):
-            if key in self.images:
-                return self.images[key]
-        near = _checks.did_you_mean(name, self.images)
-        raise ValueError(f"{self.source} has no image {name!r}, so its results have no image_id.{near}")
+        return self.images[name] if name in self.images else self.of_images([name]).images[name]
 
     def classes(self, names: Sequence[str], count: int) -> tuple[int, ...]:
         """Return the id of each class: by its name, or from 1 on if ids are counted.

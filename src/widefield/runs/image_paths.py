@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path, PurePosixPath
 
 from widefield import _checks
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, images_in, is_image
@@ -66,3 +67,35 @@ def names_of(files: Sequence[tuple[Path, Path]]) -> list[str]:
         taken.add(str(name.with_suffix("")).lower())
         names.append(name.as_posix())
     return names
+
+
+def matched_names(names: Sequence[str], known: Collection[str], source: str) -> dict[str, str]:
+    """Return the entry of a file for each image: that of its name, or of its name without the folder.
+
+    Args:
+        names: of all images. The name without the folder counts only if no other image has it.
+        known: names in the file.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: images have no entry; the message counts them and names the first.
+    """
+    entries, bases = set(known), Counter(PurePosixPath(name).name for name in names)
+    found = {}
+    for name in names:
+        base = PurePosixPath(name).name
+        if name in entries:
+            found[name] = name
+        elif base in entries and bases[base] == 1:
+            found[name] = base
+    missing = [name for name in names if name not in found]
+    if not missing:
+        return found
+    first = missing[0]
+    base = PurePosixPath(first).name
+    more = f" and {len(missing) - 1} more of the {len(names)}" if len(missing) > 1 else ""
+    if base in entries:
+        why = f" It lists {base!r}, and {bases[base]} of the images are called so: list them with their folders."
+    else:
+        why = f"{_checks.did_you_mean(first, known)} Add the images to the file, or leave them out."
+    raise ValueError(f"{source} has no image {first!r}{more}.{why}")

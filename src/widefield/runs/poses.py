@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from widefield import _checks, dense
 from widefield.data import Skeleton
-from widefield.runs.box_files import is_box_file, read_boxes
+from widefield.runs.box_files import BoxFile, is_box_file, read_boxes
 from widefield.runs.drawing_parts import MIN_SCORE
 from widefield.runs.subjects import Subject, load
 from widefield.surgery.answers import evaluating
@@ -34,6 +34,8 @@ class BoxSource:
         labels: label of the source -> class of the poses. Boxes of other labels get no pose.
         min_score: least score of the boxes that get a pose.
         labeled: whether it is known of which class the boxes are.
+        match: of a file: from the names of all images to ``find`` for these images. It raises ValueError for images
+            that the file does not know.
     """
 
     name: str
@@ -41,6 +43,11 @@ class BoxSource:
     labels: dict[int, int]
     min_score: float
     labeled: bool = True
+    match: Callable[[Sequence[str]], FindBoxes] | None = None
+
+    def for_images(self, names: Sequence[str]) -> BoxSource:
+        """Return the source for images with these names; raises ValueError if a file does not know all of them."""
+        return self if self.match is None else replace(self, find=self.match(names))
 
     def __call__(self, name: str, pixels: Tensor) -> dense.Detections:
         """Return the boxes of an image that get a pose, labeled by the classes of the poses."""
@@ -97,12 +104,12 @@ def box_source(
         return BoxSource("", _whole, {0: 0}, min_score, labeled=len(subject.classes) == 1)
     if not detects:
         file = read_boxes(str(boxes), subject.classes, coco)
-        names = file.classes
+        labels = _labels(str(boxes), file.classes, subject, classes)
 
-        def find(name: str, pixels: Tensor) -> BoxPrediction:
-            return file.of(name, (pixels.shape[1], pixels.shape[2]))
+        def match(names: Sequence[str]) -> FindBoxes:
+            return partial(_in_file, file.matched(names))
 
-        return BoxSource(str(boxes), find, _labels(str(boxes), names, subject, classes), min_score)
+        return BoxSource(str(boxes), partial(_in_file, file), labels, min_score, match=match)
     detector = (
         boxes if isinstance(boxes, Subject) else load(str(boxes), pretrained=pretrained, device=place(subject.model)[0])
     )
@@ -142,6 +149,11 @@ def _labels(source: str, names: Sequence[str], subject: Subject, chosen: Sequenc
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _in_file(file: BoxFile, name: str, pixels: Tensor) -> BoxPrediction:
+    """Return the boxes that a file has for an image."""
+    return file.of(name, (pixels.shape[1], pixels.shape[2]))
 
 
 def _whole(name: str, pixels: Tensor) -> BoxPrediction:

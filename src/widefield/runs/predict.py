@@ -19,6 +19,7 @@ from widefield import _checks, bench, report
 from widefield._files import write_whole
 from widefield.data.decoding import read
 from widefield.data.listing import counted
+from widefield.runs.box_files import BoxOutsideError
 from widefield.runs.coco_results import CocoEntries, read_ids
 from widefield.runs.drawing import DRAWINGS, drawing_of
 from widefield.runs.drawing_parts import MIN_SCORE, Drawing, preview
@@ -62,7 +63,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that could not be read, and why."""
+    """An image that could not be read, or that has a box outside of it, and why."""
 
     path: Path
     reason: str
@@ -237,6 +238,7 @@ def predict(
     min_score: float = MIN_SCORE,
     boxes: str | Path | Subject | None = None,
     box_classes: Sequence[str] | None = None,
+    coco: str | Path | None = None,
     batch_size: int = 8,
     workers: int = 0,
     **loading: Any,
@@ -254,6 +256,7 @@ def predict(
         boxes: for pose models: where the boxes come from: a detector, by the words of ``model`` or loaded; or a JSON
             file with boxes, see `widefield.runs.box_files.read_boxes`. None: the whole image is one box.
         box_classes: names of the classes of the boxes that get a pose; default: those that the pose model knows.
+        coco: a COCO file with the names of images and categories, for ``boxes`` that are COCO's results.
         batch_size: images at a time, or crops. Segmentation models and detectors get images of different sizes one by
             one.
         workers: loader processes; 0: load in the process itself.
@@ -271,7 +274,7 @@ def predict(
         raise TypeError(f"the model is loaded already; it takes no {', '.join(loading)}.")
     known = empty(subject, size=size, top=top, min_score=min_score)
     source = box_source(
-        subject, boxes, classes=box_classes, min_score=min_score, size=size,
+        subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco,
         pretrained=bool(loading.get("pretrained", False)),
     )  # fmt: skip
     found = list(predict_each(subject, images, size=size, boxes=source, batch_size=batch_size, workers=workers))
@@ -331,18 +334,22 @@ def predict_each(
         return _each(subject, paths, names, loader, partial(_predicted, subject, task))
 
     posing: Any = task  # a Pose
+    source = source.for_images(names)
 
     def poses(batch: Sequence[_Item]) -> Iterator[tuple[int, Prediction | str]]:
         for index, pixels, _ in batch:
             if isinstance(pixels, str):
                 yield index, pixels
             else:
-                found = source(names[index], pixels)
+                try:
+                    found = source(names[index], pixels)
+                except BoxOutsideError as error:
+                    yield index, str(error)
+                    continue
+                rules, labeled = posing.rules, source.labeled
                 yield (
                     index,
-                    pose_prediction(
-                        subject, posing.rules, posing.skeleton, found, pixels, batch_size, labeled=source.labeled
-                    ),
+                    pose_prediction(subject, rules, posing.skeleton, found, pixels, batch_size, labeled=labeled),
                 )
 
     return _each(subject, paths, names, loader, poses)
@@ -415,7 +422,10 @@ def predict_files(
     folder, known = Path(folder), empty(subject, size=size, top=top, min_score=min_score)
     source = box_source(subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco)
     known = about_boxes(known, source)
-    results = CocoEntries(read_ids(coco), known.classes, len(known.palette))
+    ids, labeled = read_ids(coco), source is None or source.labeled
+    if labeled and subject.work in ("detection", "pose"):
+        ids = ids.of_images(names_of(find_images(images)))
+    results = CocoEntries(ids, known.classes, len(known.palette))
     stream = predict_each(subject, images, size=size, boxes=source, batch_size=batch_size, workers=workers)
     lost: list[Unreadable] = []
     first: list[Predicted] = []
@@ -427,7 +437,7 @@ def predict_files(
             lost.append(found)
             continue
         drawing = known.drawing(found)
-        located = isinstance(found.prediction, (BoxPrediction, PosePrediction)) and (source is None or source.labeled)
+        located = labeled and isinstance(found.prediction, (BoxPrediction, PosePrediction))
         more = results.add(found.name, found.prediction) if located else {}
         data.append({**data_of(found, drawing), **more})
         for path in write_files(found, drawing, folder):
