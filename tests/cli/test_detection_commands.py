@@ -165,7 +165,7 @@ def test_fields_of_objects_by_size(trained: Path, tmp_path: Path) -> None:
         (["erf", "RUN", "--detection", "9999"], "has no detection 9999 in this image"),
         (["erf", "RUN", "--detection", "--count", "2"], "give one image, or a box"),
         (["erf", "test_resnet", "--size", "64", "--detection"], "needs a detector of widefield.dense"),
-        (["object-erf", "test_resnet"], "is not a run, so it has no data of its own"),
+        (["object-erf", "test_resnet"], "object-erf needs a detector of widefield.dense, and test_resnet"),
         (["predict", "RUN", "photo.png", "--min-score", "2"], "min_score"),
         (["eval", "RUN", "--data", "digits"], "no objects with boxes"),
     ],

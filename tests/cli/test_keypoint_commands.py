@@ -94,16 +94,27 @@ def test_a_run_becomes_a_file_with_key_points(
     assert (found.points - expected.points).norm(dim=2).median() < 0.01
 
 
+@pytest.mark.slow
+def test_photographs_verify_a_file_of_the_run_s_crops(trained: Path, tmp_path: Path) -> None:
+    words = ["--images", "photographs", "--count", "4", "--out", str(tmp_path)]
+    assert cli.main(["export", str(trained), *words]) == 0
+    told = json.loads((tmp_path / "poses.onnx.json").read_text())
+    assert told["input"]["size"] == [96, 64]
+    assert all(check["keypoints"] for check in told["checks"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["erf", "RUN", "--keypoint", "elbow"], "has no key point 'elbow'"),
+        (["erf", "RUN", "--keypoint", "elbow"], "'elbow'. Its key points are center, top, right, bottom, left."),
+        (["cam", "RUN", "--keypoint", "rihgt"], "Did you mean 'right'? Its key points are center, top"),
+        (["keypoint-erf", "RUN", "--keypoint", "elbow"], "'elbow'. Its key points are center, top"),
         (["erf", "RUN", "--keypoint", "9"], "keypoint must be from 0 to 4; got 9"),
         (["erf", "RUN", "--keypoint", "top", "--count", "2"], "give one image"),
         (["cam", "RUN", "--keypoint", "top", "--class", "left"], "leave out --class"),
         (["erf", "test_resnet", "--size", "64", "--keypoint", "0"], "needs a pose model"),
-        (["keypoint-erf", "test_resnet"], "is not a run, so it has no data of its own"),
-        (["object-erf", "RUN"], "needs a detector"),
+        (["keypoint-erf", "test_resnet"], "keypoint-erf needs a pose model, and test_resnet is a model for class"),
+        (["object-erf", "RUN"], "object-erf needs a detector of widefield.dense, and poses is a model for pose. Give"),
     ],
 )
 def test_mistakes_are_one_line(

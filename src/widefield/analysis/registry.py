@@ -104,6 +104,8 @@ class Analysis:
     """Further arguments that follow from the model and its images."""
     applies: Callable[[nn.Module], bool] = _always
     """Whether a model has what the analysis measures."""
+    needs: str = ""
+    """The kind of model to which it applies, if it reads objects."""
     stand_in: bool = True
     """Whether photographs may stand in for missing images of a run."""
     reported: Callable[[int], int] | None = None
@@ -167,6 +169,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 count=64,
                 arguments=lambda view: {"classes": view.classes or None},
                 applies=is_detector,
+                needs="a detector of widefield.dense",
                 reported=lambda count: 2 * count,
                 report_options={"count": 12},
             ),
@@ -179,6 +182,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 count=64,
                 arguments=lambda view: {"classes": view.classes or None},
                 applies=is_pose_model,
+                needs="a pose model",
                 reported=lambda count: 2 * count,
                 report_options={"count": 8},
             ),

@@ -22,6 +22,9 @@ MODEL_HELP = (
     "arguments go in braces: 'replknet_31b{kernel_sizes: [3, 3, 3, 3]}'"
 )
 
+_LISTED = 40
+"""Largest number of names that a message lists; skeletons have fewer key points."""
+
 
 def arguments(
     parser: argparse.ArgumentParser,
@@ -137,8 +140,13 @@ def _label(word: str, view: View, kind: str = "class") -> int:
         return view.classes.index(word)
     if word.isdecimal():
         return int(word)
-    unnamed = f" Its {kind}{'es' if kind == 'class' else 's'} have no names: give an index."
-    known = _checks.did_you_mean(word, view.classes) if view.classes else unnamed
+    several = f"Its {kind}{'es' if kind == 'class' else 's'}"
+    if not view.classes:
+        known = f" {several} have no names: give an index."
+    elif len(view.classes) <= _LISTED:
+        known = f"{_checks.did_you_mean(word, view.classes)} {several} are {', '.join(view.classes)}."
+    else:
+        known = _checks.did_you_mean(word, view.classes)
     raise ValueError(f"{view.name} has no {kind} {word!r}.{known}")
 
 
@@ -194,6 +202,11 @@ def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **option
     from widefield import _checks
 
     if entry.reads_objects:
+        if not entry.applies(found.model):
+            raise ValueError(
+                f"{entry.name} needs {entry.needs}, and {found.name} is a model for {found.work}. Give the folder of a "
+                f"run with {entry.needs}."
+            )
         view = found.object_view(args.count)
         print(f"{len(view.samples or ())} images of {view.source}")
         yield view
