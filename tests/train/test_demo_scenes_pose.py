@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from torch import nn
 
 from train.helpers import QUIET, log
@@ -35,3 +36,12 @@ def test_the_recipe_trains_its_model(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
     assert all(map(math.isfinite, losses))
     assert 0 <= result.metrics["oks_ap"] <= 1
+
+
+@pytest.mark.slow
+def test_a_quarter_of_the_recipe_finds_key_points(tmp_path: Path) -> None:
+    recipe = load_recipe("demo_scenes_pose")
+    shortened = replace(recipe, output=str(tmp_path), max_steps=1200, evaluate_every=1200, trackers=[])
+    metrics = train(shortened, console=QUIET).metrics
+    # 32 % was measured with these steps, 59.7 % with all 5,000; before training it is below 0.1 %.
+    assert metrics["oks_ap"] > 0.2
