@@ -132,8 +132,11 @@ class DCNv3(nn.Module):
         """(N, H, W, C) -> (N, Ho, Wo, C_out)."""
         if is_symbolic(x):
             return recorded(self, x)
+        return self.sampled(x, self.input_proj(x))
+
+    def sampled(self, x: Tensor, value: Tensor) -> Tensor:
+        """Return the output for an input (N, H, W, C) and its projected values (N, H, W, C), which are sampled."""
         features = self._features(x)
-        value = self.input_proj(x)
         y = dcnv3(value, *self._offset_and_mask(features), **self.sampling._asdict(), backend=self.backend)
         if self.center_feature_scale:
             y = self._with_center(y, value, features)

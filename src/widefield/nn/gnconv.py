@@ -77,10 +77,11 @@ class GlobalLocalFilter(nn.Module):
             return recorded(self, x)
         _checks.images(size_of(x), self.channels)
         near, far = self.pre_norm(x).chunk(2, 1)
-        y: Tensor = self.post_norm(torch.stack((self.dw(near), self._filter(far)), 2).flatten(1, 2))
+        y: Tensor = self.post_norm(torch.stack((self.dw(near), self.filtered(far)), 2).flatten(1, 2))
         return y
 
-    def _filter(self, x: Tensor) -> Tensor:
+    def filtered(self, x: Tensor) -> Tensor:
+        """Apply the global filter: (N, C / 2, H, W) -> the same."""
         if 0 in size_of(x):
             return x  # MKL does not transform empty tensors
         wide = torch.promote_types(x.dtype, torch.float32)
