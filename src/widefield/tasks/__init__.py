@@ -13,11 +13,20 @@ from widefield.tasks.confusion import SegmentationScores
 from widefield.tasks.detection import Detection
 from widefield.tasks.detection_errors import DetectionErrors
 from widefield.tasks.detection_scores import DetectionScores
+from widefield.tasks.masked_image import MaskedImage
+from widefield.tasks.nearest import NearestNeighbors
 from widefield.tasks.pose import PoseEstimation
 from widefield.tasks.pose_errors import PoseErrors
 from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses
 from widefield.tasks.pose_scores import KeypointScores, PoseScores
-from widefield.tasks.predictions import BoxPrediction, ClassPrediction, MaskPrediction, PosePrediction, Prediction
+from widefield.tasks.predictions import (
+    BoxPrediction,
+    ClassPrediction,
+    MaskPrediction,
+    PosePrediction,
+    Prediction,
+    ReconstructionPrediction,
+)
 from widefield.tasks.segmentation import Segmentation
 
 __all__ = [
@@ -34,6 +43,8 @@ __all__ = [
     "KeypointScores",
     "Labeled",
     "MaskPrediction",
+    "MaskedImage",
+    "NearestNeighbors",
     "People",
     "PoseErrors",
     "PoseEstimation",
@@ -41,6 +52,7 @@ __all__ = [
     "PosePrediction",
     "PoseScores",
     "Prediction",
+    "ReconstructionPrediction",
     "Segmentation",
     "SegmentationScores",
     "Task",
@@ -55,6 +67,7 @@ TASKS: dict[str, type[Task]] = {
     "segmentation": Segmentation,
     "detection": Detection,
     "pose": PoseEstimation,
+    "masked_image": MaskedImage,
 }
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 

@@ -123,5 +123,25 @@ class PosePrediction:
         )
 
 
-Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction
+@dataclass(frozen=True, eq=False)
+class ReconstructionPrediction:
+    """An image of which a part was hidden, and what a model predicts there, all on the CPU.
+
+    Attributes:
+        image: uint8 (3, H, W), at the size that the model sees.
+        masked: bool (H, W): the hidden pixels.
+        reconstruction: uint8 (3, H, W): the prediction of all pixels; None if the model predicts other features.
+    """
+
+    image: Tensor
+    masked: Tensor
+    reconstruction: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) of the image."""
+        return self.image.shape[1], self.image.shape[2]
+
+
+Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction | ReconstructionPrediction
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""

@@ -14,7 +14,7 @@ from widefield import _checks
 from widefield.tasks import PoseEstimation, Task
 from widefield.train import run_data
 from widefield.train.networks import HEAD, TORCHVISION, create_model
-from widefield.train.pretrained import Assembly, load_whole, start_from
+from widefield.train.pretrained import Assembly, load_whole, start_from, start_from_masked
 from widefield.train.recipe import CONVERSIONS, ConversionSpec, Recipe
 
 
@@ -47,6 +47,9 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
             f"model.args.checkpoint_path and model.pretrained both name weights to start from "
             f"({spec.args['checkpoint_path']!r}, {spec.pretrained!r}); leave out one of them."
         )
+    masked = start_from_masked(spec.pretrained, assembly)
+    if masked is not None:
+        return masked
     other_classes = _has_other_classes(spec.pretrained, classes)
     if spec.name.startswith(TORCHVISION):
         return load_whole(spec.pretrained, assembly, fresh_head=other_classes)

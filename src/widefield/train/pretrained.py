@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widefield import dense
+from widefield import dense, masking
 from widefield.train import checkpoint
 from widefield.train.networks import HEAD
 
@@ -122,6 +122,39 @@ def start_from(source: str, assembly: Assembly, heads: Sequence[str] = (), *, fr
     if theirs != assembly.classes or fresh_head:
         model.reset_classifier(assembly.classes)  # type: ignore[operator]
     return assembly.adapt(model)
+
+
+def start_from_masked(source: str, assembly: Assembly) -> nn.Module | None:
+    """Return a model with the encoder of a file or run of masked pre-training, or None if ``source`` is another.
+
+    A model that goes on with the pre-training also gets its decoder and token.
+
+    Raises:
+        ValueError: the encoder or decoder does not fit; the message names keys that differ.
+    """
+    path = Path(source).expanduser()
+    try:
+        file = masking.read_pretrained(checkpoint.chosen(path, "best").weights if path.is_dir() else path)
+    except (FileNotFoundError, ValueError):
+        return None
+    if file.has_head:
+        return None
+    model = assembly.build({})
+    try:
+        try:
+            masking.load_encoder(model, file)
+            model = assembly.convert(model)
+        except ValueError:
+            model = assembly.convert(model)  # the encoder may have been converted, too
+            masking.load_encoder(model, file)
+        whole = assembly.adapt(model)
+        if isinstance(whole, masking.MaskedAutoencoder):
+            masking.load_pretrained(whole, file)
+    except ValueError as error:
+        if file.kind == masking.PLAIN:
+            return None
+        raise ValueError(f"model.pretrained: {error}") from error
+    return whole
 
 
 def _published(source: str, assembly: Assembly, fresh_head: bool) -> nn.Module | None:

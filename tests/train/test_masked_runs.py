@@ -1,0 +1,150 @@
+"""Runs of masked pre-training: metrics, exact resume, fine-tuning of what was pre-trained, and pictures."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train.helpers import QUIET, log, same_weights
+from widefield.masking import MaskedAutoencoder
+from widefield.runs import load, load_trained, predict
+from widefield.tasks import MaskedImage, ReconstructionPrediction
+from widefield.train import ConversionSpec, DataSpec, EmaSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, train
+
+ARGS = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "patch_size": 1}
+SEMANTIC_FPN = {"model": "semantic_fpn", "head_args": {"neck_channels": 8, "channels": 8}}
+FASTER_RCNN = {"neck_channels": 8, "box_channels": 8}
+POSES = DataSpec("scene_poses", {"size": 64, "crop_size": [32, 32], "count": 4})
+OPTIONS = {"patch": 8, "neighbors": 5, "decoder_args": {"width": 16}}
+
+
+def recipe(output: Path, **changes: Any) -> Recipe:
+    """Return a recipe of six steps on digits of 32 pixels."""
+    return replace(
+        Recipe(
+            name="masked",
+            model=ModelSpec("convnextv2_atto", ARGS),
+            data=DataSpec("digits", {"size": 32, "augment": True}),
+            task=TaskSpec("masked_image", OPTIONS),
+            output=str(output),
+            optimizer=OptimizerSpec(lr=1e-3),
+            ema=EmaSpec(0.5),
+            max_steps=4,
+            evaluate_every=2,
+            batch_size=8,
+            workers=0,
+            log_every=1,
+            trackers=[],
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run."""
+    return train(recipe(tmp_path_factory.mktemp("masked")), console=QUIET).folder
+
+
+def test_it_trains_and_resumes_exactly(tmp_path: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(log(pretrained)[-1]) >= {"loss", "knn_top1", "train_loss", "ema_loss"}
+    losses, calls = MaskedImage.losses, iter(range(1, 100))
+
+    def interrupted(*args: Any) -> dict[str, torch.Tensor]:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return losses(*args)
+
+    monkeypatch.setattr(MaskedImage, "losses", interrupted)
+    part = train(recipe(tmp_path), console=QUIET)
+    assert (part.steps, part.interrupted) == (3, signal.SIGINT)
+    rest = train(recipe(tmp_path, workers=1), resume=part.folder, console=QUIET)
+    assert log(rest.folder) == log(pretrained)
+    assert same_weights(rest.model, load_trained(pretrained, "last"))
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "args"),
+    [
+        ("classification", DataSpec("digits", {"size": 32}), {}),
+        ("segmentation", DataSpec("scenes", {"size": 32, "count": 8}), SEMANTIC_FPN),
+        ("detection", DataSpec("scenes", {"size": 32, "count": 8}), {"model": "faster_rcnn", "head_args": FASTER_RCNN}),
+        ("pose", POSES, {"channels": [8], "sigma": 1.0}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_other_tasks_start_from_its_encoder(
+    task: str, data: DataSpec, args: dict[str, Any], pretrained: Path, tmp_path: Path
+) -> None:
+    spec = ModelSpec("convnextv2_atto", ARGS, pretrained=str(pretrained))
+    rate = OptimizerSpec("sgd", lr=0.0, weight_decay=0.0)
+    plan = recipe(
+        tmp_path, model=spec, data=data, task=TaskSpec(task, args), ema=None, max_steps=1, evaluate_every=1,
+        optimizer=rate,
+    )  # fmt: skip
+    result = train(plan, console=QUIET)
+    encoder = load_trained(pretrained).encoder.body.state_dict()
+    own = {key.replace("_", "."): value for key, value in result.model.state_dict().items()}
+    found = [
+        name for name in encoder if any(key.endswith(name.replace("_", ".").removeprefix("model.")) for key in own)
+    ]
+    assert len(found) == len(encoder) > 20
+    for name, value in encoder.items():
+        key = next(key for key in own if key.endswith(name.replace("_", ".").removeprefix("model.")))
+        assert torch.equal(own[key], value)
+
+
+def test_it_goes_on_from_a_run(pretrained: Path, tmp_path: Path) -> None:
+    spec = ModelSpec("convnextv2_atto", ARGS, pretrained=str(pretrained))
+    rate = OptimizerSpec("sgd", lr=0.0, weight_decay=0.0)
+    result = train(recipe(tmp_path, model=spec, ema=None, max_steps=1, evaluate_every=1, optimizer=rate), console=QUIET)
+    assert same_weights(result.model, load_trained(pretrained))
+    other = recipe(
+        tmp_path / "x", model=spec, task=TaskSpec("masked_image", {**OPTIONS, "decoder_args": {"width": 24}})
+    )
+    with pytest.raises(ValueError, match=r"model\.pretrained: the decoder of .* is not that of this model"):
+        train(other, console=QUIET)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_conversions_before_and_after(when: str, pretrained: Path, tmp_path: Path) -> None:
+    mixture = ConversionSpec("morf", "*conv_dw", {"kernel_sizes": [3, 7], "routing": "soft"})
+    start = pretrained
+    if when == "before":
+        start = train(recipe(tmp_path / "start", conversion=mixture, ema=None), console=QUIET).folder
+    spec = ModelSpec("convnextv2_atto", ARGS, pretrained=str(start))
+    plan = recipe(
+        tmp_path, model=spec, task=TaskSpec("classification"), conversion=mixture, ema=None, max_steps=1,
+        evaluate_every=1, optimizer=OptimizerSpec("sgd", lr=0.0, weight_decay=0.0),
+    )  # fmt: skip
+    model = train(plan, console=QUIET).model
+    assert any(type(module).__name__ == "MoRFConv2d" for module in model.modules())
+    if when == "before":
+        body = load_trained(start).encoder.body.state_dict()
+        own = model.state_dict()
+        assert all(torch.equal(own[key.removeprefix("model.")], value) for key, value in body.items())
+
+
+def test_reconstructions_are_drawn(pretrained: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, size in (("a", (40, 32)), ("b", (32, 50))):
+        Image.new("RGB", size, (200, 80, 40)).save(tmp_path / f"{name}.png")
+    subject = load(str(pretrained))
+    assert isinstance(subject.model, MaskedAutoencoder)
+    found = predict(subject, tmp_path)
+    assert all(isinstance(one.prediction, ReconstructionPrediction) for one in found.images)
+    first = found.images[0].prediction
+    assert first.masked.float().mean() == 10 / 16
+    assert first.reconstruction.shape == first.image.shape == (3, 32, 32)
+    assert found.rows()[0]["masked"] == "62 %"
+    found.save(tmp_path / "out")
+    with Image.open(tmp_path / "out" / "reconstructions" / "a.png") as picture:
+        assert picture.size == (3 * 32 + 2 * 4, 32)
+    page = found.save(tmp_path / "page.html").read_text()
+    assert all(caption in page for caption in ("image", "visible", "prediction"))
