@@ -30,6 +30,7 @@ PAGES = (
     "mmdetection",
     "mmpose",
     "pose",
+    "masked",
 )
 
 

@@ -292,6 +292,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "segmentation": ("scenes", {"size": 32, "count": 2}),
     "detection": ("scenes", {"size": 32, "count": 2}),
     "pose": ("scene_poses", {"size": 32, "count": 2, "crop_size": [32, 32]}),
+    "masked_image": ("digits", {}),
 }
 """Data of each task."""
 

@@ -15,7 +15,15 @@ from widefield._pixels import IGNORED
 from widefield.runs.annotating import Color, Marks, annotated
 from widefield.runs.drawing_parts import GRAY, LISTED, SMALL, Drawing, encoded, patch, preview, view
 from widefield.runs.pose_drawing import PoseDrawing
-from widefield.tasks import BoxPrediction, ClassPrediction, MaskPrediction, PosePrediction, Prediction
+from widefield.runs.reconstruction_drawing import ReconstructionDrawing
+from widefield.tasks import (
+    BoxPrediction,
+    ClassPrediction,
+    MaskPrediction,
+    PosePrediction,
+    Prediction,
+    ReconstructionPrediction,
+)
 from widefield.tasks.detection_errors import CLASSIFICATION, ERRORS, ImageErrors, classify
 
 if TYPE_CHECKING:
@@ -322,6 +330,7 @@ DRAWINGS: Mapping[type, type[Drawing]] = {
     MaskPrediction: MaskDrawing,
     BoxPrediction: BoxDrawing,
     PosePrediction: PoseDrawing,
+    ReconstructionPrediction: ReconstructionDrawing,
 }
 """Kind of prediction -> how it is drawn."""
 

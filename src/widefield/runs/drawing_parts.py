@@ -61,6 +61,8 @@ class Drawing(ABC):
     min_score: float = MIN_SCORE
     wide: ClassVar[bool] = False
     """Whether a card takes the whole width of a page."""
+    beside: ClassVar[int] = 1
+    """Number of pictures side by side in a panel."""
 
     def name(self, label: int) -> str:
         """Return the name of a class."""

@@ -16,6 +16,9 @@ from widefield.surgery.answers import evaluating, meant
 from widefield.surgery.inputs import place
 from widefield.train import RunData
 
+SQUARE = ("classification", "masked_image")
+"""Tasks whose images are cut to squares."""
+
 
 @dataclass(frozen=True)
 class Classes:

@@ -132,9 +132,9 @@ class Predictions(report.Report):
             columns = min(4, max(1, len(shown)))
             rows = max(1, -(-len(shown) // columns))
             images = [preview(found.image(), 480) for found in shown]
-            tallest = max((image.height / image.width for image in images), default=1.0)
+            heights = [x.height / x.width / self.drawing(one).beside for x, one in zip(images, shown, strict=True)]
             side = report.PAGE / 4
-            figure = report.blank(side * columns + 0.2, (side * min(tallest, 2.0) + 0.65) * rows)
+            figure = report.blank(side * columns + 0.2, (side * min(max(heights, default=1.0), 2.0) + 0.65) * rows)
             axes = figure.subplots(rows, columns, squeeze=False)
             for axis in axes.flat:
                 axis.set(xticks=[], yticks=[])

@@ -95,7 +95,7 @@ class Subject:
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
         """Return the color of each class in figures; empty for a classifier."""
-        if self.work == "classification":
+        if self.work in inputs.SQUARE:
             return ()
         if self.work in ("detection", "pose"):
             return self._object_palette()
@@ -206,7 +206,7 @@ class Subject:
         given = self.image_options(size)
         if self.work == "pose":
             given = self._pose_options()
-        elif self.work != "classification":
+        elif self.work not in inputs.SQUARE:
             given = {"test_scale": self._scale(size), "mean": self.mean, "std": self.std, "antialias": self._antialias}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
 
@@ -227,7 +227,7 @@ class Subject:
             raise ValueError(f"{self.name} takes images with {len(self.mean)} channels, and files hold 1 or 3.")
         if self.work == "pose":
             return Pixels(len(self.mean))
-        if self.work != "classification":
+        if self.work not in inputs.SQUARE:
             return Fitted(self._scale(size), self.mean, self.std, antialias=self._antialias)
         options = {key: value for key, value in self.image_options(size).items() if key not in _HANDLING}
         return Cropped(transforms.evaluation(**options), len(self.mean))
@@ -490,7 +490,7 @@ def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
         found.mean,
         found.std,
         Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),
-        {**reading, **({} if recipe.task.name == "classification" else {"test_scale": found.test_scale})},
+        {**reading, **({} if recipe.task.name in inputs.SQUARE else {"test_scale": found.test_scale})},
         recipe=recipe,
         trained_on=found,
         work=recipe.task.name,
