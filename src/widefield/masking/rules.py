@@ -208,7 +208,7 @@ def _deformable(module: Any, visible: Visibility, forward: Forward, x: Tensor) -
     """Sample values that are zero at masked positions."""
     first = isinstance(module, DeformConv2d)
     x = x.permute(0, 2, 3, 1) if first else x
-    y: Tensor = module.sampled(x, module.input_proj(x) * visible.at(x, channels_last=True))
+    y: Tensor = module.sampled(module.features(x), module.input_proj(x) * visible.at(x, channels_last=True))
     return y.permute(0, 3, 1, 2) if first else y
 
 

@@ -124,7 +124,7 @@ class DCNv3(nn.Module):
         Returns:
             (N, Ho, Wo, G, K, 2), per point (column, row) in pixels, and (N, Ho, Wo, G, K).
         """
-        offset, mask = self._offset_and_mask(self._features(x))
+        offset, mask = self._offset_and_mask(self.features(x))
         places = sampling_points(offset, (x.shape[1], x.shape[2]), self.sampling)
         return places, mask.unflatten(-1, (self.sampling.groups, -1))
 
@@ -132,11 +132,11 @@ class DCNv3(nn.Module):
         """(N, H, W, C) -> (N, Ho, Wo, C_out)."""
         if is_symbolic(x):
             return recorded(self, x)
-        return self.sampled(x, self.input_proj(x))
+        features = self.features(x)  # first, as it checks the shape
+        return self.sampled(features, self.input_proj(x))
 
-    def sampled(self, x: Tensor, value: Tensor) -> Tensor:
-        """Return the output for an input (N, H, W, C) and its projected values (N, H, W, C), which are sampled."""
-        features = self._features(x)
+    def sampled(self, features: Tensor, value: Tensor) -> Tensor:
+        """Return the output for the features (N, Ho, Wo, C) that set the offsets, and the values to sample (N, H, W, C)."""
         y = dcnv3(value, *self._offset_and_mask(features), **self.sampling._asdict(), backend=self.backend)
         if self.center_feature_scale:
             y = self._with_center(y, value, features)
@@ -156,7 +156,8 @@ class DCNv3(nn.Module):
         out: Tensor = self.output_proj(y)
         return out
 
-    def _features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """Return what offsets and weights are computed from, (N, Ho, Wo, C); ValueError for another shape of input."""
         if x.ndim != 4 or size_of(x)[-1] != self.channels:
             raise ValueError(
                 f"the input must be (N, H, W, {self.channels}); got shape {tuple(x.shape)}. "
