@@ -136,7 +136,7 @@ class DCNv3(nn.Module):
         return self.sampled(features, self.input_proj(x))
 
     def sampled(self, features: Tensor, value: Tensor) -> Tensor:
-        """Return the output for the features (N, Ho, Wo, C) that set the offsets, and the values to sample (N, H, W, C)."""
+        """Return the output for features (N, Ho, Wo, C), which set the offsets, and values to sample (N, H, W, C)."""
         y = dcnv3(value, *self._offset_and_mask(features), **self.sampling._asdict(), backend=self.backend)
         if self.center_feature_scale:
             y = self._with_center(y, value, features)
