@@ -7,10 +7,8 @@ kind to a function of the file's content and :class:`dense.rules.Differences`.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from dense import (
     segmentation_checks,
     two_stage_checks,
 )
-from dense.rules import Differences
+from dense.rules import Check, Differences, checked, run_script
 
-CHECKS: Mapping[str, Callable[[Mapping[str, Any], Differences], None]] = {
+CHECKS: Mapping[str, Check] = {
     **segmentation_checks.CHECKS,
     **anchor_head_checks.CHECKS,
     **box_checks.CHECKS,
@@ -58,37 +56,13 @@ def kind(document: Mapping[str, Any]) -> str | None:
 
 
 def check(path: Path) -> Differences:
-    """Return what differs between a file and this library. An error is a difference, after those found before it."""
-    differences = Differences()
-    try:
-        document = json.loads(path.read_text())
-        found = kind(document) if isinstance(document, dict) else None
-        if found is None:
-            differences.lines.append(f"the kind of this file is unknown; known are {', '.join(CHECKS)}")
-        else:
-            CHECKS[found](document, differences)
-            if not differences.compared:
-                differences.lines.append("nothing in this file was compared")
-    except Exception as error:  # one bad file must not hide the results of the others
-        differences.lines.append(f"{type(error).__name__}: {error}")
-    return differences
+    """Return what differs between a file and this library."""
+    return checked(path, kind, CHECKS)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check files and print the results; return the exit status."""
-    if not arguments:
-        print(__doc__)
-        return 2
-    failed = 0
-    for name in arguments:
-        start = time.monotonic()
-        differences = check(Path(name))
-        failed += bool(differences.lines)
-        verdict = f"FAILED, {len(differences.lines)} differences" if differences.lines else "ok"
-        print(f"{name}: {verdict} ({differences.compared} comparisons, {time.monotonic() - start:.0f} s)", flush=True)
-        for line in differences.lines:
-            print(f"  {line}")
-    return 1 if failed else 0
+    return run_script(arguments, check, __doc__)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ evaluation mode. A check collects what differs in :class:`Differences` and goes 
 
 from __future__ import annotations
 
+import json
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +95,50 @@ class Differences:
         for name, value in entry.items():
             if name not in known and not isinstance(value, str):
                 self.lines.append(f"{where}: the field {name!r} is unknown, so it is not checked")
+
+
+Check = Callable[[Mapping[str, Any], Differences], None]
+"""Compares a file's content with this library."""
+
+
+def checked(path: Path, kind: Callable[[Mapping[str, Any]], str | None], checks: Mapping[str, Check]) -> Differences:
+    """Return what differs between a file and this library. An error is a difference, after those found before it.
+
+    Args:
+        path: the file.
+        kind: returns the name of the check for a file's content, or None.
+        checks: name -> check.
+    """
+    differences = Differences()
+    try:
+        document = json.loads(path.read_text())
+        found = kind(document) if isinstance(document, dict) else None
+        if found is None:
+            differences.lines.append(f"the kind of this file is unknown; known are {', '.join(checks)}")
+        else:
+            checks[found](document, differences)
+            if not differences.compared:
+                differences.lines.append("nothing in this file was compared")
+    except Exception as error:  # one bad file must not hide the results of the others
+        differences.lines.append(f"{type(error).__name__}: {error}")
+    return differences
+
+
+def run_script(arguments: Sequence[str], check: Callable[[Path], Differences], usage: str | None) -> int:
+    """Check files and print the results; return the exit status."""
+    if not arguments:
+        print(usage)
+        return 2
+    failed = 0
+    for name in arguments:
+        start = time.monotonic()
+        differences = check(Path(name))
+        failed += bool(differences.lines)
+        verdict = f"FAILED, {len(differences.lines)} differences" if differences.lines else "ok"
+        print(f"{name}: {verdict} ({differences.compared} comparisons, {time.monotonic() - start:.0f} s)", flush=True)
+        for line in differences.lines:
+            print(f"  {line}")
+    return 1 if failed else 0
 
 
 def _counted(classes: Tensor) -> tuple[list[int], list[int]]:

@@ -6,10 +6,10 @@ for a file of an unknown method. Weights are filled under their published names,
 
 from __future__ import annotations
 
-import json
+import copy
+import re
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,27 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense.rules import Differences, filled
-from widefield.dense._trunk_keys import TrunkNames, trunk_names
-from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method
+from dense.rules import Check, Differences, checked, filled, run_script
+from widefield.dense._trunk_keys import plain_keys, trunk_names
+from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method, release
+from widefield.masking.objectives import masked_error
 from widefield.masking.patches import stretched
 from widefield.masking.probe import leaking_pixels
 
 Document = Mapping[str, Any]
 
 _FIELDS = ("source", "model", "method", "config", "fill", "input", "mask_convention", "params", "runs")
+
+
+_PARTS = {
+    "encoder": ("encoder",),
+    "encoder_without_norm_and_head": ("encoder",),
+    "backbone_with_token": ("encoder", "token"),
+    "decoder": ("decoder",),
+    "decoder_parts": ("decoder",),
+    "rest": ("decoder",),
+}
+"""Name of a number of parameters in files -> the parts of our model."""
 
 
 def images(run: Document) -> Tensor:
@@ -66,8 +78,12 @@ class Prepared:
 
     def __init__(self, document: Document, method: Method) -> None:
         self.model = MaskedAutoencoder(_network(document), method)
-        self.names: TrunkNames = trunk_names(self.model.encoder)
-        self._decoder = {"simmim": ("", ""), "a2mim": ("decoder.0", "decoder_pred.0")}.get(document["method"], ("", ""))
+        names = trunk_names(self.model.encoder)
+        self.names, self._family = names.names, names.family
+        plain = {f"body.{key}": name for key, name in plain_keys(self.model.encoder.body)[0].items()}
+        if set(plain.values()) <= set(document.get("encoder_state_dict", ())):  # timm's own, such as those of ResNet-D
+            self.names, self._family = plain, None
+        self._is_a2mim = document["method"] == "a2mim"
         state = {}
         for key, value in self.model.state_dict().items():
             stored = self.stored(key, value)
@@ -79,13 +95,22 @@ class Prepared:
         """Return the published name of a weight."""
         part, _, own = key.partition(".")
         if part == "encoder":
-            return self.names.names[own]
-        return own.replace(*self._decoder) if self._decoder[0] else own
+            return self.names[own]
+        return own.replace("decoder.0", "decoder_pred.0") if self._is_a2mim else own
 
     def stored(self, key: str, value: Tensor) -> Tensor:
         """Return a weight in its published shape."""
-        family = self.names.family
-        return family.stored(self.published(key), value)[1] if key.startswith("encoder.") and family else value
+        trunk = key.startswith("encoder.") and self._family is not None
+        return self._family.stored(self.published(key), value)[1] if trunk else value
+
+    def count(self, *parts: str) -> int:
+        """Return the number of parameters of some parts."""
+        return sum(p.numel() for name, p in self.model.named_parameters() if name.split(".")[0] in parts)
+
+    def check_counts(self, document: Document, differences: Differences) -> None:
+        """Compare the numbers of parameters of a file."""
+        for name, value in document["params"].items():
+            differences.equal(f"params.{name}", self.count(*_PARTS[name]), value)
 
     def shapes(self, *parts: str) -> dict[str, list[int]]:
         """Return published names and shapes of the weights of some parts."""
@@ -150,6 +175,7 @@ def _check_fcmae_run(
              if not name.startswith(("norm.", "head."))}  # fmt: skip
     differences.state(prepared.shapes("encoder"), trunk)
     differences.state(prepared.shapes("decoder"), document["decoder_state_dict"])
+    prepared.check_counts(document, differences)
     x, mask = images(run).requires_grad_(), masks(run)
     raw: list[Tensor] = []
     model.decoder.pred.register_forward_hook(lambda module, inputs, output: raw.append(output))
@@ -160,30 +186,29 @@ def _check_fcmae_run(
     _summary(differences, f"{where}.encoder", maps[-1], expected["encoder"])
     _summary(differences, f"{where}.prediction", raw[0], expected["prediction"])
     differences.numbers(f"{where}.loss", loss.item(), expected["loss"])
-    plain = MaskedAutoencoder.losses(_with(model, target="pixels"), prediction, x, mask)
-    differences.numbers(f"{where}.loss_raw_pixels", plain["reconstruction"].item(), expected["loss_raw_pixels"])
+    plain = masked_error(prediction, x, stretched(mask, *x.shape[2:]))
+    differences.numbers(f"{where}.loss_raw_pixels", plain.item(), expected["loss_raw_pixels"])
     _gradients(differences, where, prepared.gradients(), expected["grad_l2"])
     hidden = stretched(mask, *x.shape[2:])[:, None].expand_as(x)
     differences.numbers(f"{where}.grad_input_masked", x.grad[hidden].abs().max().item(),
                         expected["grad_input_masked_max_abs"])  # fmt: skip
     differences.numbers(f"{where}.grad_input_visible", x.grad[~hidden].norm().item(),
                         expected["grad_input_visible_l2"])  # fmt: skip
-    if grn == "image" and "not_sparse_encoder_l2" in run:
-        with torch.no_grad():
-            stem = model.encoder.body.stem(x) if hasattr(model.encoder.body, "stem") else None
-        del stem
+    if "not_sparse_encoder_l2" in run and grn == "image":
+        norm = _masked_at_the_stem_alone(model, x, mask).norm().item()
+        differences.numbers(f"{where}.not_sparse_encoder_l2", norm, run["not_sparse_encoder_l2"])
     differences.fields(where, expected, ("encoder", "prediction", "loss", "loss_raw_pixels", "grad_l2",
                                          "grad_input_masked_max_abs", "grad_input_visible_l2"))  # fmt: skip
 
 
-def _with(model: MaskedAutoencoder, **changes: Any) -> Any:
-    """Return an object with the model's settings, changed, for its methods that need no weights."""
-    from types import SimpleNamespace
-
-    from widefield.masking import Target
-
-    method = replace(model.method, **changes)
-    return SimpleNamespace(method=method, target=Target(method.target, method.mask.patch))
+@torch.no_grad()
+def _masked_at_the_stem_alone(model: MaskedAutoencoder, x: Tensor, mask: Tensor) -> Tensor:
+    """Return the last map of the encoder without rules, where only the stem's output is masked."""
+    maps = release(copy.deepcopy(model.encoder))
+    stem = maps.get_submodule("body.model.stem")
+    stem.register_forward_hook(lambda module, inputs, y: y * ~stretched(mask, *y.shape[2:])[:, None])
+    last: Tensor = maps(x)[-1]
+    return last
 
 
 def check_spark(document: Document, differences: Differences) -> None:
@@ -201,7 +226,8 @@ def check_spark(document: Document, differences: Differences) -> None:
                      if not name.startswith(("norm.", "head.", "fc."))}  # fmt: skip
             differences.state(prepared.shapes("encoder"), trunk)
             differences.state(prepared.shapes("decoder"), document["rest_state_dict"])
-            x, mask = images(run), masks(run)
+            prepared.check_counts(document, differences)
+            x, mask = images(run).requires_grad_(), masks(run)
             dense: list[Tensor] = []
             model.decoder.dense_decoder.register_forward_pre_hook(
                 lambda module, inputs, found=dense: found.extend(inputs[0])
@@ -217,6 +243,9 @@ def check_spark(document: Document, differences: Differences) -> None:
                 _summary(differences, f"{where}.to_decoder[{level}]", dense[level], wanted)
             _summary(differences, f"{where}.reconstruction", prediction, expected["reconstruction"])
             differences.numbers(f"{where}.loss", loss.item(), expected["loss"])
+            hidden = stretched(mask, *x.shape[2:])[:, None].expand_as(x)
+            differences.numbers(f"{where}.grad_input_masked", x.grad[hidden].abs().max().item(),
+                                expected["grad_input_masked_max_abs"])  # fmt: skip
             found = prepared.gradients()
             wanted = {name.removeprefix("sparse_encoder.sp_cnn."): value for name, value in expected["grad_l2"].items()}
             _gradients(differences, where, found, wanted)
@@ -239,6 +268,7 @@ def _check_linear_run(
     trunk = {name: shape for name, shape in document["encoder_state_dict"].items() if not name.startswith("fc.")}
     differences.state(prepared.shapes("encoder", "token"), trunk)
     differences.state(prepared.shapes("decoder"), document["decoder_state_dict"])
+    prepared.check_counts(document, differences)
     x, mask = images(run), masks(run)
     if "input_filled" in run:
         _summary(differences, f"{where}.input_filled", model.filled(x, mask), run["input_filled"])
@@ -255,10 +285,8 @@ def _check_linear_run(
     decoder = wanted.pop("decoder", None)
     _gradients(differences, where, found, wanted)
     if decoder is not None:
-        weight = next(value for name, value in found.items() if name.startswith("decoder") and name.endswith("weight"))
-        bias = next(value for name, value in found.items() if name.startswith("decoder") and name.endswith("bias"))
+        (weight,) = (value for name, value in found.items() if re.fullmatch(r"decoder\w*\.0\.weight", name))
         differences.numbers(f"{where}.grad_l2.decoder", weight, decoder)
-        del bias
     if expected.get("loss_spatial") is not None:
         differences.numbers(f"{where}.loss_spatial", losses["reconstruction"].item(), expected["loss_spatial"])
     if expected.get("loss_frequency_unweighted") is not None:
@@ -323,7 +351,7 @@ def check_a2mim(document: Document, differences: Differences) -> None:
         differences.fields(f"runs[{index}]", run, ("n", "size", "mask", "heads", "input_filled", "leak_eval"))
 
 
-CHECKS: Mapping[str, Callable[[Document, Differences], None]] = {
+CHECKS: Mapping[str, Check] = {
     "fcmae": check_fcmae,
     "spark": check_spark,
     "simmim": check_simmim,
@@ -332,35 +360,13 @@ CHECKS: Mapping[str, Callable[[Document, Differences], None]] = {
 
 
 def check(path: Path) -> Differences:
-    """Return what differs between a file and this library. An error is a difference."""
-    differences = Differences()
-    try:
-        document = json.loads(path.read_text())
-        method = document.get("method") if isinstance(document, dict) else None
-        if method not in CHECKS:
-            differences.lines.append(f"the method {method!r} of this file is unknown; known are {', '.join(CHECKS)}")
-        else:
-            CHECKS[method](document, differences)
-    except Exception as error:  # one bad file must not hide the results of the others
-        differences.lines.append(f"{type(error).__name__}: {error}")
-    return differences
+    """Return what differs between a file and this library."""
+    return checked(path, lambda document: known if (known := document.get("method")) in CHECKS else None, CHECKS)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check files and print the results; return the exit status."""
-    if not arguments:
-        print(__doc__)
-        return 2
-    failed = 0
-    for name in arguments:
-        start = time.monotonic()
-        differences = check(Path(name))
-        failed += bool(differences.lines)
-        verdict = f"FAILED, {len(differences.lines)} differences" if differences.lines else "ok"
-        print(f"{name}: {verdict} ({differences.compared} comparisons, {time.monotonic() - start:.0f} s)", flush=True)
-        for line in differences.lines[:40]:
-            print(f"  {line}")
-    return 1 if failed else 0
+    return run_script(arguments, check, __doc__)
 
 
 if __name__ == "__main__":

@@ -56,5 +56,5 @@ def test_the_script_refuses_unknown_files(tmp_path):
     script = Path(conformance.__file__)
     done = subprocess.run([sys.executable, script, path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "the method 'mae' of this file is unknown; known are fcmae, spark, simmim, a2mim" in done.stdout
+    assert "the kind of this file is unknown; known are fcmae, spark, simmim, a2mim" in done.stdout
     assert conformance.main([]) == 2

@@ -1,6 +1,7 @@
 """Masked patches cannot change what is computed at visible ones; networks where they would are refused by name."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch import nn
 
 from tolerances import FLOAT64, close
 from widefield.dense import feature_maps
-from widefield.masking import MaskedAutoencoder, Visibility, leak, leaking_pixels, plan, release, treat
+from widefield.masking import METHODS, MaskedAutoencoder, Visibility, leak, leaking_pixels, plan, release, treat
 from widefield.masking.patches import stretched
 from widefield.masking.plan import leak_of
 from widefield.masking.rules import rule_of
@@ -82,10 +83,6 @@ def test_operations_without_a_module_are_found():
     assert (found.name, found.module) == ("body.last", "Conv2d")
 
 
-def _run(model, images, mask):
-    return model.encode(images, mask)
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["convnextv2_atto", "resnet18", "regnety_002", "moganet_xtiny"])
 def test_features_depend_on_visible_pixels_alone(name, training):
@@ -115,10 +112,6 @@ def test_features_depend_on_visible_pixels_alone(name, training):
 @pytest.mark.parametrize("grn", ["image", "batch", "jax"])
 def test_images_do_not_meet_unless_the_norm_is_of_the_batch(grn):
     torch.manual_seed(0)
-    from dataclasses import replace
-
-    from widefield.masking import METHODS
-
     method = replace(METHODS["fcmae"], grn=grn)
     model = MaskedAutoencoder("convnextv2_atto", method, **SMALL["convnextv2_atto"]).double().eval()
     for module in model.encoder.modules():

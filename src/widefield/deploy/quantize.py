@@ -203,8 +203,8 @@ def quantize(
         path: ``.onnx``.
         loader: calibration images, some hundreds, preprocessed as in training but not augmented. See
             :func:`widefield.surgery.inputs.batches`.
-        images: images to compare on, with labels for accuracies, masks for mean IoUs, boxes for box APs, or key points
-            for PCKs. Default: ``loader``, which gives optimistic results.
+        images: images to compare on, with labels for accuracy, masks for mean IoU, boxes for box AP, or key points for
+            PCK. Default: those of ``loader``, on which the results are too good.
         dynamic: sizes that may change, as in :func:`widefield.deploy.export`; "batch" is always one, since calibration
             runs image by image. Without "size", all images must have the size of the first batch.
         calibration: how activation ranges are read off: "minmax", "entropy" or "percentile" (99.999).

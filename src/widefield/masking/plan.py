@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from widefield.dense.backbone import Backboned, FeatureMaps, feature_maps
 from widefield.masking.autoencoder import MaskedAutoencoder
 from widefield.masking.probe import Leak, leak
 from widefield.masking.rules import rule_of
-from widefield.masking.visibility import Visibility, release, treat, treated
+from widefield.masking.visibility import Visibility, treat, treated
 from widefield.report import Report
 
 ALONE = "works on each position by itself"
@@ -103,6 +102,6 @@ def refuse_leak(model: MaskedAutoencoder) -> None:
     """Raise ValueError if a model that hides patches by rules lets visible positions depend on masked ones."""
     if not model.method.visible:
         return
-    found = leak_of(release(copy.deepcopy(model.encoder)), model.method.mask.patch)
+    found = leak_of(model.encoder, model.method.mask.patch)
     if found is not None:
         raise ValueError(refusal(found))
