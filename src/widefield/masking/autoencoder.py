@@ -37,7 +37,7 @@ class Method:
         decoder_args: further arguments of its class.
         target: what is predicted, see :class:`widefield.masking.Target`.
         error: "mse", "l1" or "focal_l1", averaged over masked places.
-        eps: added to the number of masked places.
+        eps: added to the number of masked places; that of SparK is 1e-8 patches.
         frequency: a further loss of the spectrum; None: none.
         grn: what global response norms take their norm over, one of ``visibility.GRN_NORMS``.
 
@@ -81,7 +81,7 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "fcmae": Method(),
     "spark": Method(
-        PatchMask(rounding="keep_round"), fill="zero", decoder="unet", eps=1e-8 / 1024,
+        PatchMask(rounding="keep_round"), fill="zero", decoder="unet", eps=1e-8 * 32**2,
     ),
     "simmim": Method(
         PatchMask(rounding="mask_ceil"), visible=False, token_stage=0, decoder="linear", target="pixels", error="l1",
