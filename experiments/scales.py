@@ -1,8 +1,9 @@
 """Compare five kernel designs on objects of all sizes: a narrow ConvNeXt on `scales`, equal epochs, several seeds.
 
 python experiments/scales.py [--seeds 0 1 2] [--epochs 12] [--runs runs/scales] [--out experiments/results]
+    [--KEY VALUE]
 
-Finished runs in --runs are not trained again.
+Finished runs in --runs are not trained again. --KEY VALUE changes the recipe `demo_scales`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from widefield import data, report
-from widefield.analysis import routing_weights
+from widefield.analysis import block_contributions, routing_weights
 from widefield.benchmarks.record import publish
 from widefield.runs import load_trained
 from widefield.train import ConversionSpec, Recipe, load_recipe, train
@@ -36,8 +39,9 @@ DESIGNS = {
 }
 
 
-def recipe(name: str, seed: int, epochs: int, output: Path) -> Recipe:
-    base = load_recipe("demo_scales", ["--epochs", str(epochs), "--seed", str(seed), "--output", str(output)])
+def recipe(name: str, seed: int, epochs: int, output: Path, keys: Sequence[str] = ()) -> Recipe:
+    own = ["--epochs", str(epochs), "--seed", str(seed), "--output", str(output)]
+    base = load_recipe("demo_scales", [*own, *keys])
     base = dataclasses.replace(base, name=f"{name.lower().replace(' ', '-')}-{seed}")
     design = DESIGNS[name]
     if "kernel_sizes" in design:
@@ -46,7 +50,10 @@ def recipe(name: str, seed: int, epochs: int, output: Path) -> Recipe:
 
 
 def trained(plan: Recipe) -> nn.Module:
-    """Return the last model of a run; train it first if needed."""
+    """Return the last model of a run; train it first if needed. A finished run of another recipe is an error."""
+    config = plan.folder / "config.yaml"
+    if config.exists() and load_recipe(config) != plan:
+        raise SystemExit(f"{plan.folder} is a run of another recipe: choose another folder with --runs.")
     log = plan.folder / "metrics.jsonl"
 
     lines = log.read_text().splitlines() if log.exists() else []
@@ -60,6 +67,14 @@ def hits(model: nn.Module, validation: data.LabeledImages) -> Tensor:
     with torch.no_grad():
         batches = DataLoader(validation, batch_size=250, collate_fn=data.collate)
         return torch.cat([model(batch["image"]).argmax(1) == batch["label"] for batch in batches]).float()
+
+
+def contributions(model: nn.Module, validation: data.LabeledImages) -> dict[str, Any]:
+    """Return the accuracy without each residual block, and without all of them, in percent."""
+    batches = DataLoader(validation, batch_size=250, collate_fn=data.collate)
+    found = block_contributions(model, [(batch["image"], batch["label"]) for batch in batches])
+    without = {block.name: 100 * (block.score or 0.0) for block in found.blocks}
+    return {"without": without, "without_all": 100 * (found.together.score or 0.0)}
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -89,13 +104,19 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
+def one_off(entries: list[dict]) -> str:
+    """Return the lowest and the highest accuracy without one block, over the seeds."""
+    found = [score for entry in entries for score in entry["without"].values()]
+    return f"{min(found):.1f} to {max(found):.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--runs", type=Path, default=Path("runs/scales"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args, keys = parser.parse_known_args()
     validation = data.create("scales", "val")
     sizes = torch.cat([batch["size"] for batch in DataLoader(validation, batch_size=250, collate_fn=data.collate)])
     low, high = validation.object_sizes
@@ -107,13 +128,14 @@ def main() -> None:
     for seed in args.seeds:
         for name in DESIGNS:
             start = time.perf_counter()
-            model = trained(recipe(name, seed, args.epochs, args.runs))
+            model = trained(recipe(name, seed, args.epochs, args.runs, keys))
             hit = hits(model, validation)
             entry = {
                 "seed": seed,
                 "top1": 100 * hit.mean().item(),
                 "by_size": {label: 100 * hit[inside].mean().item() for label, inside in bins.items()},
                 "parameters": sum(p.numel() for p in model.parameters()),
+                **contributions(model, validation),
             }
             if name.startswith("MoRF"):
                 entry["routing"] = size_wanted(model, validation, sizes)
@@ -125,6 +147,8 @@ def main() -> None:
             "kernels": name,
             "parameters": f"{entries[0]['parameters']:,}",
             "top-1, %": spread([e["top1"] for e in entries]),
+            "all blocks off": spread([e["without_all"] for e in entries]),
+            "one block off": one_off(entries),
             **{label: spread([e["by_size"][label] for e in entries], 0) for label in bins},
         }
         for name, entries in results.items()
@@ -144,12 +168,14 @@ def main() -> None:
         for blocks in zip(*(e["routing"] for e in entries), strict=True)
     ]
     command = f"python experiments/scales.py --seeds {' '.join(map(str, args.seeds))} --epochs {args.epochs}"
+    command = " ".join([command, *keys])
     publish(
         args.out / "scales",
         command,
         {"results": results},
         f"Mean ± standard deviation over {len(args.seeds)} seeds; the same epochs, batches "
-        f"and schedule for all. {len(validation)} validation images.\n\n{report.markdown(rows)}\n"
+        f"and schedule for all. {len(validation)} validation images. A block that is off returns its input.\n\n"
+        f"{report.markdown(rows)}\n"
         "Routing and object size: the mixed kernel size of each block, in pixels of its map, as "
         "the mean of its experts' sizes weighted by |w| / sum |w|; its spread over the images; its mean for the "
         "quarter with the smallest and with the largest objects; Spearman's rank correlation with the object's "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from widefield import bench, data, report, tasks
+from widefield.analysis.blocks import BlockContributions, block_contributions
 from widefield.analysis.routing import RoutingStatistics, routing_statistics
 from widefield.runs import write_report
 from widefield.surgery import Difference, compare, reparameterize
@@ -47,6 +48,8 @@ class Entry:
     step: bench.Row
     inference: bench.Row
     fused_inference: bench.Row
+    blocks: BlockContributions
+    """What the residual blocks contribute to the accuracy."""
     difference: Difference | None
     """Between fused and unfused outputs; None for the baseline, which is not fused."""
 
@@ -91,7 +94,9 @@ def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Seque
     batches = list(DataLoader(validation, batch_size=250, collate_fn=data.collate))
     images: Tensor = torch.cat([batch["image"] for batch in batches])
     console.print("reparameterizing and measuring")
-    entries = _measure(models, accuracies, images, task, len(validation.classes))
+    pairs = [(batch["image"], batch["label"]) for batch in batches]
+    blocks = {variant: block_contributions(models[variant], pairs, name=variant) for variant in VARIANTS}
+    entries = _measure(models, accuracies, blocks, images, task, len(validation.classes))
     routings = {
         v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch_size=len(images))
         for v in VARIANTS
@@ -110,7 +115,12 @@ def _variant(recipe: Recipe, variant: str, mixture: Mapping[str, Any] | None) ->
 
 
 def _measure(
-    models: Mapping[str, nn.Module], accuracies: Mapping[str, float], images: Tensor, task: tasks.Task, classes: int
+    models: Mapping[str, nn.Module],
+    accuracies: Mapping[str, float],
+    blocks: Mapping[str, BlockContributions],
+    images: Tensor,
+    task: tasks.Task,
+    classes: int,
 ) -> dict[str, Entry]:
     x = images[torch.arange(MEASURED_BATCH) % len(images)]
     batch = {"image": x, "label": torch.arange(MEASURED_BATCH) % classes}
@@ -140,6 +150,7 @@ def _measure(
             step=steps[v],
             inference=inference[v],
             fused_inference=inference[f"{v} fused"],
+            blocks=blocks[v],
             difference=None if v == BASELINE else compare(model, fused[v], images),
         )
         for v, model in models.items()
@@ -159,6 +170,8 @@ def _rows(entries: Mapping[str, Entry]) -> list[dict[str, str]]:
 
     quantities: dict[str, Callable[[Entry], str]] = {
         "top-1": lambda e: f"{100 * e.accuracy:.1f}%",
+        "top-1, one block off": lambda e: _range([b.score for b in e.blocks.blocks]),
+        "top-1, all blocks off": lambda e: _range([e.blocks.together.score]),
         "parameters": lambda e: f"{e.cost.parameters:,}",
         "parameters, fused": lambda e: f"{e.fused_cost.parameters:,}",
         "MACs": lambda e: f"{e.cost.macs / 1e6:.2f}M",
@@ -168,6 +181,12 @@ def _rows(entries: Mapping[str, Entry]) -> list[dict[str, str]]:
         "changed by fusing": lambda e: "-" if e.difference is None else f"{e.difference.relative:.1e}",
     }
     return [{"": q, **{name: show(entry) for name, entry in entries.items()}} for q, show in quantities.items()]
+
+
+def _range(shares: Sequence[float | None]) -> str:
+    known = [100 * share for share in shares if share is not None]
+    low, high = f"{min(known):.1f}%", f"{max(known):.1f}%"
+    return low if low == high else f"{low[:-1]} to {high}"
 
 
 def _write(
@@ -205,7 +224,8 @@ def _write(
                 "All three networks have the same shape, seed, data and number of steps. Times are medians of "
                 f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
                 "to the 7x7 network in the same run. The last row is the largest difference between the outputs "
-                "before and after reparameterization over all validation images, in units of the largest output."
+                "before and after reparameterization over all validation images, in units of the largest output. "
+                "A block that is off returns its input: its kernels take no part."
             )
             + report.table(rows),
         )

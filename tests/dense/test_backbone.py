@@ -290,11 +290,30 @@ def test_arguments_reach_timm():
 
 
 @pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("convnext_atto", {"ls_init_value": None, "depths": (1, 1, 1, 1)}),
+        ("convnext_atto.d2_in1k", {"ls_init_value": None, "depths": (1, 1, 1, 1)}),
+        ("hornet_tiny_7x7", {"layer_scale_init": None, "depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_none_reaches_the_network(name, args):
+    def scaled(given):
+        built = (dense.feature_maps(name, **given), dense.SemanticFPN(name, 3, **given))
+        return [any("gamma" in key for key, _ in model.named_parameters()) for model in built]
+
+    assert scaled(args) == [False, False]
+    assert scaled({"depths": (1, 1, 1, 1)}) == [True, True]
+
+
+@pytest.mark.parametrize(
     ("given", "options", "error", "text"),
     [
         ("convnext_tinny", {}, ValueError, "timm has no network 'convnext_tinny'. Did you mean 'convnext_tiny'?"),
         ("test_convnext", {"pretrainde": True}, TypeError, "has an argument 'pretrainde'. Did you mean 'pretrained'?"),
         ("test_convnext", {"levels": 5}, ValueError, "test_convnext has no feature maps at"),
+        ("test_convnext", {"output_stride": None}, ValueError, "with output_stride None: leave out what it"),
+        ("hf-hub:a/b", {"drop_rate": None}, ValueError, "drop_rate=None does not reach 'hf-hub:a/b': timm drops it"),
         (3, {}, TypeError, "backbone must be a timm name or a module; got 3 of int"),
         (Maps(), {"pretrained": True}, TypeError, "no argument 'pretrained' for a backbone that is a module"),
         (Maps((8, 8, 8)), {}, ValueError, "Maps gives 3 feature maps, and 4 are needed"),

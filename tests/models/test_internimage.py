@@ -327,6 +327,7 @@ def test_the_head_merges(name):
         ({"groups": (3, 2, 3, 4)}, "channels=8 and groups=3"),
         ({"norms": "res"}, "norms must be one of 'pre', 'post', 'both'; got 'res'"),
         ({"norms": "both", "layer_scale_init": 1.0}, "no layer scale; got layer_scale_init=1.0"),
+        ({"layer_scale_init": -1}, "layer_scale_init must be from 0.0"),
         ({"drop_path_rate": 1.5}, "drop_path_rate must be from 0.0 to 1.0; got 1.5"),
         ({"drop_path_type": "cosine"}, "drop_path_type must be one of 'linear', 'uniform'"),
         ({"head_factor": 0.01}, "the last of widths times head_factor must be at least 1; got 0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg
 from timm.models._registry import _model_entrypoints
 from torch import nn
 
+from widefield import data, tasks
 from widefield.runs.subjects import load
 from widefield.tasks import Classification
 from widefield.train import (
@@ -207,10 +208,30 @@ def test_short_numbers_in_braces_are_numbers() -> None:
     assert torch.equal(found.model.stages[0].blocks[0].gamma, torch.full((4,), 1e-3))
 
 
-def test_the_recipes_of_the_demo_say_what_they_train() -> None:
-    for name in ("demo_digits", "demo_scales", "digits_morf"):
-        recipe = load_recipe(name)
-        model = create_model(recipe.model, {"num_classes": 10})
-        gammas = [p for key, p in model.named_parameters() if key.endswith("gamma")]
-        assert gammas
-        assert all((gamma == recipe.model.args["ls_init_value"]).all() for gamma in gammas)
+NULLS: dict[str, Callable[[nn.Module], bool]] = {"ls_init_value": lambda model: not scales(model)}
+"""Argument -> whether a model was built with None for it."""
+
+WITH_NULLS = [name for name in shipped_recipes() if None in load_recipe(name).model.args.values()]
+
+
+def test_some_recipes_have_nulls() -> None:
+    assert {"demo_scenes", "demo_scenes_fcos", "demo_scenes_pose"} <= set(WITH_NULLS)
+
+
+@pytest.mark.parametrize("name", WITH_NULLS)
+def test_null_in_a_recipe_is_built(name: str) -> None:
+    recipe = load_recipe(name)
+    validation = data.create(recipe.data.name, "val", **recipe.data.args)
+    model = build_model(recipe, tasks.create(recipe.task.name, validation, **recipe.task.args))
+    for key, value in recipe.model.args.items():
+        assert value is not None or NULLS[key](model), key  # a new one needs an entry in NULLS
+
+
+@pytest.mark.parametrize("name", ["demo_digits", "demo_scales", "digits_morf"])
+def test_the_recipes_of_the_demo_say_what_they_train(name: str) -> None:
+    recipe = load_recipe(name)
+    model = create_model(recipe.model, {"num_classes": 10})
+    found = [gamma for key, gamma in model.named_parameters() if key.endswith("gamma")]
+    stated = recipe.model.args["ls_init_value"]
+    assert bool(found) == (stated is not None)
+    assert all((gamma == stated).all() for gamma in found)

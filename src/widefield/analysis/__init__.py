@@ -4,8 +4,10 @@ from widefield.analysis._detectors import DetectionScore
 from widefield.analysis._keypoints import KeypointPeak
 from widefield.analysis._objects import ObjectExample, SizeGroup
 from widefield.analysis._people import KeypointExample, KeypointGroup
+from widefield.analysis._residual import FixedBlock
 from widefield.analysis._result import Result, save, section
 from widefield.analysis._targets import ClassAt, ClassIn
+from widefield.analysis.blocks import BlockContribution, BlockContributions, block_contributions
 from widefield.analysis.cam import ClassActivation, class_activation
 from widefield.analysis.erf import ReceptiveField, effective_receptive_field
 from widefield.analysis.interactions import Interactions, interactions
@@ -20,12 +22,15 @@ from widefield.analysis.theoretical import Field, theoretical_receptive_field
 from widefield.ops.crop_table import CropTable, crop_table
 
 __all__ = [
+    "BlockContribution",
+    "BlockContributions",
     "ClassActivation",
     "ClassAt",
     "ClassIn",
     "CropTable",
     "DetectionScore",
     "Field",
+    "FixedBlock",
     "Interactions",
     "KernelMaps",
     "KeypointExample",
@@ -44,6 +49,7 @@ __all__ = [
     "ShapeBias",
     "SizeGroup",
     "TranslationStability",
+    "block_contributions",
     "class_activation",
     "crop_table",
     "effective_receptive_field",

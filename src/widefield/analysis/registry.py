@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from widefield.analysis._detectors import is_detector
 from widefield.analysis._keypoints import is_pose_model
 from widefield.analysis._result import Result
+from widefield.analysis.blocks import block_contributions
 from widefield.analysis.cam import class_activation
 from widefield.analysis.erf import effective_receptive_field
 from widefield.analysis.interactions import interactions
@@ -40,8 +41,8 @@ class View:
     """The images; None for analyses that read only weights."""
     classes: tuple[str, ...] = ()
     """Names of the model's outputs; empty if unknown."""
-    own: bool = False
-    """Whether the labels of the images are indices of the model's outputs."""
+    labels: str = ""
+    """Key of the images' labels, if those are of the model's own classes: "label", "mask" or "keypoints"."""
     batch_size: int = 8
     samples: SampleSet | None = None
     """Samples with objects, for analyses that read those."""
@@ -67,9 +68,19 @@ class View:
         """All images as one tensor (N, C, H, W)."""
         return self.shown.tensor()
 
+    @property
+    def own(self) -> bool:
+        """Whether each image has a label, which is an index of the model's outputs."""
+        return self.labels == "label"
+
     def batches(self) -> Iterable[Any]:
         """Return the images in batches, with their labels."""
         return self.shown.batches(self.batch_size)
+
+    def labeled_batches(self) -> list[tuple[Tensor, ...]]:
+        """Return the images in batches, (images, labels) if the labels are of the model's own classes, or (images,)."""
+        key = self.labels
+        return [(batch["image"], batch[key]) if key in batch else (batch["image"],) for batch in self.batches()]
 
 
 def _always(model: nn.Module) -> bool:
@@ -196,6 +207,16 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 applies=lambda model: bool(mixtures(model)),
                 stand_in=False,
                 reported=lambda count: 4 * count,
+            ),
+            Analysis(
+                "blocks",
+                block_contributions,
+                "how much each residual block contributes: what changes when it is switched off",
+                "Contributions of blocks",
+                images=View.labeled_batches,
+                count=256,
+                stand_in=False,
+                reported=lambda count: 2 * count,
             ),
             Analysis(
                 "masks",

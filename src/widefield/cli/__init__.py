@@ -11,6 +11,7 @@ from types import ModuleType
 
 from widefield.cli import (
     bench,
+    blocks,
     cam,
     demo,
     erf,
@@ -43,6 +44,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "object-erf": object_erf,
     "keypoint-erf": keypoint_erf,
     "routing": routing,
+    "blocks": blocks,
     "masks": masks,
     "cam": cam,
     "interactions": interactions,

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from widefield.analysis import ClassAt, ClassIn, DetectionScore, KeypointPeak, Result
     from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
@@ -218,14 +216,6 @@ def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **option
         side = found.size if size is None else _checks.integer("--size", size)
         shown = pictures(args, found, side + entry.margin(options), stand_in=entry.stand_in)
         yield found.view(shown, batch_size=args.batch_size)
-
-
-def labeled_batches(view: View) -> list[tuple[Tensor, ...]]:
-    """Return the images of a view in batches, with labels or masks if they are of the model's own classes."""
-    from widefield.runs.inputs import OwnPictures
-
-    key = "label" if view.own else "mask" if isinstance(view.pictures, OwnPictures) else None
-    return [(batch["image"], batch[key]) if key in batch else (batch["image"],) for batch in view.batches()]
 
 
 def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:

@@ -155,7 +155,7 @@ def _pixels(batch: Any) -> Tensor:
 def _pictures(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:
     """Return pictures in batches, with labels or masks where these are known."""
     shown = _subjects.pictures(args, found, stand_in=stand_in)
-    return list(_subjects.labeled_batches(found.view(shown, batch_size=args.batch_size)))
+    return found.view(shown, batch_size=args.batch_size).labeled_batches()
 
 
 def _own_samples(found: Subject, args: argparse.Namespace, *, stand_in: bool) -> Batches:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         results[view.name] = ENTRY.run(view, about=about, shares=args.shares, limit=args.limit)
         if args.cost:
             shown = found.view(_subjects.pictures(args, found), batch_size=args.batch_size)
-            costs[view.name] = _trimmed(found.model, _subjects.labeled_batches(shown), args.limit)
+            costs[view.name] = _trimmed(found.model, shown.labeled_batches(), args.limit)
     _subjects.write(results, args)
     if args.cost:
         print_table([{"model": name, **cost.totals()} for name, cost in costs.items()])

@@ -14,7 +14,7 @@ from timm.layers import LayerNorm2d
 from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureHooks, FeatureInfo
 from torch import Tensor, nn
 
-from widefield import _checks
+from widefield import _checks, _timm
 from widefield.dense._published import follow_published_code
 from widefield.surgery import anatomy
 from widefield.surgery.answers import described, evaluating
@@ -198,29 +198,38 @@ def _created(name: str, indices: tuple[int, ...], args: Mapping[str, Any]) -> An
     if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ValueError(f"timm has no network {name!r}.{_checks.did_you_mean(name, timm.list_models(), likeness=0.6)}")
     try:
-        return timm.create_model(name, features_only=True, out_indices=indices, **args)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None or unknown[1] not in args:
+        return _timm.create_model(name, {"features_only": True, "out_indices": indices, **args})
+    except (TypeError, AssertionError, IndexError, RuntimeError) as error:
+        refusal = _refusal(name, indices, args, error)
+        if refusal is None:
             raise
-        if unknown[1] == "output_stride":
-            raise ValueError(
-                f"{name} has no output_stride, so its coarsest map keeps its stride: pass output_stride=32, or choose "
-                "another network."
-            ) from error
-        raise TypeError(
+        raise refusal from error
+
+
+def _refusal(name: str, indices: tuple[int, ...], args: Mapping[str, Any], error: Exception) -> Exception | None:
+    """Return the error for what timm or the network refused; None if timm's says it."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown is not None and unknown[1] == "output_stride" in args:
+        return ValueError(
+            f"{name} has no output_stride, so its coarsest map keeps its stride: pass output_stride=32, or choose "
+            "another network."
+        )
+    if unknown is not None and unknown[1] in args:
+        return TypeError(
             f"neither the model nor {name} has an argument {unknown[1]!r}."
             f"{_checks.did_you_mean(unknown[1], [word for word in _ARGUMENTS if word not in args])}"
-        ) from error
-    except (AssertionError, IndexError) as error:
-        raise ValueError(
+        )
+    empty = [key for key, value in args.items() if value is None]
+    if empty:
+        return ValueError(f"{name} cannot be built with {', '.join(empty)} None: leave out what it cannot do without.")
+    if isinstance(error, (AssertionError, IndexError)):
+        return ValueError(
             f"{name} has no feature maps at the positions {indices}: it has fewer. Choose others with out_indices, "
             "such as out_indices=(0, 1, 2)."
-        ) from error
-    except RuntimeError as error:
-        if "features_only" not in str(error):
-            raise
-        raise ValueError(f"{name} gives no feature maps: timm builds it as a classifier only.") from error
+        )
+    if isinstance(error, RuntimeError) and "features_only" in str(error):
+        return ValueError(f"{name} gives no feature maps: timm builds it as a classifier only.")
+    return None
 
 
 # Networks as modules

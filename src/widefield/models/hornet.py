@@ -168,7 +168,7 @@ class HorNet(NormedBackbone):
         global_filters: for each stage None, or (height, width) of the filters that replace the depthwise convolutions
             (:class:`widefield.nn.gnconv.GlobalLocalFilter`).
         scale: factor of the gates.
-        layer_scale_init: initial value of the layer scales; 0 or None for none.
+        layer_scale_init: initial value of the layer scales; 0 or None for none. ``timm.create_model`` drops None.
         head_init_scale: factor of the classifier's initial weights.
 
     Raises:

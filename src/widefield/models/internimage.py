@@ -189,6 +189,7 @@ class InternImage(Backbone):
         norms = _checks.choice("norms", norms, NORMS)
         if norms == "both" and layer_scale_init is not None:
             raise ValueError(f"norms='both' has no layer scale; got layer_scale_init={layer_scale_init}. Use None.")
+        scale = None if layer_scale_init is None else _checks.number("layer_scale_init", layer_scale_init)
         factor = _checks.number("head_factor", head_factor)
         hidden = _checks.integer("the last of widths times head_factor", int(widths[-1] * factor))
         norms_after = _indices(norms_after, depths[2] if len(depths) > 2 else 0)
@@ -218,7 +219,7 @@ class InternImage(Backbone):
                     groups[i],
                     mlp_ratio=_checks.number("mlp_ratio", mlp_ratio),
                     norms=norms,
-                    layer_scale_init=layer_scale_init,
+                    layer_scale_init=scale,
                     drop_path=next(rates),
                     offset_scale=offset_scale,
                     dw_kernel_size=dw_kernel_size,

@@ -196,7 +196,7 @@ class UniRepLKNet(NormedBackbone):
         depths: blocks of each stage.
         widths: channels of each stage, at least 4.
         kernel_sizes: one size per stage, or one per block of a stage. Default: :func:`default_kernel_sizes`.
-        layer_scale_init: initial value of the layer scales; 0 or None for none.
+        layer_scale_init: initial value of the layer scales; 0 or None for none. ``timm.create_model`` drops None.
         head_init_scale: factor of the classifier's initial weights.
 
     Raises:

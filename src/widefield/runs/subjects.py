@@ -277,8 +277,12 @@ class Subject:
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
-        own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
-        return View(self.model, self.name, str(self.weights), pictures, self.output_names, own, batch_size)
+        labels = ""
+        if isinstance(pictures, OwnPictures):
+            labels = "label" if pictures.classes else "mask"
+        elif isinstance(pictures, OwnCrops):
+            labels = "keypoints"
+        return View(self.model, self.name, str(self.weights), pictures, self.output_names, labels, batch_size)
 
     def object_view(self, count: int) -> View:
         """Return the model and samples of its own validation data, with objects or key points, as analyses take them.

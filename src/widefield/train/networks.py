@@ -13,11 +13,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import set_layer_config
-from timm.models import _builder, load_checkpoint, model_entrypoint, split_model_name_tag
+from timm.models import _builder, model_entrypoint, split_model_name_tag
 from torch import nn
 
-from widefield import _checks
+from widefield import _checks, _timm
 from widefield.train.recipe import ModelSpec
 
 TORCHVISION = "torchvision:"
@@ -26,9 +25,6 @@ HEAD = "num_classes"
 """The argument of timm and torchvision that sizes a network's head."""
 _AUXILIARY = ("googlenet", "inception_v3")
 """Networks of torchvision that return several outputs in training unless ``aux_logits`` is off."""
-_LAYER_CONFIG = ("scriptable", "exportable", "no_jit")
-_FACTORY = ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", *_LAYER_CONFIG)
-"""Arguments of ``timm.create_model`` itself, which are None by default."""
 _BUILDER = ("features_only", "feature_cls", "out_indices", "pruned", "device", "dtype")
 """Arguments that timm reads between its factory and the model's class."""
 _NONSENSE = "no_such_argument"
@@ -69,7 +65,7 @@ def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
         raise FileNotFoundError(f"model.args.checkpoint_path: there is no file {file!r}.")
     try:
         with _filtered() as dropped:
-            model = _timm_model(name, {**spec.args, **start, **decided})
+            model = _timm.create_model(name, {**spec.args, **start, **decided})
     except (TypeError, LookupError, AssertionError, RuntimeError, AttributeError) as error:
         raise _refusal(spec, error) from error
     except FileNotFoundError as error:  # timm's error has no text
@@ -81,7 +77,7 @@ def _of_timm(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
             raise TypeError(f"model.args.{key}: {name} accepts and ignores this argument; leave it out.")
     if ":" not in name:
         entry = model_entrypoint(split_model_name_tag(name)[0])
-        _check_heeded(spec, model, entry, lambda args: _timm_model(name, {**args, **decided}))
+        _check_heeded(spec, model, entry, lambda args: _timm.create_model(name, {**args, **decided}))
     return model
 
 
@@ -103,29 +99,6 @@ def _filtered() -> Iterator[list[str]]:
         yield dropped
     finally:
         _builder._filter_kwargs = original
-
-
-def _timm_model(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """Do what ``timm.create_model`` does, and also pass the arguments that are None, which it drops."""
-    dropped = [key for key, value in args.items() if value is None and key not in _FACTORY]
-    if not dropped:
-        model: nn.Module = timm.create_model(name, **args)
-        return model
-    if ":" in name:
-        raise LookupError(f"timm drops {dropped[0]}=None for a model from another source; leave it out")
-    own = {key: args.get(key) for key in _FACTORY}
-    rest = {key: value for key, value in args.items() if key not in _FACTORY}
-    architecture, tag = split_model_name_tag(name)
-    with set_layer_config(**{key: own[key] for key in _LAYER_CONFIG}):
-        model = model_entrypoint(architecture)(
-            pretrained_cfg=own["pretrained_cfg"] or tag or None,
-            pretrained_cfg_overlay=own["pretrained_cfg_overlay"],
-            cache_dir=own["cache_dir"],
-            **rest,
-        )
-    if own["checkpoint_path"]:
-        load_checkpoint(model, own["checkpoint_path"])
-    return model
 
 
 def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
@@ -185,7 +158,7 @@ def _check_heeded(
     """
     if not spec.args:
         return
-    named = {*_FACTORY, *_BUILDER, *_parameters(type(model), entry)}
+    named = {*_timm.FACTORY, *_BUILDER, *_parameters(type(model), entry)}
     ignored = [key for key in spec.args if key not in named]
     if not ignored:
         return
