@@ -167,15 +167,18 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
         assert entry["cost"]["parameters"] > 0
         assert entry["cost"]["macs"] > 0
         assert entry["step"]["p20"] <= entry["step"]["p50"] <= entry["step"]["p80"]
+        assert entry["blocks"]["score"] == pytest.approx(entry["accuracy"])
+        assert len(entry["blocks"]["blocks"]) == 5
         assert name == "7x7" or entry["difference"]["max_abs"] <= 1e-4 * entry["difference"]["scale"]
     for blocks in results["routing"].values():
         assert len(blocks) == 5
         assert all(sum(b["frequencies"]) == pytest.approx(1, abs=1e-5) for b in blocks)
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 11
+    assert page.count("data:image/png;base64,") == 12
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "MoRF hard" in page
     out = capsys.readouterr().out
     assert "runs/demo/report.html" in out
     assert "training step" in out
+    assert "all blocks off" in out
     assert cli.main(words) == 0  # a second demo replaces the first

@@ -77,6 +77,13 @@ def document(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def test_blocks_of_a_run_are_measured_with_its_key_points(posing: Path, tmp_path: Path) -> None:
+    assert cli.main(["blocks", str(posing), "--count", "2", "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "blocks.json").read_text())["results"].values()
+    assert (found["metric"], len(found["blocks"])) == ("PCK", 4)
+    assert 0 <= found["score"] <= 1
+
+
 def test_a_detector_and_a_pose_model_are_one_call(
     posing: Path, detecting: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,12 @@ def test_a_run_and_its_own_images(here):
     assert (found["about"]["source"], found["about"]["labeled"]) == ("digits", 40)
     assert found["blocks"][0]["experts"] == ["3x3", "5x5", "7x7"]
     assert sorted(found["blocks"][0]["by_class"]) == sorted({str(label) for label in found["labels"]})
+    assert cli.main(["blocks", "runs/digits_morf", "--count", "40", "--out", "out"]) == 0
+    found = json.loads((here / "out" / "blocks.json").read_text())["results"]["digits_morf"]
+    assert (found["metric"], found["about"]["images"], len(found["blocks"])) == ("accuracy", 40, 5)
+    assert cli.main(["blocks", "runs/digits_morf", "--images", "photographs", "--count", "2", "--out", "out"]) == 0
+    found = json.loads((here / "out" / "blocks.json").read_text())["results"]["digits_morf"]
+    assert found["score"] is None
 
 
 @pytest.mark.parametrize(("name", "kind"), [("test_convnext", "ConvNeXt"), ("torchvision:squeezenet1_1", "SqueezeNet")])

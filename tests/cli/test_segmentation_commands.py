@@ -88,6 +88,15 @@ def by_hand(folder: Path, path: Path) -> torch.Tensor:
     return F.interpolate(logits, image.shape[1:], mode="bilinear").argmax(1)[0]
 
 
+def test_blocks_of_a_run_are_measured_with_its_masks(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["blocks", str(trained), "--count", "3", "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "blocks.json").read_text())["results"].values()
+    assert (found["metric"], found["about"]["images"], len(found["blocks"])) == ("mIoU", 3, 4)
+    assert 0 <= found["score"] <= 1
+    assert "backbone.body.stages_0.blocks.0" in capsys.readouterr().out
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_masks_have_the_size_of_their_files(trained: Path, shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["predict", str(trained), str(shapes / "images/val"), "--out", str(out)]) == 0

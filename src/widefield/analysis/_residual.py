@@ -97,17 +97,17 @@ def residual_blocks(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Modu
 @contextmanager
 def switched_off(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let modules return their first argument, and restore them at the end."""
-    before = [(module, "forward" in vars(module), vars(module).get("forward")) for module in blocks]
+    before: list[tuple[nn.Module, list[Any]]] = []  # a module's own forward, if it has one besides that of its class
+    before += [(module, [vars(module)["forward"]] if "forward" in vars(module) else []) for module in blocks]
     try:
-        for module, _, _ in before:
+        for module, _ in before:
             module.forward = _first
         yield
     finally:
-        for module, own, forward in before:
+        for module, own in before:
+            vars(module).pop("forward", None)
             if own:
-                module.forward = forward
-            else:
-                vars(module).pop("forward", None)
+                module.forward = own[0]
 
 
 def _first(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -277,11 +277,9 @@ class Subject:
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
-        labels = ""
+        labels = "keypoints" if isinstance(pictures, OwnCrops) else ""
         if isinstance(pictures, OwnPictures):
             labels = "label" if pictures.classes else "mask"
-        elif isinstance(pictures, OwnCrops):
-            labels = "keypoints"
         return View(self.model, self.name, str(self.weights), pictures, self.output_names, labels, batch_size)
 
     def object_view(self, count: int) -> View:
