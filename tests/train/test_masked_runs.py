@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from train.helpers import QUIET, log, same_weights
 from widefield.masking import MaskedAutoencoder
@@ -36,7 +38,7 @@ def recipe(output: Path, **changes: Any) -> Recipe:
             ema=EmaSpec(0.5),
             max_steps=4,
             evaluate_every=2,
-            batch_size=8,
+            batch_size=32,
             workers=0,
             log_every=1,
             trackers=[],
@@ -48,7 +50,16 @@ def recipe(output: Path, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a run."""
-    return train(recipe(tmp_path_factory.mktemp("masked")), console=QUIET).folder
+    return train(recipe(tmp_path_factory.mktemp("masked"), trackers=["tensorboard"]), console=QUIET).folder
+
+
+def pictures(run: Path) -> dict[int, bytes]:
+    """Return the picture of each step in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert board.Tags()["images"] == ["reconstructions"]
+    return {entry.step: entry.encoded_image_string for entry in board.Images("reconstructions")}
 
 
 def test_it_trains_and_resumes_exactly(tmp_path: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +72,16 @@ def test_it_trains_and_resumes_exactly(tmp_path: Path, pretrained: Path, monkeyp
         return losses(*args)
 
     monkeypatch.setattr(MaskedImage, "losses", interrupted)
-    part = train(recipe(tmp_path), console=QUIET)
+    part = train(recipe(tmp_path, trackers=["tensorboard"]), console=QUIET)
     assert (part.steps, part.interrupted) == (3, signal.SIGINT)
-    rest = train(recipe(tmp_path, workers=1), resume=part.folder, console=QUIET)
+    rest = train(recipe(tmp_path, trackers=["tensorboard"], workers=1), resume=part.folder, console=QUIET)
     assert log(rest.folder) == log(pretrained)
     assert same_weights(rest.model, load_trained(pretrained, "last"))
+    shown = pictures(rest.folder)
+    assert list(shown) == [2, 4]
+    assert shown == pictures(pretrained)
+    with Image.open(io.BytesIO(shown[4])) as picture:  # six rows of image, visible part and prediction
+        assert picture.size == (3 * 32 + 2 * 4, 6 * 32 + 5 * 4)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +101,7 @@ def test_other_tasks_start_from_its_encoder(
     rate = OptimizerSpec("sgd", lr=0.0, weight_decay=0.0)
     plan = recipe(
         tmp_path, model=spec, data=data, task=TaskSpec(task, args), ema=None, max_steps=1, evaluate_every=1,
-        optimizer=rate,
+        optimizer=rate, batch_size=8,
     )  # fmt: skip
     result = train(plan, console=QUIET)
     encoder = load_trained(pretrained).encoder.body.state_dict()
@@ -131,8 +147,6 @@ def test_conversions_before_and_after(when: str, pretrained: Path, tmp_path: Pat
 
 
 def test_reconstructions_are_drawn(pretrained: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     for name, size in (("a", (40, 32)), ("b", (32, 50))):
         Image.new("RGB", size, (200, 80, 40)).save(tmp_path / f"{name}.png")
     subject = load(str(pretrained))
