@@ -93,7 +93,7 @@ class Logs:
 
     def show(self, pictures: Mapping[str, Tensor], step: int) -> None:
         """Send pictures, uint8 (3, H, W) by name, to the trackers."""
-        for tracker in self._trackers:
+        for tracker in self._trackers if pictures else ():
             tracker.pictures(pictures, step)
 
     def _tensorboard(self, stack: ExitStack) -> Tracker:
