@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from widefield.fitting import fit
     from widefield.surgery import (
         Deformable,
+        Elastic,
         FastDepthwise,
         GMConv,
         InceptionSplit,
         LargeKernel,
         MoRF,
+        Resize,
         TokenMixer,
         compare,
         convert,
@@ -36,11 +38,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Deformable",
+    "Elastic",
     "FastDepthwise",
     "GMConv",
     "InceptionSplit",
     "LargeKernel",
     "MoRF",
+    "Resize",
     "TokenMixer",
     "compare",
     "convert",
