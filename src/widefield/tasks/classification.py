@@ -106,6 +106,10 @@ class Classification(Task):
             loss: Tensor = self._criterion(model(image).float(), target)
         return loss
 
+    def image_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross-entropy of each image, (N,), without mixing and smoothing."""
+        return F.cross_entropy(model(batch["image"]).float(), batch["label"], reduction="none")
+
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return ``preds`` (N, num_classes), ``target`` (N,) and ``value`` (N,), the cross-entropy of each image."""
         logits = model(batch["image"]).float()
