@@ -145,6 +145,7 @@ class OwnPictures(data.Pictures):
         trained_on.check_classes(self.classes)
         self._places = output_places(self.classes, len(trained_on.classes), trained_on.classes)
         self.classes = trained_on.classes if self.classes else ()  # masks have no label
+        self.own_labels = "label" if self.classes else "mask"
         self._note = "" if self._from is None else trained_on.note(self._from)
 
     def found(self) -> str:
@@ -229,7 +230,7 @@ class OwnCrops(data.Pictures):
         whole: Any = data.create(source, "val", **{**with_true_boxes(options), "crop_size": list(crop)})
         self._whole, self.source, self.classes = whole, source, ()
         self._some = Selection(whole, len(whole) if count is None else count, seed)
-        self.mean, self.std = whole.mean, whole.std
+        self.mean, self.std, self.own_labels = whole.mean, whole.std, "keypoints"
 
     def __len__(self) -> int:
         return len(self._some)

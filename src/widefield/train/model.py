@@ -6,16 +6,26 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
 
-from widefield import _checks
+from widefield import _checks, surgery
 from widefield.tasks import PoseEstimation, Task
 from widefield.train import run_data
 from widefield.train.networks import HEAD, TORCHVISION, create_model
 from widefield.train.pretrained import Assembly, load_whole, start_from, start_from_masked
 from widefield.train.recipe import CONVERSIONS, ConversionSpec, Recipe
+
+
+def build_network(recipe: Recipe, task: Task) -> nn.Module:
+    """Build the network of a recipe with fresh weights, converted, before the task makes the model of it.
+
+    The names that ``where`` of a conversion selects are those of its modules. Errors are those of :func:`build_model`.
+    """
+    fresh = dataclasses.replace(recipe.model, pretrained=False)
+    return functools.reduce(_converted, _conversions(recipe), create_model(fresh, task.model_args))
 
 
 def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None) -> nn.Module:
@@ -31,7 +41,7 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
         TypeError: an argument that the model or the conversion does not have.
     """
     spec = recipe.model
-    conversions = [*([recipe.conversion] if recipe.conversion else []), *recipe.more_conversions]
+    conversions = _conversions(recipe)
     fresh = dataclasses.replace(spec, pretrained=isinstance(spec.pretrained, bool) and spec.pretrained)
     assembly = Assembly(
         build=lambda given: create_model(fresh, {**task.model_args, **given}),
@@ -58,6 +68,10 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
     return start_from(spec.pretrained, assembly, [heads] if isinstance(heads, str) else heads, fresh_head=other_classes)
 
 
+def _conversions(recipe: Recipe) -> list[ConversionSpec]:
+    return [*([recipe.conversion] if recipe.conversion else []), *recipe.more_conversions]
+
+
 def _has_other_classes(source: str, classes: Sequence[str] | None) -> bool:
     """Return whether the weights come from a run with other classes than these."""
     start = Path(source).expanduser()
@@ -65,8 +79,15 @@ def _has_other_classes(source: str, classes: Sequence[str] | None) -> bool:
 
 
 def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
-    from widefield import surgery
+    return surgery.convert(model, conversion_of(conversion), conversion.where)
 
+
+def conversion_of(conversion: ConversionSpec) -> Any:
+    """Return the configuration in widefield.surgery that a recipe's conversion names.
+
+    Raises:
+        TypeError: it has no such argument.
+    """
     config = getattr(surgery, CONVERSIONS[conversion.kind])
     known = [field.name for field in dataclasses.fields(config)]
     for key in conversion.args:
@@ -75,4 +96,4 @@ def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
                 f"conversion.args.{key}: {config.__name__} has no such argument.{_checks.did_you_mean(key, known)} "
                 f"It takes {', '.join(known)}."
             )
-    return surgery.convert(model, config(**conversion.args), conversion.where)
+    return config(**conversion.args)
