@@ -170,8 +170,8 @@ def _rows(entries: Mapping[str, Entry]) -> list[dict[str, str]]:
 
     quantities: dict[str, Callable[[Entry], str]] = {
         "top-1": lambda e: f"{100 * e.accuracy:.1f}%",
-        "top-1, one block off": lambda e: _range([b.score for b in e.blocks.blocks]),
-        "top-1, all blocks off": lambda e: _range([e.blocks.together.score]),
+        "one block off": lambda e: _range([b.score for b in e.blocks.blocks]),
+        "all blocks off": lambda e: _range([e.blocks.together.score]),
         "parameters": lambda e: f"{e.cost.parameters:,}",
         "parameters, fused": lambda e: f"{e.fused_cost.parameters:,}",
         "MACs": lambda e: f"{e.cost.macs / 1e6:.2f}M",
@@ -225,7 +225,8 @@ def _write(
                 f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
                 "to the 7x7 network in the same run. The last row is the largest difference between the outputs "
                 "before and after reparameterization over all validation images, in units of the largest output. "
-                "A block that is off returns its input: its kernels take no part."
+                "The second and third row are top-1 while blocks are off: they return their input, and their kernels take "
+                "no part."
             )
             + report.table(rows),
         )
