@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from widefield.deploy import export, quantize
     from widefield.surgery import (
         Deformable,
+        Elastic,
         FastDepthwise,
         GMConv,
         InceptionSplit,
         LargeKernel,
         MoRF,
+        Resize,
         TokenMixer,
         compare,
         convert,
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Deformable",
+    "Elastic",
     "FastDepthwise",
     "GMConv",
     "InceptionSplit",
     "LargeKernel",
     "MoRF",
+    "Resize",
     "TokenMixer",
     "compare",
     "convert",

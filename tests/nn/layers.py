@@ -29,6 +29,7 @@ LAYERS = {
     "DepthwiseConv2dSame": Case(lambda **where: wnn.DepthwiseConv2dSame(8, 8, 5, 2, **where)),
     "DilatedReparamConv2d": Case(lambda **where: wnn.DilatedReparamConv2d(8, 8, 7, **where)),
     "DynamicGMConv2d": Case(lambda **where: wnn.DynamicGMConv2d(8, 8, 5, padding=2, groups=8, **where)),
+    "ElasticConv2d": Case(lambda **where: wnn.ElasticConv2d(8, 8, (3, 5), groups=8, **where)),
     "FusedMoRFConv2d": Case(lambda **where: wnn.MoRFConv2d(8, 8, (3, 5), groups=8, **where).eval().fuse()),
     "GMConv2d": Case(lambda **where: wnn.GMConv2d(8, 8, 5, padding=2, groups=8, **where)),
     "GRN": Case(lambda **where: wnn.GRN(8, **where), channels_last=True),

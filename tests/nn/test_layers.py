@@ -189,6 +189,7 @@ def test_torch_fx_takes_layers_as_parts_of_a_model(name):
         widefield.MoRF((3, 5, 7)),
         widefield.GMConv(),
         widefield.LargeKernel(9),
+        widefield.Elastic((3, 5)),
         widefield.InceptionSplit(),
         widefield.Deformable(),
         widefield.TokenMixer("lka"),

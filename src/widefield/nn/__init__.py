@@ -2,6 +2,7 @@
 
 from widefield.nn.deform import DCNv3, DeformConv2d
 from widefield.nn.depthwise import DepthwiseConv2d
+from widefield.nn.elastic import ElasticConv2d
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
 from widefield.nn.gnconv import GlobalLocalFilter, GnConv
 from widefield.nn.grn import GRN
@@ -26,6 +27,7 @@ __all__ = [
     "DepthwiseConv2dSame",
     "DilatedReparamConv2d",
     "DynamicGMConv2d",
+    "ElasticConv2d",
     "FusedMoRFConv2d",
     "GMConv2d",
     "GlobalLocalFilter",

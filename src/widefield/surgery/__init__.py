@@ -14,6 +14,7 @@ from widefield.surgery.conversions import (
     TokenMixer,
 )
 from widefield.surgery.convert import Plan, Step, convert, plan
+from widefield.surgery.elastic import Elastic, Resize, choose_sizes, draw_sizes, elastic_layers
 from widefield.surgery.reparameterize import NothingToFuseError, reparameterize
 from widefield.surgery.reparameterize_report import FusedLayer, LeftLayer, Reparameterization
 from widefield.surgery.sparsity import DynamicSparsity
@@ -28,6 +29,7 @@ __all__ = [
     "Deformable",
     "Difference",
     "DynamicSparsity",
+    "Elastic",
     "FastDepthwise",
     "FusedLayer",
     "GMConv",
@@ -40,6 +42,7 @@ __all__ = [
     "Place",
     "Plan",
     "Reparameterization",
+    "Resize",
     "RoutedLayer",
     "Specialization",
     "Stage",
@@ -48,8 +51,11 @@ __all__ = [
     "TrimmedKernel",
     "Trimming",
     "anatomy",
+    "choose_sizes",
     "compare",
     "convert",
+    "draw_sizes",
+    "elastic_layers",
     "fuse_layers",
     "plan",
     "reparameterize",

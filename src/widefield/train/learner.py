@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from widefield.nn import load_balancing
-from widefield.surgery import DynamicSparsity, anatomy
+from widefield.surgery import DynamicSparsity, anatomy, draw_sizes
 from widefield.tasks import Batch, Task
 from widefield.tasks.base import sum_of
 from widefield.train import checkpoint
@@ -148,6 +148,7 @@ class Learner:
     def step(self, batches: Sequence[Batch], number: int) -> Step:
         """Take step ``number``, from 1, on the gradients of these batches."""
         recipe, accelerator = self._recipe, self._accelerator
+        draw_sizes(self.raw, recipe.seed, number)
         skips = recipe.nonfinite == "skip"
         before = [buffer.clone() for buffer in self.raw.buffers()] if skips else []  # a forward pass changes the norms
         losses: list[Tensor] = []

@@ -14,11 +14,13 @@ from widefield.tasks import TASKS
 
 CONVERSIONS = {
     "deformable": "Deformable",
+    "elastic": "Elastic",
     "fast_depthwise": "FastDepthwise",
     "gmconv": "GMConv",
     "inception_split": "InceptionSplit",
     "large_kernel": "LargeKernel",
     "morf": "MoRF",
+    "resize": "Resize",
     "token_mixer": "TokenMixer",
 }
 """Kind of conversion -> name of the config in widefield.surgery."""
