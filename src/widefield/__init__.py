@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import widefield.models  # noqa: F401  registers the models in timm
 
 if TYPE_CHECKING:
-    from widefield.deploy import export, quantize
+    from widefield.deploy.export import export
+    from widefield.deploy.quantize import quantize
+    from widefield.fitting import fit
     from widefield.surgery import (
         Deformable,
         Elastic,
@@ -47,6 +49,7 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "fit",
     "plan",
     "quantize",
     "reparameterize",
@@ -66,16 +69,20 @@ _ROOMS = (
     "analysis",
     "train",
     "runs",
+    "fitting",
     "bench",
     "report",
 )
+
+_ELSEWHERE = {"export": "deploy", "quantize": "deploy", "fit": "fitting"}
+"""Name -> room, for names that are not of surgery."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"widefield.{name}")
     if name in __all__:
-        room = "deploy" if name in ("export", "quantize") else "surgery"
+        room = _ELSEWHERE.get(name, "surgery")
         return getattr(importlib.import_module(f"widefield.{room}"), name)
     raise AttributeError(f"module 'widefield' has no attribute {name!r}.{_mend(name)}")
 

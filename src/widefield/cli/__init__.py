@@ -16,6 +16,7 @@ from widefield.cli import (
     erf,
     eval,
     export,
+    fit,
     interactions,
     kernels,
     keypoint_erf,
@@ -33,6 +34,7 @@ from widefield.cli import (
 
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
+    "fit": fit,
     "demo": demo,
     "models": models,
     "eval": eval,

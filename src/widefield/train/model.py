@@ -18,6 +18,15 @@ from widefield.train.pretrained import Assembly, load_whole, start_from, start_f
 from widefield.train.recipe import CONVERSIONS, ConversionSpec, Recipe
 
 
+def build_network(recipe: Recipe, task: Task) -> nn.Module:
+    """Build the network of a recipe with fresh weights, converted, before the task makes the model of it.
+
+    The names that ``where`` of a conversion selects are those of its modules. Errors are those of :func:`build_model`.
+    """
+    fresh = dataclasses.replace(recipe.model, pretrained=False)
+    return functools.reduce(_converted, _conversions(recipe), create_model(fresh, task.model_args))
+
+
 def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None) -> nn.Module:
     """Build the model of a recipe: the network, converted if the recipe says so, and adapted by the task.
 
@@ -31,7 +40,7 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
         TypeError: an argument that the model or the conversion does not have.
     """
     spec = recipe.model
-    conversions = [*([recipe.conversion] if recipe.conversion else []), *recipe.more_conversions]
+    conversions = _conversions(recipe)
     fresh = dataclasses.replace(spec, pretrained=isinstance(spec.pretrained, bool) and spec.pretrained)
     assembly = Assembly(
         build=lambda given: create_model(fresh, {**task.model_args, **given}),
@@ -56,6 +65,10 @@ def build_model(recipe: Recipe, task: Task, classes: Sequence[str] | None = None
     config = timm.models.get_pretrained_cfg(spec.name)
     heads = getattr(config, "classifier", None) or ()
     return start_from(spec.pretrained, assembly, [heads] if isinstance(heads, str) else heads, fresh_head=other_classes)
+
+
+def _conversions(recipe: Recipe) -> list[ConversionSpec]:
+    return [*([recipe.conversion] if recipe.conversion else []), *recipe.more_conversions]
 
 
 def _has_other_classes(source: str, classes: Sequence[str] | None) -> bool:

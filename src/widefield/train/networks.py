@@ -34,6 +34,17 @@ _BUILDER = ("features_only", "feature_cls", "out_indices", "pruned", "device", "
 _NONSENSE = "no_such_argument"
 
 
+def is_model(name: str) -> bool:
+    """Return whether timm, or with the prefix ``torchvision:`` torchvision, has a classifier of this name."""
+    import widefield.models  # noqa: F401 (registers ours in timm)
+
+    if name.startswith(TORCHVISION):
+        import torchvision.models as tv
+
+        return name.removeprefix(TORCHVISION) in tv.list_models(module=tv)
+    return name.partition(".")[0] in timm.list_models()
+
+
 def create_model(spec: ModelSpec, decided: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
     """Build ``timm.create_model(spec.name, **spec.args, **decided)``, with timm's weights if ``spec.pretrained``.
 

@@ -110,8 +110,20 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def recipe_text(recipe: Recipe) -> str:
     """Return a recipe as YAML, with all its keys."""
-    text: str = yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml_text(dataclasses.asdict(recipe))
+
+
+def yaml_text(content: Mapping[str, Any]) -> str:
+    """Return a mapping in the YAML dialect of recipes; :func:`read_yaml` reads it back."""
+    text: str = yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+def read_recipe(content: dict[Any, Any], source: str) -> Recipe:
+    """Return the recipe with these keys; raises as :func:`load_recipe` does, naming ``source``."""
+    _check_keys(Recipe, content, "", f"in {source}")
+    recipe: Recipe = _build(Recipe, content, "")
+    return recipe
 
 
 def shipped_recipes() -> list[str]:
