@@ -63,8 +63,10 @@ METHODS: Mapping[str, dict[str, Any]] = {
 }
 """Arm -> arguments of its task; "shuffled" is the control."""
 SCRATCH, LONG = "scratch", "scratch, equal total"
+CONTROL = "shuffled"
+BASES = (SCRATCH, LONG, CONTROL)  # what the others are compared with
 ARMS = (LONG, *METHODS, SCRATCH)  # the slowest first
-_WORDS = {"shuffled": "fcmae, shuffled targets"}
+_WORDS = {CONTROL: "control (shuffled targets)"}
 
 
 class FashionMnist(data.LabeledImages):
@@ -163,7 +165,7 @@ def _train(plan: Recipe) -> Any:
 
 def pre_trained(arm: str, seed: int, settings: Settings) -> tuple[Path, nn.Module, dict[str, Any]]:
     """Pre-train an encoder; return the folder of the run, its model, and a row."""
-    name = "shuffled_targets" if arm == "shuffled" else "masked_image"
+    name = "shuffled_targets" if arm == CONTROL else "masked_image"
     args = {"patch": 8, **METHODS[arm]}
     plan = _recipe(
         f"{arm}-{seed}", seed, settings, PRE_STEPS, PRE_LR, data={"limit": PROBE_VAL},
@@ -304,18 +306,18 @@ def table(rows: list[dict[str, Any]], labels: int) -> str:
             line["fine-tuned" if kind == "fine-tuning" else "linear probe"] = (
                 f"{100 * statistics.fmean(tops):.1f}" if tops else ""
             )
-        for base in (SCRATCH, LONG):
+        for base in BASES:
             found = difference(rows, arm, base, labels)
-            line[f"against {base}"] = "" if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
+            line[f"against {_WORDS.get(base, base)}"] = "" if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
         lines.append(line)
     return report.markdown(lines)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Return which arms are better or worse than scratch: those whose intervals do not hold 0."""
+    """Return which arms are better or worse than others: those whose intervals do not hold 0."""
     sentences = []
     for labels in LABELS:
-        for base in (SCRATCH, LONG):
+        for base in BASES:
             found: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
             for arm in METHODS:
                 gain = difference(rows, arm, base, labels)
@@ -323,7 +325,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
                     word = "not told apart" if abs(gain[0]) <= gain[1] else "better" if gain[0] > 0 else "worse"
                     found[word].append(_WORDS.get(arm, arm))
             words = "; ".join(f"{word}: {', '.join(arms)}" for word, arms in found.items() if arms)
-            sentences.append(f"- {labels} labels of a class, against {base}: {words}.")
+            sentences.append(f"- {labels} labels of a class, against {_WORDS.get(base, base)}: {words}.")
     return "\n".join(sentences) + "\n"
 
 
