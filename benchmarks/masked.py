@@ -63,13 +63,13 @@ def steps(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> dict[str, C
     visible = mask[0].numel() - int(mask[0].sum())
 
     def dense() -> None:
-        model.zero_grad()
         prediction = model.decoder(model.encoder(model.filled(images, mask)), mask)
         sum(model.losses(prediction, images, mask).values(), torch.zeros(())).backward()
+        model.zero_grad()
 
     def masked() -> None:
-        model.zero_grad()
         sum(model(images, mask, visible).values(), torch.zeros(())).backward()
+        model.zero_grad()
 
     return {"dense": dense, "masked": masked}
 
