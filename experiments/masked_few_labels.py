@@ -349,7 +349,7 @@ def write(stem: Path, command: str, tuning: list[dict[str, Any]], rows: list[dic
     minutes, before = (sum(row["processor_seconds"] for row in part) / 60 for part in (rows, tuning))
     rates = best_rates(tuning)
     text = (
-        f"Top-1 in percent on the 10,000 test images of Fashion-MNIST, which were used once; "
+        f"Top-1 in percent on the 10,000 test images of Fashion-MNIST, each run evaluated once; "
         f"{len({row['seed'] for row in rows})} seeds, each with its own labeled images. {PRE_STEPS} steps of "
         f"pre-training on all 60,000 train images without labels, {TUNE_STEPS} steps of fine-tuning, {BATCH} images a "
         f'step; "{LONG}" trains {PRE_STEPS + TUNE_STEPS} steps on the labels. Differences are paired by seed, with '
