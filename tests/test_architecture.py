@@ -125,7 +125,7 @@ def test_public_names_resolve():
 
 
 def test_the_root_holds_the_verbs_and_the_conversions_alone():
-    verbs = {"plan", "convert", "reparameterize", "specialize", "trim", "export", "quantize", "compare"}
+    verbs = {"plan", "convert", "reparameterize", "specialize", "trim", "export", "quantize", "compare", "fit"}
     conversions = {name for name in widefield.surgery.__all__ if _is_conversion(getattr(widefield.surgery, name))}
     assert set(widefield.__all__) == verbs | conversions - {"Conversion"}
 

@@ -31,6 +31,7 @@ PAGES = (
     "mmpose",
     "pose",
     "masked",
+    "real_data",
 )
 
 

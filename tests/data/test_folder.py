@@ -119,8 +119,10 @@ def test_val_images_are_cropped_squashed_or_padded(root):
     assert border[-1, 6:14].min() > 0.9
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m15-n2", "original", "v0", "augmix-m9-w3", "3a"])
-def test_the_policies_of_the_recipes_are_timms(root, policy):
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m15-n2", "original", "v0", "augmix-m9-w3", "3a", "trivial"]
+)
+def test_the_policies_of_the_recipes_change_images(root, policy):
     plain, augmented = (Folder("train", root=root, size=24, auto_augment=p, color_jitter=0) for p in (None, policy))
     images = [data[index]["image"] for data in (augmented, plain) for index in range(6)]
     assert all(image.isfinite().all() for image in images)
@@ -137,11 +139,23 @@ def test_the_largest_magnitude_is_no_error(root):
     assert _posterize(Image.new("RGB", (2, 2), "white"), 1).getcolors() == [(4, (128, 128, 128))]
 
 
+def test_trivial_augment_is_torchvisions_and_repeats(root):
+    (step,) = (
+        s for s in Folder("train", root=root, auto_augment="trivial")._transform.transforms if "Augment" in repr(s)
+    )
+    assert type(step).__name__ == "TrivialAugmentWide"
+    assert step.interpolation.value == "bicubic"
+    first, again = (
+        [sample["image"] for sample in Folder("train", root=root, size=24, auto_augment="trivial")] for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_three_augment_keeps_color_jitter(root):
     def images(**options):
         return [s["image"] for s in Folder("train", root=root, size=24, **options)]
 
-    for policy, same in (("3a", False), ("rand-m9-mstd0.5-inc1", True)):
+    for policy, same in (("3a", False), ("rand-m9-mstd0.5-inc1", True), ("trivial", True)):
         plain, jittered = (images(auto_augment=policy, color_jitter=strength) for strength in (0.0, 0.5))
         assert all(torch.equal(a, b) for a, b in zip(plain, jittered, strict=True)) == same
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from finding import places
 
 from widefield.data import Scenes
 from widefield.data.drawing import KEYPOINTS, KEYPOINTS_FLIPPED, OUTLINES, POINTS
@@ -443,15 +444,12 @@ def find(crop: torch.Tensor, background: torch.Tensor, photographs: list[torch.T
         top, left = next(
             (r, c) for r, c in itertools.product((0, 30, 60), (0, 30, 60)) if ground[r : r + 4, c : c + 4].all()
         )
-        probe = wanted[:, top : top + 4, left : left + 4]
         for photograph in photographs:
-            windows = photograph.unfold(1, 4, 1).unfold(2, 4, 1)
-            hits = (windows == probe[:, None, None]).all(-1).all(-1).all(0).nonzero() - torch.tensor([top, left])
-            for r, c in hits.tolist():
-                if r >= 0 and c >= 0:
-                    there = photograph[:, r : r + 64, c : c + 64]
-                    if there.shape == wanted.shape and torch.equal(there[:, ground], wanted[:, ground]):
-                        return c
+            for r, c in places(photograph, wanted[:, top : top + 4, left : left + 4]):
+                row, column = r - top, c - left
+                there = photograph[:, max(row, 0) : row + 64, max(column, 0) : column + 64]
+                if there.shape == wanted.shape and torch.equal(there[:, ground], wanted[:, ground]):
+                    return column
     raise AssertionError("no photograph has this crop")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from widefield import tasks
 from widefield.tasks import Classification, count_outputs
@@ -82,6 +82,21 @@ def test_mixing_is_linear_in_the_targets() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_loss_asks_for_each_class_whether_it_is_there(smoothing: float) -> None:
+    model, data = Linear(), batch()
+    targets = one_hot(data["label"], CLASSES) * (1 - smoothing) + smoothing / CLASSES
+    loss = Classification(CLASSES, label_smoothing=smoothing, loss="binary").loss(model, data)
+    torch.testing.assert_close(loss, binary_cross_entropy_with_logits(model(data["image"]), targets))
+    np.random.seed(3)
+    mixed = Classification(CLASSES, label_smoothing=smoothing, mixup=0.8, loss="binary").loss(model, data)
+    np.random.seed(3)
+    np.random.rand()
+    lam = np.random.beta(0.8, 0.8)
+    both = lam * targets + (1 - lam) * targets.flip(0)
+    torch.testing.assert_close(mixed, binary_cross_entropy_with_logits(model(model.seen), both), rtol=1e-5, atol=1e-6)
+
+
 def test_metrics_over_batches_equal_metrics_over_all() -> None:
     task = Classification(CLASSES, label_smoothing=0.1, mixup=0.8)
     torch.manual_seed(0)
@@ -127,6 +142,7 @@ def test_create_reads_the_classes() -> None:
         ("classification", {"mixup": "a"}, TypeError, "mixup must be a number; got 'a'"),
         ("classification", {"mixup": -1}, ValueError, "mixup must be from 0.0"),
         ("classification", {"label_smoothing": 1.0}, ValueError, "below 1"),
+        ("classification", {"loss": "binry"}, ValueError, "loss must be one of 'cross_entropy', 'binary'"),
         ("classification", {"mix_mode": "row"}, ValueError, "mix_mode must be one of"),
         ("classification", {"switch_prob": 2}, ValueError, "switch_prob"),
     ],

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import re
@@ -23,40 +22,19 @@ from torch import nn
 
 from data import made_objects
 from train.helpers import QUIET, log
+from train.recipe_pages import docs_rows, first_lines, groups_of, on_meta, shipped
 from widefield import data, dense, tasks
 from widefield.models.comparison_detection import CITED_DETECTORS, CLASSES, METHODS
 from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
-from widefield.train.optimization import create_optimizer, create_schedule, freeze
-from widefield.train.recipe_io import SHIPPED
+from widefield.train.optimization import create_schedule
 
-DOCS = Path(__file__).parents[2] / "docs" / "detection_recipes.md"
 SOME = ("fcos_resnet50_1x_coco", "mask_rcnn_convnext_tiny_3x_coco", "retinanet_moganet_xtiny_1x_coco")
 """Recipes that the default tests build."""
 STEPS = 7330
 """Steps of an epoch of COCO with 16 images, as published: 117,266 images with objects in training."""
 
 
-@functools.cache
-def shipped(name: str) -> Recipe:
-    return load_recipe(name)
-
-
 NAMES = [name for name in shipped_recipes() if shipped(name).data.name == "coco"]
-
-
-@functools.cache
-def docs_rows() -> dict[str, dict[str, str]]:
-    """Return recipe -> its row in the tables of the docs."""
-    rows, heading = {}, None
-    for line in DOCS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells and cells[0] == "recipe":
-            heading = cells
-        elif not cells:
-            heading = None
-        elif heading and not set(line) <= set("|-"):
-            rows[cells[0].strip("`")] = dict(zip(heading, cells, strict=True))
-    return rows
 
 
 def as_documented(recipe: Recipe) -> dict[str, str]:
@@ -80,45 +58,23 @@ def as_documented(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def first_lines(name: str) -> str:
-    """Return the comment at the top of a recipe as one line."""
-    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return " ".join(line.removeprefix("#").strip() for line in lines[: lines.index(f"name: {name}")])
-
-
 class Objects:
     """The part of a data set that a task reads."""
 
     object_classes = classes = tuple(map(str, range(CLASSES)))
 
-
-def on_meta(recipe: Recipe) -> Any:
-    """Return the recipe's model with fresh weights on the meta device."""
-    fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
-    with torch.device("meta"):
-        return build_model(fresh, tasks.create(recipe.task.name, Objects(), **recipe.task.args))
-
-
-def groups_of(recipe: Recipe) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
-    """Return the recipe's model on the meta device, and the optimizer's group of each parameter that learns."""
-    model = on_meta(recipe)
-    if recipe.freeze is not None:
-        freeze(model, recipe.freeze)
-    optimizer = create_optimizer(model, recipe.optimizer, recipe.optimizer.lr)
-    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    groups = {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
-    assert len(groups) == len(found)
-    return model, groups
+    def __init__(self, recipe: Recipe) -> None:
+        """All recipes have the classes of COCO."""
 
 
 def test_docs_have_a_row_for_every_recipe() -> None:
     assert len(NAMES) > 90
-    assert sorted(docs_rows()) == sorted(NAMES)
+    assert sorted(docs_rows("detection_recipes.md")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    row = docs_rows()[name]
+    row = docs_rows("detection_recipes.md")[name]
     expected = as_documented(shipped(name))
     assert {key: row[key] for key in expected} == expected
     for value in row["AP, %"].split(" / "):
@@ -143,7 +99,7 @@ def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
     for split in ("train", "val"):  # the missing data are the only error
         with pytest.raises(FileNotFoundError):
             data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
-    task: Any = tasks.create(recipe.task.name, Objects(), **recipe.task.args)
+    task: Any = tasks.create(recipe.task.name, Objects(recipe), **recipe.task.args)
     assert task.masks == recipe.data.args.get("masks", False) == ("mask" in name)
     assert timm.is_model(recipe.model.name)
 
@@ -204,7 +160,7 @@ def test_drop_path_rates_are_the_published_ones(name: str) -> None:
 
 
 def test_drop_path_reaches_the_last_block() -> None:
-    model = on_meta(shipped("mask_rcnn_convnext_tiny_3x_coco"))
+    model = on_meta(shipped("mask_rcnn_convnext_tiny_3x_coco"), Objects)
     rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
     assert max(rates) == pytest.approx(0.4)
     assert min(rates) == pytest.approx(0.4 / 17)  # the first of 18 blocks has none
@@ -258,7 +214,7 @@ def test_rates_by_layer_are_the_published_ones(
     name: str, layer: Callable[[str, int], int], rate: float, last: int
 ) -> None:
     recipe = shipped(name)
-    model, groups = groups_of(recipe)
+    model, groups = groups_of(recipe, Objects)
     parameters = dict(model.named_parameters())
     for key, group in groups.items():
         scale = rate ** (last + 1 - layer(key, last))
@@ -271,7 +227,7 @@ def test_rates_by_layer_are_the_published_ones(
 
 def test_internimage_decays_by_block() -> None:
     """The rate of the heads is 39 layers above that of the stem (InternImage's mmcv_custom, get_num_layer_for_swin)."""
-    model, groups = groups_of(shipped("cascade_mask_rcnn_internimage_xl_in22k_3x_coco"))
+    model, groups = groups_of(shipped("cascade_mask_rcnn_internimage_xl_in22k_3x_coco"), Objects)
     inner = "backbone.body.model."
     rates = {name.removeprefix(inner): group["lr"] / 2e-4 for name, group in groups.items()}
     stem = next(rate for name, rate in rates.items() if name.startswith("patch_embed"))
@@ -287,7 +243,7 @@ NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 @pytest.mark.parametrize("name", ["fcos_replknet_31b_2x_coco", "cascade_mask_rcnn_replknet_xl_3x_coco"])
 def test_replknet_decays_everything_but_norms(name: str) -> None:
-    model, groups = groups_of(shipped(name))
+    model, groups = groups_of(shipped(name), Objects)
     norms = {f"{key}.{part}" for key, m in model.named_modules() if isinstance(m, NORMS) for part in ("weight", "bias")}
     assert norms & set(groups)
     assert {key for key, group in groups.items() if not group["weight_decay"]} == norms
@@ -304,7 +260,7 @@ def test_replknet_decays_everything_but_norms(name: str) -> None:
 )
 def test_names_decide_what_is_decayed_as_in_swins_settings(name: str, words: tuple[str, ...]) -> None:
     """OpenMMLab's custom_keys: a parameter whose name contains the word."""
-    _, groups = groups_of(shipped(name))
+    _, groups = groups_of(shipped(name), Objects)
     free = {key for key, group in groups.items() if not group["weight_decay"]}
     assert free == {key for key in groups if any(word in key for word in words)}
     assert any(key.endswith(".bias") for key in set(groups) - free)
@@ -317,7 +273,7 @@ def test_cocos_two_boxes_without_height_do_not_stop_recipes() -> None:
 
 def test_resnets_train_as_in_mmdetection() -> None:
     recipe = shipped("faster_rcnn_resnet50_1x_coco")
-    model, groups = groups_of(recipe)
+    model, groups = groups_of(recipe, Objects)
     assert {group["weight_decay"] for group in groups.values()} == {1e-4}
     assert {group["lr"] for group in groups.values()} == {0.02}
     assert {group["momentum"] for group in groups.values()} == {0.9}
@@ -328,7 +284,7 @@ def test_resnets_train_as_in_mmdetection() -> None:
 
 
 def test_biases_of_fcos_have_twice_the_rate_and_no_decay() -> None:
-    model, groups = groups_of(shipped("fcos_resnet50_1x_coco"))
+    model, groups = groups_of(shipped("fcos_resnet50_1x_coco"), Objects)
     convolutions = {f"{key}.bias" for key, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     for key, group in groups.items():
         twice = key in convolutions
@@ -340,7 +296,7 @@ def test_biases_of_fcos_have_twice_the_rate_and_no_decay() -> None:
 
 def test_table_v_of_gmconv_converts_stage_by_stage() -> None:
     for name, stages in (("gmconv_l1_", 1), ("gmconv_l2_", 2), ("gmconv_l3_", 3), ("gmconv_", 4), ("", 0)):
-        model = on_meta(shipped(f"cascade_rcnn_{name}resnet50_1x_coco"))
+        model = on_meta(shipped(f"cascade_rcnn_{name}resnet50_1x_coco"), Objects)
         masked = [key for key, m in model.named_modules() if type(m).__name__ in ("GMConv2d", "DynamicGMConv2d")]
         assert {key.split(".")[2] for key in masked} == set(
             ["conv1", "layer1", "layer2", "layer3", "layer4"][: stages + 1 if stages else 0]
@@ -350,7 +306,7 @@ def test_table_v_of_gmconv_converts_stage_by_stage() -> None:
 
 
 def test_gmconv_and_deformable_convolutions_share_a_backbone() -> None:
-    model = on_meta(shipped("faster_rcnn_gmconv_dcn_resnet50_1x_coco"))
+    model = on_meta(shipped("faster_rcnn_gmconv_dcn_resnet50_1x_coco"), Objects)
     converted = [(key, type(m).__name__) for key, m in model.named_modules() if type(m) is not nn.Conv2d]
     kinds = {(key.split(".")[2], kind) for key, kind in converted if kind.endswith("Conv2d") and "backbone" in key}
     assert kinds == {
@@ -362,7 +318,7 @@ def test_gmconv_and_deformable_convolutions_share_a_backbone() -> None:
 def check_model(name: str) -> None:
     """Check that a recipe's model is the one of the comparison, and that its optimizer finds what it names."""
     recipe = shipped(name)
-    model, _ = groups_of(recipe)
+    model, _ = groups_of(recipe, Objects)
     assert isinstance(model, getattr(dense, tasks.detection.MODELS[recipe.task.args["model"]]))
     assert model.num_classes == CLASSES
     if recipe.conversion is not None:
@@ -412,7 +368,7 @@ def pretrained_file(recipe: Recipe, folder: Path) -> Path:
 def check_start(recipe: Recipe) -> None:
     """Check that the model starts from the convolutions of its file of weights, unless they are converted."""
     weights = load_file(str(recipe.model.pretrained))
-    task = tasks.create(recipe.task.name, Objects(), **recipe.task.args)
+    task = tasks.create(recipe.task.name, Objects(recipe), **recipe.task.args)
     model: Any = build_model(recipe, task)
     found: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for parameter in model.backbone.parameters():

@@ -178,6 +178,11 @@ def test_a_backbone_alone_has_numbers_too() -> None:
         ),
         (
             "convnext_tiny",
+            LayerDecaySpec(0.9, "grouped", group_sizes=[3, 3]),
+            r"group_sizes must have a number for each of the 4 stages, which have \[3, 3, 9, 3\] blocks; got \[3, 3\]",
+        ),
+        (
+            "convnext_tiny",
             LayerDecaySpec(0.9, "stage_wise", 3),
             r"num_layers: 3 is too small for stages of \[3, 3, 9, 3\]",
         ),
@@ -197,5 +202,11 @@ def test_refused_options() -> None:
         LayerDecaySpec(0.9, "stagewise")
     with pytest.raises(ValueError, match=r"layer_decay.rate must be above 0"):
         LayerDecaySpec(0.0)
+    with pytest.raises(ValueError, match=r"group_sizes and rule: grouped belong together; got group_sizes None and"):
+        LayerDecaySpec(0.9, "grouped")
+    with pytest.raises(ValueError, match=r"got group_sizes \[3\] and rule 'single'"):
+        LayerDecaySpec(0.9, "single", group_sizes=[3])
+    with pytest.raises(ValueError, match=r"every entry of optimizer.layer_decay.group_sizes must be .*0"):
+        LayerDecaySpec(0.9, "grouped", group_sizes=[3, 0])
     with pytest.raises(ValueError, match=r"which is timm's, cannot both be given"):
         OptimizerSpec(layer_decay=LayerDecaySpec(0.9), args={"layer_decay": 0.9})

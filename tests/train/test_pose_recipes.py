@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import re
@@ -23,41 +22,18 @@ from torch import nn
 
 from data.made_poses import write_keypoints
 from train.helpers import QUIET, log
+from train.recipe_pages import docs_rows, first_lines, groups_of, on_meta, shipped
 from widefield import data, dense, tasks
 from widefield.data import Skeleton
 from widefield.models.comparison_pose import CITED_POSES, KEYPOINTS
-from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
-from widefield.train.optimization import create_optimizer, create_schedule
-from widefield.train.recipe_io import SHIPPED
+from widefield.train import Recipe, load_recipe, shipped_recipes, train
+from widefield.train.optimization import create_schedule
 
-DOCS = Path(__file__).parents[2] / "docs" / "pose_recipes.md"
 SOME = ("pose_moganet_xtiny_256x192_coco", "pose_convnext_tiny_384x288_coco", "pose_gmconv_resnet50_256x192_coco")
 """Recipes that the default tests build."""
 STEPS = 292
 """Steps of an epoch of COCO with 512 crops: 149,813 people with key points in training."""
-
-
-@functools.cache
-def shipped(name: str) -> Recipe:
-    return load_recipe(name)
-
-
 NAMES = [name for name in shipped_recipes() if name.startswith("pose_")]
-
-
-@functools.cache
-def docs_rows() -> dict[str, dict[str, str]]:
-    """Return recipe -> its row in the tables of the docs."""
-    rows, heading = {}, None
-    for line in DOCS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells and cells[0] == "recipe":
-            heading = cells
-        elif not cells:
-            heading = None
-        elif heading and not set(line) <= set("|-"):
-            rows[cells[0].strip("`")] = dict(zip(heading, cells, strict=True))
-    return rows
 
 
 def as_documented(recipe: Recipe) -> dict[str, str]:
@@ -78,12 +54,6 @@ def as_documented(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def first_lines(name: str) -> str:
-    """Return the comment at the top of a recipe as one line."""
-    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return " ".join(line.removeprefix("#").strip() for line in lines[: lines.index(f"name: {name}")])
-
-
 class People:
     """The part of a data set that a task reads."""
 
@@ -94,31 +64,14 @@ class People:
         self.crop_size = tuple(recipe.data.args["crop_size"])
 
 
-def on_meta(recipe: Recipe) -> Any:
-    """Return the recipe's model with fresh weights on the meta device."""
-    fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
-    with torch.device("meta"):
-        return build_model(fresh, tasks.create(recipe.task.name, People(recipe), **recipe.task.args))
-
-
-def groups_of(recipe: Recipe) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
-    """Return the recipe's model on the meta device, and the optimizer's group of each parameter that learns."""
-    model = on_meta(recipe)
-    optimizer = create_optimizer(model, recipe.optimizer, recipe.optimizer.lr)
-    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    groups = {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
-    assert len(groups) == len(found)
-    return model, groups
-
-
 def test_docs_have_a_row_for_every_recipe() -> None:
     assert len(NAMES) == 44
-    assert sorted(docs_rows()) == sorted(NAMES)
+    assert sorted(docs_rows("pose_recipes.md")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    row = docs_rows()[name]
+    row = docs_rows("pose_recipes.md")[name]
     expected = as_documented(shipped(name))
     assert {key: row[key] for key in expected} == expected
     stated = re.search(r"Result: (\d\d\.\d) % AP", first_lines(name))
@@ -130,7 +83,7 @@ def test_results_are_those_of_the_comparison() -> None:
     cited = {(row.name, row.size): [] for row in CITED_POSES}
     for row in CITED_POSES:
         cited[row.name, row.size].append((row.source, row.ap))
-    for name, row in docs_rows().items():
+    for name, row in docs_rows("pose_recipes.md").items():
         recipe = shipped(name)
         if row["AP, %"] != "-" and "dark" not in name:
             network = recipe.model.name.partition(".")[0]
@@ -209,9 +162,9 @@ def test_drop_path_rates_are_the_published_ones() -> None:
 
 def test_adam_decays_nothing_and_adamw_all_but_norms() -> None:
     """OpenMMLab's custom_keys: a parameter whose name contains the word."""
-    _, groups = groups_of(shipped("pose_moganet_xtiny_256x192_coco"))
+    _, groups = groups_of(shipped("pose_moganet_xtiny_256x192_coco"), People)
     assert {(group["lr"], group["weight_decay"]) for group in groups.values()} == {(1e-3, 0)}
-    _, groups = groups_of(shipped("pose_convnext_tiny_384x288_coco"))
+    _, groups = groups_of(shipped("pose_convnext_tiny_384x288_coco"), People)
     free = {key for key, group in groups.items() if not group["weight_decay"]}
     assert free == {key for key in groups if "norm" in key}
     assert {group["weight_decay"] for key, group in groups.items() if key not in free} == {0.01}
@@ -220,14 +173,14 @@ def test_adam_decays_nothing_and_adamw_all_but_norms() -> None:
 
 @pytest.mark.parametrize("size", ["256x192", "384x288"])
 def test_gmconv_masks_the_stem_dynamically(size: str) -> None:
-    kinds = {type(m).__name__ for m in on_meta(shipped(f"pose_gmconv_resnet50_{size}_coco")).modules()}
+    kinds = {type(m).__name__ for m in on_meta(shipped(f"pose_gmconv_resnet50_{size}_coco"), People).modules()}
     assert {"GMConv2d", "DynamicGMConv2d"} <= kinds
 
 
 def check_model(name: str) -> None:
     """Check that a recipe's model is the one of the comparison, and that its optimizer finds what it names."""
     recipe = shipped(name)
-    model, _ = groups_of(recipe)
+    model, _ = groups_of(recipe, People)
     assert isinstance(model, dense.HeatmapPose)
     assert model.num_keypoints == KEYPOINTS
     if recipe.conversion is not None:

@@ -12,7 +12,6 @@ import math
 import re
 import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from torch import nn
 from data import made_segmentation
 from tolerances import FLOAT32, close
 from train.helpers import QUIET, log
+from train.recipe_pages import docs_rows, first_lines, on_meta, shipped
 from widefield import data, dense, tasks
 from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
 from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
 from widefield.train.learner import _checkpoint_blocks
 from widefield.train.optimization import create_optimizer
-from widefield.train.recipe_io import SHIPPED
 
-DOCS = Path(__file__).parents[2] / "docs" / "segmentation_recipes.md"
 SETS = {"ade20k": "ADE20K", "cityscapes": "Cityscapes"}
 """The published data sets: name in recipes -> name in the comparison."""
 HEADS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN"}
@@ -45,27 +43,7 @@ SOME = (
 """Recipes that the default tests build."""
 
 
-@cache
-def shipped(name: str) -> Recipe:
-    return load_recipe(name)
-
-
 NAMES = [name for name in shipped_recipes() if shipped(name).data.name in SETS]
-
-
-@cache
-def docs_rows() -> dict[str, dict[str, str]]:
-    """Return recipe -> its row in the tables of the docs."""
-    rows, heading = {}, None
-    for line in DOCS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells and cells[0] == "recipe":
-            heading = cells
-        elif not cells:
-            heading = None
-        elif heading and not set(line) <= set("|-"):
-            rows[cells[0].strip("`")] = dict(zip(heading, cells, strict=True))
-    return rows
 
 
 def as_documented(recipe: Recipe) -> dict[str, str]:
@@ -102,34 +80,21 @@ def decay(recipe: Recipe) -> list[str]:
     return [f"rates x{spec.rate:g} {unit} ({spec.num_layers} layers)"]
 
 
-def first_lines(name: str) -> str:
-    """Return the comment at the top of a recipe as one line."""
-    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return " ".join(line.removeprefix("#").strip() for line in lines[: lines.index(f"name: {name}")])
-
-
 class Labeled:
     """The part of a data set that a task reads."""
 
-    def __init__(self, name: str) -> None:
-        self.classes = tuple(map(str, range(CLASSES[SETS[name]])))
-
-
-def on_meta(recipe: Recipe) -> Any:
-    """Return the recipe's model with fresh weights on the meta device."""
-    fresh = replace(recipe, model=replace(recipe.model, pretrained=False))
-    with torch.device("meta"):
-        return build_model(fresh, tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args))
+    def __init__(self, recipe: Recipe) -> None:
+        self.classes = tuple(map(str, range(CLASSES[SETS[recipe.data.name]])))
 
 
 def test_docs_have_a_row_for_every_recipe() -> None:
     assert len(NAMES) > 60
-    assert sorted(docs_rows()) == sorted(NAMES)
+    assert sorted(docs_rows("segmentation_recipes.md")) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    row = docs_rows()[name]
+    row = docs_rows("segmentation_recipes.md")[name]
     expected = as_documented(shipped(name))
     assert {key: row[key] for key in expected} == expected
     one, several = row["mIoU, %"].split(" / ")
@@ -157,7 +122,7 @@ def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
     for split in ("train", "val"):  # the missing data are the only error
         with pytest.raises(FileNotFoundError):
             data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
-    tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args)
+    tasks.create(recipe.task.name, Labeled(recipe), **recipe.task.args)
     assert timm.is_model(recipe.model.name)
 
 
@@ -178,7 +143,7 @@ def test_weights_of_runs_come_from_a_recipe_of_the_same_network(name: str) -> No
 def check_model(name: str) -> None:
     """Check that a recipe's model is the one of the comparison, and that its optimizer finds what it names."""
     recipe = shipped(name)
-    model = on_meta(recipe)
+    model = on_meta(recipe, Labeled)
     head, classes = HEADS[recipe.task.args["model"]], CLASSES[SETS[recipe.data.name]]
     assert isinstance(model, getattr(dense, head))
     assert model.num_classes == classes
@@ -227,7 +192,7 @@ def pretrained_file(recipe: Recipe, folder: Path) -> Path:
 def check_start(recipe: Recipe) -> None:
     """Check that the model starts from every convolution of its file of weights."""
     weights = load_file(str(recipe.model.pretrained))
-    task = tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args)
+    task = tasks.create(recipe.task.name, Labeled(recipe), **recipe.task.args)
     model: Any = build_model(recipe, task)
     drawn = [tensor for tensor in weights.values() if tensor.ndim == 4 and tensor.std() > 0]
     found: dict[tuple[int, ...], list[torch.Tensor]] = {}
@@ -296,7 +261,7 @@ def test_activations_can_be_recomputed(name: str) -> None:
     small = {"depths": [1, 1, 1, 1], ("widths" if "van" in name else "dims"): [8, 16, 24, 32]}
     fresh = replace(recipe, model=replace(recipe.model, args=small, pretrained=False))
     torch.manual_seed(0)
-    task = tasks.create(recipe.task.name, Labeled(recipe.data.name), **recipe.task.args)
+    task = tasks.create(recipe.task.name, Labeled(recipe), **recipe.task.args)
     plain: Any = build_model(fresh, task)
     again = copy.deepcopy(plain)
     _checkpoint_blocks(again)

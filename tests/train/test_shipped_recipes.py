@@ -11,7 +11,6 @@ import math
 import re
 import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,23 @@ from safetensors.torch import save_file
 
 from train import made_data
 from train.helpers import QUIET, log
+from train.recipe_pages import MASKED, docs_rows, first_lines, shipped
 from widefield import data, tasks
 from widefield.runs import load_trained
 from widefield.tasks import Classification
-from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
+from widefield.train import Recipe, build_model, shipped_recipes, train
 from widefield.train.networks import TORCHVISION
-from widefield.train.recipe_io import SHIPPED
 
-DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 NOT_PUBLISHED = {"demo_digits", "demo_scales", "demo_scenes", "digits_morf"}
 PROCESSES = (1, 8)
 """The numbers of processes that recipes are written for: one GPU, or a machine with eight."""
 
 
-@cache
-def shipped(name: str) -> Recipe:
-    return load_recipe(name)
-
-
 PUBLISHED = [
-    name for name in shipped_recipes() if name not in NOT_PUBLISHED and shipped(name).task.name == "classification"
+    name
+    for name in shipped_recipes()
+    if name not in NOT_PUBLISHED and not name.startswith(MASKED) and shipped(name).task.name == "classification"
 ]
-
-
-@cache
-def docs_rows() -> list[dict[str, str]]:
-    """Return the rows of all tables in the docs that describe a recipe, by the tables' headings."""
-    rows, heading = [], None
-    for line in DOCS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells and cells[0] == "recipe":
-            heading = cells
-        elif not cells:
-            heading = None
-        elif heading and not set(line) <= set("|-"):
-            rows.append(dict(zip(heading, cells, strict=True)))
-    return rows
 
 
 def as_documented(recipe: Recipe) -> dict[str, str]:
@@ -92,20 +72,14 @@ def as_documented(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def first_lines(name: str) -> str:
-    """Return the comment at the top of a recipe as one line."""
-    lines = (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return " ".join(line.removeprefix("#").strip() for line in lines[: lines.index(f"name: {name}")])
-
-
 def test_docs_have_a_row_for_every_recipe() -> None:
     assert len(PUBLISHED) > 50
-    assert sorted(row["recipe"].strip("`") for row in docs_rows()) == sorted(PUBLISHED)
+    assert sorted(docs_rows("recipes.md")) == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    (row,) = (row for row in docs_rows() if row["recipe"] == f"`{name}`")
+    row = docs_rows("recipes.md")[name]
     assert {key: row[key] for key in as_documented(shipped(name))} == as_documented(shipped(name))
     top1 = row["top-1, %"]
     assert re.fullmatch(r"\d\d\.\d\d?", top1)

@@ -50,7 +50,10 @@ def arguments(
         parser.add_argument("--pretrained", action="store_true", help="download pretrained weights (default: random)")
     if images is not None:
         parser.add_argument(
-            "--images", metavar="SOURCE", help="a folder, digits, scales, or photographs: crops of two (the run's data)"
+            "--images",
+            metavar="SOURCE",
+            help="a folder, a data set such as scales, photographs (crops of two), or photographs:cat,coffee, whole "
+            "ones by name (the run's data)",
         )
         parser.add_argument("--count", type=int, default=images, metavar="N", help=f"number of images ({images})")
         size = "side of the images in pixels" + ("; several are compared" if sizes else "")

@@ -19,6 +19,8 @@ from widefield.data.masks import Masks
 from widefield.data.object_files import ObjectFiles
 from widefield.data.object_index import AnnotationError
 from widefield.data.objects import DetectionSet, object_palette
+from widefield.data.photo_crops import PhotoCrops
+from widefield.data.photo_files import PHOTOGRAPH_NAMES, Photograph, photographs, write_photographs
 from widefield.data.pictures import PHOTOGRAPHS, Pictures
 from widefield.data.poses import PoseSet
 from widefield.data.scales import Scales
@@ -33,6 +35,7 @@ from widefield.data.yolo import Yolo
 
 __all__ = [
     "PHOTOGRAPHS",
+    "PHOTOGRAPH_NAMES",
     "SETS",
     "SIXTEEN",
     "Ade20k",
@@ -55,6 +58,8 @@ __all__ = [
     "Lvis",
     "Masks",
     "ObjectFiles",
+    "PhotoCrops",
+    "Photograph",
     "Pictures",
     "PoseSet",
     "Sample",
@@ -77,7 +82,9 @@ __all__ = [
     "default_palette",
     "object_palette",
     "options_of",
+    "photographs",
     "seeded",
     "summarize",
     "write_conflicts",
+    "write_photographs",
 ]

@@ -18,6 +18,7 @@ from widefield.data.digits import Digits
 from widefield.data.folder import Folder
 from widefield.data.hugging_face import HuggingFace
 from widefield.data.masks import Masks
+from widefield.data.photo_crops import PhotoCrops
 from widefield.data.scales import Scales
 from widefield.data.scene_poses import ScenePoses
 from widefield.data.scenes import Scenes
@@ -30,6 +31,7 @@ SETS: dict[str, type[SampleSet]] = {
     "digits": Digits,
     "scales": Scales,
     "scenes": Scenes,
+    "photo_crops": PhotoCrops,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
     "folder": Folder,
@@ -54,13 +56,13 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
     """Build the data set ``name``.
 
     Args:
-        name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"cifar10"``, ``"cifar100"``, ``"folder"``,
-            ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``, ``"voc"``, ``"coco_stuff"``,
-            ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"``, ``"coco_keypoints"``, ``"scene_poses"`` or one
-            of yours.
+        name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"photo_crops"``, ``"cifar10"``,
+            ``"cifar100"``, ``"folder"``, ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``,
+            ``"voc"``, ``"coco_stuff"``, ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"``, ``"coco_keypoints"``,
+            ``"scene_poses"`` or one of yours.
         split: ``"train"`` or ``"val"``.
-        options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `Cifar`, `Folder`, `Shards`,
-            `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
+        options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `PhotoCrops`, `Cifar`, `Folder`,
+            `Shards`, `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
             `Lvis`, `VocBoxes`, `Yolo`, `CocoKeypoints`, `ScenePoses`.
 
     Raises:

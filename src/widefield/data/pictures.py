@@ -1,7 +1,7 @@
 """Provide a few images for analyses: from a folder, from a data set, or from installed packages.
 
-scikit-learn ships two photographs of 427x640 pixels (china.jpg and flower.jpg, both CC BY). Random crops of them
-replace natural images if there are none.
+Photographs that packages ship (`widefield.data.photographs`) replace natural images if there are none: random crops of
+scikit-learn's two by default, or whole ones by name.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from widefield.data.catalog import SETS, create
 from widefield.data.decoding import decoding_options, read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
 from widefield.data.objects import DetectionSet
+from widefield.data.photo_files import (
+    PHOTOGRAPH_NAMES,
+    TWO_PHOTOGRAPHS,
+    Photograph,
+    photograph_names,
+    photographs,
+)
 from widefield.data.poses import PoseSet
 from widefield.data.segmentation import SegmentationSet
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 PHOTOGRAPHS = "photographs"
+_WHOLE = f"{PHOTOGRAPHS}:"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
 _DENSE = SegmentationSet, DetectionSet, PoseSet
 _SMALLEST_CROP = 0.35  # of a photograph's shorter side
@@ -39,7 +47,8 @@ class Pictures(LabeledImages):
     same pixels. Of a set for detection: ``image`` and ``label`` -1.
 
     Args:
-        source: ``"photographs"`` (crops of scikit-learn's two), the name of a data set (its validation split), or a
+        source: ``"photographs"`` (random crops of scikit-learn's two); ``"photographs:cat,coffee"``, whole photographs
+            by name, or ``"photographs:all"`` (see `photographs`); the name of a data set (its validation split); or a
             folder that is searched for images at any depth, links included and hidden folders excluded. Its folders are
             the classes, as in `Folder`, if no file lies outside them. If it has a ``val`` folder, that folder is used.
         count: number of images; a seeded choice if there are more. None: all of them (64 photographs).
@@ -52,6 +61,7 @@ class Pictures(LabeledImages):
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
+        ModuleNotFoundError: a photograph is asked for whose package is not installed.
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
@@ -74,6 +84,7 @@ class Pictures(LabeledImages):
         self._from: SampleSet | None = None
         self._files: list[Path] = []
         self._skipped = Skipped()
+        self._photographs: tuple[Photograph, ...] = ()
         self._decoding = decoding_options(exif_orientation, max_pixels)
         own: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET_MEAN, IMAGENET_STD
         if self.source in SETS and (self.source != "folder" or "root" in options):
@@ -86,6 +97,9 @@ class Pictures(LabeledImages):
             raise TypeError(f"the options {sorted(options)} are for data sets; {self.source!r} takes none.")
         elif self.source == PHOTOGRAPHS:
             available = 64 if count is None else _checks.integer("count", count)
+        elif self.source.startswith(_WHOLE):
+            self._photographs = photographs(_named(self.source))
+            available = len(self._photographs)
         else:
             root, self._files, self._skipped = _files(Path(source).expanduser())
             self.place = str(root)
@@ -117,6 +131,8 @@ class Pictures(LabeledImages):
         """Return one line: the number of images used, the number found, and what was left out and why."""
         if self._from is not None:
             return f"{len(self):,} of {self.source} {self._from.found()}"
+        if self._photographs:
+            return f"{counted(len(self), 'photograph')}: {', '.join(map(self.name, range(len(self))))}"
         if not self._files:
             return f"{counted(len(self), 'image')} of {self.source}"
         classes = f", {counted(len(self.classes), 'class', 'classes')}" if self.classes else ""
@@ -126,6 +142,8 @@ class Pictures(LabeledImages):
     def name(self, index: int) -> str:
         """Return an image's name: its file, or its place in the data set."""
         chosen = self._chosen[index]
+        if self._photographs:
+            return self._photographs[chosen].name
         return str(self._files[chosen]) if self._files else f"{self.source} {chosen}"
 
     def sample(self, index: int) -> Sample:
@@ -146,6 +164,9 @@ class Pictures(LabeledImages):
             path = self._files[chosen]
             label = self.classes.index(_class(path, Path(self.place))) if self.classes else -1
             return {"image": self._normalized(_center(read(path, **self._decoding), self.image_size)), "label": label}
+        if self._photographs:
+            picture = Image.fromarray(self._photographs[chosen].pixels.movedim(0, -1).numpy())
+            return {"image": self._normalized(_center(picture, self.image_size)), "label": -1}
         return {"image": self._normalized(self._crop(chosen)), "label": -1}
 
     def _normalized(self, pixels: Tensor) -> Tensor:
@@ -157,11 +178,8 @@ class Pictures(LabeledImages):
 
     def _crop(self, index: int) -> Tensor:
         """Return crop ``index`` of one of the two photographs, with random place, side and flip."""
-        from sklearn.datasets import load_sample_images
-
-        photographs = load_sample_images().images
         with seeded((self.seed, index)):
-            photograph = torch.from_numpy(photographs[index % 2].copy())
+            photograph = photographs(TWO_PHOTOGRAPHS)[index % 2].pixels.movedim(0, -1)
             height, width = photograph.shape[:2]
             side = int(height * (_SMALLEST_CROP + (1 - _SMALLEST_CROP) * torch.rand(()).item()))
             top = int(torch.randint(height - side + 1, ()))
@@ -185,6 +203,12 @@ class Pictures(LabeledImages):
         """Return normalized images (N, C, H, W) as pixels (N, H, W, C) in [0, 1], for figures."""
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1).movedim(1, -1)
+
+
+def _named(source: str) -> tuple[str, ...]:
+    """Return the names of the photographs in a source such as ``photographs:cat,coffee``."""
+    words = source.removeprefix(_WHOLE)
+    return PHOTOGRAPH_NAMES if words == "all" else photograph_names([word.strip() for word in words.split(",")])
 
 
 def _class(path: Path, root: Path) -> str:

@@ -14,7 +14,16 @@ from widefield.data.scenes import Scenes
 from widefield.data.skeleton import Skeleton
 
 _COUNTS = {"train": 1_000, "val": 125}
-_OF_SCENES = ("objects", "object_sizes", "min_visible", "clutter", "camouflage", "rotation", "background")
+_OF_SCENES = (
+    "objects",
+    "object_sizes",
+    "min_visible",
+    "clutter",
+    "camouflage",
+    "rotation",
+    "background",
+    "photographs",
+)
 
 
 class ScenePoses(PoseSet):

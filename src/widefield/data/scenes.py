@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from widefield._pixels import NO_OBJECT
 from widefield.data import _composition as composition
 from widefield.data.base import SPLITS, Sample, normalize
 from widefield.data.drawing import KEYPOINTS, KEYPOINTS_FLIPPED, OUTLINES
+from widefield.data.photo_files import TWO_PHOTOGRAPHS, photograph_names
+from widefield.data.photo_files import photographs as find_photographs
 from widefield.data.segmentation import SegmentationSet
 
 BACKGROUNDS = ("textures", "photos")
@@ -30,7 +31,6 @@ _COUNTS = {"train": 4_000, "val": 500}
 _SIZES = 6 / 128, 108 / 128  # default sides of the smallest and the largest object, in units of the image's
 _SMALLEST = 4.0  # pixels; below, many shapes look alike
 _GROUPS = {"small": 0.0, "medium": 1 / 8, "large": 3 / 8}  # from this side on, in units of the image's
-_TRAIN_COLUMNS = 427  # of the 640 columns of a photograph; the others are for val
 _PIXEL = 5  # bytes of a pixel that is kept: three of the image, two of the index of its object
 _KEPT = 2**29  # bytes of the scenes that a process keeps
 _KEPT_BY_WORKER = 2**26  # of a loader's worker: there are many, and most end with the epoch
@@ -88,12 +88,15 @@ class Scenes(SegmentationSet):
             1 background and objects are made of the same materials, and only outlines tell them apart.
         rotation: largest rotation of an object either way, in degrees, from 0 to 180.
         background: ``"textures"``, a patchwork of such materials as objects are made of, or ``"photos"``, crops of
-            scikit-learn's two photographs (the left two thirds for train, the rest for val). The bytes of photographs
-            depend on the JPEG decoder.
+            photographs (the left two thirds for train, the rest for val). The bytes of photographs depend on the JPEG
+            decoder.
+        photographs: names of the photographs (see `widefield.data.photographs`); default: scikit-learn's two. Others
+            need scikit-image.
         hflip: probability that a train scene is flipped left to right, anew in each epoch; val is never flipped.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+        ModuleNotFoundError: the package of a photograph is not installed.
     """
 
     object_classes = tuple(OUTLINES)
@@ -130,6 +133,7 @@ class Scenes(SegmentationSet):
         camouflage: float = 0.25,
         rotation: float = 30,
         background: str = "textures",
+        photographs: Sequence[str] = TWO_PHOTOGRAPHS,
         hflip: float = 0.5,
     ) -> None:
         super().__init__(split, seed)
@@ -147,6 +151,9 @@ class Scenes(SegmentationSet):
         self.camouflage = _checks.number("camouflage", camouflage, maximum=1)
         self.rotation = _checks.number("rotation", rotation, maximum=180)
         self.background = _checks.choice("background", background, BACKGROUNDS)
+        self._photographs = tuple(photograph_names(photographs))
+        if self.background == "photos":
+            find_photographs(self._photographs)  # missing packages are found at once, not by a worker
         self.hflip = _checks.number("hflip", hflip, maximum=1)
         self._kept: dict[int, _Scene] = {}
 
@@ -214,7 +221,7 @@ class Scenes(SegmentationSet):
             self.clutter,
         )
         if self.background == "photos":
-            image = _photograph(uniform(4).tolist(), size, self.split)
+            image = _photograph(uniform(4).tolist(), size, self.split, self._photographs)
         else:
             noise = 2 * uniform(composition.patch_nodes(size)) - 1
             image = composition.patchwork(materials, noise, size, self.camouflage)
@@ -273,19 +280,10 @@ def _size_groups(sides: NDArray[np.float32], size: int) -> NDArray[np.uint8]:
     return np.searchsorted(np.array(edges) * size, sides, side="right").astype(np.uint8)
 
 
-@cache
-def _photographs() -> tuple[NDArray[np.uint8], ...]:
-    """Return the two photographs of scikit-learn, each (3, 427, 640)."""
-    from sklearn.datasets import load_sample_images
-
-    return tuple(np.moveaxis(image, 2, 0) for image in load_sample_images().images)
-
-
-def _photograph(draws: list[float], size: int, split: str) -> NDArray[np.float32]:
+def _photograph(draws: list[float], size: int, split: str, names: tuple[str, ...]) -> NDArray[np.float32]:
     """Return a crop of a photograph in [0, 1], (3, size, size); one that is too small continues mirrored."""
     which, down, right, flip = draws
-    photograph = _photographs()[int(2 * which)]
-    part = photograph[:, :, :_TRAIN_COLUMNS] if split == "train" else photograph[:, :, _TRAIN_COLUMNS:]
+    part: NDArray[np.uint8] = find_photographs(names)[int(len(names) * which)].part(split).numpy()
     height, width = part.shape[1:]
     rows = _mirrored(int(down * max(1, height - size + 1)), size, height)
     columns = _mirrored(int(right * max(1, width - size + 1)), size, width)

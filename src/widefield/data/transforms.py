@@ -17,6 +17,8 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+TRIVIAL = "trivial"
+"""The policy of ``auto_augment`` that torchvision has and timm does not."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Augmentation:
         scale: range of the random crop's area relative to the image.
         ratio: range of the random crop's aspect ratio.
         hflip: probability of a horizontal flip.
-        auto_augment: timm's policy, such as ``"rand-m9-mstd0.5-inc1"``, or ``"3a"`` for the three of DeiT III; None
-            means none. timm drops ``color_jitter`` next to any policy but ``"3a"``.
+        auto_augment: timm's policy, such as ``"rand-m9-mstd0.5-inc1"``, or ``"3a"`` for the three of DeiT III; or
+            ``"trivial"``, TrivialAugment (Müller, Hutter 2021) with torchvision's wide ranges; None means none.
+            ``color_jitter`` is dropped next to any policy but ``"3a"``.
         color_jitter: strength of brightness, contrast and saturation jitter; 0 means none.
         re_prob: probability of random erasing.
         re_mode: values of erased pixels: ``"const"``, ``"rand"`` or ``"pixel"``.
@@ -269,6 +272,9 @@ def training(
     from torchvision.transforms import Compose
 
     options = {**asdict(augmentation), "color_jitter": augmentation.color_jitter or None}
+    trivial = augmentation.auto_augment == TRIVIAL
+    if trivial:
+        options["auto_augment"] = "original"  # any policy of timm that is one step, which is then replaced
     try:
         built = create_transform(size, is_training=True, mean=tuple(mean), std=tuple(std), **options)
     except (AssertionError, ValueError) as error:  # timm asserts that the policy is known
@@ -276,10 +282,22 @@ def training(
             f"timm cannot build auto_augment={augmentation.auto_augment!r}: {error}. Write a policy such as "
             f"'rand-m9-mstd0.5-inc1', or None."
         ) from error
+    if trivial:
+        _make_trivial(built.transforms, augmentation.interpolation)
     _mend_posterize(built.transforms)
     # The crop is the first of timm's transforms. Recipes for small images that build on timm replace it, too.
     made: Transform = built if crop is None else Compose([*crop, *built.transforms[1:]])
     return made
+
+
+def _make_trivial(steps: list[Any], interpolation: str) -> None:
+    """Put TrivialAugment in the place of timm's policy."""
+    from timm.data.auto_augment import AutoAugment
+    from torchvision.transforms import InterpolationMode, TrivialAugmentWide
+
+    (place,) = (index for index, step in enumerate(steps) if isinstance(step, AutoAugment))
+    mode = InterpolationMode("bicubic" if interpolation == "random" else interpolation)
+    steps[place] = TrivialAugmentWide(interpolation=mode)
 
 
 def _mend_posterize(steps: Iterable[Any]) -> None:

@@ -24,8 +24,8 @@ Table = Mapping[str, Mapping[int, float]]
 _SAME_COST = 0.01
 """Costs that differ by less, relative to the unchanged network, are equal: latency is not measured better."""
 _RELATIVE, _OF_WHAT_WAS_LEARNED = 0.02, 0.002
-"""The field matters if sizes change the loss by at least 2 % of its best value, and by 0.2 % of what training took off
-the loss of the untrained network. A smaller effect, although measurable, is none to act on."""
+"""A difference of losses counts if it is at least 2 % of the best loss, and 0.2 % of what training took off the loss of
+the untrained network. A smaller one, although measurable, is less than another seed would change."""
 _PROPOSED, _PROMISING = 8, 4
 """Numbers of assignments that are read in full: of the front, and of the best in the first readings."""
 _DIGITS = 12
@@ -248,7 +248,8 @@ class Candidate:
     allowed: bool
     """Whether its cost is within the limit."""
     tied: bool
-    """Whether it is allowed, and its loss does not differ from that of the best one at 95 %."""
+    """Whether it is allowed, and its loss is not larger than that of the best one, at 95 % and by a difference that
+    counts."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +274,10 @@ def decide(
     untrained: float,
     seed: int = 0,
 ) -> Decision:
-    """Choose the cheapest assignment whose loss does not differ significantly from that of the best one.
+    """Choose the cheapest assignment whose loss is not significantly larger than that of the best one.
 
-    Among assignments of practically equal cost, the one with the smallest loss is taken.
+    Differences of less than 2 % of the loss, or of 0.2 % of what training took off it, do not count. Among assignments
+    of practically equal cost, the one with the smallest loss is taken.
 
     Args:
         losses: sizes -> losses of the same images; the unchanged assignment and those of one size among them.
@@ -288,6 +290,8 @@ def decide(
     unchanged = key_of(groups.unchanged, groups)
     allowed = [key for key in losses if fits(key, groups, limit, costs)]
     means = {key: float(np.mean(values)) for key, values in losses.items()}
+    learned = untrained - min(means.values())
+    practical = max(_RELATIVE * min(means.values()), _OF_WHAT_WAS_LEARNED * learned)
     best = min(allowed, key=lambda key: (means[key], cost_of(key, groups, costs)))
     candidates = []
     for key, values in losses.items():
@@ -300,7 +304,7 @@ def decide(
                 to_best=gap,
                 to_unchanged=paired(values, losses[unchanged], seed),
                 allowed=key in allowed,
-                tied=key in allowed and gap.low <= 0,
+                tied=key in allowed and gap.low <= practical,
             )
         )
     chosen = _cheapest([candidate for candidate in candidates if candidate.tied])
@@ -309,9 +313,9 @@ def decide(
     ]
     p_value = equality(np.array([losses[key] for key in alike]), seed)
     spread = max(means[key] for key in alike) - min(means[key] for key in alike)
-    learned = untrained - min(means.values())
-    worth = spread >= _RELATIVE * min(means.values()) and spread >= _OF_WHAT_WAS_LEARNED * learned
-    return Decision(chosen.sizes, tuple(candidates), p_value, spread, p_value < 0.05 and worth and learned > 0)
+    return Decision(
+        chosen.sizes, tuple(candidates), p_value, spread, p_value < 0.05 and spread >= practical and learned > 0
+    )
 
 
 def _cheapest(tied: Sequence[Candidate]) -> Candidate:

@@ -27,7 +27,7 @@ _HELD = 2**29
 """Most bytes of batches that are kept in memory, 512 MB; more are read again for each assignment."""
 _NORM_IMAGES = 256
 """Train images from which batch norms get the statistics of an assignment."""
-_UNITS = 64
+_UNITS = 32
 """Batches that a half is divided into at least, if possible, for tasks whose loss is of a batch."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,9 +72,9 @@ def _bytes(value: Any) -> int:
 class Losses:
     """Measures the loss of each image, or of each small batch, of a data set by a model in evaluation mode.
 
-    Classification and segmentation give the cross-entropy of each image, without mixing and smoothing. For other tasks
-    it is the training loss of small batches. Detectors compute theirs in training mode, here with norms and dropout in
-    evaluation mode and with the same random samples for every model.
+    Tasks with ``image_losses`` give the loss of each image. For others it is the training loss of small batches.
+    Detectors compute theirs in training mode, here with norms and dropout in evaluation mode and with the same random
+    samples for every model.
 
     Args:
         dataset: the images.
@@ -118,11 +118,9 @@ class Losses:
 
     def _of_images(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """Return the losses of a batch's images, (N,), if the task gives them."""
-        if isinstance(model, Detector):
-            return None
         with evaluating(model), torch.no_grad(), autocast(self._recipe, self._device):
-            value = self._task.outputs(model, laid_out(batch, self._recipe)).get("value")
-        return value.detach().float() if isinstance(value, Tensor) else None
+            values = self._task.image_losses(model, laid_out(batch, self._recipe))
+        return None if values is None else values.float()
 
     def _of_batch(self, model: nn.Module, batch: Batch, number: int) -> Tensor:
         with _losing(model), torch.no_grad(), autocast(self._recipe, self._device), torch.random.fork_rng():

@@ -1,6 +1,7 @@
 """Provide the backbones; importing this package registers them in timm."""
 
 from widefield.models import mobilenetv2_lk as mobilenetv2_lk
+from widefield.models import packaged as packaged
 from widefield.models._registry import Stated as Stated
 from widefield.models.hornet import HorNet as HorNet
 from widefield.models.internimage import InternImage as InternImage

@@ -140,6 +140,15 @@ class Task(ABC):
         """
         return {"loss": self.loss(model, batch)}
 
+    def image_losses(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """Return the loss of each sample, (N,), without augmentation of the batch; default: None, there is none.
+
+        Args:
+            model: in evaluation mode.
+            batch: of the val split.
+        """
+        return None
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the metrics' ``update``: tensors (N, ...) or lists of N entries."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -21,6 +21,8 @@ from widefield import _checks
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, training_on
 from widefield.tasks.predictions import ClassPrediction, Prediction
+
+LOSSES = ("cross_entropy", "binary")
 
 
 class Classification(Task):
@@ -38,6 +40,8 @@ class Classification(Task):
         mix_prob: probability that a batch is mixed.
         switch_prob: probability of CutMix instead of mixup, if both are on.
         mix_mode: what shares one lambda: the ``"batch"``, each ``"pair"``, or each element, ``"elem"``.
+        loss: ``"cross_entropy"``, or ``"binary"``: the mean binary cross-entropy of all classes (Wightman et al. 2021,
+            "ResNet strikes back"). It is the loss that is trained; the metric stays cross-entropy.
 
     Mixing draws from numpy's global generator, as timm does.
 
@@ -58,6 +62,7 @@ class Classification(Task):
         mix_prob: float = 1.0,
         switch_prob: float = 0.5,
         mix_mode: str = "batch",
+        loss: str = "cross_entropy",
     ) -> None:
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
         self.model_args = {"num_classes": self.num_classes}
@@ -75,7 +80,11 @@ class Classification(Task):
             num_classes=self.num_classes,
         )
         self._mixer = mixer if mixup or cutmix else None
-        self._criterion = SoftTargetCrossEntropy() if self._mixer else LabelSmoothingCrossEntropy(smoothing)
+        self._criterion: nn.Module
+        if _checks.choice("loss", loss, LOSSES) == "binary":
+            self._criterion = BinaryCrossEntropy(0.0 if self._mixer else smoothing)  # the mixer smooths
+        else:
+            self._criterion = SoftTargetCrossEntropy() if self._mixer else LabelSmoothingCrossEntropy(smoothing)
 
     @classmethod
     def for_data(cls, dataset: Labeled, **options: Any) -> Self:
@@ -89,13 +98,17 @@ class Classification(Task):
             raise ValueError(f"it gives {outputs} outputs, and the task needs {self.num_classes}, one for each class.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the batch after mixing and smoothing, a scalar."""
+        """Return the mean loss of the batch after mixing and smoothing, a scalar."""
         image, target = batch["image"], batch["label"]
         if self._mixer:
             image, target = self._mixer(*_even(image, target))
         with training_on(image):
             loss: Tensor = self._criterion(model(image).float(), target)
         return loss
+
+    def image_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross-entropy of each image, (N,), without mixing and smoothing."""
+        return F.cross_entropy(model(batch["image"]).float(), batch["label"], reduction="none")
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return ``preds`` (N, num_classes), ``target`` (N,) and ``value`` (N,), the cross-entropy of each image."""

@@ -180,10 +180,18 @@ class PoseEstimation(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of the batch, a scalar."""
         with training_on(batch["image"]):
-            heatmaps = widened(model(batch["image"]))
+            return self._errors(model, batch).mean()
+
+    def image_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of each crop, (N,)."""
+        return self._errors(model, batch).mean((1, 2, 3))
+
+    def _errors(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the squared errors of the heatmaps, (N, K, H, W); 0 for key points without a label."""
+        heatmaps = widened(model(batch["image"]))
         points, visible = batch["keypoints"][..., :2], batch["keypoints"][..., 2] > 0
         target, weights = self._codec(heatmaps).encode(points, visible)
-        return ((heatmaps - target) ** 2 * weights[..., None, None]).mean()
+        return (heatmaps - target) ** 2 * weights[..., None, None]
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return what the metrics take: ``preds``, ``target`` and ``index``, see `PoseMetric.update`."""

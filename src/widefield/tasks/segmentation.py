@@ -170,6 +170,11 @@ class Segmentation(Task):
             loss = loss + self.auxiliary_weight * cross_entropy(_at(auxiliary, mask, model), mask, **self._averaging)
         return loss
 
+    def image_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of each image's pixels, (N,); 0 without a pixel that has a class."""
+        values: Tensor = self.outputs(model, batch)["value"]
+        return values
+
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return what the metrics take, each entry with one element for each of the N images.
 

@@ -1,11 +1,13 @@
 """Scale learning rates by the depth of the layer, as the published recipes for dense prediction do.
 
 A layer with number i of L gets the rate times rate^(L + 1 - i). The rules number layers as ConvNeXt's and InternImage's
-segmentation and detection code does, from which OpenMMLab's optimizer constructors come.
+segmentation and detection code does, from which OpenMMLab's optimizer constructors come, or as the fine-tuning code of
+ConvNeXt V2 and of SparK does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,6 +15,8 @@ from torch import nn
 from widefield.surgery import Anatomy, anatomy
 from widefield.surgery.anatomy import is_inside
 from widefield.train.recipe import LayerDecaySpec
+
+_FOUR_STAGES = ("layer_wise", "pair_wise", "stage_wise")
 
 
 class _Place(NamedTuple):
@@ -64,6 +68,10 @@ def layer_numbers(model: nn.Module, spec: LayerDecaySpec) -> tuple[dict[str, int
     - ``stage_wise``: stage s is s + 1; all downsampling layers are 0.
     - ``block_wise``: block b of stage s is 1 + b + the number of blocks before the stage. Layers after the blocks of a
       stage count as the next block; those of the last stage as its first.
+    - ``single``, ConvNeXt V2's: a layer for each block. All other layers of a stage count as its first block, and so
+      does the stem as that of stage 0, with number 1.
+    - ``grouped``, SparK's: ``group_sizes[s]`` blocks of stage s are one layer. All other layers of a stage are in its
+      first one. With [3, 3, 3, 3] it is ConvNeXt V2's "group", and ``layer_wise``.
 
     Raises ValueError as :func:`layer_groups` does.
     """
@@ -74,17 +82,24 @@ def layer_numbers(model: nn.Module, spec: LayerDecaySpec) -> tuple[dict[str, int
     ranks = {stage: rank for rank, stage in enumerate(stages)}
     blocks = [{p.block for p in places.values() if p.stage == stage and p.block is not None} for stage in stages]
     depths = [len(found) for found in blocks]
-    if not depths or not all(depths) or (spec.rule != "block_wise" and len(depths) != 4):
-        count = "" if spec.rule == "block_wise" else "four "
+    four = spec.rule in _FOUR_STAGES
+    if not depths or not all(depths) or (four and len(depths) != 4):
+        count = "four " if four else ""
         raise ValueError(
             f"optimizer.layer_decay: {spec.rule} needs a backbone of {count}stages with numbered blocks; those of "
             f"{type(model).__name__} have {depths or 'unknown'} blocks. "
             f"optimizer.args.layer_decay: {spec.rate} decays by timm's own numbers."
         )
-    last = (spec.num_layers or (sum(depths) if spec.rule == "block_wise" else 12)) + 1
+    sizes = spec.group_sizes or [1] * len(depths)
+    if len(sizes) != len(depths):
+        raise ValueError(
+            f"optimizer.layer_decay.group_sizes must have a number for each of the {len(depths)} stages, which have "
+            f"{depths} blocks; got {sizes}."
+        )
+    last = (spec.num_layers or (12 if four else sum(_groups(depths, sizes)))) + 1
     ranked = {name: p if p.stage is None else p._replace(stage=ranks[p.stage]) for name, p in places.items()}
-    numbers = {name: _number(ranked.get(name), spec.rule, depths, last) for name in names}
-    least = max(_number(place, spec.rule, depths, 1) for place in ranked.values())  # the last stage always fits
+    numbers = {name: _number(ranked.get(name), spec.rule, depths, last, sizes) for name in names}
+    least = max(_number(place, spec.rule, depths, 1, sizes) for place in ranked.values())  # the last stage always fits
     if least >= last:
         raise ValueError(
             f"optimizer.layer_decay.num_layers: {last - 1} is too small for stages of {depths} blocks. Set at least "
@@ -93,11 +108,16 @@ def layer_numbers(model: nn.Module, spec: LayerDecaySpec) -> tuple[dict[str, int
     return numbers, last
 
 
-def _number(place: _Place | None, rule: str, depths: list[int], last: int) -> int:
+def _groups(depths: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Return the number of groups of each stage's blocks."""
+    return [-(-depth // size) for depth, size in zip(depths, sizes, strict=True)]
+
+
+def _number(place: _Place | None, rule: str, depths: list[int], last: int, sizes: Sequence[int]) -> int:
     if place is None:
         return last
     if place.stage is None:
-        return 0
+        return int(rule == "single")
     stage, block = place.stage, place.block
     if rule == "stage_wise":
         return 0 if place.leads else stage + 1
@@ -105,6 +125,8 @@ def _number(place: _Place | None, rule: str, depths: list[int], last: int) -> in
         return last - 1 if stage == 3 else stage + 1 + (block or 0) // 3 * (stage == 2)
     if rule == "pair_wise":
         return last - 1 if stage == 3 else min(stage + 1 + (block or 0) // 2 * (stage == 2), max(last - 2, 3))
+    if rule in ("single", "grouped"):
+        return 1 + sum(_groups(depths, sizes)[:stage]) + (block or 0) // sizes[stage]
     if block is not None or not place.inside:
         return 1 + sum(depths[:stage]) + (block or 0)
     return 1 + sum(depths[: min(stage + 1, len(depths) - 1)])

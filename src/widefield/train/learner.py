@@ -20,7 +20,7 @@ from widefield.tasks import Batch, Task
 from widefield.tasks.base import sum_of
 from widefield.train import checkpoint
 from widefield.train.model import build_model
-from widefield.train.optimization import create_optimizer, create_schedule, freeze
+from widefield.train.optimization import WeightDecayCosine, create_optimizer, create_schedule, freeze
 from widefield.train.plan import Plan
 from widefield.train.processes import largest
 from widefield.train.randomness import random_state, restore_random_state
@@ -92,7 +92,7 @@ class Learner:
         self._sparse: DynamicSparsity | None = None
 
     def schedule(self, steps_per_epoch: int) -> Plan:
-        """Plan the learning rate and the sparsity for epochs of ``steps_per_epoch`` steps.
+        """Plan the learning rate, the weight decay and the sparsity for epochs of ``steps_per_epoch`` steps.
 
         Returns:
             The plan of the run. Its length may differ from the recipe's, for example by the schedule's cool-down.
@@ -101,6 +101,8 @@ class Learner:
         unit, length = ("step", recipe.max_steps) if recipe.max_steps else ("epoch", recipe.epochs or 0)
         unit_steps = 1 if unit == "step" else steps_per_epoch
         self._scheduler, steps = create_schedule(self._plain, recipe.schedule, length, unit_steps)
+        if recipe.optimizer.weight_decay_end is not None:
+            self._scheduler = WeightDecayCosine(self._scheduler, self._plain, recipe.optimizer, steps)
         if recipe.sparsity:
             arguments = dataclasses.asdict(recipe.sparsity)
             self._sparse = DynamicSparsity(self.raw, **arguments, end=steps, seed=recipe.seed)

@@ -6,6 +6,7 @@ timm ignores arguments that an optimizer or a schedule does not use; here they a
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -310,6 +311,45 @@ class ScaledWarmup:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned."""
         self._schedule.load_state_dict(state)
+
+
+class WeightDecayCosine:
+    """A schedule that also moves the weight decay along half a cosine, from the first to the last step.
+
+    Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, section 3.2; SparK's
+    pre-training has it. The decay of every group changes by the same factor, so that groups without any stay so.
+
+    Args:
+        schedule: of the learning rate; None if it is constant.
+        optimizer: its groups have the decay of the start.
+        spec: the recipe's section, with ``weight_decay_end``.
+        steps: of the run.
+    """
+
+    def __init__(
+        self, schedule: Schedule | None, optimizer: torch.optim.Optimizer, spec: OptimizerSpec, steps: int
+    ) -> None:
+        self._schedule, self._optimizer, self._steps = schedule, optimizer, steps
+        self._start = [group["weight_decay"] for group in optimizer.param_groups]
+        self._ratio = (spec.weight_decay_end or 0.0) / spec.weight_decay
+
+    def step_update(self, num_updates: int) -> None:
+        """Set rate and decay for the step after ``num_updates`` steps."""
+        if self._schedule is not None:
+            self._schedule.step_update(num_updates)
+        done = min(num_updates / max(self._steps - 1, 1), 1.0)
+        factor = self._ratio + (1 - self._ratio) * (1 + math.cos(math.pi * done)) / 2
+        for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
+            group["weight_decay"] = start * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule's state; the weight decay has none."""
+        return {} if self._schedule is None else self._schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state)
 
 
 def _check_read(spec: ScheduleSpec) -> None:

@@ -213,7 +213,10 @@ def _plain(weights: Mapping[str, Tensor], assembly: Assembly, given: Mapping[str
     try:
         return loaded(weights)
     except ValueError:
-        whole = assembly.build({**given, "features_only": False}).state_dict()
+        try:
+            whole = assembly.build({**given, "features_only": False}).state_dict()
+        except TypeError:  # the recipe has arguments of a network of features only, such as out_indices
+            whole = assembly.build(dict(given)).state_dict()
         fitting = resized(weights, {name: value.shape for name, value in whole.items()})
         if fitting is None:
             raise

@@ -28,7 +28,7 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
 TRACKERS = ("tensorboard", "wandb")
 NONFINITE = ("stop", "skip")
-LAYER_RULES = ("layer_wise", "pair_wise", "stage_wise", "block_wise")
+LAYER_RULES = ("layer_wise", "pair_wise", "stage_wise", "block_wise", "single", "grouped")
 WARMUPS = ("linear", "constant")
 
 
@@ -120,7 +120,11 @@ class LayerDecaySpec:
     rate: Annotated[float, "factor from one layer to the one below it, such as 0.9"]
     rule: Annotated[str, f"what a layer is, one of {', '.join(LAYER_RULES)}"] = "layer_wise"
     num_layers: Annotated[
-        int | None, "number of layers: 6 or 12 in published recipes; null: 12 or, block_wise, that of the blocks"
+        int | None,
+        "number of layers: 6 or 12 in published recipes; null: 12, or as many as the rule makes of the blocks",
+    ] = None
+    group_sizes: Annotated[
+        list[int] | None, "grouped: number of blocks that are one layer, for each stage, such as [3, 2, 3, 3]"
     ] = None
 
     def __post_init__(self) -> None:
@@ -130,6 +134,13 @@ class LayerDecaySpec:
         _checks.choice("optimizer.layer_decay.rule", self.rule, LAYER_RULES)
         if self.num_layers is not None:
             _checks.integer("optimizer.layer_decay.num_layers", self.num_layers)
+        if (self.rule == "grouped") != bool(self.group_sizes):
+            raise ValueError(
+                "optimizer.layer_decay.group_sizes and rule: grouped belong together; got "
+                f"group_sizes {self.group_sizes} and rule {self.rule!r}. Set both, or neither."
+            )
+        for size in self.group_sizes or ():
+            _checks.integer("every entry of optimizer.layer_decay.group_sizes", size)
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,9 @@ class OptimizerSpec:
         "batch size that lr is meant for: the rate is lr * whole batch / lr_base_size; null: lr is not scaled",
     ] = None
     weight_decay: Annotated[float, "weight decay"] = 0.05
+    weight_decay_end: Annotated[
+        float | None, "weight decay at the end of the run, reached along a cosine; null: it stays as it is"
+    ] = None
     betas: Annotated[
         tuple[float, float] | None, "running-average coefficients of Adam and similar; null: its default"
     ] = None
@@ -171,6 +185,10 @@ class OptimizerSpec:
         )
         if self.lr_base_size is not None:
             _checks.integer("optimizer.lr_base_size", self.lr_base_size)
+        if self.weight_decay_end is not None:
+            _set(self, weight_decay_end=_checks.number("optimizer.weight_decay_end", self.weight_decay_end))
+            if not self.weight_decay:
+                raise ValueError("optimizer.weight_decay_end needs a weight_decay above 0 to start from.")
 
     def lr_at(self, batch_size: int) -> float:
         """Return the peak learning rate for a whole batch of ``batch_size`` (Goyal et al. 2017, linear scaling)."""
