@@ -169,7 +169,7 @@ def base(name: str, seed: int, args: argparse.Namespace) -> Recipe:
         model=ModelSpec(
             "convnext_tiny",
             {"stem_type": "overlap_act", "patch_size": 2, "depths": [4, 1, 1, 1], "dims": [32] * 4,
-             "ls_init_value": None},
+             "ls_init_value": None, "out_indices": [0]},
         ),
         data=DataSpec(kind, {**COMMON, **options, "count": args.images, "seed": seed}),
         task=TaskSpec(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from widefield.fitting.statistics import Interval
 from widefield.report import Report
 from widefield.runs.trained import load_trained
 from widefield.train.checkpoint import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COSTS, CHOICE, VERDICT = "costs.json", "choice.json", "verdict.json"
 GAIN, CHEAPER, NOTHING, NO_MATTER = (
@@ -72,7 +75,7 @@ class Network:
     macs: int
     """For one image."""
     latency: float
-    """Median seconds of a forward pass."""
+    """Seconds of a forward pass, 20th percentile."""
     field: Mapping[str, float]
     """Share of the effective receptive field, such as "0.5" -> share of the image's area in the smallest central square
     that holds it; empty if it could not be measured. The fields are in ``erf.json`` and ``erf.png``."""
@@ -178,6 +181,12 @@ class FitResult(Report):
             }
             for group, size in zip(self.groups, self.choice.sizes, strict=True)
         ]
+
+    def plot(self) -> Figure:
+        """Draw loss against cost: what was read, the predicted front, the choice, and the unchanged network."""
+        from widefield.fitting.page import draw_front
+
+        return draw_front(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the losses of single images, in JSON's types."""
