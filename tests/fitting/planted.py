@@ -16,8 +16,10 @@ from timm.models import register_model
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
+from train.helpers import QUIET
 from widefield.data import LabeledImages, Sample
 from widefield.data.catalog import SETS
+from widefield.fitting import fit
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, ScheduleSpec
 
 SIZE = 14
@@ -116,3 +118,10 @@ def recipe_of(folder: Path, distances: tuple[int, int], **changes: Any) -> Recip
             **changes,
         }
     )
+
+
+def continued(folder: Path) -> None:
+    """Continue a fit, in a process of its own."""
+    torch.set_num_threads(1)
+    with registered():
+        fit(folder, console=QUIET)
