@@ -1,6 +1,7 @@
 """Does `widefield fit` find the field that data need? Scenes with planted answers, and every anchor at the same budget.
 
-nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4] [--arms fit 3 5 7 11 random rf-next]
+nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4]
+    [--arms fit 3 5 7 11 random rf-next]
 
 Each image has a few objects of eight shapes; the network says the class of every pixel. The sets differ in what it must
 see: objects of 6 to 12 pixels, of 28 to 42, of 6 to 42; `colors`: where an object is, which its colors alone tell;

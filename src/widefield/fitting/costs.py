@@ -4,7 +4,7 @@ Costs add up over groups: that of an assignment is the whole unchanged network's
 that of the chosen ones. For latency this is an estimate; the network of the final choice is measured as a whole.
 
 Latencies are 20th percentiles, as other processes can only add to them. All depthwise convolutions are measured as
-:class:`widefield.nn.DepthwiseConv2d`, those of the unchanged network, too: otherwise a network could seem faster for its
+``widefield.nn.DepthwiseConv2d``, those of the unchanged network, too: otherwise a network could seem faster for its
 operators.
 """
 

@@ -162,8 +162,9 @@ def _method(result: FitResult) -> str:
     words = (
         f"A network that can run at all sizes learned for {probe} {unit}s. Its loss was read at "
         f"{len(result.readings.first)} assignments on one half of the val split, and at {len(result.readings.whole)} "
-        f"of them on all images of that half. The plain network with the chosen sizes then learned for {settle} {unit}s, "
-        f"the unchanged one for {probe + settle}. Both were compared on the other half, which nothing was chosen on."
+        f"of them on all images of that half. The plain network with the chosen sizes then learned for {settle} "
+        f"{unit}s, the unchanged one for {probe + settle}. Both were compared on the other half, which nothing was "
+        f"chosen on."
     )
     seconds = [{"phase": name, "time": duration(result.seconds[name])} for name in PHASES if name in result.seconds]
     notes = "".join(map(report.paragraph, (*result.groups.notes, *result.verdict.notes)))

@@ -26,7 +26,7 @@ from widefield.train.checkpoint import write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COSTS, CHOICE, VERDICT = "costs.json", "choice.json", "verdict.json"
+COSTS, CHOICE, VERDICT, PAGE = "costs.json", "choice.json", "verdict.json", "index.html"
 GAIN, CHEAPER, NOTHING, NO_MATTER = (
     "gain",
     "as good and cheaper",
@@ -145,6 +145,11 @@ class FitResult(Report):
     def folder(self) -> Path:
         """Return the folder of the fit."""
         return self.spec.folder
+
+    @property
+    def page(self) -> Path:
+        """Return the file of the page about the fit."""
+        return self.folder / PAGE
 
     @property
     def run(self) -> Path:
