@@ -43,7 +43,9 @@ def spec_of(
         return dataclasses.replace(found, **{**settings, "out": found.folder})
     recipe = _recipe(source, words)
     finished = not words and "unchanged" not in settings and _is_finished(Path(source).expanduser(), recipe)
-    return FitSpec(recipe, **{**({"unchanged": str(source)} if finished else {}), **settings})
+    return FitSpec(
+        recipe, **{**({"unchanged": str(Path(source).expanduser().absolute())} if finished else {}), **settings}
+    )
 
 
 def check_unchanged(spec: FitSpec, train: SampleSet, val: SampleSet) -> None:
