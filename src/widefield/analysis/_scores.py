@@ -38,6 +38,20 @@ class Scores(NamedTuple):
         return self._replace(values=F.pad(self.values, (0, more)), probability=F.pad(self.probability, (0, more)))
 
 
+def gives_scores(model: nn.Module) -> bool:
+    """Return whether a model may give class scores; encoders of masked pre-training say that they give features."""
+    return not getattr(model, "returns_features", False)
+
+
+def check_scores(model: nn.Module) -> None:
+    """Raise ValueError for a model that gives features."""
+    if not gives_scores(model):
+        raise ValueError(
+            f"{type(model).__name__} gives features and no class scores: it was pre-trained without classes. Fine-tune "
+            "it first (widefield train RECIPE --model.pretrained RUN), and analyze that run."
+        )
+
+
 def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Tensor:
     """Return the logits of a classifier, (N, classes), if they are its output or the obvious one of several.
 
@@ -45,6 +59,7 @@ def logits(model: nn.Module, images: Tensor, given: Tensor | None = None) -> Ten
 
     Raises ValueError for other outputs, or values that are not finite.
     """
+    check_scores(model)
     if is_pose_model(model):
         raise ValueError(
             f"{type(model).__name__} is a pose model: it returns a heatmap for each key point. This analysis needs one "
@@ -86,6 +101,7 @@ def class_scores(
 
     Raises ValueError for other outputs, a target outside the images, or values that are not finite.
     """
+    check_scores(model)
     if isinstance(target, DetectionScore):
         boxed = box_scores(model, images, target)
         values = _finite(model, boxed.values)

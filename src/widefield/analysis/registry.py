@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from widefield.analysis._detectors import is_detector
 from widefield.analysis._keypoints import is_pose_model
 from widefield.analysis._result import Result
+from widefield.analysis._scores import gives_scores
 from widefield.analysis.cam import class_activation
 from widefield.analysis.erf import effective_receptive_field
 from widefield.analysis.interactions import interactions
@@ -214,6 +215,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 images=lambda view: view.images,
                 count=4,
                 arguments=_for_maps,
+                applies=gives_scores,
                 stand_in=False,
                 reported=lambda count: min(count, 6),
             ),
@@ -230,7 +232,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 translation_stability,
                 "how much a model's outputs change when the image shifts",
                 "Translation stability",
-                applies=lambda model: not is_detector(model) and not is_pose_model(model),
+                applies=lambda model: gives_scores(model) and not is_detector(model) and not is_pose_model(model),
                 reported=lambda count: count,
                 report_options={"shifts": (1, 2, 4)},
                 margin=lambda options: max(options["shifts"]),

@@ -108,10 +108,17 @@ def places(parser: argparse.ArgumentParser, *names: str) -> None:
     )  # fmt: skip
 
 
+_PLACES = ("of_class", "pixel", "region", "detection", "box", "keypoint")
+"""Arguments of :func:`places`."""
+
+
 def target(args: argparse.Namespace, view: View) -> ClassAt | ClassIn | DetectionScore | KeypointPeak | int | None:
     """Return what the arguments of :func:`places` choose, for a model; raises ValueError for an unknown class."""
     from widefield.analysis import ClassAt, ClassIn, DetectionScore, KeypointPeak
+    from widefield.analysis._scores import check_scores
 
+    if any(getattr(args, place) is not None for place in _PLACES):
+        check_scores(view.model)
     if args.keypoint is not None:
         if args.of_class is not None:
             raise ValueError("--keypoint chooses a heatmap, and a pose model has no other classes: leave out --class.")
@@ -154,11 +161,15 @@ def _label(word: str, view: View, kind: str = "class") -> int:
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:
-    """Build or load a model of the command line; see :func:`widefield.runs.load`."""
+    """Build or load a model of the command line as it is examined; see :func:`widefield.runs.load`."""
     from widefield.runs import load
+    from widefield.runs.trained import examined
 
     labels = check_labels(args)
     found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, together_with=args.models)
+    if found.work == "masked_image":
+        print(f"{found.name} was pre-trained by masking: this is its encoder, up to the last feature map.")
+    found = replace(found, model=examined(found.model))
     return replace(found, name=labels[args.models.index(word)]) if labels else found
 
 

@@ -257,8 +257,8 @@ def _task(
         changes = {key: value for word in args.task for key, value in read_yaml(word.replace("=", ": ", 1)).items()}
         task = subject.task(dataset, **changes)
         # A set for segmentation may have objects, too; its classes then have a background.
-        with_objects = subject.work in ("detection", "pose")
-        return task, subject.outputs, subject.outputs if with_objects else len(dataset.classes)
+        own = subject.work in ("detection", "pose", "masked_image")
+        return task, subject.outputs, subject.outputs if own else len(dataset.classes)
     if not isinstance(dataset, data.LabeledImages):
         raise ValueError("the data have no labeled images, and the model is a classifier.")
     if not args.all_outputs:
@@ -361,7 +361,8 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     for job, found in done:
         row = {"model": job.subject.name, "weights": str(job.subject.weights), "data": _called(job.source)}
         row |= {"size": _size(job, found), samples: str(found.images)}
-        row["classes"] = str(job.classes) if job.classes == job.outputs else f"{job.classes} of {job.outputs}"
+        counted = str(job.classes) if job.classes == job.outputs else f"{job.classes} of {job.outputs}"
+        row["classes"] = counted if job.outputs else "-"
         row |= {name: shown(name, found.metrics.get(name)) for name in metrics}
         if found.images_per_second is not None:
             row["images/s"] = f"{found.images_per_second:.4g}"

@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
     )
     written = [path, path.with_name(f"{path.name}.json")]
     print_table(done.rows())
+    if found.work == "masked_image":
+        print("The file has two outputs: the last feature map, and its mean over positions.")
     if done.throughput:
         print_table([speed.row() for speed in done.throughput])
     if done.detection is None or args.nms == "inside":  # candidates are not comparable with detections

@@ -9,7 +9,7 @@ from pathlib import Path
 from widefield.cli._subjects import MODEL_HELP
 from widefield.cli._tables import print_table
 
-SUMMARY = "predictions of a model for images: the classes of each, the class of each pixel, the objects, or poses"
+SUMMARY = "predictions of a model for images: classes of each or of its pixels, objects, poses, or hidden parts"
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -29,12 +29,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from widefield.analysis._scores import check_scores
     from widefield.data import ConflictImages, Scales, write_conflicts
     from widefield.runs.labels import imagenet_names
 
     results = {}
     for word in args.models:
         found = _subjects.subject(word, args)
+        check_scores(found.model)  # before images are drawn
         size = args.size or found.size
         own = found.classes if found.trained_on else ()
         if args.generate:

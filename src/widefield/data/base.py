@@ -83,6 +83,10 @@ class SampleSet(Dataset[Sample | None], ABC):
     def __getitem__(self, index: int) -> Sample | None:
         return self.sample(range(len(self))[index])  # range knows negative indices and raises IndexError
 
+    def place_of(self, index: int) -> int:
+        """Return the place of a sample in the data set that this one is a shard of; default: ``index`` itself."""
+        return index
+
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
         """Return (C, H, W) of the images, or None if they differ in size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from widefield.masking.objectives import ERRORS, FrequencyLoss, Target, masked_e
 from widefield.masking.patches import PatchMask, stretched
 from widefield.masking.rules import rule_of
 from widefield.masking.token import TOKENS, MaskToken, token_place
-from widefield.masking.visibility import GRN_NORMS, Visibility, treat
+from widefield.masking.visibility import GRN_NORMS, Visibility, release, treat
 
 DECODERS = ("linear", "convnext", "unet")
 FILLS = ("none", "zero", "mean")
@@ -113,12 +114,15 @@ class MaskedAutoencoder(nn.Module):
         decoder: see :mod:`widefield.masking.decoders`.
         token: the token of the encoder, or None.
         method: the parts.
+        returns_features: True: outputs are features, not scores of classes; analyses read it.
 
     Raises:
         ValueError: the strides of the network do not divide the side of a patch, or do not suit the decoder; or a
             module's treatment is unknown, see :func:`widefield.masking.plan`.
         TypeError: an argument is of the wrong type.
     """
+
+    returns_features = True
 
     def __init__(
         self,
@@ -212,6 +216,41 @@ class MaskedAutoencoder(nn.Module):
             features: Tensor = self.encoder(images)[-1]
             return features
         return self.losses(self.predict(images, mask, visible), images, mask)
+
+
+class Encoder(nn.Module):
+    """The encoder of a masked autoencoder as a plain network, for analyses and exports. No mask acts in it.
+
+    Args:
+        model: its encoder is copied.
+
+    Attributes:
+        encoder: the copy.
+        returns_features: True: outputs are features, not scores of classes; analyses read it.
+    """
+
+    returns_features = True
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.encoder = release(copy.deepcopy(model.encoder))
+        for module in self.encoder.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, _Inserted):
+                    del module._forward_pre_hooks[key]
+        self.train(model.training)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the last map and its mean over positions.
+
+        Args:
+            images: (N, C, H, W).
+
+        Returns:
+            ``map`` (N, channels, H / stride, W / stride), and ``features`` (N, channels).
+        """
+        last = self.encoder(images)[-1]
+        return {"map": last, "features": last.mean((2, 3))}
 
 
 class _Inserted:

@@ -50,7 +50,8 @@ def oriented_gradients(images: Tensor) -> Tensor:
     share = place - low
     bins = torch.zeros(n, channels, _BINS, height, width, dtype=images.dtype, device=images.device)
     for index, weight in ((low, 1 - share), (low + 1, share)):
-        bins.scatter_add_(2, index.long().remainder(_BINS)[:, :, None], (strength * weight)[:, :, None])
+        # Not in place, which vmap refuses.
+        bins = bins.scatter_add(2, index.long().remainder(_BINS)[:, :, None], (strength * weight)[:, :, None])
     cells = F.avg_pool2d(bins.flatten(1, 2), _CELL)
     cells = cells.unflatten(1, (channels, _BINS))
     return F.normalize(cells, dim=2, eps=_EPS).flatten(1, 2)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widefield.analysis._model import running
 from widefield.masking.visibility import Visibility
 
 _GRID = 3, 5
@@ -52,6 +53,9 @@ def leak(
         visibility_of: applies the rules to a network and returns what they read.
         patch: side of a patch in pixels, a multiple of all strides.
         channels: of the images.
+
+    Raises:
+        ValueError: the network accepts images of one size only.
     """
     twin = copy.deepcopy(network).double()
     visibility = visibility_of(twin)
@@ -104,7 +108,8 @@ def _outputs(
 
     with _hooked(network, watch), visibility.of(mask), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for what is dropped at random
-        network(noisy(image))
+        with running(network, image):
+            network(noisy(image))
     return found
 
 

@@ -23,6 +23,7 @@ from widefield.surgery.answers import evaluating
 from widefield.tasks import Batch, Prediction, Task
 from widefield.train.evaluation import Share, measure
 from widefield.train.loaders import batches, shut_down, val_loader
+from widefield.train.pictures import evenly
 from widefield.train.recipe import PRECISIONS
 
 _TIMINGS, _BUDGET = 10, 5.0
@@ -40,6 +41,7 @@ class Example:
         image: the image as the model sees it.
         truth: the label.
         prediction: what the model predicts.
+        rated: the rating as text.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Example:
     image: Image.Image
     truth: Prediction | None
     prediction: Prediction
+    rated: str
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Evaluation:
     """Results with more than scalars, such as those of each class; None if the task has none."""
     examples: tuple[Example, ...] = ()
     """The images with the best and the worst predictions, best first, if asked for."""
+    spread: tuple[Example, ...] = ()
+    """Images spread evenly over the data, likewise, of tasks that show pictures during training."""
     rating: str = ""
     """What the rating of an image is, as the end of a sentence."""
 
@@ -84,8 +89,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types, except examples; a metric that is not finite becomes None."""
-        found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=()))
-        del found["examples"], found["scores"], found["rating"]
+        found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=(), spread=()))
+        for name in ("examples", "spread", "scores", "rating"):
+            del found[name]
         found["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
         to_dict = getattr(self.scores, "to_dict", None)
         scores = {"scores": to_dict()} if to_dict else {}
@@ -141,7 +147,7 @@ def evaluate_model(
     if channels_last:
         model.to(memory_format=torch.channels_last)
     shape = dataset.image_shape or _first_shape(dataset)
-    ratings = _Ratings(task, state)
+    ratings = _Ratings(task)
     rating = {"each": ratings.add} if examples else {}
     share = Share(dataset, state.process_index, state.num_processes)
     loader = val_loader(share, task.collate, batch_size, workers)
@@ -152,8 +158,8 @@ def evaluate_model(
             found = progress(batches(loader), len(loader))
             measured = measure(model, found, task, place, shares=True, **rating)
             seconds = time.perf_counter() - started
-            chosen = ratings.extremes(examples) if examples else []
-            shown = [_example(model, dataset, task, place, *one) for one in chosen]
+            chosen = (ratings.extremes(examples), ratings.spread(task.pictured)) if examples else ([], [])
+            shown, spread = (tuple(_example(model, dataset, task, place, *one) for one in some) for some in chosen)
             forward = _forward_time(model, (batch_size, *shape), channels_last) if throughput else None
     finally:
         shut_down(loader)
@@ -169,7 +175,8 @@ def evaluate_model(
         processes=state.num_processes,
         forward=forward,
         scores=measured.scores,
-        examples=tuple(shown),
+        examples=shown,
+        spread=spread,
         rating=task.rating,
     )
 
@@ -195,21 +202,26 @@ def _first_shape(dataset: SampleSet) -> tuple[int, int, int]:
 class _Ratings:
     """How good the predictions of all images are, as the task rates them."""
 
-    def __init__(self, task: Task, state: PartialState) -> None:
-        self.task, self.state = task, state
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.found: list[tuple[float, int]] = []
 
     def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
         """Add the images of a batch."""
         rated = self.task.rate(outputs)
         if rated is not None:
-            places = (batch["index"] * self.state.num_processes + self.state.process_index).tolist()
+            places = batch["index"].tolist()
             self.found += [one for one in zip(rated.tolist(), places, strict=True) if math.isfinite(one[0])]
 
     def extremes(self, count: int) -> list[tuple[float, int]]:
         """Return (rating, index in the data set) of the best and the worst images of all processes, best first."""
         ordered = sorted(gather_object(self.found), key=lambda one: (-one[0], one[1]))
         return ordered if len(ordered) <= 2 * count else ordered[:count] + ordered[-count:]
+
+    def spread(self, count: int) -> list[tuple[float, int]]:
+        """Return (rating, index in the data set) of images spread evenly over those of all processes."""
+        ordered = sorted(gather_object(self.found), key=lambda one: one[1])
+        return [ordered[place] for place in evenly(len(ordered), count)]
 
 
 def _example(
@@ -220,13 +232,15 @@ def _example(
         raise OSError(f"sample {index} can no longer be read.")
     image, truth = sample["image"], task.truth(sample)
     size = (truth.size if truth else None) or (image.shape[1], image.shape[2])
-    (prediction,) = task.predict(model, image[None].to(place), [size])
+    batch = {"image": image[None].to(place), "index": torch.tensor([index])}
+    with evaluating(model), torch.no_grad():
+        (prediction,) = task.predict_batch(model, batch, [size])
     mean, std = (image.new_tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
     pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     shown = Image.fromarray(pixels.expand(3, -1, -1).movedim(0, -1).numpy())
     named: Any = getattr(dataset, "name", None)
     name = str(named(index)) if callable(named) else f"image {index}"
-    return Example(index, name, rating, shown, truth, prediction)
+    return Example(index, name, rating, shown, truth, prediction, task.rated(rating))
 
 
 def processes() -> PartialState:

@@ -47,6 +47,8 @@ def write_evaluation(
     names = ", ".join(dict.fromkeys(subject.name for _, subject, _ in found.values()))
     devices = {evaluation.device for evaluation, _, _ in found.values()}
     lead = "Metrics, the result of each class, what is mistaken for what, and the best and worst images."
+    if all(subject.work == "masked_image" for _, subject, _ in found.values()):
+        lead = "How well hidden parts of images are predicted: metrics, some images, and the best and worst ones."
     page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, report.page(f"Evaluation of {names}", lead, sections, bench.environment(devices.pop())).encode())
     return page
@@ -67,7 +69,8 @@ def evaluation_sections(
     row = {name: shown(name, value) for name, value in evaluation.metrics.items()}
     samples = counted(evaluation.images, "crop" if isinstance(evaluation.scores, PoseScores) else "image")
     about = f"{samples} of {source}, weights {subject.weights}. {note}".strip()
-    sections = [("Metrics", report.table([row]) + report.paragraph(about))]
+    meaning = report.paragraph(_MASKED) if subject.work == "masked_image" else ""
+    sections = [("Metrics", report.table([row]) + report.paragraph(about) + meaning)]
     scores = evaluation.scores
     if isinstance(scores, SegmentationScores):
         sections += _of_segmentation(scores)
@@ -79,6 +82,7 @@ def evaluation_sections(
         sections.append(("Details", report.table(rows)))
     half = -(-len(evaluation.examples) // 2)
     for heading, examples in (
+        ("Reconstructions", evaluation.spread),
         ("Best images", evaluation.examples[:half]),
         ("Worst images", evaluation.examples[half:][::-1]),
     ):
@@ -98,6 +102,11 @@ def _of_segmentation(scores: SegmentationScores) -> list[Section]:
     return sections
 
 
+_MASKED = (
+    "The loss is that of the hidden places, with one fixed mask for each image. knn_top1 is the share of images whose "
+    "class is that of their nearest neighbors among these images, by the encoder's features; fewer images give lower "
+    "values. The encoder itself knows no classes."
+)
 _SIZES = (
     "IoU of each class among the objects of one size: pixels of the other objects are ignored, and pixels outside of "
     "objects count. A class without objects of a size has no number."
@@ -133,5 +142,5 @@ def draw_confusion(scores: SegmentationScores, most: int = MOST) -> Figure:
 def example_card(example: Example, subject: Subject, min_score: float = MIN_SCORE) -> str:
     """Return an image with its label and prediction as a card of a page (HTML)."""
     drawing = drawing_of(example.prediction, subject.class_names, subject.palette, min_score=min_score)
-    title = f"{Path(example.name).name}: {100 * example.rating:.1f} %"
+    title = f"{Path(example.name).name}: {example.rated}"
     return drawing.card(title, example.image, example.prediction, example.truth)

@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from widefield import report
 from widefield.runs.drawing_parts import Drawing, encoded, preview, view
 from widefield.tasks import ReconstructionPrediction
-
-_HIDDEN = 128
-"""Gray value of masked pixels."""
 
 
 class ReconstructionDrawing(Drawing):
@@ -44,34 +40,17 @@ class ReconstructionDrawing(Drawing):
 
     def panel(self, axis: Any, image: Image.Image, prediction: ReconstructionPrediction) -> None:
         """Draw the pictures side by side in one panel."""
-        axis.imshow(np.asarray(side_by_side(prediction)))
+        axis.imshow(np.asarray(_image(prediction.panel())))
         axis.set_xlabel(", ".join(pictures_of(prediction)), fontsize=6.5)
 
     def files(self, image: Image.Image, prediction: ReconstructionPrediction) -> dict[str, bytes]:
         """Return the pictures side by side as ``reconstructions``."""
-        return {"reconstructions": encoded(side_by_side(prediction), "png")}
+        return {"reconstructions": encoded(_image(prediction.panel()), "png")}
 
 
 def pictures_of(prediction: ReconstructionPrediction) -> dict[str, Image.Image]:
     """Return the image, its visible part and, if pixels are predicted, the reconstruction, by caption."""
-    hidden = prediction.masked[None]
-    found = {
-        "image": prediction.image,
-        "visible": torch.where(hidden, torch.tensor(_HIDDEN, dtype=torch.uint8), prediction.image),
-    }
-    if prediction.reconstruction is not None:
-        found["prediction"] = torch.where(hidden, prediction.reconstruction, prediction.image)
-    return {caption: _image(pixels) for caption, pixels in found.items()}
-
-
-def side_by_side(prediction: ReconstructionPrediction, gap: int = 4) -> Image.Image:
-    """Return the pictures side by side on white."""
-    pictures = list(pictures_of(prediction).values())
-    width, height = pictures[0].size
-    whole = Image.new("RGB", (len(pictures) * (width + gap) - gap, height), "white")
-    for place, picture in enumerate(pictures):
-        whole.paste(picture, (place * (width + gap), 0))
-    return whole
+    return {caption: _image(pixels) for caption, pixels in prediction.views.items()}
 
 
 def _image(pixels: Tensor) -> Image.Image:

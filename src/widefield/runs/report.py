@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs
 from widefield.runs.evaluation_page import evaluation_sections
 from widefield.runs.inputs import Selection
-from widefield.runs.records import read_run
+from widefield.runs.records import RunRecord, read_run
 from widefield.runs.subjects import MissingDataError, Subject, load
+from widefield.runs.trained import examined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +71,7 @@ def write_report(
         if subject.work != "classification":
             say("evaluation")
             sections += _evaluated(subject, 4 * count, device, numbers, several=len(subjects) > 1)
+    subjects = [replace(subject, model=examined(subject.model)) for subject in subjects]
     for entry, heading, options in _entries(subjects):
         say(heading.lower())
         chosen = [subject for subject in subjects if "targets" not in options or subject.work == "segmentation"]
@@ -179,8 +182,16 @@ def training(folders: Sequence[Path]) -> list[Section]:
     """Return the sections on the training: differences of the recipes, numbers and curves."""
     found = [read_run(folder) for folder in folders]
     rows = comparison(found) if len(found) > 1 else [found[0].row()]
-    figure: Figure = draw_runs(found)
+    figure: Figure = draw_runs(found, _drawn(found))
     return [("Runs", report.table(rows)), ("Training", report.picture(figure, "Metrics after each epoch."))]
+
+
+def _drawn(runs: Sequence[RunRecord]) -> list[str]:
+    """Return which metrics are drawn: of masked pre-training the loss and nearest neighbors; [] for the headlines."""
+    headline = runs[0].headline
+    neighbors = f"{headline.removesuffix('loss')}knn_top1"
+    same = all(run.headline == headline and neighbors in run.metrics for run in runs)
+    return [headline, neighbors] if same else []
 
 
 def _look(entry: Analysis, subject: Subject, count: int, options: Mapping[str, Any]) -> analysis.Result:

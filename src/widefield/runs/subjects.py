@@ -74,6 +74,8 @@ class Subject:
 
         A run knows its own. Other weights get the classes of the published weights, unless their head has another size.
         """
+        if self.work == "masked_image":  # it gives features, whatever the classes of its images
+            return ()
         if self.trained_on:
             return (self.work == "detection" and self.trained_on.object_classes) or self.trained_on.classes
         if self.work == "detection":
@@ -111,8 +113,8 @@ class Subject:
 
     @cached_property
     def outputs(self) -> int:
-        """Return the number of classes that the model tells apart."""
-        if self.classes and self.trained_on:
+        """Return the number of classes that the model tells apart; 0 for masked pre-training."""
+        if self.trained_on and (self.classes or self.work == "masked_image"):
             return len(self.classes)
         if self.work == "detection":
             return int(getattr(self.model, "num_classes"))  # noqa: B009 (of dense.Detector; mypy knows a Module)
@@ -147,7 +149,7 @@ class Subject:
             raise ValueError("the data have no objects with boxes, and the model is a detector.")
         if self.work == "pose" and not isinstance(dataset, data.PoseSet):
             raise ValueError("the data have no key points, and the model is one for poses.")
-        if self.trained_on and list(dataset.classes) != list(self.trained_on.classes):
+        if self.trained_on and self.work != "masked_image" and list(dataset.classes) != list(self.trained_on.classes):
             self.trained_on.check_classes(dataset.classes)
             raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
         if self.trained_on is None and len(dataset.classes) != self.outputs:
@@ -277,7 +279,7 @@ class Subject:
 
     def view(self, pictures: data.Pictures | data.ConflictImages | None = None, *, batch_size: int = 8) -> View:
         """Return the model and these images as analyses take them."""
-        own = isinstance(pictures, OwnPictures) and bool(pictures.classes)
+        own = isinstance(pictures, OwnPictures) and bool(pictures.classes) and self.work != "masked_image"
         return View(self.model, self.name, str(self.weights), pictures, self.output_names, own, batch_size)
 
     def object_view(self, count: int) -> View:

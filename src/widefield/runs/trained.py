@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from widefield import _checks, tasks
+from widefield import _checks, masking, tasks
 from widefield.train import checkpoint, run_data
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.model import build_model
@@ -42,6 +42,11 @@ def load_trained(run: str | Path, which: str = "best", weights: str | None = Non
     model = build_model(recipe, tasks.create(recipe.task.name, about, **recipe.task.args))
     checkpoint.load_weights(file, model)
     return model.eval()
+
+
+def examined(model: nn.Module) -> nn.Module:
+    """Return a model as analyses and exports take it: of masked pre-training the encoder alone."""
+    return masking.Encoder(model) if isinstance(model, masking.MaskedAutoencoder) else model
 
 
 def weights_of(chosen: Checkpoint, weights: str | None = None) -> Path:

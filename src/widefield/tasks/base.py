@@ -92,12 +92,14 @@ class Task(ABC):
         model_args: arguments of ``timm.create_model`` that the task decides, such as ``{"num_classes": 10}`` or
             ``{"features_only": True}``.
         rating: what :meth:`rate` measures, as the end of a sentence; empty if images are not rated.
+        pictured: number of validation images of which the loop shows :meth:`pictures` in TensorBoard.
     """
 
     headline: str
     higher_is_better: bool
     model_args: Mapping[str, Any] = MappingProxyType({})
     rating: str = ""
+    pictured: int = 0
 
     @classmethod
     @abstractmethod
@@ -119,6 +121,13 @@ class Task(ABC):
             model: in any mode, which is left as it was.
             shape: (C, H, W) of the images.
         """
+
+    def remark(self, model: nn.Module, shape: tuple[int, int, int]) -> str:
+        """Return a line about a model that is shown before training; default: none, "". Arguments as of :meth:`check`.
+
+        The model is left as it was.
+        """
+        return ""
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Return samples as a batch; default: every entry stacked, as PyTorch's ``default_collate`` does.
@@ -170,6 +179,24 @@ class Task(ABC):
         """
         raise TypeError(f"the task {type(self).__name__} has no predictions to draw: define its method predict.")
 
+    def predict_batch(self, model: nn.Module, batch: Batch, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return what :meth:`predict` does for a batch of a data set; default: from its images alone.
+
+        Args:
+            model, sizes: as of :meth:`predict`.
+            batch: with ``index``.
+        """
+        return self.predict(model, batch["image"], sizes)
+
+    def pictures(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Return pictures by name, uint8 (3, H, W), that show what a model makes of a batch; default: none.
+
+        Args:
+            model: in evaluation mode.
+            batch: the same images in every call.
+        """
+        return {}
+
     def truth(self, sample: Sample) -> Prediction | None:
         """Return a sample's label in the form of a prediction, to draw them side by side; None if it has none."""
         return None
@@ -181,6 +208,10 @@ class Task(ABC):
             outputs: what :meth:`outputs` returned.
         """
         return None
+
+    def rated(self, rating: float) -> str:
+        """Return one of the values of :meth:`rate` as text; default: as a share, in percent."""
+        return f"{100 * rating:.1f} %"
 
     def scores(self, metrics: MetricCollection) -> Report | None:
         """Return a result with more than scalars, such as one row per class; default: None.

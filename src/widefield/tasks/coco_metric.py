@@ -100,8 +100,8 @@ class CocoMetric(RecordMetric[DetectionScores]):
             preds: boxes in pixels of the file. Masks are probabilities inside the boxes, which are pasted, or bool
                 (D, H, W) at the size of the file.
             target: the objects of each image.
-            index: int64 (N,), the places of the images in this process's data; they decide the order of detections with
-                equal scores. None: the order in which they come.
+            index: int64 (N,), the places of the images in the data set; they decide the order of detections with equal
+                scores. None: the order in which they come.
         """
         for place, found, true in zip(self.places(len(preds), index), preds, target, strict=True):
             self._add(place, found, true)
@@ -112,7 +112,6 @@ class CocoMetric(RecordMetric[DetectionScores]):
 
     def _scores(self) -> DetectionScores:
         rows = self.kept("rows")
-        # Processes take images in turn, so that equal places are in their order.
         rows = rows[np.argsort(rows["image"], kind="stable")]
         objects = self.objects.cpu().numpy()
         areas = self.objects.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from widefield import _checks
-from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method, refuse_leak
+from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method, reach, refuse_leak
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
 from widefield.tasks.nearest import NearestNeighbors
@@ -48,7 +48,8 @@ class MaskedImage(Task):
 
     headline = "loss"
     higher_is_better = False
-    rating = "the negative error of its reconstruction"
+    rating = "the loss of its reconstruction"
+    pictured = 6
 
     def __init__(
         self,
@@ -106,6 +107,10 @@ class MaskedImage(Task):
         self.method.mask.count(rows, columns)
         refuse_leak(model)
 
+    def remark(self, model: Any, shape: tuple[int, int, int]) -> str:
+        """Return how many masked pixels reach the encoder."""
+        return f"masking: {reach(model, shape)}"
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of the batch, a scalar."""
         return sum_of(self.losses(model, batch))
@@ -136,10 +141,8 @@ class MaskedImage(Task):
         index = batch.get("index")
         mask, visible = self._fixed(image, range(len(image)) if index is None else index.tolist())
         prediction = model.predict(image, mask, visible)
-        each = [
-            sum_of(model.losses(*(part[i : i + 1] for part in (prediction, image, mask)))) for i in range(len(image))
-        ]
-        found: dict[str, Any] = {"value": torch.stack(each)}
+        each: Any = torch.vmap(lambda *parts: sum_of(model.losses(*(part[None] for part in parts))))
+        found: dict[str, Any] = {"value": each(prediction, image, mask)}
         if self.neighbors and "label" in batch:
             features = model.encoder(image)[-1].mean((2, 3)).float()
             found |= {"features": features, "target": batch["label"]}
@@ -147,7 +150,20 @@ class MaskedImage(Task):
 
     def predict(self, model: Any, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """Return each image with its mask and the reconstruction, at the size that the model sees."""
-        mask, visible = self._fixed(images, range(len(images)))
+        return [*self._predictions(model, images, range(len(images)))]
+
+    def predict_batch(self, model: Any, batch: Batch, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return what :meth:`predict` does, with the masks that evaluations have for these images."""
+        return [*self._predictions(model, batch["image"], batch["index"].tolist())]
+
+    def pictures(self, model: Any, batch: Batch) -> dict[str, Tensor]:
+        """Return ``reconstructions``: a row for each image, its visible part and the prediction."""
+        panels = [one.panel() for one in self._predictions(model, batch["image"], batch["index"].tolist())]
+        gap = panels[0].new_full((3, 4, panels[0].shape[2]), 255)
+        return {"reconstructions": torch.cat([part for panel in panels for part in (panel, gap)][:-1], 1)}
+
+    def _predictions(self, model: Any, images: Tensor, places: Sequence[int]) -> list[ReconstructionPrediction]:
+        mask, visible = self._fixed(images, places)
         with evaluating(model), torch.no_grad():
             prediction = model.predict(images, mask, visible)
         restored = model.target.restored(prediction.float(), images.float()) if model.target.step == 1 else None
@@ -172,6 +188,10 @@ class MaskedImage(Task):
         """Return the negative loss of each image."""
         value: Tensor = -outputs["value"].double().cpu()
         return value
+
+    def rated(self, rating: float) -> str:
+        """Return the loss of an image as text."""
+        return f"{-rating:.3g}"
 
     def metrics(self) -> MetricCollection:
         """Return ``loss`` and, with labels, ``knn_top1``."""

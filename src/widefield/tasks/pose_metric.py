@@ -131,8 +131,8 @@ class PoseMetric(RecordMetric[PoseScores]):
         Args:
             preds: the poses.
             target: what they are compared with.
-            index: int64 (N,), the places of the samples in this process's data; they decide the order of poses with
-                equal scores. None: the order in which they come.
+            index: int64 (N,), the places of the samples in the data set; they decide the order of poses with equal
+                scores. None: the order in which they come.
         """
         places = self.places(len(preds), index)
         poses = self._filled("poses", len(preds), image=preds.images, label=preds.labels, box=preds.boxes,
@@ -221,7 +221,7 @@ class _Matched(NamedTuple):
 
 
 def _by_image(records: Records) -> Records:
-    """Return records by file, and those of a file by sample. Processes take samples in turn."""
+    """Return records by file, and those of a file by sample."""
     records = records[np.argsort(records["index"], kind="stable")]
     return records[np.argsort(records["image"], kind="stable")]
 

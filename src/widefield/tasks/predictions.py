@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from widefield.data.skeleton import Skeleton
@@ -142,6 +143,26 @@ class ReconstructionPrediction:
         """Return (height, width) of the image."""
         return self.image.shape[1], self.image.shape[2]
 
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """Return pictures by caption, uint8 (3, H, W).
+
+        The image, its visible part and, if pixels are predicted, the visible part with the prediction at hidden pixels.
+        """
+        found = {"image": self.image, "visible": torch.where(self.masked, self.image.new_tensor(_HIDDEN), self.image)}
+        if self.reconstruction is not None:
+            found["prediction"] = torch.where(self.masked, self.reconstruction, self.image)
+        return found
+
+    def panel(self, gap: int = 4) -> Tensor:
+        """Return the views side by side on white, uint8 (3, H, W)."""
+        views = list(self.views.values())
+        white = views[0].new_full((3, self.size[0], gap), 255)
+        return torch.cat([part for view in views for part in (view, white)][:-1], 2)
+
+
+_HIDDEN = 128
+"""Gray value of hidden pixels."""
 
 Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction | ReconstructionPrediction
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""

@@ -11,7 +11,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from widefield import data, tasks
 from widefield.tasks import Batch
-from widefield.train import checkpoint
+from widefield.train import checkpoint, pictures
 from widefield.train.alarms import brief, sigmas, watch_routers
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import Share, evaluate
@@ -120,6 +120,8 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         run.stop = stack.enter_context(StopRequest())
         run.report = stack.enter_context(reporter(console or Console(stderr=True), run.plan.steps))
         run.report.line(run.found)
+        if run.learner.remark:
+            run.report.line(run.learner.remark)
         run.loop()
     return run.result()
 
@@ -196,6 +198,7 @@ class _Run:
         self._stream = self._endless()
         self.metrics: dict[str, float] = {}
         self._warnings: list[str] = []
+        self._pictures: Mapping[str, Tensor] = {}
         self._loss_sum, self._loss_count = 0.0, 0
         self._pending: list[_Pending] = []
         self._skipped = 0
@@ -355,7 +358,16 @@ class _Run:
             metrics, self._warnings = watch_routers(self.learner.raw, lambda: measure(model))
             if self.learner.ema is not None:
                 metrics |= {f"ema_{name}": value for name, value in measure(self.learner.ema.module).items()}
+            self._pictures = self._draw()
         return metrics
+
+    def _draw(self) -> Mapping[str, Tensor]:
+        """Return the task's pictures in the first process, if there is a tracker to show them and it is their turn."""
+        shown = self.task.pictured and self.accelerator.is_main_process and self.logs.shows_pictures
+        if not (shown and pictures.due(self.rounds, self.plan.rounds)):
+            return {}
+        model = self.learner.raw if self.learner.ema is None else self.learner.ema.module
+        return pictures.draw(model, self.task, self.val_set, self.accelerator.device)
 
     def _until_stop(self, share: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches of this process's share until all processes have finished theirs; raises _Stopped."""
@@ -377,6 +389,7 @@ class _Run:
         for text in self._warnings:
             self._write({"kind": "warning", **where, "text": text})
         if self.accelerator.is_main_process:
+            self.logs.show(self._pictures, self.step)
             checkpoint.record(saved, self.metrics)
         self._prune()
         self._next_round()

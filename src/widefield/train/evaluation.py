@@ -94,3 +94,7 @@ class Share(SampleSet):
     def sample(self, index: int) -> Sample | None:
         """Return sample ``index`` of the shard."""
         return self._whole[self._indices[index]]
+
+    def place_of(self, index: int) -> int:
+        """Return the place of sample ``index`` in the whole data set."""
+        return self._indices[index]

@@ -54,6 +54,7 @@ class Learner:
         raw: the model without wrappers.
         model: the model to call.
         ema: the moving average of the weights, or None.
+        remark: what the task says about the model before training, in the first process; may be empty.
 
     Raises ValueError or TypeError for a recipe that does not work, naming the key.
     """
@@ -68,8 +69,7 @@ class Learner:
     ) -> None:
         self._recipe, self._task, self._accelerator = recipe, task, accelerator
         model = build_model(recipe, task, classes).to(accelerator.device)
-        if shape is not None:
-            _check_fit(task, model, recipe.model.name, shape)
+        self.remark = "" if shape is None else _check_fit(accelerator, task, model, recipe.model.name, shape)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if recipe.gradient_checkpointing:
@@ -290,15 +290,29 @@ def _channels_last(image: Any) -> Any:
     return image.contiguous(memory_format=torch.channels_last) if isinstance(image, Tensor) else image
 
 
-def _check_fit(task: Task, model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError for a model that does not fit the task; draws no random number."""
-    before = random_state()
-    try:
-        task.check(model, shape)
-    except ValueError as error:
-        raise ValueError(f"model: {name} does not fit the task: {error}") from error
-    finally:
-        restore_random_state(before)
+def _check_fit(accelerator: Accelerator, task: Task, model: nn.Module, name: str, shape: tuple[int, int, int]) -> str:
+    """Return the task's remark on a model; draws no random number.
+
+    The first process looks at the model, which is the same in all.
+
+    Raises:
+        ValueError: the model does not fit the task; in every process.
+    """
+    before, remark, failed = random_state(), "", None
+    if accelerator.is_main_process:
+        try:
+            task.check(model, shape)
+            remark = task.remark(model, shape)
+        except Exception as error:
+            failed = error
+        finally:
+            restore_random_state(before)
+    if largest(accelerator, failed is not None):
+        reason = failed or "the first process says why"
+        if failed is not None and not isinstance(failed, ValueError):
+            raise failed
+        raise ValueError(f"model: {name} does not fit the task: {reason}") from failed
+    return remark
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:

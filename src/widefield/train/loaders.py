@@ -135,7 +135,7 @@ def shut_down(loader: Any) -> None:
 
 
 class _Reading(Dataset[Any]):
-    """A data set whose samples know their index, and that returns the OSError of an unreadable one.
+    """A data set whose samples know their place, and that returns the OSError of an unreadable one.
 
     Raised in a worker, the error would arrive as the text of a traceback.
     """
@@ -153,7 +153,7 @@ class _Reading(Dataset[Any]):
                 sample = self.dataset[index]
         except OSError as error:
             return error
-        return None if sample is None else (index, sample)
+        return None if sample is None else (self.dataset.place_of(index), sample)
 
 
 class _Collating:

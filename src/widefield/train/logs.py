@@ -8,15 +8,22 @@ import importlib.util
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor
 
 from widefield.train.recipe import Recipe
 from widefield.train.run_folder import RunFolder
 
-Tracker = Callable[[dict[str, float], int], None]
-"""Takes numbers by name, and their step."""
+
+class Tracker(NamedTuple):
+    """A place that shows a run while it trains. Both callables take things by name, and their step."""
+
+    numbers: Callable[[Mapping[str, float], int], None]
+    pictures: Callable[[Mapping[str, Tensor], int], None]
+    """Pictures are uint8 (3, H, W)."""
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -76,8 +83,18 @@ class Logs:
             for name, value in entry.items()
             if name not in ("kind", "step", "epoch") and isinstance(value, (int, float))
         }
-        for track in self._trackers:
-            track(numbers, entry["step"])
+        for tracker in self._trackers:
+            tracker.numbers(numbers, entry["step"])
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is a tracker, to which pictures can be sent."""
+        return bool(self._trackers)
+
+    def show(self, pictures: Mapping[str, Tensor], step: int) -> None:
+        """Send pictures, uint8 (3, H, W) by name, to the trackers."""
+        for tracker in self._trackers if pictures else ():
+            tracker.pictures(pictures, step)
 
     def _tensorboard(self, stack: ExitStack) -> Tracker:
         from torch.utils.tensorboard import SummaryWriter
@@ -85,11 +102,15 @@ class Logs:
         stack.enter_context(_silent_threads("tensorboard"))
         board = stack.enter_context(SummaryWriter(str(self._folder.tensorboard), purge_step=self._step + 1))
 
-        def track(numbers: dict[str, float], step: int) -> None:
+        def write_numbers(numbers: Mapping[str, float], step: int) -> None:
             for name, value in numbers.items():
                 board.add_scalar(name, value, step)
 
-        return track
+        def write_pictures(pictures: Mapping[str, Tensor], step: int) -> None:
+            for name, picture in pictures.items():
+                board.add_image(name, picture.cpu(), step)
+
+        return Tracker(write_numbers, write_pictures)
 
     def _wandb(self, stack: ExitStack) -> Tracker:
         import wandb  # type: ignore[import-not-found, unused-ignore]
@@ -103,4 +124,8 @@ class Logs:
             config=dataclasses.asdict(self._recipe),
         )
         stack.callback(run.finish)
-        return lambda numbers, step: run.log(numbers, step=step)
+
+        def write_pictures(pictures: Mapping[str, Tensor], step: int) -> None:
+            run.log({name: wandb.Image(one.movedim(0, -1).cpu().numpy()) for name, one in pictures.items()}, step=step)
+
+        return Tracker(lambda numbers, step: run.log(dict(numbers), step=step), write_pictures)

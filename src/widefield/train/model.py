@@ -6,11 +6,12 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import nn
 
-from widefield import _checks
+from widefield import _checks, surgery
 from widefield.tasks import PoseEstimation, Task
 from widefield.train import run_data
 from widefield.train.networks import HEAD, TORCHVISION, create_model
@@ -78,8 +79,15 @@ def _has_other_classes(source: str, classes: Sequence[str] | None) -> bool:
 
 
 def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
-    from widefield import surgery
+    return surgery.convert(model, conversion_of(conversion), conversion.where)
 
+
+def conversion_of(conversion: ConversionSpec) -> Any:
+    """Return the configuration in widefield.surgery that a recipe's conversion names.
+
+    Raises:
+        TypeError: it has no such argument.
+    """
     config = getattr(surgery, CONVERSIONS[conversion.kind])
     known = [field.name for field in dataclasses.fields(config)]
     for key in conversion.args:
@@ -88,4 +96,4 @@ def _converted(model: nn.Module, conversion: ConversionSpec) -> nn.Module:
                 f"conversion.args.{key}: {config.__name__} has no such argument.{_checks.did_you_mean(key, known)} "
                 f"It takes {', '.join(known)}."
             )
-    return surgery.convert(model, config(**conversion.args), conversion.where)
+    return config(**conversion.args)

@@ -11,6 +11,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from widefield.masking.visibility import Treated
+
 
 class _Sum(torch.autograd.Function):
     """The sum of a tensor over all processes; its gradient is the sum of theirs."""
@@ -72,7 +74,11 @@ class SyncBatchNormOnCPU(_BatchNorm):
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     """Return a model whose batch norms use the batches of all processes; names of its entries stay the same."""
     if device.type != "cpu":
+        rules = {name: module.forward for name, module in model.named_modules() if isinstance(module.forward, Treated)}
         converted: nn.Module = convert_sync_batchnorm(model)
+        for name, old in rules.items():  # those of masked pre-training; the new norms are other modules
+            module = converted.get_submodule(name)
+            module.forward = Treated(module, old.visibility, old.rule)
         return converted
     for module in model.modules():
         if isinstance(module, _BatchNorm):
