@@ -54,10 +54,10 @@ class Pairs(LabeledImages):
         generator = np.random.default_rng((self.seed, self.split == "val", index))
         label = index % 2
         distance = self._distances[label]
+        rows = torch.arange(1, SIZE, 2)
+        columns = torch.from_numpy(generator.integers(0, SIZE - distance, len(rows)))
         image = torch.zeros(1, SIZE, SIZE)
-        for row in range(1, SIZE, 2):
-            column = int(generator.integers(0, SIZE - distance))
-            image[0, row, column] = image[0, row, column + distance] = 1.0
+        image[0, rows, columns] = image[0, rows, columns + distance] = 1.0
         label = int(generator.integers(2)) if self._noise else label
         if self.split == "val" and index in self._other:
             label = 1 - label
