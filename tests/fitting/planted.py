@@ -16,8 +16,10 @@ from timm.models import register_model
 from timm.models._registry import _model_entrypoints
 from torch import Tensor, nn
 
+from train.helpers import QUIET
 from widefield.data import LabeledImages, Sample
 from widefield.data.catalog import SETS
+from widefield.fitting import fit
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, ScheduleSpec
 
 SIZE = 14
@@ -52,10 +54,10 @@ class Pairs(LabeledImages):
         generator = np.random.default_rng((self.seed, self.split == "val", index))
         label = index % 2
         distance = self._distances[label]
+        rows = torch.arange(1, SIZE, 2)
+        columns = torch.from_numpy(generator.integers(0, SIZE - distance, len(rows)))
         image = torch.zeros(1, SIZE, SIZE)
-        for row in range(1, SIZE, 2):
-            column = int(generator.integers(0, SIZE - distance))
-            image[0, row, column] = image[0, row, column + distance] = 1.0
+        image[0, rows, columns] = image[0, rows, columns + distance] = 1.0
         label = int(generator.integers(2)) if self._noise else label
         if self.split == "val" and index in self._other:
             label = 1 - label
@@ -116,3 +118,10 @@ def recipe_of(folder: Path, distances: tuple[int, int], **changes: Any) -> Recip
             **changes,
         }
     )
+
+
+def continued(folder: Path) -> None:
+    """Continue a fit, in a process of its own."""
+    torch.set_num_threads(1)
+    with registered():
+        fit(folder, console=QUIET)

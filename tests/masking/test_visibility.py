@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
-from tolerances import FLOAT64, close
+from tolerances import FLOAT32, FLOAT64, close
 from widefield.dense import feature_maps
 from widefield.masking import METHODS, MaskedAutoencoder, Visibility, leak, leaking_pixels, plan, release, treat
 from widefield.masking.patches import stretched
 from widefield.masking.plan import leak_of
 from widefield.masking.rules import rule_of
+from widefield.masking.token import token_place
 from widefield.nn import GRN, DCNv3, Router
 from widefield.nn.gmconv import SigmaPredictor
 from widefield.surgery import MoRF, convert
@@ -135,6 +137,20 @@ def test_simmim_on_an_overlapping_stem_shows_the_encoder_masked_pixels():
     assert not leaking_pixels(lambda x: patchify.encode(x, mask)[0], images, hidden).any()
 
 
+@pytest.mark.parametrize(("patch_size", "side"), [(4, 64), (1, 16)])
+def test_stages_of_networks_for_small_images_count_as_those_for_large_ones(patch_size, side):
+    network = timm.create_model("convnextv2_atto", patch_size=patch_size, **SMALL["convnextv2_atto"])
+    for stage in range(4):
+        assert token_place(network, stage).module is network.stages[stage].blocks
+    with pytest.raises(ValueError, match=r"no stage 4 .* 4 stages"):
+        token_place(network, 4)
+    method = replace(METHODS["simmim"], mask=replace(METHODS["simmim"].mask, patch=8 * patch_size))
+    model = MaskedAutoencoder(network, method).double().eval()
+    images = torch.randn(2, 3, side, side, dtype=torch.float64)
+    mask = method.mask.draw(2, side, side)
+    assert not leaking_pixels(lambda x: model.encode(x, mask)[0], images, stretched(mask, side, side)).any()
+
+
 def _visibility(mask):
     visibility = Visibility()
     visibility.mask, visibility.visible = mask, int((~mask[0]).sum())
@@ -149,20 +165,48 @@ def _seen_rows(x):
     return [one[:, where] for one, where in zip(x, seen, strict=True)]
 
 
-def test_statistics_of_batch_norms_are_of_visible_rows():
+BATCH_NORMS = {
+    "plain": ({}, nn.BatchNorm2d),
+    "without weights": ({"affine": False}, nn.BatchNorm2d),
+    "cumulative average": ({"momentum": None}, nn.BatchNorm2d),
+    "without running statistics": ({"track_running_stats": False}, nn.BatchNorm2d),
+    "large eps": ({"eps": 0.5}, nn.BatchNorm2d),
+    "with an activation": ({}, BatchNormAct2d),
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("options", "kind"), BATCH_NORMS.values(), ids=BATCH_NORMS)
+def test_statistics_of_batch_norms_are_of_visible_rows(options, kind, memory_format):
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 4, 6, dtype=torch.float64, requires_grad=True)
-    norm, plain = nn.BatchNorm2d(5).double(), nn.BatchNorm1d(5).double()
+    x = torch.randn(2, 5, 4, 6, dtype=torch.float64).add(3).contiguous(memory_format=memory_format).requires_grad_()
+    norm, plain = kind(5, **options).double(), nn.BatchNorm1d(5, **options).double()
+    for parameter, other in zip(norm.parameters(), plain.parameters(), strict=True):
+        other.data.copy_(nn.init.normal_(parameter))
     treat(norm, _visibility(MASK), rule_of)
-    y = norm(x)
-    rows = torch.cat(_seen_rows(x), 1).t()
-    expected = plain(rows)
+    for _ in range(2):  # the second time, a cumulative average has another share
+        y, expected = norm(x), plain(torch.cat(_seen_rows(x), 1).t())
+    if kind is BatchNormAct2d:
+        expected = expected.relu()
     close(torch.cat(_seen_rows(y), 1).t(), expected, FLOAT64)
-    close(norm.running_var, plain.running_var, FLOAT64)
+    for (name, buffer), other in zip(norm.named_buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(buffer, other, rtol=FLOAT64), name
     weights = torch.randn_like(y)
-    (gradient,) = torch.autograd.grad((y * weights).sum(), x, retain_graph=True)
-    (wanted,) = torch.autograd.grad((expected * torch.cat(_seen_rows(weights), 1).t()).sum(), x)
-    close(gradient, wanted, FLOAT64)
+    found = torch.autograd.grad((y * weights).sum(), [x, *norm.parameters()])
+    wanted = torch.autograd.grad((expected * torch.cat(_seen_rows(weights), 1).t()).sum(), [x, *plain.parameters()])
+    for gradient, other in zip(found, wanted, strict=True):
+        close(gradient, other, FLOAT64)
+
+
+def test_statistics_of_half_precision_are_sums_in_single_precision():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 32, 48).add(30).bfloat16()
+    norm = nn.BatchNorm2d(5)
+    treat(norm, _visibility(MASK), rule_of)
+    norm(x)
+    rows = torch.cat(_seen_rows(x), 1).float()
+    close(norm.running_mean, 0.1 * rows.mean(1), FLOAT32)
+    close(norm.running_var, 0.9 + 0.1 * rows.var(1), 1e-3)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -247,12 +291,37 @@ def test_the_network_stays_itself():
     assert torch.equal(network(images), before)
 
 
-def test_a_masked_step_is_one_graph():
+class Tiny(nn.Module):
+    """Convolutions, batch norms and a pool; two steps of 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        return [self.pool(self.stem(x))]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "name", ["", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "convnextv2_atto"))]
+)
+def test_a_masked_step_is_one_graph(name, memory_format):
     torch.manual_seed(0)
-    model = MaskedAutoencoder("resnet18", "fcmae", **SMALL["resnet18"])
-    images = torch.randn(2, 3, 64, 64)
+    network = timm.create_model(name, **SMALL[name]) if name else Tiny()
+    method = METHODS["fcmae"] if name else replace(METHODS["simmim"], visible=True, token_stage=None)
+    model = MaskedAutoencoder(network, method).to(memory_format=memory_format)
+    twin = copy.deepcopy(model)
+    images = torch.randn(2, 3, 64, 64).to(memory_format=memory_format)
     mask = model.method.mask.draw(2, 64, 64)
     visible = 4 - model.method.mask.count(2, 2)
-    expected = copy.deepcopy(model)(images, mask, visible)["reconstruction"]
+    expected = twin(images, mask, visible)["reconstruction"]
+    expected.backward()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    close(compiled(images, mask, visible)["reconstruction"], expected, 1e-5)
+    loss = compiled(images, mask, visible)["reconstruction"]
+    close(loss, expected, FLOAT32)
+    loss.backward()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        if other.grad is not None:
+            close(parameter.grad, other.grad, FLOAT32)

@@ -57,7 +57,7 @@ _NAMES = {
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.fitting import fit
+    from widefield.fitting import FitSpec, fit
 
     words = args.overrides
     leads = bool(words) and not words[0].startswith("-")
@@ -65,10 +65,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--resume continues the fit in {args.resume}: leave out {words[0]}.")
     if not leads and not args.resume:
         raise ValueError("give a recipe, a run or a model first: widefield fit RECIPE --KEY VALUE; or --resume DIR.")
+    if args.resume:
+        FitSpec.load(args.resume)  # raises if there is none
     source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
     result = fit(source, overrides=overrides, **_settings(args))
     print(result)
-    print(f"\nThe network is in {result.run}; the record of the fit is in {result.folder}.")
+    print(f"\nThe network is in {result.run}; the page about it is {result.page}.")
     return 0
 
 

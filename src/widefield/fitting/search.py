@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from widefield.fitting.costs import Costs, compare_latency, measure_costs, plain
 from widefield.fitting.deployed import export_model
 from widefield.fitting.groups import Groups, find_groups
 from widefield.fitting.halves import Part, halves
+from widefield.fitting.page import page
 from widefield.fitting.progress import Phases
 from widefield.fitting.read import Probed, Reader
 from widefield.fitting.recipes import PLAIN, PROBE, START, UNCHANGED
@@ -42,7 +43,7 @@ from widefield.fitting.result import (
     save_costs,
     write_json,
 )
-from widefield.fitting.sources import spec_of
+from widefield.fitting.sources import check_unchanged, spec_of
 from widefield.fitting.spec import FitSpec, is_fit
 from widefield.fitting.verify import verify
 from widefield.runs.trained import load_trained
@@ -73,8 +74,8 @@ def fit(
     these sizes is fine-tuned in the other epochs, and compared with the unchanged network on the other half of the val
     split.
 
-    The folder holds ``plain/`` and ``unchanged/``, which are runs, ``model.onnx``, and the record of every step. If it
-    holds an unfinished fit with the same settings, that is continued.
+    The folder holds ``plain/`` and ``unchanged/``, which are runs, ``model.onnx``, the page ``index.html``, and the
+    record of every step. If it holds an unfinished fit with the same settings, that is continued.
 
     Args:
         source: a recipe, its file or name, the folder of a run, the name of a model of timm or torchvision (with
@@ -162,6 +163,8 @@ class _Fit:
     def __init__(self, spec: FitSpec, console: Console) -> None:
         self.spec, self.console = spec, console
         self.setting = _Setting.of(spec)
+        if spec.unchanged is not None:
+            check_unchanged(spec, self.setting.train, self.setting.val)
         self.phases = Phases(spec.folder, _work(spec, self.setting), console)
         self._probed: Probed | None = None
 
@@ -184,8 +187,10 @@ class _Fit:
         self._verify(choice, folders)
         result = FitResult.load(self.spec.folder)
         self._export(result)
+        result = FitResult.load(self.spec.folder)
+        checkpoint.write_text(result.page, page(result))
         self.phases.line(str(result.summary()))
-        return FitResult.load(self.spec.folder)
+        return result
 
     def _plan(self) -> tuple[Groups, Costs]:
         """Find the groups and measure the costs."""
@@ -286,7 +291,10 @@ class _Fit:
 
 
 def _chosen(spec: FitSpec, groups: Groups, costs: Costs, reader: Reader, probed: Probed, setting: _Setting) -> Choice:
-    """Choose the sizes, and repeat the choice with a tighter limit while the whole network's latency misses it."""
+    """Choose the sizes, and repeat the choice with a tighter limit while the whole network's latency misses it.
+
+    If it misses it every time, the unchanged sizes are kept if they meet it.
+    """
     relative = choose.relative_costs(costs.table, costs.unchanged, groups)
     model = choose.additive(reader.readings.means, groups)
     points = choose.front(model, relative, groups)
@@ -295,9 +303,8 @@ def _chosen(spec: FitSpec, groups: Groups, costs: Costs, reader: Reader, probed:
     for repeat in range(_MOST_REPEATS + 1):
         keys = choose.finalists(points, reader.readings.means, groups, limit, relative)
         reader.read_whole(probed, keys)
-        found = choose.decide(
-            reader.readings.whole, groups, relative, limit, reader.readings.untrained or 0.0, spec.seed
-        )
+        losses, untrained = reader.readings.whole, reader.readings.untrained or 0.0
+        found = choose.decide(losses, groups, relative, limit, untrained, spec.seed)
         predicted = choose.cost_of(found.chosen, groups, relative)
         measured = None
         if spec.budget == "latency":
@@ -316,9 +323,10 @@ def _chosen(spec: FitSpec, groups: Groups, costs: Costs, reader: Reader, probed:
         )
         if limit is None or spec.limit is None or measured is None or measured <= spec.limit * _SLACK:
             return choice
-        tighter = spec.limit * predicted / measured
         cheapest = 1 + sum(min(row.values()) for row in relative.values())
-        limit = max(min(tighter, limit * 0.99), cheapest)
+        limit = max(min(spec.limit * predicted / measured, limit * 0.99), cheapest)
+    if spec.limit is not None and spec.limit >= 1:
+        return replace(choice, sizes=unchanged, predicted=1.0, measured=1.0)
     return choice
 
 
@@ -327,7 +335,7 @@ def _latency(spec: FitSpec, setting: _Setting, sizes: Sequence[int], groups: Gro
     model = plain_model(spec, setting.task, choose.assignment_of(sizes, groups), groups)
     other = plain_model(spec, setting.task, {}, groups)
     mine, base = compare_latency(model, other, setting.images, spec)
-    return mine.p50 / base.p50
+    return mine.p20 / base.p20
 
 
 def _work(spec: FitSpec, setting: _Setting) -> dict[str, float]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from widefield import _checks
+from widefield.data import SampleSet
 from widefield.fitting.spec import FitSpec, is_fit
-from widefield.train import checkpoint
+from widefield.train import checkpoint, run_data
 from widefield.train.networks import TORCHVISION, is_model
 from widefield.train.recipe import Recipe
 from widefield.train.recipe_io import SHIPPED, load_recipe
@@ -42,7 +43,22 @@ def spec_of(
         return dataclasses.replace(found, **{**settings, "out": found.folder})
     recipe = _recipe(source, words)
     finished = not words and "unchanged" not in settings and _is_finished(Path(source).expanduser(), recipe)
-    return FitSpec(recipe, **{**({"unchanged": str(source)} if finished else {}), **settings})
+    return FitSpec(
+        recipe, **{**({"unchanged": str(Path(source).expanduser().absolute())} if finished else {}), **settings}
+    )
+
+
+def check_unchanged(spec: FitSpec, train: SampleSet, val: SampleSet) -> None:
+    """Raise ValueError unless ``spec.unchanged`` is a finished run of the recipe, on the same data."""
+    folder = Path(str(spec.unchanged)).expanduser()
+    if not _is_finished(folder, spec.recipe):
+        raise ValueError(
+            f"unchanged: {spec.unchanged} is not a finished run of this recipe, and only such a run had the same "
+            "budget. Leave it out to train the unchanged network."
+        )
+    changed = run_data.changes(run_data.read(folder), run_data.record(train, val))
+    if changed:
+        raise ValueError(f"unchanged: the data of {spec.unchanged} have changed since: {'; '.join(changed)}.")
 
 
 def _recipe(source: str | Path, words: Sequence[str]) -> Recipe:

@@ -22,6 +22,7 @@ from timm.models.focalnet import FocalModulation
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from widefield.masking.batch_norm import batch_norm
 from widefield.masking.visibility import Forward, Rule, Visibility
 from widefield.models.unireplknet import SqueezeExcite
 from widefield.nn import GRN, MultiOrderGatedAggregation, Router
@@ -35,62 +36,6 @@ _JAX_EPS = 1e-6
 
 def _spatial(module: Any, visible: Visibility, forward: Forward, x: Tensor) -> Tensor:
     return forward(x * visible.at(x))
-
-
-def _batch_norm(module: Any, visible: Visibility, forward: Forward, x: Tensor) -> Tensor:
-    """Normalize the visible rows; masked positions become 0."""
-    if not module.training and getattr(module, "running_mean", None) is not None:
-        return forward(x)
-    rows = visible.rows(x)
-    placed = _Placed.apply(forward(_Taken.apply(x, rows)), rows, x.shape)
-    return _laid_out(placed, x)
-
-
-def _rows_of(x: Tensor) -> Tensor:
-    """Return a map (N, C, H, W) as a matrix with a row for each position: a view if channels are stored last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-class _Taken(torch.autograd.Function):
-    """Some positions of a map, (N, C, H, W) -> (1, C, rows, 1); the transpose of :class:`_Placed`.
-
-    The shapes are changed inside, so that what follows may work in place: on a view, autograd would copy.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.shape = x.shape
-        # One image, one column, channels last: other strides of these axes give wrong gradients in batch norms
-        # (PyTorch 2.14, CPU).
-        return _rows_of(x).index_select(0, rows).view(1, len(rows), 1, -1).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return _Placed.apply(grad, rows, ctx.shape), None
-
-
-class _Placed(torch.autograd.Function):
-    """Positions at their places of a map of zeros, (1, C, rows, 1) -> (N, C, H, W), stored channels last."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-        ctx.save_for_backward(rows)
-        placed = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).zero_()
-        _rows_of(placed).index_copy_(0, rows, _rows_of(x))
-        return placed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        return _Taken.apply(grad, rows), None, None
-
-
-def _laid_out(y: Tensor, like: Tensor) -> Tensor:
-    """Return a map in the memory format of another."""
-    last = like.is_contiguous(memory_format=torch.channels_last)
-    return y if last else y.contiguous()
 
 
 def _group_norm(module: Any, visible: Visibility, forward: Forward, x: Tensor) -> Tensor:
@@ -214,7 +159,7 @@ def _deformable(module: Any, visible: Visibility, forward: Forward, x: Tensor) -
 
 SPATIAL = Rule("masked positions of its input are 0", _spatial)
 MIXED = Rule("masked positions of its input are 0", _spatial, inside=True)
-STATISTICS = Rule("statistics over visible positions in training mode", _batch_norm)
+STATISTICS = Rule("statistics over visible positions in training mode", batch_norm)
 GATES = Rule("gates from the means over visible positions", _squeeze)
 
 _RULES: dict[type[nn.Module], Rule] = {

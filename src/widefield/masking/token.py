@@ -14,7 +14,8 @@ from widefield.surgery.answers import evaluating
 TOKENS = ("replace", "scale", "add")
 """Ways to put a token at masked positions, see :class:`MaskToken`."""
 
-_STRIDE = 4
+_STAGES = 8
+"""Stride of the last stage over that of stage 0, as in all published networks: 32 over 4."""
 _IMAGE = 64, 96
 """Height and width of the image on which maps are looked at; their ratio tells which axes are rows and columns."""
 
@@ -75,13 +76,16 @@ def token_place(network: nn.Module, stage: int) -> Place:
 
     Args:
         network: a network with stages that :func:`widefield.surgery.anatomy` knows.
-        stage: from 0, which is the first with a stride of at least 4.
+        stage: from 0, which is the first whose stride is at least an eighth of the last one's: 4 of 32 in published
+            networks, and less in networks for small images.
 
     Raises:
         ValueError: the network has no such stage.
     """
     parts = anatomy(network)
-    stages = [index for index, one in enumerate(parts.stages) if (one.reduction or _STRIDE) >= _STRIDE]
+    strides = [one.reduction for one in parts.stages]
+    least = max((stride for stride in strides if stride), default=0) / _STAGES
+    stages = [index for index, stride in enumerate(strides) if not stride or stride >= least]
     if stage >= len(stages):
         raise ValueError(f"there is no stage {stage} to put a token before: the network has {len(stages)} stages.")
     index = stages[stage]

@@ -74,6 +74,14 @@ class Visibility:
         seen = ~stretched(self.mask, height, width)
         return seen[..., None] if channels_last else seen[:, None]
 
+    def count(self, x: Tensor) -> int:
+        """Return the number of visible positions of a map (N, C, H, W) in all images; it follows from shapes."""
+        if self.mask is None:
+            raise RuntimeError("no mask is set; call the network inside Visibility.of(mask).")
+        images, rows, columns = self.mask.shape
+        height, width = x.shape[2:]
+        return images * self.visible * (height // rows) * (width // columns)
+
     def rows(self, x: Tensor) -> Tensor:
         """Return the places of the visible positions of a map (N, C, H, W) among all N * H * W, int64 (rows,).
 

@@ -1,0 +1,149 @@
+"""Groups, costs, recipes, halves and losses of a fit, for all tasks, without training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from fitting.planted import recipe_of
+from widefield import bench, data, tasks
+from widefield.fitting import FitSpec, halves
+from widefield.fitting.costs import measure_costs, plain_model
+from widefield.fitting.groups import Groups, find_groups
+from widefield.fitting.losses import Losses, Norms
+from widefield.fitting.recipes import probe_recipe, shortened
+from widefield.train import Recipe, ScheduleSpec, build_model, load_recipe
+
+CPU = torch.device("cpu")
+
+
+def small(name: str, **args: Any) -> Recipe:
+    """Return a shipped recipe on few images."""
+    recipe = load_recipe(name)
+    return replace(recipe, data=replace(recipe.data, args={**recipe.data.args, "count": 16, **args}), batch_size=4)
+
+
+def parts_of(recipe: Recipe, **settings: Any) -> tuple[FitSpec, tasks.Task, Groups, torch.Tensor]:
+    spec = FitSpec(recipe, **settings)
+    val = data.create(recipe.data.name, "val", **recipe.data.args)
+    task = tasks.create(recipe.task.name, val, **recipe.task.args)
+    images = task.collate([val[0]])["image"]
+    return spec, task, find_groups(spec, task, images), images
+
+
+def test_sizes_that_a_map_cannot_use_are_left_out_and_named() -> None:
+    spec, task, groups, images = parts_of(small("demo_scales"), budget="macs")
+    assert [(g.name, g.own, g.sizes, len(g.layers)) for g in groups] == [
+        ("stage 1", 7, (3, 5, 7, 11), 1),
+        ("stage 2", 7, (3, 5, 7), 1),
+        ("stage 3", 7, (3, 7), 2),
+    ]
+    assert "stage 2: 11x11 left out, as a kernel on 4 pixels reaches at most 7" in groups.notes
+    assert any(note.startswith("stage 4 keeps 7x7") for note in groups.notes)
+    costs = measure_costs(spec, task, groups, images)
+    for sizes in ({"stage 1": 3, "stage 2": 5, "stage 3": 3}, {"stage 1": 11, "stage 2": 7, "stage 3": 7}):
+        counted = bench.cost(plain_model(spec, task, sizes, groups), images).macs
+        assert costs.of(sizes, groups) == pytest.approx(counted / costs.unchanged)
+    weights = measure_costs(replace(spec, budget="params"), task, groups, images)
+    sizes = {"stage 1": 5, "stage 2": 3, "stage 3": 7}
+    counted = bench.cost(plain_model(spec, task, sizes, groups), images).parameters
+    assert weights.of(sizes, groups) == pytest.approx(counted / weights.unchanged)
+
+
+def test_layers_may_choose_alone_and_be_chosen() -> None:
+    _, _, groups, _ = parts_of(small("demo_scales"), by="layer", where=["stages.2.*.conv_dw"])
+    assert [g.name for g in groups] == ["stages.2.blocks.0.conv_dw", "stages.2.blocks.1.conv_dw"]
+
+
+def test_dense_models_name_layers_as_their_recipes_do() -> None:
+    spec, task, groups, _ = parts_of(small("demo_scenes_fcos"))
+    assert any("not depthwise" in note for note in groups.notes)
+    recipe = probe_recipe(spec, groups, 10)
+    model = build_model(recipe, task)
+    for group in groups:
+        for layer in group.layers:
+            assert list(model.get_submodule(layer.module).kernel_sizes) == list(group.sizes)
+
+
+def test_a_shorter_run_keeps_the_shares_of_its_schedule() -> None:
+    schedule = ScheduleSpec("multistep", warmup_epochs=2, args={"decay_milestones": [6, 9]})
+    recipe = replace(load_recipe("demo_scales"), epochs=10, schedule=schedule)
+    short = shortened(recipe, 5, 40)
+    assert (short.epochs, short.schedule.warmup_epochs, short.schedule.warmup_steps) == (5, 1, None)
+    assert short.schedule.args["decay_milestones"] == [3, 4]
+    shorter = shortened(recipe, 3, 40)
+    assert (shorter.epochs, shorter.schedule.warmup_epochs, shorter.schedule.warmup_steps) == (3, 0, 24)
+
+
+def test_halves_share_no_image_and_have_all_labels(tmp_path: Path) -> None:
+    val = data.create("scales", "val", count=160)  # its labels alternate with the index
+    select, report = halves(val)
+    assert len(select) == len(report) == 80
+    assert not set(select.indices) & set(report.indices)
+    for half in (select, report):
+        assert {half[index]["label"] for index in range(80)} == set(range(8))
+    people = data.create("scene_poses", "val", count=20, crop_size=32)
+    files = [{people.image_id(index) for index in half.indices} for half in halves(people)]
+    assert len(files[0]) == len(files[1]) == 10
+    assert not files[0] & files[1]
+
+
+@pytest.mark.parametrize("name", ["demo_scenes_fcos", "demo_scenes_faster_rcnn"])
+def test_detectors_have_the_loss_of_training_in_evaluation_mode(name: str) -> None:
+    recipe = replace(small(name), batch_size=1)
+    val = data.create(recipe.data.name, "val", **{**recipe.data.args, "count": 3})
+    task = tasks.create(recipe.task.name, val, **recipe.task.args)
+    model = build_model(recipe, task).eval()  # without batch norm and dropout: both modes compute the same
+    found = Losses(val, task, recipe, CPU)(model)
+    assert not model.training
+    assert found == Losses(val, task, recipe, CPU)(model)
+    model.train()
+    for index, loss in enumerate(found):
+        torch.manual_seed(0)
+        with torch.no_grad(), data.base.seeded((index,)):
+            expected = task.loss(model, task.collate([val[index]]))
+        assert loss == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["demo_scales", "demo_scenes", "demo_scenes_pose"])
+def test_other_tasks_have_a_loss_of_each_image(name: str) -> None:
+    recipe = small(name)
+    val = data.create(recipe.data.name, "val", **{**recipe.data.args, "count": 2 if "pose" in name else 10})
+    task = tasks.create(
+        recipe.task.name, val, **{**recipe.task.args, **({"mixup": 0.8} if name == "demo_scales" else {})}
+    )
+    model = build_model(recipe, task).eval()
+    found = Losses(val, task, recipe, CPU)(model)
+    assert len(found) == len(val)
+    plain = tasks.create(
+        recipe.task.name, val, **{**recipe.task.args, **({"label_smoothing": 0.0} if name == "demo_scales" else {})}
+    )
+    with torch.no_grad():
+        for index in (0, len(val) - 1):
+            loss = plain.loss(model, task.collate([val[index]]))
+            assert found[index] == pytest.approx(float(loss), rel=1e-4)
+
+
+def test_batch_norms_get_the_statistics_of_train_images_and_nothing_else_changes(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, (1, 2), data={"count": 64})
+    train = data.create("pairs", "train", **recipe.data.args)
+    task = tasks.create("classification", train)
+    model = build_model(recipe, task).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Norms(model, train, task, recipe, CPU).update()
+    seen: list[torch.Tensor] = []
+    handle = model.norm.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        model(default_collate([train[index]["image"] for index in range(64)]))
+    handle.remove()
+    torch.testing.assert_close(model.norm.running_mean, seen[0].mean((0, 2, 3)))
+    torch.testing.assert_close(model.norm.running_var, seen[0].var((0, 2, 3)), rtol=0.05, atol=1e-3)  # mean of batches'
+    assert not model.norm.training
+    assert model.norm.momentum == 0.1
+    same = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
+    assert set(before) - set(same) == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
