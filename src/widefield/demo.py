@@ -225,8 +225,8 @@ def _write(
                 f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
                 "to the 7x7 network in the same run. The last row is the largest difference between the outputs "
                 "before and after reparameterization over all validation images, in units of the largest output. "
-                "The second and third row are top-1 while blocks are off: they return their input, and their kernels take "
-                "no part."
+                "The second and third row are top-1 while blocks are off: they return their input, and their kernels "
+                "take no part."
             )
             + report.table(rows),
         )
