@@ -72,7 +72,7 @@ class Network:
     macs: int
     """For one image."""
     latency: float
-    """Median seconds of a forward pass."""
+    """Seconds of a forward pass, the 20th percentile of timings."""
     field: Mapping[str, float]
     """Share of the effective receptive field, such as "0.5" -> share of the image's area in the smallest central square
     that holds it; empty if it could not be measured. The fields are in ``erf.json`` and ``erf.png``."""

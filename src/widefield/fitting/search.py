@@ -332,7 +332,7 @@ def _latency(spec: FitSpec, setting: _Setting, sizes: Sequence[int], groups: Gro
     model = plain_model(spec, setting.task, choose.assignment_of(sizes, groups), groups)
     other = plain_model(spec, setting.task, {}, groups)
     mine, base = compare_latency(model, other, setting.images, spec)
-    return mine.p50 / base.p50
+    return mine.p20 / base.p20
 
 
 def _work(spec: FitSpec, setting: _Setting) -> dict[str, float]:

@@ -115,7 +115,7 @@ def verify(
     fields, notes = _fields(spec, models, report_half, same=same)
     times = compare_latency(models[PLAIN], models[UNCHANGED], images, spec)
     networks = {
-        name: _network(spec, folders[name], model, measured[name], row.p50, fields.get(name, {}), images)
+        name: _network(spec, folders[name], model, measured[name], row.p20, fields.get(name, {}), images)
         for (name, model), row in zip(((PLAIN, models[PLAIN]), (UNCHANGED, models[UNCHANGED])), times, strict=True)
     }
     if same:
