@@ -35,8 +35,14 @@ PAGES = (
 )
 
 
-@pytest.mark.parametrize("path", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
-def test_python_blocks_run_in_order(path, capsys):
+SLOW = ("fit",)
+CASES = ["README.md", *(f"docs/{page}.md" for page in PAGES)]
+CASES += [pytest.param(f"docs/{page}.md", marks=pytest.mark.slow) for page in SLOW]
+
+
+@pytest.mark.parametrize("path", CASES)
+def test_python_blocks_run_in_order(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     found = blocks(path)
     assert found
     scope = {}

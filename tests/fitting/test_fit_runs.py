@@ -19,7 +19,7 @@ from widefield.runs import load_trained
 from widefield.surgery import elastic_layers
 from widefield.train import load_recipe
 
-FILES = ("fit.yaml", "costs.json", "readings.json", "choice.json", "verdict.json", "log.jsonl", "erf.png")
+FILES = ("fit.yaml", "costs.json", "readings.json", "choice.json", "verdict.json", "log.jsonl", "erf.png", "index.html")
 
 
 def again(finished: FitResult, folder: Path, without: tuple[str, ...], **changes: Any) -> FitResult:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,7 +23,10 @@ from widefield.report import Report
 from widefield.runs.trained import load_trained
 from widefield.train.checkpoint import write_text
 
-COSTS, CHOICE, VERDICT = "costs.json", "choice.json", "verdict.json"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COSTS, CHOICE, VERDICT, PAGE = "costs.json", "choice.json", "verdict.json", "index.html"
 GAIN, CHEAPER, NOTHING, NO_MATTER = (
     "gain",
     "as good and cheaper",
@@ -72,7 +75,7 @@ class Network:
     macs: int
     """For one image."""
     latency: float
-    """Seconds of a forward pass, the 20th percentile of timings."""
+    """Seconds of a forward pass, 20th percentile."""
     field: Mapping[str, float]
     """Share of the effective receptive field, such as "0.5" -> share of the image's area in the smallest central square
     that holds it; empty if it could not be measured. The fields are in ``erf.json`` and ``erf.png``."""
@@ -144,6 +147,11 @@ class FitResult(Report):
         return self.spec.folder
 
     @property
+    def page(self) -> Path:
+        """Return the file of the page about the fit."""
+        return self.folder / PAGE
+
+    @property
     def run(self) -> Path:
         """Return the folder of the recommended run, which all verbs take."""
         network = self.verdict.plain if self.verdict.recommended == PLAIN else self.verdict.unchanged
@@ -178,6 +186,12 @@ class FitResult(Report):
             }
             for group, size in zip(self.groups, self.choice.sizes, strict=True)
         ]
+
+    def plot(self) -> Figure:
+        """Draw loss against cost: what was read, the predicted front, the choice, and the unchanged network."""
+        from widefield.fitting.page import draw_front
+
+        return draw_front(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the losses of single images, in JSON's types."""

@@ -27,6 +27,7 @@ from widefield.fitting.costs import Costs, compare_latency, measure_costs, plain
 from widefield.fitting.deployed import export_model
 from widefield.fitting.groups import Groups, find_groups
 from widefield.fitting.halves import Part, halves
+from widefield.fitting.page import page
 from widefield.fitting.progress import Phases
 from widefield.fitting.read import Probed, Reader
 from widefield.fitting.recipes import PLAIN, PROBE, START, UNCHANGED
@@ -73,8 +74,8 @@ def fit(
     these sizes is fine-tuned in the other epochs, and compared with the unchanged network on the other half of the val
     split.
 
-    The folder holds ``plain/`` and ``unchanged/``, which are runs, ``model.onnx``, and the record of every step. If it
-    holds an unfinished fit with the same settings, that is continued.
+    The folder holds ``plain/`` and ``unchanged/``, which are runs, ``model.onnx``, the page ``index.html``, and the
+    record of every step. If it holds an unfinished fit with the same settings, that is continued.
 
     Args:
         source: a recipe, its file or name, the folder of a run, the name of a model of timm or torchvision (with
@@ -186,8 +187,10 @@ class _Fit:
         self._verify(choice, folders)
         result = FitResult.load(self.spec.folder)
         self._export(result)
+        result = FitResult.load(self.spec.folder)
+        checkpoint.write_text(result.page, page(result))
         self.phases.line(str(result.summary()))
-        return FitResult.load(self.spec.folder)
+        return result
 
     def _plan(self) -> tuple[Groups, Costs]:
         """Find the groups and measure the costs."""

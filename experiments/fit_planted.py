@@ -1,0 +1,336 @@
+"""Does `widefield fit` find the field that data need? Scenes with planted answers, and every anchor at the same budget.
+
+nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4]
+    [--arms fit 3 5 7 11 random rf-next]
+
+Each image has a few objects of eight shapes; the network says the class of every pixel. The sets differ in what it must
+see: objects of 6 to 12 pixels, of 28 to 42, of 6 to 42; `colors`: where an object is, which its colors alone tell;
+`shuffled`: labels of other images, in which nothing can be learned. The network: a convolution of stride 2, four blocks
+of ConvNeXt without layer scale at half the image's side, and a head. All arms see the same number of images in
+training; `fit` and `rf-next` search in the first 30 % of them. Scores are those of 1,000 test images that no arm saw.
+
+Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from widefield import data, ops, report, surgery, tasks
+from widefield.benchmarks.record import publish
+from widefield.data import Scenes
+from widefield.fitting import fit
+from widefield.runs import evaluate_model, load_trained
+from widefield.surgery import Conversion
+from widefield.train import (
+    ConversionSpec,
+    DataSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    ScheduleSpec,
+    TaskSpec,
+    recipe,
+    train,
+)
+
+ARMS = ("fit", "7", "3", "5", "11", "random", "rf-next")
+SIZES = (3, 5, 7, 11)
+DATA: dict[str, tuple[str, dict[str, Any]]] = {
+    "small": ("scenes", {"object_sizes": [6, 12], "objects": [3, 6]}),
+    "large": ("scenes", {"object_sizes": [28, 42], "objects": [1, 1]}),
+    "mixed": ("scenes", {"object_sizes": [6, 42], "objects": [1, 3]}),
+    "colors": ("colors", {"object_sizes": [6, 42], "objects": [1, 3], "clutter": 0, "camouflage": 0}),
+    "shuffled": ("shuffled", {"object_sizes": [6, 42], "objects": [1, 3]}),
+}
+COMMON = {"size": 48, "min_visible": 0.5, "hflip": 0}
+QUIET = Console(quiet=True)
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Number of seeds -> quantile of Student's t at 97.5 %."""
+
+
+class Colors(Scenes):
+    """Scenes whose classes are background and object."""
+
+    classes = ("background", "object")
+
+    def sample(self, index: int) -> data.Sample:
+        """Return a sample with the mask of all objects."""
+        found = super().sample(index)
+        return {**found, "mask": found["mask"].clamp(max=1)}
+
+
+class Shuffled(Scenes):
+    """Scenes, each with the labels of another one."""
+
+    def sample(self, index: int) -> data.Sample:
+        """Return the image of a scene with the mask of the next one."""
+        other = super().sample((index + 1) % len(self))
+        return {**super().sample(index), "mask": other["mask"], "size_group": other["size_group"]}
+
+
+data.catalog.SETS.update(colors=Colors, shuffled=Shuffled)
+
+
+# RF-Next (Gao et al., TPAMI 2022): branches of one kernel at several dilations. Weights are the branches' shares.
+
+
+class Branches(nn.Module):
+    """A depthwise convolution at two dilations around a center that moves after each epoch of training.
+
+    The search is that of mmcv's `rfsearch`: rates 0.5, shares `|a_i| / sum |a|` from 0.01, dilations 1 to 24.
+    """
+
+    def __init__(self, conv: nn.Conv2d, steps: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.steps = conv.weight, conv.bias, steps
+        self.shares = nn.Parameter(torch.full((2,), 0.01))
+        self.register_buffer("dilation", torch.tensor(1))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def candidates(self) -> list[int]:
+        center = int(self.dilation)
+        return sorted({min(max(round(center * rate), 1), 24) for rate in (0.5, 1.5)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        rates = self.candidates()
+        share = self.shares.abs()[: len(rates)]
+        share = share / share.sum()
+        reach = self.weight.shape[-1] // 2
+        y = sum(
+            p * ops.depthwise_conv2d(x, self.weight, self.bias, padding=reach * d, dilation=d)
+            for p, d in zip(share, rates, strict=True)
+        )
+        if self.training:
+            self._count(share.detach(), rates)
+        return y
+
+    @torch.no_grad()
+    def _count(self, share: Tensor, rates: list[int]) -> None:
+        self.seen += 1
+        if int(self.seen) % self.steps == 0:
+            self.dilation.fill_(round(float((share * torch.tensor(rates, dtype=share.dtype)).sum())))
+            self.shares.fill_(0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dilations(Conversion):
+    """Search the dilation of depthwise convolutions."""
+
+    layers = (Branches,)
+    steps: int = 1
+
+    def _why_not(self, module: nn.Module) -> str | None:
+        return surgery.FastDepthwise().why_not(module)
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        return Branches(conv, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dilate(Conversion):
+    """Give a depthwise convolution a dilation."""
+
+    dilation: int = 1
+
+    def _why_not(self, module: nn.Module) -> str | None:
+        return surgery.FastDepthwise().why_not(module)
+
+    def _replace(self, conv: nn.Conv2d) -> nn.Module:
+        reach = self.dilation * (conv.kernel_size[0] // 2)
+        new = nn.Conv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, padding=reach, dilation=self.dilation,
+            groups=conv.groups,
+        )  # fmt: skip
+        new.weight, new.bias = conv.weight, conv.bias
+        return new
+
+
+surgery.Dilations, surgery.Dilate = Dilations, Dilate  # type: ignore[attr-defined]
+recipe.CONVERSIONS.update(dilations="Dilations", dilate="Dilate")
+
+
+def base(name: str, seed: int, args: argparse.Namespace) -> Recipe:
+    """Return the recipe of the unchanged network, whose kernels are 7x7."""
+    kind, options = DATA[name]
+    return Recipe(
+        name=f"{name}-{seed}",
+        model=ModelSpec(
+            "convnext_tiny",
+            {"stem_type": "overlap_act", "patch_size": 2, "depths": [4, 1, 1, 1], "dims": [32] * 4,
+             "ls_init_value": None, "out_indices": [0]},
+        ),
+        data=DataSpec(kind, {**COMMON, **options, "count": args.images, "seed": seed}),
+        task=TaskSpec(
+            "segmentation",
+            {"model": "semantic_fpn", "auxiliary_weight": 0.0,
+             "head_args": {"neck_channels": 32, "channels": 32, "out_indices": [0], "dropout": 0.0}},
+        ),
+        output=str(args.runs),
+        optimizer=OptimizerSpec("adamw", lr=args.lr, weight_decay=0.05),
+        schedule=ScheduleSpec("cosine", warmup_steps=args.images // 64),
+        max_steps=args.epochs * (args.images // 64),
+        batch_size=64,
+        workers=0,
+        clip_grad=5.0,
+        log_every=50,
+        seed=seed,
+        trackers=[],
+        evaluate_every=args.epochs * (args.images // 64),
+    )  # fmt: skip
+
+
+def trained(plan: Recipe) -> nn.Module:
+    """Train a recipe, or continue it; return the model."""
+    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
+    result = train(plan, resume=resume, console=QUIET)
+    if result.interrupted:
+        raise SystemExit(128 + result.interrupted)
+    return result.model
+
+
+def resized(plan: Recipe, sizes: list[int], arm: str) -> Recipe:
+    """Return a recipe whose block i has kernels of ``sizes[i]``."""
+    specs = [
+        ConversionSpec("resize", [f"*blocks.{block}.conv_dw" for block in range(4) if sizes[block] == size],
+                       {"kernel_size": size})
+        for size in sorted(set(sizes) - {7})
+    ]  # fmt: skip
+    first, rest = (specs[0], specs[1:]) if specs else (None, [])
+    return dataclasses.replace(plan, name=f"{plan.name}-{arm}", conversion=first, more_conversions=rest)
+
+
+def of_equal_cost(sizes: list[int], seed: int) -> list[int]:
+    """Return random sizes of about the same number of taps, other than ``sizes`` themselves."""
+    stream, taps = random.Random(seed), sum(size**2 for size in sizes)
+    draws = [[stream.choice(SIZES) for _ in sizes] for _ in range(200)]
+    return min((draw for draw in draws if draw != sizes), key=lambda draw: abs(sum(s**2 for s in draw) - taps))
+
+
+def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+    """Search dilations in 30 % of the epochs, and train on at those found."""
+    whole, steps = plan.max_steps or 0, plan.data.args["count"] // plan.batch_size
+    first = max(1, round(0.3 * whole / steps)) * steps
+    search = dataclasses.replace(
+        plan, name=f"{plan.name}-rf-search", max_steps=first, evaluate_every=first,
+        conversion=ConversionSpec("dilations", None, {"steps": steps}),
+    )  # fmt: skip
+    model = trained(search)
+    found = {name: int(layer.dilation) for name, layer in model.named_modules() if isinstance(layer, Branches)}
+    weights = {key: value for key, value in model.state_dict().items()
+               if key.rpartition(".")[2] not in ("shares", "dilation", "seen")}  # fmt: skip
+    start = search.folder / "start.pt"
+    torch.save(weights, start)
+    specs = [
+        ConversionSpec("dilate", [f"*{name.partition('blocks.')[2] and 'blocks.' + name.partition('blocks.')[2]}"],
+                       {"dilation": rate})
+        for name, rate in found.items()
+    ]  # fmt: skip
+    rest = whole - first
+    final = dataclasses.replace(
+        plan, name=f"{plan.name}-rf-next", max_steps=rest, model=dataclasses.replace(plan.model, pretrained=str(start)),
+        conversion=specs[0], more_conversions=specs[1:], evaluate_every=rest,
+    )  # fmt: skip
+    return trained(final), {"dilations": list(found.values())}
+
+
+def measured(name: str, seed: int, arm: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run one arm, and return its row."""
+    plan, started, found = base(name, seed, args), time.process_time(), {}
+    if arm == "fit":
+        unchanged = args.runs / f"{plan.name}-7"
+        result = fit(
+            dataclasses.replace(plan, name=f"{plan.name}-7"), kernel_sizes=SIZES, by="layer", limit=None,
+            budget="macs", onnx=False, unchanged=str(unchanged), out=args.runs / f"{plan.name}-fit", console=QUIET,
+        )  # fmt: skip
+        model = load_trained(result.folder / result.verdict.plain.folder, "last")
+        found = {"sizes": list(result.choice.sizes), "matters": result.choice.matters, "verdict": result.verdict.words}
+    elif arm == "rf-next":
+        model, found = searched(plan)
+    else:
+        chosen = next(
+            (row["sizes"] for row in rows if (row["data"], row["seed"], row["arm"]) == (name, seed, "fit")), None
+        )
+        sizes = of_equal_cost(chosen or [7] * 4, seed) if arm == "random" else [int(arm)] * 4
+        model, found = trained(resized(plan, sizes, arm)), {"sizes": sizes}
+    seconds = time.process_time() - started
+    kind, options = DATA[name]
+    test = data.create(kind, "val", **{**COMMON, **options, "count": 1000, "seed": 1000 + seed})
+    task = tasks.create("segmentation", test, **plan.task.args)
+    scores = evaluate_model(model, test, task, batch_size=125, workers=0)
+    return {"data": name, "seed": seed, "arm": arm, **found, "cpu_s": round(seconds, 1), "metrics": scores.metrics}
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and 95 % interval (Student's t) in percent."""
+    mean = 100 * statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * T95[min(len(values), 5)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a row per set and arm: mIoU, and the difference of `fit` to the arm, paired by seed."""
+    lines = []
+    for name in DATA:
+        scores = {
+            arm: {row["seed"]: row["metrics"]["miou"] for row in rows if (row["data"], row["arm"]) == (name, arm)}
+            for arm in ARMS
+        }
+        for arm in ARMS:
+            own = scores[arm]
+            if own:
+                paired = [scores["fit"][seed] - value for seed, value in own.items() if seed in scores["fit"]]
+                sizes = [str(row.get("sizes", row.get("dilations"))) for row in rows
+                         if (row["data"], row["arm"]) == (name, arm)]  # fmt: skip
+                lines.append({
+                    "data": name, "arm": arm, "seeds": str(len(own)), "mIoU": spread(list(own.values())),
+                    "fit minus this": "-" if arm == "fit" or not paired else spread(paired),
+                    "sizes, by block": "; ".join(sizes) if arm in ("fit", "random", "rf-next") else "",
+                })  # fmt: skip
+    return report.markdown(lines) if lines else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/fit_planted"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    stem = args.out / "fit_planted"
+    stored = stem.with_suffix(".json")
+    rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    command = f"python experiments/fit_planted.py --images {args.images} --epochs {args.epochs} --lr {args.lr:g}"
+    for seed in args.seeds:
+        for name in args.data:
+            for arm in sorted(args.arms, key=("7", "fit", *ARMS).index):  # fit compares itself with the run of 7
+                if any((row["data"], row["seed"], row["arm"]) == (name, seed, arm) for row in rows):
+                    continue
+                row = measured(name, seed, arm, args, rows)
+                stored_rows = json.loads(stored.read_text())["rows"] if stored.exists() else []
+                rows = [*stored_rows, row]
+                print(row, flush=True)
+                publish(stem, command, {"rows": rows}, table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Show a fit on a page: the verdict, what the layers wanted and got, the Pareto front, and the networks compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from widefield import report
+from widefield.fitting.choose import Candidate, assignment_of
+from widefield.fitting.costs import UNITS
+from widefield.fitting.progress import PHASES, duration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from widefield.fitting.result import FitResult, Network
+
+_WANTED = (
+    "Change of the probed network's loss if one group of layers gets another size and the others stay. Below zero is "
+    "better. Circles: the size before. Stars: the chosen size."
+)
+_FRONT = (
+    "Loss of the probed network on the selection half against cost. Line: the front that the additive model predicts. "
+    "Points: assignments that were read on all images of the half, with 95 % intervals of the difference to the best "
+    "one. The choice is the cheapest one within the limit whose interval reaches the best."
+)
+_RINGS = (
+    "Share of the squared weights by square ring around the center, in each layer's largest kernel after probing. It "
+    "describes the kernels; it does not decide."
+)
+_SIZES = (
+    "Mean rating of images by the size of their object, with 95 % intervals of the difference. Bars: before and after."
+)
+_FIELD = (
+    "Effective receptive field: by how much each pixel changes the center of the last map, averaged over images. "
+    "The table says how large the smallest central square with this share of it is, relative to the image."
+)
+_SHOWN = 12
+"""Most candidates in a table."""
+
+
+def page(result: FitResult) -> str:
+    """Return the page of a finished fit as an HTML document that holds its pictures."""
+    verdict = result.verdict
+    sections = [
+        ("Before and after", report.table(_networks(result))),
+        ("What each group of layers wanted, and got", _wanted(result)),
+        ("Loss and cost", _candidates(result)),
+    ]
+    if verdict.sizes:
+        picture = report.picture(draw_sizes(result), _SIZES)
+        sections.append(("By object size", picture + report.table(_size_rows(result))))
+    field = _field(result)
+    if field:
+        sections.append(("Effective receptive field", field))
+    if result.readings.rings:
+        sections.append(("Where the kernels have their weight", report.picture(draw_rings(result), _RINGS)))
+    sections.append(("How it was found", _method(result)))
+    title = f"{verdict.words[0].upper()}{verdict.words[1:]}"
+    return report.page(f"{result.spec.recipe.name}: {title}", verdict.text, sections, dict(result.environment))
+
+
+def _networks(result: FitResult) -> list[dict[str, str]]:
+    """Return the two networks as columns of a table, and their ratio."""
+    verdict = result.verdict
+    before, after = verdict.unchanged, verdict.plain
+
+    def row(name: str, form: str, values: tuple[float, float], *, ratio: bool = True) -> dict[str, str]:
+        old, new = values
+        change = f"{new / old:.2f} x" if ratio and old else f"{new - old:+.4g}"
+        return {"": name, "unchanged": form.format(old), "chosen sizes": form.format(new), "change": change}
+
+    rows = [
+        row(name, "{:.4g}", (before.metrics[name], value), ratio=False)
+        for name, value in after.metrics.items()
+        if name in before.metrics
+    ]
+    rows.sort(key=lambda found: found[""] != verdict.headline)
+    costs: Sequence[tuple[str, Any]] = (
+        ("latency, ms", lambda network: 1e3 * network.latency),
+        ("MACs, millions", lambda network: network.macs / 1e6),
+        ("parameters, thousands", lambda network: network.parameters / 1e3),
+    )
+    return rows + [row(name, "{:,.4g}", (read(before), read(after))) for name, read in costs]
+
+
+def _wanted(result: FitResult) -> str:
+    table = report.table(result.rows())
+    model = result.choice.model
+    fit = f"A sum over the groups explains {100 * model.explained:.0f} % of the variance of the readings."
+    return report.picture(draw_wanted(result), _WANTED) + table + report.paragraph(fit)
+
+
+def _candidates(result: FitResult) -> str:
+    choice = result.choice
+    rows = [
+        {
+            "sizes": ", ".join(map(str, found.sizes)),
+            "loss": f"{found.loss:.4f}",
+            "to the best one": f"{found.to_best.mean:+.4f} ({found.to_best.low:+.4f} to {found.to_best.high:+.4f})",
+            f"{result.costs.budget}, of before": f"{found.cost:.3f}",
+            "": _mark(result, found),
+        }
+        for found in sorted(choice.candidates, key=lambda found: found.loss)[:_SHOWN]
+    ]
+    measured = "" if choice.measured is None else f" The whole network was then measured: {choice.measured:.3f}."
+    words = f"Predicted {result.costs.budget} of the choice: {choice.predicted:.3f} of the unchanged network.{measured}"
+    alike = (
+        f"Networks of one size differ by {choice.spread:.4f} in loss (p = {choice.equality:.3f} for no difference): "
+        f"the field {'matters' if choice.matters else 'does not matter'} for these data."
+    )
+    return (
+        report.picture(draw_front(result), _FRONT)
+        + report.table(rows)
+        + report.paragraph(words)
+        + report.paragraph(alike)
+    )
+
+
+def _mark(result: FitResult, found: Candidate) -> str:
+    marks = []
+    if found.sizes == result.choice.sizes:
+        marks.append("chosen")
+    if assignment_of(found.sizes, result.groups) == result.groups.unchanged:
+        marks.append("unchanged")
+    if not found.allowed:
+        marks.append("above the limit")
+    return ", ".join(marks)
+
+
+def _size_rows(result: FitResult) -> list[dict[str, str]]:
+    return [
+        {
+            "object, pixels": f"{row.low:.0f} to {row.high:.0f}",
+            "unchanged": f"{row.unchanged:.3f}",
+            "chosen sizes": f"{row.plain:.3f}",
+            "difference": f"{row.difference.mean:+.3f} ({row.difference.low:+.3f} to {row.difference.high:+.3f})",
+        }
+        for row in result.verdict.sizes
+    ]
+
+
+def _field(result: FitResult) -> str:
+    drawn = result.folder / "erf.png"
+    verdict = result.verdict
+    networks: dict[str, Network] = {"unchanged": verdict.unchanged, "chosen sizes": verdict.plain}
+    rows = [
+        {"": name, **{f"{100 * float(share):.0f} %": f"{100 * ratio:.1f} %" for share, ratio in found.field.items()}}
+        for name, found in networks.items()
+        if found.field
+    ]
+    if not rows or not drawn.is_file():
+        return ""
+    return report.embedded(drawn.read_bytes(), "png", _FIELD) + report.table(rows)
+
+
+def _method(result: FitResult) -> str:
+    probe, settle = result.spec.shares()
+    unit = result.spec.unit
+    words = (
+        f"A network that can run at all sizes learned for {probe} {unit}s. Its loss was read at "
+        f"{len(result.readings.first)} assignments on one half of the val split, and at {len(result.readings.whole)} "
+        f"of them on all images of that half. The plain network with the chosen sizes then learned for {settle} "
+        f"{unit}s, the unchanged one for {probe + settle}. Both were compared on the other half, which nothing was "
+        f"chosen on."
+    )
+    seconds = [{"phase": name, "time": duration(result.seconds[name])} for name in PHASES if name in result.seconds]
+    notes = "".join(map(report.paragraph, (*result.groups.notes, *result.verdict.notes)))
+    return report.paragraph(words) + report.table(seconds) + report.table(result.costs.rows()) + notes
+
+
+@report.paper()
+def draw_wanted(result: FitResult) -> Figure:
+    """Draw the effect of each size on the loss, a line for each group."""
+    figure = report.blank(report.PAGE * 0.75, 2.6)
+    axis = figure.subplots()
+    ticks = result.groups.sizes
+    colors = report.expert_colors(len(result.groups))
+    for group, chosen, color in zip(result.groups, result.choice.sizes, colors, strict=True):
+        effects = result.choice.model.effects[group.name]
+        places = [ticks.index(size) for size in group.sizes]
+        axis.plot(places, [effects[size] for size in group.sizes], color=color, marker=".", label=group.name)
+        axis.plot(ticks.index(group.own), 0, "o", color=color, markersize=7, fillstyle="none")
+        axis.plot(ticks.index(chosen), effects[chosen], "*", color=color, markersize=10)
+    axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+    axis.set_xticks(range(len(ticks)), [f"{size}x{size}" for size in ticks])
+    axis.set(xlabel="kernel size", ylabel="change of the loss")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@report.paper()
+def draw_front(result: FitResult) -> Figure:
+    """Draw loss against cost: the predicted front, the candidates, the choice and the unchanged network."""
+    choice = result.choice
+    figure = report.blank(report.PAGE * 0.75, 2.8)
+    axis = figure.subplots()
+    axis.plot(
+        [point.cost for point in choice.front], [point.loss for point in choice.front],
+        color="0.7", drawstyle="steps-post", label="predicted front", zorder=0,
+    )  # fmt: skip
+    best = min((found for found in choice.candidates if found.allowed), key=lambda found: found.loss)
+    for found in choice.candidates:
+        color = report.COLORS[0] if found.allowed else "0.75"
+        ends = (found.to_best.mean - found.to_best.low, found.to_best.high - found.to_best.mean)
+        axis.errorbar(
+            found.cost, best.loss + found.to_best.mean, np.array(ends)[:, None], fmt=".", color=color, elinewidth=0.6
+        )
+    marks = (("chosen", choice.sizes, "*", report.COLORS[5]), ("unchanged", _own(result), "s", report.COLORS[1]))
+    for label, sizes, marker, color in marks:
+        found = next(candidate for candidate in choice.candidates if candidate.sizes == sizes)
+        axis.plot(found.cost, found.loss, marker, color=color, markersize=9, fillstyle="none", label=label)
+    if result.spec.limit is not None:
+        axis.axvline(result.spec.limit, color="0.6", linestyle=":", linewidth=0.8, label="limit")
+    unit = UNITS[result.costs.budget]
+    axis.set(xlabel=f"{result.costs.budget} ({unit}), relative to the unchanged network", ylabel="loss of the probe")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=6)
+    return figure
+
+
+@report.paper()
+def draw_sizes(result: FitResult) -> Figure:
+    """Draw the ratings by object size, before and after."""
+    rows = result.verdict.sizes
+    places = np.arange(len(rows))
+    figure = report.blank(report.PAGE * 0.6, 2.3)
+    axis = figure.subplots()
+    before, after = [row.unchanged for row in rows], [row.plain for row in rows]
+    axis.bar(places - 0.2, before, 0.38, color="0.75", label="unchanged")
+    middle = np.array([row.difference.mean for row in rows])
+    ends = np.array([[row.difference.low for row in rows], [row.difference.high for row in rows]])
+    axis.bar(
+        places + 0.2, after, 0.38, yerr=np.abs(ends - middle), color=report.COLORS[0], label="chosen sizes",
+        error_kw={"elinewidth": 0.6},
+    )  # fmt: skip
+    axis.set_xticks(places, [f"{row.low:.0f} to {row.high:.0f}" for row in rows])
+    axis.set(xlabel="size of the object (pixels)", ylabel="mean rating")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return figure
+
+
+@report.paper()
+def draw_rings(result: FitResult) -> Figure:
+    """Draw the share of the squared weights in each ring, a row for each layer."""
+    rings = result.readings.rings
+    most = max(map(len, rings.values()))
+    shares = np.full((len(rings), most), np.nan)
+    for row, values in enumerate(rings.values()):
+        shares[row, : len(values)] = values
+    figure = report.blank(report.PAGE * 0.6, 0.8 + 0.2 * len(rings))
+    axis = figure.subplots()
+    shown = axis.imshow(100 * shares, aspect="auto", cmap="YlGnBu", vmin=0)
+    axis.set_yticks(range(len(rings)), list(rings))
+    axis.set_xticks(range(most), [str(2 * ring + 1) for ring in range(most)])
+    axis.set(xlabel="side of the ring (taps)")
+    axis.tick_params(length=0)
+    figure.colorbar(shown, ax=axis, label="% of the weight", shrink=0.9)
+    return figure
+
+
+def _own(result: FitResult) -> tuple[int, ...]:
+    return tuple(group.own for group in result.groups)

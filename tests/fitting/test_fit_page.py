@@ -1,0 +1,46 @@
+"""The page about a fit, and its figures."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import replace
+
+import pytest
+
+from widefield.fitting import FitResult
+from widefield.fitting.page import draw_front, draw_rings, draw_wanted, page
+
+
+def test_the_page_says_what_was_found(finished: FitResult) -> None:
+    text = finished.page.read_text()
+    assert text == page(finished)
+    assert html.escape(finished.verdict.text) in text
+    for group in finished.groups:
+        assert f"<td>{group.name}</td>" in text
+    chosen = ", ".join(map(str, finished.choice.sizes))
+    assert re.search(rf"<tr><td>{re.escape(chosen)}</td>.*?chosen.*?</tr>", text)
+    assert text.count("<img") == 5  # what was wanted, the front, object sizes, the field, the rings
+    assert 'src="http' not in text  # it holds its pictures
+
+
+def test_pages_leave_out_what_is_unknown(finished: FitResult) -> None:
+    bare = replace(finished.verdict, plain=replace(finished.verdict.plain, field={}),
+                   unchanged=replace(finished.verdict.unchanged, field={}))  # fmt: skip
+    text = page(replace(finished, verdict=bare, readings=replace(finished.readings, rings={})))
+    assert text.count("<img") == 3
+    assert "Effective receptive field" not in text
+
+
+def test_figures_show_the_choice(finished: FitResult) -> None:
+    axis = draw_wanted(finished).axes[0]
+    stars = {tuple(line.get_xydata()[0]) for line in axis.lines if line.get_marker() == "*"}
+    ticks, effects = finished.groups.sizes, finished.choice.model.effects
+    expected = {(ticks.index(size), effects[name][size]) for name, size in finished.sizes.items()}
+    assert stars == {tuple(map(float, pair)) for pair in expected}
+
+    front = draw_front(finished).axes[0]
+    chosen = next(line for line in front.lines if line.get_label() == "chosen")
+    assert chosen.get_xdata()[0] == pytest.approx(finished.choice.predicted)
+    assert [text.get_text() for text in draw_rings(finished).axes[0].get_yticklabels()] == list(finished.readings.rings)
+    assert [type(axis) for axis in finished.plot().axes] == [type(axis) for axis in draw_front(finished).axes]
