@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from widefield.fitting import FitResult
-from widefield.fitting.page import draw_front, draw_rings, draw_wanted, page
+from widefield.fitting.figures import draw_wanted
+from widefield.fitting.page import draw_rings, page
 
 
 def test_the_page_says_what_was_found(finished: FitResult) -> None:
@@ -33,14 +34,13 @@ def test_pages_leave_out_what_is_unknown(finished: FitResult) -> None:
 
 
 def test_figures_show_the_choice(finished: FitResult) -> None:
-    axis = draw_wanted(finished).axes[0]
+    axis = draw_wanted(finished.choice, finished.groups).axes[0]
     stars = {tuple(line.get_xydata()[0]) for line in axis.lines if line.get_marker() == "*"}
     ticks, effects = finished.groups.sizes, finished.choice.model.effects
     expected = {(ticks.index(size), effects[name][size]) for name, size in finished.sizes.items()}
     assert stars == {tuple(map(float, pair)) for pair in expected}
 
-    front = draw_front(finished).axes[0]
+    front = finished.plot().axes[0]
     chosen = next(line for line in front.lines if line.get_label() == "chosen")
     assert chosen.get_xdata()[0] == pytest.approx(finished.choice.predicted)
     assert [text.get_text() for text in draw_rings(finished).axes[0].get_yticklabels()] == list(finished.readings.rings)
-    assert [type(axis) for axis in finished.plot().axes] == [type(axis) for axis in draw_front(finished).axes]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch.utils.data import default_collate
 
 from fitting.planted import recipe_of
@@ -16,8 +17,10 @@ from widefield.fitting import FitSpec, halves
 from widefield.fitting.costs import measure_costs, plain_model
 from widefield.fitting.groups import Groups, find_groups
 from widefield.fitting.losses import Losses, Norms
-from widefield.fitting.recipes import probe_recipe, shortened
-from widefield.train import Recipe, ScheduleSpec, build_model, load_recipe
+from widefield.fitting.read import Probed
+from widefield.fitting.recipes import START, plain_recipe, probe_recipe, shortened
+from widefield.surgery import elastic_layers
+from widefield.train import ModelSpec, Recipe, ScheduleSpec, build_model, load_recipe
 
 CPU = torch.device("cpu")
 
@@ -68,6 +71,36 @@ def test_dense_models_name_layers_as_their_recipes_do() -> None:
     for group in groups:
         for layer in group.layers:
             assert list(model.get_submodule(layer.module).kernel_sizes) == list(group.sizes)
+    stages = [{model.get_submodule(layer.module).stage for layer in group.layers} for group in groups]
+    assert all(len(found) == 1 for found in stages)
+    assert len(set.union(*stages)) == len(groups)  # so that each draws its own size
+
+
+@pytest.mark.parametrize(
+    "name", ["demo_scales", "demo_scenes", "demo_scenes_fcos", "demo_scenes_pose", "torchvision:mobilenet_v3_small"]
+)
+def test_settling_starts_from_the_probes_weights_at_the_chosen_sizes(name: str, tmp_path: Path) -> None:
+    recipe = small("demo_scales" if ":" in name else name)
+    where = None
+    if ":" in name:
+        recipe, where = replace(recipe, model=ModelSpec(name)), ["features.2.*", "features.4.*"]
+    spec, task, groups, _ = parts_of(recipe, where=where, out=tmp_path)
+    model = build_model(probe_recipe(spec, groups, 10), task).eval()
+    with torch.no_grad():
+        for layer in elastic_layers(model).values():
+            for expert in layer.experts:
+                expert.normal_(std=0.1)
+    probed = Probed(model, groups, recipe, task, data.create(recipe.data.name, "train", **recipe.data.args))
+    assignment = {group.name: group.sizes[place % 2 - 1] for place, group in enumerate(groups)}  # larger and smaller
+    plain = probed.plain(assignment)
+    save_model(plain, str(tmp_path / START))
+    settled = build_model(plain_recipe(spec, assignment, groups, 10), task)
+    assert settled.state_dict().keys() == plain.state_dict().keys()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(settled.state_dict()[key], value), key
+    for group in groups:
+        for layer in group.layers:
+            assert settled.get_submodule(layer.module).kernel_size == (assignment[group.name],) * 2
 
 
 def test_a_shorter_run_keeps_the_shares_of_its_schedule() -> None:

@@ -1,11 +1,11 @@
 """Find the receptive field that a data set needs: :func:`widefield.fit`."""
 
-from widefield.fitting.choose import Additive, Candidate, Point
+from widefield.fitting.choose import Additive, Candidate, Choice, Point
 from widefield.fitting.costs import Costs
 from widefield.fitting.groups import Group, Groups, Layer
 from widefield.fitting.halves import halves
 from widefield.fitting.read import Readings
-from widefield.fitting.result import Choice, FitResult, Network, SizeRow, Verdict
+from widefield.fitting.result import FitResult, Network, SizeRow, Verdict
 from widefield.fitting.search import fit
 from widefield.fitting.spec import FitSpec
 from widefield.fitting.statistics import Interval

@@ -323,3 +323,30 @@ def _cheapest(tied: Sequence[Candidate]) -> Candidate:
     least = min(candidate.cost for candidate in tied)
     same = [candidate for candidate in tied if candidate.cost <= least + _SAME_COST]
     return min(same, key=lambda candidate: (candidate.loss, candidate.cost))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen sizes, and what they were chosen from.
+
+    Sizes are in the order of the groups.
+    """
+
+    sizes: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    """The assignments that were read on the whole selection half."""
+    front: tuple[Point, ...]
+    """The Pareto front of the additive model over all assignments."""
+    model: Additive
+    equality: float
+    """The p-value of the hypothesis that networks of one size have the same loss, whatever the size."""
+    spread: float
+    """Largest minus smallest loss over the networks of one size."""
+    matters: bool
+    """Whether the sizes matter for these data."""
+    predicted: float
+    """Cost relative to the unchanged network, from the table of costs."""
+    measured: float | None
+    """Latency of the whole network relative to the unchanged one; None unless latency is the budget."""
+    repeats: int
+    """How often the choice was repeated because the measured latency missed the limit."""

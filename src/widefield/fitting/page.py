@@ -9,7 +9,7 @@ import numpy as np
 
 from widefield import report
 from widefield.fitting.choose import Candidate, assignment_of
-from widefield.fitting.costs import UNITS
+from widefield.fitting.figures import draw_front, draw_wanted
 from widefield.fitting.progress import PHASES, duration
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _wanted(result: FitResult) -> str:
     table = report.table(result.rows())
     model = result.choice.model
     fit = f"A sum over the groups explains {100 * model.explained:.0f} % of the variance of the readings."
-    return report.picture(draw_wanted(result), _WANTED) + table + report.paragraph(fit)
+    return report.picture(draw_wanted(result.choice, result.groups), _WANTED) + table + report.paragraph(fit)
 
 
 def _candidates(result: FitResult) -> str:
@@ -112,7 +112,7 @@ def _candidates(result: FitResult) -> str:
         f"the field {'matters' if choice.matters else 'does not matter'} for these data."
     )
     return (
-        report.picture(draw_front(result), _FRONT)
+        report.picture(draw_front(choice, result.groups, result.costs, result.spec.limit), _FRONT)
         + report.table(rows)
         + report.paragraph(words)
         + report.paragraph(alike)
@@ -172,57 +172,6 @@ def _method(result: FitResult) -> str:
 
 
 @report.paper()
-def draw_wanted(result: FitResult) -> Figure:
-    """Draw the effect of each size on the loss, a line for each group."""
-    figure = report.blank(report.PAGE * 0.75, 2.6)
-    axis = figure.subplots()
-    ticks = result.groups.sizes
-    colors = report.expert_colors(len(result.groups))
-    for group, chosen, color in zip(result.groups, result.choice.sizes, colors, strict=True):
-        effects = result.choice.model.effects[group.name]
-        places = [ticks.index(size) for size in group.sizes]
-        axis.plot(places, [effects[size] for size in group.sizes], color=color, marker=".", label=group.name)
-        axis.plot(ticks.index(group.own), 0, "o", color=color, markersize=7, fillstyle="none")
-        axis.plot(ticks.index(chosen), effects[chosen], "*", color=color, markersize=10)
-    axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
-    axis.set_xticks(range(len(ticks)), [f"{size}x{size}" for size in ticks])
-    axis.set(xlabel="kernel size", ylabel="change of the loss")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-@report.paper()
-def draw_front(result: FitResult) -> Figure:
-    """Draw loss against cost: the predicted front, the candidates, the choice and the unchanged network."""
-    choice = result.choice
-    figure = report.blank(report.PAGE * 0.75, 2.8)
-    axis = figure.subplots()
-    axis.plot(
-        [point.cost for point in choice.front], [point.loss for point in choice.front],
-        color="0.7", drawstyle="steps-post", label="predicted front", zorder=0,
-    )  # fmt: skip
-    best = min((found for found in choice.candidates if found.allowed), key=lambda found: found.loss)
-    for found in choice.candidates:
-        color = report.COLORS[0] if found.allowed else "0.75"
-        ends = (found.to_best.mean - found.to_best.low, found.to_best.high - found.to_best.mean)
-        axis.errorbar(
-            found.cost, best.loss + found.to_best.mean, np.array(ends)[:, None], fmt=".", color=color, elinewidth=0.6
-        )
-    marks = (("chosen", choice.sizes, "*", report.COLORS[5]), ("unchanged", _own(result), "s", report.COLORS[1]))
-    for label, sizes, marker, color in marks:
-        found = next(candidate for candidate in choice.candidates if candidate.sizes == sizes)
-        axis.plot(found.cost, found.loss, marker, color=color, markersize=9, fillstyle="none", label=label)
-    if result.spec.limit is not None:
-        axis.axvline(result.spec.limit, color="0.6", linestyle=":", linewidth=0.8, label="limit")
-    unit = UNITS[result.costs.budget]
-    axis.set(xlabel=f"{result.costs.budget} ({unit}), relative to the unchanged network", ylabel="loss of the probe")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=6)
-    return figure
-
-
-@report.paper()
 def draw_sizes(result: FitResult) -> Figure:
     """Draw the ratings by object size, before and after."""
     rows = result.verdict.sizes
@@ -261,7 +210,3 @@ def draw_rings(result: FitResult) -> Figure:
     axis.tick_params(length=0)
     figure.colorbar(shown, ax=axis, label="% of the weight", shrink=0.9)
     return figure
-
-
-def _own(result: FitResult) -> tuple[int, ...]:
-    return tuple(group.own for group in result.groups)

@@ -23,7 +23,11 @@ def probe_recipe(spec: FitSpec, groups: Groups, steps_per_epoch: int) -> Recipe:
     sizes: dict[tuple[int, ...], list[str]] = {}
     for group in groups:
         sizes.setdefault(group.sizes, []).extend(layer.name for layer in group.layers)
-    added = [ConversionSpec("elastic", where, {"kernel_sizes": list(key)}) for key, where in sizes.items()]
+    count = len(groups)  # stages of different conversions must differ, or they would always draw the same size
+    added = [
+        ConversionSpec("elastic", where, {"kernel_sizes": list(key), "stage": count * place})
+        for place, (key, where) in enumerate(sizes.items())
+    ]
     recipe = replace(_converted(spec.recipe, added), name=PROBE, output=str(spec.folder), compile=False)
     return shortened(recipe, spec.shares()[0], steps_per_epoch)
 

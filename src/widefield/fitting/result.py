@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from widefield.fitting.choose import Additive, Candidate, Point
+from widefield.fitting.choose import Additive, Candidate, Choice, Point
 from widefield.fitting.costs import Costs
+from widefield.fitting.figures import draw_front
 from widefield.fitting.groups import Group, Groups, Layer
 from widefield.fitting.progress import read_log
 from widefield.fitting.read import Readings
@@ -34,33 +35,6 @@ GAIN, CHEAPER, NOTHING, NO_MATTER = (
     "the field does not matter for these data",
 )
 """The verdicts."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen sizes, and what they were chosen from.
-
-    Sizes are in the order of the groups.
-    """
-
-    sizes: tuple[int, ...]
-    candidates: tuple[Candidate, ...]
-    """The assignments that were read on the whole selection half."""
-    front: tuple[Point, ...]
-    """The Pareto front of the additive model over all assignments."""
-    model: Additive
-    equality: float
-    """The p-value of the hypothesis that networks of one size have the same loss, whatever the size."""
-    spread: float
-    """Largest minus smallest loss over the networks of one size."""
-    matters: bool
-    """Whether the sizes matter for these data."""
-    predicted: float
-    """Cost relative to the unchanged network, from the table of costs."""
-    measured: float | None
-    """Latency of the whole network relative to the unchanged one; None unless latency is the budget."""
-    repeats: int
-    """How often the choice was repeated because the measured latency missed the limit."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +163,7 @@ class FitResult(Report):
 
     def plot(self) -> Figure:
         """Draw loss against cost: what was read, the predicted front, the choice, and the unchanged network."""
-        from widefield.fitting.page import draw_front
-
-        return draw_front(self)
+        return draw_front(self.choice, self.groups, self.costs, self.spec.limit)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the losses of single images, in JSON's types."""

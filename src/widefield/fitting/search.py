@@ -23,6 +23,7 @@ from widefield import bench, data, tasks
 from widefield._files import check_place
 from widefield.data import SampleSet
 from widefield.fitting import choose, recipes
+from widefield.fitting.choose import Choice
 from widefield.fitting.costs import Costs, compare_latency, measure_costs, plain_model
 from widefield.fitting.deployed import export_model
 from widefield.fitting.groups import Groups, find_groups
@@ -35,7 +36,6 @@ from widefield.fitting.result import (
     CHOICE,
     COSTS,
     VERDICT,
-    Choice,
     FitResult,
     choice_dict,
     load_choice,
@@ -60,7 +60,7 @@ _SLACK = 1.02
 
 
 def fit(
-    source: FitSpec | Recipe | str | Path,
+    source: FitSpec | Recipe | str | Path | None = None,
     data: str | None = None,
     *,
     overrides: Sequence[str] = (),

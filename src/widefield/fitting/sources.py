@@ -20,7 +20,10 @@ _BASE = SHIPPED / "_fit.yaml"
 
 
 def spec_of(
-    source: FitSpec | Recipe | str | Path, data: str | None, overrides: Sequence[str], settings: Mapping[str, Any]
+    source: FitSpec | Recipe | str | Path | None,
+    data: str | None,
+    overrides: Sequence[str],
+    settings: Mapping[str, Any],
 ) -> FitSpec:
     """Return the settings of a fit; arguments and errors as of :func:`widefield.fit`."""
     _checks.known_arguments(

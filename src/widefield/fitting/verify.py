@@ -15,11 +15,12 @@ from widefield import analysis, bench
 from widefield.data import SampleSet
 from widefield.dense.detector import Detector
 from widefield.dense.detector_cost import FixedRoIs
+from widefield.fitting.choose import Choice
 from widefield.fitting.costs import compare_latency
 from widefield.fitting.halves import Part
 from widefield.fitting.losses import autocast, device_of
 from widefield.fitting.recipes import PLAIN, UNCHANGED
-from widefield.fitting.result import CHEAPER, GAIN, NO_MATTER, NOTHING, Choice, Network, SizeRow, Verdict
+from widefield.fitting.result import CHEAPER, GAIN, NO_MATTER, NOTHING, Network, SizeRow, Verdict
 from widefield.fitting.spec import FitSpec
 from widefield.fitting.statistics import Interval, paired
 from widefield.runs.trained import load_trained

@@ -24,7 +24,8 @@ class Elastic(Conversion):
 
     Args:
         kernel_sizes: the sizes to choose from, odd.
-        stage: stage index, by which :func:`draw_sizes` groups the layers. Conversion sets it.
+        stage: index of the first stage. :func:`draw_sizes` groups the layers by stage; give several conversions of one
+            model different numbers.
 
     Raises:
         TypeError, ValueError: sizes that the layer refuses.
@@ -39,7 +40,7 @@ class Elastic(Conversion):
 
     def at(self, place: Place) -> Conversion:
         """Return the config for this stage."""
-        return self._with(stage=place.stage)
+        return self._with(stage=self.stage + place.stage)
 
     def _why_not(self, module: nn.Module) -> str | None:
         return elastic.why_not(module)
