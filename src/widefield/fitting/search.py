@@ -7,19 +7,21 @@ are runs, which resume exactly.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from rich.console import Console
 from safetensors.torch import save_model
 from torch import Tensor
 
-from widefield import bench, data, tasks
+from widefield import _checks, bench, data, tasks
 from widefield._files import check_place
 from widefield.data import SampleSet
 from widefield.fitting import choose, recipes
@@ -43,7 +45,7 @@ from widefield.fitting.result import (
     save_costs,
     write_json,
 )
-from widefield.fitting.sources import check_unchanged, spec_of
+from widefield.fitting.sources import SETTINGS, check_unchanged, spec_of
 from widefield.fitting.spec import FitSpec, is_fit
 from widefield.fitting.verify import verify
 from widefield.runs.trained import load_trained
@@ -54,11 +56,27 @@ from widefield.train.recipe import Recipe
 from widefield.train.recipe_io import load_recipe
 from widefield.train.run_folder import flat
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _MOST_REPEATS = 3
 _SLACK = 1.02
 """Measured latencies up to this factor of the limit meet it: a measurement is not more exact."""
 
 
+def _guided(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate :func:`fit` so that a wrong keyword raises a TypeError that names the right one."""
+    known = [name for name in inspect.signature(function).parameters if name != "settings"]
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        _checks.known_arguments(function.__name__, kwargs, [*known, *SETTINGS])
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_guided
 def fit(
     source: FitSpec | Recipe | str | Path | None = None,
     data: str | None = None,

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from widefield import _checks
 from widefield.data import SampleSet
 from widefield.fitting.spec import FitSpec, is_fit
 from widefield.train import checkpoint, run_data
@@ -19,6 +18,10 @@ from widefield.train.run_folder import recipe_hash
 _BASE = SHIPPED / "_fit.yaml"
 
 
+SETTINGS = tuple(field.name for field in dataclasses.fields(FitSpec) if field.name != "recipe")
+"""Arguments of :class:`FitSpec` that :func:`widefield.fit` takes."""
+
+
 def spec_of(
     source: FitSpec | Recipe | str | Path | None,
     data: str | None,
@@ -26,9 +29,6 @@ def spec_of(
     settings: Mapping[str, Any],
 ) -> FitSpec:
     """Return the settings of a fit; arguments and errors as of :func:`widefield.fit`."""
-    _checks.known_arguments(
-        "fit", settings, [field.name for field in dataclasses.fields(FitSpec) if field.name != "recipe"]
-    )
     words = [*overrides, *(["--data.name", data] if data is not None else [])]
     if isinstance(source, (FitSpec, Recipe)):
         if words:
