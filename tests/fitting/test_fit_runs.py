@@ -13,7 +13,8 @@ import torch
 
 from fitting.planted import recipe_of
 from train.helpers import QUIET
-from widefield.fitting import FitResult, FitSpec, fit, halves
+from widefield.fitting import FitResult, FitSpec, Interval, fit, halves
+from widefield.fitting.verify import verdict_words
 from widefield.nn import ElasticConv2d
 from widefield.runs import load_trained
 from widefield.surgery import elastic_layers
@@ -164,3 +165,43 @@ def test_wrong_arguments_name_the_right_ones(tmp_path: Path) -> None:
         fit("resnet18")
     with pytest.raises(FileNotFoundError, match="no recipe 'resnet1'"):
         fit("resnet1")
+
+
+@pytest.mark.parametrize(
+    ("ends", "cost", "matters", "same", "words", "recommended"),
+    [
+        ((0.01, 0.03), 1.2, True, False, "gain", "plain"),
+        ((-0.01, 0.03), 0.9, True, False, "as good and cheaper", "plain"),
+        ((-0.01, 0.03), 1.0, True, False, "nothing to gain here", "unchanged"),
+        ((-0.03, -0.01), 0.5, True, False, "nothing to gain here", "unchanged"),
+        ((0.0, 0.0), 1.0, True, True, "nothing to gain here", "unchanged"),
+        ((0.0, 0.0), 1.0, False, True, "the field does not matter for these data", "unchanged"),
+        ((-0.01, 0.01), 0.9, False, False, "the field does not matter for these data", "plain"),
+        ((-0.01, 0.01), 1.0, False, False, "the field does not matter for these data", "unchanged"),
+        ((-0.03, -0.01), 0.5, False, False, "the field does not matter for these data", "unchanged"),
+    ],
+)
+def test_verdicts(
+    ends: tuple[float, float], cost: float, matters: bool, same: bool, words: str, recommended: str
+) -> None:
+    difference = Interval(sum(ends) / 2, *ends, 100)
+    assert verdict_words(difference, cost, matters=matters, same=same) == (words, recommended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("distances", "noise", "sizes", "matters"),
+    [((6, 8), False, (7, 11), True), ((1, 2), False, (3,), False), ((1, 2), True, (3, 5), False)],
+    ids=["far apart", "close", "labels of noise"],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_planted_field_is_found(
+    tmp_path: Path, distances: tuple[int, int], noise: bool, sizes: tuple[int, ...], matters: bool, seed: int
+) -> None:
+    """Every kernel that sees dots at a distance of 2 solves the second case, so the smallest is as good as any."""
+    recipe = recipe_of(tmp_path, distances, data={"noise": noise}, max_steps=480, evaluate_every=480, seed=seed)
+    result = fit(recipe, out=tmp_path / "fit", budget="macs", limit=None, probe=0.5, onnx=False, console=QUIET)
+    assert result.sizes["stage 1"] in sizes
+    assert result.choice.matters == matters
+    assert (result.verdict.words == "the field does not matter for these data") == (not matters)
+    assert (result.verdict.plain.metrics["top1"] > 0.95) == (not noise)

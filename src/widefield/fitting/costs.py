@@ -122,7 +122,7 @@ def compare_latency(first: nn.Module, second: nn.Module, images: Tensor, spec: F
     with _threads(spec.threads), _ready(first, spec.device) as one, _ready(second, spec.device) as other:
         found = bench.measure(
             {"first": partial(one, x), "second": partial(other, x)},
-            repeats=15, warmup=2, device=spec.device, shortest_s=5e-3, budget_s=10.0,
+            repeats=31, warmup=2, device=spec.device, shortest_s=1e-2, budget_s=10.0,
         )  # fmt: skip
     return found["first"], found["second"]
 

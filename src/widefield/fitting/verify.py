@@ -149,13 +149,13 @@ def verdict_words(difference: Interval, cost: float, *, matters: bool, same: boo
     """
     if same:
         return (NOTHING if matters else NO_MATTER), UNCHANGED
-    if difference.low > 0:
+    better, worse, cheaper = difference.low > 0, difference.high < 0, cost <= _CHEAPER
+    if not matters:  # one comparison in forty is better by chance
+        return NO_MATTER, PLAIN if better or (cheaper and not worse) else UNCHANGED
+    if better:
         return GAIN, PLAIN
-    if difference.high < 0:
+    if worse:
         return NOTHING, UNCHANGED
-    cheaper = cost <= _CHEAPER
-    if not matters:
-        return NO_MATTER, PLAIN if cheaper else UNCHANGED
     return (CHEAPER, PLAIN) if cheaper else (NOTHING, UNCHANGED)
 
 
