@@ -136,6 +136,12 @@ def test_what_cannot_work_is_refused_before_training(
     assert not (folder / "probe").exists()
 
 
+def test_a_fit_that_was_refused_leaves_its_folder_to_the_next_one(tmp_path: Path, folder: Path) -> None:
+    for limit in (0.1, 0.15):
+        with pytest.raises(ValueError, match=f"no choice of sizes meets the limit {limit}"):
+            fit(recipe_of(tmp_path, (1, 2)), out=folder, budget="macs", limit=limit, console=QUIET)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

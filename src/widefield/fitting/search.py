@@ -31,7 +31,7 @@ from widefield.fitting.deployed import export_model
 from widefield.fitting.groups import Groups, find_groups
 from widefield.fitting.halves import Part, halves
 from widefield.fitting.page import page
-from widefield.fitting.progress import Phases
+from widefield.fitting.progress import Phases, read_log
 from widefield.fitting.read import Probed, Reader
 from widefield.fitting.recipes import PLAIN, PROBE, START, UNCHANGED
 from widefield.fitting.result import (
@@ -46,7 +46,7 @@ from widefield.fitting.result import (
     write_json,
 )
 from widefield.fitting.sources import SETTINGS, check_unchanged, spec_of
-from widefield.fitting.spec import FitSpec, is_fit
+from widefield.fitting.spec import FILE, FitSpec, is_fit
 from widefield.fitting.verify import verify
 from widefield.runs.trained import load_trained
 from widefield.tasks import Task
@@ -78,7 +78,7 @@ def _guided(function: Callable[P, R]) -> Callable[P, R]:
 
 @_guided
 def fit(
-    source: FitSpec | Recipe | str | Path | None = None,
+    source: FitSpec | Recipe | str | Path,
     data: str | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -119,10 +119,13 @@ def fit(
 
 
 def _claim(spec: FitSpec) -> None:
-    """Make the folder of a new fit, or check that the one in it has the same settings."""
+    """Make the folder of a new fit, or check that the one in it has the same settings.
+
+    A fit that failed before its first phase was finished is replaced.
+    """
     folder = spec.folder
     check_place(folder, folder=True)
-    if is_fit(folder):
+    if is_fit(folder) and read_log(folder):
         before, now = flat(FitSpec.load(folder).to_dict()), flat(spec.to_dict())
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
@@ -135,7 +138,7 @@ def _claim(spec: FitSpec) -> None:
                 f"(widefield fit --resume {folder}), or choose another folder with --out."
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(file.name != FILE for file in folder.iterdir()):
         raise FileExistsError(f"{folder} holds something else: choose another folder with --out.")
     folder.mkdir(parents=True, exist_ok=True)
     spec.save()

@@ -23,7 +23,7 @@ SETTINGS = tuple(field.name for field in dataclasses.fields(FitSpec) if field.na
 
 
 def spec_of(
-    source: FitSpec | Recipe | str | Path | None,
+    source: FitSpec | Recipe | str | Path,
     data: str | None,
     overrides: Sequence[str],
     settings: Mapping[str, Any],
