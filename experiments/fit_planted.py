@@ -3,10 +3,10 @@
 nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4]
     [--arms fit 3 5 7 11 random rf-next]
 
-Each image has a few objects of eight shapes; the network says the class of every pixel. The sets differ in what it must
-see: objects of 6 to 12 pixels, of 28 to 42, of 6 to 42; `colors`: where an object is, which its colors alone tell;
-`shuffled`: labels of other images, in which nothing can be learned. The network: a convolution of stride 2, four blocks
-of ConvNeXt without layer scale at half the image's side, and a head. All arms see the same number of images in
+Images of `scales` with 48 pixels, each with one of eight shapes; the network says the class of every pixel. The sets
+differ in what it must see: objects of 6 to 12 pixels, of 28 to 42, of 6 to 42; `colors`: objects whose color is their
+class; `shuffled`: labels of other images, in which nothing can be learned. The network: a convolution of stride 2, four
+blocks of ConvNeXt without layer scale at half the image's side, and a head. All arms see the same number of images in
 training; `fit` and `rf-next` search in the first 30 % of them. Scores are those of 1,000 test images that no arm saw.
 
 Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from widefield import data, ops, report, surgery, tasks
 from widefield.benchmarks.record import publish
-from widefield.data import Scenes
+from widefield.data import Scales
 from widefield.fitting import fit
 from widefield.runs import evaluate_model, load_trained
 from widefield.surgery import Conversion
@@ -49,39 +49,52 @@ from widefield.train import (
 ARMS = ("fit", "7", "3", "5", "11", "random", "rf-next")
 SIZES = (3, 5, 7, 11)
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
-    "small": ("scenes", {"object_sizes": [6, 12], "objects": [3, 6]}),
-    "large": ("scenes", {"object_sizes": [28, 42], "objects": [1, 1]}),
-    "mixed": ("scenes", {"object_sizes": [6, 42], "objects": [1, 3]}),
-    "colors": ("colors", {"object_sizes": [6, 42], "objects": [1, 3], "clutter": 0, "camouflage": 0}),
-    "shuffled": ("shuffled", {"object_sizes": [6, 42], "objects": [1, 3]}),
+    "small": ("shapes", {"object_sizes": [6, 12]}),
+    "large": ("shapes", {"object_sizes": [28, 42]}),
+    "mixed": ("shapes", {"object_sizes": [6, 42]}),
+    "colors": ("colors", {"object_sizes": [6, 42]}),
+    "shuffled": ("shuffled", {"object_sizes": [6, 42]}),
 }
-COMMON = {"size": 48, "min_visible": 0.5, "hflip": 0}
 QUIET = Console(quiet=True)
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Number of seeds -> quantile of Student's t at 97.5 %."""
 
 
-class Colors(Scenes):
-    """Scenes whose classes are background and object."""
+class Shapes(Scales):
+    """`scales` with the class of every pixel: 0 is the background."""
 
-    classes = ("background", "object")
+    def __init__(self, split: str, **options: Any) -> None:
+        super().__init__(split, **options)
+        self.classes = ("background", *Scales.classes)
 
     def sample(self, index: int) -> data.Sample:
-        """Return a sample with the mask of all objects."""
+        """Return the image, ``mask`` int64 (size, size), and ``size``, the object's side in pixels."""
         found = super().sample(index)
-        return {**found, "mask": found["mask"].clamp(max=1)}
+        return {"image": found["image"], "mask": found["mask"] * (found["label"] + 1), "size": found["size"]}
 
 
-class Shuffled(Scenes):
-    """Scenes, each with the labels of another one."""
+class Colors(Shapes):
+    """The same places, but each class has a color, on a gray background: one pixel tells it, up to noise."""
 
     def sample(self, index: int) -> data.Sample:
-        """Return the image of a scene with the mask of the next one."""
-        other = super().sample((index + 1) % len(self))
-        return {**super().sample(index), "mask": other["mask"], "size_group": other["size_group"]}
+        """Return a sample of :class:`Shapes` with another image."""
+        found = super().sample(index)
+        hues = torch.arange(len(self.classes) - 1) * (2 * math.pi / (len(self.classes) - 1))
+        shifts = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3])
+        palette = torch.cat([torch.zeros(1, 3), torch.cos(hues[:, None] + shifts)])
+        noise = torch.randn(3, *found["mask"].shape, generator=torch.Generator().manual_seed(index))
+        return {**found, "image": palette[found["mask"]].permute(2, 0, 1) + 0.2 * noise}
 
 
-data.catalog.SETS.update(colors=Colors, shuffled=Shuffled)
+class Shuffled(Shapes):
+    """Each image with the labels of the next one."""
+
+    def sample(self, index: int) -> data.Sample:
+        """Return a sample of :class:`Shapes` with another mask."""
+        return {**super().sample(index), "mask": super().sample((index + 1) % len(self))["mask"]}
+
+
+data.catalog.SETS.update(shapes=Shapes, colors=Colors, shuffled=Shuffled)
 
 
 # RF-Next (Gao et al., TPAMI 2022): branches of one kernel at several dilations. Weights are the branches' shares.
@@ -172,7 +185,7 @@ def base(name: str, seed: int, args: argparse.Namespace) -> Recipe:
             {"stem_type": "overlap_act", "patch_size": 2, "depths": [4, 1, 1, 1], "dims": [32] * 4,
              "ls_init_value": None, "out_indices": [0]},
         ),
-        data=DataSpec(kind, {**COMMON, **options, "count": args.images, "seed": seed}),
+        data=DataSpec(kind, {"size": 48, **options, "count": args.images, "seed": seed}),
         task=TaskSpec(
             "segmentation",
             {"model": "semantic_fpn", "auxiliary_weight": 0.0,
@@ -267,7 +280,7 @@ def measured(name: str, seed: int, arm: str, args: argparse.Namespace, rows: lis
         model, found = trained(resized(plan, sizes, arm)), {"sizes": sizes}
     seconds = time.process_time() - started
     kind, options = DATA[name]
-    test = data.create(kind, "val", **{**COMMON, **options, "count": 1000, "seed": 1000 + seed})
+    test = data.create(kind, "val", **{"size": 48, **options, "count": 1000, "seed": 1000 + seed})
     task = tasks.create("segmentation", test, **plan.task.args)
     scores = evaluate_model(model, test, task, batch_size=125, workers=0)
     return {"data": name, "seed": seed, "arm": arm, **found, "cpu_s": round(seconds, 1), "metrics": scores.metrics}
@@ -309,9 +322,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, default=16e-3)
     parser.add_argument("--runs", type=Path, default=Path("runs/fit_planted"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

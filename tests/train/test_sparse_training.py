@@ -55,6 +55,8 @@ def test_every_kind_of_conversion_trains(run: Run) -> None:
         "deformable": {},
         "morf": {},
         "token_mixer": {"mixer": "lka"},
+        "elastic": {"kernel_sizes": [3, 9]},
+        "resize": {"kernel_size": 5},
     }
     assert set(given) == set(CONVERSIONS)
     for kind, arguments in given.items():

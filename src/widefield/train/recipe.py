@@ -154,9 +154,6 @@ class OptimizerSpec:
         "batch size that lr is meant for: the rate is lr * whole batch / lr_base_size; null: lr is not scaled",
     ] = None
     weight_decay: Annotated[float, "weight decay"] = 0.05
-    weight_decay_end: Annotated[
-        float | None, "weight decay at the end of the run, reached along a cosine; null: it stays as it is"
-    ] = None
     betas: Annotated[
         tuple[float, float] | None, "running-average coefficients of Adam and similar; null: its default"
     ] = None
@@ -169,6 +166,9 @@ class OptimizerSpec:
     layer_decay: Annotated[
         LayerDecaySpec | None,
         "learning rates by depth, as OpenMMLab's recipes count it; null: none, or args.layer_decay",
+    ] = None
+    weight_decay_end: Annotated[
+        float | None, "weight decay at the end of the run, reached along a cosine; null: it stays as it is"
     ] = None
 
     def __post_init__(self) -> None:
