@@ -71,3 +71,11 @@ def groups_of(recipe: Recipe, described: Described) -> tuple[nn.Module, dict[str
     groups = {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert len(groups) == len(found)
     return model, groups
+
+
+def check_batch(name: str) -> None:
+    """Check that a recipe reaches, on the eight GPUs of its command, the batch that its learning rate is meant for."""
+    recipe = shipped(name)
+    assert recipe.name == name
+    assert recipe.optimizer.lr_base_size == 8 * recipe.batch_size * recipe.accumulate
+    assert f"accelerate launch --num_processes 8 -m widefield train {name}" in first_lines(name)

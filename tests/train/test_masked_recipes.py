@@ -20,7 +20,7 @@ import torch
 
 from train import made_data
 from train.helpers import QUIET, log
-from train.recipe_pages import MASKED, docs_rows, first_lines, groups_of, shipped
+from train.recipe_pages import MASKED, check_batch, docs_rows, first_lines, groups_of, shipped
 from widefield import data, masking, tasks
 from widefield.runs import load_trained
 from widefield.train import Recipe, shipped_recipes, train
@@ -113,10 +113,7 @@ def test_docs_agree_with_the_recipe(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
-    recipe = shipped(name)
-    assert recipe.name == name
-    assert recipe.optimizer.lr_base_size == 8 * recipe.batch_size * recipe.accumulate
-    assert f"accelerate launch --num_processes 8 -m widefield train {name}" in first_lines(name)
+    check_batch(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

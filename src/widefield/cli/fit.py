@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
     result = fit(source, overrides=overrides, **_settings(args))
     print(result)
-    print(f"\nThe network is in {result.run}; the page about it is {result.page}.")
+    print(f"\nThe network is in {result.run}.")
     return 0
 
 

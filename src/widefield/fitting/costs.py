@@ -106,7 +106,7 @@ def measure_costs(spec: FitSpec, task: Task, groups: Groups, images: Tensor) -> 
         with _threads(spec.threads):
             return _timed(spec, model, modules, groups, images.to(spec.device), about)
     counts = {g.name: {size: _count(g, modules, size, spec.budget, model, images) for size in g.sizes} for g in groups}
-    cost = bench.cost(FixedRoIs(model) if isinstance(model, Detector) else model, images[:1])
+    cost = counted(model, images)
     return Costs(spec.budget, float(cost.macs if spec.budget == "macs" else cost.parameters), counts, about)
 
 
@@ -114,6 +114,11 @@ def plain_model(spec: FitSpec, task: Task, assignment: Assignment, groups: Group
     """Return the model of an assignment with fresh weights, in evaluation mode; groups left out stay unchanged."""
     fresh = replace(spec.recipe, model=replace(spec.recipe.model, pretrained=False))
     return build_model(resized(fresh, assignment, groups), task).eval()
+
+
+def counted(model: nn.Module, images: Tensor) -> bench.Cost:
+    """Return the parameters of a model, and its MACs for the first of some images; detectors have fixed RoIs."""
+    return bench.cost(FixedRoIs(model) if isinstance(model, Detector) else model, images[:1])
 
 
 def compare_latency(first: nn.Module, second: nn.Module, images: Tensor, spec: FitSpec) -> tuple[bench.Row, bench.Row]:

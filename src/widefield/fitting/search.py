@@ -210,7 +210,7 @@ class _Fit:
         self._export(result)
         result = FitResult.load(self.spec.folder)
         checkpoint.write_text(result.page, page(result))
-        self.phases.line(str(result.summary()))
+        self.phases.line(f"{result.verdict.words}; the page is {result.page}")
         return result
 
     def _plan(self) -> tuple[Groups, Costs]:

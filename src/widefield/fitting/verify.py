@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widefield import analysis, bench
+from widefield import analysis
 from widefield.data import SampleSet
-from widefield.dense.detector import Detector
-from widefield.dense.detector_cost import FixedRoIs
 from widefield.fitting.choose import Choice
-from widefield.fitting.costs import compare_latency
+from widefield.fitting.costs import compare_latency, counted
 from widefield.fitting.halves import Part
 from widefield.fitting.losses import autocast, device_of
 from widefield.fitting.recipes import PLAIN, UNCHANGED
@@ -178,7 +176,7 @@ def _network(
     field: dict[str, float],
     images: Tensor,
 ) -> Network:
-    cost = bench.cost(FixedRoIs(model) if isinstance(model, Detector) else model, images[:1])
+    cost = counted(model, images)
     inside = folder.is_relative_to(spec.folder)
     place = folder.relative_to(spec.folder) if inside else folder.absolute()
     return Network(str(place), found.metrics, cost.parameters, cost.macs, latency, field)
