@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from widefield.nn import load_balancing
-from widefield.surgery import DynamicSparsity, anatomy, draw_sizes
+from widefield.surgery import DynamicSparsity, anatomy, draw_sizes, elastic_layers
 from widefield.tasks import Batch, Task
 from widefield.tasks.base import sum_of
 from widefield.train import checkpoint
@@ -78,6 +78,7 @@ class Learner:
             model = synchronized(model, accelerator.device)
         self._resting = freeze(model, recipe.freeze) if recipe.freeze else []
         self.raw = model
+        self._draws = bool(elastic_layers(model))
         # Copied before accelerate wraps the model's forward: a copy of the wrapper would still call the original.
         self.ema = ModelEmaV3(model, decay=recipe.ema.decay, use_warmup=recipe.ema.warmup) if recipe.ema else None
         spread = recipe.fsdp and accelerator.num_processes > 1
@@ -150,7 +151,8 @@ class Learner:
     def step(self, batches: Sequence[Batch], number: int) -> Step:
         """Take step ``number``, from 1, on the gradients of these batches."""
         recipe, accelerator = self._recipe, self._accelerator
-        draw_sizes(self.raw, recipe.seed, number)
+        if self._draws:
+            draw_sizes(self.raw, recipe.seed, number)
         skips = recipe.nonfinite == "skip"
         before = [buffer.clone() for buffer in self.raw.buffers()] if skips else []  # a forward pass changes the norms
         losses: list[Tensor] = []
