@@ -21,7 +21,11 @@ def semantic_fpn(backbone="test_convnext", classes=5, **options):
     return dense.SemanticFPN(backbone, classes, **{**SMALL, "neck_channels": 24, **options})
 
 
-BUILDERS = (upernet, deeplab, semantic_fpn)
+def fcn(backbone="test_convnext", classes=5, **options):
+    return dense.FCN(backbone, classes, **{**SMALL, "auxiliary_channels": 8, **options})
+
+
+BUILDERS = (upernet, deeplab, semantic_fpn, fcn)
 
 
 def features(name="test_convnext", **options):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dense.networks import BUILDERS, Maps, deeplab, features, semantic_fpn, upernet, without_gradient
+from dense.networks import BUILDERS, Maps, deeplab, fcn, features, semantic_fpn, upernet, without_gradient
 from tolerances import FLOAT64, NETWORK, close
 from widefield import dense
 from widefield.dense.layers import AdaptivePool, resize
@@ -78,11 +78,24 @@ def test_copies_and_state_dicts(build):
 
 
 def test_without_an_auxiliary_head_training_gives_a_tensor():
-    for build in (upernet, deeplab):
+    for build in (upernet, deeplab, fcn):
         model = build(auxiliary=False).train()
         assert model.auxiliary_head is None
         assert isinstance(model(torch.randn(2, 3, 64, 64)), torch.Tensor)
         assert without_gradient(model, torch.randn(2, 3, 64, 64)) == []
+
+
+def test_a_linear_head_sees_one_pixel_of_the_map():
+    model = fcn(Maps(), channels=None, num_convs=0, concat_input=False, auxiliary=False, out_indices=(0,)).eval()
+    assert model.decode_head.channels == model.backbone.channels[0]
+    images = torch.randn(1, 3, 32, 32, requires_grad=True)
+    model.decode_head(model.backbone(images))[0, 0, 4, 4].backward()
+    assert images.grad.abs().sum((0, 1)).nonzero().aminmax()[0].item() >= 15  # the 3x3 of stride 4 at row 16
+
+
+def test_an_fcn_on_one_map_has_no_second_one_for_the_auxiliary_head():
+    with pytest.raises(ValueError, match=r"out_indices=\(0,\) leaves one map; pass auxiliary=False"):
+        fcn(Maps(), out_indices=(0,))
 
 
 def test_module_backbones_serve_every_segmenter():
@@ -93,7 +106,7 @@ def test_module_backbones_serve_every_segmenter():
 
 def test_fewer_maps_than_four_serve_too():
     images = torch.randn(2, 3, 32, 40)
-    for build, out_indices in ((upernet, (1, 2, 3)), (deeplab, (0, 3)), (semantic_fpn, (1, 2))):
+    for build, out_indices in ((upernet, (1, 2, 3)), (deeplab, (0, 3)), (semantic_fpn, (1, 2)), (fcn, (0, 2))):
         model = build(Maps(), out_indices=out_indices)
         assert model.eval()(images).shape == (2, 5, 32, 40)
         assert without_gradient(model, images) == []

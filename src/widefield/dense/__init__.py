@@ -17,7 +17,7 @@ from widefield.dense.checkpoints import (
 from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import BoxScores, Detections, Detector, Targets
 from widefield.dense.faster_rcnn import FasterRCNN, MaskRCNN
-from widefield.dense.fcn import FCNHead
+from widefield.dense.fcn import FCN, FCNHead
 from widefield.dense.fcos import FCOS, FCOSHead
 from widefield.dense.fpn import FPN
 from widefield.dense.heatmap import HeatmapHead, HeatmapPose
@@ -36,6 +36,7 @@ from widefield.dense.top_down import DetectorInput, Poses, estimate_poses, find_
 from widefield.dense.uper import UPerHead, UPerNet
 
 __all__ = [
+    "FCN",
     "FCOS",
     "FPN",
     "BoxHead",

@@ -22,7 +22,7 @@ from widefield.tasks.confusion import Confusion, SegmentationScores
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
 
-MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN"}
+MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN", "fcn": "FCN"}
 """Name of a model in recipes -> its class in ``widefield.dense``."""
 _ENTRIES = ("image", "mask", "size_group")
 _OHEM = ("threshold", "min_kept")
