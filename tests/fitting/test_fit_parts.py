@@ -76,14 +76,18 @@ def test_dense_models_name_layers_as_their_recipes_do() -> None:
     assert len(set.union(*stages)) == len(groups)  # so that each draws its own size
 
 
-@pytest.mark.parametrize(
-    "name", ["demo_scales", "demo_scenes", "demo_scenes_fcos", "demo_scenes_pose", "torchvision:mobilenet_v3_small"]
-)
+_LAYERS = {
+    "torchvision:mobilenet_v3_small": ["features.2.*", "features.4.*"],
+    "tf_efficientnet_lite0": ["blocks.1.*.conv_dw", "blocks.3.*.conv_dw"],  # some have TensorFlow's padding
+}
+"""Model -> layers whose size is chosen."""
+
+
+@pytest.mark.parametrize("name", ["demo_scales", "demo_scenes", "demo_scenes_fcos", "demo_scenes_pose", *_LAYERS])
 def test_settling_starts_from_the_probes_weights_at_the_chosen_sizes(name: str, tmp_path: Path) -> None:
-    recipe = small("demo_scales" if ":" in name else name)
-    where = None
-    if ":" in name:
-        recipe, where = replace(recipe, model=ModelSpec(name)), ["features.2.*", "features.4.*"]
+    recipe, where = small("demo_scales" if name in _LAYERS else name), _LAYERS.get(name)
+    if where:
+        recipe = replace(recipe, model=ModelSpec(name))
     spec, task, groups, _ = parts_of(recipe, where=where, out=tmp_path)
     model = build_model(probe_recipe(spec, groups, 10), task).eval()
     with torch.no_grad():
@@ -100,7 +104,8 @@ def test_settling_starts_from_the_probes_weights_at_the_chosen_sizes(name: str, 
         assert torch.equal(settled.state_dict()[key], value), key
     for group in groups:
         for layer in group.layers:
-            assert settled.get_submodule(layer.module).kernel_size == (assignment[group.name],) * 2
+            module = settled.get_submodule(layer.module)
+            assert getattr(module, "layer", module).kernel_size == (assignment[group.name],) * 2
 
 
 def test_a_shorter_run_keeps_the_shares_of_its_schedule() -> None:

@@ -24,6 +24,7 @@ from widefield.fitting.groups import Assignment, Groups
 from widefield.fitting.halves import Part
 from widefield.fitting.losses import Losses, Norms, device_of, ring_energies
 from widefield.fitting.spec import FitSpec
+from widefield.nn import SameAligned
 from widefield.tasks import Task
 from widefield.train.checkpoint import write_text
 from widefield.train.recipe import Recipe
@@ -112,6 +113,12 @@ class Probed:
         """Return the plain network of an assignment, on the CPU and in evaluation mode."""
         self.choose(assignment)
         merged, _ = surgery.fuse_layers(self.model, select=lambda module: isinstance(module, surgery.Elastic.layers))
+        for group in self.groups:
+            if assignment[group.name] == group.own:  # the recipe does not resize these, so they keep their kind
+                for layer in group.layers:
+                    module = merged.get_submodule(layer.module)
+                    if isinstance(module, SameAligned):
+                        merged.set_submodule(layer.module, module.fuse())
         return merged.cpu().eval()
 
     def rings(self) -> dict[str, list[float]]:
