@@ -147,6 +147,7 @@ def recipe(kind: str, name: str, rate: float, seed: int, args: argparse.Namespac
         "photos": DataSpec("photo_crops", {"size": 32, "count": 4000, "seed": seed}),
     }
     steps = 4000 // BATCH
+    own = [GroupSpec("*sigma*", lr_scale=design.sigma_rate, weight_decay=0.0)] if design.kind == "gmconv" else []
     slug = f"{kind}-{name}-{rate:g}-{seed}".replace(" ", "-").replace(",", "")
     return Recipe(
         name=slug,
@@ -155,10 +156,7 @@ def recipe(kind: str, name: str, rate: float, seed: int, args: argparse.Namespac
         task=TaskSpec("classification"),
         conversion=ConversionSpec(design.kind, design.where, dict(design.args)) if design.kind else None,
         output=str(args.runs),
-        optimizer=OptimizerSpec(
-            "adamw", lr=rate, weight_decay=0.05,
-            groups=[GroupSpec("*sigma*", lr_scale=design.sigma_rate, weight_decay=0.0)] if design.kind == "gmconv" else [],
-        ),
+        optimizer=OptimizerSpec("adamw", lr=rate, weight_decay=0.05, groups=own),
         schedule=ScheduleSpec("cosine", warmup_steps=steps),
         max_steps=EPOCHS * steps,
         batch_size=BATCH,
@@ -208,8 +206,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
                 if not own:
                     continue
                 paired = [value - base[seed] for seed, value in own.items() if seed in base]
-                sigmas = [row["sigma"] for row in rows
-                          if (row["data"], row["design"]) == (kind, name) and row["seed"] in own and "sigma" in row]  # fmt: skip
+                sigmas = [row["sigma"] for row in rows if row["design"] == name and row["data"] == kind
+                          and row["seed"] != TUNING and "sigma" in row]  # fmt: skip
                 lines.append({
                     "design": name, "seeds": str(len(own)), "rate": f"{best_rate(kind, name, rows):g}",
                     "top-1": spread(list(own.values())),

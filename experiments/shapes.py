@@ -25,7 +25,7 @@ from widefield.runs import evaluate_model
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, ScheduleSpec, TaskSpec, train
 
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "small": ("shapes", {"object_sizes": [6, 12]}),
+    "small": ("shapes", {"object_sizes": [8, 14], "clutter": 0.1}),
     "large": ("shapes", {"object_sizes": [28, 42]}),
     "mixed": ("shapes", {"object_sizes": [6, 42]}),
     "colors": ("colors", {"object_sizes": [6, 42]}),
