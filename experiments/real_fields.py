@@ -69,7 +69,7 @@ class Design:
 
 def mixture(where: str = "*.conv_dw", **args: Any) -> Design:
     """Return mixtures of 3x3 to 11x11."""
-    return Design(kind="morf", args={"kernel_sizes": EXPERTS, **args}, where=where)
+    return Design(kind="morf", args={"kernel_sizes": EXPERTS, "init": "random", **args}, where=where)
 
 
 def masked(kernel_size: int = 7, rate: float = 30.0, **args: Any) -> Design:
@@ -79,7 +79,7 @@ def masked(kernel_size: int = 7, rate: float = 30.0, **args: Any) -> Design:
 
 def normed(kernel_size: int, small: int | None) -> Design:
     """Return kernels with a batch norm, perhaps with a small one beside them."""
-    return Design(kernel_size, kind="large_kernel", args={"small": small})
+    return Design(kernel_size, kind="large_kernel", args={"kernel_sizes": kernel_size, "small": small, "init": "random"})
 
 
 DESIGNS: Mapping[str, Mapping[str, Design]] = {
@@ -101,7 +101,7 @@ DESIGNS: Mapping[str, Mapping[str, Design]] = {
         "masked 7x7": masked(),
         "masked 7x7, one rate": masked(rate=1.0),
         "masked 7x7, sigma 2": masked(sigma=2.0),
-        "masked 7x7, per image": masked(body="dynamic", stem="dynamic"),
+        "masked 7x7, per image": masked(rate=1.0, body="dynamic", stem="dynamic"),
         "masked 11x11": masked(11),
     },
     "large": {
@@ -147,7 +147,7 @@ def recipe(kind: str, name: str, rate: float, seed: int, args: argparse.Namespac
         "photos": DataSpec("photo_crops", {"size": 32, "count": 4000, "seed": seed}),
     }
     steps = 4000 // BATCH
-    own = [GroupSpec("*sigma*", lr_scale=design.sigma_rate, weight_decay=0.0)] if design.kind == "gmconv" else []
+    own = [GroupSpec("*sigma*", lr_scale=design.sigma_rate, weight_decay=0.0)] if design.sigma_rate != 1 else []
     slug = f"{kind}-{name}-{rate:g}-{seed}".replace(" ", "-").replace(",", "")
     return Recipe(
         name=slug,
