@@ -1,13 +1,12 @@
 """Does `widefield fit` find the field that data need? Scenes with planted answers, and every anchor at the same budget.
 
 nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4]
-    [--arms fit 3 5 7 11 random rf-next]
+    [--arms fit 7 3 5 11 random rf-next]
 
-Images of `scales` with 48 pixels, each with one of eight shapes; the network says the class of every pixel. The sets
-differ in what it must see: objects of 6 to 12 pixels, of 28 to 42, of 6 to 42; `colors`: objects whose color is their
-class; `shuffled`: labels of other images, in which nothing can be learned. The network: a convolution of stride 2, four
-blocks of ConvNeXt without layer scale at half the image's side, and a head. All arms see the same number of images in
-training; `fit` and `rf-next` search in the first 30 % of them. Scores are those of 1,000 test images that no arm saw.
+Images, labels and network are those of `shapes.py`, with objects of 8 to 14 pixels on a weak texture (small), of 28 to
+42 (large), of 6 to 42 (mixed); `colors`: objects whose color is their class; `shuffled`: labels of other images, in
+which nothing can be learned. All arms see the same number of images in training; `fit` and `rf-next` search in the
+first 30 % of them. Scores are those of 1,000 test images that no arm saw.
 
 Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
 """
@@ -17,84 +16,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import random
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from shapes import BATCH, BLOCKS, QUIET, SETS, base, spread, tested, trained
 from torch import Tensor, nn
 
-from widefield import data, ops, report, surgery, tasks
+from widefield import ops, report, surgery
 from widefield.benchmarks.record import publish
-from widefield.data import Scales
 from widefield.fitting import fit
-from widefield.runs import evaluate_model, load_trained
+from widefield.runs import load_trained
 from widefield.surgery import Conversion
-from widefield.train import (
-    ConversionSpec,
-    DataSpec,
-    ModelSpec,
-    OptimizerSpec,
-    Recipe,
-    ScheduleSpec,
-    TaskSpec,
-    recipe,
-    train,
-)
+from widefield.train import ConversionSpec, Recipe, recipe
 
 ARMS = ("fit", "7", "3", "5", "11", "random", "rf-next")
 SIZES = (3, 5, 7, 11)
-DATA: dict[str, tuple[str, dict[str, Any]]] = {
-    "small": ("shapes", {"object_sizes": [6, 12]}),
-    "large": ("shapes", {"object_sizes": [28, 42]}),
-    "mixed": ("shapes", {"object_sizes": [6, 42]}),
-    "colors": ("colors", {"object_sizes": [6, 42]}),
-    "shuffled": ("shuffled", {"object_sizes": [6, 42]}),
-}
-QUIET = Console(quiet=True)
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Number of seeds -> quantile of Student's t at 97.5 %."""
-
-
-class Shapes(Scales):
-    """`scales` with the class of every pixel: 0 is the background."""
-
-    def __init__(self, split: str, **options: Any) -> None:
-        super().__init__(split, **options)
-        self.classes = ("background", *Scales.classes)
-
-    def sample(self, index: int) -> data.Sample:
-        """Return the image, ``mask`` int64 (size, size), and ``size``, the object's side in pixels."""
-        found = super().sample(index)
-        return {"image": found["image"], "mask": found["mask"] * (found["label"] + 1), "size": found["size"]}
-
-
-class Colors(Shapes):
-    """The same places, but each class has a color, on a gray background: one pixel tells it, up to noise."""
-
-    def sample(self, index: int) -> data.Sample:
-        """Return a sample of :class:`Shapes` with another image."""
-        found = super().sample(index)
-        hues = torch.arange(len(self.classes) - 1) * (2 * math.pi / (len(self.classes) - 1))
-        shifts = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3])
-        palette = torch.cat([torch.zeros(1, 3), torch.cos(hues[:, None] + shifts)])
-        noise = torch.randn(3, *found["mask"].shape, generator=torch.Generator().manual_seed(index))
-        return {**found, "image": palette[found["mask"]].permute(2, 0, 1) + 0.2 * noise}
-
-
-class Shuffled(Shapes):
-    """Each image with the labels of the next one."""
-
-    def sample(self, index: int) -> data.Sample:
-        """Return a sample of :class:`Shapes` with another mask."""
-        return {**super().sample(index), "mask": super().sample((index + 1) % len(self))["mask"]}
-
-
-data.catalog.SETS.update(shapes=Shapes, colors=Colors, shuffled=Shuffled)
+CONTROLS = {"colors": ("fit", "7", "3"), "shuffled": ("fit", "7")}
+"""Arms of the sets in which the field does not matter."""
 
 
 # RF-Next (Gao et al., TPAMI 2022): branches of one kernel at several dilations. Weights are the branches' shares.
@@ -175,49 +116,10 @@ surgery.Dilations, surgery.Dilate = Dilations, Dilate  # type: ignore[attr-defin
 recipe.CONVERSIONS.update(dilations="Dilations", dilate="Dilate")
 
 
-def base(name: str, seed: int, args: argparse.Namespace) -> Recipe:
-    """Return the recipe of the unchanged network, whose kernels are 7x7."""
-    kind, options = DATA[name]
-    return Recipe(
-        name=f"{name}-{seed}",
-        model=ModelSpec(
-            "convnext_tiny",
-            {"stem_type": "overlap_act", "patch_size": 2, "depths": [4, 1, 1, 1], "dims": [32] * 4,
-             "ls_init_value": None, "out_indices": [0]},
-        ),
-        data=DataSpec(kind, {"size": 48, **options, "count": args.images, "seed": seed}),
-        task=TaskSpec(
-            "segmentation",
-            {"model": "semantic_fpn", "auxiliary_weight": 0.0,
-             "head_args": {"neck_channels": 32, "channels": 32, "out_indices": [0], "dropout": 0.0}},
-        ),
-        output=str(args.runs),
-        optimizer=OptimizerSpec("adamw", lr=args.lr, weight_decay=0.05),
-        schedule=ScheduleSpec("cosine", warmup_steps=args.images // 64),
-        max_steps=args.epochs * (args.images // 64),
-        batch_size=64,
-        workers=0,
-        clip_grad=5.0,
-        log_every=50,
-        seed=seed,
-        trackers=[],
-        evaluate_every=args.epochs * (args.images // 64),
-    )  # fmt: skip
-
-
-def trained(plan: Recipe) -> nn.Module:
-    """Train a recipe, or continue it; return the model."""
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    result = train(plan, resume=resume, console=QUIET)
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
-    return result.model
-
-
 def resized(plan: Recipe, sizes: list[int], arm: str) -> Recipe:
     """Return a recipe whose block i has kernels of ``sizes[i]``."""
     specs = [
-        ConversionSpec("resize", [f"*blocks.{block}.conv_dw" for block in range(4) if sizes[block] == size],
+        ConversionSpec("resize", [f"*blocks.{block}.conv_dw" for block in range(len(sizes)) if sizes[block] == size],
                        {"kernel_size": size})
         for size in sorted(set(sizes) - {7})
     ]  # fmt: skip
@@ -234,7 +136,7 @@ def of_equal_cost(sizes: list[int], seed: int) -> list[int]:
 
 def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """Search dilations in 30 % of the epochs, and train on at those found."""
-    whole, steps = plan.max_steps or 0, plan.data.args["count"] // plan.batch_size
+    whole, steps = plan.max_steps or 0, plan.data.args["count"] // BATCH
     first = max(1, round(0.3 * whole / steps)) * steps
     search = dataclasses.replace(
         plan, name=f"{plan.name}-rf-search", max_steps=first, evaluate_every=first,
@@ -261,7 +163,8 @@ def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
 
 def measured(name: str, seed: int, arm: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Run one arm, and return its row."""
-    plan, started, found = base(name, seed, args), time.process_time(), {}
+    plan = base(name, seed, images=args.images, epochs=args.epochs, lr=args.lr, runs=args.runs)
+    started, found = time.process_time(), {}
     if arm == "fit":
         unchanged = args.runs / f"{plan.name}-7"
         result = fit(
@@ -276,29 +179,23 @@ def measured(name: str, seed: int, arm: str, args: argparse.Namespace, rows: lis
         chosen = next(
             (row["sizes"] for row in rows if (row["data"], row["seed"], row["arm"]) == (name, seed, "fit")), None
         )
-        sizes = of_equal_cost(chosen or [7] * 4, seed) if arm == "random" else [int(arm)] * 4
+        sizes = of_equal_cost(chosen or [7] * BLOCKS, seed) if arm == "random" else [int(arm)] * BLOCKS
         model, found = trained(resized(plan, sizes, arm)), {"sizes": sizes}
     seconds = time.process_time() - started
-    kind, options = DATA[name]
-    test = data.create(kind, "val", **{"size": 48, **options, "count": 1000, "seed": 1000 + seed})
-    task = tasks.create("segmentation", test, **plan.task.args)
-    scores = evaluate_model(model, test, task, batch_size=125, workers=0)
-    return {"data": name, "seed": seed, "arm": arm, **found, "cpu_s": round(seconds, 1), "metrics": scores.metrics}
-
-
-def spread(values: list[float]) -> str:
-    """Return mean and 95 % interval (Student's t) in percent."""
-    mean = 100 * statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = 100 * T95[min(len(values), 5)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1f} ± {half:.1f}"
+    return {
+        "data": name,
+        "seed": seed,
+        "arm": arm,
+        **found,
+        "cpu_s": round(seconds, 1),
+        "metrics": tested(model, name, seed),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a row per set and arm: mIoU, and the difference of `fit` to the arm, paired by seed."""
     lines = []
-    for name in DATA:
+    for name in SETS:
         scores = {
             arm: {row["seed"]: row["metrics"]["miou"] for row in rows if (row["data"], row["arm"]) == (name, arm)}
             for arm in ARMS
@@ -319,10 +216,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    parser.add_argument("--data", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=16e-3)
     parser.add_argument("--runs", type=Path, default=Path("runs/fit_planted"))
@@ -335,7 +232,8 @@ def main() -> None:
     command = f"python experiments/fit_planted.py --images {args.images} --epochs {args.epochs} --lr {args.lr:g}"
     for seed in args.seeds:
         for name in args.data:
-            for arm in sorted(args.arms, key=("7", "fit", *ARMS).index):  # fit compares itself with the run of 7
+            arms = [arm for arm in args.arms if arm in CONTROLS.get(name, ARMS)]
+            for arm in sorted(arms, key=("7", "fit", *ARMS).index):  # fit compares itself with the run of 7
                 if any((row["data"], row["seed"], row["arm"]) == (name, seed, arm) for row in rows):
                     continue
                 row = measured(name, seed, arm, args, rows)

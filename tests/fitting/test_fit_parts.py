@@ -17,7 +17,7 @@ from widefield.fitting import FitSpec, halves
 from widefield.fitting.costs import measure_costs, plain_model
 from widefield.fitting.groups import Groups, find_groups
 from widefield.fitting.losses import Losses, Norms
-from widefield.fitting.read import Probed
+from widefield.fitting.read import Probed, Reader
 from widefield.fitting.recipes import START, plain_recipe, probe_recipe, shortened
 from widefield.surgery import elastic_layers
 from widefield.train import ModelSpec, Recipe, ScheduleSpec, build_model, load_recipe
@@ -165,6 +165,50 @@ def test_other_tasks_have_a_loss_of_each_image(name: str) -> None:
         for index in (0, len(val) - 1):
             loss = plain.loss(model, task.collate([val[index]]))
             assert found[index] == pytest.approx(float(loss), rel=1e-4)
+
+
+class Constant(torch.nn.Module):
+    """Return the same logits for every image."""
+
+    def __init__(self, logits: torch.Tensor, dense: bool) -> None:
+        super().__init__()
+        self.logits, self.dense = logits, dense
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (len(x), len(self.logits), *x.shape[2:]) if self.dense else (len(x), len(self.logits))
+        return self.logits.reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+
+
+@pytest.mark.parametrize("name", ["demo_scales", "demo_scenes"])
+def test_the_best_answer_without_an_image_has_the_blind_loss(name: str) -> None:
+    recipe = small(name)
+    val = data.create(recipe.data.name, "val", **{**recipe.data.args, "count": 10})
+    task = tasks.create(recipe.task.name, val, **recipe.task.args)
+    found = Losses(val, task, recipe, CPU)
+    dense = name == "demo_scenes"
+    classes = (
+        torch.stack([val[i]["mask"] for i in range(10)])
+        if dense
+        else torch.tensor([val[i]["label"] for i in range(10)])
+    )
+    counts = classes.flatten().bincount(minlength=len(val.classes)).double()
+    best = (counts / counts.sum()).clamp(min=1e-9).log().float()
+    assert found.blind() == pytest.approx(sum(found(Constant(best, dense))) / 10, rel=1e-4)
+    assert found.blind() < sum(found(Constant(best + 0.3 * torch.randn(len(best)), dense))) / 10
+
+
+def test_what_is_known_without_an_image_is_not_learned_from_images(tmp_path: Path) -> None:
+    """Most pixels are background, which a few steps teach: an untrained network's loss says little."""
+    recipe = small("demo_scenes", object_sizes=[8, 10], objects=[1, 1])
+    spec, task, groups, _ = parts_of(recipe, out=str(tmp_path))
+    val = data.create(recipe.data.name, "val", **recipe.data.args)
+    model = build_model(recipe, task).eval()
+    half = halves(val)[0]
+    reader = Reader(replace(spec), groups, task, half, lambda done, of: None)
+    reader.read_untrained(model)
+    losses = Losses(half, task, recipe, CPU)
+    assert reader.readings.untrained == pytest.approx(losses.blind())
+    assert losses.blind() < 0.5 * sum(losses(model)) / len(half)
 
 
 def test_batch_norms_get_the_statistics_of_train_images_and_nothing_else_changes(tmp_path: Path) -> None:

@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 
 from train.helpers import log, same_weights
 from widefield.nn import GMConv2d, MoRFConv2d
-from widefield.train import ConversionSpec, EmaSpec, Recipe, RunResult, alarms, train
+from widefield.train import (
+    ConversionSpec,
+    EmaSpec,
+    GroupSpec,
+    OptimizerSpec,
+    Recipe,
+    RunResult,
+    ScheduleSpec,
+    alarms,
+    train,
+)
 from widefield.train.engine import _Run
+from widefield.train.optimization import create_schedule
 
 Run = Callable[..., RunResult]
 ROUTERS = {"router_entropy", "router_dead", "router_constant"}
@@ -112,3 +124,34 @@ def test_sigma_of_every_mask_is_logged_after_each_epoch(run: Callable[..., RunRe
     for name, layer in layers.items():
         assert entries[1][name] == pytest.approx(layer.sigma.item())
     assert entries[0] != entries[1]
+
+
+def test_a_run_says_that_its_sigmas_cannot_move(recipe: Recipe) -> None:
+    masked = dataclasses.replace(recipe, conversion=ConversionSpec("gmconv", args={"stem": "static"}))
+
+    def said(**changes: Any) -> str:
+        screen = io.StringIO()
+        plan = dataclasses.replace(masked, name=f"masked-{len(changes)}", epochs=1, **changes)
+        train(plan, console=Console(file=screen, width=400))
+        return screen.getvalue()
+
+    steps, rate = 6, recipe.optimizer.lr
+    found = said()
+    assert "sigma of the masks can move by about" in found
+    groups = yaml.safe_load(found.partition('--optimizer.groups "')[2].partition('"')[0])
+    reach = steps * rate * groups[0]["lr_scale"]
+    assert 2 <= reach <= 100  # about ten taps, whatever the schedule
+    own = dataclasses.replace(recipe.optimizer, groups=[GroupSpec(**group) for group in groups])
+    assert "sigma of the masks" not in said(optimizer=own)
+    assert "sigma of the masks" not in said(optimizer=OptimizerSpec("sgd", lr=rate), max_steps=None)
+
+
+def test_looking_for_still_sigmas_leaves_the_schedule_at_its_start() -> None:
+    layer = GMConv2d(2, 2, 7)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    schedule, steps = create_schedule(optimizer, ScheduleSpec("cosine", warmup_steps=10, warmup_lr=1e-5), 100, 1)
+    before = optimizer.param_groups[0]["lr"]
+    assert "about 0.05 taps" in alarms.still_sigmas(layer, optimizer, schedule, steps)
+    assert optimizer.param_groups[0]["lr"] == before
+    layer.sigma.requires_grad_(False)
+    assert alarms.still_sigmas(layer, optimizer, schedule, steps) == ""

@@ -284,7 +284,7 @@ def decide(
         groups: of the network.
         costs: as of :func:`relative_costs`.
         limit: largest relative cost; None: any.
-        untrained: mean loss of the network before any training.
+        untrained: mean loss of a network that has not learned to look at images.
         seed: of the bootstrap.
     """
     unchanged = key_of(groups.unchanged, groups)

@@ -116,6 +116,11 @@ class Losses:
             )
         return losses
 
+    def blind(self) -> float:
+        """Return the loss of the best answer that is the same for all images; infinity if the task does not know it."""
+        found = self._task.blind_loss(self._many)
+        return math.inf if found is None else found
+
     def _of_images(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """Return the losses of a batch's images, (N,), if the task gives them."""
         with evaluating(model), torch.no_grad(), autocast(self._recipe, self._device):

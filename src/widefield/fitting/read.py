@@ -47,7 +47,8 @@ class Readings:
     Attributes:
         first: sizes in the order of the groups -> losses of the first images.
         whole: the same for all images of the selection half, for some of the assignments.
-        untrained: mean loss of the network before training; None: not read yet.
+        untrained: mean loss of the network before training, or of the best answer that is the same for all images if
+            that is smaller; None: not read yet.
         rings: layer -> share of each square ring in the squares of its largest kernel, center first.
     """
 
@@ -174,9 +175,12 @@ class Reader:
         self._read(probed, list(keys), self.readings.whole, self._whole)
 
     def read_untrained(self, model: nn.Module) -> None:
-        """Read the network before training."""
+        """Read the network before training, and what is known without any image.
+
+        Where most pixels are background, the first steps of training take off more loss than all later ones.
+        """
         if self.readings.untrained is None:
-            self.readings.untrained = float(np.mean(self._first(model)))
+            self.readings.untrained = min(float(np.mean(self._first(model))), self._first.blind())
             self.readings.save(self.spec.folder)
 
     def read_rings(self, probed: Probed) -> None:

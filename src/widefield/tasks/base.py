@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -158,6 +158,16 @@ class Task(ABC):
         """
         return None
 
+    def blind_loss(self, batches: Iterable[Batch]) -> float | None:
+        """Return the mean of :meth:`image_losses` of the best answer that is the same for all images.
+
+        It is what a model knows that has not looked at an image; default: None, it is not known.
+
+        Args:
+            batches: of the val split.
+        """
+        return None
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the metrics' ``update``: tensors (N, ...) or lists of N entries."""
@@ -227,3 +237,14 @@ class Task(ABC):
 
         Each gives a scalar, or a mapping of names to scalars.
         """
+
+
+def entropy_of(classes: Iterable[Tensor], count: int) -> float:
+    """Return the entropy of the classes' frequencies in nats: the cross-entropy of the best constant prediction.
+
+    Args:
+        classes: int64 tensors of any shape, from 0 to ``count`` - 1.
+        count: number of classes.
+    """
+    counts = sum((torch.bincount(x.flatten().cpu(), minlength=count) for x in classes), torch.zeros(count)).double()
+    return float(torch.special.entr(counts / counts.sum().clamp(min=1)).sum())

@@ -6,7 +6,7 @@ defaults are those of the recipes of DeiT and ConvNeXt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from widefield import _checks
 from widefield.surgery.answers import described, evaluating, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, training_on
+from widefield.tasks.base import Batch, Labeled, Task, entropy_of, training_on
 from widefield.tasks.predictions import ClassPrediction, Prediction
 
 LOSSES = ("cross_entropy", "binary")
@@ -109,6 +109,10 @@ class Classification(Task):
     def image_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each image, (N,), without mixing and smoothing."""
         return F.cross_entropy(model(batch["image"]).float(), batch["label"], reduction="none")
+
+    def blind_loss(self, batches: Iterable[Batch]) -> float:
+        """Return the entropy of the labels, in nats."""
+        return entropy_of((batch["label"] for batch in batches), self.num_classes)
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return ``preds`` (N, num_classes), ``target`` (N,) and ``value`` (N,), the cross-entropy of each image."""

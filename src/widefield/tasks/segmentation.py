@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +17,7 @@ from widefield._pixels import IGNORED
 from widefield.data import Sample
 from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, built, training_on
+from widefield.tasks.base import Batch, Labeled, Task, built, entropy_of, training_on
 from widefield.tasks.confusion import Confusion, SegmentationScores
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
@@ -174,6 +174,11 @@ class Segmentation(Task):
         """Return the mean cross-entropy of each image's pixels, (N,); 0 without a pixel that has a class."""
         values: Tensor = self.outputs(model, batch)["value"]
         return values
+
+    def blind_loss(self, batches: Iterable[Batch]) -> float:
+        """Return the entropy of the pixels' classes, in nats."""
+        masks = (mask for batch in batches for mask in batch["mask"])
+        return entropy_of((mask[mask != self.ignore_index] for mask in masks), len(self.classes))
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return what the metrics take, each entry with one element for each of the N images.

@@ -19,6 +19,7 @@ from widefield.surgery import DynamicSparsity, anatomy, draw_sizes, elastic_laye
 from widefield.tasks import Batch, Task
 from widefield.tasks.base import sum_of
 from widefield.train import checkpoint
+from widefield.train.alarms import still_sigmas
 from widefield.train.model import build_model
 from widefield.train.optimization import WeightDecayCosine, create_optimizer, create_schedule, freeze
 from widefield.train.plan import Plan
@@ -54,7 +55,7 @@ class Learner:
         raw: the model without wrappers.
         model: the model to call.
         ema: the moving average of the weights, or None.
-        remark: what the task says about the model before training, in the first process; may be empty.
+        remark: what is to be said about the model before training, in the first process; may be empty.
 
     Raises ValueError or TypeError for a recipe that does not work, naming the key.
     """
@@ -104,6 +105,8 @@ class Learner:
         self._scheduler, steps = create_schedule(self._plain, recipe.schedule, length, unit_steps)
         if recipe.optimizer.weight_decay_end is not None:
             self._scheduler = WeightDecayCosine(self._scheduler, self._plain, recipe.optimizer, steps)
+        still = still_sigmas(self.raw, self._plain, self._scheduler, steps)
+        self.remark = "\n".join(filter(None, (self.remark, still)))
         if recipe.sparsity:
             arguments = dataclasses.asdict(recipe.sparsity)
             self._sparse = DynamicSparsity(self.raw, **arguments, end=steps, seed=recipe.seed)

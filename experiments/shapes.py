@@ -1,0 +1,143 @@
+"""Dense labels of drawn shapes, and the small network that answers: what the experiments on fields share.
+
+Images of `scales` with 48 pixels, each with one of eight shapes; the network says the class of every pixel. The sets
+differ in what it must see. The network is a convolution of stride 2, two blocks of ConvNeXt without layer scale at
+half the image's side, and a linear classifier of each pixel: behind the stem, only the blocks' depthwise convolutions
+see neighbors.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from timm.models import register_model
+from torch import nn
+
+from widefield import data, tasks
+from widefield.data import Scales
+from widefield.runs import evaluate_model
+from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, ScheduleSpec, TaskSpec, train
+
+SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small": ("shapes", {"object_sizes": [8, 14], "clutter": 0.1}),
+    "large": ("shapes", {"object_sizes": [28, 42]}),
+    "mixed": ("shapes", {"object_sizes": [6, 42]}),
+    "colors": ("colors", {"object_sizes": [6, 42]}),
+    "shuffled": ("shuffled", {"object_sizes": [6, 42]}),
+}
+"""Name -> data set and its options; sides of objects in pixels."""
+BACKGROUND = 0.5
+"""Weight of the background in the loss, against 1 for each shape: most pixels are background."""
+BATCH = 16
+BLOCKS = 2
+TESTED = 1000
+"""Test images, which no arm sees before."""
+QUIET = Console(quiet=True)
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Number of seeds -> quantile of Student's t at 97.5 %."""
+
+
+class Shapes(Scales):
+    """`scales` with the class of every pixel: 0 is the background."""
+
+    def __init__(self, split: str, **options: Any) -> None:
+        super().__init__(split, **options)
+        self.classes = ("background", *Scales.classes)
+
+    def sample(self, index: int) -> data.Sample:
+        """Return the image, ``mask`` int64 (size, size), and ``size``, the object's side in pixels."""
+        found = super().sample(index)
+        return {"image": found["image"], "mask": found["mask"] * (found["label"] + 1), "size": found["size"]}
+
+
+class Colors(Shapes):
+    """The same places, but each class has a color, on a gray background: one pixel tells it, up to noise."""
+
+    def sample(self, index: int) -> data.Sample:
+        """Return a sample of :class:`Shapes` with another image."""
+        found = super().sample(index)
+        hues = torch.arange(len(self.classes) - 1) * (2 * math.pi / (len(self.classes) - 1))
+        shifts = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3])
+        palette = torch.cat([torch.zeros(1, 3), torch.cos(hues[:, None] + shifts)])
+        noise = torch.randn(3, *found["mask"].shape, generator=torch.Generator().manual_seed(index))
+        return {**found, "image": palette[found["mask"]].permute(2, 0, 1) + 0.2 * noise}
+
+
+class Shuffled(Shapes):
+    """Each image with the labels of the next one."""
+
+    def sample(self, index: int) -> data.Sample:
+        """Return a sample of :class:`Shapes` with another mask."""
+        return {**super().sample(index), "mask": super().sample((index + 1) % len(self))["mask"]}
+
+
+data.catalog.SETS.update(shapes=Shapes, colors=Colors, shuffled=Shuffled)
+
+
+@register_model
+def shapes_net(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Return timm's ConvNeXt with PyTorch's own initialization: N(0, 0.02) is too little for 32 channels."""
+    options = {key: value for key, value in options.items() if not key.startswith("pretrained")}
+    shape: dict[str, Any] = {"stem_type": "overlap", "patch_size": 2, "depths": [BLOCKS, 1, 1, 1], "dims": [32] * 4}
+    model: nn.Module = timm.create_model("convnext_tiny", **shape, ls_init_value=None, **options)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
+    return model
+
+
+def base(name: str, seed: int, *, images: int, epochs: int, lr: float, runs: Path) -> Recipe:
+    """Return the recipe of the unchanged network, whose kernels are 7x7."""
+    kind, options = SETS[name]
+    steps = images // BATCH
+    head = {"num_convs": 0, "concat_input": False, "auxiliary": False, "dropout": 0.0, "out_indices": [0]}
+    weights = [BACKGROUND, *[1.0] * len(Scales.classes)]
+    return Recipe(
+        name=f"{name}-{seed}",
+        model=ModelSpec("shapes_net", {"out_indices": [0]}),
+        data=DataSpec(kind, {"size": 48, **options, "count": images, "seed": seed}),
+        task=TaskSpec("segmentation", {"model": "fcn", "class_weights": weights, "head_args": head}),
+        output=str(runs),
+        optimizer=OptimizerSpec("adamw", lr=lr, weight_decay=0.05),
+        schedule=ScheduleSpec("cosine", warmup_steps=steps),
+        max_steps=epochs * steps,
+        batch_size=BATCH,
+        workers=0,
+        clip_grad=5.0,
+        log_every=200,
+        seed=seed,
+        trackers=[],
+        evaluate_every=epochs * steps,
+    )
+
+
+def trained(plan: Recipe) -> nn.Module:
+    """Train a recipe, or continue it; return the model."""
+    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
+    result = train(plan, resume=resume, console=QUIET)
+    if result.interrupted:
+        raise SystemExit(128 + result.interrupted)
+    return result.model
+
+
+def tested(model: nn.Module, name: str, seed: int) -> dict[str, float]:
+    """Return metrics on test images."""
+    kind, options = SETS[name]
+    test = data.create(kind, "val", **{"size": 48, **options, "count": TESTED, "seed": 1000 + seed})
+    task = tasks.create("segmentation", test, model="fcn")
+    return evaluate_model(model, test, task, batch_size=125, workers=0).metrics
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and 95 % interval (Student's t) in percent."""
+    mean = 100 * statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
