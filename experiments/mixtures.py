@@ -3,10 +3,10 @@
 python experiments/mixtures.py [--designs 7x7 3x3 11x11 softmax none ...] [--seeds 0 1 2 3 4] [--latency]
 
 Images, labels and network are those of `shapes.py`, with objects of 6 to 42 pixels; the depthwise convolutions differ.
-Each design of the first two tables trains at its own best learning rate: of 4e-3, 8e-3, 16e-3 and further factors of 2
-while the best is at an edge, by the score of seed 100, which is not reported. Designs of the third table have one
-change to a mixture, and its learning rate. Scores are those of 1,000 test images that no run saw. The seed sets
-weights, data and test images, and differences are paired by it.
+Single kernels and the mixtures `softmax` and `none` each train at their own best learning rate: of 4e-3, 8e-3, 16e-3
+and further factors of 2 while the best is at an edge, by the score of seed 100, which is not reported. All others
+train at the rate of the design from which they differ by one change. Scores are those of 1,000 test images that no
+run saw. The seed sets weights, data and test images, and differences are paired by it.
 
 Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
 """
@@ -53,6 +53,7 @@ class Design:
         groups: parameters with rates of their own.
         like: the design whose learning rate it takes; "": its own best.
         epochs: relative to the others.
+        data: "mixed", or "aligned": the same images with one contrast, see :class:`Aligned`.
     """
 
     kind: str
@@ -61,23 +62,30 @@ class Design:
     groups: list[GroupSpec] = dataclasses.field(default_factory=list)
     like: str = ""
     epochs: float = 1.0
+    data: str = "mixed"
 
 
-def mixture(attention: str, sizes: tuple[int, ...] = SIZES, **options: Any) -> Design:
+def mixture(attention: str, sizes: tuple[int, ...] = SIZES, like: str = "") -> Design:
     """Return a design of mixtures; "hard" in place of an attention is hard routing."""
     how = {"routing": "hard"} if attention == "hard" else {"attention": attention}
-    return Design("morf", {"kernel_sizes": list(sizes), "init": "random", **how, **options})
+    return Design("morf", {"kernel_sizes": list(sizes), "init": "random", **how}, like=like)
 
 
 SINGLE = {f"{size}x{size}": Design("fast_depthwise", kernel_size=size) for size in SIZES}
-MIXTURES = {name: mixture(name) for name in ("softmax", "none", "hard")}
+MIXTURES = {"softmax": mixture("softmax"), "none": mixture("none"), "hard": mixture("hard", like="none")}
 CONTROLS = {
-    "none 7": mixture("none", (7,)),
-    "none 7-7-7": mixture("none", (7, 7, 7)),
-    "softmax 7-7-7": mixture("softmax", (7, 7, 7)),
-    "constants 3-7-11": Design("constants", {"kernel_sizes": list(SIZES)}),
-    "7x7 and SE": Design("excited"),
+    "none 7": mixture("none", (7,), like="none"),
+    "none 7-7-7": mixture("none", (7, 7, 7), like="none"),
+    "softmax 7-7-7": mixture("softmax", (7, 7, 7), like="softmax"),
+    "constants 3-7-11": Design("constants", {"kernel_sizes": list(SIZES)}, like="softmax"),
+    "7x7 and SE": Design("excited", like="7x7"),
     "7x7, 1.5 x epochs": Design("fast_depthwise", like="7x7", epochs=1.5),
+}
+
+
+ALIGNED = {
+    f"aligned: {name}": dataclasses.replace(design, like=name, data="aligned")
+    for name, design in {**SINGLE, **MIXTURES, **CONTROLS}.items()
 }
 
 
@@ -113,6 +121,26 @@ def changes(attention: str, images: int) -> dict[str, Design]:
     return {f"{attention}, {name}": design for name, design in found.items() if name not in left_out}
 
 
+class Aligned(Shapes):
+    """The same images in gray, with the same contrast: 0 is the background's mean, and 1 the object's.
+
+    The colors of `scales` are random, so that a router can see in which direction an object differs from its
+    background. Here all objects are bright.
+    """
+
+    def sample(self, index: int) -> data.Sample:
+        """Return a sample of :class:`Shapes` with another image."""
+        found = super().sample(index)
+        image, inside = found["image"], found["mask"] > 0
+        background = image[:, ~inside].mean(1)
+        contrast = image[:, inside].mean(1) - background
+        gray = torch.einsum("chw,c->hw", image - background[:, None, None], contrast / contrast.square().sum())
+        return {**found, "image": gray.expand(3, -1, -1).clone()}
+
+
+data.catalog.SETS["aligned"] = Aligned
+
+
 class Quarters(Shapes):
     """`Shapes` with the quarter of the objects' sizes to which each object belongs."""
 
@@ -129,6 +157,16 @@ class Quarters(Shapes):
         return {**found, "size_group": torch.where(found["mask"] > 0, quarter, 255).to(torch.uint8)}
 
 
+class AlignedQuarters(Quarters, Aligned):
+    """`Aligned` with the quarter of the objects' sizes."""
+
+
+def tested_on(design: Design, seed: int) -> Quarters:
+    """Return the test images of a design."""
+    kind = AlignedQuarters if design.data == "aligned" else Quarters
+    return kind("val", **{"size": 48, **SETS["mixed"][1], "count": TESTED, "seed": 1000 + seed})
+
+
 def planned(name: str, design: Design, lr: float, seed: int, args: argparse.Namespace) -> Recipe:
     """Return the recipe of a run."""
     epochs = round(design.epochs * args.epochs)
@@ -138,6 +176,7 @@ def planned(name: str, design: Design, lr: float, seed: int, args: argparse.Name
         plan,
         name=f"{title}-{lr:g}-{seed}",
         model=dataclasses.replace(plan.model, args={**plan.model.args, "kernel_sizes": design.kernel_size}),
+        data=dataclasses.replace(plan.data, name="aligned") if design.data == "aligned" else plan.data,
         optimizer=dataclasses.replace(plan.optimizer, groups=design.groups),
         conversion=ConversionSpec(design.kind, "*.conv_dw", design.args),
     )
@@ -179,7 +218,7 @@ def measured(name: str, design: Design, lr: float, seed: int, args: argparse.Nam
     started = time.process_time()
     model = trained(planned(name, design, lr, seed, args))
     seconds = time.process_time() - started
-    test = Quarters("val", **{"size": 48, **SETS["mixed"][1], "count": TESTED, "seed": 1000 + seed})
+    test = tested_on(design, seed)
     task = tasks.create("segmentation", test, model="fcn")
     metrics = evaluate_model(model, test, task, batch_size=125, workers=0).metrics
     samples = [test.sample(index) for index in range(500)]
@@ -205,6 +244,7 @@ class Results:
         content = json.loads(stored.read_text()) if stored.exists() else {"rows": [], "latency": {}}
         self.rows: list[Row] = content["rows"]
         self.latency: dict[str, Row] = content["latency"]
+        self.followed: list[dict[str, str]] = content.get("followed", [])
 
     def of(self, name: str, seed: int | None = None, lr: float | None = None) -> list[Row]:
         """Return the rows of a design; without a seed, those that are reported."""
@@ -240,7 +280,9 @@ class Results:
     def write(self) -> None:
         """Write the files."""
         command = f"python experiments/mixtures.py --images {self.args.images} --epochs {self.args.epochs}"
-        publish(self.stem, command, {"rows": self.rows, "latency": self.latency}, tables(self))
+        publish(
+            self.stem, command, {"rows": self.rows, "latency": self.latency, "followed": self.followed}, tables(self)
+        )
 
 
 DESIGNS = {**SINGLE, **MIXTURES, **CONTROLS}
@@ -264,10 +306,15 @@ def tables(results: Results) -> str:
     best = max(single, key=lambda name: statistics.fmean(score(results.of(name)).values()), default="")
     names = [name for name in dict.fromkeys([*DESIGNS, *(row["design"] for row in results.rows)]) if results.of(name)]
     parts = [
-        ("Designs, each at its best learning rate", [line(results, name, best) for name in names if name in DESIGNS]),
-        ("One change at a time", [line(results, name, "") for name in names if name not in DESIGNS]),
+        ("Designs", [line(results, name, best) for name in names if name in DESIGNS]),
+        (
+            "Designs on images of one contrast",
+            [line(results, name, f"aligned: {best}") for name in names if name in ALIGNED],
+        ),
+        ("One change at a time", [line(results, name, "") for name in names if name not in {**DESIGNS, **ALIGNED}]),
         ("Tuning runs, one seed", tuning(results)),
         ("Routers", routers(results)),
+        ("What routing weights follow, share of their variance", results.followed),
     ]
     return "\n".join(f"## {title}\n\n{report.markdown(lines)}" for title, lines in parts if lines)
 
@@ -285,7 +332,7 @@ def line(results: Results, name: str, best: str) -> dict[str, str]:
         "mIoU by size": " / ".join(f"{100 * value:.0f}" for value in quarters),
         "training, CPU s": f"{statistics.fmean(row['cpu_s'] for row in rows):.0f}",
     }  # fmt: skip
-    return {**found, "latency, ms": f"{1e3 * latency['p50']:.2f}" if latency else "-"} if best else found
+    return {**found, "latency, ms": f"{1e3 * latency['p50']:.2f}"} if latency else found
 
 
 def tuning(results: Results) -> list[dict[str, str]]:
@@ -315,6 +362,40 @@ def routers(results: Results) -> list[dict[str, str]]:
                 "same weights for all images": str(sum(one["constant"] for one in own)),
             })  # fmt: skip
     return lines
+
+
+def explained(values: Tensor, causes: Tensor) -> float:
+    """Return the share of the variance of values (N, n) that a quadratic function of causes (N, k) explains."""
+    causes = (causes - causes.mean(0)) / causes.std(0).clamp(min=1e-3)
+    squares = (causes[:, :, None] * causes[:, None, :]).flatten(1)
+    design = torch.cat([torch.ones(len(causes), 1), causes, squares], 1).double()
+    rest = values - design @ torch.linalg.lstsq(design, values, driver="gelsd").solution
+    return float(1 - rest.square().sum() / (values - values.mean(0)).square().sum())
+
+
+def follow(results: Results) -> None:
+    """Say what the routing weights of each mixture's first seed depend on: background, contrast or size of the object.
+
+    Contrast is the mean color of the object minus that of the background.
+    """
+    results.followed, designs = [], {**DESIGNS, **ALIGNED}
+    for name in (name for name, design in designs.items() if design.kind == "morf" and results.of(name)):
+        row = results.of(name)[0]
+        plan = planned(name, designs[name], row["lr"], row["seed"], results.args)
+        test = tested_on(designs[name], row["seed"])
+        samples = [test.sample(index) for index in range(len(test))]
+        images = torch.stack([sample["image"] for sample in samples])
+        inside = torch.stack([sample["mask"] for sample in samples])[:, None] > 0
+        colors = [(images * part).sum((2, 3)) / part.sum((2, 3)) for part in (~inside, inside)]
+        causes = {"background": colors[0], "contrast": colors[1] - colors[0], "size": test._sizes.log()[:, None]}
+        for index, block in enumerate(routing_weights(load_trained(plan.folder, "last"), images, batch_size=250)):
+            weights = torch.from_numpy(block.weights).double()
+            shares = {cause: f"{explained(weights, values):.2f}" for cause, values in causes.items()}
+            negative = " ".join(f"{value:.2f}" for value in (weights < 0).double().mean(0).tolist())
+            results.followed.append(
+                {"design": name, "block": str(index), **shares, "images with a negative weight": negative}
+            )
+    results.write()
 
 
 def deployed(name: str, results: Results, x: Tensor) -> nn.Module:
@@ -347,15 +428,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--designs", nargs="+", help="default: all; 'softmax,' and 'none,': their changes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--latency", action="store_true", help="measure the latency of finished runs, and end")
+    parser.add_argument("--latency", action="store_true", help="of finished runs: measure latency, read routers")
     parser.add_argument("--runs", type=Path, default=Path("runs/mixtures"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    every = {**DESIGNS, **changes("softmax", args.images), **changes("none", args.images)}
+    every = {**DESIGNS, **ALIGNED, **changes("softmax", args.images), **changes("none", args.images)}
     results = Results(args)
     if args.latency:
         timed(results)
+        follow(results)
         return
     chosen = args.designs or list(every)
     unknown = [name for name in chosen if name not in every]
