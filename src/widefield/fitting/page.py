@@ -45,8 +45,8 @@ def page(result: FitResult) -> str:
     """Return the page of a finished fit as an HTML document that holds its pictures."""
     verdict = result.verdict
     sections = [
-        ("Before and after", report.table(_networks(result))),
-        ("What each group of layers wanted, and got", _wanted(result)),
+        ("Before and after", report.table(network_rows(result))),
+        ("What each group of layers wanted, and got", wanted(result)),
         ("Loss and cost", _candidates(result)),
     ]
     if verdict.sizes:
@@ -62,7 +62,7 @@ def page(result: FitResult) -> str:
     return report.page(f"{result.spec.recipe.name}: {title}", verdict.text, sections, dict(result.environment))
 
 
-def _networks(result: FitResult) -> list[dict[str, str]]:
+def network_rows(result: FitResult) -> list[dict[str, str]]:
     """Return the two networks as columns of a table, and their ratio."""
     verdict = result.verdict
     before, after = verdict.unchanged, verdict.plain
@@ -86,7 +86,8 @@ def _networks(result: FitResult) -> list[dict[str, str]]:
     return rows + [row(name, "{:,.4g}", (read(before), read(after))) for name, read in costs]
 
 
-def _wanted(result: FitResult) -> str:
+def wanted(result: FitResult) -> str:
+    """Return what each group of layers wanted and got, as a figure and a table (HTML)."""
     table = report.table(result.rows())
     model = result.choice.model
     fit = f"A sum over the groups explains {100 * model.explained:.0f} % of the variance of the readings."
