@@ -59,24 +59,28 @@ class Branches(nn.Module):
         return sorted({min(max(round(center * rate), 1), 24) for rate in (0.5, 1.5)})
 
     def forward(self, x: Tensor) -> Tensor:
-        rates = self.candidates()
-        share = self.shares.abs()[: len(rates)]
-        share = share / share.sum()
+        if self.training:
+            if int(self.seen) and int(self.seen) % self.steps == 0:
+                self.move()
+            self.seen += 1
+        rates, share = self.candidates(), self.share()
         reach = self.weight.shape[-1] // 2
-        y = sum(
+        return sum(
             p * ops.depthwise_conv2d(x, self.weight, self.bias, padding=reach * d, dilation=d)
             for p, d in zip(share, rates, strict=True)
         )
-        if self.training:
-            self._count(share.detach(), rates)
-        return y
+
+    def share(self) -> Tensor:
+        """Return the shares of the candidates."""
+        found = self.shares.abs()[: len(self.candidates())]
+        return found / found.sum()
 
     @torch.no_grad()
-    def _count(self, share: Tensor, rates: list[int]) -> None:
-        self.seen += 1
-        if int(self.seen) % self.steps == 0:
-            self.dilation.fill_(round(float((share * torch.tensor(rates, dtype=share.dtype)).sum())))
-            self.shares.fill_(0.01)
+    def move(self) -> None:
+        """Move the center to the mean of the candidates, and start again."""
+        rates = torch.tensor(self.candidates(), dtype=self.shares.dtype)
+        self.dilation.fill_(round(float((self.share() * rates).sum())))
+        self.shares.fill_(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +147,10 @@ def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
         conversion=ConversionSpec("dilations", None, {"steps": steps}),
     )  # fmt: skip
     model = trained(search)
-    found = {name: int(layer.dilation) for name, layer in model.named_modules() if isinstance(layer, Branches)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Branches)}
+    for layer in layers.values():
+        layer.move()  # at the end of the last epoch
+    found = {name: int(layer.dilation) for name, layer in layers.items()}
     weights = {key: value for key, value in model.state_dict().items()
                if key.rpartition(".")[2] not in ("shares", "dilation", "seen")}  # fmt: skip
     start = search.folder / "start.pt"

@@ -79,7 +79,9 @@ def masked(kernel_size: int = 7, rate: float = 30.0, **args: Any) -> Design:
 
 def normed(kernel_size: int, small: int | None) -> Design:
     """Return kernels with a batch norm, perhaps with a small one beside them."""
-    return Design(kernel_size, kind="large_kernel", args={"kernel_sizes": kernel_size, "small": small, "init": "random"})
+    return Design(
+        kernel_size, kind="large_kernel", args={"kernel_sizes": kernel_size, "small": small, "init": "random"}
+    )
 
 
 DESIGNS: Mapping[str, Mapping[str, Design]] = {

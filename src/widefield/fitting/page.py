@@ -107,6 +107,8 @@ def _candidates(result: FitResult) -> str:
         for found in sorted(choice.candidates, key=lambda found: found.loss)[:_SHOWN]
     ]
     measured = "" if choice.measured is None else f" The whole network was then measured: {choice.measured:.3f}."
+    if choice.repeats:
+        measured += f" The limit was tightened {choice.repeats} times, as measured latencies were above it."
     words = f"Predicted {result.costs.budget} of the choice: {choice.predicted:.3f} of the unchanged network.{measured}"
     alike = (
         f"Networks of one size differ by {choice.spread:.4f} in loss (p = {choice.equality:.3f} for no difference): "
@@ -127,7 +129,8 @@ def _mark(result: FitResult, found: Candidate) -> str:
     if assignment_of(found.sizes, result.groups) == result.groups.unchanged:
         marks.append("unchanged")
     if not found.allowed:
-        marks.append("above the limit")
+        limit = result.spec.limit
+        marks.append("above the limit" if limit is not None and found.cost > limit else "above the tightened limit")
     return ", ".join(marks)
 
 

@@ -1,0 +1,371 @@
+"""What makes mixtures train well? Mixtures of kernel sizes against single kernels, controls, and one change at a time.
+
+python experiments/mixtures.py [--designs 7x7 3x3 11x11 softmax none ...] [--seeds 0 1 2 3 4] [--latency]
+
+Images, labels and network are those of `shapes.py`, with objects of 6 to 42 pixels; the depthwise convolutions differ.
+Each design of the first two tables trains at its own best learning rate: of 4e-3, 8e-3, 16e-3 and further factors of 2
+while the best is at an edge, by the score of seed 100, which is not reported. Designs of the third table have one
+change to a mixture, and its learning rate. Scores are those of 1,000 test images that no run saw. The seed sets
+weights, data and test images, and differences are paired by it.
+
+Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mixture_layers import NormedExperts, WithBranch
+from shapes import BATCH, BLOCKS, SETS, TESTED, Shapes, base, spread, trained
+from torch import Tensor, nn
+
+import widefield
+from widefield import bench, data, report, tasks
+from widefield.analysis import block_contributions, routing_weights
+from widefield.benchmarks.record import publish
+from widefield.runs import evaluate_model, load_trained
+from widefield.train import ConversionSpec, Recipe
+from widefield.train.recipe import GroupSpec
+
+TUNING = 100
+"""Seed of the runs that choose a learning rate."""
+RATES = (4e-3, 8e-3, 16e-3)
+SIZES = (3, 7, 11)
+QUARTERS = ("smallest", "second", "third", "largest")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """Depthwise convolutions of the network, and how they are trained.
+
+    Attributes:
+        kind, args: of the conversion.
+        kernel_size: of the network before it.
+        groups: parameters with rates of their own.
+        like: the design whose learning rate it takes; "": its own best.
+        epochs: relative to the others.
+    """
+
+    kind: str
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kernel_size: int = 7
+    groups: list[GroupSpec] = dataclasses.field(default_factory=list)
+    like: str = ""
+    epochs: float = 1.0
+
+
+def mixture(attention: str, sizes: tuple[int, ...] = SIZES, **options: Any) -> Design:
+    """Return a design of mixtures; "hard" in place of an attention is hard routing."""
+    how = {"routing": "hard"} if attention == "hard" else {"attention": attention}
+    return Design("morf", {"kernel_sizes": list(sizes), "init": "random", **how, **options})
+
+
+SINGLE = {f"{size}x{size}": Design("fast_depthwise", kernel_size=size) for size in SIZES}
+MIXTURES = {name: mixture(name) for name in ("softmax", "none", "hard")}
+CONTROLS = {
+    "none 7": mixture("none", (7,)),
+    "none 7-7-7": mixture("none", (7, 7, 7)),
+    "softmax 7-7-7": mixture("softmax", (7, 7, 7)),
+    "constants 3-7-11": Design("constants", {"kernel_sizes": list(SIZES)}),
+    "7x7 and SE": Design("excited"),
+    "7x7, 1.5 x epochs": Design("fast_depthwise", like="7x7", epochs=1.5),
+}
+
+
+def changes(attention: str, images: int) -> dict[str, Design]:
+    """Return the designs with one change to the mixture with this attention."""
+    plain = dataclasses.replace(MIXTURES[attention], like=attention)
+    options = {"kernel_sizes": list(SIZES), "attention": attention, "steps": images // BATCH}
+
+    def changed(change: str) -> Design:
+        return Design("changed", {"change": change, **options}, like=attention)
+
+    def grouped(*groups: GroupSpec) -> Design:
+        return dataclasses.replace(plain, groups=list(groups))
+
+    by_size = [GroupSpec(f"*.expert_weights.{index}", 7 / size) for index, size in enumerate(SIZES)]
+    found = {
+        "weights kept": dataclasses.replace(plain, args={**plain.args, "init": "preserve"}),
+        "norm": changed("norm"),
+        "norm+std": changed("norm+std"),
+        "router lr x 0.1": grouped(GroupSpec("*.router.*", 0.1)),
+        "router lr x 10": grouped(GroupSpec("*.router.*", 10.0)),
+        "router without decay": grouped(GroupSpec("*.router.*", weight_decay=0.0)),
+        "scale": changed("scale"),
+        "expert norms": changed("expert norms"),
+        "branch": changed("branch"),
+        "warm-up": changed("warm-up"),
+        "annealed": changed("annealed"),
+        "shares": changed("shares"),
+        "lr by size": grouped(*by_size),
+        "std": changed("std"),
+    }
+    left_out = {"softmax": ("shares",), "none": ("annealed",)}[attention]
+    return {f"{attention}, {name}": design for name, design in found.items() if name not in left_out}
+
+
+class Quarters(Shapes):
+    """`Shapes` with the quarter of the objects' sizes to which each object belongs."""
+
+    size_groups = QUARTERS
+
+    def __init__(self, split: str, **options: Any) -> None:
+        super().__init__(split, **options)
+        self.limits = self._sizes.quantile(torch.tensor([0.25, 0.5, 0.75]))
+
+    def sample(self, index: int) -> data.Sample:
+        """Return a sample of :class:`Shapes` with ``size_group`` uint8 (size, size), 255 where there is no object."""
+        found = super().sample(index)
+        quarter = int(torch.bucketize(found["size"], self.limits))
+        return {**found, "size_group": torch.where(found["mask"] > 0, quarter, 255).to(torch.uint8)}
+
+
+def planned(name: str, design: Design, lr: float, seed: int, args: argparse.Namespace) -> Recipe:
+    """Return the recipe of a run."""
+    epochs = round(design.epochs * args.epochs)
+    plan = base("mixed", seed, images=args.images, epochs=epochs, lr=lr, runs=args.runs)
+    title = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return dataclasses.replace(
+        plan,
+        name=f"{title}-{lr:g}-{seed}",
+        model=dataclasses.replace(plan.model, args={**plan.model.args, "kernel_sizes": design.kernel_size}),
+        optimizer=dataclasses.replace(plan.optimizer, groups=design.groups),
+        conversion=ConversionSpec(design.kind, "*.conv_dw", design.args),
+    )
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Replace the experiment's branches and norms by the mixtures that compute the same, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, WithBranch | NormedExperts):
+            model.set_submodule(name, module.fused())
+    return model
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Return ranks; ties share their mean rank."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
+
+
+def routed(model: nn.Module, test: Quarters) -> list[Row]:
+    """Return how each mixture weighs its experts on the test images; empty for a network without mixtures."""
+    if not any(hasattr(module, "router") for module in model.modules()):
+        return []
+    images = torch.stack([test.sample(index)["image"] for index in range(len(test))])
+    found = []
+    for block in routing_weights(model, images, batch_size=250):
+        fields = torch.from_numpy(block.fields()).float()
+        varies = fields.std() > 0
+        rank = torch.corrcoef(torch.stack([ranks(fields), ranks(test._sizes)]))[0, 1] if varies else torch.tensor(0.0)
+        found.append(
+            {"block": block.name, "weights": block.mean().round(3).tolist(), "std": block.std().round(3).tolist(),
+             "dead": len(block.dead()), "constant": not block.depends_on_input, "rank": round(float(rank), 3)}
+        )  # fmt: skip
+    return found
+
+
+def measured(name: str, design: Design, lr: float, seed: int, args: argparse.Namespace) -> Row:
+    """Train one network, and return its row."""
+    started = time.process_time()
+    model = trained(planned(name, design, lr, seed, args))
+    seconds = time.process_time() - started
+    test = Quarters("val", **{"size": 48, **SETS["mixed"][1], "count": TESTED, "seed": 1000 + seed})
+    task = tasks.create("segmentation", test, model="fcn")
+    metrics = evaluate_model(model, test, task, batch_size=125, workers=0).metrics
+    samples = [test.sample(index) for index in range(500)]
+    batches = [
+        {key: torch.stack([sample[key] for sample in samples[start : start + 125]]) for key in ("image", "mask")}
+        for start in range(0, len(samples), 125)
+    ]
+    blocks = block_contributions(model, batches)
+    return {
+        "design": name, "lr": lr, "seed": seed, "images": args.images, "epochs": round(design.epochs * args.epochs),
+        "cpu_s": round(seconds, 1), "miou": metrics["miou"], "by_size": [metrics[f"miou_{q}"] for q in QUARTERS],
+        "loss": metrics["loss"], "points_of_blocks": [round(blocks.drop(block) or 0.0, 1) for block in blocks.blocks],
+        "routing": routed(model, test),
+    }  # fmt: skip
+
+
+class Results:
+    """The rows so far, in the files of the experiment."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.stem = args, args.out / "mixtures"
+        stored = self.stem.with_suffix(".json")
+        content = json.loads(stored.read_text()) if stored.exists() else {"rows": [], "latency": {}}
+        self.rows: list[Row] = content["rows"]
+        self.latency: dict[str, Row] = content["latency"]
+
+    def of(self, name: str, seed: int | None = None, lr: float | None = None) -> list[Row]:
+        """Return the rows of a design; without a seed, those that are reported."""
+        return [
+            row for row in self.rows
+            if row["design"] == name and (row["seed"] != TUNING if seed is None else row["seed"] == seed)
+            and lr in (None, row["lr"])
+        ]  # fmt: skip
+
+    def run(self, name: str, design: Design, lr: float, seed: int) -> Row:
+        """Return a row, from a new run if there is none yet."""
+        found = self.of(name, seed, lr)
+        if found:
+            return found[0]
+        row = measured(name, design, lr, seed, self.args)
+        print(json.dumps(row), flush=True)
+        self.rows.append(row)
+        self.write()
+        return row
+
+    def best_rate(self, name: str, design: Design) -> float:
+        """Return the learning rate with the best score of the tuning seed, from new runs if need be."""
+        if design.like:
+            return self.best_rate(design.like, DESIGNS[design.like])
+        scores = {lr: self.run(name, design, lr, TUNING)["miou"] for lr in RATES}
+        while True:
+            best = max(scores, key=scores.__getitem__)
+            further = best * 2 if best == max(scores) else best / 2 if best == min(scores) else None
+            if further is None:
+                return best
+            scores[further] = self.run(name, design, further, TUNING)["miou"]
+
+    def write(self) -> None:
+        """Write the files."""
+        command = f"python experiments/mixtures.py --images {self.args.images} --epochs {self.args.epochs}"
+        publish(self.stem, command, {"rows": self.rows, "latency": self.latency}, tables(self))
+
+
+DESIGNS = {**SINGLE, **MIXTURES, **CONTROLS}
+
+
+def score(rows: list[Row]) -> dict[int, float]:
+    """Return seed -> mIoU."""
+    return {row["seed"]: row["miou"] for row in rows}
+
+
+def paired(rows: list[Row], others: list[Row]) -> str:
+    """Return the difference of scores, paired by seed."""
+    own, other = score(rows), score(others)
+    shared = [own[seed] - other[seed] for seed in own if seed in other]
+    return spread(shared) if shared else "-"
+
+
+def tables(results: Results) -> str:
+    """Return scores of the designs, of the changes, of the tuning runs, and how routers weigh, as Markdown."""
+    single = [name for name in SINGLE if results.of(name)]
+    best = max(single, key=lambda name: statistics.fmean(score(results.of(name)).values()), default="")
+    names = [name for name in dict.fromkeys([*DESIGNS, *(row["design"] for row in results.rows)]) if results.of(name)]
+    parts = [
+        ("Designs, each at its best learning rate", [line(results, name, best) for name in names if name in DESIGNS]),
+        ("One change at a time", [line(results, name, "") for name in names if name not in DESIGNS]),
+        ("Tuning runs, one seed", tuning(results)),
+        ("Routers", routers(results)),
+    ]
+    return "\n".join(f"## {title}\n\n{report.markdown(lines)}" for title, lines in parts if lines)
+
+
+def line(results: Results, name: str, best: str) -> dict[str, str]:
+    """Return the row of a design, or of a change if there is no ``best`` single kernel to compare with."""
+    rows = results.of(name)
+    quarters = [statistics.fmean(values) for values in zip(*(row["by_size"] for row in rows), strict=True)]
+    other = best or name.partition(",")[0]
+    difference = "-" if name == best else paired(rows, results.of(other))
+    latency = results.latency.get(name)
+    found = {
+        "design": name, "seeds": str(len(rows)), "lr": f"{rows[0]['lr']:g}", "mIoU": spread([r["miou"] for r in rows]),
+        f"minus {best or 'unchanged'}": difference,
+        "mIoU by size": " / ".join(f"{100 * value:.0f}" for value in quarters),
+        "training, CPU s": f"{statistics.fmean(row['cpu_s'] for row in rows):.0f}",
+    }  # fmt: skip
+    return {**found, "latency, ms": f"{1e3 * latency['p50']:.2f}" if latency else "-"} if best else found
+
+
+def tuning(results: Results) -> list[dict[str, str]]:
+    """Return a row per design: the score at each learning rate."""
+    rows = [row for row in results.rows if row["seed"] == TUNING]
+    rates = sorted({row["lr"] for row in rows})
+    lines = []
+    for name in dict.fromkeys(row["design"] for row in rows):
+        own = {row["lr"]: row["miou"] for row in rows if row["design"] == name}
+        lines.append({"design": name, **{f"{lr:g}": f"{100 * own[lr]:.1f}" if lr in own else "" for lr in rates}})
+    return lines
+
+
+def routers(results: Results) -> list[dict[str, str]]:
+    """Return a row per design and block, of the first seed."""
+    lines = []
+    for name in dict.fromkeys(row["design"] for row in results.rows if row["routing"]):
+        rows = results.of(name)
+        for index in range(BLOCKS if rows else 0):
+            own = [row["routing"][index] for row in rows]
+            lines.append({
+                "design": name, "block": str(index), "seeds": str(len(own)),
+                "mean weights, first seed": " ".join(f"{value:.2f}" for value in own[0]["weights"]),
+                "their std over images": " ".join(f"{value:.2f}" for value in own[0]["std"]),
+                "rank correlation with size, all seeds": " ".join(f"{one['rank']:.2f}" for one in own),
+                "dead experts": str(sum(one["dead"] for one in own)),
+                "same weights for all images": str(sum(one["constant"] for one in own)),
+            })  # fmt: skip
+    return lines
+
+
+def deployed(name: str, results: Results, x: Tensor) -> nn.Module:
+    """Return the trained network of a design's first seed as it is deployed."""
+    row, design = results.of(name)[0], DESIGNS[name]
+    model = load_trained(planned(name, design, row["lr"], row["seed"], results.args).folder, "last").eval()
+    if design.kind == "fast_depthwise":
+        return model
+    model = widefield.reparameterize(model, x)
+    if design.kind == "morf":
+        return model
+    return widefield.convert(model, widefield.FastDepthwise(), "*.conv_dw*", inplace=True)  # it is torch's own now
+
+
+def timed(results: Results) -> None:
+    """Measure the latency of each design on one image, interleaved."""
+    x = torch.randn(1, 3, 48, 48)
+    models = {name: deployed(name, results, x) for name in DESIGNS if results.of(name)}
+    calls = {name: functools.partial(model, x) for name, model in models.items()}
+    with torch.inference_mode():
+        found = bench.measure(calls, repeats=41, warmup=3, shortest_s=0.02)
+    print(found)
+    results.latency = {name: row.to_dict() for name, row in found.items()}
+    results.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--designs", nargs="+", help="default: all; 'softmax,' and 'none,': their changes")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--latency", action="store_true", help="measure the latency of finished runs, and end")
+    parser.add_argument("--runs", type=Path, default=Path("runs/mixtures"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    every = {**DESIGNS, **changes("softmax", args.images), **changes("none", args.images)}
+    results = Results(args)
+    if args.latency:
+        timed(results)
+        return
+    chosen = args.designs or list(every)
+    unknown = [name for name in chosen if name not in every]
+    if unknown:
+        parser.error(f"unknown designs {unknown}; there are {', '.join(map(repr, every))}")
+    rates = {name: results.best_rate(name, every[name]) for name in chosen}
+    for seed in args.seeds:
+        for name in chosen:
+            results.run(name, every[name], rates[name], seed)
+
+
+if __name__ == "__main__":
+    main()
