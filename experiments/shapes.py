@@ -29,7 +29,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "large": ("shapes", {"object_sizes": [28, 42]}),
     "mixed": ("shapes", {"object_sizes": [6, 42]}),
     "colors": ("colors", {"object_sizes": [6, 42]}),
-    "shuffled": ("shuffled", {"object_sizes": [6, 42]}),
+    "noise": ("noise", {"object_sizes": [6, 42]}),
 }
 """Name -> data set and its options; sides of objects in pixels."""
 BACKGROUND = 0.5
@@ -69,15 +69,17 @@ class Colors(Shapes):
         return {**found, "image": palette[found["mask"]].permute(2, 0, 1) + 0.2 * noise}
 
 
-class Shuffled(Shapes):
-    """Each image with the labels of the next one."""
+class Noise(Shapes):
+    """The same images, with each one's labels scattered over its pixels: nothing can be learned, not even a place."""
 
     def sample(self, index: int) -> data.Sample:
         """Return a sample of :class:`Shapes` with another mask."""
-        return {**super().sample(index), "mask": super().sample((index + 1) % len(self))["mask"]}
+        found = super().sample(index)
+        order = torch.randperm(found["mask"].numel(), generator=torch.Generator().manual_seed(index))
+        return {**found, "mask": found["mask"].flatten()[order].reshape(found["mask"].shape)}
 
 
-data.catalog.SETS.update(shapes=Shapes, colors=Colors, shuffled=Shuffled)
+data.catalog.SETS.update(shapes=Shapes, colors=Colors, noise=Noise)
 
 
 @register_model
