@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -70,13 +71,14 @@ class Colors(Shapes):
 
 
 class Noise(Shapes):
-    """The same images, with each one's labels scattered over its pixels: nothing can be learned, not even a place."""
+    """The same images, with a random class at each pixel: nothing can be learned, not even where objects are likely."""
 
     def sample(self, index: int) -> data.Sample:
         """Return a sample of :class:`Shapes` with another mask."""
         found = super().sample(index)
-        order = torch.randperm(found["mask"].numel(), generator=torch.Generator().manual_seed(index))
-        return {**found, "mask": found["mask"].flatten()[order].reshape(found["mask"].shape)}
+        stream = np.random.default_rng((self.seed, self.split == "val", index))
+        classes = stream.integers(0, 2 * len(self.classes), found["mask"].shape)  # half of the pixels are background
+        return {**found, "mask": torch.from_numpy(classes * (classes < len(self.classes)))}
 
 
 data.catalog.SETS.update(shapes=Shapes, colors=Colors, noise=Noise)
