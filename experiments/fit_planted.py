@@ -1,12 +1,12 @@
 """Does `widefield fit` find the field that data need? Scenes with planted answers, and every anchor at the same budget.
 
-nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4]
+nice python experiments/fit_planted.py [--data small large mixed colors noise] [--seeds 0 1 2 3 4]
     [--arms fit 7 3 5 11 random rf-next]
 
 Images, labels and network are those of `shapes.py`, with objects of 8 to 14 pixels on a weak texture (small), of 28 to
-42 (large), of 6 to 42 (mixed); `colors`: objects whose color is their class; `shuffled`: labels of other images, in
-which nothing can be learned. All arms see the same number of images in training; `fit` and `rf-next` search in the
-first 30 % of them. Scores are those of 1,000 test images that no arm saw.
+42 (large), of 6 to 42 (mixed); `colors`: objects whose color is their class; `noise`: a random class at each pixel. All
+arms see the same number of images in training; `fit` and `rf-next` search in the first 30 % of them. Scores are those
+of 1,000 test images that no arm saw.
 
 Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
 """
@@ -34,7 +34,7 @@ from widefield.train import ConversionSpec, Recipe, recipe
 
 ARMS = ("fit", "7", "3", "5", "11", "random", "rf-next")
 SIZES = (3, 5, 7, 11)
-CONTROLS = {"colors": ("fit", "7", "3"), "shuffled": ("fit", "7")}
+CONTROLS = {"colors": ("fit", "7", "3"), "noise": ("fit", "7")}
 """Arms of the sets in which the field does not matter."""
 
 

@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -29,7 +30,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "large": ("shapes", {"object_sizes": [28, 42]}),
     "mixed": ("shapes", {"object_sizes": [6, 42]}),
     "colors": ("colors", {"object_sizes": [6, 42]}),
-    "shuffled": ("shuffled", {"object_sizes": [6, 42]}),
+    "noise": ("noise", {"object_sizes": [6, 42]}),
 }
 """Name -> data set and its options; sides of objects in pixels."""
 BACKGROUND = 0.5
@@ -69,15 +70,18 @@ class Colors(Shapes):
         return {**found, "image": palette[found["mask"]].permute(2, 0, 1) + 0.2 * noise}
 
 
-class Shuffled(Shapes):
-    """Each image with the labels of the next one."""
+class Noise(Shapes):
+    """The same images, with a random class at each pixel: nothing can be learned, not even where objects are likely."""
 
     def sample(self, index: int) -> data.Sample:
         """Return a sample of :class:`Shapes` with another mask."""
-        return {**super().sample(index), "mask": super().sample((index + 1) % len(self))["mask"]}
+        found = super().sample(index)
+        stream = np.random.default_rng((self.seed, self.split == "val", index))
+        classes = stream.integers(0, 2 * len(self.classes), found["mask"].shape)  # half of the pixels are background
+        return {**found, "mask": torch.from_numpy(classes * (classes < len(self.classes)))}
 
 
-data.catalog.SETS.update(shapes=Shapes, colors=Colors, shuffled=Shuffled)
+data.catalog.SETS.update(shapes=Shapes, colors=Colors, noise=Noise)
 
 
 @register_model

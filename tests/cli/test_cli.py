@@ -189,3 +189,20 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
     assert "all blocks off" in out
     if data == "digits":
         assert cli.main(words) == 0  # a second demo replaces the first
+
+
+def test_help_version_and_wrong_usage_start_without_torch(tmp_path):
+    program = """
+import sys
+import widefield_cli
+for words in (["--help"], ["--version"], ["erf", "--help"], ["nonsense"], ["erf", "--sise", "3"]):
+    try:
+        widefield_cli.main(words)
+    except SystemExit:
+        assert not {"torch", "timm", "numpy"} & set(sys.modules), words
+assert widefield_cli.main(["runs", sys.argv[1]]) == 0
+import timm
+assert timm.is_model("replknet_31b")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
