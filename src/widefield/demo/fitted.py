@@ -30,7 +30,7 @@ _SETTINGS: dict[str, Any] = {"budget": "macs", "limit": 1.1, "probe": 0.4, "read
 _MEANING = {
     GAIN: "So the network with the chosen sizes is better after equal training. A part of that may come from training "
     "in two phases, which the unchanged network does not have: repeat with other seeds before you build on it.",
-    CHEAPER: "So smaller kernels do for these crops, and the network gets cheaper.",
+    CHEAPER: "No difference in accuracy is shown, and the network with the chosen sizes costs less.",
     NOTHING: "So the published kernel sizes are as good for these crops as any that were tried. Keep the network: this "
     "is a result, and it took minutes.",
     NO_MATTER: "So kernel sizes are not where these crops are won or lost. They show textures, which small kernels "
