@@ -5,7 +5,7 @@ nice python experiments/fit_planted.py [--data small large mixed colors noise] [
 
 Images, labels and network are those of `shapes.py`, with objects of 8 to 14 pixels on a weak texture (small), of 28 to
 42 (large), of 6 to 42 (mixed); `colors`: objects whose color is their class; `noise`: a random class at each pixel. All
-arms see the same number of images in training; `fit` and `rf-next` search in the first 30 % of them. Scores are those
+arms see the same number of images in training; `fit` and `rf-next` search in the first 20 % of them. Scores are those
 of 1,000 test images that no arm saw.
 
 Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from widefield import ops, report, surgery
 from widefield.benchmarks.record import publish
 from widefield.fitting import fit
+from widefield.fitting.recipes import part_of
 from widefield.runs import load_trained
 from widefield.surgery import Conversion
 from widefield.train import ConversionSpec, Recipe, recipe
 
 ARMS = ("fit", "7", "3", "5", "11", "random", "rf-next")
 SIZES = (3, 5, 7, 11)
+SEARCH = 0.2
+"""Share of the training in which `rf-next` searches: that of `fit`."""
 CONTROLS = {"colors": ("fit", "7", "3"), "noise": ("fit", "7")}
 """Arms of the sets in which the field does not matter."""
 
@@ -139,11 +142,11 @@ def of_equal_cost(sizes: list[int], seed: int) -> list[int]:
 
 
 def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
-    """Search dilations in 30 % of the epochs, and train on at those found."""
+    """Search dilations in the first part of the training, and train on at those found."""
     whole, steps = plan.max_steps or 0, plan.data.args["count"] // BATCH
-    first = max(1, round(0.3 * whole / steps)) * steps
+    first = round(SEARCH * whole / steps) * steps
     search = dataclasses.replace(
-        plan, name=f"{plan.name}-rf-search", max_steps=first, evaluate_every=first,
+        part_of(plan, 0, first), name=f"{plan.name}-rf-search",
         conversion=ConversionSpec("dilations", None, {"steps": steps}),
     )  # fmt: skip
     model = trained(search)
@@ -160,10 +163,9 @@ def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
                        {"dilation": rate})
         for name, rate in found.items()
     ]  # fmt: skip
-    rest = whole - first
     final = dataclasses.replace(
-        plan, name=f"{plan.name}-rf-next", max_steps=rest, model=dataclasses.replace(plan.model, pretrained=str(start)),
-        conversion=specs[0], more_conversions=specs[1:], evaluate_every=rest,
+        part_of(plan, first, whole - first), name=f"{plan.name}-rf-next",
+        model=dataclasses.replace(plan.model, pretrained=str(start)), conversion=specs[0], more_conversions=specs[1:],
     )  # fmt: skip
     return trained(final), {"dilations": list(found.values())}
 
