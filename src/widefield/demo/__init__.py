@@ -69,7 +69,7 @@ def run(parts: Sequence[str] = DEFAULT, output: str | Path = "runs/demo", overri
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     if missing:
-        console.print(f"The photographs are left out: {missing}", highlight=False)
+        console.print(f"The photographs are left out: {missing}", markup=False, highlight=False)
     chapters, seconds = {}, {}
     for part in todo:
         started = time.perf_counter(), time.process_time()
@@ -100,5 +100,5 @@ def _write(folder: Path, chapters: dict[str, Chapter], missing: str, facts: dict
             for row in rows:
                 table.add_row(*row.values())
             console.print(table)
-    console.print(f"{lead}\nThe report is in {page}", highlight=False, soft_wrap=True)
+    console.print(f"{lead}\nThe report is in {page}", markup=False, highlight=False, soft_wrap=True)
     return page
