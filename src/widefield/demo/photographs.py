@@ -40,13 +40,14 @@ _FIELDS = (
 
 
 def missing() -> str:
-    """Return which package with photographs or weights is missing, and how to install it; "" for none."""
-    try:
-        data.photographs()
-        packaged.read_weights()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""
+    """Return which packages with photographs or weights are missing, and how to install them; "" for none."""
+    reasons = []
+    for needed in (packaged.read_weights, data.photographs):
+        try:
+            needed()
+        except ModuleNotFoundError as error:
+            reasons.append(str(error))
+    return " ".join(reasons)
 
 
 @dataclass(frozen=True)
