@@ -46,8 +46,7 @@ def measured(folder: Path) -> dict[str, Any]:
     weights = folder / f"{CONTROL}.safetensors"
     probed = Probed(load_trained(folder / PROBE, "last", "model"), groups, recipe, task, train_set)
     save_model(probed.plain(groups.unchanged), str(weights))
-    steps = len(train_set) // recipe.batch_size // recipe.accumulate
-    plan = plain_recipe(spec, groups.unchanged, groups, steps)
+    plan = plain_recipe(spec, groups.unchanged, groups)
     plan = dataclasses.replace(
         plan, name=CONTROL, model=dataclasses.replace(plan.model, pretrained=str(weights)), trackers=[]
     )
