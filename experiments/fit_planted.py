@@ -1,12 +1,12 @@
 """Does `widefield fit` find the field that data need? Scenes with planted answers, and every anchor at the same budget.
 
-nice python experiments/fit_planted.py [--data small large mixed colors shuffled] [--seeds 0 1 2 3 4]
+nice python experiments/fit_planted.py [--data small large mixed colors noise] [--seeds 0 1 2 3 4]
     [--arms fit 7 3 5 11 random rf-next]
 
 Images, labels and network are those of `shapes.py`, with objects of 8 to 14 pixels on a weak texture (small), of 28 to
-42 (large), of 6 to 42 (mixed); `colors`: objects whose color is their class; `shuffled`: labels of other images, in
-which nothing can be learned. All arms see the same number of images in training; `fit` and `rf-next` search in the
-first 30 % of them. Scores are those of 1,000 test images that no arm saw.
+42 (large), of 6 to 42 (mixed); `colors`: objects whose color is their class; `noise`: a random class at each pixel. All
+arms see the same number of images in training; `fit` and `rf-next` search in the first 20 % of them. Scores are those
+of 1,000 test images that no arm saw.
 
 Rows are written to --out after every run, and those that it holds are not run again. Interrupted runs continue.
 """
@@ -28,13 +28,16 @@ from torch import Tensor, nn
 from widefield import ops, report, surgery
 from widefield.benchmarks.record import publish
 from widefield.fitting import fit
+from widefield.fitting.recipes import part_of
 from widefield.runs import load_trained
 from widefield.surgery import Conversion
 from widefield.train import ConversionSpec, Recipe, recipe
 
 ARMS = ("fit", "7", "3", "5", "11", "random", "rf-next")
 SIZES = (3, 5, 7, 11)
-CONTROLS = {"colors": ("fit", "7", "3"), "shuffled": ("fit", "7")}
+SEARCH = 0.2
+"""Share of the training in which `rf-next` searches: that of `fit`."""
+CONTROLS = {"colors": ("fit", "7", "3"), "noise": ("fit", "7")}
 """Arms of the sets in which the field does not matter."""
 
 
@@ -59,24 +62,28 @@ class Branches(nn.Module):
         return sorted({min(max(round(center * rate), 1), 24) for rate in (0.5, 1.5)})
 
     def forward(self, x: Tensor) -> Tensor:
-        rates = self.candidates()
-        share = self.shares.abs()[: len(rates)]
-        share = share / share.sum()
+        if self.training:
+            if int(self.seen) and int(self.seen) % self.steps == 0:
+                self.move()
+            self.seen += 1
+        rates, share = self.candidates(), self.share()
         reach = self.weight.shape[-1] // 2
-        y = sum(
+        return sum(
             p * ops.depthwise_conv2d(x, self.weight, self.bias, padding=reach * d, dilation=d)
             for p, d in zip(share, rates, strict=True)
         )
-        if self.training:
-            self._count(share.detach(), rates)
-        return y
+
+    def share(self) -> Tensor:
+        """Return the shares of the candidates."""
+        found = self.shares.abs()[: len(self.candidates())]
+        return found / found.sum()
 
     @torch.no_grad()
-    def _count(self, share: Tensor, rates: list[int]) -> None:
-        self.seen += 1
-        if int(self.seen) % self.steps == 0:
-            self.dilation.fill_(round(float((share * torch.tensor(rates, dtype=share.dtype)).sum())))
-            self.shares.fill_(0.01)
+    def move(self) -> None:
+        """Move the center to the mean of the candidates, and start again."""
+        rates = torch.tensor(self.candidates(), dtype=self.shares.dtype)
+        self.dilation.fill_(round(float((self.share() * rates).sum())))
+        self.shares.fill_(0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +142,18 @@ def of_equal_cost(sizes: list[int], seed: int) -> list[int]:
 
 
 def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
-    """Search dilations in 30 % of the epochs, and train on at those found."""
+    """Search dilations in the first part of the training, and train on at those found."""
     whole, steps = plan.max_steps or 0, plan.data.args["count"] // BATCH
-    first = max(1, round(0.3 * whole / steps)) * steps
+    first = round(SEARCH * whole / steps) * steps
     search = dataclasses.replace(
-        plan, name=f"{plan.name}-rf-search", max_steps=first, evaluate_every=first,
+        part_of(plan, 0, first), name=f"{plan.name}-rf-search",
         conversion=ConversionSpec("dilations", None, {"steps": steps}),
     )  # fmt: skip
     model = trained(search)
-    found = {name: int(layer.dilation) for name, layer in model.named_modules() if isinstance(layer, Branches)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Branches)}
+    for layer in layers.values():
+        layer.move()  # at the end of the last epoch
+    found = {name: int(layer.dilation) for name, layer in layers.items()}
     weights = {key: value for key, value in model.state_dict().items()
                if key.rpartition(".")[2] not in ("shares", "dilation", "seen")}  # fmt: skip
     start = search.folder / "start.pt"
@@ -153,10 +163,9 @@ def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
                        {"dilation": rate})
         for name, rate in found.items()
     ]  # fmt: skip
-    rest = whole - first
     final = dataclasses.replace(
-        plan, name=f"{plan.name}-rf-next", max_steps=rest, model=dataclasses.replace(plan.model, pretrained=str(start)),
-        conversion=specs[0], more_conversions=specs[1:], evaluate_every=rest,
+        part_of(plan, first, whole - first), name=f"{plan.name}-rf-next",
+        model=dataclasses.replace(plan.model, pretrained=str(start)), conversion=specs[0], more_conversions=specs[1:],
     )  # fmt: skip
     return trained(final), {"dilations": list(found.values())}
 

@@ -5,7 +5,7 @@ nice python experiments/real_fields.py --fashion ROOT [--data fashion photos] [-
 
 Two sets, both classification: `fashion`, 4,000 photographs of goods (Fashion-MNIST; ROOT is the folder of its files),
 tested on 5,000 others; `photos`, crops of twelve photographs in gray, tested on other parts of them. The network: a
-ConvNeXt without layer scale, two blocks of width 32 at half the image's side and two of width 64 at a quarter. A design
+ConvNeXt, two blocks of width 32 at half the image's side and two of width 64 at a quarter. A design
 differs from the others in its blocks' depthwise convolutions only. It is trained at each of three learning rates with
 another seed, and then with all seeds at the best of them.
 
@@ -79,7 +79,9 @@ def masked(kernel_size: int = 7, rate: float = 30.0, **args: Any) -> Design:
 
 def normed(kernel_size: int, small: int | None) -> Design:
     """Return kernels with a batch norm, perhaps with a small one beside them."""
-    return Design(kernel_size, kind="large_kernel", args={"kernel_sizes": kernel_size, "small": small, "init": "random"})
+    return Design(
+        kernel_size, kind="large_kernel", args={"kernel_sizes": kernel_size, "small": small, "init": "random"}
+    )
 
 
 DESIGNS: Mapping[str, Mapping[str, Design]] = {
@@ -128,11 +130,10 @@ class Nothing(nn.Module):
 @register_model
 def fields_net(pretrained: bool = False, shortcut: bool = True, **options: Any) -> nn.Module:
     """Return the network, with PyTorch's own initialization: N(0, 0.02) is too little for so few channels."""
-    options = {key: value for key, value in options.items() if not key.startswith("pretrained")}
     shape: dict[str, Any] = {"stem_type": "overlap", "patch_size": 2, "depths": [2, 2, 0, 0], "dims": [32, 64, 64, 64]}
-    model: nn.Module = timm.create_model("convnext_tiny", **shape, ls_init_value=None, **options)
+    model: nn.Module = timm.create_model("convnext_tiny", pretrained, **shape, **options)
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not pretrained:
             layer.reset_parameters()
         if not shortcut and name.endswith("shortcut"):
             model.set_submodule(name, Nothing())

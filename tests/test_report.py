@@ -50,3 +50,7 @@ def test_reports_print_and_display_a_summary_and_a_table():
     assert shown.startswith("<p>1 facts &lt; 3</p><p>and a second line</p>")
     assert "<td>&lt;b&gt;</td>" in shown
     assert "<table" not in Facts(0)._repr_html_()
+
+
+def test_links_are_escaped():
+    assert report.link('a"b.html', "<all>") == '<p><a href="a&quot;b.html">&lt;all&gt;</a></p>'

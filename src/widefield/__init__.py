@@ -8,9 +8,11 @@ verbs and the conversions; layers live in :mod:`widefield.nn`, operators in :mod
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-import widefield.models  # noqa: F401  registers the models in timm
+if "widefield_cli" not in sys.modules:  # the command line imports them when it needs them: that takes seconds
+    import widefield.models  # noqa: F401  registers the models in timm
 
 if TYPE_CHECKING:
     from widefield.deploy.export import export

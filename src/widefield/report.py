@@ -21,7 +21,7 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #1f6f8b; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.9rem; margin-bottom: .25rem; } h2 { margin-top: 2.5rem; font-size: 1.3rem; }
-p, li { max-width: 48rem; } .lead { opacity: .8; }
+a { color: var(--accent); } p, li { max-width: 48rem; } .lead { opacity: .8; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -72,6 +72,11 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]], footer: Map
 def paragraph(text: str) -> str:
     """Return plain text as an HTML paragraph."""
     return f"<p>{html.escape(text)}</p>"
+
+
+def link(place: str, text: str) -> str:
+    """Return a paragraph that links to a file, by its path relative to the page; both are plain text."""
+    return f'<p><a href="{html.escape(place)}">{html.escape(text)}</a></p>'
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

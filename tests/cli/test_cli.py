@@ -51,8 +51,13 @@ def test_models_takes_a_glob_over_all_of_timm(capsys):
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--epochs", "1", "digits_morf"], "put the recipe before its keys"),
         (["train", "--resume", "runs/none"], "there is no run in runs/none: give the folder of one"),
-        (["demo", "--conversion.args.routing", "hard"], "the demo sets conversion.args.routing itself"),
-        (["demo", "--model.name", "resnet18"], "model.args"),
+        (
+            ["demo", "--data", "digits", "--conversion.args.routing", "hard"],
+            "the demo sets conversion.args.routing itself",
+        ),
+        (["demo", "--data", "digits", "--model.name", "resnet18"], "model.args"),
+        (["demo", "--epochs", "1"], "choose a part of the demo with --data"),
+        (["demo", "--data", "photo_crops", "--epoch", "1"], "Did you mean 'epochs'?"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_1(words, message, here, capsys):
@@ -161,8 +166,8 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
     assert cli.main(words) == 0
     folder = here / "runs" / "demo"
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["models"]) == {"7x7", "MoRF soft", "MoRF hard"}
-    for name, entry in results["models"].items():
+    assert set(results[data]["models"]) == {"7x7", "MoRF soft", "MoRF hard"}
+    for name, entry in results[data]["models"].items():
         assert 0 <= entry["accuracy"] <= 1
         assert entry["cost"]["parameters"] > 0
         assert entry["cost"]["macs"] > 0
@@ -170,15 +175,34 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
         assert entry["blocks"]["score"] == pytest.approx(entry["accuracy"])
         assert len(entry["blocks"]["blocks"]) == 5
         assert name == "7x7" or entry["difference"]["max_abs"] <= 1e-4 * entry["difference"]["scale"]
-    for blocks in results["routing"].values():
+    for blocks in results[data]["routing"].values():
         assert len(blocks) == 5
         assert all(sum(b["frequencies"]) == pytest.approx(1, abs=1e-5) for b in blocks)
-    page = (folder / "report.html").read_text()
+    page = (folder / "mixtures.html").read_text()
     assert page.count("data:image/png;base64,") == 12
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "MoRF hard" in page
+    assert 'href="mixtures.html"' in (folder / "report.html").read_text()
     out = capsys.readouterr().out
     assert "runs/demo/report.html" in out
     assert "training step" in out
     assert "all blocks off" in out
-    assert cli.main(words) == 0  # a second demo replaces the first
+    if data == "digits":
+        assert cli.main(words) == 0  # a second demo replaces the first
+
+
+def test_help_version_and_wrong_usage_start_without_torch(tmp_path):
+    program = """
+import sys
+import widefield_cli
+for words in (["--help"], ["--version"], ["erf", "--help"], ["nonsense"], ["erf", "--sise", "3"]):
+    try:
+        widefield_cli.main(words)
+    except SystemExit:
+        assert not {"torch", "timm", "numpy"} & set(sys.modules), words
+assert widefield_cli.main(["runs", sys.argv[1]]) == 0
+import timm
+assert timm.is_model("replknet_31b")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -18,9 +18,10 @@ from widefield.fitting.costs import measure_costs, plain_model
 from widefield.fitting.groups import Groups, find_groups
 from widefield.fitting.losses import Losses, Norms
 from widefield.fitting.read import Probed, Reader
-from widefield.fitting.recipes import START, plain_recipe, probe_recipe, shortened
-from widefield.surgery import elastic_layers
+from widefield.fitting.recipes import START, part_of, plain_recipe, probe_recipe
+from widefield.surgery import choose_sizes, elastic_layers
 from widefield.train import ModelSpec, Recipe, ScheduleSpec, build_model, load_recipe
+from widefield.train.optimization import create_schedule
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ def test_layers_may_choose_alone_and_be_chosen() -> None:
 def test_dense_models_name_layers_as_their_recipes_do() -> None:
     spec, task, groups, _ = parts_of(small("demo_scenes_fcos"))
     assert any("not depthwise" in note for note in groups.notes)
-    recipe = probe_recipe(spec, groups, 10)
+    recipe = probe_recipe(spec, groups)
     model = build_model(recipe, task)
     for group in groups:
         for layer in group.layers:
@@ -89,7 +90,7 @@ def test_settling_starts_from_the_probes_weights_at_the_chosen_sizes(name: str, 
     if where:
         recipe = replace(recipe, model=ModelSpec(name))
     spec, task, groups, _ = parts_of(recipe, where=where, out=tmp_path)
-    model = build_model(probe_recipe(spec, groups, 10), task).eval()
+    model = build_model(probe_recipe(spec, groups), task).eval()
     with torch.no_grad():
         for layer in elastic_layers(model).values():
             for expert in layer.experts:
@@ -98,7 +99,7 @@ def test_settling_starts_from_the_probes_weights_at_the_chosen_sizes(name: str, 
     assignment = {group.name: group.sizes[place % 2 - 1] for place, group in enumerate(groups)}  # larger and smaller
     plain = probed.plain(assignment)
     save_model(plain, str(tmp_path / START))
-    settled = build_model(plain_recipe(spec, assignment, groups, 10), task)
+    settled = build_model(plain_recipe(spec, assignment, groups), task)
     assert settled.state_dict().keys() == plain.state_dict().keys()
     for key, value in plain.state_dict().items():
         assert torch.equal(settled.state_dict()[key], value), key
@@ -108,14 +109,41 @@ def test_settling_starts_from_the_probes_weights_at_the_chosen_sizes(name: str, 
             assert getattr(module, "layer", module).kernel_size == (assignment[group.name],) * 2
 
 
-def test_a_shorter_run_keeps_the_shares_of_its_schedule() -> None:
-    schedule = ScheduleSpec("multistep", warmup_epochs=2, args={"decay_milestones": [6, 9]})
-    recipe = replace(load_recipe("demo_scales"), epochs=10, schedule=schedule)
-    short = shortened(recipe, 5, 40)
-    assert (short.epochs, short.schedule.warmup_epochs, short.schedule.warmup_steps) == (5, 1, None)
-    assert short.schedule.args["decay_milestones"] == [3, 4]
-    shorter = shortened(recipe, 3, 40)
-    assert (shorter.epochs, shorter.schedule.warmup_epochs, shorter.schedule.warmup_steps) == (3, 0, 24)
+@pytest.mark.parametrize("name", ["cosine", "multistep", "poly"])
+def test_probe_and_settling_share_one_schedule(name: str) -> None:
+    args = {"decay_milestones": [6, 9]} if name == "multistep" else {}
+    recipe = replace(load_recipe("demo_scales"), epochs=10, schedule=ScheduleSpec(name, warmup_epochs=2, args=args))
+
+    def rates(recipe: Recipe) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule, steps = create_schedule(optimizer, recipe.schedule, recipe.epochs or 0, 40)
+        assert schedule is not None
+        found = []
+        for step in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            schedule.step_update(step + 1)
+        return found
+
+    parts = [part_of(recipe, 0, 3), part_of(recipe, 3, 7)]
+    found = [rates(part) for part in parts]
+    whole = rates(recipe)
+    assert [len(part) for part in found] == [120, 280]
+    assert found[0] == whole[:120]
+    assert found[1][6:] == whole[126:]
+    assert all(low < rate for low, rate in zip(found[1][:4], whole[120:], strict=False))  # the moments start anew
+    assert rates(part_of(parts[1], 2, 3))[2:] == whole[202:320]
+
+
+def test_networks_without_weights_start_alike_at_all_sizes() -> None:
+    recipe = small("demo_scales")
+    spec, task, groups, images = parts_of(recipe, by="layer")
+    model = build_model(probe_recipe(spec, groups), task).eval()
+    outputs = []
+    for size in (3, 5, 7):
+        choose_sizes(model, size)
+        outputs.append(model(images))
+    assert torch.allclose(outputs[0], outputs[1], atol=1e-6)
+    assert torch.allclose(outputs[0], outputs[2], atol=1e-6)
 
 
 def test_halves_share_no_image_and_have_all_labels(tmp_path: Path) -> None:

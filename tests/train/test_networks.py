@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,25 @@ class TestIgnored:
                 create_model(ModelSpec("headless_network"), {"num_classes": 3})
         finally:
             del _model_entrypoints["headless_network"]
+
+    def test_a_network_that_ignores_weights_gets_them(self, tmp_path: Path) -> None:
+        """The function of the network drops `pretrained` and all that goes with it."""
+
+        def plain_network(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            kept = {key: value for key, value in kwargs.items() if not key.startswith("pretrained")}
+            return timm.create_model("test_resnet", **kept)
+
+        plain_network.__module__ = __name__
+        timm.models.register_model(plain_network)
+        try:
+            weights = timm.create_model("test_resnet", num_classes=3).state_dict()
+            torch.save(weights, tmp_path / "weights.pt")
+            spec = ModelSpec("plain_network", pretrained=str(tmp_path / "weights.pt"))
+            for classes in (3, 10):
+                model = build_model(replace(load_recipe("demo_digits"), model=spec), Classification(classes))
+                assert all(torch.equal(model.state_dict()[key], weights[key]) for key in weights if "fc" not in key)
+        finally:
+            del _model_entrypoints["plain_network"]
 
     def test_a_file_of_weights_that_is_not_there_is_named(self) -> None:
         with pytest.raises(FileNotFoundError, match=r"model.args.checkpoint_path: there is no file 'nowhere.pth'"):

@@ -27,7 +27,7 @@ from widefield.tasks import Classification
 from widefield.train import Recipe, build_model, shipped_recipes, train
 from widefield.train.networks import TORCHVISION
 
-NOT_PUBLISHED = {"demo_digits", "demo_scales", "demo_scenes", "digits_morf"}
+NOT_PUBLISHED = {"demo_digits", "demo_photo_crops", "demo_scales", "demo_scenes", "digits_morf"}
 PROCESSES = (1, 8)
 """The numbers of processes that recipes are written for: one GPU, or a machine with eight."""
 

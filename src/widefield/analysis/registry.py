@@ -100,8 +100,6 @@ class Analysis:
     """Name of its command and of the command's files."""
     function: Callable[..., Result]
     """(model, images, *, ...) -> a result, which draws itself."""
-    summary: str
-    """Help of its command, in one line."""
     heading: str
     """Heading of its section in a report."""
     images: Callable[[View], Any] = View.batches
@@ -110,8 +108,6 @@ class Analysis:
     """Whether the analysis of this model needs images, or only its weights."""
     reads_objects: bool = False
     """Whether it reads a run's own samples, with boxes and labels of objects, instead of pictures."""
-    count: int = 32
-    """Default number of images of its command."""
     arguments: Callable[[View], dict[str, Any]] = _nothing
     """Further arguments that follow from the model and its images."""
     applies: Callable[[nn.Module], bool] = _always
@@ -167,7 +163,6 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "erf",
                 effective_receptive_field,
-                "effective receptive fields of models, next to the theoretical ones",
                 "Effective receptive field",
                 arguments=lambda view: {"classes": view.classes or None},
                 reported=lambda count: count,
@@ -175,10 +170,8 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "object-erf",
                 object_receptive_fields,
-                "effective receptive fields of a detector's objects, by their size",
                 "Effective receptive fields of objects",
                 reads_objects=True,
-                count=64,
                 arguments=lambda view: {"classes": view.classes or None},
                 applies=is_detector,
                 needs="a detector of widefield.dense",
@@ -188,10 +181,8 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "keypoint-erf",
                 keypoint_receptive_fields,
-                "effective receptive fields of a pose model's key points, by the size of people",
                 "Effective receptive fields of key points",
                 reads_objects=True,
-                count=64,
                 arguments=lambda view: {"classes": view.classes or None},
                 applies=is_pose_model,
                 needs="a pose model",
@@ -201,9 +192,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "routing",
                 routing_statistics,
-                "which experts a mixture chooses for which images",
                 "Routing",
-                count=256,
                 arguments=_for_routing,
                 applies=lambda model: bool(mixtures(model)),
                 stand_in=False,
@@ -212,10 +201,8 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "blocks",
                 block_contributions,
-                "how much each residual block contributes: what changes when it is switched off",
                 "Contributions of blocks",
                 images=View.labeled_batches,
-                count=256,
                 applies=gives_scores,
                 stand_in=False,
                 reported=lambda count: 2 * count,
@@ -223,7 +210,6 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "masks",
                 masks,
-                "learned masks of GMConv layers, and how far they extend at each depth",
                 "Learned masks",
                 reads_images=_masked_by_image,
                 applies=_masked,
@@ -232,10 +218,8 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "cam",
                 class_activation,
-                "class activation maps of models, side by side",
                 "Class activation",
                 images=lambda view: view.images,
-                count=4,
                 arguments=_for_maps,
                 applies=gives_scores,
                 stand_in=False,
@@ -244,7 +228,6 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "kernels",
                 kernel_energy,
-                "energy of spatial kernels by radius, and how far they can be cropped",
                 "Kernel energy",
                 reads_images=lambda model: False,
                 reported=lambda count: 0,
@@ -252,7 +235,6 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "stability",
                 translation_stability,
-                "how much a model's outputs change when the image shifts",
                 "Translation stability",
                 applies=lambda model: gives_scores(model) and not is_detector(model) and not is_pose_model(model),
                 reported=lambda count: count,
@@ -262,16 +244,13 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
             Analysis(
                 "interactions",
                 interactions,
-                "multi-order interactions: how large the contexts are that a model uses",
                 "Multi-order interactions",
                 images=lambda view: view.images,
-                count=8,
                 arguments=_for_interactions,
             ),
             Analysis(
                 "shape-bias",
                 shape_bias,
-                "whether a model decides by shape or by texture",
                 "Shape bias",
                 images=lambda view: view.pictures,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import signal
 import sys
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words, args.overrides = words, rest
+    importlib.import_module("widefield.models")  # registers them in timm
     try:
         _check_places(args)
         status: int = COMMANDS[args.command].run(args)

@@ -24,6 +24,13 @@ _LISTED = 40
 """Largest number of names that a message lists; skeletons have fewer key points."""
 
 
+def analysis(args: argparse.Namespace) -> Analysis:
+    """Return the analysis that has the command's name."""
+    from widefield.analysis.registry import ANALYSES
+
+    return ANALYSES[args.command]
+
+
 def arguments(
     parser: argparse.ArgumentParser,
     *,

@@ -6,14 +6,18 @@ import argparse
 
 from widefield.cli.train import RecipeHelp
 
-SUMMARY = "train, reparameterize, measure and report, in a few minutes"
+SUMMARY = "look at photographs, fit kernel sizes to them, train mixtures, and report, in a few minutes"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.formatter_class = RecipeHelp
     parser.set_defaults(takes_overrides=True)
-    parser.add_argument("--data", default="digits", choices=("digits", "scales"), help="what to train on (digits)")
+    parser.add_argument(
+        "--data", nargs="+", default=["photo_crops", "digits"], choices=("photo_crops", "digits", "scales"),
+        help="parts: a pretrained network and a fit on photographs, or mixtures on digits or scales "
+        "(photo_crops digits)",
+    )  # fmt: skip
     parser.add_argument("--output", default="runs/demo", help="folder; an earlier demo in it is replaced (runs/demo)")
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-ENTRY = ANALYSES["erf"]
-SUMMARY = ENTRY.summary
+SUMMARY = "effective receptive fields of models, next to the theoretical ones"
+COUNT = 32
+"""Default number of images."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    _subjects.arguments(parser, images=ENTRY.count, sizes=True)
+    _subjects.arguments(parser, images=COUNT, sizes=True)
     parser.add_argument("--layer", metavar="NAME", help="layer to examine (default: the last one of the backbone)")
     parser.add_argument(
         "--position", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="unit on the layer's map (default: the center)"
@@ -25,16 +25,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    analysis = _subjects.analysis(args)
     several = len(args.size or ()) > 1
     if args.count is None:  # detections and key points of several images lie at different places
-        args.count = ENTRY.count if args.detection is None and args.keypoint is None else 1
+        args.count = COUNT if args.detection is None and args.keypoint is None else 1
     if args.of_class is not None and all(place is None for place in _places(args)):
         args.pixel = []
     options = {"layer": args.layer, "position": args.position or "center"}
     results = {}
-    for view in _subjects.views(args, ENTRY):
+    for view in _subjects.views(args, analysis):
         label = f"{view.name}, {view.shown.image_size} px" if several else view.name
-        results[label] = ENTRY.run(view, progress=True, targets=_subjects.target(args, view), **options)
+        results[label] = analysis.run(view, progress=True, targets=_subjects.target(args, view), **options)
     _subjects.write(results, args, log=not args.linear)
     return 0
 

@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", choices=("stage", "layer"), help="which layers share a size (stage)")
     parser.add_argument("--budget", choices=("latency", "macs", "params"), help="the cost that is limited (latency)")
     parser.add_argument("--limit", metavar="X", help="largest cost relative to the unchanged network, or none (1.0)")
-    parser.add_argument("--probe", type=float, metavar="SHARE", help="share of the epochs to probe (0.3)")
+    parser.add_argument("--probe", type=float, metavar="SHARE", help="share of the epochs to probe (0.2)")
     parser.add_argument("--readings", type=int, metavar="N", help="most assignments of sizes to read (64)")
     parser.add_argument("--latency-batch", type=int, metavar="N", help="images of a latency measurement (1)")
     parser.add_argument("--latency-device", metavar="DEVICE", help="where latency is measured (cpu)")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-ENTRY = ANALYSES["interactions"]
-SUMMARY = ENTRY.summary
+SUMMARY = "multi-order interactions: how large the contexts are that a model uses"
+COUNT = 8
+"""Default number of images."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    _subjects.arguments(parser, images=ENTRY.count)
+    _subjects.arguments(parser, images=COUNT)
     parser.add_argument("--grid", type=int, default=16, metavar="N", help="patches along each side (16)")
     parser.add_argument("--pairs", type=int, default=8, metavar="N", help="pairs of patches per image (8)")
     parser.add_argument("--contexts", type=int, default=16, metavar="N", help="contexts per pair and order (16)")
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield.analysis.interactions import ORDERS, forward_passes
 
+    analysis = _subjects.analysis(args)
     sampling = {
         "grid": args.grid,
         "pairs": args.pairs,
@@ -43,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         "reach": args.reach,
     }
     results = {}
-    for view in _subjects.views(args, ENTRY):
+    for view in _subjects.views(args, analysis):
         passes = forward_passes(len(view.shown), **sampling)
         print(f"{view.name}: {passes:,} forward passes at {view.shown.image_size} pixels", file=sys.stderr)
-        results[view.name] = ENTRY.run(view, progress=True, **sampling, baseline=args.baseline, seed=args.seed)
+        results[view.name] = analysis.run(view, progress=True, **sampling, baseline=args.baseline, seed=args.seed)
     _subjects.write(results, args)
     return 0

@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING
 
 from widefield._files import write_whole
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
 if TYPE_CHECKING:
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
 
     from widefield.surgery.trim_report import Trimming
 
-ENTRY = ANALYSES["kernels"]
-SUMMARY = ENTRY.summary
+SUMMARY = "energy of spatial kernels by radius, and how far they can be cropped"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield.cli._tables import print_table
 
+    analysis = _subjects.analysis(args)
     if args.cost and args.limit is None:
         raise ValueError("--cost is the cost of cropping to a limit: pass --limit K as well.")
     if not args.cost and (args.images is not None or args.size is not None):
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         found = _subjects.subject(word, args)
         view = found.view()
         about = {"weights": view.weights, "seed": args.seed}
-        results[view.name] = ENTRY.run(view, about=about, shares=args.shares, limit=args.limit)
+        results[view.name] = analysis.run(view, about=about, shares=args.shares, limit=args.limit)
         if args.cost:
             shown = found.view(_subjects.pictures(args, found), batch_size=args.batch_size)
             costs[view.name] = _trimmed(found.model, shown.labeled_batches(), args.limit)

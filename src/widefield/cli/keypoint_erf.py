@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-ENTRY = ANALYSES["keypoint-erf"]
-SUMMARY = ENTRY.summary
+SUMMARY = "effective receptive fields of a pose model's key points, by the size of people"
+COUNT = 64
+"""Default number of images."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     _subjects.arguments(parser, images=None)
-    parser.add_argument(
-        "--count", type=int, default=ENTRY.count, metavar="N", help=f"crops of the run's data ({ENTRY.count})"
-    )
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"crops of the run's data ({COUNT})")
     parser.add_argument(
         "--keypoint", nargs="+", metavar="NAME", help="names or indices of the key points to measure (all)"
     )
@@ -37,10 +35,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    analysis = _subjects.analysis(args)
     options = {"sizes": args.sizes, "count": args.people, "extent": args.extent}
     results = {}
-    for view in _subjects.views(args, ENTRY):
+    for view in _subjects.views(args, analysis):
         chosen = None if args.keypoint is None else [_subjects.keypoint(word, view) for word in args.keypoint]
-        results[view.name] = ENTRY.run(view, progress=True, keypoints=chosen, **options)
+        results[view.name] = analysis.run(view, progress=True, keypoints=chosen, **options)
     _subjects.write(results, args)
     return 0

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-ENTRY = ANALYSES["object-erf"]
-SUMMARY = ENTRY.summary
+SUMMARY = "effective receptive fields of a detector's objects, by their size"
+COUNT = 64
+"""Default number of images."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     _subjects.arguments(parser, images=None)
-    parser.add_argument(
-        "--count", type=int, default=ENTRY.count, metavar="N", help=f"images of the run's data ({ENTRY.count})"
-    )
+    parser.add_argument("--count", type=int, default=COUNT, metavar="N", help=f"images of the run's data ({COUNT})")
     parser.add_argument("--objects", type=int, default=24, metavar="N", help="objects of each size (24)")
     parser.add_argument(
         "--sizes",
@@ -39,7 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    analysis = _subjects.analysis(args)
     options = {"sizes": args.sizes, "count": args.objects, "unit": args.unit, "extent": args.extent}
-    results = {view.name: ENTRY.run(view, progress=True, **options) for view in _subjects.views(args, ENTRY)}
+    results = {view.name: analysis.run(view, progress=True, **options) for view in _subjects.views(args, analysis)}
     _subjects.write(results, args)
     return 0

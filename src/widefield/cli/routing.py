@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-ENTRY = ANALYSES["routing"]
-SUMMARY = ENTRY.summary
+SUMMARY = "which experts a mixture chooses for which images"
+COUNT = 256
+"""Default number of images."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    _subjects.arguments(parser, images=ENTRY.count)
+    _subjects.arguments(parser, images=COUNT)
     parser.add_argument(
         "--kind",
         default="pies",
@@ -24,6 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    results = {view.name: ENTRY.run(view, progress=True) for view in _subjects.views(args, ENTRY)}
+    analysis = _subjects.analysis(args)
+    results = {view.name: analysis.run(view, progress=True) for view in _subjects.views(args, analysis)}
     _subjects.write(results, args, kind=args.kind)
     return 0

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from widefield.analysis.registry import ANALYSES
 from widefield.cli import _subjects
 
-ENTRY = ANALYSES["shape-bias"]
-SUMMARY = ENTRY.summary
+SUMMARY = "whether a model decides by shape or by texture"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from widefield.data import ConflictImages, Scales, write_conflicts
     from widefield.runs.labels import imagenet_names
 
+    analysis = _subjects.analysis(args)
     results = {}
     for word in args.models:
         found = _subjects.subject(word, args)
@@ -49,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
         images = ConflictImages(folder, size=size, mean=found.mean, std=found.std, batch_size=args.batch_size)
         print(images.found())
         view = found.view(images, batch_size=args.batch_size)
-        results[view.name] = ENTRY.run(view, progress=True, classes=classes or None)
+        results[view.name] = analysis.run(view, progress=True, classes=classes or None)
     _subjects.write(results, args)
     return 0

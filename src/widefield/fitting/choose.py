@@ -23,9 +23,9 @@ Table = Mapping[str, Mapping[int, float]]
 
 _SAME_COST = 0.01
 """Costs that differ by less, relative to the unchanged network, are equal: latency is not measured better."""
-_RELATIVE, _OF_WHAT_WAS_LEARNED = 0.02, 0.002
-"""A difference of losses counts if it is at least 2 % of the best loss, and 0.2 % of what training took off the loss of
-the untrained network. A smaller one, although measurable, is less than another seed would change."""
+_RELATIVE, _OF_WHAT_WAS_LEARNED = 0.02, 0.01
+"""A difference of losses counts if it is at least 2 % of the best loss, and 1 % of what training took off the loss of a
+network that has not looked at images. A smaller one, although measurable, is less than another seed would change."""
 _PROPOSED, _PROMISING = 8, 4
 """Numbers of assignments that are read in full: of the front, and of the best in the first readings."""
 _DIGITS = 12
@@ -276,7 +276,7 @@ def decide(
 ) -> Decision:
     """Choose the cheapest assignment whose loss is not significantly larger than that of the best one.
 
-    Differences of less than 2 % of the loss, or of 0.2 % of what training took off it, do not count. Among assignments
+    Differences of less than 2 % of the loss, or of 1 % of what training took off it, do not count. Among assignments
     of practically equal cost, the one with the smallest loss is taken.
 
     Args:

@@ -45,8 +45,8 @@ def page(result: FitResult) -> str:
     """Return the page of a finished fit as an HTML document that holds its pictures."""
     verdict = result.verdict
     sections = [
-        ("Before and after", report.table(_networks(result))),
-        ("What each group of layers wanted, and got", _wanted(result)),
+        ("Before and after", report.table(network_rows(result))),
+        ("What each group of layers wanted, and got", wanted(result)),
         ("Loss and cost", _candidates(result)),
     ]
     if verdict.sizes:
@@ -62,7 +62,7 @@ def page(result: FitResult) -> str:
     return report.page(f"{result.spec.recipe.name}: {title}", verdict.text, sections, dict(result.environment))
 
 
-def _networks(result: FitResult) -> list[dict[str, str]]:
+def network_rows(result: FitResult) -> list[dict[str, str]]:
     """Return the two networks as columns of a table, and their ratio."""
     verdict = result.verdict
     before, after = verdict.unchanged, verdict.plain
@@ -86,7 +86,8 @@ def _networks(result: FitResult) -> list[dict[str, str]]:
     return rows + [row(name, "{:,.4g}", (read(before), read(after))) for name, read in costs]
 
 
-def _wanted(result: FitResult) -> str:
+def wanted(result: FitResult) -> str:
+    """Return what each group of layers wanted and got, as a figure and a table (HTML)."""
     table = report.table(result.rows())
     model = result.choice.model
     fit = f"A sum over the groups explains {100 * model.explained:.0f} % of the variance of the readings."
@@ -106,6 +107,8 @@ def _candidates(result: FitResult) -> str:
         for found in sorted(choice.candidates, key=lambda found: found.loss)[:_SHOWN]
     ]
     measured = "" if choice.measured is None else f" The whole network was then measured: {choice.measured:.3f}."
+    if choice.repeats:
+        measured += f" The limit was tightened {choice.repeats} times, as measured latencies were above it."
     words = f"Predicted {result.costs.budget} of the choice: {choice.predicted:.3f} of the unchanged network.{measured}"
     alike = (
         f"Networks of one size differ by {choice.spread:.4f} in loss (p = {choice.equality:.3f} for no difference): "
@@ -126,7 +129,8 @@ def _mark(result: FitResult, found: Candidate) -> str:
     if assignment_of(found.sizes, result.groups) == result.groups.unchanged:
         marks.append("unchanged")
     if not found.allowed:
-        marks.append("above the limit")
+        limit = result.spec.limit
+        marks.append("above the limit" if limit is not None and found.cost > limit else "above the tightened limit")
     return ", ".join(marks)
 
 

@@ -6,39 +6,43 @@ They are plain recipes: ``widefield train`` runs each of them by itself.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from widefield.fitting.groups import Assignment, Groups
 from widefield.fitting.spec import FitSpec
-from widefield.train.recipe import ConversionSpec, Recipe, ScheduleSpec
+from widefield.train.recipe import ConversionSpec, Recipe
 
 PROBE, PLAIN, UNCHANGED = "probe", "plain", "unchanged"
 START = "start.safetensors"
 """The probe's weights at the chosen sizes, from which settling starts."""
-_LENGTHS = ("decay_epochs", "cooldown_epochs")
 
 
-def probe_recipe(spec: FitSpec, groups: Groups, steps_per_epoch: int) -> Recipe:
-    """Return the recipe of the network that learns all sizes."""
+def probe_recipe(spec: FitSpec, groups: Groups) -> Recipe:
+    """Return the recipe of the network that learns all sizes.
+
+    A network without weights gets elastic convolutions without any, too: crops of a random kernel have nothing in
+    common, and steps at one size would undo those at another.
+    """
+    model = spec.recipe.model
+    init = "preserve" if model.pretrained or model.args.get("checkpoint_path") else "random"
     sizes: dict[tuple[int, ...], list[str]] = {}
     for group in groups:
         sizes.setdefault(group.sizes, []).extend(layer.name for layer in group.layers)
     count = len(groups)  # stages of different conversions must differ, or they would always draw the same size
     added = [
-        ConversionSpec("elastic", where, {"kernel_sizes": list(key), "stage": count * place})
+        ConversionSpec("elastic", where, {"kernel_sizes": list(key), "stage": count * place, "init": init})
         for place, (key, where) in enumerate(sizes.items())
     ]
     recipe = replace(_converted(spec.recipe, added), name=PROBE, output=str(spec.folder), compile=False)
-    return shortened(recipe, spec.shares()[0], steps_per_epoch)
+    return part_of(recipe, 0, spec.shares()[0])
 
 
-def plain_recipe(spec: FitSpec, assignment: Assignment, groups: Groups, steps_per_epoch: int) -> Recipe:
+def plain_recipe(spec: FitSpec, assignment: Assignment, groups: Groups) -> Recipe:
     """Return the recipe that fine-tunes the plain network of an assignment from the probe's weights."""
     recipe = resized(spec.recipe, assignment, groups)
     args = {key: value for key, value in recipe.model.args.items() if key != "checkpoint_path"}
     model = replace(recipe.model, args=args, pretrained=str(spec.folder / START))
     recipe = replace(recipe, name=PLAIN, output=str(spec.folder), model=model)
-    return shortened(recipe, spec.shares()[1], steps_per_epoch)
+    return part_of(recipe, *spec.shares())
 
 
 def unchanged_recipe(spec: FitSpec) -> Recipe:
@@ -57,36 +61,23 @@ def resized(recipe: Recipe, assignment: Assignment, groups: Groups) -> Recipe:
     return _converted(recipe, added)
 
 
-def shortened(recipe: Recipe, length: int, steps_per_epoch: int) -> Recipe:
-    """Return a recipe for ``length`` epochs, or steps if the recipe counts steps.
+def part_of(recipe: Recipe, before: int, length: int) -> Recipe:
+    """Return a recipe for a part of the training, in epochs, or steps if the recipe counts steps.
 
-    The schedule is the same over a shorter time: its warm-up and decays keep their share of the run.
+    The parts share one schedule: the rate goes on where the part before left it.
+
+    Args:
+        recipe: of the whole training.
+        before: what the parts before do.
+        length: of this part.
     """
     whole = recipe.max_steps or recipe.epochs or 0
-    share = length / whole
-    schedule = recipe.schedule
-    args: dict[str, Any] = dict(schedule.args)
-    for key in _LENGTHS:
-        if key in args:
-            args[key] = max(1, round(args[key] * share)) if args[key] else 0
-    if "decay_milestones" in args:
-        args["decay_milestones"] = sorted({max(1, round(mark * share)) for mark in args["decay_milestones"]})
-    schedule = replace(schedule, args=args, **_warmup(schedule, share, steps_per_epoch))
+    old = recipe.schedule
+    schedule = replace(old, before=old.before + before, after=old.after + whole - before - length)
     if recipe.max_steps:
         every = recipe.evaluate_every and min(recipe.evaluate_every, length)
         return replace(recipe, schedule=schedule, max_steps=length, evaluate_every=every)
     return replace(recipe, schedule=schedule, epochs=length)
-
-
-def _warmup(schedule: ScheduleSpec, share: float, steps_per_epoch: int) -> dict[str, Any]:
-    """Return the warm-up of a shorter run; that of a ratio must not vanish."""
-    steps = schedule.warmup_steps if schedule.warmup_steps is not None else schedule.warmup_epochs * steps_per_epoch
-    if not steps:
-        return {}
-    shorter = max(1, round(steps * share))
-    if schedule.warmup_epochs and not shorter % steps_per_epoch:
-        return {"warmup_epochs": shorter // steps_per_epoch}
-    return {"warmup_epochs": 0, "warmup_steps": shorter}
 
 
 def _converted(recipe: Recipe, added: list[ConversionSpec]) -> Recipe:

@@ -195,7 +195,7 @@ class _Fit:
         groups, costs = self._plan()
         relative = choose.relative_costs(costs.table, costs.unchanged, groups)
         choose.check_limit(self.spec.limit, relative)
-        recipe = recipes.probe_recipe(self.spec, groups, self.setting.steps_per_epoch)
+        recipe = recipes.probe_recipe(self.spec, groups)
         self._train("probe", recipe)
         choice = self._choose(groups, costs)
         same = choice.sizes == choose.key_of(groups.unchanged, groups)
@@ -284,7 +284,7 @@ class _Fit:
             save_model(self._probe(groups).plain(assignment), str(unfinished))
             unfinished.replace(start)
         self._probed = None  # its layers are merged
-        self._train("settle", recipes.plain_recipe(self.spec, assignment, groups, self.setting.steps_per_epoch))
+        self._train("settle", recipes.plain_recipe(self.spec, assignment, groups))
 
     def _verify(self, choice: Choice, folders: dict[str, Path]) -> None:
         if self.phases.finished("verify") and (self.spec.folder / VERDICT).is_file():

@@ -50,7 +50,7 @@ class FitSpec:
     by: str = "stage"
     budget: str = "latency"
     limit: float | None = 1.0
-    probe: float = 0.3
+    probe: float = 0.2
     readings: int = 64
     batch: int = 1
     device: str = "cpu"

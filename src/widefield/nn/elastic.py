@@ -96,15 +96,19 @@ class ElasticConv2d(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, kernel_sizes: Sequence[int] = (3, 5, 7, 11)) -> Self:
-        """Return this layer in place of ``conv``, with its stride, device, dtype and mode; it computes the same.
+    def from_conv2d(
+        cls, conv: nn.Conv2d, kernel_sizes: Sequence[int] = (3, 5, 7, 11), *, init: str = "preserve"
+    ) -> Self:
+        """Return this layer in place of ``conv``, with its stride, device, dtype and mode, at its size.
 
-        The convolution's own size is added to the sizes. Each expert gets the taps of the kernel that the next smaller
-        one does not have. At a smaller size the layer therefore has the cropped kernel, and at a larger one the same.
+        The convolution's own size is added to the sizes.
 
         Args:
             conv: odd square kernel, "same" padding with zeros, no dilation; any groups.
             kernel_sizes: the sizes to choose from.
+            init: "preserve": the layer computes what ``conv`` computes. Each expert gets the taps of the kernel that
+                the next smaller one does not have, so that the layer has the cropped kernel at a smaller size, and the
+                same at a larger one. "random": random weights (:meth:`reset_parameters`).
 
         Raises:
             ValueError: ``conv`` cannot be replaced; the message is that of :func:`why_not`.
@@ -124,17 +128,22 @@ class ElasticConv2d(nn.Module):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
-        inner = 0
-        with torch.no_grad():
-            for expert, size in zip(layer.experts, layer.kernel_sizes, strict=True):
-                expert.copy_(fold.fit(conv.weight, (size, size)))
-                if inner:
-                    fold.crop(expert, inner).zero_()
-                inner = size
-            if layer.bias is not None and conv.bias is not None:
-                layer.bias.copy_(conv.bias)
+        if _checks.init(init) == "preserve":
+            layer._absorb(conv)
         layer.kernel_size = own
         return layer.requires_grad_(conv.weight.requires_grad).train(conv.training)
+
+    @torch.no_grad()
+    def _absorb(self, conv: nn.Conv2d) -> None:
+        """Cut the kernel of a convolution into rings, one for each expert."""
+        inner = 0
+        for expert, size in zip(self.experts, self.kernel_sizes, strict=True):
+            expert.copy_(fold.fit(conv.weight, (size, size)))
+            if inner:
+                fold.crop(expert, inner).zero_()
+            inner = size
+        if self.bias is not None and conv.bias is not None:
+            self.bias.copy_(conv.bias)
 
     @property
     def active(self) -> int:

@@ -26,6 +26,8 @@ class Elastic(Conversion):
         kernel_sizes: the sizes to choose from, odd.
         stage: index of the first stage. :func:`draw_sizes` groups the layers by stage; give several conversions of one
             model different numbers.
+        init: "preserve", see above; "random" initializes the layers anew: all sizes then start as the smallest one, and
+            train faster than crops of a random kernel, which have nothing in common.
 
     Raises:
         TypeError, ValueError: sizes that the layer refuses.
@@ -34,8 +36,10 @@ class Elastic(Conversion):
     layers = (ElasticConv2d,)
     kernel_sizes: tuple[int, ...] = (3, 5, 7, 11)
     stage: int = 0
+    init: str = "preserve"
 
     def __post_init__(self) -> None:
+        _checks.init(self.init)
         object.__setattr__(self, "kernel_sizes", elastic.checked_sizes(self.kernel_sizes))
 
     def at(self, place: Place) -> Conversion:
@@ -46,7 +50,7 @@ class Elastic(Conversion):
         return elastic.why_not(module)
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        layer = ElasticConv2d.from_conv2d(conv, self.kernel_sizes)
+        layer = ElasticConv2d.from_conv2d(conv, self.kernel_sizes, init=self.init)
         layer.stage = self.stage
         return layer
 

@@ -21,7 +21,7 @@ from widefield.tasks.base import sum_of
 from widefield.train import checkpoint
 from widefield.train.alarms import still_sigmas
 from widefield.train.model import build_model
-from widefield.train.optimization import WeightDecayCosine, create_optimizer, create_schedule, freeze
+from widefield.train.optimization import create_optimizer, create_schedule, freeze
 from widefield.train.plan import Plan
 from widefield.train.processes import largest
 from widefield.train.randomness import random_state, restore_random_state
@@ -102,9 +102,7 @@ class Learner:
         recipe = self._recipe
         unit, length = ("step", recipe.max_steps) if recipe.max_steps else ("epoch", recipe.epochs or 0)
         unit_steps = 1 if unit == "step" else steps_per_epoch
-        self._scheduler, steps = create_schedule(self._plain, recipe.schedule, length, unit_steps)
-        if recipe.optimizer.weight_decay_end is not None:
-            self._scheduler = WeightDecayCosine(self._scheduler, self._plain, recipe.optimizer, steps)
+        self._scheduler, steps = create_schedule(self._plain, recipe.schedule, length, unit_steps, recipe.optimizer)
         still = still_sigmas(self.raw, self._plain, self._scheduler, steps)
         self.remark = "\n".join(filter(None, (self.remark, still)))
         if recipe.sparsity:

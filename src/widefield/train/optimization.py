@@ -60,6 +60,8 @@ _DEFAULTS = {"poly": {"decay_rate": 1.0}}
 """Schedule -> defaults other than those of ``create_scheduler_v2``. There, the power of poly is 0.1."""
 _LENGTHS: dict[str, Any] = {"decay_epochs": 90, "decay_milestones": [90, 180, 270], "cooldown_epochs": 0}
 """Arguments of ``create_scheduler_v2`` that count epochs -> their defaults there."""
+_RISE = 0.02
+"""Share of the steps in which the rates of a continued schedule rise."""
 
 
 def _steps(key: str, length: Any, unit: int) -> Any:
@@ -238,15 +240,16 @@ class Schedule(Protocol):
 
 
 def create_schedule(
-    optimizer: torch.optim.Optimizer, spec: ScheduleSpec, length: int, unit: int
+    optimizer: torch.optim.Optimizer, spec: ScheduleSpec, length: int, unit: int, decay: OptimizerSpec | None = None
 ) -> tuple[Schedule | None, int]:
-    """Build timm's schedule, stepped at every update, or None for "none"; return it and its number of steps.
+    """Build timm's schedule, stepped at every update, or None for "none"; return it and the number of the run's steps.
 
     Args:
         optimizer: its groups get their rates.
         spec: the recipe's section. Lengths in its ``args`` count in units.
         length: of the run in units: epochs, or steps.
         unit: steps of a unit: those of an epoch, or 1.
+        decay: the optimizer's section, if its weight decay may have a schedule, too.
 
     Raises:
         ValueError, TypeError: an argument that the schedule does not read, or a wrong value.
@@ -254,12 +257,13 @@ def create_schedule(
     _check_read(spec)
     given = {**_DEFAULTS.get(spec.name, {}), **spec.args}
     warmup = spec.warmup_epochs * unit if spec.warmup_steps is None else spec.warmup_steps
+    elsewhere = (spec.before + spec.after) * unit
     # Do not prepare it: accelerate would step it once per process, and timm's schedules count updates themselves.
     try:
-        schedule, steps = create_scheduler_v2(
+        schedule, whole = create_scheduler_v2(
             optimizer,
             sched=spec.name,
-            num_epochs=length * unit,
+            num_epochs=length * unit + elsewhere,
             warmup_epochs=0 if spec.warmup_ratio is not None else warmup,
             warmup_lr=spec.warmup_lr,
             min_lr=spec.min_lr,
@@ -269,9 +273,48 @@ def create_schedule(
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"schedule: {spec.name!r} refuses its args {spec.args}: {error}.") from error
+    whole = int(whole) // unit * unit
     if spec.warmup_ratio is not None:
         schedule = ScaledWarmup(schedule, optimizer, warmup, spec.warmup_ratio, spec.warmup_shape)
-    return schedule, int(steps) // unit * unit
+    if decay is not None and decay.weight_decay_end is not None:
+        schedule = WeightDecayCosine(schedule, optimizer, decay, whole)
+    steps = whole - elsewhere
+    if spec.before and schedule is not None:
+        schedule = Continued(schedule, optimizer, spec.before * unit, steps)
+    return schedule, steps
+
+
+class Continued:
+    """A schedule whose first part another run has done.
+
+    The rates rise linearly over the first 2 % of the steps, because the optimizer's moments start anew.
+
+    Args:
+        schedule: the whole one.
+        optimizer: its optimizer.
+        before: steps that were done.
+        steps: of this run.
+    """
+
+    def __init__(self, schedule: Schedule, optimizer: torch.optim.Optimizer, before: int, steps: int) -> None:
+        self._schedule, self._optimizer, self._before = schedule, optimizer, before
+        self._rise = max(1, round(_RISE * steps))
+        self.step_update(0)
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the rate for the step after ``num_updates`` steps of this run."""
+        self._schedule.step_update(self._before + num_updates)
+        if num_updates + 1 < self._rise:
+            for group in self._optimizer.param_groups:
+                group["lr"] *= (num_updates + 1) / self._rise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the schedule's state."""
+        return self._schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        self._schedule.load_state_dict(state)
 
 
 class ScaledWarmup:

@@ -16,6 +16,8 @@ from widefield import dense, masking
 from widefield.train import checkpoint
 from widefield.train.networks import HEAD
 
+_COMPARED = 8
+"""Values by which tensors are compared."""
 _HEADS = ("head.fc.weight", "head.weight", "fc.weight", "classifier.weight", "head.l.weight")
 
 
@@ -208,7 +210,11 @@ def _plain(weights: Mapping[str, Tensor], assembly: Assembly, given: Mapping[str
     def loaded(state: Mapping[str, Tensor]) -> nn.Module:
         # timm reads a source before weights that are given to it.
         overlay = {"state_dict": dict(state), "label_offset": 0, "source": "", **given}
-        return assembly.build({**given, "pretrained": True, "pretrained_cfg_overlay": overlay})
+        model = assembly.build({**given, "pretrained": True, "pretrained_cfg_overlay": overlay})
+        known = _starts(state)
+        if known and not known & _starts(model.state_dict()):  # a function of the user's may ignore `pretrained`
+            raise ValueError("the network does not take the weights that timm gives it")
+        return model
 
     try:
         return loaded(weights)
@@ -221,6 +227,12 @@ def _plain(weights: Mapping[str, Tensor], assembly: Assembly, given: Mapping[str
         if fitting is None:
             raise
         return loaded(fitting)
+
+
+def _starts(state: Mapping[str, Tensor]) -> set[tuple[float, ...]]:
+    """Return the first values of every tensor that is not constant: what stays of weights under another name."""
+    firsts = (value.flatten()[:_COMPARED].float() for value in state.values() if value.numel() >= _COMPARED)
+    return {tuple(first.tolist()) for first in firsts if bool((first != first[0]).any())}
 
 
 def resized(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor] | None:

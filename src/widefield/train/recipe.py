@@ -222,9 +222,13 @@ class ScheduleSpec:
     warmup_shape: Annotated[
         str, f"how the factor of warmup_ratio goes on, one of {', '.join(WARMUPS)}: up to 1, or unchanged"
     ] = "linear"
+    before: Annotated[int, "epochs, or steps with max_steps, of the schedule that another run has done"] = 0
+    after: Annotated[int, "epochs, or steps, of the schedule that are left to another run"] = 0
 
     def __post_init__(self) -> None:
         _checks.choice("schedule.name", self.name, SCHEDULES)
+        for key in ("before", "after"):
+            _checks.integer(f"schedule.{key}", getattr(self, key), minimum=0)
         _checks.choice("schedule.warmup_shape", self.warmup_shape, WARMUPS)
         if self.warmup_shape == "constant" and self.warmup_ratio is None:
             raise ValueError("schedule.warmup_shape: constant needs warmup_ratio, the factor of the learning rate.")

@@ -1,13 +1,11 @@
-"""Run a demonstration of a few minutes: train three networks, reparameterize, verify, measure, show the routing.
+"""Train a network with 7x7 kernels, and with soft and hard mixtures of receptive fields; fuse, verify and measure them.
 
-`widefield demo` trains a narrow ConvNeXt with 7x7 kernels, and the same network with soft and hard mixtures of
-receptive fields, with the same data, seed and budget, and writes a page about it.
+All have the same data, seed and budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from widefield import bench, data, report, tasks
 from widefield.analysis.blocks import BlockContributions, block_contributions
 from widefield.analysis.routing import RoutingStatistics, routing_statistics
+from widefield.demo.chapter import Chapter
 from widefield.runs import write_report
 from widefield.surgery import Difference, compare, reparameterize
 from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
 
-DATA = ("digits", "scales")
+PAGE = "mixtures.html"
 BASELINE = "7x7"
 VARIANTS: Mapping[str, Mapping[str, Any] | None] = {
     BASELINE: None,
@@ -36,6 +34,14 @@ VARIANTS: Mapping[str, Mapping[str, Any] | None] = {
     "MoRF hard": {"routing": "hard"},
 }
 MEASURED_BATCH = 64
+_ABOUT = (
+    "All three networks have the same shape, seed, data and number of steps. Times are medians of interleaved runs "
+    f"with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio to the 7x7 network in the "
+    "same run. The last row is the largest difference between the outputs before and after reparameterization over all "
+    "validation images, in units of the largest output. The second and third row are top-1 while blocks are off: they "
+    "return their input, and their kernels take no part."
+)
+_EXAMPLES = "Images and their routing weights: one row per block, one column per expert."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,55 +60,101 @@ class Entry:
     """Between fused and unfused outputs; None for the baseline, which is not fused."""
 
 
-def run(name: str = "digits", output: str | Path = "runs/demo", overrides: Sequence[str] = ()) -> Path:
-    """Train, reparameterize, measure and report; return the path of the page.
-
-    Writes ``results.json``, ``report.html``, two PNGs and the three training runs into ``output``, and replaces those
-    of an earlier demo.
+class Mixtures:
+    """The three networks on one data set.
 
     Args:
         name: "digits" or "scales".
-        output: folder.
+        folder: of the demo.
         overrides: overrides of the recipe ``demo_<name>``, as in ``widefield train``.
 
     Raises:
-        OSError: ``output`` cannot be written; this is checked before training starts.
         ValueError, TypeError: an override does not fit.
-        SystemExit: Ctrl-C or SIGTERM, with 130 or 143.
     """
-    folder = Path(output)
-    for word in overrides:
-        if word.partition("=")[0].partition(".")[0] in ("--conversion", "--name", "--output"):
-            raise ValueError(f"the demo sets {word.lstrip('-')} itself: leave it out, or use widefield train.")
-    recipe = load_recipe(f"demo_{name}", [*overrides, "--output", str(folder)])
-    validation = data.create(recipe.data.name, "val", **recipe.data.args)
-    task = tasks.create(recipe.task.name, validation, **recipe.task.args)
-    for variant, mixture in VARIANTS.items():  # build all before the first is trained, to find errors early
-        build_model(_variant(recipe, variant, mixture), task)
-    for variant in VARIANTS:
-        shutil.rmtree(folder / _slug(variant), ignore_errors=True)
-    console = Console(stderr=True)
-    models: dict[str, nn.Module] = {}
-    accuracies: dict[str, float] = {}
-    for variant, mixture in VARIANTS.items():
-        console.print(f"[bold]{variant}[/] on {name}")
-        result = train(_variant(recipe, variant, mixture), console=console)
-        if result.interrupted:
-            raise SystemExit(128 + result.interrupted)
-        models[variant], accuracies[variant] = result.model.cpu(), result.metrics["top1"]
 
-    batches = list(DataLoader(validation, batch_size=250, collate_fn=data.collate))
-    images: Tensor = torch.cat([batch["image"] for batch in batches])
-    console.print("reparameterizing and measuring")
-    pairs = [(batch["image"], batch["label"]) for batch in batches]
-    blocks = {variant: block_contributions(models[variant], pairs, name=variant) for variant in VARIANTS}
-    entries = _measure(models, accuracies, blocks, images, task, len(validation.classes))
-    routings = {
-        v: routing_statistics(models[v], batches, classes=validation.classes, name=v, batch_size=len(images))
-        for v in VARIANTS
-        if v != BASELINE
-    }
-    return _write(folder, name, recipe, entries, routings, validation, batches)
+    def __init__(self, name: str, folder: Path, overrides: Sequence[str] = ()) -> None:
+        for word in overrides:
+            if word.partition("=")[0].partition(".")[0] in ("--conversion", "--name", "--output"):
+                raise ValueError(f"the demo sets {word.lstrip('-')} itself: leave it out, or use widefield train.")
+        self.name, self.folder = name, folder
+        self.recipe = load_recipe(f"demo_{name}", [*overrides, "--output", str(folder)])
+        self.validation = data.create(self.recipe.data.name, "val", **self.recipe.data.args)
+        self.task = tasks.create(self.recipe.task.name, self.validation, **self.recipe.task.args)
+        for variant, mixture in VARIANTS.items():  # build all before the first is trained, to find errors early
+            build_model(_variant(self.recipe, variant, mixture), self.task)
+
+    def run(self, console: Console) -> Chapter:
+        """Train, fuse and measure; write ``mixtures.html``, four PNGs and the three runs, in place of earlier ones.
+
+        Raises:
+            SystemExit: Ctrl-C or SIGTERM, with 130 or 143.
+        """
+        for variant in VARIANTS:
+            shutil.rmtree(self.folder / _slug(variant), ignore_errors=True)
+        models: dict[str, nn.Module] = {}
+        accuracies: dict[str, float] = {}
+        for variant, mixture in VARIANTS.items():
+            console.print(f"[bold]{variant}[/] on {self.name}")
+            result = train(_variant(self.recipe, variant, mixture), console=console)
+            if result.interrupted:
+                raise SystemExit(128 + result.interrupted)
+            models[variant], accuracies[variant] = result.model.cpu(), result.metrics["top1"]
+
+        console.print("reparameterizing and measuring")
+        batches = list(DataLoader(self.validation, batch_size=250, collate_fn=data.collate))
+        images: Tensor = torch.cat([batch["image"] for batch in batches])
+        pairs = [(batch["image"], batch["label"]) for batch in batches]
+        blocks = {variant: block_contributions(models[variant], pairs, name=variant) for variant in VARIANTS}
+        classes = self.validation.classes
+        entries = _measure(models, accuracies, blocks, images, self.task, len(classes))
+        routings = {
+            v: routing_statistics(models[v], batches, classes=classes, name=v, batch_size=len(images))
+            for v in VARIANTS
+            if v != BASELINE
+        }
+        return self._chapter(entries, routings, batches)
+
+    def _chapter(
+        self,
+        entries: Mapping[str, Entry],
+        routings: Mapping[str, RoutingStatistics],
+        batches: Sequence[Mapping[str, Any]],
+    ) -> Chapter:
+        """Write the figures and the page about the three runs; return the chapter."""
+        rows = _rows(entries)
+        examples = {variant: _examples(variant, found, self.validation, batches) for variant, found in routings.items()}
+        for variant, found in routings.items():
+            (self.folder / f"routing-{_slug(variant)}.png").write_bytes(report.png(found.plot(kind="pies")))
+            (self.folder / f"examples-{_slug(variant)}.png").write_bytes(report.png(examples[variant]))
+        lead = (
+            f"A narrow ConvNeXt on {self.name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a "
+            "router weights for each image."
+        )
+        table = report.paragraph(_ABOUT) + report.table(rows)
+        pictures = {variant: report.picture(figure, _EXAMPLES) for variant, figure in examples.items()}
+        write_report(
+            [self.folder / _slug(variant) for variant in VARIANTS],
+            self.folder / PAGE,
+            title="A mixture of receptive fields",
+            lead=lead,
+            first=[("Cost and accuracy", table), *((f"Examples: {v}", picture) for v, picture in pictures.items())],
+        )
+        more = report.link(PAGE, "All about these three networks: training, fields, routing, blocks, kernels")
+        shown = report.paragraph(lead) + table + next(iter(pictures.values())) + more
+        right = {variant: f"{100 * entry.accuracy:.1f} %" for variant, entry in entries.items()}
+        mixtures = " and ".join(f"{right[variant]} ({variant})" for variant in VARIANTS if variant != BASELINE)
+        numbers = {
+            "data": self.name,
+            "recipe": dataclasses.asdict(self.recipe),
+            "models": {v: dataclasses.asdict(entry) for v, entry in entries.items()},
+            "routing": {v: [block.to_dict() for block in found.blocks] for v, found in routings.items()},
+        }
+        return Chapter(
+            headline=f"On {self.name}, {BASELINE} kernels get {right[BASELINE]} right, and mixtures {mixtures}.",
+            sections=(("A kernel size for each image", shown),),
+            numbers=numbers,
+            tables=(("Mixtures of receptive fields", tuple(rows)),),
+        )
 
 
 def _slug(variant: str) -> str:
@@ -189,67 +241,6 @@ def _range(shares: Sequence[float | None]) -> str:
     return low if low == high else f"{low[:-1]} to {high}"
 
 
-def _write(
-    folder: Path,
-    name: str,
-    recipe: Recipe,
-    entries: Mapping[str, Entry],
-    routings: Mapping[str, RoutingStatistics],
-    validation: data.SampleSet,
-    batches: Sequence[Mapping[str, Any]],
-) -> Path:
-    environment = bench.environment()
-    results = {
-        "data": name,
-        "command": f"widefield demo --data {name}",
-        "environment": environment,
-        "recipe": dataclasses.asdict(recipe),
-        "models": {v: dataclasses.asdict(entry) for v, entry in entries.items()},
-        "routing": {v: [block.to_dict() for block in found.blocks] for v, found in routings.items()},
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-
-    rows = _rows(entries)
-    figures = {}
-    for variant, found in routings.items():
-        figures[f"routing-{_slug(variant)}"] = found.plot(kind="pies")
-        figures[f"examples-{_slug(variant)}"] = _examples(variant, found, validation, batches)
-    for stem, figure in figures.items():
-        (folder / f"{stem}.png").write_bytes(report.png(figure))
-
-    sections = [
-        (
-            "Cost and accuracy",
-            report.paragraph(
-                "All three networks have the same shape, seed, data and number of steps. Times are medians of "
-                f"interleaved runs with a batch of {MEASURED_BATCH}, with the 20th and 80th percentile, and the ratio "
-                "to the 7x7 network in the same run. The last row is the largest difference between the outputs "
-                "before and after reparameterization over all validation images, in units of the largest output. "
-                "The second and third row are top-1 while blocks are off: they return their input, and their kernels "
-                "take no part."
-            )
-            + report.table(rows),
-        )
-    ]
-    for variant in routings:
-        text = "Images and their routing weights: one row per block, one column per expert."
-        sections.append((f"Examples: {variant}", report.picture(figures[f"examples-{_slug(variant)}"], text)))
-    page = folder / "report.html"
-    lead = (
-        f"A narrow ConvNeXt on {name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a router "
-        "weights for each image."
-    )
-    write_report(
-        [folder / _slug(variant) for variant in VARIANTS],
-        page,
-        title="A mixture of receptive fields",
-        lead=lead,
-        first=sections,
-    )
-    _print(rows, page)
-    return page
-
-
 def _block(name: str) -> str:
     """``stages.2.blocks.1.conv_dw`` -> ``stage 3, block 2``, as the paper counts."""
     parts = name.split(".")
@@ -277,14 +268,3 @@ def _examples(
         found.blocks[0].experts,
         f"{variant}: routing weights",
     )
-
-
-def _print(rows: Sequence[Mapping[str, str]], page: Path) -> None:
-    table = Table(title="A mixture of receptive fields", title_justify="left")
-    for column in rows[0]:
-        table.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    console = Console()
-    console.print(table)
-    console.print(f"The report is in {page}")
