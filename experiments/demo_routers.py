@@ -139,7 +139,8 @@ def table(rows: list[Row]) -> str:
             "of the router's input, start": f"{statistics.median(over('before', 'input')):.3f}",
             "end  ": f"{statistics.median(over('after', 'input')):.3f}",
         })  # fmt: skip
-    return report.markdown(lines)
+    # A page of the docs includes only the text between these markers.
+    return f"<!-- --8<-- [start:routers] -->\n{report.markdown(lines)}<!-- --8<-- [end:routers] -->\n"
 
 
 def main() -> None:

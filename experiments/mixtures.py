@@ -305,18 +305,25 @@ def tables(results: Results) -> str:
     single = [name for name in SINGLE if results.of(name)]
     best = max(single, key=lambda name: statistics.fmean(score(results.of(name)).values()), default="")
     names = [name for name in dict.fromkeys([*DESIGNS, *(row["design"] for row in results.rows)]) if results.of(name)]
-    parts = [
-        ("Designs", [line(results, name, best) for name in names if name in DESIGNS]),
-        (
-            "Designs on images of one contrast",
-            [line(results, name, f"aligned: {best}") for name in names if name in ALIGNED],
+    aligned = [name for name in names if name in ALIGNED]
+    others = [name for name in names if name not in {**DESIGNS, **ALIGNED}]
+    parts = {
+        "designs": ("Designs", [line(results, name, best) for name in names if name in DESIGNS]),
+        "aligned": (
+            "Images of one contrast",
+            [line(results, name, "aligned: 7x7") for name in aligned],
         ),
-        ("One change at a time", [line(results, name, "") for name in names if name not in {**DESIGNS, **ALIGNED}]),
-        ("Tuning runs, one seed", tuning(results)),
-        ("Routers", routers(results)),
-        ("What routing weights follow, share of their variance", results.followed),
-    ]
-    return "\n".join(f"## {title}\n\n{report.markdown(lines)}" for title, lines in parts if lines)
+        "changes": ("One change at a time", [line(results, name, "") for name in others]),
+        "tuning": ("Tuning runs, one seed", tuning(results)),
+        "routers": ("Routers", routers(results)),
+        "followed": ("What routing weights follow, share of their variance", results.followed),
+    }
+    # A page of the docs includes only the text between these markers.
+    return "\n".join(
+        f"## {title}\n\n<!-- --8<-- [start:{key}] -->\n{report.markdown(lines)}<!-- --8<-- [end:{key}] -->\n"
+        for key, (title, lines) in parts.items()
+        if lines
+    )
 
 
 def line(results: Results, name: str, best: str) -> dict[str, str]:
