@@ -28,8 +28,8 @@ FOLDER = "fit"
 _SETTINGS: dict[str, Any] = {"budget": "macs", "limit": 1.1, "probe": 0.4, "readings": 32, "onnx": False}
 """Multiply-accumulates are the same on every machine, whatever else it does. 1.1: larger kernels may cost something."""
 _MEANING = {
-    GAIN: "So the network with the chosen sizes is better after equal training. A part of that may come from training "
-    "in two phases, which the unchanged network does not have: repeat with other seeds before you build on it.",
+    GAIN: "So the network with the chosen sizes is better after equal training. A part of that may come from the "
+    "probe, from which the unchanged network does not start: repeat with other seeds before you build on it.",
     CHEAPER: "No difference in accuracy is shown, and the network with the chosen sizes costs less.",
     NOTHING: "So the published kernel sizes are as good for these crops as any that were tried. Keep the network: this "
     "is a result, and it took minutes.",

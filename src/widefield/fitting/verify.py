@@ -204,7 +204,10 @@ def _text(
         f"{_BUDGETS[spec.budget]}: {cost:.2f} of the unchanged network's."
     )
     if words == NO_MATTER:
-        return f"All sizes give the same loss of the probed network within its error. {measured}"
+        found = f"All sizes give the same loss of the probed network within its error. {measured}"
+        if difference.low > 0 or difference.high < 0:
+            found += " The difference is then one of training. A longer probe, or another seed, may say otherwise."
+        return found
     if words == NOTHING:
         return f"{measured} Keep the unchanged network."
     return measured
