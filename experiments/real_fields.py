@@ -78,7 +78,7 @@ def masked(kernel_size: int = 7, rate: float = 30.0, **args: Any) -> Design:
 
 
 def normed(kernel_size: int, small: int | None) -> Design:
-    """Return kernels with a batch norm, perhaps with a small one beside them."""
+    """Return kernels with a batch norm, and with a small kernel next to them unless ``small`` is None."""
     return Design(
         kernel_size, kind="large_kernel", args={"kernel_sizes": kernel_size, "small": small, "init": "random"}
     )

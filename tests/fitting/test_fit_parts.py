@@ -134,6 +134,16 @@ def test_probe_and_settling_share_one_schedule(name: str) -> None:
     assert rates(part_of(parts[1], 2, 3))[2:] == whole[202:320]
 
 
+def test_a_cool_down_belongs_to_the_last_part() -> None:
+    schedule = ScheduleSpec("cosine", args={"cooldown_epochs": 2})
+    recipe = replace(load_recipe("demo_scales"), epochs=10, schedule=schedule)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    parts = (part_of(recipe, 0, 3), part_of(recipe, 3, 4), part_of(recipe, 7, 3))
+    lengths = [create_schedule(optimizer, part.schedule, part.epochs or 0, 5)[1] for part in parts]
+    assert lengths == [15, 20, 25]
+    assert sum(lengths) == create_schedule(optimizer, schedule, 10, 5)[1]
+
+
 def test_networks_without_weights_start_alike_at_all_sizes() -> None:
     recipe = small("demo_scales")
     spec, task, groups, images = parts_of(recipe, by="layer")

@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words, args.overrides = words, rest
-    importlib.import_module("widefield.models")  # registers them in timm
     try:
         _check_places(args)
+        importlib.import_module("widefield.models")  # registers them in timm; takes seconds
         status: int = COMMANDS[args.command].run(args)
     except USER_ERRORS as error:
         print(f"widefield {args.command}: {error}", file=sys.stderr)

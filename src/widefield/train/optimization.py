@@ -278,7 +278,7 @@ def create_schedule(
         schedule = ScaledWarmup(schedule, optimizer, warmup, spec.warmup_ratio, spec.warmup_shape)
     if decay is not None and decay.weight_decay_end is not None:
         schedule = WeightDecayCosine(schedule, optimizer, decay, whole)
-    steps = whole - elsewhere
+    steps = length * unit if spec.after else whole - elsewhere  # a cool-down belongs to the last part
     if spec.before and schedule is not None:
         schedule = Continued(schedule, optimizer, spec.before * unit, steps)
     return schedule, steps
