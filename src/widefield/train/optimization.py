@@ -284,7 +284,27 @@ def create_schedule(
     return schedule, steps
 
 
-class Continued:
+class _Around:
+    """Base of schedules around another one, or around a constant rate; they have no state of their own."""
+
+    _schedule: Schedule | None
+
+    def _update_inner(self, num_updates: int) -> None:
+        """Set the rates of the inner schedule."""
+        if self._schedule is not None:
+            self._schedule.step_update(num_updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner schedule's state."""
+        return {} if self._schedule is None else self._schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        if self._schedule is not None:
+            self._schedule.load_state_dict(state)
+
+
+class Continued(_Around):
     """A schedule whose first part another run has done.
 
     The rates rise linearly over the first 2 % of the steps, because the optimizer's moments start anew.
@@ -303,21 +323,13 @@ class Continued:
 
     def step_update(self, num_updates: int) -> None:
         """Set the rate for the step after ``num_updates`` steps of this run."""
-        self._schedule.step_update(self._before + num_updates)
+        self._update_inner(self._before + num_updates)
         if num_updates + 1 < self._rise:
             for group in self._optimizer.param_groups:
                 group["lr"] *= (num_updates + 1) / self._rise
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's state."""
-        return self._schedule.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        self._schedule.load_state_dict(state)
-
-
-class ScaledWarmup:
+class ScaledWarmup(_Around):
     """A schedule whose rates rise during its first steps: that of step t of w, from 0, times 1 - (1 - t/w)(1 - ratio).
 
     This is the linear warm-up of OpenMMLab's mmcv. timm's own rises from a rate of its own to the peak, past the decay
@@ -340,23 +352,15 @@ class ScaledWarmup:
 
     def step_update(self, num_updates: int) -> None:
         """Set the rate for the step after ``num_updates`` steps."""
-        self._schedule.step_update(num_updates)
+        self._update_inner(num_updates)
         if num_updates < self._steps:
             done = num_updates / self._steps if self._rises else 0.0
             factor = 1 - (1 - done) * (1 - self._ratio)
             for group in self._optimizer.param_groups:
                 group["lr"] *= factor
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's state; the warm-up has none."""
-        return self._schedule.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        self._schedule.load_state_dict(state)
-
-
-class WeightDecayCosine:
+class WeightDecayCosine(_Around):
     """A schedule that also moves the weight decay along half a cosine, from the first to the last step.
 
     Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, section 3.2; SparK's
@@ -378,21 +382,11 @@ class WeightDecayCosine:
 
     def step_update(self, num_updates: int) -> None:
         """Set rate and decay for the step after ``num_updates`` steps."""
-        if self._schedule is not None:
-            self._schedule.step_update(num_updates)
+        self._update_inner(num_updates)
         done = min(num_updates / max(self._steps - 1, 1), 1.0)
         factor = self._ratio + (1 - self._ratio) * (1 + math.cos(math.pi * done)) / 2
         for group, start in zip(self._optimizer.param_groups, self._start, strict=True):
             group["weight_decay"] = start * factor
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the schedule's state; the weight decay has none."""
-        return {} if self._schedule is None else self._schedule.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        if self._schedule is not None:
-            self._schedule.load_state_dict(state)
 
 
 def _check_read(spec: ScheduleSpec) -> None:
