@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trials import trained
 
 from widefield import data, report, tasks
 from widefield.analysis import routing_weights
 from widefield.benchmarks.record import publish
 from widefield.nn import Router
-from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
+from widefield.train import ConversionSpec, Recipe, build_model, load_recipe
 from widefield.train.recipe import GroupSpec
 
 Row = dict[str, Any]
@@ -104,11 +104,7 @@ def measured(name: str, seed: int, args: argparse.Namespace) -> Row:
     task = tasks.create(plan.task.name, validation, **plan.task.args)
     before = read(build_model(plan, task, validation.classes), images)
     started = time.process_time()
-    result = train(
-        plan, resume=plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None, console=Console(quiet=True)
-    )
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
+    result = trained(plan)
     seconds = round(time.process_time() - started, 1)
     after = read(result.model, images)
     return {

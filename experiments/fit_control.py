@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save_model
+from trials import started, trained
 
 from widefield import data, report, tasks
 from widefield.benchmarks.record import publish
@@ -29,7 +29,6 @@ from widefield.fitting.recipes import PLAIN, PROBE, UNCHANGED, plain_recipe
 from widefield.fitting.statistics import Interval, paired
 from widefield.fitting.verify import Measured, evaluate_half
 from widefield.runs import load_trained
-from widefield.train import train
 
 CONTROL = "control"
 PAIRS = ((PLAIN, UNCHANGED), (CONTROL, UNCHANGED), (PLAIN, CONTROL))
@@ -50,10 +49,8 @@ def measured(folder: Path) -> dict[str, Any]:
     plan = dataclasses.replace(
         plan, name=CONTROL, model=dataclasses.replace(plan.model, pretrained=str(weights)), trackers=[]
     )
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    result = train(plan, resume=resume, console=Console(quiet=True))
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
+    resumed = started(plan)
+    trained(plan)
     runs = {PLAIN: found.verdict.plain.folder, UNCHANGED: found.verdict.unchanged.folder, CONTROL: CONTROL}
     each: dict[str, Measured] = {
         name: evaluate_half(load_trained(folder / run, "last"), half, task, spec) for name, run in runs.items()
@@ -70,7 +67,7 @@ def measured(folder: Path) -> dict[str, Any]:
         "headline": found.verdict.headline,
         "metrics": {name: one.metrics for name, one in each.items()},
         "differences": {name: dataclasses.asdict(one) for name, one in differences.items()},
-        "cpu_seconds": None if resume else round(time.process_time() - start, 1),
+        "cpu_seconds": None if resumed else round(time.process_time() - start, 1),
     }
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes import BATCH, BLOCKS, QUIET, SETS, base, spread, tested, trained
+from shapes import BATCH, BLOCKS, SETS, base, tested
 from torch import Tensor, nn
+from trials import QUIET, spread, trained
 
 from widefield import ops, report, surgery
 from widefield.benchmarks.record import publish
@@ -149,7 +150,7 @@ def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
         part_of(plan, 0, first), name=f"{plan.name}-rf-search",
         conversion=ConversionSpec("dilations", None, {"steps": steps}),
     )  # fmt: skip
-    model = trained(search)
+    model = trained(search).model
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Branches)}
     for layer in layers.values():
         layer.move()  # at the end of the last epoch
@@ -167,7 +168,7 @@ def searched(plan: Recipe) -> tuple[nn.Module, dict[str, Any]]:
         part_of(plan, first, whole - first), name=f"{plan.name}-rf-next",
         model=dataclasses.replace(plan.model, pretrained=str(start)), conversion=specs[0], more_conversions=specs[1:],
     )  # fmt: skip
-    return trained(final), {"dilations": list(found.values())}
+    return trained(final).model, {"dilations": list(found.values())}
 
 
 def measured(name: str, seed: int, arm: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def measured(name: str, seed: int, arm: str, args: argparse.Namespace, rows: lis
             (row["sizes"] for row in rows if (row["data"], row["seed"], row["arm"]) == (name, seed, "fit")), None
         )
         sizes = of_equal_cost(chosen or [7] * BLOCKS, seed) if arm == "random" else [int(arm)] * BLOCKS
-        model, found = trained(resized(plan, sizes, arm)), {"sizes": sizes}
+        model, found = trained(resized(plan, sizes, arm)).model, {"sizes": sizes}
     seconds = time.process_time() - started
     return {
         "data": name,

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader
+from trials import started, trained
 
 from widefield import data, report
 from widefield.analysis import block_contributions
 from widefield.benchmarks.record import publish
-from widefield.train import ConversionSpec, Recipe, load_recipe, train
+from widefield.train import ConversionSpec, Recipe, load_recipe
 
 DESIGNS: dict[str, str] = {"7x7": "", "MoRF soft": "soft", "MoRF hard": "hard"}
 """Name -> routing of the mixtures; "" for plain kernels."""
@@ -42,10 +42,8 @@ def recipe(base: str, design: str, scale: str, lr: str, seed: int, runs: str) ->
 def measured(plan: Recipe) -> dict[str, Any]:
     """Train one model, switch its blocks off, and return its row."""
     start = time.process_time()
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    result = train(plan, resume=resume, console=Console(quiet=True))
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
+    resumed = started(plan)
+    result = trained(plan)
     seconds = time.process_time() - start
     validation = data.create(plan.data.name, "val", **plan.data.args)
     loader = DataLoader(validation, batch_size=250, collate_fn=data.collate)
@@ -55,7 +53,7 @@ def measured(plan: Recipe) -> dict[str, Any]:
         "top1": found.score,
         "without": {block.name: block.score for block in found.blocks},
         "without_all": found.together.score,
-        "cpu_seconds": None if resume else round(seconds, 1),
+        "cpu_seconds": None if resumed else round(seconds, 1),
     }
 
 

@@ -28,18 +28,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fashion_mnist import FashionMnist
-from rich.console import Console
 from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from trials import trained
 
 from widefield import data, report, tasks
 from widefield.benchmarks.record import publish
 from widefield.dense import feature_maps
 from widefield.tasks import Batch, MaskedImage
-from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, ScheduleSpec, TaskSpec, create_model, train
+from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, RunResult, ScheduleSpec, TaskSpec, create_model
 
 PRE_STEPS, TUNE_STEPS, BATCH = 1000, 300, 64
 LABELS = (10, 100)  # images of each class
@@ -96,12 +96,9 @@ def _recipe(name: str, seed: int, settings: Settings, steps: int, rate: float, *
     )  # fmt: skip
 
 
-def _train(plan: Recipe) -> Any:
+def _train(plan: Recipe) -> RunResult:
     shutil.rmtree(plan.folder, ignore_errors=True)  # of a unit that was interrupted
-    result = train(plan, console=Console(quiet=True))
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
-    return result
+    return trained(plan)
 
 
 def pre_trained(arm: str, seed: int, settings: Settings) -> tuple[Path, nn.Module, dict[str, Any]]:

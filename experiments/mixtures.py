@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -24,23 +23,19 @@ from typing import Any
 
 import torch
 from mixture_layers import NormedExperts, WithBranch
-from shapes import BATCH, BLOCKS, SETS, TESTED, Shapes, base, spread, trained
+from shapes import BATCH, BLOCKS, SETS, TESTED, Shapes, base
 from torch import Tensor, nn
+from trials import Row, Trials, slug, trained
 
 import widefield
 from widefield import bench, data, report, tasks
 from widefield.analysis import block_contributions, routing_weights
-from widefield.benchmarks.record import publish
 from widefield.runs import evaluate_model, load_trained
 from widefield.train import ConversionSpec, Recipe
 from widefield.train.recipe import GroupSpec
 
-TUNING = 100
-"""Seed of the runs that choose a learning rate."""
-RATES = (4e-3, 8e-3, 16e-3)
 SIZES = (3, 7, 11)
 QUARTERS = ("smallest", "second", "third", "largest")
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +166,9 @@ def planned(name: str, design: Design, lr: float, seed: int, args: argparse.Name
     """Return the recipe of a run."""
     epochs = round(design.epochs * args.epochs)
     plan = base("mixed", seed, images=args.images, epochs=epochs, lr=lr, runs=args.runs)
-    title = "".join(letter if letter.isalnum() else "-" for letter in name)
     return dataclasses.replace(
         plan,
-        name=f"{title}-{lr:g}-{seed}",
+        name=slug(name, lr, seed),
         model=dataclasses.replace(plan.model, args={**plan.model.args, "kernel_sizes": design.kernel_size}),
         data=dataclasses.replace(plan.data, name="aligned") if design.data == "aligned" else plan.data,
         optimizer=dataclasses.replace(plan.optimizer, groups=design.groups),
@@ -213,144 +207,81 @@ def routed(model: nn.Module, test: Quarters) -> list[Row]:
     return found
 
 
-def measured(name: str, design: Design, lr: float, seed: int, args: argparse.Namespace) -> Row:
-    """Train one network, and return its row."""
-    started = time.process_time()
-    model = trained(planned(name, design, lr, seed, args))
-    seconds = time.process_time() - started
-    test = tested_on(design, seed)
-    task = tasks.create("segmentation", test, model="fcn")
-    metrics = evaluate_model(model, test, task, batch_size=125, workers=0).metrics
-    samples = [test.sample(index) for index in range(500)]
-    batches = [
-        {key: torch.stack([sample[key] for sample in samples[start : start + 125]]) for key in ("image", "mask")}
-        for start in range(0, len(samples), 125)
-    ]
-    blocks = block_contributions(model, batches)
-    return {
-        "design": name, "lr": lr, "seed": seed, "images": args.images, "epochs": round(design.epochs * args.epochs),
-        "cpu_s": round(seconds, 1), "miou": metrics["miou"], "by_size": [metrics[f"miou_{q}"] for q in QUARTERS],
-        "loss": metrics["loss"], "points_of_blocks": [round(blocks.drop(block) or 0.0, 1) for block in blocks.blocks],
-        "routing": routed(model, test),
-    }  # fmt: skip
+class Results(Trials):
+    """The rows, what routing weights follow, and latencies."""
 
-
-class Results:
-    """The rows so far, in the files of the experiment."""
+    score, rates = "miou", (4e-3, 8e-3, 16e-3)
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.stem = args, args.out / "mixtures"
-        stored = self.stem.with_suffix(".json")
-        content = json.loads(stored.read_text()) if stored.exists() else {"rows": [], "latency": {}}
-        self.rows: list[Row] = content["rows"]
-        self.latency: dict[str, Row] = content["latency"]
-        self.followed: list[dict[str, str]] = content.get("followed", [])
+        super().__init__(args.out / "mixtures", latency={}, followed=[])
+        self.args = args
+        self.command = f"python experiments/mixtures.py --images {args.images} --epochs {args.epochs}"
+        self.designs = {
+            **DESIGNS, **ALIGNED, **changes("softmax", args.images), **changes("none", args.images)
+        }  # fmt: skip
 
-    def of(self, name: str, seed: int | None = None, lr: float | None = None) -> list[Row]:
-        """Return the rows of a design; without a seed, those that are reported."""
-        return [
-            row for row in self.rows
-            if row["design"] == name and (row["seed"] != TUNING if seed is None else row["seed"] == seed)
-            and lr in (None, row["lr"])
-        ]  # fmt: skip
+    def tuned_as(self, name: str) -> str:
+        like = self.designs[name].like
+        return self.tuned_as(like) if like else name
 
-    def run(self, name: str, design: Design, lr: float, seed: int) -> Row:
-        """Return a row, from a new run if there is none yet."""
-        found = self.of(name, seed, lr)
-        if found:
-            return found[0]
-        row = measured(name, design, lr, seed, self.args)
-        print(json.dumps(row), flush=True)
-        self.rows.append(row)
-        self.write()
-        return row
+    def measured(self, name: str, lr: float, seed: int) -> Row:
+        design, start = self.designs[name], time.process_time()
+        model = trained(planned(name, design, lr, seed, self.args)).model
+        seconds = time.process_time() - start
+        test = tested_on(design, seed)
+        task = tasks.create("segmentation", test, model="fcn")
+        metrics = evaluate_model(model, test, task, batch_size=125, workers=0).metrics
+        samples = [test.sample(index) for index in range(500)]
+        batches = [
+            {key: torch.stack([sample[key] for sample in samples[start : start + 125]]) for key in ("image", "mask")}
+            for start in range(0, len(samples), 125)
+        ]
+        blocks = block_contributions(model, batches)
+        return {
+            "images": self.args.images, "epochs": round(design.epochs * self.args.epochs), "cpu_s": round(seconds, 1),
+            "miou": metrics["miou"], "by_size": [metrics[f"miou_{q}"] for q in QUARTERS], "loss": metrics["loss"],
+            "points_of_blocks": [round(blocks.drop(block) or 0.0, 1) for block in blocks.blocks],
+            "routing": routed(model, test),
+        }  # fmt: skip
 
-    def best_rate(self, name: str, design: Design) -> float:
-        """Return the learning rate with the best score of the tuning seed, from new runs if need be."""
-        if design.like:
-            return self.best_rate(design.like, DESIGNS[design.like])
-        scores = {lr: self.run(name, design, lr, TUNING)["miou"] for lr in RATES}
-        while True:
-            best = max(scores, key=scores.__getitem__)
-            further = best * 2 if best == max(scores) else best / 2 if best == min(scores) else None
-            if further is None:
-                return best
-            scores[further] = self.run(name, design, further, TUNING)["miou"]
-
-    def write(self) -> None:
-        """Write the files."""
-        command = f"python experiments/mixtures.py --images {self.args.images} --epochs {self.args.epochs}"
-        publish(
-            self.stem, command, {"rows": self.rows, "latency": self.latency, "followed": self.followed}, tables(self)
+    def tables(self) -> str:
+        """Return scores of the designs, of the changes, of the tuning runs, and how routers weigh, as Markdown."""
+        single = [name for name in SINGLE if self.of(name)]
+        best = max(single, key=lambda name: statistics.fmean(self.scores(name).values()), default="")
+        names = [name for name in dict.fromkeys([*DESIGNS, *(row["design"] for row in self.rows)]) if self.of(name)]
+        aligned = [name for name in names if name in ALIGNED]
+        others = [name for name in names if name not in {**DESIGNS, **ALIGNED}]
+        parts = {
+            "designs": ("Designs", [self.line(name, best) for name in names if name in DESIGNS]),
+            "aligned": ("Images of one contrast", [self.line(name, "aligned: 7x7") for name in aligned]),
+            "changes": ("One change at a time", [self.line(name, name.partition(",")[0]) for name in others]),
+            "tuning": ("Tuning runs, one seed", self.tuning()),
+            "routers": ("Routers", routers(self)),
+            "followed": ("What routing weights follow, share of their variance", self.notes["followed"]),
+        }
+        # A page of the docs includes only the text between these markers.
+        return "\n".join(
+            f"## {title}\n\n<!-- --8<-- [start:{key}] -->\n{report.markdown(lines)}<!-- --8<-- [end:{key}] -->\n"
+            for key, (title, lines) in parts.items()
+            if lines
         )
+
+    def line(self, name: str, base: str) -> dict[str, str]:
+        """Return the row of a design, compared with another one; a change, with the mixture that it changes."""
+        rows, own = self.of(name), self.compared(name, base)
+        quarters = [statistics.fmean(values) for values in zip(*(row["by_size"] for row in rows), strict=True)]
+        against = base if name in DESIGNS or name in ALIGNED else "unchanged"
+        latency = self.notes["latency"].get(name)
+        found = {
+            "design": name, "seeds": own["seeds"], "lr": own["lr"], "mIoU": own["score"],
+            f"minus {against}": own["minus"],
+            "mIoU by size": " / ".join(f"{100 * value:.0f}" for value in quarters),
+            "training, CPU s": f"{statistics.fmean(row['cpu_s'] for row in rows):.0f}",
+        }  # fmt: skip
+        return {**found, "latency, ms": f"{1e3 * latency['p50']:.2f}"} if latency else found
 
 
 DESIGNS = {**SINGLE, **MIXTURES, **CONTROLS}
-
-
-def score(rows: list[Row]) -> dict[int, float]:
-    """Return seed -> mIoU."""
-    return {row["seed"]: row["miou"] for row in rows}
-
-
-def paired(rows: list[Row], others: list[Row]) -> str:
-    """Return the difference of scores, paired by seed."""
-    own, other = score(rows), score(others)
-    shared = [own[seed] - other[seed] for seed in own if seed in other]
-    return spread(shared) if shared else "-"
-
-
-def tables(results: Results) -> str:
-    """Return scores of the designs, of the changes, of the tuning runs, and how routers weigh, as Markdown."""
-    single = [name for name in SINGLE if results.of(name)]
-    best = max(single, key=lambda name: statistics.fmean(score(results.of(name)).values()), default="")
-    names = [name for name in dict.fromkeys([*DESIGNS, *(row["design"] for row in results.rows)]) if results.of(name)]
-    aligned = [name for name in names if name in ALIGNED]
-    others = [name for name in names if name not in {**DESIGNS, **ALIGNED}]
-    parts = {
-        "designs": ("Designs", [line(results, name, best) for name in names if name in DESIGNS]),
-        "aligned": (
-            "Images of one contrast",
-            [line(results, name, "aligned: 7x7") for name in aligned],
-        ),
-        "changes": ("One change at a time", [line(results, name, "") for name in others]),
-        "tuning": ("Tuning runs, one seed", tuning(results)),
-        "routers": ("Routers", routers(results)),
-        "followed": ("What routing weights follow, share of their variance", results.followed),
-    }
-    # A page of the docs includes only the text between these markers.
-    return "\n".join(
-        f"## {title}\n\n<!-- --8<-- [start:{key}] -->\n{report.markdown(lines)}<!-- --8<-- [end:{key}] -->\n"
-        for key, (title, lines) in parts.items()
-        if lines
-    )
-
-
-def line(results: Results, name: str, best: str) -> dict[str, str]:
-    """Return the row of a design, or of a change if there is no ``best`` single kernel to compare with."""
-    rows = results.of(name)
-    quarters = [statistics.fmean(values) for values in zip(*(row["by_size"] for row in rows), strict=True)]
-    other = best or name.partition(",")[0]
-    difference = "-" if name == best else paired(rows, results.of(other))
-    latency = results.latency.get(name)
-    found = {
-        "design": name, "seeds": str(len(rows)), "lr": f"{rows[0]['lr']:g}", "mIoU": spread([r["miou"] for r in rows]),
-        f"minus {best or 'unchanged'}": difference,
-        "mIoU by size": " / ".join(f"{100 * value:.0f}" for value in quarters),
-        "training, CPU s": f"{statistics.fmean(row['cpu_s'] for row in rows):.0f}",
-    }  # fmt: skip
-    return {**found, "latency, ms": f"{1e3 * latency['p50']:.2f}"} if latency else found
-
-
-def tuning(results: Results) -> list[dict[str, str]]:
-    """Return a row per design: the score at each learning rate."""
-    rows = [row for row in results.rows if row["seed"] == TUNING]
-    rates = sorted({row["lr"] for row in rows})
-    lines = []
-    for name in dict.fromkeys(row["design"] for row in rows):
-        own = {row["lr"]: row["miou"] for row in rows if row["design"] == name}
-        lines.append({"design": name, **{f"{lr:g}": f"{100 * own[lr]:.1f}" if lr in own else "" for lr in rates}})
-    return lines
 
 
 def routers(results: Results) -> list[dict[str, str]]:
@@ -385,7 +316,7 @@ def follow(results: Results) -> None:
 
     Contrast is the mean color of the object minus that of the background.
     """
-    results.followed, designs = [], {**DESIGNS, **ALIGNED}
+    followed, designs = [], {**DESIGNS, **ALIGNED}
     for name in (name for name, design in designs.items() if design.kind == "morf" and results.of(name)):
         row = results.of(name)[0]
         plan = planned(name, designs[name], row["lr"], row["seed"], results.args)
@@ -399,9 +330,8 @@ def follow(results: Results) -> None:
             weights = torch.from_numpy(block.weights).double()
             shares = {cause: f"{explained(weights, values):.2f}" for cause, values in causes.items()}
             negative = " ".join(f"{value:.2f}" for value in (weights < 0).double().mean(0).tolist())
-            results.followed.append(
-                {"design": name, "block": str(index), **shares, "images with a negative weight": negative}
-            )
+            followed.append({"design": name, "block": str(index), **shares, "images with a negative weight": negative})
+    results.notes["followed"] = followed
     results.write()
 
 
@@ -425,7 +355,7 @@ def timed(results: Results) -> None:
     with torch.inference_mode():
         found = bench.measure(calls, repeats=41, warmup=3, shortest_s=0.02)
     print(found)
-    results.latency = {name: row.to_dict() for name, row in found.items()}
+    results.notes["latency"] = {name: row.to_dict() for name, row in found.items()}
     results.write()
 
 
@@ -440,20 +370,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    every = {**DESIGNS, **ALIGNED, **changes("softmax", args.images), **changes("none", args.images)}
     results = Results(args)
     if args.latency:
         timed(results)
         follow(results)
         return
-    chosen = args.designs or list(every)
-    unknown = [name for name in chosen if name not in every]
+    chosen = args.designs or list(results.designs)
+    unknown = [name for name in chosen if name not in results.designs]
     if unknown:
-        parser.error(f"unknown designs {unknown}; there are {', '.join(map(repr, every))}")
-    rates = {name: results.best_rate(name, every[name]) for name in chosen}
-    for seed in args.seeds:
-        for name in chosen:
-            results.run(name, every[name], rates[name], seed)
+        parser.error(f"unknown designs {unknown}; there are {', '.join(map(repr, results.designs))}")
+    results.run_all(chosen, args.seeds)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ nice python experiments/real_fields.py --fashion ROOT [--data fashion photos] [-
 
 Two sets, both classification: `fashion`, 4,000 photographs of goods (Fashion-MNIST; ROOT is the folder of its files),
 tested on 5,000 others; `photos`, crops of twelve photographs in gray, tested on other parts of them. The network: a
-ConvNeXt, two blocks of width 32 at half the image's side and two of width 64 at a quarter. A design
-differs from the others in its blocks' depthwise convolutions only. It is trained at each of three learning rates with
-another seed, and then with all seeds at the best of them.
+ConvNeXt, two blocks of width 32 at half the image's side and two of width 64 at a quarter. A design differs from the
+others in its blocks' depthwise convolutions only. Each has its own learning rate: the best of 2e-3, 4e-3, 8e-3 and
+further factors of 2 while the best is at an edge, with another seed, on the same test images.
 
 - mixtures: MoRF (Lian, Yu, Wang 2024), tables 1 (against single kernels), 2c (attention) and 6 (where).
 - masks: GMConv (Chen et al.), tables I and IV, figures 6 (initial sigma) and 7 (sigma by depth).
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,30 +29,17 @@ from typing import Any
 import fashion_mnist  # noqa: F401  # registers the set
 import timm
 import torch
-from shapes import QUIET, spread
 from timm.models import register_model
 from torch import Tensor, nn
+from trials import Row, Trials, short_recipe, slug, started, trained
 
 from widefield import analysis, report
-from widefield.benchmarks.record import publish
-from widefield.train import (
-    ConversionSpec,
-    DataSpec,
-    GroupSpec,
-    ModelSpec,
-    OptimizerSpec,
-    Recipe,
-    ScheduleSpec,
-    TaskSpec,
-    train,
-)
+from widefield.train import ConversionSpec, DataSpec, GroupSpec, ModelSpec, Recipe, TaskSpec
 
-RATES = (2e-3, 4e-3, 8e-3)
-TUNING = 100
-"""Seed with which rates are compared."""
-BATCH, EPOCHS = 64, 10
+BATCH, EPOCHS, IMAGES = 64, 10, 4000
 EXPERTS = [3, 5, 7, 9, 11]
 FIRST, LAST = "stages.0.blocks.*.conv_dw", "stages.1.blocks.*.conv_dw"
+DATA = ("fashion", "photos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,93 +127,83 @@ def fields_net(pretrained: bool = False, shortcut: bool = True, **options: Any) 
     return model
 
 
-def recipe(kind: str, name: str, rate: float, seed: int, args: argparse.Namespace) -> Recipe:
-    """Return the recipe of a design."""
-    design = EVERY[name]
-    sets = {
-        "fashion": DataSpec("fashion_mnist", {"root": str(args.fashion), "labels": 400, "limit": 5000, "seed": seed}),
-        "photos": DataSpec("photo_crops", {"size": 32, "count": 4000, "seed": seed}),
-    }
-    steps = 4000 // BATCH
-    own = [GroupSpec("*sigma*", lr_scale=design.sigma_rate, weight_decay=0.0)] if design.sigma_rate != 1 else []
-    slug = f"{kind}-{name}-{rate:g}-{seed}".replace(" ", "-").replace(",", "")
-    return Recipe(
-        name=slug,
-        model=ModelSpec("fields_net", {"kernel_sizes": design.kernel_size, "shortcut": design.shortcut}),
-        data=sets[kind],
-        task=TaskSpec("classification"),
-        conversion=ConversionSpec(design.kind, design.where, dict(design.args)) if design.kind else None,
-        output=str(args.runs),
-        optimizer=OptimizerSpec("adamw", lr=rate, weight_decay=0.05, groups=own),
-        schedule=ScheduleSpec("cosine", warmup_steps=steps),
-        max_steps=EPOCHS * steps,
-        batch_size=BATCH,
-        workers=0,
-        clip_grad=5.0,
-        log_every=200,
-        seed=seed,
-        trackers=[],
-        evaluate_every=EPOCHS * steps,
-    )  # fmt: skip
+class Fields(Trials):
+    """A row per set and design, whose name is "set: design"."""
 
+    score, rates = "top1", (2e-3, 4e-3, 8e-3)
+    command = "python experiments/real_fields.py --fashion ROOT"
 
-def measured(kind: str, name: str, rate: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a design, and return its row."""
-    plan, start = recipe(kind, name, rate, seed, args), time.process_time()
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    result = train(plan, resume=resume, console=QUIET)
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
-    row = {"data": kind, "design": name, "rate": rate, "seed": seed, "top1": result.metrics["top1"],
-           "cpu_s": None if resume else round(time.process_time() - start, 1)}  # fmt: skip
-    if EVERY[name].kind == "gmconv":
-        layers = analysis.masks(result.model).layers
-        row["sigma"] = {layer.name: [round(float(value), 3) for value in layer.sigma] for layer in layers}
-    return row
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args.out / "real_fields")
+        self.args = args
 
+    def recipe(self, name: str, lr: float, seed: int) -> Recipe:
+        """Return the recipe of a run."""
+        kind, _, title = name.partition(": ")
+        design, steps = EVERY[title], IMAGES // BATCH
+        sets = {
+            "fashion": DataSpec(
+                "fashion_mnist", {"root": str(self.args.fashion), "labels": IMAGES // 10, "limit": 5000, "seed": seed}
+            ),
+            "photos": DataSpec("photo_crops", {"size": 32, "count": IMAGES, "seed": seed}),
+        }
+        plan = short_recipe(
+            slug(name, lr, seed), lr=lr, steps=EPOCHS * steps, warmup=steps, runs=self.args.runs, seed=seed,
+            batch_size=BATCH, data=sets[kind], task=TaskSpec("classification"),
+            model=ModelSpec("fields_net", {"kernel_sizes": design.kernel_size, "shortcut": design.shortcut}),
+            conversion=ConversionSpec(design.kind, design.where, dict(design.args)) if design.kind else None,
+        )  # fmt: skip
+        if design.sigma_rate != 1:
+            sigmas = GroupSpec("*sigma*", lr_scale=design.sigma_rate, weight_decay=0.0)
+            plan = dataclasses.replace(plan, optimizer=dataclasses.replace(plan.optimizer, groups=[sigmas]))
+        return plan
 
-def best_rate(kind: str, name: str, rows: list[dict[str, Any]]) -> float:
-    """Return the best learning rate of a design."""
-    found = [row for row in rows if (row["data"], row["design"], row["seed"]) == (kind, name, TUNING)]
-    return float(max(found, key=lambda row: row["top1"])["rate"])
+    def measured(self, name: str, lr: float, seed: int) -> Row:
+        plan, start = self.recipe(name, lr, seed), time.process_time()
+        resumed = started(plan)
+        result = trained(plan)
+        row: Row = {
+            "top1": result.metrics["top1"],
+            "cpu_s": None if resumed else round(time.process_time() - start, 1),
+        }
+        if plan.conversion and plan.conversion.kind == "gmconv":
+            layers = analysis.masks(result.model).layers
+            row["sigma"] = {layer.name: [round(float(value), 3) for value in layer.sigma] for layer in layers}
+        return row
 
-
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Return a table for each set and group."""
-    parts = []
-    for kind in ("fashion", "photos"):
-        scores = {
-            name: {row["seed"]: row["top1"] for row in rows
-                   if (row["data"], row["design"]) == (kind, name) and row["seed"] != TUNING}
-            for name in EVERY
+    def tables(self) -> str:
+        parts = {
+            f"{kind}-{group}": [
+                self.line(f"{kind}: {title}", f"{kind}: {BASE[group]}") for title in designs
+                if self.of(f"{kind}: {title}")
+            ]
+            for kind in DATA for group, designs in DESIGNS.items()
         }  # fmt: skip
-        for group, designs in DESIGNS.items():
-            base, lines = scores[BASE[group]], []
-            for name in designs:
-                own = scores[name]
-                if not own:
-                    continue
-                paired = [value - base[seed] for seed, value in own.items() if seed in base]
-                sigmas = [row["sigma"] for row in rows if row["design"] == name and row["data"] == kind
-                          and row["seed"] != TUNING and "sigma" in row]  # fmt: skip
-                lines.append({
-                    "design": name, "seeds": str(len(own)), "rate": f"{best_rate(kind, name, rows):g}",
-                    "top-1": spread(list(own.values())),
-                    f"minus {BASE[group]}": "-" if name == BASE[group] or not paired else spread(paired),
-                    "sigma by block": ", ".join(
-                        f"{sum(float(one[layer][0]) for one in sigmas) / len(sigmas):.2f}" for layer in sigmas[0]
-                    ) if sigmas else "",
-                })  # fmt: skip
-            if lines:
-                used = [key for key in lines[0] if any(line[key] for line in lines)]
-                parts.append(f"{kind}, {group}\n\n" + report.markdown([{k: line[k] for k in used} for line in lines]))
-    return "\n".join(parts)
+        parts["tuning"] = self.tuning()
+        return "\n".join(
+            f"{key}\n\n<!-- --8<-- [start:{key}] -->\n{report.markdown(lines)}<!-- --8<-- [end:{key}] -->\n"
+            for key, lines in parts.items()
+            if lines
+        )
+
+    def line(self, name: str, base: str) -> dict[str, str]:
+        """Return the row of a design in the table of its group."""
+        own, title = self.compared(name, base), base.partition(": ")[2]
+        row = {
+            "design": name.partition(": ")[2], "seeds": own["seeds"], "lr": own["lr"], "top-1": own["score"],
+            f"minus {title}": own["minus"],
+        }  # fmt: skip
+        sigmas = [found["sigma"] for found in self.of(name) if "sigma" in found]
+        if base.endswith(": 7x7") and any("sigma" in found for found in self.rows):
+            means = [statistics.fmean(one[layer][0] for one in sigmas) for layer in (sigmas[0] if sigmas else ())]
+            row["sigma by block"] = ", ".join(f"{mean:.2f}" for mean in means)
+        return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fashion", type=Path, help="folder with the files of Fashion-MNIST")
-    parser.add_argument("--data", nargs="+", choices=("fashion", "photos"), default=["fashion", "photos"])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--groups", nargs="+", choices=tuple(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/real_fields"))
@@ -235,25 +212,10 @@ def main() -> None:
     if "fashion" in args.data and args.fashion is None:
         parser.error("--data fashion needs --fashion ROOT, the folder with the files of Fashion-MNIST.")
     torch.set_num_threads(1)
-    stem = args.out / "real_fields"
-    stored = stem.with_suffix(".json")
-    rows: list[dict[str, Any]] = json.loads(stored.read_text())["rows"] if stored.exists() else []
-    names = list(dict.fromkeys(name for group in args.groups for name in DESIGNS[group]))
-
-    def run(kind: str, name: str, rate: float, seed: int) -> None:
-        if any((row["data"], row["design"], row["rate"], row["seed"]) == (kind, name, rate, seed) for row in rows):
-            return
-        rows.append(measured(kind, name, rate, seed, args))
-        print(rows[-1], flush=True)
-        publish(stem, "python experiments/real_fields.py --fashion ROOT", {"rows": rows}, tables(rows))
-
+    trials = Fields(args)
+    titles = dict.fromkeys(title for group in args.groups for title in DESIGNS[group])
     for kind in args.data:
-        for name in names:
-            for rate in RATES:
-                run(kind, name, rate, TUNING)
-        for seed in args.seeds:
-            for name in names:
-                run(kind, name, best_rate(kind, name, rows), seed)
+        trials.run_all([f"{kind}: {title}" for title in titles], args.seeds)
 
 
 if __name__ == "__main__":

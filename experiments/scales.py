@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+import trials
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +28,7 @@ from widefield import data, report
 from widefield.analysis import block_contributions, routing_weights
 from widefield.benchmarks.record import publish
 from widefield.runs import load_trained
-from widefield.train import ConversionSpec, Recipe, load_recipe, train
+from widefield.train import ConversionSpec, Recipe, load_recipe
 
 DESIGNS = {
     "3x3": {"kernel_sizes": 3},
@@ -58,8 +58,7 @@ def trained(plan: Recipe) -> nn.Module:
 
     lines = log.read_text().splitlines() if log.exists() else []
     if sum(json.loads(line)["kind"] == "epoch" for line in lines) < plan.epochs:
-        resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-        train(plan, resume=resume, console=Console(quiet=True))
+        trials.trained(plan)
     return load_trained(plan.folder, "last")
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader, Subset
+from trials import started, trained
 
 from widefield import data, report
 from widefield.analysis import BlockContributions, block_contributions
 from widefield.benchmarks.record import publish
-from widefield.train import ConversionSpec, Recipe, load_recipe, train
+from widefield.train import ConversionSpec, Recipe, load_recipe
 
 DESIGNS: dict[str, int | tuple[int, ...]] = {"3x3": 3, "7x7": 7, "13x13": 13, "MoRF": (3, 7, 13)}
 """Name -> the kernel size of all depthwise convolutions, or the sizes of the experts that each mixes (soft routing)."""
@@ -44,18 +44,15 @@ def recipe(name: str, seed: int, runs: Path) -> Recipe:
 def measured(name: str, seed: int, runs: Path) -> dict[str, Any]:
     """Train one model, and return its row."""
     plan = recipe(name, seed, runs)
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    start = time.perf_counter()
-    result = train(plan, resume=resume, console=Console(quiet=True))
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
+    resumed, start = started(plan), time.perf_counter()
+    result = trained(plan)
     return {
         "design": name,
         "seed": seed,
         "steps": result.steps,
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "seconds": time.perf_counter() - start,
-        "resumed": resume is not None,
+        "resumed": resumed,
         "metrics": result.metrics,
         "blocks": contributions(plan, result.model).to_dict(),
     }

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader, Subset
+from trials import started, trained
 
 from widefield import data, report, tasks
 from widefield.analysis import BlockContributions, block_contributions
 from widefield.benchmarks.record import publish
 from widefield.report import Report
-from widefield.train import ConversionSpec, Recipe, load_recipe, train
+from widefield.train import ConversionSpec, Recipe, load_recipe
 from widefield.train.evaluation import measure
 from widefield.train.loaders import batches, val_loader
 
@@ -54,18 +54,15 @@ def recipe(name: str, seed: int, runs: Path, base: str) -> Recipe:
 def measured(name: str, seed: int, runs: Path, base: str) -> dict[str, Any]:
     """Train one model, and return its row."""
     plan = recipe(name, seed, runs, base)
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    start = time.perf_counter()
-    result = train(plan, resume=resume, console=Console(quiet=True))
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
+    resumed, start = started(plan), time.perf_counter()
+    result = trained(plan)
     return {
         "design": name,
         "seed": seed,
         "steps": result.steps,
         "parameters": sum(p.numel() for p in result.model.parameters()),
         "seconds": time.perf_counter() - start,
-        "resumed": resume is not None,
+        "resumed": resumed,
         "metrics": {key: value if math.isfinite(value) else None for key, value in result.metrics.items()},
         "scores": scores(plan, result.model).to_dict(),
         "blocks": contributions(plan, result.model).to_dict(),

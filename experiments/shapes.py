@@ -9,21 +9,20 @@ scale starts at 1e-6, as always in ConvNeXt; at these learning rates it is of or
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from rich.console import Console
 from timm.models import register_model
 from torch import nn
+from trials import short_recipe
 
 from widefield import data, tasks
 from widefield.data import Scales
 from widefield.runs import evaluate_model
-from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, ScheduleSpec, TaskSpec, train
+from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec
 
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "small": ("shapes", {"object_sizes": [8, 14], "clutter": 0.1}),
@@ -39,9 +38,6 @@ BATCH = 16
 BLOCKS = 2
 TESTED = 1000
 """Test images, which no arm sees before."""
-QUIET = Console(quiet=True)
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Number of seeds -> quantile of Student's t at 97.5 %."""
 
 
 class Shapes(Scales):
@@ -101,32 +97,18 @@ def base(name: str, seed: int, *, images: int, epochs: int, lr: float, runs: Pat
     steps = images // BATCH
     head = {"num_convs": 0, "concat_input": False, "auxiliary": False, "dropout": 0.0, "out_indices": [0]}
     weights = [BACKGROUND, *[1.0] * len(Scales.classes)]
-    return Recipe(
-        name=f"{name}-{seed}",
+    return short_recipe(
+        f"{name}-{seed}",
+        lr=lr,
+        steps=epochs * steps,
+        warmup=steps,
+        runs=runs,
+        seed=seed,
+        batch_size=BATCH,
         model=ModelSpec("shapes_net", {"out_indices": [0]}),
         data=DataSpec(kind, {"size": 48, **options, "count": images, "seed": seed}),
         task=TaskSpec("segmentation", {"model": "fcn", "class_weights": weights, "head_args": head}),
-        output=str(runs),
-        optimizer=OptimizerSpec("adamw", lr=lr, weight_decay=0.05),
-        schedule=ScheduleSpec("cosine", warmup_steps=steps),
-        max_steps=epochs * steps,
-        batch_size=BATCH,
-        workers=0,
-        clip_grad=5.0,
-        log_every=200,
-        seed=seed,
-        trackers=[],
-        evaluate_every=epochs * steps,
     )
-
-
-def trained(plan: Recipe) -> nn.Module:
-    """Train a recipe, or continue it; return the model."""
-    resume = plan.folder if any(plan.folder.glob("checkpoints/step-*")) else None
-    result = train(plan, resume=resume, console=QUIET)
-    if result.interrupted:
-        raise SystemExit(128 + result.interrupted)
-    return result.model
 
 
 def tested(model: nn.Module, name: str, seed: int) -> dict[str, float]:
@@ -135,12 +117,3 @@ def tested(model: nn.Module, name: str, seed: int) -> dict[str, float]:
     test = data.create(kind, "val", **{"size": 48, **options, "count": TESTED, "seed": 1000 + seed})
     task = tasks.create("segmentation", test, model="fcn")
     return evaluate_model(model, test, task, batch_size=125, workers=0).metrics
-
-
-def spread(values: list[float]) -> str:
-    """Return mean and 95 % interval (Student's t) in percent."""
-    mean = 100 * statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = 100 * T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.1f} ± {half:.1f}"
