@@ -82,7 +82,47 @@ def test_both_forms_of_a_mixture(tmp_path, routing, fused):
         with torch.no_grad():
             for actual, expected in zip(exported(x), layers(x), strict=True):
                 close(actual, expected, FLOAT32)
-    assert ("Scan" in named(tmp_path / "layers.onnx")) == (routing == "per-sample")
+    assert ("Scan" in named(tmp_path / "layers.onnx")) == (routing != "branches")
+
+
+@pytest.mark.parametrize("dynamic", [("batch",), ("batch", "size"), ()])
+def test_the_blocked_form_of_depthwise_mixtures(tmp_path, dynamic):
+    layers = nn.Sequential(
+        MoRFConv2d(32, 32, (3, (3, 2), 7), groups=32),  # whole blocks
+        MoRFConv2d(32, 32, (3, 5), groups=32, stride=2, bias=False),
+        MoRFConv2d(32, 24, (3, 5), groups=8),  # not depthwise
+        MoRFConv2d(24, 24, (3, 5), groups=24),  # not a multiple of 16
+    ).eval()
+    x = torch.randn(3, 32, 11, 9)
+    done = deploy.export(layers, tmp_path / "layers.onnx", x, routing="blocked", dynamic=dynamic)
+    assert done.routing == "blocked"
+    assert done.relative <= FLOAT32
+    assert done.operators.get("Scan", 0) == (0 if dynamic == () else 4)
+    domains = [node.domain for node in nodes_of(onnx.load(tmp_path / "layers.onnx").graph) if node.op_type == "Conv"]
+    assert domains == ["com.microsoft.nchwc"] * 2 + [""] * 2
+
+
+def nodes_of(graph):
+    """Yield the nodes of a graph and of the graphs inside of them."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from nodes_of(attribute.g)
+
+
+@pytest.mark.parametrize("name", ["layer.xml", "layer.pt2"])
+def test_the_blocked_form_is_for_onnxruntime_only(tmp_path, name):
+    with pytest.raises(ValueError, match="routing='blocked' is a layout of onnxruntime"):
+        deploy.export(mixture(), tmp_path / name, torch.randn(2, 6, 9, 7), routing="blocked")
+
+
+def test_openvino_mixes_kernels_without_a_loop_if_the_batch_is_fixed(tmp_path):
+    pytest.importorskip("openvino")
+    layer = MoRFConv2d(32, 32, (3, 5), groups=32).eval()
+    done = deploy.export(layer, tmp_path / "m.xml", torch.randn(2, 32, 9, 8), routing="per-sample", dynamic=())
+    assert done.relative <= FLOAT32
+    assert done.operators["GroupConvolution"] == 1
+    assert "TensorIterator" not in done.operators
 
 
 def test_norms_folded_into_a_mixture_stay(tmp_path):

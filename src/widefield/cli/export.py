@@ -22,9 +22,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     _subjects.arguments(parser, models=1, images=128, out="exports", figures=False)
     parser.add_argument("--format", choices=("onnx", "pt2", "openvino"), default="onnx", help="file to write (onnx)")
     parser.add_argument(
-        "--routing", choices=("branches", "per-sample", "mean", "auto"), default="branches",
-        help="layers whose kernel depends on the image: all experts and a weighted sum (branches), a loop over the "
-        "images (per-sample), or made static on every other image: all of them (mean), or if it changes little (auto)",
+        "--routing", choices=("branches", "per-sample", "blocked", "mean", "auto"), default="branches",
+        help="layers whose kernel depends on the image: all experts and a weighted sum (branches), kernels mixed for "
+        "each image (per-sample), the same in onnxruntime's layout (blocked), or made static on every other image: "
+        "all of them (mean), or if it changes little (auto)",
     )  # fmt: skip
     parser.add_argument(
         "--trim",

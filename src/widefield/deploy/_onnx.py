@@ -15,19 +15,22 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten_with_path
 
 from widefield import _checks
+from widefield.deploy._blocked import to_blocked
 from widefield.deploy._others import first_line, quiet
 
 LEAST_OPSET, MOST_OPSET = 18, 23
 """Opsets that torch's exporter writes and onnxruntime reads."""
 
 
-def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[str]:
+def to_onnx(program: ExportedProgram, path: Path, opset: int | None, *, blocked: bool = False) -> Counter[str]:
     """Write a graph as ONNX; weights that exceed the size limit of a protobuf go into a separate file next to it.
 
     Args:
         program: of the model.
         path: ONNX file.
         opset: :data:`LEAST_OPSET` to :data:`MOST_OPSET`; None for the default of torch's exporter.
+        blocked: rewrite depthwise convolutions with per-sample kernels for onnxruntime; see
+            :mod:`widefield.deploy._blocked`.
 
     Returns:
         operator -> number of its nodes.
@@ -64,6 +67,8 @@ def to_onnx(program: ExportedProgram, path: Path, opset: int | None) -> Counter[
     for value, name in zip(model.graph.outputs, names, strict=True):
         _rename(model, value, name)
     _name_sizes(model, image_shape(program))
+    if blocked:
+        to_blocked(model)
     cast(Any, written).save(str(path))
     return Counter(node.op_type for node in model.graph.all_nodes())
 

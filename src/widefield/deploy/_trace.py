@@ -19,12 +19,15 @@ from widefield.ops import fold, mixture_conv2d
 from widefield.surgery.answers import plainly
 from widefield.surgery.walk import copied, refuse_training, replace
 
-ROUTING = ("branches", "per-sample")
+ROUTING = ("branches", "per-sample", "blocked")
 """Forms of a layer whose kernel depends on the image.
 
 - "branches": every expert convolves, and the results are summed with the routing weights. The convolutions have
-  constant kernels, which runtimes prepare once. This was the faster form in onnxruntime on a CPU (docs/deployment.md).
-- "per-sample": the experts' kernels are mixed for each image, then a loop over the batch convolves.
+  constant kernels, which runtimes prepare once.
+- "per-sample": the experts' kernels are mixed for each image, and one convolution follows: in a loop over the batch, or
+  without a loop if the batch size is fixed. The fastest form in OpenVINO with a fixed batch size.
+- "blocked": "per-sample" with the depthwise convolutions in onnxruntime's own layout (``.onnx`` only). The fastest form
+  in onnxruntime on a CPU; no other runtime reads the file.
 
 Layers without experts (Gaussian masks that depend on the image, timm's CondConv) support only "per-sample".
 """
@@ -55,7 +58,11 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
         ValueError: unknown ``routing``, or a module with a replaced ``forward``
             (:func:`widefield.surgery.walk.copied`).
     """
-    _checks.choice("routing", routing, ROUTING)
+    if _checks.choice("routing", routing, ROUTING) == "blocked" and format != "onnx":
+        raise ValueError(
+            f"routing='blocked' is a layout of onnxruntime, which does not read the format {format!r}: write an .onnx "
+            "file, or pass routing='per-sample'."
+        )
     model = bare(model)
     refuse_training(model, "an export holds the evaluation-mode function")
     others = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
@@ -66,7 +73,7 @@ def prepared(model: nn.Module, routing: str, format: str) -> nn.Module:
     for module in twin.modules():
         if isinstance(module, DCNv3) and format != "pt2":
             module.backend = "grid"
-        elif isinstance(module, (MoRFConv2d, FusedMoRFConv2d)) and routing == "per-sample":
+        elif isinstance(module, (MoRFConv2d, FusedMoRFConv2d)) and routing != "branches":
             module.backend = "merged"
         elif isinstance(module, MoRFConv2d):
             module.backend = "branches"

@@ -185,7 +185,7 @@ def export(
         path: ``.onnx``, ``.pt2`` (an archive of torch.export) or ``.xml`` (OpenVINO, with a ``.bin`` next to it).
         example_input: (N, C, H, W), or its size: 224, (H, W), (C, H, W) or (N, C, H, W). Default: as in
             :func:`widefield.surgery.inputs.example_input`.
-        routing: form of layers whose kernel depends on the image, "branches" or "per-sample"; see
+        routing: form of layers whose kernel depends on the image, "branches", "per-sample" or "blocked"; see
             :data:`widefield.deploy.ROUTING`. For a graph without routing, specialize the model first.
         dynamic: sizes that may change: "batch", "size" (height and width), both or neither.
         nms: of detectors: the last non-maximum suppression is "inside" of the file or "outside".
@@ -235,7 +235,7 @@ def export(
     given = () if loader is None else batches(loader, reference)
     with staged(path.parent) as stage:
         with torch.no_grad():
-            operators = _write(twin, x, stage / path.name, format, dynamic, opset, info)
+            operators = _write(twin, x, stage / path.name, format, dynamic, opset, info, routing == "blocked")
         exported = load(stage / path.name)
         answer = reading(twin, exported)
         checks = _verified(reference, answer, chain(_fresh(reference, x, dynamic), given), tolerance, format)
@@ -311,7 +311,8 @@ def _example(model: nn.Module, given: Example | None) -> Tensor:
 def _routing(model: nn.Module, asked: str) -> str | None:
     """Return the forms in which layers with routing went in."""
     forms = {asked for module in model.modules() if isinstance(module, (MoRFConv2d, FusedMoRFConv2d))}
-    forms |= {"per-sample" for module in model.modules() if isinstance(module, (DynamicGMConv2d, CondConv2d))}
+    alone = "per-sample" if asked == "branches" else asked  # layers without experts
+    forms |= {alone for module in model.modules() if isinstance(module, (DynamicGMConv2d, CondConv2d))}
     return " and ".join(sorted(forms)) or None
 
 
@@ -322,14 +323,21 @@ def sizes_of(dynamic: Sequence[str]) -> tuple[str, ...]:
 
 
 def _write(
-    model: nn.Module, x: Tensor, path: Path, format: str, dynamic: Sequence[str], opset: int | None, info: ModelInfo
+    model: nn.Module,
+    x: Tensor,
+    path: Path,
+    format: str,
+    dynamic: Sequence[str],
+    opset: int | None,
+    info: ModelInfo,
+    blocked: bool,
 ) -> Counter[str]:
     program = traced(model, traceable(model, x, dynamic), dynamic)
     if format == "pt2":
         torch.export.save(program, path, extra_files={INFO: json.dumps(info.to_dict())})
         return Counter(str(n.target).removesuffix(".default") for n in program.graph.nodes if n.op == "call_function")
     written = path.with_suffix(FORMATS["onnx"])
-    operators = to_onnx(program, written, opset)
+    operators = to_onnx(program, written, opset, blocked=blocked)
     if format == "openvino":
         openvino = import_openvino()
         try:

@@ -169,8 +169,8 @@ def _forward(problem: Problem) -> tuple[str, str]:
         return "onednn", "PyTorch never returns from kernels so wide of so few channels in bfloat16: in 32 bits"
     elif (
         problem.dilation == problem.stride == (1, 1)
-        and is_slow_in_channels_last(problem.kernel[0], extent, problem.pixels)
-        and problem.all_multiply_adds >= (_SOME if extent >= WIDEST - 1 else 50_000_000)  # 11 columns gain the least
+        and is_slow_in_channels_last(problem.kernel[0], extent, problem.batch * problem.pixels)
+        and problem.all_multiply_adds >= (_SOME if extent >= WIDEST - 1 else 2 * _SOME)  # 11 columns gain the least
     ):
         return "onednn", f"channels_last is slow for {extent} columns, and fast with columns of zeros beside them"
     elif extent > WIDEST and problem.dilation != (1, 1) and problem.stride == (1, 1):
@@ -199,8 +199,10 @@ def _input_grad(problem: Problem) -> tuple[str, str]:
         flips = many and not (extent <= 17 and large) if extent > WIDEST else much and extent >= (9 if narrow else 10)
     elif extent > WIDEST:
         flips = much or (many and problem.pixels >= 196)
-    elif is_slow_in_channels_last(problem.kernel[0], extent, problem.pixels):  # 11 padded columns do not gain enough
-        flips = much and not large and extent >= WIDEST - 1
+    elif extent >= WIDEST - 1:
+        flips = much and not large
+    elif extent == WIDEST - 2 and problem.kernel[0] >= 7 and problem.pixels >= _limits.LIMITS.pixels:
+        flips = False  # padded to 15 columns it does not gain enough
     else:
         flips = narrow and extent >= 5
     if flips:

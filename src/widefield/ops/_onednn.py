@@ -18,6 +18,7 @@ rewritten as fast convolutions:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ from widefield.ops._problem import Problem, Sizes, fold, idle_taps, is_channels_
 
 WIDEST = 13
 """Columns up to which oneDNN's NCHW kernels go (jit_dw; oneDNN 3.12, ONEDNN_VERBOSE=dispatch)."""
+
+_FEW_PIXELS = 150
+"""Pixels below which zero columns for 11x11 kernels cost more than they save."""
+
+_Run = Callable[[Tensor, Tensor, Tensor | None, Pair, Pair, Pair], Tensor]
 
 _WIDTHS = {
     1: (1,), 2: (2,), 3: (3,), 4: (2, 2), 5: (3, 2), 6: (3, 3), 7: (2, 3, 2), 8: (3, 3, 2), 9: (3, 3, 3),
@@ -57,28 +63,51 @@ def why_not(problem: Problem) -> str | None:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Return the convolution."""
     weight, padding = _trimmed(weight, x.shape[2:], stride, padding, dilation)
-    kw = weight.shape[3]
-    extent = dilation[1] * (kw - 1) + 1
+    extent = dilation[1] * (weight.shape[3] - 1) + 1
     if extent > WIDEST and dilation != (1, 1) and stride == (1, 1):
         return _interleaved(x, weight, bias, padding, dilation)
-    slow = is_slow_in_channels_last(weight.shape[2], extent, x.shape[2] * x.shape[3])
-    if is_channels_last(x) and slow and dilation == stride == (1, 1):
-        side = (WIDEST + 2 - kw) // 2
-        weight, padding = F.pad(weight, (side, side)), (padding[0], padding[1] + side)
-        extent = weight.shape[3]
+    each = weight.shape[0] != 1
+    if each and not (is_channels_last(x) and x[0].numel() >= _limits.LIMITS.each):
+        return _as_one_image(x, weight, bias, stride, padding, dilation)
+    if is_channels_last(x) and dilation == stride == (1, 1):
+        pixels = x.shape[2] * x.shape[3] * (1 if each else len(x))
+        if is_slow_in_channels_last(weight.shape[2], extent, pixels):
+            side = (WIDEST + 2 - extent) // 2
+            weight, padding = F.pad(weight, (side, side)), (padding[0], padding[1] + side)
+            extent = weight.shape[3]
     run = _wide if extent > WIDEST else _narrow
-    if weight.shape[0] == 1:
-        return run(x, weight, bias, stride, padding, dilation)
-    if is_channels_last(x) and x[0].numel() >= _limits.LIMITS.each:
-        samples = [
-            run(x[n : n + 1], weight[n : n + 1], None if bias is None else bias[n : n + 1], stride, padding, dilation)
-            for n in range(len(x))
-        ]
-        return torch.cat(samples)
-    channels = x.shape[1]
+    if each:
+        return _sample_by_sample(x, weight, bias, stride, padding, dilation, run)
+    return run(x, weight, bias, stride, padding, dilation)
+
+
+def _sample_by_sample(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, run: _Run
+) -> Tensor:
+    """Convolve samples with their own kernels one after the other in channels_last."""
+    channels, kh, kw = weight.shape[1:]
+    count = len(x)
+    if run is _wide:
+        is_one_call = _at_once(x, channels, kh, kw) >= channels and not never_returns(x.dtype, channels, kw)
+    else:
+        is_one_call = (kh, kw) != (1, 1)
+    if not is_one_call:
+        offsets: Sequence[Tensor | None] = (None,) * count if bias is None else bias.split(1)
+        samples = zip(x.split(1), weight.split(1), offsets, strict=True)
+        return torch.cat([run(*sample, stride, padding, dilation) for sample in samples])
+    offsets = (None,) * count if bias is None else bias.unbind()
+    singles = zip(x.split(1), weight.unsqueeze(2).unbind(), offsets, strict=True)
+    return torch.cat([F.conv2d(*single, stride, padding, dilation, channels) for single in singles])
+
+
+def _as_one_image(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """Convolve samples with their own kernels as the channels of one image in NCHW."""
+    run = _wide if dilation[1] * (weight.shape[3] - 1) + 1 > WIDEST else _narrow
     bias = None if bias is None else bias.reshape(1, -1)
     y = run(fold(x), weight.reshape(1, -1, *weight.shape[2:]), bias, stride, padding, dilation)
-    return y.view(len(x), channels, *y.shape[2:]).contiguous(memory_format=memory_format(is_channels_last(x)))
+    return y.view(*x.shape[:2], *y.shape[2:]).contiguous(memory_format=memory_format(is_channels_last(x)))
 
 
 def input_grad(
@@ -210,10 +239,10 @@ def leaves_cache(channels: int, rows: int, columns: int, dtype: torch.dtype) -> 
 def is_slow_in_channels_last(rows: int, columns: int, pixels: int) -> bool:
     """Return whether zero columns pay, because oneDNN falls back to small matrix products in channels_last.
 
-    It does not fall back for two columns more. For 11 columns four columns of zeros pay in kernels of several rows on
-    maps that are not small.
+    It does not fall back for two columns more. For 11 columns four columns of zeros pay in kernels of several rows,
+    unless so few pixels share the kernels that it takes longer to pad them.
     """
-    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and rows >= 7 and pixels >= _limits.LIMITS.pixels)
+    return columns in (WIDEST - 1, WIDEST) or (columns == WIDEST - 2 and rows >= 7 and pixels >= _FEW_PIXELS)
 
 
 def computes_in(dtype: torch.dtype) -> bool:
@@ -260,18 +289,24 @@ def _loops(x: Tensor) -> bool:
     return x.shape[0] == 1 and torch.get_num_threads() == 1 and x.numel() <= 20480
 
 
+def _at_once(x: Tensor, channels: int, kh: int, kw: int) -> int:
+    """Return how many channels with wide kernels to compute at a time."""
+    count = channels
+    if x.shape[2] * x.shape[3] >= _limits.LIMITS.pixels:
+        if leaves_cache(channels, kh, kw, x.dtype):
+            count = max(32, 32 * (_limits.LIMITS.cached // (4 * 32 * kh * kw)))
+        if not is_channels_last(x):
+            count = min(count, max(32, 32 * (4 * _limits.LIMITS.cached // (32 * x[:, 0].numel()))))
+    return count
+
+
 def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """Run in channels_last, some channels at a time where all of them together would leave the cache."""
     channels, kh, kw = weight.shape[1:]
     bias = None if bias is None else bias.flatten()
     kernel = weight.transpose(0, 1)
     channels_last = is_channels_last(x)
-    count = channels
-    if x.shape[2] * x.shape[3] >= _limits.LIMITS.pixels:
-        if leaves_cache(channels, kh, kw, x.dtype):
-            count = max(32, 32 * (_limits.LIMITS.cached // (4 * 32 * kh * kw)))
-        if not channels_last:
-            count = min(count, max(32, 32 * (4 * _limits.LIMITS.cached // (32 * x[:, 0].numel()))))
+    count = _at_once(x, channels, kh, kw)
 
     def part(i: int) -> Tensor:
         some, taps, more = x[:, i : i + count], kernel[i : i + count], None if bias is None else bias[i : i + count]
