@@ -240,51 +240,6 @@ def test_a_bank_is_the_mixture_of_its_experts(backend, experts):
     close(actual, oracle(x, kernels, biases, weights, 2, 2, dilations), FLOAT64)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    ("size", "experts"),
-    [
-        ((1, 16, 15, 14), [(3, 1), (7, 1), (11, 1)]),  # channels_last: padded to 15 columns
-        ((3, 128, 29, 28), [(5, 1), (11, 1)]),  # large enough for a loop over samples
-        ((3, 16, 5, 4), [(3, 1), (9, 1), (11, 1)]),  # taps that never meet the map, cropped after the mix
-        ((2, 16, 4, 4), [(3, 1), (31, 1)]),  # and before it
-        ((2, 8, 12, 12), [(3, 1), (3, 2), (7, 2)]),
-    ],
-)
-def test_inference_of_shapes_that_came_up_before(size, experts, layout):
-    dilations = [d for _, d in experts]
-    for bias in (True, False):
-        bank = bias_bank = None
-        for _ in range(3):  # the first call decides, further ones take its decision
-            x, kernels, biases, weights = case(*size[:2], 1, 1, *size[2:], experts, bias)
-            expected = oracle(x, kernels, biases, weights, 1, size[1], dilations).detach()
-            x, weights = x.detach().float().contiguous(memory_format=layout), weights.detach().float()
-            new = fold.kernel_bank(kernels, dilations).detach().float()
-            if bank is None:
-                bank, bias_bank = new, torch.stack(biases).detach().float() if bias else None
-            else:  # in place: no result of the old values may be left
-                bank.copy_(new)
-                if bias:
-                    bias_bank.copy_(torch.stack(biases).detach())
-            with torch.no_grad():
-                y = bank_conv2d(x, bank, bias_bank, weights, experts=tuple(experts), groups=size[1])
-            assert y.is_contiguous(memory_format=layout)
-            close(y, expected.float(), FLOAT32)
-            y.requires_grad_().mul(2)  # an ordinary tensor, not a view made under no_grad
-            with torch.no_grad():
-                y.add_(1)
-
-
-def test_inference_refuses_what_the_first_call_refuses():
-    x, bank, experts = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 1, 5, 5), ((3, 1), (5, 1))
-    with torch.no_grad():
-        bank_conv2d(x, bank, None, torch.zeros(2, 2), experts=experts, groups=4)
-        with pytest.raises(ValueError, match=r"weights must be \(N, n\) = \(2, 2\)"):
-            bank_conv2d(x, bank, None, torch.zeros(1, 2), experts=experts, groups=4)
-        with pytest.raises(TypeError, match=r"x is torch\.float64"):
-            bank_conv2d(x.double(), bank, None, torch.zeros(2, 2), experts=experts, groups=4)
-
-
 def test_a_bank_that_does_not_fit_is_refused():
     bank, x = torch.zeros(2, 4, 1, 5, 5), torch.zeros(3, 4, 8, 8)
     for weights, experts, message in (

@@ -48,8 +48,10 @@ def _in_loop(graph: Any, scan: Any) -> bool:
     conv, reshaped = convolutions[0], scan.inputs[1]
     if reshaped.shape is None or len(reshaped.shape) != 5:
         return False
-    channels, per_group, *size = (int(n) if isinstance(n, int) else None for n in reshaped.shape[1:])
-    if channels is None or None in size or per_group != 1 or not _fits(conv, channels):
+    if not all(isinstance(n, int) for n in reshaped.shape[1:]):
+        return False
+    channels, per_group, *size = (int(n) for n in reshaped.shape[1:])
+    if per_group != 1 or not _fits(conv, channels):
         return False
     mixed = reshaped.producer().inputs[0]
     kernels = _kernels(graph, scan, mixed, [-1, channels, *size], [-1, channels, 1, *size])
