@@ -19,7 +19,6 @@ from torch import nn
 from widefield import _checks
 from widefield.models._registry import Stated, cfg
 from widefield.nn import DepthwiseConv2d, LargeKernelConv2d, reparam
-from widefield.surgery.walk import replace
 
 __all__ = ["mobilenetv2_lk"]
 
@@ -52,6 +51,8 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 def _build(
     *, kernel_sizes: int | Sequence[int] = 13, small_kernel: int = 3, shortcut: bool = True, **kwargs: Any
 ) -> EfficientNet:
+    from widefield.surgery.walk import replace
+
     model: EfficientNet = model_entrypoint("mobilenetv2_100")(**kwargs)  # create_model would drop None values
     sizes = [kernel_sizes] * len(model.stage_ends) if isinstance(kernel_sizes, int) else list(kernel_sizes)
     if len(sizes) != len(model.stage_ends):
