@@ -58,6 +58,20 @@ def depthwise(
     return _call("depthwise", x, weight, bias, stride, padding, dilation, backend)
 
 
+def input_grad(
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    """Return the gradient of :func:`depthwise` with respect to x, of shape ``input_size``; differentiable."""
+    return _call("depthwise_input_grad", grad, weight, input_size, stride, padding, dilation, backend)
+
+
+def weight_grad(
+    grad: Tensor, x: Tensor, weight_size: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, backend: str
+) -> Tensor:
+    """Return the gradient of :func:`depthwise` with respect to weights of ``weight_size``; differentiable."""
+    return _call("depthwise_weight_grad", grad, x, weight_size, stride, padding, dilation, backend)
+
+
 def _call(name: str, first: Tensor, second: Tensor, third: Any, *rest: Any) -> Tensor:
     """Run an operator, differentiably, with as little dispatch as the call allows.
 
@@ -235,7 +249,7 @@ def _remember_for_both_modes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.size = None if isinstance(inputs[2], Tensor) else inputs[2]
 
 
-def _wanted(ctx: Any, index: int) -> bool:
+def is_wanted(ctx: Any, index: int) -> bool:
     """Return whether this gradient is needed.
 
     ``torch.autograd.grad`` with respect to an image does not need those of the kernels, although the kernels require
@@ -253,11 +267,11 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad = laid_out(grad, ctx.channels_last)
     dx = dw = db = None
-    if _wanted(ctx, 0):
+    if is_wanted(ctx, 0):
         dx = _call("depthwise_input_grad", grad, weight, x.shape, *ctx.geometry)
-    if _wanted(ctx, 1):
+    if is_wanted(ctx, 1):
         dw = _call("depthwise_weight_grad", grad, x, weight.shape, *ctx.geometry)
-    if _wanted(ctx, 2):
+    if is_wanted(ctx, 2):
         db = grad.sum((0, 2, 3))[None] if weight.shape[0] == 1 else grad.sum((2, 3))  # one sum rounds 16 bits once
     return dx, dw, db, None, None, None, None
 
@@ -266,9 +280,9 @@ def _input_grad_backward(ctx: Any, grad_of_dx: Tensor) -> tuple[Tensor | None, .
     grad, weight = ctx.saved_tensors
     grad_of_dx = laid_out(grad_of_dx, ctx.channels_last)
     of_grad = of_weight = None
-    if _wanted(ctx, 0):
+    if is_wanted(ctx, 0):
         of_grad = _call("depthwise", grad_of_dx, weight, None, *ctx.geometry)
-    if _wanted(ctx, 1):
+    if is_wanted(ctx, 1):
         of_weight = _call("depthwise_weight_grad", grad, grad_of_dx, weight.shape, *ctx.geometry)
     return of_grad, of_weight, None, None, None, None, None
 
@@ -276,9 +290,9 @@ def _input_grad_backward(ctx: Any, grad_of_dx: Tensor) -> tuple[Tensor | None, .
 def _weight_grad_backward(ctx: Any, grad_of_dw: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     of_grad = of_x = None
-    if _wanted(ctx, 0):
+    if is_wanted(ctx, 0):
         of_grad = _call("depthwise", x, grad_of_dw, None, *ctx.geometry)
-    if _wanted(ctx, 1):
+    if is_wanted(ctx, 1):
         of_x = _call("depthwise_input_grad", grad, grad_of_dw, x.shape, *ctx.geometry)
     return of_grad, of_x, None, None, None, None, None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from widefield.ops import fold
-from widefield.ops._bank import Bank, Plan
+from widefield.ops._bank import Bank, Experts, Plan
 from widefield.ops._onednn import WIDEST
 from widefield.ops._problem import has_numbers, is_traced, multiply_adds
 
@@ -82,13 +82,15 @@ def _work(x: Tensor, taps: int, plan: Plan) -> float:
     return slower * multiply_adds((x.shape[2], x.shape[3]), *pairs)
 
 
-def mixed_by_size(x: Tensor, bank: Bank, weights: Tensor, buckets: dict[int, list[int]]) -> Tensor:
+def mixed_by_size(x: Tensor, bank: Bank | Experts, weights: Tensor, buckets: dict[int, list[int]]) -> Tensor:
     """Convolve each bucket of samples with kernels of its size, mixed from the experts that are no larger."""
     # Split and joined, not indexed: the gradient of an index is a map of zeros for each bucket.
     samples, rows = x.split(1), weights.split(1)
     results: dict[int, Tensor] = {}
     for taps, chosen in buckets.items():
         fitting = [r for r, span in enumerate(bank.spans) if span <= taps]
+        if isinstance(bank, Experts) and taps == max(buckets):
+            fitting = list(range(len(bank.spans)))  # those that no sample chose get gradients, which are zeros
         some = bank.only(fitting, taps)
         if len(chosen) == len(samples):
             return some.mixed(x, weights[:, fitting])

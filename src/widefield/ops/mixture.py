@@ -9,7 +9,8 @@ x, every W_r, every b_r and the routing weights a. Three backends compute the sa
 
 - ``"branches"``: n convolutions and a weighted sum; the reference. It is faster where per-sample kernels are larger
   than the map.
-- ``"merged"``: one convolution per sample; for depthwise experts, that of :mod:`widefield.ops.depthwise`.
+- ``"merged"``: one convolution per sample; for depthwise experts, that of :mod:`widefield.ops.depthwise`. In training,
+  depthwise experts are mixed again in the backward pass, so that a sample's kernel takes no memory until then.
 - ``"routed"``: the same, without writing a sample's kernel to memory; depthwise on CUDA devices, for small maps.
 """
 
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield._checks import Expert
-from widefield.ops import _bank, _routed, _sparse, _timed, fold
+from widefield.ops import _routed, _sparse, _timed, fold
 from widefield.ops._autocast import autocast_dtype, without_autocast
-from widefield.ops._bank import Bank, Plan
+from widefield.ops._bank import Bank, Experts, Plan, kinds_of
 from widefield.ops._problem import has_numbers, is_channels_last, is_eager, size_of
 from widefield.ops.depthwise import depthwise_conv2d
 
@@ -87,14 +88,7 @@ def mixture_conv2d(
         weights, kernels = weights[:, plan.order], [kernels[r] for r in plan.order]
         biases = None if biases is None else [biases[r] for r in plan.order]
     bias_bank = None if biases is None else torch.stack(list(biases))
-    if plan.by_kind:
-        weights = _sparse.of_chosen(weights) if sparse else weights
-        with without_autocast(x):
-            mixed = _bank.mixed_by_kind(kernels, weights.to(kernels[0].dtype), plan)
-            bias = None if bias_bank is None else weights.to(bias_bank.dtype) @ bias_bank
-        return _bank.centered(x, mixed, bias, plan.stride, plan.groups, plan.step)
-    bank = fold.kernel_bank(kernels, [dilation for _, dilation in plan.experts])
-    return _merged(x, bank, bias_bank, weights, plan, sparse)
+    return _merged(x, Experts(kernels, bias_bank, plan), weights, plan, sparse)
 
 
 def bank_conv2d(
@@ -124,7 +118,8 @@ def bank_conv2d(
         kernels = [fold.expert(bank, r, k, d, plan.step) for r, (k, d) in enumerate(plan.experts)]
         biases = None if bias_bank is None else bias_bank.unbind()
         return _branches(x, kernels, biases, weights, plan, sparse)
-    return _merged(x, bank, bias_bank, weights, plan, sparse)
+    cropped = fold.crop(bank, plan.taps)
+    return _merged(x, Bank(cropped, bias_bank, plan.spans, plan.step, stride, groups), weights, plan, sparse)
 
 
 _plans: dict[Any, Plan] = {}
@@ -254,12 +249,13 @@ def _decided(
     places = order or range(len(experts))
     small = x.device.type == "cuda" and size_of(x)[2:].numel() <= _SMALL_MAP
     taps = min(taps, _reach(x, step))
+    sorted_experts = tuple(experts[r] for r in places)
     return Plan(
         way=way,
         reason=reason,
         timed=small and way == "merged" and backend == "auto",
         by_kind=by_kind,
-        experts=tuple(experts[r] for r in places),
+        experts=sorted_experts,
         order=None if order is None else tuple(order),
         step=step,
         taps=taps,
@@ -267,6 +263,7 @@ def _decided(
         stride=stride,
         groups=groups,
         channels=(shape[0], shape[1]),
+        kinds=() if is_bank or way == "branches" else kinds_of(sorted_experts, step, taps),
     )
 
 
@@ -325,17 +322,18 @@ def _branches(
     return functools.reduce(torch.add, terms)
 
 
-def _merged(x: Tensor, kernels: Tensor, biases: Tensor | None, weights: Tensor, plan: Plan, sparse: bool) -> Tensor:
-    bank = Bank(fold.crop(kernels, plan.taps), biases, plan.spans, plan.step, plan.stride, plan.groups)
+def _merged(x: Tensor, experts: Bank | Experts, weights: Tensor, plan: Plan, sparse: bool) -> Tensor:
     if sparse:
         weights = _sparse.of_chosen(weights)
-        if has_numbers(weights):  # batches of a graph may have any size
+        if has_numbers(weights) and not plan.by_kind:  # batches of a graph may have any size
             sorting = _sparse.sort(x, weights, plan)
             if not sorting.is_plain(plan):
-                return _sparse.mixed_by_size(x, bank, weights, sorting.buckets)
-    if plan.way == "routed" or (plan.timed and _routed_is_faster(x, bank, weights, plan)):
-        return _mixed_inside(x, bank, weights)
-    return bank.mixed(x, weights)
+                return _sparse.mixed_by_size(x, experts, weights, sorting.buckets)
+    if plan.way == "routed" or plan.timed:
+        bank = experts if isinstance(experts, Bank) else experts.bank()
+        if plan.way == "routed" or _routed_is_faster(x, bank, weights, plan):
+            return _mixed_inside(x, bank, weights)
+    return experts.mixed(x, weights)
 
 
 def _routed_is_faster(x: Tensor, bank: Bank, weights: Tensor, plan: Plan) -> bool:
