@@ -63,8 +63,8 @@ class MoRFConvNeXt(ConvNeXt):
             **kwargs,
         )
         prefixes = [f"stages.{stage - 1}.blocks." for stage in _stages(stages)]
-        mixture = tuple(kernel_sizes), routing, attention, top_k, router_width
-        for layer in _mix(self, mixture, prefixes, size=7):
+        settings = tuple(kernel_sizes), routing, attention, top_k, router_width
+        for layer in _mix(self, settings, prefixes, size=7):
             for weight in layer.kernels():  # as ConvNeXt initializes its convolutions
                 nn.init.trunc_normal_(weight, std=0.02)
             for bias in layer.biases() or ():
@@ -112,8 +112,8 @@ class MoRFResNet(ResNet):
             **kwargs,
         )
         prefixes = [f"layer{stage}." for stage in _stages(stages)]
-        mixture = tuple(kernel_sizes), routing, attention, top_k, router_width
-        for layer in _mix(self, mixture, prefixes, size=3):
+        settings = tuple(kernel_sizes), routing, attention, top_k, router_width
+        for layer in _mix(self, settings, prefixes, size=3):
             for weight in layer.kernels():
                 nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
 
@@ -125,14 +125,19 @@ def _stages(stages: Sequence[int]) -> list[int]:
     return chosen
 
 
-def _mix(model: nn.Module, mixture: tuple[Any, ...], prefixes: Sequence[str], size: int) -> list[MoRFConv2d]:
-    """Replace convolutions of a size with mixtures, whose settings are the first arguments of :class:`MoRF`."""
+def _mix(
+    model: nn.Module,
+    settings: tuple[tuple[int | tuple[int, int], ...], str, str, int, int | None],
+    prefixes: Sequence[str],
+    size: int,
+) -> list[MoRFConv2d]:
+    """Replace convolutions of a size with mixtures, whose settings are the first five of :class:`MoRF`."""
     from widefield.surgery import MoRF, convert
 
     def where(module: nn.Module, name: str) -> bool:
         return name.startswith(tuple(prefixes)) and getattr(module, "kernel_size", None) == (size, size)
 
-    convert(model, MoRF(*mixture, init="random"), where, inplace=True)
+    convert(model, MoRF(*settings, init="random"), where, inplace=True)
     return [module for module in model.modules() if isinstance(module, MoRFConv2d)]
 
 

@@ -206,12 +206,12 @@ class _Sums:
 def _largest(x: Tensor) -> float:
     """Return the largest absolute value, or nan if there is one, in a single pass over x."""
     low, high = x.aminmax()
-    return torch.maximum(-low, high).item()
+    return float(torch.maximum(-low, high))
 
 
 def _sum_of_squares(x: Tensor) -> float:
     """Return the sum of squares, added in float64, without a copy of x."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 class Tally:
