@@ -120,16 +120,16 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
     ],
 )
 def test_keys_beside_resume_mean_what_they_say(words, message, here, monkeypatch, capsys):
-    from widefield.train.engine import _Run
+    from widefield.train.run import Run
 
-    plain = _Run._step
+    plain = Run._step
 
     def stopping(run, group):
         plain(run, group)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_step", stopping)
+        patch.setattr(Run, "_step", stopping)
         first = ["train", "digits_morf", "--epochs", "2", "--schedule.warmup_epochs", "0", *TINY]
         assert cli.main(first) == 128 + signal.SIGINT
     capsys.readouterr()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from train.helpers import log, same_weights
 from widefield.cli import main
 from widefield.train import Recipe, RunResult, save_recipe
-from widefield.train.engine import _Run
+from widefield.train.run import Run as Training
 
 Run = Callable[..., RunResult]
 
@@ -59,15 +59,15 @@ def test_a_disk_that_fills_up_names_the_last_good_checkpoint(
     run: Run, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
     whole = run(name="whole")
-    plain = _Run._step
+    plain = Training._step
     with monkeypatch.context() as patch:
 
-        def step(self: _Run, group: Any) -> None:
+        def step(self: Training, group: Any) -> None:
             plain(self, group)
             if self.step == 8:  # in the second epoch of two
                 patch.setattr(*WRITES[write])
 
-        patch.setattr(_Run, "_step", step)
+        patch.setattr(Training, "_step", step)
         with pytest.raises(OSError, match="No space left on device") as caught:
             run()
     kept = re.escape(f"{recipe.folder / 'checkpoints'}/step-000000")
@@ -86,14 +86,14 @@ def test_the_command_prints_one_line(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")
-    plain = _Run._step
+    plain = Training._step
 
-    def step(self: _Run, group: Any) -> None:
+    def step(self: Training, group: Any) -> None:
         plain(self, group)
         if self.step == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    monkeypatch.setattr(_Run, "_step", step)
+    monkeypatch.setattr(Training, "_step", step)
     with files_no_longer_than(resource.getrlimit(resource.RLIMIT_FSIZE)[0]):
         assert main(["train", str(tmp_path / "recipe.yaml")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -82,10 +82,10 @@ def test_stopped_twice_and_resumed_with_other_workers(run: Run, stop_at: Any) ->
 
 def test_resumed_at_an_epochs_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(name="whole", **BUSY)
-    train_until = "widefield.train.engine._Run._train_until"
-    from widefield.train.engine import _Run
+    train_until = "widefield.train.run.Run._train_until"
+    from widefield.train.run import Run
 
-    original = _Run._train_until
+    original = Run._train_until
 
     def killed(self: Any, end: int) -> None:
         if self.rounds == 1:

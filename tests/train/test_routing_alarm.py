@@ -26,8 +26,8 @@ from widefield.train import (
     alarms,
     train,
 )
-from widefield.train.engine import _Run
 from widefield.train.optimization import create_schedule
+from widefield.train.run import Run as Training
 
 Run = Callable[..., RunResult]
 ROUTERS = {"router_entropy", "router_dead", "router_constant"}
@@ -66,7 +66,7 @@ def test_routers_at_work_raise_none(run: Run) -> None:
 def test_a_resumed_run_warns_as_one_that_was_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     options = mixtures(routing="hard", top_k=1)
     whole = run(name="whole", **options)
-    original = _Run._train_until
+    original = Training._train_until
 
     def killed(self: Any, end: int) -> None:
         if self.step:
@@ -74,7 +74,7 @@ def test_a_resumed_run_warns_as_one_that_was_not(run: Run, monkeypatch: pytest.M
         original(self, end)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_train_until", killed)
+        patch.setattr(Training, "_train_until", killed)
         with pytest.raises(RuntimeError, match="killed"):
             run(**options)
     rest = run(resume=whole.folder.with_name("run"), **options)

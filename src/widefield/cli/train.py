@@ -16,41 +16,54 @@ class RecipeHelp(argparse.RawDescriptionHelpFormatter):
 
     def format_help(self) -> str:
         """Return the help with a line per key."""
-        from widefield.train import describe_keys, shipped_recipes
+        from widefield.train import describe_keys
 
-        text = super().format_help()
-        text += f"\nShipped recipes: {', '.join(shipped_recipes())}.\n\nKeys of a recipe, in YAML and here:\n"
-        return f"{text}{describe_keys()}\n"
+        return f"{super().format_help()}\nKeys of a recipe, in YAML and here:\n{describe_keys()}\n"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     # The recipe is read by hand: argparse would take the value of a recipe's key for it.
-    parser.usage = "widefield train [-h] [RECIPE] [--resume RUN] [--KEY VALUE ...]"
+    parser.usage = "widefield train [-h] [RECIPE] [--resume RUN] [--print-config] [--dry-run] [--KEY VALUE ...]"
     parser.epilog = (
-        "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe. A file may inherit from another "
-        "one: base: NAME or PATH."
+        "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe, which `widefield recipes` lists. "
+        "A file may inherit from another one: base: NAME or PATH."
     )
     parser.formatter_class = RecipeHelp
     parser.set_defaults(takes_overrides=True)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole recipe as YAML, and do nothing else"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, read the first batch, and say what would be trained"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.train import load_recipe, shipped_recipes, train
+    from widefield.train import dry_run, load_recipe, recipe_text, train
 
+    if args.dry_run and args.resume:
+        raise ValueError("--dry-run is for new runs: leave out --resume, and give the folder of the run as RECIPE.")
     words = args.overrides
     leads = bool(words) and not words[0].startswith("-")
     source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
     if source is None:
         if overrides:
             raise ValueError("put the recipe before its keys: widefield train RECIPE --KEY VALUE, or --resume RUN.")
-        raise ValueError(f"give a recipe, a YAML file or one of {', '.join(shipped_recipes())}; or --resume RUN.")
+        raise ValueError("give a recipe: a YAML file, or a name that `widefield recipes` lists; or --resume RUN.")
     for word in overrides if args.resume else ():
         if word.partition("=")[0] in ("--name", "--output"):
             raise ValueError(f"a resumed run stays in its folder, {args.resume}: leave out {word.partition('=')[0]}.")
     if source == args.resume and not any((Path(source).expanduser() / f"{kind}.yaml").is_file() for kind in _RECORDS):
         raise FileNotFoundError(f"there is no run in {source}: give the folder of one, such as runs/NAME.")
-    result = train(load_recipe(source, overrides), resume=args.resume)
+    recipe = load_recipe(source, overrides)
+    if args.print_config:
+        print(recipe_text(recipe), end="")
+        return 0
+    if args.dry_run:
+        print(dry_run(recipe))
+        return 0
+    result = train(recipe, resume=args.resume)
     return 128 + result.interrupted if result.interrupted else 0

@@ -1,6 +1,6 @@
 """Train models: recipes, the training loop, checkpoints."""
 
-from widefield.train.engine import RunResult, train
+from widefield.train.engine import DryRun, dry_run, train
 from widefield.train.evaluation import evaluate
 from widefield.train.model import build_model
 from widefield.train.networks import create_model
@@ -18,13 +18,23 @@ from widefield.train.recipe import (
     SparsitySpec,
     TaskSpec,
 )
-from widefield.train.recipe_io import describe_keys, load_recipe, save_recipe, shipped_recipes
+from widefield.train.recipe_io import (
+    ShippedRecipe,
+    describe_keys,
+    describe_recipes,
+    load_recipe,
+    recipe_text,
+    save_recipe,
+    shipped_recipes,
+)
+from widefield.train.run import RunResult
 from widefield.train.run_data import RunData
 
 __all__ = [
     "CheckpointSpec",
     "ConversionSpec",
     "DataSpec",
+    "DryRun",
     "EmaSpec",
     "GroupSpec",
     "LayerDecaySpec",
@@ -34,13 +44,17 @@ __all__ = [
     "RunData",
     "RunResult",
     "ScheduleSpec",
+    "ShippedRecipe",
     "SparsitySpec",
     "TaskSpec",
     "build_model",
     "create_model",
     "describe_keys",
+    "describe_recipes",
+    "dry_run",
     "evaluate",
     "load_recipe",
+    "recipe_text",
     "save_recipe",
     "shipped_recipes",
     "train",

@@ -7,6 +7,7 @@ only where a key allows it, one-line errors, and a YAML dialect that reads back 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import types
 import typing
@@ -20,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from widefield import _checks
-from widefield.train.recipe import Recipe
+from widefield.train.recipe import Recipe, TaskSpec
 
 SHIPPED = Path(__file__).with_name("recipes")
 BASE = "base"
@@ -131,6 +132,41 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("[!_]*.yaml"))
 
 
+@dataclasses.dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe that comes with widefield, in short.
+
+    Attributes:
+        name: of the recipe.
+        task, data, model: names in it.
+        about: the first sentence of its file.
+    """
+
+    name: str
+    task: str
+    data: str
+    model: str
+    about: str
+
+
+def describe_recipes() -> list[ShippedRecipe]:
+    """Return the recipes that come with widefield, by name."""
+    found = []
+    for name in shipped_recipes():
+        file = SHIPPED / f"{name}.yaml"
+        content = _content(file)
+        task = content.get("task", {}).get("name", TaskSpec.name)
+        found.append(ShippedRecipe(name, task, content["data"]["name"], content["model"]["name"], _about(file)))
+    return found
+
+
+def _about(file: Path) -> str:
+    """Return the first sentence of the comment that a recipe begins with, without its final period."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    text = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"(?<=[^.]{3})[.:](?= |$)", text, maxsplit=1)[0]
+
+
 def describe_keys() -> str:
     """Return one line per key of a recipe for the command line: name, type, default, meaning."""
     lines = []
@@ -185,8 +221,8 @@ def _find(path_or_name: str | Path) -> Path:
         return shipped
     names = shipped_recipes()
     raise FileNotFoundError(
-        f"no recipe {str(path_or_name)!r}: neither a file, nor the folder of a run, nor one of the shipped recipes "
-        f"{', '.join(names)}.{_checks.did_you_mean(path.stem, names)}"
+        f"no recipe {str(path_or_name)!r}: neither a file, nor the folder of a run, nor a shipped recipe."
+        f"{_checks.did_you_mean(path.stem, names)} `widefield recipes` lists the shipped ones."
     )
 
 

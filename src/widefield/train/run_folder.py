@@ -51,21 +51,28 @@ class RunFolder:
             OSError: the folder cannot be written; the message names it.
             FileExistsError: it holds something else.
         """
-        resumable = bool(checkpoint.checkpoints(self.checkpoints))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
-            if self.failed.is_file() and not resumable:
+            if self._gave_up():
                 self._clear()
                 return
-            content = any(self.path.iterdir())
         except OSError as error:
             raise OSError(
                 f"the run's folder {self.path} cannot be written: {error.strerror}. Choose another with --output."
             ) from error
-        if content:
+        self.check_free()
+
+    def check_free(self) -> None:
+        """Raise FileExistsError if the folder holds something else than a run that failed before a checkpoint."""
+        if self.path.is_dir() and any(self.path.iterdir()) and not self._gave_up():
+            resumable = bool(checkpoint.checkpoints(self.checkpoints))
             hint = f"Continue it with --resume {self.path}" if resumable else "It has no checkpoint: delete it"
             raise FileExistsError(f"{self.path} holds a run already. {hint}, or choose another --name.")
+
+    def _gave_up(self) -> bool:
+        """Return whether the folder holds a run that failed before its first checkpoint."""
+        return self.failed.is_file() and not checkpoint.checkpoints(self.checkpoints)
 
     def check_space(self, model: nn.Module, recipe: Recipe) -> None:
         """Raise OSError if the disk cannot hold the checkpoints that the recipe keeps, and one more being written.
@@ -75,7 +82,8 @@ class RunFolder:
         weights = sum(tensor.nbytes for tensor in model.state_dict().values())
         one = weights * (3 + (recipe.ema is not None))
         needed = one * (recipe.checkpoint.keep + 2)
-        free = shutil.disk_usage(self.path).free
+        place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        free = shutil.disk_usage(place).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC,

@@ -1,49 +1,18 @@
 """Kernels compile for GPUs that are not present, and keep their operands in registers."""
 
-from functools import partial
+import itertools
 
-import aot
 import pytest
 import torch
 
-from widefield.ops._triton import direct, gemm, routed
+from widefield.ops._triton import direct, gemm
+from widefield.ops._triton.ahead import Build, builds, depthwise, mixture
 
 # Bytes that threads may spill, of a default and of a candidate that is only timed. Ideally zero, but
 # compiler versions differ by a few bytes.
 DEFAULT, CANDIDATE = 64, 128
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-
-
-def calls(backend, shape, size, *, stride=1, groups=1, dtype=FLOAT32, channels_last=False):
-    """Return the three passes of a backend on meta tensors."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    kernel = (size, size) if isinstance(size, int) else size
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    out = [(s + 2 * p - k) // stride + 1 for s, p, k in zip(shape[2:], padding, kernel, strict=True)]
-    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=layout)
-    grad = torch.empty((*shape[:2], *out), dtype=dtype, device="meta").contiguous(memory_format=layout)
-    weight = torch.empty((groups, shape[1], *kernel), dtype=dtype, device="meta")
-    bias = torch.empty((groups, shape[1]), dtype=dtype, device="meta")
-    rest = ((stride, stride), padding, (1, 1))
-    return {
-        "forward": partial(backend.forward, x, weight, bias, *rest),
-        "input_grad": partial(backend.input_grad, grad, weight, x.shape, *rest),
-        "weight_grad": partial(backend.weight_grad, grad, x, weight.shape, *rest),
-    }
-
-
-def mixture(shape, spans, *, dtype=FLOAT32, channels_last=False):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    side = max(spans)
-    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=layout)
-    bank = torch.empty((len(spans), shape[1], side, side), device="meta")
-    bias = torch.empty((len(spans), shape[1]), device="meta")
-    weights = torch.empty((shape[0], len(spans)), device="meta")
-    return {
-        "forward": partial(routed.forward, x, bank, spans, bias, weights),
-        "backward": partial(routed.backward, x, x, bank, spans, bias, weights),
-    }
 
 
 def hold(found, limit):
@@ -60,22 +29,41 @@ def _three_products():
         yield
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("step", ["forward", "weight_grad"])
+PRODUCTS = {80: ("mma.sync",), 90: ("wgmma.mma_async", "mma.sync"), 100: ("tcgen05.mma", "mma.sync")}
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype", "arch"),
+    [*itertools.product(("forward", "weight_grad"), (FLOAT32, BFLOAT16), (80, 90)), ("forward", BFLOAT16, 100)],
+    ids=str,
+)
 def test_band_kernels_use_tensor_cores_and_wide_loads(step, dtype, arch):
-    (build,) = aot.builds(calls(gemm, (64, 384, 32, 32), 31, dtype=dtype)[step], arch)
+    (build,) = builds(depthwise(gemm, (64, 384, 32, 32), 31, dtype=dtype)[step], arch)
     hold([build], DEFAULT)
-    assert "wgmma.mma_async" in build.ptx or "mma.sync" in build.ptx
+    assert any(name in build.ptx for name in PRODUCTS[arch])
     assert "ld.global.v4" in build.ptx
     assert "cp.async" not in build.ptx.replace("cp.async.bulk", "")
 
 
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "arch", "blocks"),
+    [
+        (4, 32, 0, 80, 16),  # all 64 warps
+        (4, 146, 20480, 90, 3),  # 152 registers a thread are allocated: 19456 a block of 65536
+        (4, 128, 65536, 80, 2),  # 65 KiB a block of 164
+        (4, 128, 65536, 90, 3),  # of 228
+        (1, 16, 0, 100, 32),  # no more than 32 blocks
+    ],
+)
+def test_occupancy(warps, registers, shared, arch, blocks):
+    assert Build("", arch, {}, warps, registers, 0, shared, "").occupancy == blocks * warps / 64
+
+
 def test_float32_is_one_product_where_tf32_is_allowed():
-    call = calls(gemm, (64, 384, 32, 32), 31)["forward"]
-    (three,) = aot.builds(call)
+    call = depthwise(gemm, (64, 384, 32, 32), 31)["forward"]
+    (three,) = builds(call)
     with torch.backends.cudnn.flags(allow_tf32=True):
-        (one,) = aot.builds(call)
+        (one,) = builds(call)
     assert three.ptx.count("wgmma.mma_async") == 3 * one.ptx.count("wgmma.mma_async") > 0
 
 
@@ -84,7 +72,7 @@ def test_float32_is_one_product_where_tf32_is_allowed():
 def test_direct_kernels(step, stride, channels_last):
     size = 5 if step == "weight_grad" else 7  # compiling takes one second per 16 taps
     shape = (64, 96, 56, 56)
-    (build,) = aot.builds(calls(direct, shape, size, stride=stride, channels_last=channels_last)[step])
+    (build,) = builds(depthwise(direct, shape, size, stride=stride, channels_last=channels_last)[step])
     hold([build], DEFAULT)
     assert build.shared <= 1024  # lanes exchange only the sums at the end of a weight gradient
     if channels_last and step != "weight_grad":
@@ -92,26 +80,26 @@ def test_direct_kernels(step, stride, channels_last):
 
 
 def test_direct_forward_on_the_oldest():
-    hold(aot.builds(calls(direct, (64, 96, 56, 56), 7, dtype=BFLOAT16)["forward"], 80), DEFAULT)
+    hold(builds(depthwise(direct, (64, 96, 56, 56), 7, dtype=BFLOAT16)["forward"], 80), DEFAULT)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_mixture_forward(channels_last):
-    hold(aot.builds(mixture((64, 384, 14, 14), (3, 5, 7, 9, 11), channels_last=channels_last)["forward"]), DEFAULT)
+    hold(builds(mixture((64, 384, 14, 14), (3, 5, 7, 9, 11), channels_last=channels_last)["forward"]), DEFAULT)
 
 
 def test_sizes_of_one_compile():
     """Triton makes constants of them, which have no methods."""
     shape = (1, 1, 2, 1)
     for backend, stride in ((direct, 1), (direct, 2), (gemm, 1)):
-        for call in calls(backend, shape, 1, stride=stride).values():
-            hold(aot.builds(call), DEFAULT)
+        for call in depthwise(backend, shape, 1, stride=stride).values():
+            hold(builds(call), DEFAULT)
     for call in mixture(shape, (1,)).values():
-        hold(aot.builds(call), DEFAULT)
+        hold(builds(call), DEFAULT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT32, 90), (BFLOAT16, 90), (FLOAT32, 80)], ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT32, 90), (BFLOAT16, 90), (FLOAT32, 80), (FLOAT32, 100)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "groups"),
@@ -126,45 +114,45 @@ def test_sizes_of_one_compile():
 )
 def test_direct_defaults_of_every_class_of_shapes(shape, size, stride, groups, channels_last, dtype, arch):
     options = {"stride": stride, "groups": groups, "dtype": dtype, "channels_last": channels_last}
-    for call in calls(direct, shape, size, **options).values():
-        hold(aot.builds(call, arch), DEFAULT)
+    for call in depthwise(direct, shape, size, **options).values():
+        hold(builds(call, arch), DEFAULT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT32, 90), (BFLOAT16, 90), (FLOAT32, 80)], ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), [(FLOAT32, 90), (BFLOAT16, 90), (FLOAT32, 80), (FLOAT32, 100)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("spans", [(3, 5, 7, 9, 11), (3, 9, 15, 21, 27)], ids=str)
 def test_mixture_defaults_of_every_class_of_shapes(spans, channels_last, dtype, arch):
     for shape in ((64, 96, 56, 56), (64, 384, 14, 14), (64, 768, 7, 7)):
         for call in mixture(shape, spans, dtype=dtype, channels_last=channels_last).values():
-            hold(aot.builds(call, arch), DEFAULT)
+            hold(builds(call, arch), DEFAULT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, torch.float16], ids=str)
 def test_band_defaults_of_every_class_of_shapes(dtype, arch):
     for width in (7, 14, 28, 56, 64, 112):
         for size in (13, 31, (51, 5), (5, 51)):
-            passes = calls(gemm, (64, 384, width, width), size, dtype=dtype)
-            hold(aot.builds(passes["forward"], arch), DEFAULT)
-            hold(aot.builds(passes["weight_grad"], arch), DEFAULT)
-    for call in calls(gemm, (64, 384, 28, 28), 31, groups=64, dtype=dtype).values():
-        hold(aot.builds(call, arch), DEFAULT)
+            passes = depthwise(gemm, (64, 384, width, width), size, dtype=dtype)
+            hold(builds(passes["forward"], arch), DEFAULT)
+            hold(builds(passes["weight_grad"], arch), DEFAULT)
+    for call in depthwise(gemm, (64, 384, 28, 28), 31, groups=64, dtype=dtype).values():
+        hold(builds(call, arch), DEFAULT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_no_candidate_spills_much(width, dtype, arch):
-    for call in calls(gemm, (64, 384, width, width), 31, dtype=dtype).values():
-        hold(aot.builds(call, arch, candidates=slice(None)), CANDIDATE)
+    for call in depthwise(gemm, (64, 384, width, width), 31, dtype=dtype).values():
+        hold(builds(call, arch, candidates=slice(None)), CANDIDATE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("size", [7, 11])
 def test_no_direct_candidate_spills_much(size, channels_last):
-    for call in calls(direct, (64, 96, 56, 56), size, channels_last=channels_last).values():
-        hold(aot.builds(call, candidates=slice(None)), CANDIDATE)
+    for call in depthwise(direct, (64, 96, 56, 56), size, channels_last=channels_last).values():
+        hold(builds(call, candidates=slice(None)), CANDIDATE)
