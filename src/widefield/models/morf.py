@@ -18,6 +18,7 @@ from torch import nn
 from widefield import _checks
 from widefield.models._registry import Stated, cfg
 from widefield.nn import MoRFConv2d
+from widefield.nn.recompute import Blocks
 
 __all__ = ["MoRFConvNeXt", "MoRFResNet"]
 
@@ -111,11 +112,19 @@ class MoRFResNet(ResNet):
             drop_path_rate=drop_path_rate,
             **kwargs,
         )
+        for stage in STAGES:  # timm recomputes blocks, too, but then batch norms see every batch twice
+            self.set_submodule(f"layer{stage}", Blocks(*self.get_submodule(f"layer{stage}").children()))
         prefixes = [f"layer{stage}." for stage in _stages(stages)]
         settings = tuple(kernel_sizes), routing, attention, top_k, router_width
         for layer in _mix(self, settings, prefixes, size=3):
             for weight in layer.kernels():
                 nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable checkpointing: training keeps only the inputs of blocks and recomputes the rest in backward passes."""
+        for module in self.children():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
 
 
 def _stages(stages: Sequence[int]) -> list[int]:
