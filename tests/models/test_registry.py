@@ -140,24 +140,15 @@ def test_intermediate_features_and_pruning(name):
 
 
 @pytest.mark.parametrize("name", [*BACKBONES, "mobilenetv2_lk", "morf_convnext_tiny"])
-def test_a_training_step_reaches_every_parameter_and_checkpointing_changes_nothing(name):
+def test_a_training_step_reaches_every_parameter(name):
     model = settled(small(name, drop_path_rate=0.1)).train()
     x, direction = torch.randn(8, 3, 64, 64), torch.randn(8, 7)
-    gradients = []
-    for checkpointing in (False, True):
-        twin = copy.deepcopy(model)
-        twin.set_grad_checkpointing(checkpointing)
-        torch.manual_seed(1)
-        y = twin(x)
-        assert y.isfinite().all()
-        (y * direction).sum().backward()
-        gradients.append({key: p.grad for key, p in twin.named_parameters()})
-    for key, plain in gradients[0].items():
-        assert plain.abs().max() > 0 or BEFORE_A_NORM.fullmatch(key), key
-        close(gradients[1][key], plain, NETWORK)
+    y = model(x)
+    assert y.isfinite().all()
+    (y * direction).sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0 or BEFORE_A_NORM.fullmatch(key), key
     before = model(x)
-    for parameter, gradient in zip(model.parameters(), gradients[0].values(), strict=True):
-        parameter.grad = gradient
     torch.optim.SGD(model.parameters(), 0.1).step()
     assert not torch.equal(model(x), before)
 

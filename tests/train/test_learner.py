@@ -37,7 +37,6 @@ from widefield.train import (
     Recipe,
     RunResult,
     ScheduleSpec,
-    TaskSpec,
     build_model,
 )
 from widefield.train.learner import Learner
@@ -428,26 +427,6 @@ class TestPretrained:
             torch.save(content, path)
         with pytest.raises(error, match=re.escape(message)):
             build_model(replace(recipe, model=replace(recipe.model, pretrained=str(path))), Classification(8))
-
-
-def test_gradient_checkpointing_changes_no_number(run: Run) -> None:
-    plain = {"model": ModelSpec("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}), "epochs": 1}
-    whole, again = run(name="whole", **plain), run(name="again", gradient_checkpointing=True, **plain)
-    assert same_weights(whole.model, again.model)
-
-
-def test_gradient_checkpointing_of_our_trunks_in_segmenters(run: Run) -> None:
-    plain = {
-        "model": ModelSpec("hornet_tiny_7x7", {"depths": [1, 1, 1, 1], "widths": [16, 16, 32, 32]}),
-        "data": DataSpec("scenes", {"count": 4, "size": 32}),
-        "task": TaskSpec("segmentation", {"head_args": {"channels": 8, "auxiliary_channels": 8}}),
-        "batch_size": 2,
-        "epochs": 1,
-    }
-    whole, again = run(name="whole", **plain), run(name="again", gradient_checkpointing=True, **plain)
-    enabled = [module.grad_checkpointing for module in again.model.modules() if hasattr(module, "grad_checkpointing")]
-    assert enabled == [True]
-    assert same_weights(whole.model, again.model)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ class FeatureMaps(nn.Module):
             if norm is not None:
                 self.add_module(f"norm{index}", norm(self.channels[index]).to(like))
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether the maps come from hooks on modules inside ``body``, which have to be called for that."""
+        return self._hooks is not None or isinstance(self.body, FeatureHookNet)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, C, H, W) -> maps, each (N, channels[i], H / strides[i], W / strides[i]) up to rounding."""
         output = self.body(images)

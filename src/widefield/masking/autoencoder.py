@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,6 +193,10 @@ class MaskedAutoencoder(nn.Module):
         with self.visibility.of(mask, visible):
             y: Tensor = self.decoder(maps, mask)
         return y
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Set the mask of the last call once more, see :class:`widefield.nn.recompute.Recomputing`."""
+        return self.visibility.again()
 
     def losses(self, prediction: Tensor, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return the losses of a prediction by name, scalars whose sum is the loss; in float32 at least."""

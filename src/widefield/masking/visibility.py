@@ -14,7 +14,7 @@ set, and the network is unchanged otherwise; its parameters, buffers and names a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Visibility:
         self.grn = grn
         self.mask: Tensor | None = None
         self.visible = 0
+        self._last: tuple[Tensor, int] | None = None
 
     @contextmanager
     def of(self, mask: Tensor, visible: int | None = None) -> Iterator[None]:
@@ -52,10 +53,15 @@ class Visibility:
         """
         self.mask = mask
         self.visible = int((~mask[0]).sum()) if visible is None else visible
+        self._last = (mask, self.visible)
         try:
             yield
         finally:
             self.mask = None
+
+    def again(self) -> AbstractContextManager[None]:
+        """Set the last mask once more, for blocks that are recomputed in the backward pass."""
+        return nullcontext() if self._last is None else self.of(*self._last)
 
     def at(self, x: Tensor, *, channels_last: bool = False) -> Tensor:
         """Return 1 at visible and 0 at masked positions of a map, in its dtype, to be multiplied by it.

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, trunc_normal_
-from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widefield import _checks
+from widefield.nn.recompute import recomputed
 
 
 class Backbone(nn.Module):
@@ -98,14 +98,16 @@ class Backbone(nn.Module):
         self.head = self.classifier().to(like)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable checkpointing: training keeps only the inputs of blocks and recomputes the rest in backward passes."""
+        """Enable checkpointing: training keeps only the inputs of blocks and recomputes the rest in backward passes.
+
+        Outputs, gradients and the statistics of batch norms are the same.
+        """
         self.grad_checkpointing = enable
 
     def run(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
         """Run the blocks of a stage, with checkpointing if enabled."""
         if self.grad_checkpointing and self.training:
-            y: Tensor = checkpoint_seq(blocks, x)
-            return y
+            return recomputed(blocks, x)
         out: Tensor = blocks(x)
         return out
 

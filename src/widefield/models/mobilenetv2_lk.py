@@ -19,13 +19,22 @@ from torch import nn
 from widefield import _checks
 from widefield.models._registry import Stated, cfg
 from widefield.nn import DepthwiseConv2d, LargeKernelConv2d, reparam
-from widefield.surgery.walk import replace
+from widefield.nn.recompute import Blocks
 
-__all__ = ["mobilenetv2_lk"]
+__all__ = ["MobileNetV2", "mobilenetv2_lk"]
 
 STATED = {"mobilenetv2_lk": Stated("not stated", "not stated", "tables 2 to 4, accuracies only")}
 
 default_cfgs = generate_default_cfgs({"mobilenetv2_lk": cfg("conv_stem", "classifier")})
+
+
+class MobileNetV2(EfficientNet):
+    """timm's MobileNetV2, whose batch norms see every batch once also if blocks are recomputed."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable checkpointing: training keeps only the inputs of blocks and recomputes the rest in backward passes."""
+        for stage in self.blocks:
+            stage.grad_checkpointing = enable
 
 
 @register_model
@@ -52,7 +61,11 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 def _build(
     *, kernel_sizes: int | Sequence[int] = 13, small_kernel: int = 3, shortcut: bool = True, **kwargs: Any
 ) -> EfficientNet:
+    from widefield.surgery.walk import replace
+
     model: EfficientNet = model_entrypoint("mobilenetv2_100")(**kwargs)  # create_model would drop None values
+    model.__class__ = MobileNetV2  # timm's function makes an EfficientNet, from arguments that only it knows
+    model.blocks = nn.Sequential(*(Blocks(*stage) for stage in model.blocks))
     sizes = [kernel_sizes] * len(model.stage_ends) if isinstance(kernel_sizes, int) else list(kernel_sizes)
     if len(sizes) != len(model.stage_ends):
         raise ValueError(

@@ -11,6 +11,7 @@ from widefield.nn.large_kernel import DecomposedConv2d, DilatedReparamConv2d, La
 from widefield.nn.lka import LKA, LKAAttention
 from widefield.nn.moga import ChannelAggregationFFN, MultiOrderDWConv, MultiOrderGatedAggregation
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
+from widefield.nn.recompute import Recomputing
 from widefield.nn.reparam import ConvNorm, ReparamConv2d
 from widefield.nn.router import Router, load_balancing
 from widefield.nn.same import DepthwiseConv2dSame, SameAligned
@@ -38,6 +39,7 @@ __all__ = [
     "MoRFConv2d",
     "MultiOrderDWConv",
     "MultiOrderGatedAggregation",
+    "Recomputing",
     "ReparamConv2d",
     "Router",
     "SameAligned",

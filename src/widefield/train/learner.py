@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureDictNet, FeatureGetterNet
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from widefield.nn import load_balancing
+from widefield.dense.backbone import FeatureMaps
+from widefield.nn import Recomputing, load_balancing
 from widefield.surgery import DynamicSparsity, anatomy, draw_sizes, elastic_layers
 from widefield.tasks import Batch, Task
 from widefield.tasks.base import sum_of
@@ -165,7 +166,8 @@ class Learner:
             with nullcontext() if last or self._sharded else accelerator.no_sync(self.model):
                 loss, found = self._loss(batch)
                 loss = loss / len(batches)
-                accelerator.backward(loss)
+                with Recomputing(self.raw) if recipe.gradient_checkpointing else nullcontext():
+                    accelerator.backward(loss)
             losses.append(loss.detach())
             parts.append({name: value.detach() / len(batches) for name, value in found.items()})
         if recipe.clip_grad is not None:
@@ -319,9 +321,22 @@ def _check_fit(accelerator: Accelerator, task: Task, model: nn.Module, name: str
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:
-    backbone: Any = model.get_submodule(anatomy(model).backbone)
+    place = anatomy(model).backbone
+    backbone: Any = model.get_submodule(place)
+    maps = model.get_submodule(place.rpartition(".")[0])
+    if isinstance(maps, FeatureMaps) and maps.has_hooks:
+        raise ValueError(
+            f"gradient_checkpointing: the feature maps of {type(backbone).__name__} come from hooks, which "
+            "recomputation does not call reliably; leave it out, or use a backbone of another feature_cls."
+        )
     if isinstance(backbone, FeatureGetterNet):  # timm's wrapper has no such method, the network in it does
         backbone = backbone.model
+    elif isinstance(backbone, FeatureDictNet):  # the wrapper's method recomputes whole stages, and spares the last
+        stages = [part for part in backbone.modules() if part is not backbone and hasattr(part, "grad_checkpointing")]
+        for stage in stages:
+            stage.grad_checkpointing = True
+        if stages:
+            return
     try:
         backbone.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
