@@ -18,23 +18,21 @@ if TYPE_CHECKING:
     from widefield.deploy.export import export
     from widefield.deploy.quantize import quantize
     from widefield.fitting import fit
-    from widefield.surgery import (
+    from widefield.surgery.compare import compare
+    from widefield.surgery.conversions import (
         Deformable,
-        Elastic,
         FastDepthwise,
         GMConv,
         InceptionSplit,
         LargeKernel,
         MoRF,
-        Resize,
         TokenMixer,
-        compare,
-        convert,
-        plan,
-        reparameterize,
-        specialize,
-        trim,
     )
+    from widefield.surgery.convert import convert, plan
+    from widefield.surgery.elastic import Elastic, Resize
+    from widefield.surgery.reparameterize import reparameterize
+    from widefield.surgery.specialize import specialize
+    from widefield.surgery.trim import trim
 
 __version__ = "0.1.0"
 

@@ -31,6 +31,18 @@ def test_models_lists_ours_with_parameters_and_macs(capsys, monkeypatch):
     assert len(re.findall("morf_", text)) == 5
 
 
+def test_models_needs_neither_torch_nor_timm():
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["timm"] = None
+import widefield_cli
+sys.exit(widefield_cli.main(["models"]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "van_b0" in result.stdout
+
+
 def test_models_takes_a_glob_over_all_of_timm(capsys):
     assert cli.main(["models", "resnet18"]) == 0
     assert re.search(r"resnet18 .* 11\.69M .* 1\.814G", capsys.readouterr().out)

@@ -1,13 +1,49 @@
-"""``widefield models --compare``: published tables next to measurements."""
+"""``widefield models``: the committed counts of our networks; ``--compare``: published tables next to measurements."""
+
+import json
 
 import pytest
 import timm
+from timm.models import get_pretrained_cfg
 
-from widefield import cli, dense
+from widefield import cli, dense, models
+from widefield.cli.models import COUNTS, our_names, row
 from widefield.models.comparison import CITED
 from widefield.models.comparison_detection import CITED_DETECTORS, METHODS
 from widefield.models.comparison_pose import CITED_POSES
 from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
+
+LISTED = json.loads(COUNTS.read_text())
+STALE = "the counts are not those of the networks: run python benchmarks/model_counts.py"
+
+
+def test_the_list_has_every_network_with_its_input_and_what_is_stated():
+    assert list(LISTED) == our_names(), STALE
+    for name, entry in LISTED.items():
+        stated = models.STATED.get(name)
+        assert entry["input"] == list(get_pretrained_cfg(name).input_size), STALE
+        assert entry["stated"] == (stated and stated._asdict()), STALE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("van_b0", "resnet20_cifar", "morf_resnet18") else pytest.mark.slow)
+        for name in LISTED
+    ],
+)
+def test_listed_counts_are_those_of_the_network(name):
+    assert row(name) == LISTED[name], STALE
+
+
+def test_a_pattern_reads_the_same_rows_as_the_list(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    assert cli.main(["models"]) == 0
+    every = capsys.readouterr().out.splitlines()
+    assert cli.main(["models", "van_b?"]) == 0
+    some = [line.split() for line in capsys.readouterr().out.splitlines() if "van_b" in line]
+    assert [line[1] for line in some] == [f"van_b{index}" for index in range(7)]
+    assert all(line in [other.split() for other in every] for line in some)
 
 
 def test_every_network_named_is_in_timms_registry():
@@ -18,7 +54,7 @@ def test_every_network_named_is_in_timms_registry():
 
 def test_rows_show_cited_and_measured_and_mark_differences(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    assert cli.main(["models", "*t*tiny*", "--compare"]) == 0
+    assert cli.main(["models", "[cd][oe]*t_tiny*", "--compare"]) == 0
     text = capsys.readouterr().out
     convnext = next(line for line in text.splitlines() if "ConvNeXt-T" in line)
     assert "29 / 28.59 *" in convnext  # 1.4 % apart

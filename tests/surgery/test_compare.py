@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tolerances import FLOAT64
-from widefield.surgery.compare import Tally, compare, difference
+from widefield.surgery.compare import Reference, Tally, compare, difference
 from widefield.surgery.inputs import batches
 
 
@@ -105,6 +105,73 @@ def test_there_must_be_something_to_compare():
     some = {"boxes": torch.ones(1, 4), "scores": torch.ones(1)}
     assert tallied((none, none), (some, some), images=2).images == 4  # one image without detections is allowed
     assert tallied((torch.zeros(2), torch.ones(2))).rms == math.inf
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_second_output_that_is_not_finite_is_infinitely_far(wrong):
+    before = torch.randn(2, 3, 4, 5)
+    after = before.clone()
+    after[1, 2, 0, 3] = wrong
+    change = tallied((before, after))
+    assert (change.max_abs, change.rms) == (math.inf, math.inf)
+    assert not change.within(1e6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int32])
+def test_maps_of_any_type_and_layout_are_measured_in_float64(dtype):
+    before, after = (10 * torch.randn(3, 4, 5, 6) for _ in range(2))
+    before, after = before.to(dtype, memory_format=torch.channels_last), after.to(dtype)
+    change = tallied((before, after))
+    gap = after.double() - before.double()
+    assert change.max_abs == gap.abs().max()
+    assert change.scale == before.double().abs().max()
+    assert change.rms == pytest.approx((gap.norm() / before.double().norm()).item(), rel=FLOAT64)
+
+
+class Counted(nn.Module):
+    """Doubles images, and counts how often it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return 2 * x.flatten(1)
+
+
+class Other:
+    """A loader of two batches, which are others in every pass."""
+
+    def __iter__(self):
+        return iter([torch.randn(2, 1, 2, 2), torch.randn(3, 1, 2, 2)])
+
+
+def test_a_reference_computes_each_batch_once():
+    first, loader = Counted(), [torch.randn(2, 1, 2, 2), torch.randn(3, 1, 2, 2)]
+    reference = Reference(first, loader)
+    for scale in (1.0, 1.5, 3.0):
+        second = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False))
+        nn.init.eye_(second[1].weight).data.mul_(scale)
+        assert reference.compare(second) == compare(Counted(), second, loader)
+    assert first.calls == 2
+
+
+@pytest.mark.parametrize(("loader", "room"), [(Other(), 2**20), ([torch.ones(1, 1, 2, 2)] * 2, 0)])
+def test_a_reference_computes_anew_what_it_does_not_hold(loader, room):
+    first, second = Counted(), Counted()
+    reference = Reference(first, loader, room=room)
+    for calls in (2, 4):
+        assert reference.compare(second).max_abs == 0
+        assert first.calls == calls
+
+
+def test_a_reference_holds_what_fits():
+    first, loader = Counted(), [torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)]
+    reference = Reference(first, loader, room=40)  # 16 bytes of images and 16 of outputs in each batch
+    for calls in (2, 3):
+        assert reference.compare(Counted()).max_abs == 0
+        assert first.calls == calls
 
 
 @pytest.mark.parametrize("loader", [None, 3])

@@ -108,6 +108,23 @@ def test_timms_norms_with_activation_are_folded_and_keep_it():
     assert widefield.compare(model, fused, torch.randn(2, 3, 64, 64)).relative < NETWORK
 
 
+@pytest.mark.parametrize(("report", "passes"), [(None, 2), (id, 4)])
+def test_verification_takes_a_pass_before_and_one_after(report, passes, monkeypatch):
+    """One watches all norms and gives the outputs to compare with; a report counts costs before and after."""
+    calls = []
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(3))).eval()
+    plain = nn.Sequential.forward
+
+    def forward(self, x):
+        calls.extend([self] if len(self) == 3 and isinstance(self[0], nn.Sequential) else [])
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Sequential, "forward", forward)
+    fused = widefield.reparameterize(model, torch.randn(2, 3, 8, 8), report=report)
+    assert count(fused, nn.BatchNorm2d) == 0
+    assert len(calls) == passes
+
+
 def test_the_root_is_fused():
     layer = MoRFConv2d(4, 4, (3, 5)).eval()
     fused = widefield.reparameterize(layer)

@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.words, args.overrides = words, rest
     try:
         _check_places(args)
-        importlib.import_module("widefield.models")  # registers them in timm; takes seconds
+        if args.needs_models:
+            importlib.import_module("widefield.models")  # registers them in timm; takes seconds
         status: int = COMMANDS[args.command].run(args)
     except USER_ERRORS as error:
         print(f"widefield {args.command}: {error}", file=sys.stderr)
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         # allow_abbrev: or a recipe's key that starts like one of our options would be taken for it.
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
-        sub.set_defaults(takes_overrides=False, writes={})
+        sub.set_defaults(takes_overrides=False, needs_models=True, writes={})
         module.add(sub)
     return parser
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 SUMMARY = "list models with parameters and MACs"
 
 COMPARISONS = ("imagenet", "segmentation", "detection", "pose")
+
+COUNTS = Path(__file__).parents[1] / "models" / "counts.json"
+"""The rows of our networks by name, see :func:`row`, written by ``python benchmarks/model_counts.py``.
+
+To build and count all of them takes half a minute, and torch and timm take seconds to import. A file needs neither.
+"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "detectors, or pose models",
     )
     parser.add_argument("pattern", nargs="?", help="glob over all names of timm; default: the models of widefield")
+    parser.set_defaults(needs_models=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,40 +51,68 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(pattern: str | None) -> None:
-    import timm
     from rich.console import Console
     from rich.table import Table
-    from timm.models import get_pretrained_cfg, is_model_in_modules
 
-    import widefield.models
-    from widefield import _checks
-
-    every = timm.list_models()
-    if pattern is None:
-        names = [name for name in every if is_model_in_modules(name, widefield.models.MODULES)]
-    else:
-        names = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
-    if not names:
-        raise ValueError(f"no model matches {pattern!r}.{_checks.did_you_mean(pattern, every)}")
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
+    rows = counts if pattern is None else {name: counts.get(name) or row(name) for name in _matching(pattern)}
     table = Table()
     for column in ("model", "input", "parameters", "MACs", "stated", "by"):
         table.add_column(column, justify="left" if column in ("model", "by") else "right", no_wrap=column != "by")
-    for name in names:
-        config = get_pretrained_cfg(name)
-        shape = config.input_size if config else (3, 224, 224)
-        cost = _cost(name, shape)
-        stated = widefield.models.STATED.get(name)
-        said = (f"{stated.parameters} / {stated.macs}", stated.source) if stated else ("", "")
-        size = "x".join(map(str, shape))
-        table.add_row(name, size, f"{cost.parameters / 1e6:.2f}M", f"{cost.macs / 1e9:.3f}G", *said)
+    for name, entry in rows.items():
+        stated = entry["stated"] or {"parameters": "", "macs": "", "source": ""}
+        table.add_row(
+            name,
+            "x".join(map(str, entry["input"])),
+            f"{entry['parameters'] / 1e6:.2f}M",
+            f"{entry['macs'] / 1e9:.3f}G",
+            f"{stated['parameters']} / {stated['macs']}" if entry["stated"] else "",
+            stated["source"],
+        )
     Console().print(table)
 
 
-def _cost(name: str, shape: Sequence[int]) -> Any:
-    """Return the cost of a network for an image of this shape, without computing any number."""
+def _matching(pattern: str) -> list[str]:
+    """Return the names in timm's registry that match a glob; raises ValueError if there is none."""
     import timm
 
-    return _measured(_on_meta(partial(timm.create_model, name)), shape)
+    import widefield.models  # noqa: F401  registers ours
+    from widefield import _checks
+
+    every = timm.list_models()
+    names = [name for name in every if fnmatch.fnmatchcase(name, pattern)]
+    if not names:
+        raise ValueError(f"no model matches {pattern!r}.{_checks.did_you_mean(pattern, every)}")
+    return names
+
+
+def our_names() -> list[str]:
+    """Return the names of widefield's networks in timm's order."""
+    import timm
+    from timm.models import is_model_in_modules
+
+    import widefield.models
+
+    return [name for name in timm.list_models() if is_model_in_modules(name, widefield.models.MODULES)]
+
+
+def row(name: str) -> dict[str, Any]:
+    """Build a network on the meta device and return its row: input (C, H, W), parameters, MACs, stated counts."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    import widefield.models
+
+    config = get_pretrained_cfg(name)
+    shape = config.input_size if config else (3, 224, 224)
+    cost = _measured(_on_meta(partial(timm.create_model, name)), shape)
+    stated = widefield.models.STATED.get(name)
+    return {
+        "input": list(shape),
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        "stated": stated and stated._asdict(),
+    }
 
 
 def _on_meta(build: Callable[[], Any]) -> Any:

@@ -1,4 +1,7 @@
-"""Provide the backbones; importing this package registers them in timm."""
+"""Provide the backbones; importing this package registers them in timm.
+
+Its modules import surgery inside functions, because ``import widefield`` imports them all.
+"""
 
 from widefield.models import mobilenetv2_lk as mobilenetv2_lk
 from widefield.models import packaged as packaged

@@ -10,8 +10,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from widefield.surgery.merged_forms import merge_in_place, merged_forms
-
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +59,8 @@ def official_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     Raises:
         ValueError: the weights belong to another network; the message names the first keys that differ.
     """
+    from widefield.surgery.merged_forms import merge_in_place, merged_forms
+
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     free = {f"{config.get(part)}.{name}" for part in ("first_conv", "classifier") for name in ("weight", "bias")}
     classes = state.get(f"{config.get('classifier')}.weight")

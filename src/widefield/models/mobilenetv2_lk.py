@@ -20,7 +20,6 @@ from widefield import _checks
 from widefield.models._registry import Stated, cfg
 from widefield.nn import DepthwiseConv2d, LargeKernelConv2d, reparam
 from widefield.nn.recompute import Blocks
-from widefield.surgery.walk import replace
 
 __all__ = ["MobileNetV2", "mobilenetv2_lk"]
 
@@ -62,6 +61,8 @@ def mobilenetv2_lk(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
 def _build(
     *, kernel_sizes: int | Sequence[int] = 13, small_kernel: int = 3, shortcut: bool = True, **kwargs: Any
 ) -> EfficientNet:
+    from widefield.surgery.walk import replace
+
     model: EfficientNet = model_entrypoint("mobilenetv2_100")(**kwargs)  # create_model would drop None values
     model.__class__ = MobileNetV2  # timm's function makes an EfficientNet, from arguments that only it knows
     model.blocks = nn.Sequential(*(Blocks(*stage) for stage in model.blocks))

@@ -19,7 +19,6 @@ from widefield import _checks
 from widefield.models._registry import Stated, cfg
 from widefield.nn import MoRFConv2d
 from widefield.nn.recompute import Blocks
-from widefield.surgery import MoRF, convert
 
 __all__ = ["MoRFConvNeXt", "MoRFResNet"]
 
@@ -65,8 +64,8 @@ class MoRFConvNeXt(ConvNeXt):
             **kwargs,
         )
         prefixes = [f"stages.{stage - 1}.blocks." for stage in _stages(stages)]
-        config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
-        for layer in _mix(self, config, prefixes, size=7):
+        settings = tuple(kernel_sizes), routing, attention, top_k, router_width
+        for layer in _mix(self, settings, prefixes, size=7):
             for weight in layer.kernels():  # as ConvNeXt initializes its convolutions
                 nn.init.trunc_normal_(weight, std=0.02)
             for bias in layer.biases() or ():
@@ -116,8 +115,8 @@ class MoRFResNet(ResNet):
         for stage in STAGES:  # timm recomputes blocks, too, but then batch norms see every batch twice
             self.set_submodule(f"layer{stage}", Blocks(*self.get_submodule(f"layer{stage}").children()))
         prefixes = [f"layer{stage}." for stage in _stages(stages)]
-        config = MoRF(tuple(kernel_sizes), routing, attention, top_k, router_width, init="random")
-        for layer in _mix(self, config, prefixes, size=3):
+        settings = tuple(kernel_sizes), routing, attention, top_k, router_width
+        for layer in _mix(self, settings, prefixes, size=3):
             for weight in layer.kernels():
                 nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
 
@@ -135,11 +134,19 @@ def _stages(stages: Sequence[int]) -> list[int]:
     return chosen
 
 
-def _mix(model: nn.Module, config: MoRF, prefixes: Sequence[str], size: int) -> list[MoRFConv2d]:
+def _mix(
+    model: nn.Module,
+    settings: tuple[tuple[int | tuple[int, int], ...], str, str, int, int | None],
+    prefixes: Sequence[str],
+    size: int,
+) -> list[MoRFConv2d]:
+    """Replace convolutions of a size with mixtures, whose settings are the first five of :class:`MoRF`."""
+    from widefield.surgery import MoRF, convert
+
     def where(module: nn.Module, name: str) -> bool:
         return name.startswith(tuple(prefixes)) and getattr(module, "kernel_size", None) == (size, size)
 
-    convert(model, config, where, inplace=True)
+    convert(model, MoRF(*settings, init="random"), where, inplace=True)
     return [module for module in model.modules() if isinstance(module, MoRFConv2d)]
 
 

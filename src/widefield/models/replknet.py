@@ -21,7 +21,6 @@ from widefield.models._backbone import Backbone
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn import ConvNorm, DepthwiseConv2d, LargeKernelConv2d
 from widefield.nn.reparam import ReparamConv2d
-from widefield.surgery.walk import fuse_layers
 
 __all__ = ["RepLKNet"]
 
@@ -177,6 +176,8 @@ class RepLKNet(Backbone):
         Raises:
             RuntimeError: in training mode.
         """
+        from widefield.surgery.walk import fuse_layers
+
         fuse_layers(self, select=lambda module: isinstance(module, ReparamConv2d))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

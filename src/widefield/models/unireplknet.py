@@ -27,7 +27,6 @@ from widefield.nn.fusing import fold_norm, refuse_training
 from widefield.nn.grn import GRN
 from widefield.nn.large_kernel import DILATED_BRANCHES, DilatedReparamConv2d
 from widefield.nn.reparam import merged
-from widefield.surgery.walk import fuse_layers
 
 __all__ = ["UniRepLKNet"]
 
@@ -260,6 +259,8 @@ class UniRepLKNet(NormedBackbone):
         Raises:
             RuntimeError: in training mode.
         """
+        from widefield.surgery.walk import fuse_layers
+
         fuse_layers(self, select=lambda module: isinstance(module, UniRepLKNetBlock))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

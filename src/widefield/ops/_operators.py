@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from widefield._checks import Pair
 from widefield.ops import _backend
 from widefield.ops._autocast import without_autocast
+from widefield.ops._fakes import register_fake
 from widefield.ops._problem import (
     PLAIN,
     Problem,
@@ -415,7 +416,7 @@ def _below_autograd(name: str) -> Callable[..., Tensor]:
 for _name, (_step, _fake, _backward, _vmap) in _PARTS.items():
     _RUN[_name] = _run = _implementation(_name, _step, _fake)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"widefield::{_name}", _fake, lib=_library)
+    register_fake(_name, _fake, _library)
     torch.library.register_vmap(f"widefield::{_name}", functools.partial(_vmap, _operate), lib=_library)
     _bases, _derivative = (torch.autograd.Function,), staticmethod(_backward)
     _EAGER[_name] = type(_name, _bases, {"forward": staticmethod(_eager(_run)), "backward": _derivative})

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from widefield.ops import _triton
+from widefield.ops._fakes import register_fake
 from widefield.ops._problem import is_channels_last, memory_format
 
 _library = torch.library.Library("widefield", "FRAGMENT")
@@ -95,8 +96,8 @@ def _not_twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 _library.impl("routed", _forward, "CompositeExplicitAutograd")
 _library.impl("routed_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("widefield::routed", _fake_forward, lib=_library)
-torch.library.register_fake("widefield::routed_backward", _fake_backward, lib=_library)
+register_fake("routed", _fake_forward, _library)
+register_fake("routed_backward", _fake_backward, _library)
 torch.library.register_autograd("widefield::routed", _differentiate, setup_context=_remember, lib=_library)
 torch.library.register_autograd("widefield::routed_backward", _not_twice, lib=_library)
 

@@ -183,16 +183,18 @@ class _Sums:
     def add(self, first: Tensor, second: Tensor) -> None:
         if first.ndim == 4:  # maps of a whole batch would need several times their size in float64
             for one, other in zip(first.split(1), second.split(1), strict=True):
-                self._add(one.double(), other.double())
+                self._add(one, other)
         else:
-            self._add(first.double(), second.double())
+            self._add(first, second)
 
     def _add(self, first: Tensor, second: Tensor) -> None:
-        gap = (second.to(first.device) - first).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
-        self.max_abs = max(self.max_abs, gap.abs().amax().item())
-        self.scale = max(self.scale, first.abs().amax().item())
-        self._moved += gap.square().sum().item()
-        self._squares += first.square().sum().item()
+        first = first if first.is_floating_point() else first.double()
+        gap = second.to(first.device).double() - first
+        moved = _largest(gap)
+        self.max_abs = max(self.max_abs, moved if math.isfinite(moved) else math.inf)
+        self.scale = max(self.scale, _largest(first))
+        self._moved += _sum_of_squares(gap) if math.isfinite(moved) else math.inf
+        self._squares += _sum_of_squares(first)
 
     def relative(self) -> float:
         return self.max_abs / self.scale if self.scale else self.max_abs
@@ -201,20 +203,31 @@ class _Sums:
         return math.sqrt(self._moved / self._squares) if self._squares else (math.inf if self._moved else 0.0)
 
 
+def _largest(x: Tensor) -> float:
+    """Return the largest absolute value, or nan if there is one, in a single pass over x."""
+    low, high = x.aminmax()
+    return float(torch.maximum(-low, high))
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    """Return the sum of squares, added in float64, without a copy of x."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
 class Tally:
     """Accumulates the difference between two models' outputs, batch by batch.
 
     Args:
         model: the first model. Its ``align_corners`` is that of resizing logits to masks of another size, its score
-            threshold tells which detections are near it, and a pose model decodes heatmaps. None: of outputs of parts,
-            which predict nothing.
+            threshold tells which detections are near it, and a pose model decodes heatmaps. None: it is unknown.
+        predicts: whether outputs predict classes, so that agreement counts. False for outputs of parts.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, predicts: bool = True) -> None:
         self._images, self._align_corners, self._threshold = 0, aligned_corners(model), threshold_of(model)
         self._outputs: dict[int, _Sums] = {}
         self._counts: ImageCounts | PixelCounts | None = None
-        self._predict = True
+        self._predict = predicts
         self._found: DetectionCounts | None = None
         self._poses = KeypointCounts(model) if is_pose_model(model) else None
 
@@ -347,22 +360,54 @@ def compare(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | 
         ValueError: a loader without images; outputs of different shapes; a first output that is not finite; a
             :class:`NothingToCompareError` for outputs without a number.
     """
-    tally = _tally(first, second, images)
-    if tally.without_detections and can_be_lowered(first) and can_be_lowered(second):
-        with lowered(first, second):  # type: ignore[arg-type]
-            tally = _tally(first, second, images)
-    return tally.difference()
+    return Reference(first, images, room=0).compare(second)
 
 
-def _tally(first: nn.Module, second: Callable[[Tensor], Any], images: Tensor | Iterable[Any]) -> Tally:
-    tally = Tally(first)
-    with torch.no_grad():
-        if isinstance(images, Tensor):
-            tally.add(first(images), second(images), size=images.shape[-2:])
-        else:
-            for batch, labels in batches(images, first):
-                tally.add(first(batch), second(batch), labels, images=len(batch), size=batch.shape[-2:])
-    return tally
+class Reference:
+    """A model and images that several others are compared on, one after the other.
+
+    The first model's outputs are kept for the next comparison, as long as there is room. A loader may return other
+    images when it is iterated again; these are computed anew.
+
+    Args:
+        model: the first model, which must not change.
+        images: see :func:`compare`.
+        room: bytes of images and outputs to keep at most.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor | Iterable[Any], *, room: int = 2**28) -> None:
+        self._model, self._images, self._room = model, images, room
+        self._kept: dict[int, tuple[Tensor, Any]] = {}
+
+    def compare(self, second: Callable[[Tensor], Any]) -> Difference:
+        """Return how far the outputs of a model are from the first one's; raises as :func:`compare` does."""
+        tally = self._tally(second, self._room)
+        if tally.without_detections and can_be_lowered(self._model) and can_be_lowered(second):
+            self._kept.clear()
+            with lowered(self._model, second):  # type: ignore[arg-type]
+                tally = self._tally(second, 0)
+        return tally.difference()
+
+    def _tally(self, second: Callable[[Tensor], Any], room: int) -> Tally:
+        tally = Tally(self._model)
+        with torch.no_grad():
+            if isinstance(self._images, Tensor):
+                images = self._images
+                tally.add(self._outputs(0, images, room), second(images), size=images.shape[-2:])
+            else:
+                for index, (batch, labels) in enumerate(batches(self._images, self._model)):
+                    before = self._outputs(index, batch, room)
+                    tally.add(before, second(batch), labels, images=len(batch), size=batch.shape[-2:])
+        return tally
+
+    def _outputs(self, index: int, batch: Tensor, room: int) -> Any:
+        images, outputs = self._kept.pop(index, (None, None))
+        if images is None or not torch.equal(images, batch):
+            images, outputs = batch, self._model(batch)
+        held = sum(part.nbytes for image, found in self._kept.values() for part in (image, *tensors(found)))
+        if held + sum(part.nbytes for part in (images, *tensors(outputs))) <= room:
+            self._kept[index] = images, outputs
+        return outputs
 
 
 def difference(first: Any, second: Any, model: nn.Module | None = None) -> Difference:
@@ -372,7 +417,7 @@ def difference(first: Any, second: Any, model: nn.Module | None = None) -> Diffe
         first, second: outputs.
         model: the first model, if these are outputs of whole models; see :class:`Tally`.
     """
-    tally = Tally(model)
+    tally = Tally(model, predicts=model is not None)
     tally.add(first, second)
     return tally.difference()
 
@@ -389,6 +434,12 @@ def comparable(first: Any, second: Any) -> tuple[list[Tensor], list[Tensor]]:
             f"dataclasses; got {[tuple(t.shape) for t in ours] or type(first).__name__} and "
             f"{[tuple(t.shape) for t in theirs] or type(second).__name__}.{wrapping(first)}"
         )
-    if not all(tensor.isfinite().all() for tensor in ours):
+    if not all(map(_is_finite, ours)):
         raise ValueError("the first model's outputs are not finite, so nothing can be compared: choose another input.")
     return ours, theirs
+
+
+def _is_finite(x: Tensor) -> bool:
+    if x.is_floating_point():
+        return not x.numel() or math.isfinite(_largest(x))
+    return bool(x.isfinite().all())

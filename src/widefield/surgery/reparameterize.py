@@ -70,6 +70,8 @@ class _Work:
     left: list[LeftLayer]
     stays: dict[nn.Module, str]
     """Norms that cannot be folded into the mixture that they follow, with the reason."""
+    watched: tuple[Watch, list[Pair]] | None
+    """The layers and norms of the original model; None if layers merged themselves, so that it has others now."""
 
 
 @_checks.guided
@@ -135,31 +137,48 @@ def reparameterize(
 
 
 def _merged(model: nn.Module, x: Tensor, *, made_up: bool, count: bool) -> _Work:
-    """Merge the layers that merge themselves, in place, and the norms that can be folded into mixtures."""
+    """Merge the layers that merge themselves, in place, and the norms that can be folded into mixtures.
+
+    If there are no such layers, the one forward pass watches the others.
+    """
     merges, left = _merges(model)
     mixtures = {tried.module: tried.name for tried in merges if takes_norm(tried.module)}
     norms = [module for module in model.modules() if is_norm(module)]
     merged = {tried.module: tried.twin for tried in merges}
-    with torch.no_grad(), Watch(model, mixtures, norms, _fuse_with, merged) as seen:
+    layers, fold = (mixtures, _fuse_with) if merges else (_linear(model), fold_norm)
+    with torch.no_grad(), Watch(model, layers, norms, fold, merged) as seen:
         before = _run(model, x, made_up=made_up)
         pairs = seen.pairs(before)
     cost = _cost(model, x) if count else None
-    stays = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
     name = type(model).__name__
+    if not merges:
+        return _Work(model, name, x, before, cost, [], left, {}, (seen, pairs))
+    stays = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
     model, fused = _merge(model, merges, pairs, seen.own)
-    return _Work(model.eval(), name, x, before, cost, fused, left, stays)  # timm's merged blocks begin in training mode
+    # timm's merged blocks begin in training mode
+    return _Work(model.eval(), name, x, before, cost, fused, left, stays, None)
+
+
+def _linear(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the layers that a norm may be folded into, with their names."""
+    return {module: name for name, module in model.named_modules() if is_linear(module)}
 
 
 def _fold_norms(work: _Work) -> None:
     """Fold batch norms into the layers before them, in place."""
-    layers = {module: title for title, module in work.model.named_modules() if is_linear(module)}
-    norms = [module for module in work.model.modules() if is_norm(module)]
-    with torch.no_grad(), Watch(work.model, layers, norms, fold_norm) as watch:
-        pairs = watch.pairs(_still_runs(work.model, work.x))
+    watch, pairs = work.watched or _watched(work)
+    work.watched = None  # holds the layers that are replaced here
     for title, module in work.model.named_modules():
         if is_norm(module) and (reason := work.stays.get(module) or watch.why_not(module)):
             work.left.append(LeftLayer(title or work.name, type(module).__name__, reason))
     work.fused = _joined(work.fused, _fold(work.model, pairs))
+
+
+def _watched(work: _Work) -> tuple[Watch, list[Pair]]:
+    """Watch a forward pass of the model with its merged layers."""
+    norms = [module for module in work.model.modules() if is_norm(module)]
+    with torch.no_grad(), Watch(work.model, _linear(work.model), norms, fold_norm) as watch:
+        return watch, watch.pairs(_still_runs(work.model, work.x))
 
 
 def _verified(work: _Work, tolerance: float) -> Difference:

@@ -350,7 +350,7 @@ class _Effects:
 
     def __init__(self, names: Iterable[str], model: nn.Module) -> None:
         names = list(names)
-        self.own = {name: Tally() for name in names}
+        self.own = {name: Tally(predicts=False) for name in names}
         self.alone = {name: Tally(model) for name in names}
         self.unchanged, self.together, self._summed = (Tally(model) for _ in range(3))
         self._sums = True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from widefield.surgery.compare import Difference, compare
+from widefield.surgery.compare import Difference, Reference
 from widefield.surgery.inputs import batches, place
 from widefield.surgery.trim_kernels import Layer, Sizes, crop_kernels
 
@@ -39,13 +39,14 @@ class Search:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], loader: Iterable[Any], budget: float) -> None:
         self._model, self._layers, self._loader, self._budget = model, layers, loader, budget
+        self._reference = Reference(model, loader)
         self._measured: dict[tuple[Sizes, ...], Difference] = {}
 
     def change(self, sizes: Mapping[str, Sizes]) -> Difference:
         """Return how much these crops change the outputs, on all of the data."""
         key = tuple(sizes.values())
         if key not in self._measured:
-            self._measured[key] = compare(self._model, crop_kernels(self._model, sizes), self._loader)
+            self._measured[key] = self._reference.compare(crop_kernels(self._model, sizes))
         return self._measured[key]
 
     def run(self, chosen: list[int]) -> dict[str, Sizes]:
@@ -92,14 +93,14 @@ class Search:
         Squared changes of several layers are assumed to add up, as those of uncorrelated errors do.
         """
         images = next(batches(self._loader, self._model))[0]
-        whole = crop_kernels(self._model, self._sizes(start))
+        whole = Reference(crop_kernels(self._model, self._sizes(start)), [images[:_PROBED]])
         steps: list[_Step] = []
         for which, (layer, first) in enumerate(zip(self._layers, start, strict=True)):
             work = [layer.macs * rows * columns for rows, columns in layer.windows.sizes]
             moved = {first: 0.0}
             for index in range(first - 1, -1, -1):
                 sizes = self._sizes(_taken(start, [_Step(which, index, 0.0)]))
-                change = compare(whole, crop_kernels(self._model, sizes), [images[:_PROBED]])
+                change = whole.compare(crop_kernels(self._model, sizes))
                 if change.rms > self._budget:
                     break
                 moved[index] = change.rms**2

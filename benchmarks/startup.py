@@ -1,0 +1,96 @@
+"""Measure how long `import widefield` and the light commands take: CPU time of child processes.
+
+python benchmarks/startup.py [--before CHECKOUT] [--repeats 5] [--out benchmarks/results]
+
+CPU time, user and system, is what other programs disturb least. Modules are compiled once, before anything is counted,
+as in an installed package. `--before` measures another checkout in turns with this one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from widefield import report
+from widefield.benchmarks.record import bar, publish
+
+HERE = Path(__file__).parents[1]
+
+IMPORTS = "import time, timm; start = time.process_time(); import widefield; print(time.process_time() - start)"
+COMMAND = "import sys, widefield_cli; sys.exit(widefield_cli.main())"
+CASES: dict[str, tuple[list[str], float | None]] = {
+    "import widefield, after timm": ([IMPORTS], 0.05),
+    "import timm": (["import timm"], None),
+    "widefield --help": ([COMMAND, "--help"], 0.3),
+    "widefield models": ([COMMAND, "models"], 3.0),
+    "widefield runs FOLDER": ([COMMAND, "runs", "FOLDER"], None),
+}
+"""What is measured -> the words of `python -c`, and the limit in seconds."""
+
+
+def seconds(case: str, checkout: Path, folder: str) -> float:
+    """Return the CPU time of a case: what it prints, or else that of its whole process."""
+    words = [folder if word == "FOLDER" else word for word in CASES[case][0]]
+    settings = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    settings |= {"PYTHONPATH": str(checkout / "src"), "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
+    settings["OMP_NUM_THREADS"] = "1"
+    before = os.times()
+    process = subprocess.run([sys.executable, "-c", *words], env=settings, cwd=folder, capture_output=True, text=True)
+    after = os.times()
+    if process.returncode:
+        raise RuntimeError(f"{case} fails in {checkout}: {process.stderr}")
+    if words[0] == IMPORTS:
+        return float(process.stdout)
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def commit(checkout: Path) -> str:
+    """Return the commit of a checkout."""
+    words = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    checkouts = {"before": args.before.resolve()} if args.before else {}
+    checkouts["now"] = HERE
+    results: dict[str, dict[str, list[float]]] = {}
+    rows, bars = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for case, (_, limit) in CASES.items():
+            times: dict[str, list[float]] = {label: [] for label in checkouts}
+            for repeat in range(args.repeats + 1):
+                for label, checkout in checkouts.items():
+                    if label == "before" and times[label] and times[label][0] > 10:
+                        continue  # half a minute of building networks needs no second look
+                    spent = seconds(case, checkout, folder)
+                    if repeat or spent > 10:
+                        times[label].append(spent)
+            results[case] = times
+            found = {label: statistics.median(values) for label, values in times.items()}
+            rows.append({"": case, **{f"{label}, s": f"{value:.3f}" for label, value in found.items()}})
+            rows[-1]["limit, s"] = "-" if limit is None else f"{limit:g}"
+            print(" | ".join(rows[-1].values()), flush=True)
+            if limit is not None:
+                bars.append(bar(case, [{"label": "now"}], lambda _, value=found["now"]: value, at_most=limit))
+    old = f" --before CHECKOUT-OF-{commit(args.before)}" if args.before else ""
+    publish(
+        args.out / "startup_cpu",
+        f"python benchmarks/startup.py{old} --repeats {args.repeats}",
+        {"seconds": results, "summary": [each.to_dict() for each in bars]},
+        f"CPU seconds of one process, medians.\n\n{report.markdown(rows)}\n"
+        f"{report.markdown([each.formatted() for each in bars])}",
+    )
+
+
+if __name__ == "__main__":
+    main()
