@@ -2,8 +2,8 @@
 
 python benchmarks/startup.py [--before CHECKOUT] [--repeats 5] [--out benchmarks/results]
 
-CPU time, user and system, is what other programs disturb least. Modules are compiled once, before anything is counted,
-as in an installed package. `--before` measures another checkout in turns with this one.
+CPU time, user and system, is what other programs disturb least. The first run of each is not counted: it compiles the
+modules, as the installation of a package does. `--before` measures another checkout in turns with this one.
 """
 
 from __future__ import annotations
@@ -23,22 +23,19 @@ HERE = Path(__file__).parents[1]
 
 IMPORTS = "import time, timm; start = time.process_time(); import widefield; print(time.process_time() - start)"
 COMMAND = "import sys, widefield_cli; sys.exit(widefield_cli.main())"
-CASES: dict[str, tuple[list[str], float | None]] = {
+CASES: dict[str, tuple[list[str], float]] = {
     "import widefield, after timm": ([IMPORTS], 0.05),
-    "import timm": (["import timm"], None),
     "widefield --help": ([COMMAND, "--help"], 0.3),
     "widefield models": ([COMMAND, "models"], 3.0),
-    "widefield runs FOLDER": ([COMMAND, "runs", "FOLDER"], None),
 }
 """What is measured -> the words of `python -c`, and the limit in seconds."""
 
 
 def seconds(case: str, checkout: Path, folder: str) -> float:
     """Return the CPU time of a case: what it prints, or else that of its whole process."""
-    words = [folder if word == "FOLDER" else word for word in CASES[case][0]]
+    words = CASES[case][0]
     settings = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    settings |= {"PYTHONPATH": str(checkout / "src"), "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
-    settings["OMP_NUM_THREADS"] = "1"
+    settings |= {"PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
     before = os.times()
     process = subprocess.run([sys.executable, "-c", *words], env=settings, cwd=folder, capture_output=True, text=True)
     after = os.times()
@@ -78,10 +75,9 @@ def main() -> None:
             results[case] = times
             found = {label: statistics.median(values) for label, values in times.items()}
             rows.append({"": case, **{f"{label}, s": f"{value:.3f}" for label, value in found.items()}})
-            rows[-1]["limit, s"] = "-" if limit is None else f"{limit:g}"
+            rows[-1]["limit, s"] = f"{limit:g}"
             print(" | ".join(rows[-1].values()), flush=True)
-            if limit is not None:
-                bars.append(bar(case, [{"label": "now"}], lambda _, value=found["now"]: value, at_most=limit))
+            bars.append(bar(case, [{"label": "now", **found}], lambda row: float(row["now"]), at_most=limit))
     old = f" --before CHECKOUT-OF-{commit(args.before)}" if args.before else ""
     publish(
         args.out / "startup_cpu",

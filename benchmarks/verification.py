@@ -2,8 +2,8 @@
 
 python benchmarks/verification.py [--before CHECKOUT] [--only GLOB] [--out benchmarks/results]
 
-CPU time of one thread, which other programs disturb least. Each case runs in its own process, after one call that warms
-up. Networks have random weights. `--before` measures another checkout as well, with the same script.
+CPU time of one thread, which other programs disturb least. Networks have random weights. `--before` measures another
+checkout as well, with the same script.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ def network(name: str) -> nn.Module:
         sizes = {"min_size": 224, "max_size": 224}
         model = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **sizes)
         model.double()  # rounding reorders the boxes of random weights
-    elif name == "DPT":
-        import segmentation_models_pytorch
-
-        model = segmentation_models_pytorch.DPT(encoder_weights=None)
     else:
         model = timm.create_model(name)
     for module in model.modules():
@@ -83,25 +79,6 @@ def trim(name: str, size: int) -> Iterator[float]:
     yield sum(forward(model, batch) for batch in batches)
 
 
-def specialize(name: str, size: int) -> Iterator[float]:
-    """Yield the CPU seconds of static routing from 16 images, and of a forward pass on these."""
-    from widefield import surgery
-
-    model = surgery.convert(network(name), surgery.MoRF((3, 5))).eval()
-    batches = list(torch.randn(16, 3, size, size).split(BATCH))
-    yield cpu(lambda: surgery.specialize(model, batches, tolerance=1.0))
-    yield sum(forward(model, batch) for batch in batches)
-
-
-def plan(name: str, size: int) -> Iterator[float]:
-    """Yield the CPU seconds of a plan, and of a forward pass on two images."""
-    from widefield import surgery
-
-    model = network(name)
-    yield cpu(lambda: surgery.plan(model, surgery.MoRF((3, 5))))
-    yield forward(model, torch.randn(2, 3, size, size))
-
-
 def erf(name: str, size: int, count: int) -> Iterator[float]:
     """Yield the CPU seconds of an effective receptive field, and of a plain loop over its gradients."""
     from widefield import analysis
@@ -124,60 +101,25 @@ def erf(name: str, size: int, count: int) -> Iterator[float]:
     yield cpu(loop, 2)
 
 
-def cam(name: str, size: int) -> Iterator[float]:
-    """Yield the CPU seconds of the maps of 16 images, start included, and of a forward and a backward pass."""
-    from widefield import analysis
-
-    model = network(name).requires_grad_(False)
-    images = torch.randn(16, 3, size, size)
-
-    def loop() -> None:
-        for part in images.split(BATCH):
-            model(part.clone().requires_grad_()).amax(1).sum().backward()
-
-    loop()
-    yield cpu(lambda: analysis.class_activation(model, images, batch_size=BATCH))
-    yield cpu(loop)
-
-
-def interactions(name: str, size: int) -> Iterator[float]:
-    """Yield the CPU seconds of interactions in one image, and of as many images in plain forward passes."""
-    from widefield import analysis
-    from widefield.analysis.interactions import forward_passes
-
-    model, given = network(name), {"grid": 8, "orders": (0.0, 0.5, 1.0), "pairs": 4, "contexts": 8}
-    yield cpu(lambda: analysis.interactions(model, torch.randn(1, 3, size, size), batch_size=64, **given))
-    yield forward(model, torch.randn(64, 3, size, size)) * forward_passes(1, **given) / 64
-
-
 CASES: dict[str, tuple[Callable[[], Iterator[float]], str]] = {
     "reparameterize resnet50, 224": (lambda: reparameterize("resnet50", 224), "forward passes"),
     "reparameterize maskrcnn_resnet50_fpn, 224": (
         lambda: reparameterize("maskrcnn_resnet50_fpn", 224),
         "forward passes",
     ),
-    "reparameterize DPT, 224": (lambda: reparameterize("DPT", 224), "forward passes"),
     "reparameterize halonet50ts, 256": (lambda: reparameterize("halonet50ts", 256), "forward passes"),
-    "reparameterize mvitv2_tiny, 224": (lambda: reparameterize("mvitv2_tiny", 224), "forward passes"),
     "trim resnet18 by a budget, 32 images, 96": (lambda: trim("resnet18", 96), "forward passes"),
-    "specialize resnet18 with MoRF, 16 images, 96": (lambda: specialize("resnet18", 96), "forward passes"),
-    "plan resnet50": (lambda: plan("resnet50", 224), "forward passes"),
     "ERF of resnet50, 8 images, 128": (lambda: erf("resnet50", 128, 8), "plain loops"),
-    "ERF of resnet50, 32 images, 128": (lambda: erf("resnet50", 128, 32), "plain loops"),
-    "CAM of resnet50, 16 images, 128, with start": (lambda: cam("resnet50", 128), "plain loops"),
-    "interactions of resnet18, 1 image, 64": (lambda: interactions("resnet18", 64), "plain loops"),
 }
 """What is measured -> CPU seconds of the work and of its unit, and what the unit is."""
 
 
-def measured(case: str, checkout: Path) -> list[float]:
-    """Return the CPU seconds of a case and of its unit, from a process that imports a checkout."""
+def measured(checkout: Path, only: str) -> dict[str, list[float]]:
+    """Return the CPU seconds of each case and of its unit, from a process that imports a checkout."""
     settings = {**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-W", "ignore", __file__, "--child", case]
-    process = subprocess.run(words, env=settings, capture_output=True, text=True)
-    if process.returncode:
-        raise RuntimeError(f"{case} fails in {checkout}: {process.stderr[-2000:]}")
-    found: list[float] = json.loads(process.stdout.splitlines()[-1])
+    words = [sys.executable, "-W", "ignore", __file__, "--child", "--only", only]
+    process = subprocess.run(words, env=settings, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, list[float]] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 
@@ -186,28 +128,27 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout to compare with")
     parser.add_argument("--only", default="*", metavar="GLOB", help="cases to run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        print(json.dumps(list(CASES[args.child][0]())))
+        chosen = {case: work for case, (work, _) in CASES.items() if fnmatch.fnmatchcase(case, args.only)}
+        print(json.dumps({case: list(work()) for case, work in chosen.items()}))
         return
     from widefield import report
     from widefield.benchmarks.record import publish
 
     checkouts = {"before": args.before.resolve()} if args.before else {}
     checkouts["now"] = HERE
-    results: dict[str, dict[str, list[float]]] = {}
+    results = {label: measured(checkout, args.only) for label, checkout in checkouts.items()}
     rows = []
-    for case, (_, unit) in CASES.items():
-        if not fnmatch.fnmatchcase(case, args.only):
-            continue
-        results[case] = {label: measured(case, checkout) for label, checkout in checkouts.items()}
+    for case in results["now"]:
         row = {"": case}
-        for label, (spent, one) in results[case].items():
+        for label, found in results.items():
+            spent, one = found[case]
             row |= {f"{label}, s": f"{spent:.2f}", f"{label}, units": f"{spent / one:.1f}"}
-        rows.append(row | {"unit": unit})
+        rows.append(row | {"unit": CASES[case][1]})
         print(" | ".join(rows[-1].values()), flush=True)
     old = " --before CHECKOUT" if args.before else ""
     publish(
