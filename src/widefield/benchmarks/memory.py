@@ -254,5 +254,5 @@ def bars_of(mixtures: Sequence[Row], recomputed: Sequence[Row]) -> list[Bar]:
     again = [row for row in recomputed if row["recomputes"]]
     return [
         bar("ConvNeXt-T step: memory of mixtures / our plain 11x11", mixed, ratio, at_most=1.1),
-        bar("every family: memory of a step with / without checkpointing", again, ratio, at_most=0.8),
+        bar("networks of this run: memory of a step with / without checkpointing", again, ratio, at_most=0.8),
     ]
