@@ -31,6 +31,7 @@ docs: install
 bench: install
 	$(BIN)/widefield bench depthwise --out benchmarks/results
 	$(BIN)/widefield bench mixture --out benchmarks/results
+	$(BIN)/widefield bench memory --out benchmarks/results
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

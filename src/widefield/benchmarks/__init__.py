@@ -1,4 +1,4 @@
-"""Reproduce the papers' tables with ``widefield bench``: depthwise, mixture, deform, mixers, model and deploy.
+"""Reproduce the papers' tables with ``widefield bench``: depthwise, mixture, deform, mixers, model, memory and deploy.
 
 All benchmarks have the same structure. A frozen case describes a row. The function ``calls`` returns its peers by name.
 :meth:`Settings.measure` measures their time and memory in interleaved rounds. ``rows_of`` computes ratios of medians of

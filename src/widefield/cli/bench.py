@@ -112,6 +112,12 @@ def _model(settings: Settings, args: argparse.Namespace) -> None:
     model.run(settings, args.names, batch_size=args.batch_size, size=args.size)
 
 
+def _memory(settings: Settings, args: argparse.Namespace) -> None:
+    from widefield.benchmarks import memory
+
+    memory.run(settings, **_given(args, "batch_size", "sizes", "layers", "families"))
+
+
 def _deploy(settings: Settings, args: argparse.Namespace) -> None:
     from widefield.benchmarks import deploy
 
@@ -186,6 +192,24 @@ SUBJECTS: Mapping[str, _Subject] = {
             "--size": {**_COUNT, "help": "side of the images; default: the model's own"},
         },
         _WHOLE_NETWORK,
+    ),
+    "memory": _Subject(
+        "peak resident memory of training steps: mixtures, and gradient checkpointing of every family",
+        _memory,
+        {
+            "--sizes": {**_COUNTS, "help": "sides of the images (128 224)"},
+            "--layers": {
+                "nargs": "*",
+                "metavar": "NAME",
+                "help": "'7x7, timm', '11x11, timm', '11x11, ours', mixture, 'mixture as branches' (all)",
+            },
+            "--families": {
+                "nargs": "*",
+                "metavar": "NAME",
+                "help": "networks for gradient checkpointing (one a family)",
+            },
+        },
+        epilog="Each row is a fresh process. --repeats and --budget have no effect: memory is measured once.",
     ),
     "deploy": _Subject(
         "MoRF networks in onnxruntime next to the plain ones: as graphs, and specialized",
