@@ -104,6 +104,17 @@ DESIGNS: Mapping[str, Mapping[str, Design]] = {
 }
 BASE = {"mixtures": "7x7", "masks": "7x7", "large": "11x11"}
 """Group -> the design with which the others are compared."""
+PAIRS = (
+    ("soft, none", "soft, softmax"),
+    ("soft, none", "soft, sigmoid"),
+    ("soft, none", "hard"),
+    ("soft, first stage", "soft, last stage"),
+    ("masked 11x11", "11x11"),
+    ("masked 7x7, per image", "masked 7x7, one rate"),
+    ("11x11, no shortcut", "3x3, no shortcut"),
+    ("11x11, batch norm and 3x3", "11x11, batch norm"),
+)
+"""Further designs to compare."""
 EVERY = {name: design for group in DESIGNS.values() for name, design in group.items()}
 
 
@@ -179,6 +190,11 @@ class Fields(Trials):
             ]
             for kind in DATA for group, designs in DESIGNS.items()
         }  # fmt: skip
+        for kind in DATA:
+            parts[f"{kind}-pairs"] = [
+                {"design": first, "other": second, "difference": self.compared(*names)["minus"]}
+                for first, second in PAIRS if all(map(self.of, names := (f"{kind}: {first}", f"{kind}: {second}")))
+            ]  # fmt: skip
         parts["tuning"] = self.tuning()
         return "\n".join(
             f"{key}\n\n<!-- --8<-- [start:{key}] -->\n{report.markdown(lines)}<!-- --8<-- [end:{key}] -->\n"

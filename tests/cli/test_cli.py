@@ -94,7 +94,7 @@ def test_help_names_every_key_of_a_recipe(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = capsys.readouterr().out
-    for key in ("--optimizer.lr ", "--conversion.where ", "--data.name ", "digits_morf"):
+    for key in ("--optimizer.lr ", "--conversion.where ", "--data.name ", "widefield recipes"):
         assert key in text
 
 

@@ -29,7 +29,7 @@ from widefield.train import (
     load_recipe,
     train,
 )
-from widefield.train.engine import _Run
+from widefield.train.run import Run as Training
 
 SPLITS = {"train": 6, "val": 3}
 
@@ -246,14 +246,14 @@ class TestResume:
         """Return a run of six steps that was killed after four."""
         recipe = replace(load_recipe("runs/run"), name="part", output=str(here / "runs"), epochs=2)
         train(replace(recipe, name="whole"), console=QUIET)
-        plain = _Run._finish_round
+        plain = Training._finish_round
         with monkeypatch.context() as patch:
 
-            def finish(self: _Run, *args: Any) -> None:
+            def finish(self: Training, *args: Any) -> None:
                 plain(self, *args)
                 raise KeyboardInterrupt
 
-            patch.setattr(_Run, "_finish_round", finish)
+            patch.setattr(Training, "_finish_round", finish)
             with pytest.raises(KeyboardInterrupt):
                 train(recipe, console=QUIET)
         return here / "runs" / "part"
