@@ -32,8 +32,7 @@ CASES = {
     "depthwise, step": (lambda: DepthwiseConv2d(64, 64, 7, padding=3), "step", 80),
     "depthwise 31x31": (lambda: DepthwiseConv2d(64, 64, 31, padding=15), "serve", 38),
     "mixture": (lambda: MoRFConv2d(64, 64, groups=64), "serve", 125),
-    # Its backward pass mixes the kernels once more.
-    "mixture, step": (lambda: MoRFConv2d(64, 64, groups=64), "step", 205),
+    "mixture, step": (lambda: MoRFConv2d(64, 64, groups=64), "step", 175),
     "hard mixture": (lambda: MoRFConv2d(64, 64, groups=64, routing="hard"), "serve", 175),
     "fused mixture": (lambda: MoRFConv2d(64, 64, groups=64).eval().fuse(), "serve", 82),
 }

@@ -146,14 +146,12 @@ class Experts:
     def mixed(self, x: Tensor, weights: Tensor) -> Tensor:
         """Convolve every sample with its own mix: (N, C_in, H, W), (N, n) -> (N, C_out, H_out, W_out)."""
         plan = self.plan
+        dtype = autocast_dtype(x) or x.dtype
         with without_autocast(x):
             a = weights.to(self.kernels[0].dtype)
-        if plan.depthwise and torch.is_grad_enabled() and self._are_eager(x):
-            dtype = autocast_dtype(x) or x.dtype
-            with without_autocast(x):
+            if plan.depthwise and torch.is_grad_enabled() and self._are_eager(x):
                 y: Tensor = _Mixed.apply(x.to(dtype), a, *self.kernels, self.biases, plan)
-            return y
-        with without_autocast(x):
+                return y
             kernels, biases = _mix(self.kernels, a, plan), _mix_biases(self.biases, a)
         return centered(x, kernels, biases, plan.stride, plan.groups, plan.step)
 

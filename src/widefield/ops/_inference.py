@@ -63,6 +63,7 @@ def key_of(
     return (
         x.shape, x.stride(), x.dtype, x.device, bank.shape, bank.dtype, bank.device,
         None if bias_bank is None else (bias_bank.shape, bias_bank.dtype), experts, stride, groups, backend,
+        torch.get_num_threads(),  # the choice of a backend depends on it
     )  # fmt: skip
 
 
