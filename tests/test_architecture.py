@@ -1,10 +1,12 @@
 """The import rules of docs/architecture.md, read from its table of packages."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -122,6 +124,33 @@ def test_public_names_resolve():
         assert name in dir(widefield)
     for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models", "runs"):
         assert getattr(widefield, name).__name__ == f"widefield.{name}"
+
+
+LAZY = [path for path in FILES if path.name == "__init__.py" and "load_on_demand(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LAZY, ids=room)
+def test_lazy_packages_load_what_they_declare(path):
+    """Type checkers read the imports under TYPE_CHECKING; Python reads the table of modules."""
+    tree, package = ast.parse(path.read_text()), importlib.import_module(f"widefield.{room(path)}")
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    (call,) = [node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    table = {name: home for home, names in ast.literal_eval(call.args[1]).items() for name in names.split()}
+    declared = {alias.name: node.module.split(".")[-1] for node in block.body for alias in node.names}
+    assert table == declared
+    assert set(table) <= set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert not isinstance(getattr(package, name), ModuleType), name
+
+
+def test_a_module_does_not_hide_the_function_of_its_name():
+    code = """
+import widefield.runs.predict
+from widefield.runs import predict
+assert callable(predict) and widefield.runs.predict is predict
+assert widefield.runs.image_paths.find_images
+"""
+    assert run(code).returncode == 0, run(code).stderr
 
 
 def test_the_root_holds_the_verbs_and_the_conversions_alone():

@@ -8,6 +8,7 @@ verbs and the conversions; layers live in :mod:`widefield.nn`, operators in :mod
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ _ELSEWHERE = {"export": "deploy", "quantize": "deploy", "fit": "fitting"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _ROOMS or (not name.startswith("_") and importlib.util.find_spec(f"widefield.{name}") is not None):
         return importlib.import_module(f"widefield.{name}")
     if name in __all__:
         room = _ELSEWHERE.get(name, "surgery")

@@ -23,6 +23,10 @@ Expert = tuple[int, int]
 
 INIT = ("preserve", "random")
 """How a layer made from a convolution starts: with the function of the convolution, or afresh."""
+SPARSE_GROWTH = ("random", "gradient")
+"""Where the weights of a sparse network grow."""
+SPARSE_INIT = ("snip", "snip_density", "erk", "uniform")
+"""How the first weights of a sparse network are chosen."""
 
 
 def did_you_mean(word: object, known: Iterable[str], *, likeness: float = 0.5) -> str:

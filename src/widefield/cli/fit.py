@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model.pretrained true. All epochs of the recipe are used: a part to probe, the rest to settle."
     )
     parser.formatter_class = RecipeHelp
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=True, needs_models=False)
     parser.add_argument("--resume", metavar="DIR", help="continue the fit in this folder")
     parser.add_argument(
         "--kernel-sizes", type=int, nargs="+", metavar="N", help="the sizes to choose from (3 5 7 11, and the own ones)"
@@ -57,14 +57,15 @@ _NAMES = {
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.fitting import FitSpec, fit
-
     words = args.overrides
     leads = bool(words) and not words[0].startswith("-")
     if leads and args.resume:
         raise ValueError(f"--resume continues the fit in {args.resume}: leave out {words[0]}.")
     if not leads and not args.resume:
         raise ValueError("give a recipe, a run or a model first: widefield fit RECIPE --KEY VALUE; or --resume DIR.")
+    import widefield.models  # noqa: F401  registers them in timm; takes seconds
+    from widefield.fitting import FitSpec, fit
+
     if args.resume:
         FitSpec.load(args.resume)  # raises if there is none
     source, overrides = (words[0], words[1:]) if leads else (args.resume, words)

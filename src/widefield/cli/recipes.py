@@ -14,6 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("pattern", nargs="?", default="*", help="glob over names, such as 'upernet_*' (all)")
     parser.add_argument("--task", metavar="NAME", help="only those of a task, such as detection")
+    parser.set_defaults(needs_models=False)
 
 
 def run(args: argparse.Namespace) -> int:

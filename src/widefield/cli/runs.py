@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE", help="draw metrics over epochs or steps: .png, .pdf or .svg"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write recipes and logs of the runs as JSON")
-    parser.set_defaults(writes={"out": False, "plot": False})
+    parser.set_defaults(writes={"out": False, "plot": False}, needs_models=False)
 
 
 def run(args: argparse.Namespace) -> int:

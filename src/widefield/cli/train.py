@@ -12,7 +12,7 @@ _RECORDS = ("config", "failed")
 
 
 class RecipeHelp(argparse.RawDescriptionHelpFormatter):
-    """Adds the keys of a recipe to a command's help; torch is imported only when the help is printed."""
+    """Adds the keys of a recipe to a command's help; they are read only when the help is printed."""
 
     def format_help(self) -> str:
         """Return the help with a line per key."""
@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "A file may inherit from another one: base: NAME or PATH."
     )
     parser.formatter_class = RecipeHelp
-    parser.set_defaults(takes_overrides=True)
+    parser.set_defaults(takes_overrides=True, needs_models=False)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly")
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole recipe as YAML, and do nothing else"
@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.train import dry_run, load_recipe, recipe_text, train
+    from widefield.train import load_recipe, recipe_text
 
     if args.dry_run and args.resume:
         raise ValueError("--dry-run is for new runs: leave out --resume, and give the folder of the run as RECIPE.")
@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(recipe_text(recipe), end="")
         return 0
+    import widefield.models  # noqa: F401  registers them in timm, after the recipe was found to be right
+    from widefield.train import dry_run, train
+
     if args.dry_run:
         print(dry_run(recipe))
         return 0

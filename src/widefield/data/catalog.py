@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from widefield import _checks
-from widefield.data.ade20k import Ade20k
-from widefield.data.base import LabeledImages, SampleSet, check_classes
-from widefield.data.cifar import Cifar10, Cifar100
-from widefield.data.cityscapes import Cityscapes
+from widefield._lazy import Registry
 from widefield.data.class_map import alike, listed
-from widefield.data.coco import Coco, Lvis
-from widefield.data.coco_keypoints import CocoKeypoints
-from widefield.data.coco_stuff import CocoStuff
-from widefield.data.digits import Digits
-from widefield.data.folder import Folder
-from widefield.data.hugging_face import HuggingFace
-from widefield.data.masks import Masks
-from widefield.data.photo_crops import PhotoCrops
-from widefield.data.scales import Scales
-from widefield.data.scene_poses import ScenePoses
-from widefield.data.scenes import Scenes
-from widefield.data.shards import Shards
-from widefield.data.voc import Voc
-from widefield.data.voc_boxes import VocBoxes
-from widefield.data.yolo import Yolo
 
-SETS: dict[str, type[SampleSet]] = {
-    "digits": Digits,
-    "scales": Scales,
-    "scenes": Scenes,
-    "photo_crops": PhotoCrops,
-    "cifar10": Cifar10,
-    "cifar100": Cifar100,
-    "folder": Folder,
-    "shards": Shards,
-    "hfds": HuggingFace,
-    "masks": Masks,
-    "ade20k": Ade20k,
-    "cityscapes": Cityscapes,
-    "voc": Voc,
-    "coco_stuff": CocoStuff,
-    "coco": Coco,
-    "lvis": Lvis,
-    "voc_boxes": VocBoxes,
-    "yolo": Yolo,
-    "coco_keypoints": CocoKeypoints,
-    "scene_poses": ScenePoses,
-}
+if TYPE_CHECKING:
+    from widefield.data.base import SampleSet
+
+SETS: Registry[type[SampleSet]] = Registry(
+    {
+        "digits": "widefield.data.digits:Digits",
+        "scales": "widefield.data.scales:Scales",
+        "scenes": "widefield.data.scenes:Scenes",
+        "photo_crops": "widefield.data.photo_crops:PhotoCrops",
+        "cifar10": "widefield.data.cifar:Cifar10",
+        "cifar100": "widefield.data.cifar:Cifar100",
+        "folder": "widefield.data.folder:Folder",
+        "shards": "widefield.data.shards:Shards",
+        "hfds": "widefield.data.hugging_face:HuggingFace",
+        "masks": "widefield.data.masks:Masks",
+        "ade20k": "widefield.data.ade20k:Ade20k",
+        "cityscapes": "widefield.data.cityscapes:Cityscapes",
+        "voc": "widefield.data.voc:Voc",
+        "coco_stuff": "widefield.data.coco_stuff:CocoStuff",
+        "coco": "widefield.data.coco:Coco",
+        "lvis": "widefield.data.coco:Lvis",
+        "voc_boxes": "widefield.data.voc_boxes:VocBoxes",
+        "yolo": "widefield.data.yolo:Yolo",
+        "coco_keypoints": "widefield.data.coco_keypoints:CocoKeypoints",
+        "scene_poses": "widefield.data.scene_poses:ScenePoses",
+    }
+)
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
 
 
@@ -91,6 +78,8 @@ def create_both(name: str, **options: Any) -> tuple[SampleSet, SampleSet]:
     Raises ValueError if a label means different classes in the two, or if labeled images have only one class. Val may
     lack the last classes.
     """
+    from widefield.data.base import LabeledImages, check_classes
+
     train, val = create(name, "train", **options), create(name, "val", **options)
     for label, there in enumerate(val.classes):
         here = train.classes[label] if label < len(train.classes) else None

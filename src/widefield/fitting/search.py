@@ -54,7 +54,7 @@ from widefield.train import checkpoint, train
 from widefield.train.model import build_model
 from widefield.train.recipe import Recipe
 from widefield.train.recipe_io import load_recipe
-from widefield.train.run_folder import flat
+from widefield.train.run_files import flat
 
 P = ParamSpec("P")
 R = TypeVar("R")

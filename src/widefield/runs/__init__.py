@@ -1,14 +1,36 @@
 """Load, evaluate, compare and report finished runs and other trained models."""
 
-from widefield.runs.accuracy import Evaluation, evaluate_model
-from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
-from widefield.runs.labels import MappedClassification, output_places
-from widefield.runs.predict import Predicted, Predictions, Unreadable, predict, predict_each, predict_files
-from widefield.runs.records import RunRecord, find_runs, read_run
-from widefield.runs.report import write_report
-from widefield.runs.subjects import MissingDataError, Subject, load
-from widefield.runs.trained import load_trained, read_run_data
-from widefield.runs.weights import Weights
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from widefield._lazy import load_on_demand
+
+if TYPE_CHECKING:
+    from widefield.runs.accuracy import Evaluation, evaluate_model
+    from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
+    from widefield.runs.labels import MappedClassification, output_places
+    from widefield.runs.predict import Predicted, Predictions, Unreadable, predict, predict_each, predict_files
+    from widefield.runs.records import RunRecord, find_runs, read_run
+    from widefield.runs.report import write_report
+    from widefield.runs.subjects import MissingDataError, Subject, load
+    from widefield.runs.trained import load_trained, read_run_data
+    from widefield.runs.weights import Weights
+
+load_on_demand(
+    __name__,
+    {
+        "accuracy": "Evaluation evaluate_model",
+        "compare": "comparison draw_runs filter_runs pick_runs sort_runs",
+        "labels": "MappedClassification output_places",
+        "predict": "Predicted Predictions Unreadable predict predict_each predict_files",
+        "records": "RunRecord find_runs read_run",
+        "report": "write_report",
+        "subjects": "MissingDataError Subject load",
+        "trained": "load_trained read_run_data",
+        "weights": "Weights",
+    },
+)
 
 __all__ = [
     "Evaluation",

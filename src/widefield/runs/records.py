@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from widefield.tasks import TASKS
+from widefield.tasks import HEADLINES, TASKS
 from widefield.train.recipe_io import load_recipe
-from widefield.train.run_folder import RunFolder, flat, log_entries
+from widefield.train.run_files import RunFiles, flat, log_entries
 
 STATES = ("finished", "running?", "interrupted", "failed", "broken")
 """States of a run; see :class:`RunRecord`."""
@@ -177,7 +177,7 @@ def run_folders(root: Path) -> Iterator[Path]:
     # Links are followed, because runs are often kept on other disks. A link to a folder above must not loop forever.
     for place, below, files in os.walk(root, followlinks=True):
         path = Path(place)
-        run = RunFolder(path)
+        run = RunFiles(path)
         if path.resolve() in seen:
             below.clear()
         elif {run.config.name, run.failed.name} & set(files) or any(run.checkpoints.glob("step-*")):
@@ -189,7 +189,7 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 def read_run(folder: str | Path) -> RunRecord:
     """Return the record of a run; a folder that cannot be read gives a broken run, not an error."""
-    run = RunFolder(Path(folder))
+    run = RunFiles(Path(folder))
     updated = datetime.datetime.fromtimestamp(_written(run), datetime.UTC)
     try:
         recipe, problem = _recipe(run)
@@ -209,12 +209,12 @@ def read_run(folder: str | Path) -> RunRecord:
     return dataclasses.replace(record, state="interrupted", problem=problem)
 
 
-def _written(run: RunFolder) -> float:
+def _written(run: RunFiles) -> float:
     files = (run.config, run.failed, run.log, run.path)
     return max((file.stat().st_mtime for file in files[:-1] if file.is_file()), default=run.path.stat().st_mtime)
 
 
-def _recipe(run: RunFolder) -> tuple[dict[str, Any], str]:
+def _recipe(run: RunFiles) -> tuple[dict[str, Any], str]:
     """Return the recipe's keys with dots, and a problem if there is one; raises ValueError if nothing can be read."""
     source = next((file for file in (run.config, run.failed) if file.is_file()), None)
     if source is None:
@@ -229,7 +229,7 @@ def _recipe(run: RunFolder) -> tuple[dict[str, Any], str]:
         return flat(content), f"its recipe does not fit this version: {_line(error)}"
 
 
-def _log(run: RunFolder) -> list[dict[str, Any]]:
+def _log(run: RunFiles) -> list[dict[str, Any]]:
     if not run.log.is_file():
         return []
     with _reading(run.log):
@@ -239,10 +239,11 @@ def _log(run: RunFolder) -> list[dict[str, Any]]:
     return entries
 
 
-def _headline(run: RunFolder, log: Sequence[Mapping[str, Any]]) -> str:
+def _headline(run: RunFiles, log: Sequence[Mapping[str, Any]]) -> str:
     newest = max(run.checkpoints.glob("step-*"), default=None)
     if newest is None:
-        names = [task.headline for task in TASKS.values()]
+        own = [task for task in TASKS if task not in HEADLINES]
+        names = [*HEADLINES.values(), *(TASKS[task].headline for task in own)]
         return next(
             (name for name in (*(f"ema_{name}" for name in names), *names) if log and name in log[-1]), _HEADLINE
         )

@@ -29,10 +29,6 @@ log = logging.getLogger(__name__)
 
 _SHOWN = 3
 """Number of layers that a message names."""
-
-GROWTH = ("random", "gradient")
-INIT = ("snip", "snip_density", "erk", "uniform")
-
 MOMENTA = ("momentum_buffer", "momentum", "exp_avg", "exp_avg_diff")
 """Names of running means of gradients in the optimizers of torch and timm."""
 
@@ -107,8 +103,8 @@ class DynamicSparsity:
             raise ValueError("sparsity must be below 1: at 1 no weight is left.")
         self.exploration = _checks.number("exploration", exploration, maximum=1.0)
         self.interval = _checks.integer("interval", interval)
-        self.growth = _checks.choice("growth", growth, GROWTH)
-        self.init = _checks.choice("init", init, INIT)
+        self.growth = _checks.choice("growth", growth, _checks.SPARSE_GROWTH)
+        self.init = _checks.choice("init", init, _checks.SPARSE_INIT)
         self.end = None if end is None else _checks.integer("end", end)
         self.model = model
         self.masks: dict[str, Tensor] = {}

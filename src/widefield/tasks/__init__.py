@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from widefield import _checks
-from widefield.tasks.base import Batch, Labeled, Task
-from widefield.tasks.classification import Classification, count_outputs
-from widefield.tasks.coco_metric import CocoMetric, TrueObjects
-from widefield.tasks.confusion import SegmentationScores
-from widefield.tasks.detection import Detection
-from widefield.tasks.detection_errors import DetectionErrors
-from widefield.tasks.detection_scores import DetectionScores
-from widefield.tasks.masked_image import MaskedImage
-from widefield.tasks.nearest import NearestNeighbors
-from widefield.tasks.pose import PoseEstimation
-from widefield.tasks.pose_errors import PoseErrors
-from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses
-from widefield.tasks.pose_scores import KeypointScores, PoseScores
-from widefield.tasks.predictions import (
-    BoxPrediction,
-    ClassPrediction,
-    MaskPrediction,
-    PosePrediction,
-    Prediction,
-    ReconstructionPrediction,
+from widefield._lazy import Registry, load_on_demand
+from widefield.tasks.headlines import HEADLINES
+
+if TYPE_CHECKING:
+    from widefield.tasks.base import Batch, Labeled, Task
+    from widefield.tasks.classification import Classification, count_outputs
+    from widefield.tasks.coco_metric import CocoMetric, TrueObjects
+    from widefield.tasks.confusion import SegmentationScores
+    from widefield.tasks.detection import Detection
+    from widefield.tasks.detection_errors import DetectionErrors
+    from widefield.tasks.detection_scores import DetectionScores
+    from widefield.tasks.masked_image import MaskedImage
+    from widefield.tasks.nearest import NearestNeighbors
+    from widefield.tasks.pose import PoseEstimation
+    from widefield.tasks.pose_errors import PoseErrors
+    from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses
+    from widefield.tasks.pose_scores import KeypointScores, PoseScores
+    from widefield.tasks.predictions import (
+        BoxPrediction,
+        ClassPrediction,
+        MaskPrediction,
+        PosePrediction,
+        Prediction,
+        ReconstructionPrediction,
+    )
+    from widefield.tasks.segmentation import Segmentation
+
+load_on_demand(
+    __name__,
+    {
+        "base": "Batch Labeled Task",
+        "classification": "Classification count_outputs",
+        "coco_metric": "CocoMetric TrueObjects",
+        "confusion": "SegmentationScores",
+        "detection": "Detection",
+        "detection_errors": "DetectionErrors",
+        "detection_scores": "DetectionScores",
+        "masked_image": "MaskedImage",
+        "nearest": "NearestNeighbors",
+        "pose": "PoseEstimation",
+        "pose_errors": "PoseErrors",
+        "pose_metric": "FoundPoses People PoseMetric TruePoses",
+        "pose_scores": "KeypointScores PoseScores",
+        "predictions": "BoxPrediction ClassPrediction MaskPrediction PosePrediction Prediction "
+        "ReconstructionPrediction",
+        "segmentation": "Segmentation",
+    },
 )
-from widefield.tasks.segmentation import Segmentation
 
 __all__ = [
+    "HEADLINES",
     "TASKS",
     "Batch",
     "BoxPrediction",
@@ -62,13 +89,15 @@ __all__ = [
     "create",
 ]
 
-TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
-    "segmentation": Segmentation,
-    "detection": Detection,
-    "pose": PoseEstimation,
-    "masked_image": MaskedImage,
-}
+TASKS: Registry[type[Task]] = Registry(
+    {
+        "classification": "widefield.tasks.classification:Classification",
+        "segmentation": "widefield.tasks.segmentation:Segmentation",
+        "detection": "widefield.tasks.detection:Detection",
+        "pose": "widefield.tasks.pose:PoseEstimation",
+        "masked_image": "widefield.tasks.masked_image:MaskedImage",
+    }
+)
 """Tasks by the name that recipes use. Add a class of your own to train it from a recipe."""
 
 

@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from widefield import _checks
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, entropy_of, training_on
+from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.predictions import ClassPrediction, Prediction
 
 LOSSES = ("cross_entropy", "binary")
@@ -49,7 +50,7 @@ class Classification(Task):
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
-    headline = "top1"
+    headline = HEADLINES["classification"]
     higher_is_better = True
 
     def __init__(

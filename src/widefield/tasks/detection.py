@@ -18,6 +18,7 @@ from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, built, sum_of, training_on
 from widefield.tasks.coco_metric import CocoMetric, TrueObjects
 from widefield.tasks.detection_scores import DetectionScores
+from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.predictions import BoxPrediction, Prediction
 from widefield.tasks.sizes import OCTAVES, RELATIVE_OCTAVES
 
@@ -61,7 +62,7 @@ class Detection(Task):
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
-    headline = "box_ap"
+    headline = HEADLINES["detection"]
     higher_is_better = True
     rating = "the average precision of its boxes alone, over IoU from 0.5 to 0.95 and the classes in its label"
     model_args = {"features_only": True}  # noqa: RUF012 (read only, as in the base class)

@@ -14,6 +14,7 @@ from widefield import _checks
 from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method, reach, refuse_leak
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
+from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.nearest import NearestNeighbors
 from widefield.tasks.predictions import Prediction, ReconstructionPrediction
 
@@ -46,7 +47,7 @@ class MaskedImage(Task):
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
-    headline = "loss"
+    headline = HEADLINES["masked_image"]
     higher_is_better = False
     rating = "the loss of its reconstruction"
     pictured = 6

@@ -21,6 +21,7 @@ from widefield.dense.layers import widened
 from widefield.dense.pose_rules import PoseRules
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, built, training_on
+from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses
 from widefield.tasks.pose_scores import PoseScores
 from widefield.tasks.predictions import PosePrediction, Prediction
@@ -78,7 +79,7 @@ class PoseEstimation(Task):
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
-    headline = "oks_ap"
+    headline = HEADLINES["pose"]
     higher_is_better = True
     rating = "the object keypoint similarity of its pose to the true one"
     model_args = {"features_only": True}  # noqa: RUF012 (read only, as in the base class)

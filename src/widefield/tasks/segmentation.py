@@ -19,6 +19,7 @@ from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, built, entropy_of, training_on
 from widefield.tasks.confusion import Confusion, SegmentationScores
+from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
 
@@ -75,7 +76,7 @@ class Segmentation(Task):
         TypeError, ValueError: an argument is of the wrong type or out of range; the message names it.
     """
 
-    headline = "miou"
+    headline = HEADLINES["segmentation"]
     higher_is_better = True
     rating = "its mean IoU, over the classes in its label or its prediction"
     model_args = {"features_only": True}  # noqa: RUF012 (read only, as in the base class)

@@ -1,34 +1,56 @@
 """Train models: recipes, the training loop, checkpoints."""
 
-from widefield.train.engine import DryRun, dry_run, train
-from widefield.train.evaluation import evaluate
-from widefield.train.model import build_model
-from widefield.train.networks import create_model
-from widefield.train.recipe import (
-    CheckpointSpec,
-    ConversionSpec,
-    DataSpec,
-    EmaSpec,
-    GroupSpec,
-    LayerDecaySpec,
-    ModelSpec,
-    OptimizerSpec,
-    Recipe,
-    ScheduleSpec,
-    SparsitySpec,
-    TaskSpec,
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from widefield._lazy import load_on_demand
+
+if TYPE_CHECKING:
+    from widefield.train.engine import DryRun, dry_run, train
+    from widefield.train.evaluation import evaluate
+    from widefield.train.model import build_model
+    from widefield.train.networks import create_model
+    from widefield.train.recipe import (
+        CheckpointSpec,
+        ConversionSpec,
+        DataSpec,
+        EmaSpec,
+        GroupSpec,
+        LayerDecaySpec,
+        ModelSpec,
+        OptimizerSpec,
+        Recipe,
+        ScheduleSpec,
+        SparsitySpec,
+        TaskSpec,
+    )
+    from widefield.train.recipe_io import (
+        ShippedRecipe,
+        describe_keys,
+        describe_recipes,
+        load_recipe,
+        recipe_text,
+        save_recipe,
+        shipped_recipes,
+    )
+    from widefield.train.run import RunResult
+    from widefield.train.run_data import RunData
+
+load_on_demand(
+    __name__,
+    {
+        "engine": "DryRun dry_run train",
+        "evaluation": "evaluate",
+        "model": "build_model",
+        "networks": "create_model",
+        "recipe": "CheckpointSpec ConversionSpec DataSpec EmaSpec GroupSpec LayerDecaySpec ModelSpec OptimizerSpec "
+        "Recipe ScheduleSpec SparsitySpec TaskSpec",
+        "recipe_io": "ShippedRecipe describe_keys describe_recipes load_recipe recipe_text save_recipe shipped_recipes",
+        "run": "RunResult",
+        "run_data": "RunData",
+    },
 )
-from widefield.train.recipe_io import (
-    ShippedRecipe,
-    describe_keys,
-    describe_recipes,
-    load_recipe,
-    recipe_text,
-    save_recipe,
-    shipped_recipes,
-)
-from widefield.train.run import RunResult
-from widefield.train.run_data import RunData
 
 __all__ = [
     "CheckpointSpec",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from widefield import _checks
+from widefield._checks import SPARSE_GROWTH, SPARSE_INIT
 from widefield.data.catalog import SETS
-from widefield.surgery.sparsity import GROWTH, INIT
 from widefield.tasks import TASKS
 
 CONVERSIONS = {
@@ -269,8 +269,8 @@ class SparsitySpec:
     sparsity: Annotated[float, "fraction of the weights that is zero"] = 0.4
     exploration: Annotated[float, "fraction of the active weights that moves at a time; falls to 0 over the run"] = 0.3
     interval: Annotated[int, "steps between moves"] = 100
-    growth: Annotated[str, f"where weights grow, one of {', '.join(GROWTH)}"] = "random"
-    init: Annotated[str, f"how the first weights are chosen, one of {', '.join(INIT)}"] = "snip"
+    growth: Annotated[str, f"where weights grow, one of {', '.join(SPARSE_GROWTH)}"] = "random"
+    init: Annotated[str, f"how the first weights are chosen, one of {', '.join(SPARSE_INIT)}"] = "snip"
     where: Annotated[
         str | list[str] | None, "which layers: a glob over module names, or several; null: all that are trained"
     ] = None
@@ -285,8 +285,8 @@ class SparsitySpec:
         if self.sparsity == 1:
             raise ValueError("sparsity.sparsity must be below 1: at 1 no weight is left.")
         _checks.integer("sparsity.interval", self.interval)
-        _checks.choice("sparsity.growth", self.growth, GROWTH)
-        _checks.choice("sparsity.init", self.init, INIT)
+        _checks.choice("sparsity.growth", self.growth, SPARSE_GROWTH)
+        _checks.choice("sparsity.init", self.init, SPARSE_INIT)
 
 
 @dataclass(frozen=True)

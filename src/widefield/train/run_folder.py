@@ -11,17 +11,18 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from widefield.train import checkpoint, run_data
 from widefield.train.recipe import Recipe
-from widefield.train.recipe_io import DATA_FILE, load_recipe, recipe_text
+from widefield.train.recipe_io import load_recipe, recipe_text
 from widefield.train.run_data import RunData
+from widefield.train.run_files import RunFiles, flat, log_entries
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers")
@@ -32,17 +33,8 @@ _DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
 """Keys that say where the data are. They may change: ``check_data`` has found the data to be the same."""
 
 
-class RunFolder:
-    """``runs/NAME`` with ``config.yaml``, ``metrics.jsonl``, ``checkpoints/`` and ``tensorboard/``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.failed = path / "failed.yaml"
-        self.data = path / DATA_FILE
-        self.log = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.tensorboard = path / "tensorboard"
+class RunFolder(RunFiles):
+    """The folder of a run, as the run writes it."""
 
     def claim(self) -> None:
         """Make the folder of a new run, or clear the folder of a run that failed before its first checkpoint.
@@ -176,23 +168,6 @@ class RunFolder:
             if entry["step"] < step or (entry["step"] == step and (evaluated or entry["kind"] == "step"))
         ]
         checkpoint.write_text(self.log, "".join(f"{line}\n" for line in kept))
-
-
-def log_entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of ``metrics.jsonl`` and their entries, up to one that a killed run left unfinished."""
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            yield line, json.loads(line)
-        except json.JSONDecodeError:  # the last line of a run that was killed while writing it
-            return
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested keys joined by dots, such as ``optimizer.lr``, with their values."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def recipe_hash(recipe: Recipe) -> str:
