@@ -6,8 +6,8 @@ and the peak minus what was resident before the step: activations, gradients and
 optimizer's state are in the first number only. "Kept" are the tensors that autograd keeps for the backward pass,
 counted with hooks.
 
-- **Mixtures**: ConvNeXt-T with kernels of 7x7 and 11x11 in timm's layers and in ours, with mixtures of 3x3 to 11x11,
-  and with mixtures as branches, which keep the output of each expert.
+- **Mixtures**: ConvNeXt-T with kernels of 7x7 and 11x11 in timm's layers and in ours, with mixtures of 3x3 to 11x11
+  under soft and hard routing, and with mixtures as branches, which keep the output of each expert.
 - **Gradient checkpointing**: networks of every family without and with ``set_grad_checkpointing()``.
 """
 
@@ -43,6 +43,7 @@ LAYERS = {
     "11x11, timm": ("convnext_tiny", {"kernel_sizes": 11}),
     "11x11, ours": ("convnext_tiny", {"kernel_sizes": 11}),
     "mixture": ("morf_convnext_tiny", {}),
+    "mixture, hard routing": ("morf_convnext_tiny", {"routing": "hard"}),
     "mixture as branches": ("morf_convnext_tiny", {}),
 }
 FAMILIES = (
@@ -210,10 +211,10 @@ def run(
         if name not in every:
             raise ValueError(f"no model is called {name!r}.{_checks.did_you_mean(name, every)}")
     chosen = [name for name in LAYERS if name in {_checks.choice("layers", one, tuple(LAYERS)) for one in layers}]
-    out = Record("memory", settings)
+    out = Record("memory", settings, threads="1", malloc="returns what is freed")
     out.fact(
-        "Each row is the second training step (AdamW) of a fresh process on one thread, whose allocator returns freed "
-        "memory at once. Step: the peak minus what was resident before, which includes imports, weights and optimizer."
+        "Each row is the second training step (AdamW) of a fresh process. Step: the peak minus what was resident "
+        "before, which includes imports, weights and optimizer."
     )
     mixtures = out.table(
         "Mixtures", COLUMNS, "ConvNeXt-T. Kept: the tensors that autograd keeps for the backward pass."
@@ -250,7 +251,7 @@ def bars_of(mixtures: Sequence[Row], recomputed: Sequence[Row]) -> list[Bar]:
     def ratio(row: dict[str, Any]) -> float:
         return float(row["ratio"])
 
-    mixed = [row for row in mixtures if row["layers"] == "mixture"]
+    mixed = [row for row in mixtures if row["layers"] in ("mixture", "mixture, hard routing")]
     again = [row for row in recomputed if row["recomputes"]]
     return [
         bar("ConvNeXt-T step: memory of mixtures / our plain 11x11", mixed, ratio, at_most=1.1),

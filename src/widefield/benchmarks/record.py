@@ -104,13 +104,20 @@ class Table:
 
 
 class Record:
-    """One run of a benchmark: prints rows as they are added, and finally writes ``NAME_DEVICE.json`` and ``.md``."""
+    """One run of a benchmark: prints rows as they are added, and finally writes ``NAME_DEVICE.json`` and ``.md``.
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    Args:
+        name: of the files.
+        settings: of the measurement.
+        environment: where the measured processes differ from this one, such as ``threads="1"``.
+    """
+
+    def __init__(self, name: str, settings: Settings, **environment: str) -> None:
         self.name = name
         self.settings = settings
         malloc = "keeps what is freed" if keep_freed_memory() else "as the system has it"
-        self.environment = {**bench.environment(settings.device), "dtype": settings.dtype, "malloc": malloc}
+        here = {**bench.environment(settings.device), "dtype": settings.dtype, "malloc": malloc}
+        self.environment = {**here, **environment}
         self.facts: list[str] = []
         self.tables: list[Table] = []
         self._widths: list[int] = []
