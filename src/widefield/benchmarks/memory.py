@@ -101,8 +101,7 @@ def measure(case: Case) -> Step:
 
 def measure_here(case: Case) -> Step:
     """Measure a case in this process, whose allocator returns freed memory from then on."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+    return_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = build(case)
@@ -117,12 +116,32 @@ def measure_here(case: Case) -> Step:
     step()  # makes the optimizer's state and the caches
     kept = None if case.recomputes else _kept(model, images)
     gc.collect()
-    libc.malloc_trim(0)
-    with contextlib.suppress(OSError):  # not allowed: the peak is then that of both steps
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _resident("VmRSS")
+    reset_peak()
+    before = resident()
     step()
-    return Step(before, _resident("VmHWM"), kept)
+    return Step(before, peak_resident(), kept)
+
+
+def return_freed_memory() -> None:
+    """Make the C library return freed memory to the system at once, so that resident memory is memory in use."""
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
+
+
+def reset_peak() -> None:
+    """Start to measure :func:`peak_resident` from here on, where the system allows it."""
+    ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not allowed: the peak is then that of everything before, too
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes; ValueError on systems other than Linux."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """Return the peak of the resident memory in bytes; ValueError on systems other than Linux."""
+    return _status("VmHWM")
 
 
 def _kept(model: nn.Module, images: Tensor) -> int:
@@ -140,7 +159,7 @@ def _kept(model: nn.Module, images: Tensor) -> int:
     return sum(size for pointer, size in found.items() if pointer not in known)
 
 
-def _resident(key: str) -> int:
+def _status(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise ValueError(f"/proc/self/status has no {key}: this benchmark needs Linux.")
