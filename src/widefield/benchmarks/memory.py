@@ -38,7 +38,7 @@ from widefield.surgery import FastDepthwise, convert
 
 SIZES = (128, 224)
 """Sides of the images. The maps of ConvNeXt-T's stages are 32 to 4 and 56 to 7 pixels wide."""
-LAYERS = {
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "7x7, timm": ("convnext_tiny", {}),
     "11x11, timm": ("convnext_tiny", {"kernel_sizes": 11}),
     "11x11, ours": ("convnext_tiny", {"kernel_sizes": 11}),
