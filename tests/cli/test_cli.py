@@ -123,7 +123,7 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
         (["--workers=1", "--log_every", "3"], None),
         (["--checkpoint.keep", "1", "--trackers", "[]"], None),
         (["--epochs", "9"], "epochs was 2 and is 9. Leave that out, or start another run with --name. Free to change"),
-        (["--seed", "1"], "Free to change are checkpoint, log_every, trackers, workers."),
+        (["--seed", "1"], "Free to change are checkpoint, log_every, patience, trackers, workers."),
         (["--name", "other"], "a resumed run stays in its folder, runs/digits_morf: leave out --name."),
         (["--output=there"], "a resumed run stays in its folder, runs/digits_morf: leave out --output."),
         (["--worker", "1"], "worker: unknown key. Did you mean 'workers'?"),

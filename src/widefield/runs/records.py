@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from widefield.tasks import HEADLINES, TASKS
+from widefield.train.patience import Patience
 from widefield.train.recipe_io import load_recipe
 from widefield.train.run_files import RunFiles, flat, log_entries
 
@@ -200,13 +201,22 @@ def read_run(folder: str | Path) -> RunRecord:
     record = RunRecord(run.path, "finished", updated, problem, recipe, log, headline)
     if not run.config.is_file():
         return dataclasses.replace(record, state="failed")
-    if record.length is not None and record.done >= record.length:
+    if (record.length is not None and record.done >= record.length) or _ended_early(record):
         return record
     if time.time() - updated.timestamp() < _STILL_WRITING:
         return dataclasses.replace(record, state="running?")
     if not problem and not any(run.checkpoints.glob("step-*")):
         problem = "it has no checkpoint to resume from"
     return dataclasses.replace(record, state="interrupted", problem=problem)
+
+
+def _ended_early(run: RunRecord) -> bool:
+    """Return whether the evaluations of a run have used up its recipe's patience."""
+    patience = Patience(run.recipe.get("patience"), higher_is_better=not lower_is_better(run.headline))
+    for entry in run.log:
+        value = entry.get(run.headline)
+        patience.see(math.nan if value is None else value)
+    return patience.is_over
 
 
 def _written(run: RunFiles) -> float:

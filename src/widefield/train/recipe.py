@@ -326,6 +326,9 @@ class Recipe:
     evaluate_every: Annotated[
         int | None, "steps between evaluations, with max_steps; null: the steps of one epoch of the data"
     ] = None
+    patience: Annotated[
+        int | None, "evaluations without a better headline after which the run ends; null: it goes on to its end"
+    ] = None
     batch_size: Annotated[int, "images per batch and process"] = 128
     accumulate: Annotated[int, "number of batches per step"] = 1
     repeats: Annotated[int, "how often each image of an epoch is used, augmented anew; the epoch keeps its length"] = 1
@@ -360,6 +363,8 @@ class Recipe:
         self._check_length()
         for name in ("batch_size", "accumulate", "repeats", "log_every"):
             _checks.integer(name, getattr(self, name))
+        if self.patience is not None:
+            _checks.integer("patience", self.patience)
         _set(self, freeze=_plain("freeze", self.freeze))
         if self.more_conversions and self.conversion is None:
             raise ValueError("more_conversions follow conversion, which is null: set conversion to the first of them.")

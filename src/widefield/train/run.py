@@ -32,6 +32,7 @@ from widefield.train.interrupt import StopRequest
 from widefield.train.learner import Learner
 from widefield.train.loaders import EpochSampler, batches, first_batch, shut_down, train_loader, val_loader
 from widefield.train.logs import Logs
+from widefield.train.patience import Patience
 from widefield.train.processes import largest
 from widefield.train.progress import Reporter, numbers
 from widefield.train.randomness import random_state, restore_random_state
@@ -111,6 +112,7 @@ class Run:
         if not fresh:
             folder.check_data(self.data)
         self.headline = f"ema_{self.task.headline}" if recipe.ema else self.task.headline
+        self._patience = Patience(recipe.patience, higher_is_better=self.task.higher_is_better)
 
         shape = self.val_set.image_shape or self.train_set.image_shape
         self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes, shape)
@@ -161,16 +163,22 @@ class Run:
 
     # The loop
 
+    @property
+    def _done(self) -> bool:
+        """Whether all rounds are finished, or the run has ended early."""
+        return self.rounds >= self.plan.rounds or self._patience.is_over
+
     def loop(self) -> None:
-        """Train and evaluate until all rounds are finished or a stop is requested."""
-        if self.rounds >= self.plan.rounds:
+        """Train and evaluate until all rounds are finished, patience is over, or a stop is requested."""
+        if self._done:
+            how = f"{self._patience}" if self._patience.is_over else f"all {self.plan.whole()} are done"
             self.report.line(
-                f"the run in {self.folder.path} is finished: all {self.plan.whole()} are done "
+                f"the run in {self.folder.path} is finished: {how} "
                 f"({numbers(self.metrics)}). To train on from its weights: widefield train {self.folder.path} "
                 f"--name NEW --model.pretrained {self.folder.path}"
             )
             return
-        while self.rounds < self.plan.rounds:
+        while not self._done:
             started = time.monotonic()
             end = self.plan.end(self.rounds)
             self._train_until(end)
@@ -183,7 +191,7 @@ class Run:
             except _Stopped:
                 break
             self._finish_round(saved, time.monotonic() - started)
-        if self.rounds < self.plan.rounds:
+        if not self._done:
             self.report.line(
                 f"stopped at step {self.step} of {self.plan.steps}; "
                 f"continue with: widefield train --resume {self.folder.path}"
@@ -334,6 +342,8 @@ class Run:
         self.report.line(f"{self.plan.progress(self.step)}  {numbers(self.metrics)}  ({seconds:.1f} s)")
         if self._warnings:
             self.report.line(f"warning: {brief(self._warnings)}")
+        if self._patience.is_over and self.rounds < self.plan.rounds:
+            self.report.line(f"the run ends here: {self._patience} ({self.headline})")
         self.accelerator.wait_for_everyone()  # no process may read checkpoints while the first one deletes some
 
     def _prune(self) -> None:
@@ -342,7 +352,9 @@ class Run:
             checkpoint.prune(self.folder.checkpoints, keep, self.headline, higher_is_better=higher)
 
     def _next_round(self) -> None:
+        """Count the round that :attr:`metrics` are of."""
         self.rounds += 1
+        self._patience.see(self.metrics[self.headline])
         self._loss_sum, self._loss_count = 0.0, 0
 
     def _train_loss(self) -> float:
@@ -372,6 +384,7 @@ class Run:
             **self.learner.state_dict(),
             "random": gather_object([random_state()]),
             "loss": [self._loss_sum, self._loss_count],
+            "patience": list(self._patience.state),
         }
         epoch = self.plan.epoch(self.step)
         meta = {
@@ -412,6 +425,8 @@ class Run:
         self.learner.load_state_dict(state, last.path / "ema.safetensors")
         self.step, self.rounds = last.step, self.plan.finished(last.step)
         self._loss_sum, self._loss_count = state["loss"]
+        best, since = state.get("patience", (None, 0))  # checkpoints of earlier versions have none
+        self._patience.state = best, since
         if self.accelerator.is_main_process:
             checkpoint.sweep(self.folder.checkpoints)
             self.folder.rewind(last.step, evaluated=last.metrics is not None)
@@ -429,6 +444,6 @@ class Run:
             best=dict(best.metrics or {}) if best else {},
             epochs=self.step // self.plan.steps_per_epoch,
             steps=self.step,
-            interrupted=self.stop.received if self.rounds < self.plan.rounds else None,
+            interrupted=None if self._done else self.stop.received,
             model=self.learner.result(),
         )

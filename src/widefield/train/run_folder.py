@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers")
-"""Keys that do not change the numbers of a run, so that they may differ when it is resumed."""
+_MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers", "patience")
+"""Keys that do not change the numbers of a run's steps, so that they may differ when it is resumed."""
 _PLACES = ("name", "output")
 """Keys that say where a run is; a resumed run stays in its folder, even if that was moved."""
 _DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
