@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -121,6 +123,38 @@ def test_the_best_average_is_what_is_evaluated_by_default(trained: Path, evaluat
     best = max(epochs, key=lambda entry: entry["ema_top1"])
     assert found["metrics"]["top1"] == best["ema_top1"]
     assert found["weights"] == f"ema, best (step {best['step']})"
+
+
+def test_a_page_shows_each_class_and_the_worst_images(
+    trained: Path, evaluated: Eval, tmp_path: Path, capsys: Any
+) -> None:
+    page = tmp_path / "page.html"
+    (found,) = evaluated(trained, "--page", page, "--examples", 2)
+    printed = capsys.readouterr().out
+    confusion = np.array(found["scores"]["confusion"])
+    assert confusion.sum() == 64
+    assert confusion.trace() / 64 == pytest.approx(found["metrics"]["top1"])
+    text = page.read_text()
+    for name in found["scores"]["classes"]:
+        assert f">{name}<" in text
+        assert f"│ {name} " in printed
+    assert [h for h in re.findall(r"<h2[^>]*>(.*?)</h2>", text) if h.endswith("images")] == [
+        "Best images",
+        "Worst images",
+    ]
+    rated = [float(one) for one in re.findall(r"<h3>image \d+: ([\d.]+) %", text)]
+    assert len(rated) == 4
+    assert min(rated[:2]) >= max(rated[2:])
+    assert "<figcaption>label: " in text
+
+
+def test_of_many_classes_the_weakest_are_printed(images: Any, evaluated: Eval, tmp_path: Path, capsys: Any) -> None:
+    root = images(*(f"c{index:02}" for index in range(25)))
+    (found,) = evaluated(TIMM % 25, "--data", root, "--page", tmp_path / "page.html", "--examples", 1)
+    printed = capsys.readouterr().out
+    assert "the 20 classes with the lowest accuracy; --out has all 25:" in printed
+    assert len(set(re.findall(r"^│ (c\d\d) ", printed, re.MULTILINE))) == 20
+    assert len(found["scores"]["classes"]) == 25
 
 
 def test_several_sizes_and_what_they_cost(trained: Path, evaluated: Eval, capsys: pytest.CaptureFixture) -> None:

@@ -196,10 +196,6 @@ def test_throughput_of_images_that_differ_is_that_of_the_first(trained: Path, tm
         (["RUN", "--task", "flp=true"], "has no option 'flp'. Did you mean 'flip'"),
         ([SEGMENTER, "--data", "scenes"], "the model tells 3 classes apart, and the data have 9"),
         (["test_resnet{num_classes: 9}", "--data", "scenes"], "the data have no labeled images, and the model is a"),
-        (
-            ["test_resnet{num_classes: 10}", "--data", "digits", "--page", "x.html"],
-            "--page is for models of dense tasks",
-        ),
         (["test_resnet{num_classes: 10}", "--data", "digits", "--task", "a=1"], "is not a run"),
     ],
 )

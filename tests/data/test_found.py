@@ -115,7 +115,7 @@ def test_files_are_in_torchvisions_order(root):
     expected = ImageFolder(root / "train")
     data = Folder("train", root=root, size=8)
     assert [data._name(i) for i in range(len(data))] == [path for path, _ in expected.samples]
-    assert data._labels.tolist() == expected.targets
+    assert data.labels.tolist() == expected.targets
 
 
 def test_what_is_left_out_of_a_folder_is_said_with_the_reason(root):
@@ -176,7 +176,7 @@ def test_links_in_tar_files_are_followed(tmp_path):
     with tarfile.open(tmp_path / "train" / "all.tar", "w") as archive:
         archive.add(folder / "set", "set")
     data = Shards("train", root=tmp_path, size=8)
-    counts = {name: data._labels.tolist().count(label) for label, name in enumerate(data.classes)}
+    counts = {name: data.labels.tolist().count(label) for label, name in enumerate(data.classes)}
     assert counts == {"cat": 3, "dog": 3, "eel": 3, "hound": 3}
     assert all(data[i]["image"].shape == (3, 8, 8) for i in range(len(data)))
     assert "2 links to no image in their tar file (" in data.found()

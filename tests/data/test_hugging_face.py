@@ -105,7 +105,7 @@ def test_a_set_that_is_not_there_is_an_oserror(tmp_path, monkeypatch):
 
 def test_labels_are_read_without_decoding_images(root, tmp_path):
     data = HuggingFace("train", path=root, cache=tmp_path / "cache")
-    assert data._labels.tolist() == np.repeat([0, 1, 2], 3).tolist()
+    assert data.labels.tolist() == np.repeat([0, 1, 2], 3).tolist()
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--page",
         type=Path,
         metavar="FILE",
-        help="all but classifiers: write a page with the results of each class or key point, and the best and worst "
-        "images",
+        help="write a page with the results of each class or key point, and the best and worst images",
     )
     parser.add_argument("--examples", **number, default=4, help="number of best and of worst images on the page (4)")
     parser.add_argument(
@@ -108,6 +107,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(writes={"page": False})
     parser.epilog = "Several processes share the images: accelerate launch -m widefield eval ..."
+
+
+_LISTED = 20
+"""Largest number of classes of a classifier whose results are printed."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,6 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
             raise ValueError(f"--boxes is for pose models, and {subject.name} is a model for {subject.work}.")
         if args.boxes and not args.boxes.expanduser().is_file():
             raise FileNotFoundError(f"--boxes: there is no file {str(args.boxes)!r}. Give the results of a detector.")
-        if args.page and subject.work == "classification":
-            raise ValueError(f"--page is for models of dense tasks, and {subject.name} is a classifier; use --out.")
         if args.task and subject.recipe is None and subject.work == "classification":
             raise ValueError(f"--task changes options of a run's task, and {subject.name} is not a run.")
 
@@ -268,7 +269,10 @@ def _task(
     if subject.trained_on and own and args.class_map == "auto":
         subject.trained_on.check_classes(dataset.classes)
     places = labels.output_places(dataset.classes, outputs, names, args.class_map)
-    mapped = labels.MappedClassification(places, outputs, restrict=not args.all_outputs, real=real)
+    competing = (names or [*map(str, range(outputs))]) if args.all_outputs else dataset.classes
+    mapped = labels.MappedClassification(
+        places, outputs, restrict=not args.all_outputs, real=real, class_names=competing
+    )
     return mapped, outputs, len(mapped.places)
 
 
@@ -353,7 +357,7 @@ def _bar(*, visible: bool) -> Iterator[Progress]:
 
 def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
     from widefield.runs.records import shown
-    from widefield.tasks import DetectionScores, PoseScores
+    from widefield.tasks import ClassificationScores, DetectionScores, PoseScores
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     samples = "crops" if all(isinstance(found.scores, PoseScores) for _, found in done) else "images"
@@ -369,7 +373,12 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
         rows.append(row)
     print_table(rows, right=[name for name in rows[0] if name not in ("model", "weights", "data")])
     for job, found in done:
-        if found.scores is not None and (lines := found.scores.rows()):
+        if isinstance(found.scores, ClassificationScores) and len(found.scores.classes) > _LISTED:
+            lines = found.scores.weakest(_LISTED)
+            print(f"{job.subject.name}: {found.scores.summary()}")
+            print(f"the {_LISTED} classes with the lowest accuracy; --out has all {len(found.scores.classes)}:")
+            print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
+        elif found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")
             print_table(lines, right=[name for name in lines[0] if name not in ("class", "key point", "mistaken for")])
         if isinstance(found.scores, DetectionScores):

@@ -141,6 +141,8 @@ class LabeledImages(SampleSet):
     """
 
     image_size: int
+    labels: Any = None
+    """Label of each image, a sequence of N integers, without reading images; None if they are not known."""
 
     def __init__(self, split: str, size: int, seed: int) -> None:
         super().__init__(split, seed)

@@ -88,20 +88,20 @@ class Cifar(LabeledImages):
             "val": transforms.evaluation(size, self.mean, self.std, interpolation=interpolation, crop_pct=1.0),
         }
         self._transform = built[split]
-        self.classes, pixels, self._labels = read_files(
+        self.classes, pixels, self.labels = read_files(
             Path(root).expanduser(), self._files, _checks.choice("version", version, ("binary", "python")), split
         )
         self._pixels = np.ascontiguousarray(pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1))
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def sample(self, index: int) -> Sample:
         """Return sample ``index``; its tensors are copies."""
         picture = Image.fromarray(self._pixels[index])
         with seeded(self.key(index)):
             image = self._transform(picture)
-        return {"image": image, "label": int(self._labels[index])}
+        return {"image": image, "label": int(self.labels[index])}
 
 
 # Means and deviations are over all pixels of the train split.

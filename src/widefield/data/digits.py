@@ -52,15 +52,15 @@ class Digits(LabeledImages):
         pixels = torch.as_tensor(images[chosen] / 16, dtype=torch.float32).view(-1, 1, 8, 8)
         self._pixels = interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
         self._images = normalize(self._pixels, (_MEAN,), (_STD,))
-        self._labels: list[int] = labels[chosen].tolist()
+        self.labels: list[int] = labels[chosen].tolist()
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def sample(self, index: int) -> Sample:
         """Return sample ``index``; its tensors are copies."""
         image = self._moved(index) if self.augment else self._images[index]
-        return {"image": image.repeat(len(self.mean), 1, 1), "label": self._labels[index]}
+        return {"image": image.repeat(len(self.mean), 1, 1), "label": self.labels[index]}
 
     def _moved(self, index: int) -> torch.Tensor:
         from torchvision.transforms import InterpolationMode, RandomAffine

@@ -90,20 +90,20 @@ class ImageFiles(LabeledImages):
     def _hold(self, classes: Sequence[str], labels: NDArray[np.int64], skipped: Skipped | None = None) -> None:
         """Store the subclass's class names, the label of each image, (N,), and the files that it left out."""
         self.classes = tuple(classes)
-        self._labels = labels
+        self.labels = labels
         self.skipped = skipped or Skipped()
         self._corrupt.expect(len(labels), self.split)
 
     def found(self) -> str:
         """Return one line: images, classes, classes without images, and what was left out and why."""
-        empty = np.flatnonzero(np.bincount(self._labels, minlength=len(self.classes)) == 0)
+        empty = np.flatnonzero(np.bincount(self.labels, minlength=len(self.classes)) == 0)
         without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
         left_out = f"; left out: {self.skipped}" if self.skipped else ""
         same = alike(self.classes)
         return f"{super().found()}{without}{left_out}{f'; warning:{same}' if same else ''}"
 
     def _identity(self) -> Iterable[bytes]:
-        yield self._labels.astype("<i8").tobytes()
+        yield self.labels.astype("<i8").tobytes()
 
     @abstractmethod
     def _open(self, index: int) -> str | BinaryIO:
@@ -117,7 +117,7 @@ class ImageFiles(LabeledImages):
         return Path(self._name(index)).name
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def sample(self, index: int) -> Sample | None:
         """Return sample ``index``, or None for a corrupt file under ``corrupt="skip"``.
@@ -134,7 +134,7 @@ class ImageFiles(LabeledImages):
             return None
         with seeded(self.key(index)):
             image = self._transform(picture)
-        sample: Sample = {"image": image, "label": int(self._labels[index])}
+        sample: Sample = {"image": image, "label": int(self.labels[index])}
         if self.names:
             sample["name"] = self._file_name(index)
         return sample

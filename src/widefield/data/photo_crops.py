@@ -75,7 +75,9 @@ class PhotoCrops(LabeledImages):
         self.mean, self.std = (_MEAN,) * 3, (_STD,) * 3
         self.color = bool(color)
         self.hflip = _checks.number("hflip", hflip, maximum=1)
-        self._count = _COUNTS[split] if count is None else _checks.integer("count", count)
+        self.labels = np.arange(_COUNTS[split] if count is None else _checks.integer("count", count)) % len(
+            self.classes
+        )
         self._pixels = [_pixels(name, self.color) for name in self.classes]
         self._strips = [
             [(start * width // 6, stop * width // 6) for start, stop in _STRIPS[split]]
@@ -85,11 +87,11 @@ class PhotoCrops(LabeledImages):
         self.crop_sizes = _crop_sizes(crop_sizes, size, narrowest)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.labels)
 
     def sample(self, index: int) -> Sample:
         """Return crop ``index``."""
-        label = index % len(self.classes)
+        label = int(self.labels[index])
         key = self.key(index) if self.split == "train" else (self.seed, index)
         generator = np.random.default_rng((SPLITS.index(self.split), *key))
         smallest, largest = self.crop_sizes

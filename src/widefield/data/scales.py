@@ -71,7 +71,7 @@ class Scales(LabeledImages):
         self.rotation = _checks.number("rotation", rotation, maximum=180)
         count = _COUNTS[split] if count is None else _checks.integer("count", count)
 
-        self._labels = torch.arange(count) % len(self.classes)
+        self.labels = torch.arange(count) % len(self.classes)
         self._images = torch.empty(count, 3, size, size, dtype=torch.uint8)
         self._masks = torch.empty(count, size, size, dtype=torch.bool)
         self._sizes = torch.empty(count, dtype=torch.float32)
@@ -79,13 +79,13 @@ class Scales(LabeledImages):
             self._render(slice(start, min(start + _CHUNK, count)))
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def sample(self, index: int) -> Sample:
         """Return sample ``index``; its tensors are copies."""
         return {
             "image": normalize(self._images[index] / 255, self.mean, self.std),
-            "label": int(self._labels[index]),
+            "label": int(self.labels[index]),
             "size": self._sizes[index].clone(),
             "mask": self._masks[index].clone(),
         }
@@ -97,7 +97,7 @@ class Scales(LabeledImages):
         draws = torch.stack([self._stream(index, sum(lengths)) for index in range(span.start, span.stop)])
         geometry, colors, strengths, *noises = torch.split(draws, lengths, dim=1)
 
-        sides, distances = self._distances(self._labels[span], geometry)
+        sides, distances = self._distances(self.labels[span], geometry)
         field = (0.5 - distances).clamp(0, 1) - 0.5  # the object; its edge is one pixel wide
         for cell, n, strength, noise in zip(CELLS, nodes, strengths.T, noises, strict=True):
             texture = interpolate(noise.reshape(-1, n, n), cell, self.image_size)

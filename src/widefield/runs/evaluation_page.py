@@ -19,7 +19,7 @@ from widefield.runs.drawing_parts import MIN_SCORE
 from widefield.runs.pose_page import pose_sections
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
-from widefield.tasks import DetectionScores, PoseScores, SegmentationScores
+from widefield.tasks import ClassificationScores, DetectionScores, PoseScores, SegmentationScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +72,9 @@ def evaluation_sections(
     meaning = report.paragraph(_MASKED) if subject.work == "masked_image" else ""
     sections = [("Metrics", report.table([row]) + report.paragraph(about) + meaning)]
     scores = evaluation.scores
-    if isinstance(scores, SegmentationScores):
+    if isinstance(scores, ClassificationScores):
+        sections += _of_classification(scores)
+    elif isinstance(scores, SegmentationScores):
         sections += _of_segmentation(scores)
     elif isinstance(scores, DetectionScores):
         sections += detection_sections(scores)
@@ -94,6 +96,16 @@ def evaluation_sections(
     return sections
 
 
+def _of_classification(scores: ClassificationScores) -> list[Section]:
+    classes, shown_classes = len(scores.classes), scores.weakest(MOST)
+    listed = f"The {MOST} of {classes} classes with the lowest accuracy. " if classes > MOST else ""
+    figure = confusion_figure(scores.confusion.double().numpy(), scores.classes, "images", MOST)
+    return [
+        ("Classes", report.table(shown_classes) + report.paragraph(listed + _INTERVALS)),
+        ("What is mistaken for what", report.picture(figure, _MISTAKEN)),
+    ]
+
+
 def _of_segmentation(scores: SegmentationScores) -> list[Section]:
     sections = [("Classes", report.table(scores.rows()))]
     if scores.size_groups:
@@ -106,6 +118,14 @@ _MASKED = (
     "The loss is that of the hidden places, with one fixed mask for each image. knn_top1 is the share of images whose "
     "class is that of their nearest neighbors among these images, by the encoder's features; fewer images give lower "
     "values. The encoder itself knows no classes."
+)
+_INTERVALS = (
+    "Classes with the lowest accuracy come first. 95 %: the interval of a class's accuracy in percent, from its number "
+    "of images alone (Wilson's score interval). Where intervals of two classes overlap, their order may be chance."
+)
+_MISTAKEN = (
+    "Rows: true classes. Columns: predicted classes. The color is the share of the true class's images that get the "
+    "predicted class, so that a row adds up to 100 %."
 )
 _SIZES = (
     "IoU of each class among the objects of one size: pixels of the other objects are ignored, and pixels outside of "

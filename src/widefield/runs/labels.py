@@ -11,14 +11,16 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from widefield import _checks
+from widefield.data import Sample
 from widefield.data.class_map import INTEGER, alike, indices_of, listed
 from widefield.runs.words import parsed
-from widefield.tasks import Batch, Classification, count_outputs
+from widefield.tasks import Batch, Classification, ClassPrediction, Prediction, count_outputs
 from widefield.train.networks import TORCHVISION
 
 CLASS_MAPS = ("auto", "sorted", INTEGER)
@@ -150,6 +152,7 @@ class MappedClassification(Classification):
         restrict: drop the outputs that are not classes of the data, as intended for ImageNet-A and -R. Otherwise they
             compete, too.
         real: the labels of each file; see :func:`real_labels`.
+        class_names: names of the competing outputs; default: their indices among themselves.
 
     Raises ValueError for fewer than two classes to choose from, and for reassessed labels of other outputs.
     """
@@ -161,9 +164,10 @@ class MappedClassification(Classification):
         *,
         restrict: bool = True,
         real: Mapping[str, Sequence[int]] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.places = tuple(places) if restrict else tuple(range(outputs))
-        super().__init__(len(self.places))
+        super().__init__(len(self.places), class_names=class_names)
         largest = max((place for labels in (real or {}).values() for place in labels), default=-1)
         if largest >= outputs:
             raise ValueError(f"the reassessed labels go up to {largest}, and the model has {outputs} outputs.")
@@ -186,6 +190,20 @@ class MappedClassification(Classification):
         if self._real is not None:
             found["allowed"] = self._allowed(batch, self._real)[:, list(self.places)].to(label.device)
         return found
+
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """Return the probabilities of all outputs of the model; those that do not compete have none."""
+        found = []
+        for chosen in super().predict(_Chosen(model, self.places), images, sizes):
+            whole = torch.zeros(self._outputs)
+            whole[list(self.places)] = chosen.probabilities  # type: ignore[union-attr]
+            found.append(ClassPrediction(whole))
+        return [*found]
+
+    def truth(self, sample: Sample) -> ClassPrediction:
+        """Return the sample's label among the outputs of the model, with a probability of 1."""
+        place = self.places[sample["label"]] if self._labels is None else int(self._labels[sample["label"]])
+        return ClassPrediction(F.one_hot(torch.tensor(place), self._outputs).float())
 
     def _allowed(self, batch: Batch, real: Mapping[str, Sequence[int]]) -> Tensor:
         if "name" not in batch:

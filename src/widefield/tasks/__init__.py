@@ -11,6 +11,7 @@ from widefield.tasks.headlines import HEADLINES
 
 if TYPE_CHECKING:
     from widefield.tasks.base import Batch, Labeled, Task
+    from widefield.tasks.class_scores import ClassificationScores
     from widefield.tasks.classification import Classification, count_outputs
     from widefield.tasks.coco_metric import CocoMetric, TrueObjects
     from widefield.tasks.confusion import SegmentationScores
@@ -37,6 +38,7 @@ load_on_demand(
     __name__,
     {
         "base": "Batch Labeled Task",
+        "class_scores": "ClassificationScores",
         "classification": "Classification count_outputs",
         "coco_metric": "CocoMetric TrueObjects",
         "confusion": "SegmentationScores",
@@ -62,6 +64,7 @@ __all__ = [
     "BoxPrediction",
     "ClassPrediction",
     "Classification",
+    "ClassificationScores",
     "CocoMetric",
     "Detection",
     "DetectionErrors",

@@ -6,9 +6,10 @@ defaults are those of the recipes of DeiT and ConvNeXt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -18,8 +19,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from widefield import _checks
+from widefield.data import Sample, SampleSet
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, entropy_of, training_on
+from widefield.tasks.class_scores import MOST_CLASSES, ClassCounts, ClassificationScores
 from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.predictions import ClassPrediction, Prediction
 
@@ -43,6 +46,9 @@ class Classification(Task):
         mix_mode: what shares one lambda: the ``"batch"``, each ``"pair"``, or each element, ``"elem"``.
         loss: ``"cross_entropy"``, or ``"binary"``: the mean binary cross-entropy of all classes (Wightman et al. 2021,
             "ResNet strikes back"). It is the loss that is trained; the metric stays cross-entropy.
+        class_weights: weight of each class in the cross-entropy that is trained, as in PyTorch's ``weight``;
+            ``"balanced"``: in inverse proportion to the class's number of train images, 1 on average over the images.
+        class_names: names of the classes, for the results of each class; default: their indices.
 
     Mixing draws from numpy's global generator, as timm does.
 
@@ -52,6 +58,7 @@ class Classification(Task):
 
     headline = HEADLINES["classification"]
     higher_is_better = True
+    rating = "the probability of the true class"
 
     def __init__(
         self,
@@ -64,8 +71,13 @@ class Classification(Task):
         switch_prob: float = 0.5,
         mix_mode: str = "batch",
         loss: str = "cross_entropy",
+        class_weights: str | Sequence[float] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
+        self.class_names = tuple(map(str, range(num_classes) if class_names is None else class_names))
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names must be {num_classes} names; got {len(self.class_names)}.")
         self.model_args = {"num_classes": self.num_classes}
         smoothing = _checks.number("label_smoothing", label_smoothing, maximum=1.0)
         if smoothing == 1:
@@ -81,6 +93,10 @@ class Classification(Task):
             num_classes=self.num_classes,
         )
         self._mixer = mixer if mixup or cutmix else None
+        self._smoothing = smoothing
+        self._weights = None if class_weights is None else _class_weights(class_weights, self.num_classes)
+        if self._weights is not None and loss == "binary":
+            raise ValueError("class_weights are for loss: cross_entropy; the binary loss has none.")
         self._criterion: nn.Module
         if _checks.choice("loss", loss, LOSSES) == "binary":
             self._criterion = BinaryCrossEntropy(0.0 if self._mixer else smoothing)  # the mixer smooths
@@ -89,8 +105,10 @@ class Classification(Task):
 
     @classmethod
     def for_data(cls, dataset: Labeled, **options: Any) -> Self:
-        """Build the task for a data set with ``classes``."""
-        return cls(len(dataset.classes), **options)
+        """Build the task for a data set with ``classes``; ``class_weights: balanced`` counts its labels."""
+        if options.get("class_weights") == "balanced" and isinstance(dataset, SampleSet):
+            options = {**options, "class_weights": balanced_weights(dataset)}
+        return cls(len(dataset.classes), **{"class_names": dataset.classes, **options})
 
     def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless a model gives a logit for each class."""
@@ -104,8 +122,18 @@ class Classification(Task):
         if self._mixer:
             image, target = self._mixer(*_even(image, target))
         with training_on(image):
-            loss: Tensor = self._criterion(model(image).float(), target)
+            logits = model(image).float()
+        loss: Tensor = self._criterion(logits, target) if self._weights is None else self._weighted(logits, target)
         return loss
+
+    def _weighted(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the mean cross-entropy with class weights for labels (N,), or for shares (N, num_classes)."""
+        if self._weights == "balanced":
+            raise ValueError("class_weights: balanced needs the train set: build the task with for_data.")
+        weight = logits.new_tensor(self._weights)
+        if target.ndim == 1:
+            return F.cross_entropy(logits, target, weight, label_smoothing=self._smoothing)
+        return F.cross_entropy(logits, target, weight, reduction="none").sum() / (target @ weight).sum()
 
     def image_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each image, (N,), without mixing and smoothing."""
@@ -127,17 +155,38 @@ class Classification(Task):
             probabilities = model(images).float().softmax(1).cpu()
         return [ClassPrediction(row) for row in probabilities]
 
+    def truth(self, sample: Sample) -> ClassPrediction:
+        """Return the sample's label, with a probability of 1."""
+        return ClassPrediction(F.one_hot(torch.tensor(sample["label"]), self.num_classes).float())
+
+    def rate(self, outputs: Mapping[str, Any]) -> Tensor:
+        """Return the probability of each image's true class, (N,)."""
+        shares = outputs["preds"].double().softmax(1)
+        rated: Tensor = shares.gather(1, outputs["target"][:, None])[:, 0]
+        return rated
+
+    def scores(self, metrics: MetricCollection) -> ClassificationScores | None:
+        """Return which classes were predicted for the images of each class; None for very many classes."""
+        counts: Any = dict(metrics.items()).get("counts")
+        found: ClassificationScores | None = None if counts is None else counts.scores()
+        return found
+
     def metrics(self) -> MetricCollection:
-        """Return ``loss``, ``top1`` and, with more than five classes, ``top5``."""
+        """Return ``loss``, ``top1`` and, with more than five classes, ``top5``, and the counts of :meth:`scores`."""
         accuracies = {
             f"top{k}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro", sync_on_compute=False)
             for k in (1, 5)
             if k == 1 or self.num_classes > k
         }
+        counts = {"counts": ClassCounts(self.class_names, sync_on_compute=False)}
         # Without compute groups: torchmetrics merges metrics whose states agree after the first batch. Top-1 and top-5
         # agree there if the model makes no mistake.
         return MetricCollection(
-            {"loss": MeanMetric(sync_on_compute=False), **accuracies},
+            {
+                "loss": MeanMetric(sync_on_compute=False),
+                **accuracies,
+                **(counts if self.num_classes <= MOST_CLASSES else {}),
+            },
             compute_groups=False,
         )
 
@@ -150,6 +199,33 @@ def _even(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     if len(image) % 2:
         return torch.cat([image, image[-1:]]), torch.cat([label, label[-1:]])
     return image.clone(), label
+
+
+def balanced_weights(dataset: SampleSet) -> list[float]:
+    """Return the weight of each class that makes all classes count alike: N / (K n) for n of N images, of K classes.
+
+    A class without images gets the weight of one with one image.
+
+    Raises:
+        ValueError: the set does not say the labels of its images.
+    """
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        raise ValueError(
+            f"class_weights: balanced needs the label of each image, and {type(dataset).__name__} has no `labels`: "
+            "give the weights themselves, one for each class."
+        )
+    counts = np.bincount(np.asarray(labels), minlength=len(dataset.classes))
+    weights: list[float] = (len(labels) / (len(counts) * counts.clip(min=1))).tolist()
+    return weights
+
+
+def _class_weights(value: Any, count: int) -> str | list[float]:
+    if value == "balanced":
+        return "balanced"
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
+        raise ValueError(f"class_weights must be balanced, or {count} numbers, one for each class; got {value!r}.")
+    return [_checks.number("every entry of class_weights", weight) for weight in value]
 
 
 def count_outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:

@@ -32,6 +32,8 @@ class EpochSampler(Sampler[int]):
         repeats: how often each image comes in a row.
         groups: number of each sample's group, (length,); None: one group.
         together: number of samples of a step, in all processes and before accumulation.
+        shares: probability of each sample, (length,): an epoch is drawn with replacement, and a sample that is drawn
+            again comes on another visit, augmented anew; None: each sample comes once.
 
     Attributes:
         start: how many samples of the epoch to skip, because they were used before an interruption; they are not
@@ -45,7 +47,9 @@ class EpochSampler(Sampler[int]):
         repeats: int = 1,
         groups: NDArray[np.int64] | None = None,
         together: int = 1,
+        shares: NDArray[np.float64] | None = None,
     ) -> None:
+        self.shares = shares
         self.length, self.seed, self.repeats = length, seed, repeats
         self.groups, self.together = groups, together
         self.epoch = self.start = 0
@@ -58,11 +62,46 @@ class EpochSampler(Sampler[int]):
         return self.length - self.start
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        generator = np.random.default_rng((self.seed, self.epoch))
+        if self.shares is None:
+            order = generator.permutation(self.length)
+        else:
+            drawn = generator.choice(self.length, self.length, p=self.shares)
+            order = drawn + self.length * self.repeats * _times_before(drawn)
         visits = (order[:, None] + self.length * np.arange(self.repeats)).ravel()[: self.length]
         if self.groups is not None:
             visits = visits[_grouped(self.groups[visits % self.length], self.together)]
         return iter(visits[self.start :].tolist())
+
+
+def _times_before(drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return how often the value of each element stands before it."""
+    order = np.argsort(drawn, kind="stable")
+    starts = np.searchsorted(drawn[order], drawn[order])
+    times = np.empty_like(drawn)
+    times[order] = np.arange(len(drawn)) - starts
+    return times
+
+
+def class_shares(dataset: SampleSet, power: float) -> NDArray[np.float64]:
+    """Return the probability of each sample, (N,), if a class of n images is drawn in proportion to n to a power.
+
+    The power 1 draws all images alike, 0 all classes, and 0.5 is between (Kang et al. 2020, "Decoupling representation
+    and classifier for long-tailed recognition", eq. 1).
+
+    Raises:
+        ValueError: the set does not say the labels of its images.
+    """
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        raise ValueError(
+            f"class_sampling needs the label of each image, and {type(dataset).__name__} has no `labels`: leave it out."
+        )
+    places = np.asarray(labels)
+    counts = np.bincount(places).clip(min=1).astype(np.float64)
+    weights = (counts ** (power - 1))[places]
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def _grouped(groups: NDArray[np.int64], together: int) -> NDArray[np.int64]:
@@ -91,14 +130,16 @@ def train_loader(
     seed: int,
     repeats: int = 1,
     processes: int = 1,
+    class_sampling: float | None = None,
 ) -> DataLoader[Any]:
     """Return a loader of full shuffled batches, for ``batches``; its ``sampler`` is an :class:`EpochSampler`.
 
     If the data set has :meth:`~widefield.data.SampleSet.batch_groups`, the batches of a step in all ``processes`` are
-    of one group.
+    of one group. With ``class_sampling``, the power of :func:`class_shares`, images are drawn by class.
     """
     reading = _Reading(dataset)
-    sampler = EpochSampler(len(reading), seed, repeats, dataset.batch_groups(), batch_size * processes)
+    shares = None if class_sampling is None else class_shares(dataset, class_sampling)
+    sampler = EpochSampler(len(reading), seed, repeats, dataset.batch_groups(), batch_size * processes, shares)
     return _loader(reading, collate, batch_size, workers, sampler=sampler, drop_last=True)
 
 

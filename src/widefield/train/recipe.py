@@ -332,6 +332,11 @@ class Recipe:
     batch_size: Annotated[int, "images per batch and process"] = 128
     accumulate: Annotated[int, "number of batches per step"] = 1
     repeats: Annotated[int, "how often each image of an epoch is used, augmented anew; the epoch keeps its length"] = 1
+    class_sampling: Annotated[
+        float | None,
+        "draw images by class, with replacement: a class of n images in proportion to n to this power, such as 0 (all "
+        "classes alike) or 0.5; null: each image once in an epoch",
+    ] = None
     workers: Annotated[int, "loader processes; 0: load in the training process"] = 4
     freeze: Annotated[
         str | list[str] | None,
@@ -365,6 +370,8 @@ class Recipe:
             _checks.integer(name, getattr(self, name))
         if self.patience is not None:
             _checks.integer("patience", self.patience)
+        if self.class_sampling is not None:
+            _set(self, class_sampling=_checks.number("class_sampling", self.class_sampling, maximum=1.0))
         _set(self, freeze=_plain("freeze", self.freeze))
         if self.more_conversions and self.conversion is None:
             raise ValueError("more_conversions follow conversion, which is null: set conversion to the first of them.")

@@ -118,8 +118,8 @@ class Run:
         self.learner = Learner(recipe, self.task, accelerator, self.train_set.classes, shape)
         self.whole_batch = recipe.batch_size * recipe.accumulate * accelerator.num_processes
         collate, size = self.task.collate, recipe.batch_size
-        processes = accelerator.num_processes
-        loader = train_loader(self.train_set, collate, size, recipe.workers, recipe.seed, recipe.repeats, processes)
+        drawing = recipe.repeats, accelerator.num_processes, recipe.class_sampling
+        loader = train_loader(self.train_set, collate, size, recipe.workers, recipe.seed, *drawing)
         self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
         self.train_batches = accelerator.prepare(loader)
         share = Share(self.val_set, accelerator.process_index, accelerator.num_processes)
