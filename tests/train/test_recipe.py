@@ -189,7 +189,11 @@ def test_overrides(path: Path) -> None:
         (["--optimizer.groups", "[{where: a, lr_scale: x}]"], TypeError, "groups[0].lr_scale must be float; got 'x'"),
         (["--optimizer.groups", "[{lr_scale: 1}]"], ValueError, "optimizer.groups[0].where: missing"),
         (["--optimizer.groups", "[{where: a, lr_scale: -1}]"], ValueError, "lr_scale must be from 0.0 to inf; got -1"),
-        (["--trackers", "[wand]"], ValueError, "every entry of trackers must be one of 'tensorboard', 'wandb'"),
+        (
+            ["--trackers", "[wand]"],
+            ValueError,
+            "every entry of trackers must be one of 'tensorboard', 'wandb', 'mlflow'",
+        ),
         (["--nonfinite", "ignore"], ValueError, "nonfinite must be one of 'stop', 'skip'; got 'ignore'"),
         (["--fsdp", "true"], ValueError, "fsdp shards the weights, and ema needs them unsharded"),
         (["--fsdp", "true", "--compile", "true"], ValueError, "fsdp and compile cannot be combined"),

@@ -24,7 +24,10 @@ class RecipeHelp(argparse.RawDescriptionHelpFormatter):
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     # The recipe is read by hand: argparse would take the value of a recipe's key for it.
-    parser.usage = "widefield train [-h] [RECIPE] [--resume RUN] [--print-config] [--dry-run] [--KEY VALUE ...]"
+    parser.usage = (
+        "widefield train [-h] [RECIPE] [--resume RUN] [--print-config] [--dry-run] [--find-lr] [--find-batch-size] "
+        "[--KEY VALUE ...]"
+    )
     parser.epilog = (
         "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe, which `widefield recipes` lists. "
         "A file may inherit from another one: base: NAME or PATH."
@@ -36,6 +39,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print the whole recipe as YAML, and do nothing else"
     )
     parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="take 100 steps at growing learning rates, print the losses and what rates they suggest; no run is made",
+    )
+    parser.add_argument(
+        "--find-batch-size",
+        action="store_true",
+        help="print the largest batch size, of powers of two, that fits into the GPU's memory; no run is made",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="build everything, read the first batch, and say what would be trained"
     )
 
@@ -44,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield.train import load_recipe, recipe_text
 
-    if args.dry_run and args.resume:
-        raise ValueError("--dry-run is for new runs: leave out --resume, and give the folder of the run as RECIPE.")
+    looks = {"--dry-run": args.dry_run, "--find-lr": args.find_lr, "--find-batch-size": args.find_batch_size}
+    for option in (option for option, given in looks.items() if given and args.resume):
+        raise ValueError(f"{option} is for new runs: leave out --resume, and give the folder of the run as RECIPE.")
     words = args.overrides
     leads = bool(words) and not words[0].startswith("-")
     source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
@@ -63,10 +77,15 @@ def run(args: argparse.Namespace) -> int:
         print(recipe_text(recipe), end="")
         return 0
     import widefield.models  # noqa: F401  registers them in timm, after the recipe was found to be right
-    from widefield.train import dry_run, train
+    from widefield.train import dry_run, find_batch_size, find_learning_rate, train
 
     if args.dry_run:
         print(dry_run(recipe))
+    if args.find_lr:
+        print(find_learning_rate(recipe))
+    if args.find_batch_size:
+        print(f"batch_size: {find_batch_size(recipe)}")
+    if any(looks.values()):
         return 0
     result = train(recipe, resume=args.resume)
     return 128 + result.interrupted if result.interrupted else 0

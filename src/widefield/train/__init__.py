@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from widefield._lazy import load_on_demand
 
 if TYPE_CHECKING:
+    from widefield.train.callbacks import Callback
     from widefield.train.engine import DryRun, dry_run, train
     from widefield.train.evaluation import evaluate
     from widefield.train.model import build_model
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     )
     from widefield.train.run import RunResult
     from widefield.train.run_data import RunData
+    from widefield.train.search import LearningRates, find_batch_size, find_learning_rate
 
 load_on_demand(
     __name__,
     {
+        "callbacks": "Callback",
         "engine": "DryRun dry_run train",
         "evaluation": "evaluate",
         "model": "build_model",
@@ -49,10 +52,12 @@ load_on_demand(
         "recipe_io": "ShippedRecipe describe_keys describe_recipes load_recipe recipe_text save_recipe shipped_recipes",
         "run": "RunResult",
         "run_data": "RunData",
+        "search": "LearningRates find_batch_size find_learning_rate",
     },
 )
 
 __all__ = [
+    "Callback",
     "CheckpointSpec",
     "ConversionSpec",
     "DataSpec",
@@ -60,6 +65,7 @@ __all__ = [
     "EmaSpec",
     "GroupSpec",
     "LayerDecaySpec",
+    "LearningRates",
     "ModelSpec",
     "OptimizerSpec",
     "Recipe",
@@ -75,6 +81,8 @@ __all__ = [
     "describe_recipes",
     "dry_run",
     "evaluate",
+    "find_batch_size",
+    "find_learning_rate",
     "load_recipe",
     "recipe_text",
     "save_recipe",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from widefield._files import check_place
 from widefield.surgery.walk import is_ours
+from widefield.train.callbacks import Callback, Callbacks
 from widefield.train.interrupt import StopRequest
 from widefield.train.loaders import batches
 from widefield.train.logs import Logs, check_trackers
@@ -26,7 +27,13 @@ from widefield.train.run import Run, RunResult
 from widefield.train.run_folder import RunFolder
 
 
-def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console | None = None) -> RunResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | Path | None = None,
+    console: Console | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
     """Train the model of a recipe in ``recipe.folder``, or continue an interrupted run.
 
     The global random generators are seeded. In the main thread the first SIGINT or SIGTERM ends the run after the
@@ -36,6 +43,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         recipe: see :class:`Recipe`; to resume, ``load_recipe(resume)``.
         resume: the folder of a run to continue. A finished run is reported and returned at once.
         console: where to show progress; default: stderr. ``Console(quiet=True)`` shows nothing.
+        callbacks: what to call during the run.
 
     Raises:
         OSError: the run's folder cannot be written, the disk is full, or an image cannot be read. If the disk fills up
@@ -47,6 +55,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
             Or the data have changed since the run began; the message names the changes.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
+    callback = Callbacks(callbacks)
     accelerator = _accelerator(recipe)
     folder = RunFolder(recipe.folder if resume is None else Path(resume))
     last = None if resume is None else folder.last()
@@ -55,6 +64,7 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
     accelerator.wait_for_everyone()
 
     run = Run(recipe, folder, accelerator, fresh=last is None)
+    run.callback = callback
     if last is None:
         run.start()
     else:
@@ -72,7 +82,9 @@ def train(recipe: Recipe, *, resume: str | Path | None = None, console: Console 
         if run.learner.remark:
             run.report.line(run.learner.remark)
         run.loop()
-    return run.result()
+    result = run.result()
+    callback.on_train_end(result)
+    return result
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -135,23 +147,31 @@ class DryRun:
         return "\n".join([*lines, self.remark] if self.remark else lines)
 
 
+@contextmanager
+def trial(recipe: Recipe) -> Iterator[Run]:
+    """Give a run that is built and checked, and that writes nothing.
+
+    Raises what :func:`train` raises before its first step, except about the run's folder.
+    """
+    run = Run(recipe, RunFolder(recipe.folder), _accelerator(recipe), fresh=True)
+    try:
+        yield run
+    finally:
+        run.shut_down()
+
+
 def dry_run(recipe: Recipe) -> DryRun:
     """Build all that training a recipe needs, read the first batch, and take no step; nothing is written.
 
     Raises what :func:`train` raises before its first step.
     """
-    check_trackers(recipe.trackers)
-    accelerator = _accelerator(recipe)
     folder = RunFolder(recipe.folder)
     folder.check_free()
     check_place(folder.path, folder=True)
-    run = Run(recipe, folder, accelerator, fresh=True)
-    try:
-        if accelerator.is_main_process:
+    with trial(recipe) as run:
+        if run.accelerator.is_main_process:
             folder.check_space(run.learner.raw, recipe)
         first = next(batches(run.train_batches))
-    finally:
-        run.shut_down()
     raw = run.learner.raw
     return DryRun(
         folder=folder.path,

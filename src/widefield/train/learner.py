@@ -150,8 +150,8 @@ class Learner:
         scale = nearest.get("lr_scale", 1.0)
         return float(nearest["lr"]) / scale if scale else 0.0
 
-    def step(self, batches: Sequence[Batch], number: int) -> Step:
-        """Take step ``number``, from 1, on the gradients of these batches."""
+    def step(self, batches: Sequence[Batch], number: int, *, scheduled: bool = True) -> Step:
+        """Take step ``number``, from 1, on the gradients of these batches; ``scheduled``: move the learning rate."""
         recipe, accelerator = self._recipe, self._accelerator
         if self._draws:
             draw_sizes(self.raw, recipe.seed, number)
@@ -185,7 +185,7 @@ class Learner:
         if self._sparse is not None:
             self._sparse.step(self.optimizer)
         self.optimizer.zero_grad()
-        if self._scheduler is not None:
+        if scheduled and self._scheduler is not None:
             self._scheduler.step_update(number)
         if self.ema is not None:
             self.ema.update(self.raw, number)

@@ -1,4 +1,4 @@
-"""Write the logs of a run: always ``metrics.jsonl``, and TensorBoard and Weights & Biases on request."""
+"""Write the logs of a run: always ``metrics.jsonl``, and TensorBoard, Weights & Biases and MLflow on request."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from widefield.train.recipe import Recipe
+from widefield.train.run_files import flat
 from widefield.train.run_folder import RunFolder
 
 
@@ -28,7 +29,7 @@ class Tracker(NamedTuple):
 
 def check_trackers(trackers: Sequence[str]) -> None:
     """Raise ValueError for a tracker whose package is not installed."""
-    for name, module in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
+    for name, module in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")):
         if name in trackers and importlib.util.find_spec(module) is None:
             raise ValueError(f"trackers: {name!r} needs the package {module}: pip install {module}, or leave it out.")
 
@@ -64,7 +65,7 @@ class Logs:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._file = stack.enter_context(self._folder.log.open("a", encoding="utf-8"))
-            makers = {"tensorboard": self._tensorboard, "wandb": self._wandb}
+            makers = {"tensorboard": self._tensorboard, "wandb": self._wandb, "mlflow": self._mlflow}
             self._trackers: list[Tracker] = [makers[name](stack) for name in self._recipe.trackers]
             self._stack = stack.pop_all()
         return self
@@ -129,3 +130,29 @@ class Logs:
             run.log({name: wandb.Image(one.movedim(0, -1).cpu().numpy()) for name, one in pictures.items()}, step=step)
 
         return Tracker(lambda numbers, step: run.log(dict(numbers), step=step), write_pictures)
+
+    def _mlflow(self, stack: ExitStack) -> Tracker:
+        """Log to the server of MLFLOW_TRACKING_URI, or to where MLflow puts its files; a resumed run continues its own.
+
+        MLflow keys its images by file name, so pictures are written as ``NAME-STEP.png``.
+        """
+        import mlflow  # type: ignore[import-not-found, unused-ignore]
+        from accelerate.tracking import MLflowTracker
+
+        known = self._folder.mlflow
+        identity = known.read_text(encoding="utf-8").strip() if self._step and known.is_file() else None
+        tracker = MLflowTracker("widefield", run_id=identity, run_name=self._recipe.name)
+        tracker.start()
+        stack.callback(tracker.finish)
+        if identity is None:  # MLflow refuses to change a parameter, as a resumed run may
+            known.write_text(tracker.tracker.info.run_id + "\n", encoding="utf-8")
+            tracker.store_init_configuration(flat(dataclasses.asdict(self._recipe)))
+
+        def write_pictures(pictures: Mapping[str, Tensor], step: int) -> None:
+            for name, picture in pictures.items():
+                mlflow.log_image(picture.movedim(0, -1).cpu().numpy(), f"{name.replace('/', '-')}-{step}.png")
+
+        def write_numbers(numbers: Mapping[str, float], step: int) -> None:
+            tracker.log(dict(numbers), step=step)
+
+        return Tracker(write_numbers, write_pictures)

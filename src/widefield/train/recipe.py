@@ -26,7 +26,7 @@ CONVERSIONS = {
 """Kind of conversion -> name of the config in widefield.surgery."""
 SCHEDULES = ("cosine", "tanh", "poly", "step", "multistep", "none")
 PRECISIONS = ("no", "bf16", "fp16")
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 NONFINITE = ("stop", "skip")
 LAYER_RULES = ("layer_wise", "pair_wise", "stage_wise", "block_wise", "single", "grouped")
 WARMUPS = ("linear", "constant")

@@ -26,6 +26,7 @@ from widefield import data, tasks
 from widefield.tasks import Batch
 from widefield.train import checkpoint, pictures
 from widefield.train.alarms import brief, sigmas, watch_routers
+from widefield.train.callbacks import Callback
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.evaluation import Share, evaluate
 from widefield.train.interrupt import StopRequest
@@ -101,6 +102,7 @@ class Run:
     stop: StopRequest
     report: Reporter
     logs: Logs
+    callback = Callback()
 
     def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, *, fresh: bool) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
@@ -178,6 +180,7 @@ class Run:
                 f"--name NEW --model.pretrained {self.folder.path}"
             )
             return
+        self.callback.on_train_begin(self.learner.raw, self.step)
         while not self._done:
             started = time.monotonic()
             end = self.plan.end(self.rounds)
@@ -214,6 +217,7 @@ class Run:
         while self.step < end:
             self._step(list(itertools.islice(self._stream, self.recipe.accumulate)))
             self.step += 1
+            self.callback.on_step_end(self.learner.raw, self.step)
             every = self.recipe.checkpoint.every
             if self.step % self.recipe.log_every == 0:
                 self._flush()
@@ -345,6 +349,7 @@ class Run:
         if self._patience.is_over and self.rounds < self.plan.rounds:
             self.report.line(f"the run ends here: {self._patience} ({self.headline})")
         self.accelerator.wait_for_everyone()  # no process may read checkpoints while the first one deletes some
+        self.callback.on_evaluate(self.learner.raw, self.step, self.metrics)
 
     def _prune(self) -> None:
         if self.accelerator.is_main_process:

@@ -21,6 +21,7 @@ class RunFiles:
         self.log = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.mlflow = path / "mlflow_run"
 
 
 def log_entries(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:

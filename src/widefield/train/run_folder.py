@@ -87,7 +87,7 @@ class RunFolder(RunFiles):
     def _clear(self) -> None:
         """Delete only what a run writes before its first checkpoint."""
         checkpoint.sweep(self.checkpoints)
-        for file in (self.log, self.data, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
+        for file in (self.log, self.data, self.mlflow, *self.tensorboard.glob("events.out.tfevents.*"), self.failed):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             with suppress(OSError):  # missing, or not empty
