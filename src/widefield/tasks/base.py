@@ -149,6 +149,22 @@ class Task(ABC):
         """
         return {"loss": self.loss(model, batch)}
 
+    def learn_from(
+        self, teacher: Callable[[Tensor], Tensor], *, weight: float, temperature: float = 1.0, hard: bool = False
+    ) -> None:
+        """Add a teacher's answers to the loss; default: the task has no such loss.
+
+        Args:
+            teacher: images (N, C, H, W) -> logits, without gradients.
+            weight: its share in the loss.
+            temperature: divides the logits of both.
+            hard: learn the class that it says instead of its probabilities.
+
+        Raises:
+            ValueError: the task cannot learn from a teacher.
+        """
+        raise ValueError(f"distillation is for classification; {type(self).__name__} has no such loss.")
+
     def image_losses(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """Return the loss of each sample, (N,), without augmentation of the batch; default: None, there is none.
 

@@ -6,7 +6,7 @@ defaults are those of the recipes of DeiT and ConvNeXt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from widefield import _checks
 from widefield.data import Sample, SampleSet
 from widefield.surgery.answers import described, evaluating, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, entropy_of, training_on
+from widefield.tasks.base import Batch, Labeled, Task, entropy_of, sum_of, training_on
 from widefield.tasks.class_scores import MOST_CLASSES, ClassCounts, ClassificationScores
 from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.predictions import ClassPrediction, Prediction
@@ -59,6 +59,7 @@ class Classification(Task):
     headline = HEADLINES["classification"]
     higher_is_better = True
     rating = "the probability of the true class"
+    _teacher: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -116,15 +117,47 @@ class Classification(Task):
         if outputs != self.num_classes:
             raise ValueError(f"it gives {outputs} outputs, and the task needs {self.num_classes}, one for each class.")
 
+    def learn_from(
+        self, teacher: Callable[[Tensor], Tensor], *, weight: float, temperature: float = 1.0, hard: bool = False
+    ) -> None:
+        """Add a teacher's answers to the loss, which becomes (1 - weight) * loss + weight * the teacher's.
+
+        That is the Kullback-Leibler divergence of the student's probabilities from the teacher's, both at the
+        temperature, times its square (Hinton et al. 2015, sec. 2); or, with ``hard``, the cross-entropy with the
+        teacher's class (Touvron et al. 2021, DeiT, eq. 3). The teacher sees mixed images as the student does.
+
+        Raises:
+            ValueError: the loss is binary, so the probabilities of the classes do not depend on each other.
+        """
+        if isinstance(self._criterion, BinaryCrossEntropy):
+            raise ValueError("distillation needs loss: cross_entropy; the binary loss has no probabilities to compare.")
+        self._teacher, self._share, self._temperature, self._hard = teacher, weight, temperature, hard
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of the batch after mixing and smoothing, a scalar."""
+        return sum_of(self._parts(model, batch))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Return ``loss``; with a teacher ``labels`` and ``teacher``, whose sum it is."""
+        return super().losses(model, batch) if self._teacher is None else self._parts(model, batch)
+
+    def _parts(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image, target = batch["image"], batch["label"]
         if self._mixer:
             image, target = self._mixer(*_even(image, target))
         with training_on(image):
             logits = model(image).float()
         loss: Tensor = self._criterion(logits, target) if self._weights is None else self._weighted(logits, target)
-        return loss
+        if self._teacher is None:
+            return {"loss": loss}
+        return {"labels": (1 - self._share) * loss, "teacher": self._share * self._taught(logits, self._teacher(image))}
+
+    def _taught(self, logits: Tensor, answer: Tensor) -> Tensor:
+        """Return the mean loss of the batch with a teacher's logits, a scalar."""
+        if self._hard:
+            return F.cross_entropy(logits, answer.argmax(1))
+        mine, its = ((x / self._temperature).log_softmax(1) for x in (logits, answer))
+        return F.kl_div(mine, its, reduction="batchmean", log_target=True) * self._temperature**2
 
     def _weighted(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross-entropy with class weights for labels (N,), or for shares (N, num_classes)."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         CheckpointSpec,
         ConversionSpec,
         DataSpec,
+        DistillationSpec,
         EmaSpec,
         GroupSpec,
         LayerDecaySpec,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
         save_recipe,
         shipped_recipes,
     )
-    from widefield.train.run import RunResult
     from widefield.train.run_data import RunData
+    from widefield.train.run_result import RunResult
     from widefield.train.search import LearningRates, find_batch_size, find_learning_rate
 
 load_on_demand(
@@ -47,11 +48,11 @@ load_on_demand(
         "evaluation": "evaluate",
         "model": "build_model",
         "networks": "create_model",
-        "recipe": "CheckpointSpec ConversionSpec DataSpec EmaSpec GroupSpec LayerDecaySpec ModelSpec OptimizerSpec "
-        "Recipe ScheduleSpec SparsitySpec TaskSpec",
+        "recipe": "CheckpointSpec ConversionSpec DataSpec DistillationSpec EmaSpec GroupSpec LayerDecaySpec ModelSpec "
+        "OptimizerSpec Recipe ScheduleSpec SparsitySpec TaskSpec",
         "recipe_io": "ShippedRecipe describe_keys describe_recipes load_recipe recipe_text save_recipe shipped_recipes",
-        "run": "RunResult",
         "run_data": "RunData",
+        "run_result": "RunResult",
         "search": "LearningRates find_batch_size find_learning_rate",
     },
 )
@@ -61,6 +62,7 @@ __all__ = [
     "CheckpointSpec",
     "ConversionSpec",
     "DataSpec",
+    "DistillationSpec",
     "DryRun",
     "EmaSpec",
     "GroupSpec",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from widefield.train.run import RunResult
+from widefield.train.run_result import RunResult
 
 
 class Callback:

@@ -23,8 +23,9 @@ from widefield.train.loaders import batches
 from widefield.train.logs import Logs, check_trackers
 from widefield.train.progress import reporter
 from widefield.train.recipe import Recipe
-from widefield.train.run import Run, RunResult
+from widefield.train.run import Run
 from widefield.train.run_folder import RunFolder
+from widefield.train.run_result import RunResult
 
 
 def train(

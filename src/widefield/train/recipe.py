@@ -263,6 +263,29 @@ class EmaSpec:
 
 
 @dataclass(frozen=True)
+class DistillationSpec:
+    """A trained classifier whose answers are learned besides the labels (Hinton et al. 2015; Touvron et al. 2021)."""
+
+    teacher: Annotated[
+        str, "the folder of a run on the same classes, or the name of a pretrained model of timm or torchvision"
+    ]
+    weight: Annotated[float, "share of the teacher in the loss, from 0 to 1"] = 0.5
+    temperature: Annotated[float, "divides the logits of both; above 1, small probabilities count more"] = 1.0
+    hard: Annotated[bool, "learn the class that the teacher says, instead of its probabilities"] = False
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            weight=_checks.number("distillation.weight", self.weight, maximum=1.0),
+            temperature=_checks.number("distillation.temperature", self.temperature),
+        )
+        if not self.temperature:
+            raise ValueError("distillation.temperature must be above 0.")
+        if self.hard and self.temperature != 1:
+            raise ValueError("distillation.temperature is for probabilities: leave it out with hard: true.")
+
+
+@dataclass(frozen=True)
 class SparsitySpec:
     """``widefield.surgery.DynamicSparsity``: a fraction of the weights is zero, and the zeros move."""
 
@@ -345,6 +368,9 @@ class Recipe:
     clip_grad: Annotated[float | None, "largest norm of the gradient; null: no clipping"] = None
     nonfinite: Annotated[str, "after a loss or gradient that is NaN or infinite: stop, or skip the step"] = "stop"
     ema: Annotated[EmaSpec | None, "moving average of the weights; null: none"] = None
+    distillation: Annotated[
+        DistillationSpec | None, "a trained classifier to learn from besides the labels; null: none"
+    ] = None
     sparsity: Annotated[SparsitySpec | None, "sparse weights during training; null: none"] = None
     mixed_precision: Annotated[str, f"one of {', '.join(PRECISIONS)}"] = "no"
     channels_last: Annotated[bool, "keep images and weights in channels-last order"] = False

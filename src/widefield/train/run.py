@@ -12,9 +12,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +26,7 @@ from widefield.train import checkpoint, pictures
 from widefield.train.alarms import brief, sigmas, watch_routers
 from widefield.train.callbacks import Callback
 from widefield.train.checkpoint import Checkpoint
+from widefield.train.distillation import build_teacher
 from widefield.train.evaluation import Share, evaluate
 from widefield.train.interrupt import StopRequest
 from widefield.train.learner import Learner
@@ -40,30 +39,7 @@ from widefield.train.randomness import random_state, restore_random_state
 from widefield.train.recipe import Recipe
 from widefield.train.run_data import record
 from widefield.train.run_folder import RunFolder, recipe_hash
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The outcome of a run.
-
-    Attributes:
-        folder: the run's folder.
-        metrics: metrics of the last evaluation on the val split, and ``train_loss``. Names of the moving average's
-            metrics start with ``ema_``. Empty before the first evaluation.
-        best: metrics of the best evaluation by the task's headline, of the moving average if there is one.
-        epochs: number of finished passes over the data.
-        steps: number of finished steps.
-        interrupted: the signal that stopped the run, or None. The process should then exit with 128 + the signal.
-        model: the trained model without wrappers, in evaluation mode; the moving average if there is one.
-    """
-
-    folder: Path
-    metrics: dict[str, float]
-    best: dict[str, float]
-    epochs: int
-    steps: int
-    interrupted: signal.Signals | None
-    model: nn.Module
+from widefield.train.run_result import RunResult
 
 
 def _both_splits(recipe: Recipe, *, fresh: bool) -> tuple[data.SampleSet, data.SampleSet]:
@@ -110,6 +86,10 @@ class Run:
         self.train_set, self.val_set = _both_splits(recipe, fresh=fresh)
         self.found = data.summarize(self.train_set, self.val_set)
         self.task = tasks.create(recipe.task.name, self.train_set, **recipe.task.args)
+        if recipe.distillation is not None:
+            teacher = build_teacher(recipe.distillation.teacher, self.task, self.train_set, accelerator.autocast)
+            about = {key: getattr(recipe.distillation, key) for key in ("weight", "temperature", "hard")}
+            self.task.learn_from(teacher.to(accelerator.device), **about)
         self.data = record(self.train_set, self.val_set)
         if not fresh:
             folder.check_data(self.data)
