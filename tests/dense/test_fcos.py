@@ -241,7 +241,7 @@ def test_targets_do_not_depend_on_the_blocks_of_points(monkeypatch):
     built, maps = dense.FCOSHead(64, 3), [torch.zeros(1, 1, 160 // s, 160 // s) for s in (8, 16, 32, 64, 128)]
     whole = built.targets(maps, boxes, labels)
     assert (whole.labels < 3).sum() > 20
-    monkeypatch.setattr("widefield.dense.fcos._BLOCK", 280)  # seven points
+    monkeypatch.setattr("widefield.dense.fcos._BLOCK", 280)  # a row of points
     blocks = built.targets(maps, boxes, labels)
     assert torch.equal(blocks.labels, whole.labels)
     assert torch.equal(blocks.distances, whole.distances)

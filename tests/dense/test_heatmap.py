@@ -190,6 +190,40 @@ def test_a_batch_is_decoded_like_its_heatmaps(kind):
             assert alone.scores[0, 0] == whole.scores[image, keypoint]
 
 
+def smoothed(heatmap, side):
+    """Return a heatmap after a Gaussian filter and with its former maximum, pixel by pixel."""
+    reach, (height, width) = side // 2, heatmap.shape
+    sigma = 0.3 * (reach - 1) + 0.8
+    weights = [math.exp(-(step**2) / (2 * sigma**2)) for step in range(-reach, reach + 1)]
+    found = torch.zeros_like(heatmap)
+    for row in range(height):
+        for column in range(width):
+            for i in range(max(0, row - reach), min(height, row + reach + 1)):
+                for j in range(max(0, column - reach), min(width, column + reach + 1)):
+                    weight = weights[i - row + reach] * weights[j - column + reach] / sum(weights) ** 2
+                    found[row, column] += weight * heatmap[i, j]
+    return found * heatmap.max() / found.max() if found.max() > 0 else found
+
+
+@pytest.mark.parametrize(("size", "blur"), [((9, 8), 3), ((12, 7), 11), ((6, 6), 1)])
+def test_dark_steps_to_the_maximum_of_the_smoothed_logarithm(size, blur):
+    heatmaps = torch.rand(1, 12, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    heatmaps[0, 1] = 0
+    heatmaps[0, 2] = -1
+    found = codec("unbiased", image=size, heatmap=size, blur=blur).decode(heatmaps).points[0]
+    for heatmap, point in zip(heatmaps[0], found, strict=True):
+        y, x = divmod(int(heatmap.argmax()), size[1])
+        step = torch.zeros(2, dtype=torch.float64)
+        if 1 < x < size[1] - 2 and 1 < y < size[0] - 2:
+            log = smoothed(heatmap, blur).clamp(min=1e-10).log()
+            slope = torch.stack([log[y, x + 1] - log[y, x - 1], log[y + 1, x] - log[y - 1, x]]) / 2
+            xx, yy = log[y, x + 2] - 2 * log[y, x] + log[y, x - 2], log[y + 2, x] - 2 * log[y, x] + log[y - 2, x]
+            xy = log[y + 1, x + 1] - log[y - 1, x + 1] - log[y + 1, x - 1] + log[y - 1, x - 1]
+            step = -torch.linalg.solve(torch.stack([xx, xy, xy, yy]).view(2, 2) / 4, slope)
+        expected = torch.tensor([x, y]) + step if heatmap.max() > 0 else torch.full((2,), -1.0)
+        close(point, expected.double(), FLOAT64)
+
+
 def test_codecs_have_the_size_of_the_heatmaps_of_odd_images():
     model = dense.HeatmapPose("test_resnet", 3, channels=(8,)).eval()
     with torch.no_grad():

@@ -13,9 +13,9 @@ from dense.networks import objects
 from tolerances import BFLOAT16, FLOAT64, close
 from widefield import dense
 from widefield.dense.box_head import BoxHead
-from widefield.dense.boxes import Assigner, Sampler
+from widefield.dense.boxes import Assigner, Sampler, clip
 from widefield.dense.mask_head import FCNMaskHead, mask_targets, paste_masks
-from widefield.dense.roi import batched, roi_features, roi_levels, sampled_rois
+from widefield.dense.roi import RoISample, batched, roi_features, roi_levels, sampled_rois
 
 STRIDES = (4, 8, 16, 32)
 
@@ -223,6 +223,31 @@ def test_half_of_a_cell_sets_it():
     assert found.sum(1).tolist() == [8] * 16
     masks[0, :, :34] = True
     assert mask_targets(sample, target, 16)[0].sum(1).tolist() == [9] * 16
+
+
+@given(
+    st.lists(st.tuples(st.floats(-9, 30), st.floats(-9, 24), st.floats(0.2, 45), st.floats(0.2, 40), st.integers(0, 2)),
+             max_size=5),
+    st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_targets_of_masks_are_means_of_samples_of_whole_masks(rois, seed):
+    """The first and the fourth object are crowd regions; boxes may leave the image, or lie outside of it."""
+    height, width = 23, 31
+    masks = torch.rand(5, height, width, generator=torch.Generator().manual_seed(seed)) < 0.6
+    masks[2] = False
+    masks[2, 7, 30] = True  # one pixel
+    crowd = torch.tensor([True, False, False, True, False])
+    boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h, _ in rois], dtype=torch.float64).reshape(-1, 4)
+    owners = torch.tensor([roi[4] for roi in rois], dtype=torch.long)
+    sample = RoISample(boxes, owners, owners, boxes, torch.zeros(len(boxes), dtype=torch.bool))
+    target = dense.Targets(torch.zeros(5, 4), torch.zeros(5).long(), masks, crowd, (height, width))
+    found = mask_targets(sample, target, 4)
+    assert found.shape == (len(boxes), 4, 4)
+    for box, owner, inside in zip(clip(boxes, (height, width)), owners, found, strict=True):
+        covered = _aligned(masks[~crowd][owner].double(), box.tolist(), 1, 4)
+        tie = (covered - 0.5).abs() < FLOAT64
+        assert torch.equal(inside | tie, (covered >= 0.5) | tie)
 
 
 def _pasted(mask, box, size, threshold):

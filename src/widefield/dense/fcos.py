@@ -39,7 +39,7 @@ DISTANCES = ("exp", "relu")
 PRIOR = 0.01
 """Score of every class at the start (Lin et al. 2017, "Focal Loss", section 4.1)."""
 
-_BLOCK = 2**18  # pairs of points and objects whose distances are computed at once
+_BLOCK = 2**18  # pairs of points and objects that are compared at once
 
 LEAST_CENTERNESS = 1e-6
 """The sum of the centerness that the box loss is divided by is at least this."""
@@ -192,39 +192,66 @@ class FCOSHead(nn.Module):
             boxes: (M, 4) xyxy.
             labels: int64 (M,).
         """
-        grids = points(maps, self.strides, self.point_offset)
         if not len(boxes):
-            count = sum(len(grid) for grid in grids)
+            count = sum(x.shape[-2] * x.shape[-1] for x in maps)
             return FCOSTargets(labels.new_full((count,), self.num_classes), boxes.new_zeros(count, 4))
+        order = area(boxes).argsort(stable=True)  # the first that fits is the smallest
+        boxes, labels = boxes[order], labels[order]
+        grids = points(maps, self.strides, self.point_offset)
         bounds = itertools.pairwise((-1.0, *self.ranges, math.inf))
-        found = [
-            self._level_targets(grid, stride, low, high, boxes, labels)
-            for grid, stride, (low, high) in zip(grids, self.strides, bounds, strict=True)
+        chosen = [
+            self._first_fits(grid.to(boxes).unflatten(0, x.shape[-2:]), stride, span, boxes)
+            for x, grid, stride, span in zip(maps, grids, self.strides, bounds, strict=True)
         ]
-        return FCOSTargets(*(torch.cat(part) for part in zip(*found, strict=True)))
+        index, place = torch.cat(chosen), torch.cat(grids).to(boxes)
+        own = torch.where(index == len(boxes), self.num_classes, labels[index.clamp(max=len(boxes) - 1)])
+        box = boxes[index.clamp(max=len(boxes) - 1)]
+        return FCOSTargets(own, torch.cat((place - box[:, :2], box[:, 2:] - place), 1))
 
-    def _level_targets(
-        self, grid: Tensor, stride: int, low: float, high: float, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        step = max(1, _BLOCK // len(boxes))
-        found = [self._block_targets(part, stride, low, high, boxes, labels) for part in grid.to(boxes).split(step)]
-        own, distances = zip(*found, strict=True)
-        return torch.cat(own), torch.cat(distances)
+    def _first_fits(self, grid: Tensor, stride: int, span: tuple[float, float], boxes: Tensor) -> Tensor:
+        """Return the first of M boxes that each point of a level learns, int64 (H * W,); M for none.
 
-    def _block_targets(
-        self, block: Tensor, stride: int, low: float, high: float, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        place = block[:, None]
-        distances = torch.cat((place - boxes[:, :2], boxes[:, 2:] - place), -1)  # (points, objects, 4)
-        inside = distances.amin(-1) > 0
+        Every condition is one on the columns and one on the rows, so that pairs of points and boxes need bits only.
+
+        Args:
+            grid: (H, W, 2), the points.
+            stride: of the level.
+            span: smallest and largest distance to the farthest side.
+            boxes: (M, 4).
+        """
+        height, width = grid.shape[:2]
+        (across, across_fits, across_far), (down, down_fits, down_far) = (
+            self._axis(places, boxes[:, axis::2], stride, span)
+            for axis, places in enumerate((grid[0, :, 0], grid[:, 0, 1]))
+        )
+        across, down = across & across_fits, down & down_fits
+        small = len(boxes) < torch.iinfo(torch.int16).max
+        ranks = torch.arange(len(boxes), device=boxes.device, dtype=torch.int16 if small else torch.int64)
+        rows = max(1, _BLOCK // (len(boxes) * width))
+        found = []
+        for start in range(0, height, rows):
+            part = slice(start, start + rows)
+            fits = down[:, part, None] & across[:, None] & (down_far[:, part, None] | across_far[:, None])
+            found.append(torch.where(fits, ranks[:, None, None], len(boxes)).amin(0).flatten())
+        return torch.cat(found).long()
+
+    def _axis(
+        self, places: Tensor, edges: Tensor, stride: int, span: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the conditions on one axis, each (M, L): inside and near the center; not too far; far enough.
+
+        Args:
+            places: (L,), coordinates of the points.
+            edges: (M, 2), near and far edges of the boxes.
+            stride, span: as of :meth:`_first_fits`.
+        """
+        near, far = edges[:, :1], edges[:, 1:]
+        before, after = places - near, far - places
+        inside = torch.minimum(before, after) > 0
         if self.center_radius is not None:
-            center, reach = (boxes[:, :2] + boxes[:, 2:]) / 2, stride * self.center_radius
-            inside &= (reach - (place - center).abs()).amin(-1) > 0
-        farthest = distances.amax(-1)
-        chosen = inside & (farthest >= low) & (farthest <= high)
-        smallest, index = area(boxes).expand_as(chosen).masked_fill(~chosen, math.inf).min(1)
-        own = torch.where(smallest.isinf(), self.num_classes, labels[index])
-        return own, distances.gather(1, index[:, None, None].expand(-1, 1, 4))[:, 0]
+            inside &= stride * self.center_radius - (places - (near + far) / 2).abs() > 0
+        farthest = torch.maximum(before, after)
+        return inside, farthest <= span[1], farthest >= span[0]
 
     def losses(self, outputs: FCOSOutputs, targets: Sequence[Targets]) -> dict[str, Tensor]:
         """Return ``loss_cls``, ``loss_bbox`` and ``loss_centerness``.

@@ -7,7 +7,7 @@ Paper: He, Gkioxari, Dollár, Girshick, "Mask R-CNN", ICCV 2017, section 3. Stru
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -125,12 +125,41 @@ def mask_targets(sample: RoISample, target: Targets, size: int) -> Tensor:
         target: its objects.
         size: height and width of the result.
     """
-    masks = target.masks[~target.crowd]  # type: ignore[index,operator]
-    boxes = clip(sample.positive, (masks.shape[1], masks.shape[2]))
-    used, places = sample.objects.unique(return_inverse=True)  # a copy of each mask as numbers is large
+    known = (~target.crowd).nonzero()[:, 0]  # type: ignore[operator]
+    masks: Tensor = target.masks  # type: ignore[assignment]
+    boxes, owners = clip(sample.positive, (masks.shape[1], masks.shape[2])), known[sample.objects]
+    if masks.device.type != "cpu":
+        used, places = owners.unique(return_inverse=True)
+        return _covered(masks[used], places, boxes, size) >= 0.5
+    # Whole masks as numbers are large: here only the part of each that its boxes reach.
+    inside = torch.zeros(len(boxes), size, size, dtype=torch.bool)
+    for mask, own in _by_owner(owners):
+        rows, columns = _reached(boxes[own], (masks.shape[1], masks.shape[2]))
+        moved = boxes[own] - boxes.new_tensor([columns.start, rows.start] * 2)
+        part = masks[mask, None, rows, columns]
+        inside[own] = _covered(part, torch.zeros_like(own), moved, size) >= 0.5
+    return inside
+
+
+def _covered(masks: Tensor, places: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Return which part of each cell of boxes (P, 4) is covered by the mask at its place: (P, size, size)."""
     rois = torch.cat((places[:, None].to(boxes), boxes), 1)
-    covered: Tensor = roi_align(masks[used, None].to(boxes), rois, size, 1.0, 0, aligned=True)
-    return covered[:, 0] >= 0.5
+    covered: Tensor = roi_align(masks[:, None].to(boxes), rois, size, 1.0, 0, aligned=True)
+    return covered[:, 0]
+
+
+def _by_owner(owners: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield each of the integers (P,) once, and where it stands."""
+    order = owners.argsort()
+    used, counts = owners[order].unique_consecutive(return_counts=True)
+    yield from zip(used.tolist(), order.split(counts.tolist()), strict=True)
+
+
+def _reached(boxes: Tensor, size: Size) -> tuple[slice, slice]:
+    """Return the rows and columns that RoIAlign reads for boxes inside an image, and one more on each side."""
+    left, top = (boxes[:, :2].amin(0).floor() - 1).clamp(min=0).long().tolist()
+    right, bottom = (boxes[:, 2:].amax(0).ceil() + 2).long().tolist()
+    return slice(top, max(min(bottom, size[0]), top + 1)), slice(left, max(min(right, size[1]), left + 1))
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: Size, threshold: float = 0.5) -> Tensor:
