@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from widefield.data import Digits, Scales, catalog, collate, create, create_both, seeded
+from widefield.data.base import padded
 
 
 def global_state():
@@ -142,3 +143,19 @@ def test_importing_the_room_is_light():
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def padded_batch(samples):
+    return padded(samples, (6, 9))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_padded_images_are_written_once_to_shared_memory_in_workers(workers):
+    images = [torch.rand(3, 6, 4), torch.rand(3, 1, 9), torch.rand(3, 5, 1)]
+    (batch,) = DataLoader(images, batch_size=3, collate_fn=padded_batch, num_workers=workers)
+    assert batch.is_shared() == bool(workers)
+    assert batch.shape == (3, 3, 6, 9)
+    for image, place in zip(images, batch, strict=True):
+        height, width = image.shape[1:]
+        assert torch.equal(place[:, :height, :width], image)
+        assert place.count_nonzero() == image.count_nonzero()

@@ -1,5 +1,6 @@
 """Joint transforms: images, masks, boxes and key points stay together, by OpenMMLab's rules."""
 
+import colorsys
 import json
 import math
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tolerances import FLOAT32, close
+from tolerances import FLOAT32, FLOAT64, close
 from widefield.data import joint, seeded
 from widefield.data.transforms import JointAugmentation
 
@@ -230,8 +232,6 @@ def distorted(image, **ranges):
 
 def hsv(image):
     """Return hue in turns, saturation and value of (3, N) by the definition of Smith (1978)."""
-    import colorsys
-
     return torch.tensor([colorsys.rgb_to_hsv(*pixel) for pixel in image.T.tolist()]).T
 
 
@@ -311,3 +311,40 @@ def test_other_transforms_of_torchvision_apply_too():
 def test_bad_options_are_refused(options, error, text):
     with pytest.raises(error, match=text):
         JointAugmentation(**options)
+
+
+@settings(max_examples=60)
+@given(st.tuples(*[st.integers(1, 90)] * 4), st.sampled_from([torch.bool, torch.uint8, torch.int64]), st.integers(0, 3))
+def test_masks_are_resized_to_the_nearest_pixel_as_by_pytorch(sides, dtype, count):
+    height, width, *size = sides
+    masks = torch.randint(2 if dtype == torch.bool else 256, (count, height, width)).to(dtype)
+    numbers = masks.double().reshape(1, count, height, width)
+    expected = interpolate(numbers, size, mode="nearest")[0] if count else torch.zeros(0, *size).double()
+    found = joint.nearest(masks, size)
+    assert found.dtype == dtype
+    assert torch.equal(found.double(), expected)
+    assert torch.equal(
+        joint.nearest(masks.sum(0).to(dtype), size), joint.nearest(masks.sum(0).to(dtype)[None], size)[0]
+    )
+
+
+def test_images_given_as_floats_are_not_normalized_in_place():
+    image = torch.rand(3, 7, 5)
+    before = image.clone()
+    for scale in (None, (9, 4)):
+        joint.apply(joint.evaluation(scale, (0.5,) * 3, (0.2,) * 3), {"image": image})
+        assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 1 / 6, 0.3])
+def test_the_hue_is_that_of_the_definition(turn):
+    """Grays, pure colors, and colors with two equal channels are there, too."""
+    values = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    flat = torch.cartesian_prod(values, values, values).T
+    image = tv_tensors.Image(flat.reshape(3, 8, 8))
+    changed = joint.PhotometricDistortion().transform(image, {"changes": {"hue": turn}})
+    expected = []
+    for pixel in flat.T.tolist():
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        expected.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+    close(changed.reshape(3, -1), torch.tensor(expected, dtype=torch.float64).T, FLOAT64)

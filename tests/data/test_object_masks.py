@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as reference
 
-from widefield.data.object_masks import RUNS, Outlines, polygon_mask, runs
+from widefield.data.object_masks import POLYGONS, RUNS, Outlines, fifths, polygon_mask, runs
 
 # NumPy 2 deprecates how pycocotools 2.0.11 makes arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -26,6 +26,35 @@ def test_polygons_are_rasterized_as_by_pycocotools(kind, data, height, width):
     points = data.draw(st.lists(CORNERS[kind], min_size=6, max_size=16).filter(lambda v: len(v) % 2 == 0))
     (expected,) = reference.decode(reference.frPyObjects([points], height, width)).transpose(2, 0, 1)
     np.testing.assert_array_equal(polygon_mask(points, height, width), expected.astype(bool))
+
+
+@settings(max_examples=60)
+@given(data=st.data(), height=SIDES, width=SIDES)
+def test_objects_of_several_parts_are_united_as_by_pycocotools(data, height, width):
+    """Objects are polygons, which may overlap and lie outside of the image, or run lengths; some images have none."""
+    corners = st.lists(st.sampled_from(list(CORNERS.values())).flatmap(lambda v: v), min_size=6, max_size=14)
+    polygons = st.lists(corners.filter(lambda v: len(v) % 2 == 0), min_size=1, max_size=3)
+    objects = data.draw(st.lists(st.one_of(polygons, st.integers(0, 99)), max_size=4))
+    kinds, parts, expected = [], [], []
+    for one in objects:
+        if isinstance(one, int):
+            mask = np.random.default_rng(one).random((height, width)) < 0.5
+            rle = reference.encode(np.asfortranarray(mask.astype(np.uint8)))
+            parts.append([runs({"size": [height, width], "counts": rle["counts"].decode()}, height, width)])
+        else:
+            mask = reference.decode(reference.merge(reference.frPyObjects(one, height, width)))
+            parts.append([np.array(fifths(polygon), np.int32) for polygon in one])
+        kinds.append(RUNS if isinstance(one, int) else POLYGONS)
+        expected.append(mask.astype(bool))
+    values = [part for one in parts for part in one]
+    made = Outlines(
+        np.array(kinds, np.uint8), np.cumsum([0, *map(len, parts)]), np.cumsum([0, *map(len, values)]),
+        np.concatenate([np.zeros(0, np.int32), *values]),
+    )  # fmt: skip
+    found = made.masks(0, len(objects), height, width)
+    assert found.shape == (len(objects), height, width)
+    for first in range(len(objects)):  # from any object on
+        np.testing.assert_array_equal(made.masks(first, len(objects), height, width), np.stack(expected[first:]))
 
 
 def decoded(rle, height, width):

@@ -8,6 +8,7 @@ therefore sees exactly the images it would have seen.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from widefield import _checks
 from widefield.data.listing import counted
@@ -203,6 +204,31 @@ def collate(samples: Sequence[Sample | None]) -> Sample:
     """
     kept = [sample for sample in samples if sample is not None]
     batch: Sample = default_collate(kept) if kept else {}
+    return batch
+
+
+def padded(images: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+    """Return images (C, h, w) as one tensor (N, C, H, W), with zeros on the right and at the bottom.
+
+    In a loader's worker it is in memory shared with the main process, as that of ``default_collate``, so that it is
+    written once.
+
+    Args:
+        images: at least one, of one dtype and number of channels.
+        size: (H, W), at least that of each image.
+    """
+    first = images[0]
+    shape = (len(images), first.shape[0], *size)
+    if get_worker_info() is None:
+        batch = first.new_empty(shape)
+    else:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * first.element_size())
+        batch = first.new_empty(0).set_(storage).view(shape)
+    for place, image in zip(batch, images, strict=True):
+        height, width = image.shape[1:]
+        place[:, :height, :width] = image
+        place[:, height:] = 0
+        place[:, :height, width:] = 0
     return batch
 
 

@@ -7,10 +7,13 @@ CPU generator, which `widefield.data.base.seeded` seeds from the key of a sample
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -48,7 +51,7 @@ def training(
         v2.RandomHorizontalFlip(augmentation.hflip),
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
         *distortion,
-        v2.Normalize(list(mean), list(std)),
+        normalization(mean, std),
         Pad(crop_size),
     ]
     made: Transform = v2.Compose(steps)
@@ -68,14 +71,19 @@ def evaluation(
     steps = [
         Resize(scale, antialias=antialias),
         v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-        v2.Normalize(list(mean), list(std)),
+        normalization(mean, std),
     ]
     made: Transform = v2.Compose(steps)
     return made
 
 
+def normalization(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+    """Return the transform that normalizes float images in place, for pipelines that `apply` runs."""
+    return v2.Normalize(list(mean), list(std), inplace=True)
+
+
 def apply(transform: Transform, sample: Sample) -> Sample:
-    """Transform the entries of a sample together, and return plain tensors.
+    """Transform the entries of a sample together, and return plain tensors; those of ``sample`` stay as they are.
 
     Args:
         transform: such as `training`, or any transform of torchvision.transforms.v2.
@@ -91,7 +99,8 @@ def apply(transform: Transform, sample: Sample) -> Sample:
     wrapped = dict(sample)
     for name, value in sample.items():
         if name == "image":
-            wrapped[name] = tv_tensors.Image(value)
+            # Transforms normalize in place; of other types they make floats first.
+            wrapped[name] = tv_tensors.Image(value.clone() if value.is_floating_point() else value)
         elif name in ("mask", "size_group", "masks"):
             wrapped[name] = tv_tensors.Mask(value)
         elif name == "boxes":
@@ -132,7 +141,33 @@ class Resize(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return an entry of the sample, resized."""
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(nearest(inpt.as_subclass(Tensor), params["size"]), like=inpt)
         return functional.resize(inpt, params["size"], antialias=self.antialias)
+
+
+def nearest(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Return masks (..., H, W) on the CPU resized to the nearest pixel, as ``interpolate(mode="nearest")`` does.
+
+    That converts bool to float32, and takes twice the time.
+
+    Args:
+        masks: of any type.
+        size: (height, width) of the result.
+    """
+    if tuple(masks.shape[-2:]) == tuple(size):
+        return masks
+    places = [_sources(*pair) for pair in zip(masks.shape[-2:], size, strict=True)]
+    values = masks.numpy()
+    for axis in (-2, -1) if size[0] < masks.shape[-2] else (-1, -2):  # the fewer pixels first
+        values = values.take(places[axis], axis)
+    return torch.from_numpy(values)
+
+
+def _sources(before: int, after: int) -> NDArray[np.int64]:
+    """Return the pixel that each one of a resized axis is taken from, with PyTorch's arithmetic in float32."""
+    scale = np.float32(before) / np.float32(after)
+    return np.minimum((np.arange(after, dtype=np.float32) * scale).astype(np.int64), before - 1)
 
 
 class RandomResize(Resize):
@@ -269,22 +304,52 @@ class PhotometricDistortion(v2.Transform):
             return inpt
         image = inpt.as_subclass(Tensor)
         for name, value in params["changes"].items():
-            image = _CHANGES[name](image, value).clamp(0, 1)
+            image = _CHANGES[name](image, value).clamp_(0, 1)
         return tv_tensors.wrap(image, like=inpt)
 
 
 def _saturated(image: Tensor, factor: float) -> Tensor:
     """Multiply the saturation s = (max - min) / max of HSV, up to 1, at the same hue and value."""
-    value, least = image.amax(0), image.amin(0)
-    limit = value / (value - least).clamp_min(torch.finfo(image.dtype).tiny)  # 1 / s
-    return value - (value - image) * limit.clamp(max=factor)
+    value, least = _extremes(image)
+    limit = value / (value - least).clamp_min_(torch.finfo(image.dtype).tiny)  # 1 / s
+    less = (value - image).mul_(limit.clamp_(max=factor))
+    return torch.sub(value, less, out=less)
+
+
+def _hued(image: Tensor, turn: float) -> Tensor:
+    """Rotate the hue of HSV by a fraction of a full turn, at the same saturation and value.
+
+    With the hue in sixths of a turn, red has the value minus the range times max(0, min(1, 2 - |hue - 3|)), green and
+    blue max(0, min(1, |hue - 2| - 1)) and max(0, min(1, |hue - 4| - 1)).
+    """
+    if len(image) == 1:
+        return image.clone()
+    red, green, blue = image
+    value, least = _extremes(image)
+    span = value - least
+    scale = span.clamp_min(torch.finfo(image.dtype).tiny).reciprocal_()  # gray has span 0 and any hue
+    hue = torch.where(value == red, (green - blue).mul_(scale), (red - green).mul_(scale).add_(4))
+    hue = torch.where((value == green) & (value != red), (blue - red).mul_(scale).add_(2), hue)
+    hue.add_(6 * turn).remainder_(6)
+    found = torch.empty_like(image)
+    for channel, (middle, sign, offset) in zip(found, ((3, -1, 2), (2, 1, -1), (4, 1, -1)), strict=True):
+        torch.sub(hue, middle, out=channel)
+        channel.abs_().mul_(sign).add_(offset).clamp_(0, 1).mul_(span)
+        torch.sub(value, channel, out=channel)
+    return found
+
+
+def _extremes(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest and the smallest channel at each pixel, (H, W); faster than ``amax`` and ``amin``."""
+    channels = image.unbind(0)
+    return functools.reduce(torch.maximum, channels), functools.reduce(torch.minimum, channels)
 
 
 _CHANGES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "brightness": torch.add,
     "contrast": torch.mul,
     "saturation": _saturated,
-    "hue": functional.adjust_hue,
+    "hue": _hued,
 }
 
 

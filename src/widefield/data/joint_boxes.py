@@ -44,7 +44,7 @@ class Training:
         self._geometry = v2.Compose(_geometry(augmentation))
         distortion = [joint.PhotometricDistortion()] if augmentation.photometric else []
         to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
-        self._colors = v2.Compose([to_float, *distortion, v2.Normalize(list(mean), list(std))])
+        self._colors = v2.Compose([to_float, *distortion, joint.normalization(mean, std)])
 
     def __call__(self, sample: Sample, other: Callable[[], Sample | None]) -> Sample:
         """Return the transformed sample; its ``area`` is that of the masks, or of the boxes if there are none.

@@ -40,16 +40,20 @@ class Outlines:
 
     def masks(self, first: int, last: int, height: int, width: int) -> NDArray[np.bool_]:
         """Return the masks of the objects from ``first`` to before ``last``, (M, height, width)."""
-        made = np.zeros((last - first, width, height), np.bool_)  # column by column
-        for place in range(first, last):
-            canvas = made[place - first]
-            for part in range(self.parts[place], self.parts[place + 1]):
+        made = np.zeros((last - first, height, width), np.bool_)
+        edges = self.parts[first : last + 1]
+        drawn = np.repeat(self.kinds[first:last] == POLYGONS, np.diff(edges))
+        for place in np.flatnonzero(self.kinds[first:last] == RUNS):
+            for part in range(edges[place], edges[place + 1]):
                 values = self.values[self.starts[part] : self.starts[part + 1]]
-                if self.kinds[place] == RUNS:
-                    canvas.reshape(-1)[:] |= np.repeat(np.arange(len(values)) % 2 == 1, values)
-                else:
-                    _trace(values, canvas)
-        return np.ascontiguousarray(made.transpose(0, 2, 1))
+                column_by_column = np.repeat(np.arange(len(values)) % 2 == 1, values).reshape(width, height)
+                made[place] |= column_by_column.T
+        parts = np.arange(edges[0], edges[-1])[drawn]
+        if len(parts):
+            owners = np.repeat(np.arange(last - first), np.diff(edges))[drawn]
+            corners = [self.values[self.starts[part] : self.starts[part + 1]] for part in parts]
+            _fill(corners, owners, made)
+        return made
 
 
 def fifths(polygon: Sequence[float]) -> list[int]:
@@ -68,38 +72,71 @@ def polygon_mask(polygon: Sequence[float], height: int, width: int) -> NDArray[n
         polygon: its corners x0, y0, x1, y1, ... in pixels; they may be outside the image.
         height, width: of the image in pixels.
     """
-    canvas = np.zeros((width, height), np.bool_)
-    _trace(np.array(fifths(polygon), np.int32), canvas)
-    return np.ascontiguousarray(canvas.T)
+    canvas = np.zeros((height, width), np.bool_)
+    _fill([np.array(fifths(polygon), np.int32)], np.zeros(1, np.int64), canvas[None])
+    return canvas
 
 
-def _trace(corners: NDArray[np.int32], canvas: NDArray[np.bool_]) -> None:
-    """Add the pixels inside a polygon to ``canvas`` (width, height); corners in fifths of a pixel.
+def _fill(polygons: Sequence[NDArray[np.int32]], owners: NDArray[np.int64], masks: NDArray[np.bool_]) -> None:
+    """Add the pixels inside of polygons to masks (M, height, width).
 
-    ``rleFrPoly`` of pycocotools, without its loops over points.
+    ``rleFrPoly`` of pycocotools for all polygons at once.
+
+    Args:
+        polygons: corners of each in fifths of a pixel.
+        owners: the mask of each polygon, rising.
+        masks: changed in place.
     """
-    width, height = canvas.shape
-    x, y = corners[0::2].astype(np.int64), corners[1::2].astype(np.int64)
-    across, down = _points(x, y)
-    step = np.flatnonzero(across[1:] != across[:-1]) + 1  # where the trace enters another fifth of a column
+    height, width = masks.shape[1:]
+    numbers, columns, rows = _crossings(polygons, height, width)
+    # A column's crossings go in pairs, since outlines are closed: from the first of two on, up to before the second.
+    order = np.lexsort((rows, columns, numbers))
+    numbers, columns, rows = numbers[order], columns[order], rows[order]
+    bounds = np.searchsorted(owners[numbers], np.arange(len(masks) + 1))
+    for mask, start, end in zip(masks, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if start == end:
+            continue
+        across, down = columns[start:end], rows[start:end]
+        left, right, top, bottom = across.min(), across.max() + 1, down.min(), down.max()
+        covers = np.zeros((bottom - top + 1, right - left), np.int16)  # polygons that cover each pixel
+        np.add.at(covers, (down[0::2] - top, across[0::2] - left), 1)
+        np.subtract.at(covers, (down[1::2] - top, across[1::2] - left), 1)
+        np.add.accumulate(covers, axis=0, out=covers)
+        mask[top:bottom, left:right] |= covers[:-1] > 0
+
+
+def _crossings(
+    polygons: Sequence[NDArray[np.int32]], height: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return where outlines cross the centers of columns: number of the polygon, column, and the first row below."""
+    corners = np.concatenate(polygons)
+    counts = np.array([len(polygon) // 2 for polygon in polygons])
+    across, down, numbers = _points(corners[0::2].astype(np.int64), corners[1::2].astype(np.int64), counts)
+    # where the trace enters another fifth of a column
+    step = np.flatnonzero((across[1:] != across[:-1]) & (numbers[1:] == numbers[:-1])) + 1
     before, after = across[step - 1], across[step]
     place = np.where(after < before, after, after - 1) - 2  # a pixel's center is in the third of its fifths
     seen = (place % 5 == 0) & (place >= 0) & (place <= 5 * (width - 1))
-    if not seen.any():
-        return
-    columns = place[seen] // 5
     rows = (np.minimum(down[step], down[step - 1])[seen] + 0.5) / _FIFTHS - 0.5
-    rows = np.ceil(rows.clip(0, height)).astype(np.int64)
-    first, last = int(columns.min()), int(columns.max())
-    changes = np.sort((columns - first) * height + rows)  # an even number in each column, since the outline is closed
-    window = canvas[first : last + 1].reshape(-1)
-    edges = np.concatenate([[0], changes, [len(window)]])
-    window |= np.repeat(np.arange(len(edges) - 1) % 2 == 1, np.diff(edges))
+    return numbers[step][seen], place[seen] // 5, np.ceil(rows.clip(0, height)).astype(np.int64)
 
 
-def _points(x: NDArray[np.int64], y: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the points of a closed outline, one for each step along the longer axis of each side."""
-    dx, dy = np.roll(x, -1) - x, np.roll(y, -1) - y
+def _points(
+    x: NDArray[np.int64], y: NDArray[np.int64], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the points of closed outlines, one for each step along the longer axis of each side.
+
+    Args:
+        x, y: corners of all outlines.
+        counts: number of corners of each.
+
+    Returns:
+        x and y of each point, and the number of its outline.
+    """
+    ends = np.cumsum(counts)
+    following = np.arange(1, len(x) + 1)
+    following[ends - 1] = ends - counts
+    dx, dy = x[following] - x, y[following] - y
     wide = abs(dx) >= abs(dy)
     length = np.where(wide, abs(dx), abs(dy))
     backward = np.where(wide, dx < 0, dy < 0)  # sides are drawn from their lower end along the axis
@@ -113,7 +150,8 @@ def _points(x: NDArray[np.int64], y: NDArray[np.int64]) -> tuple[NDArray[np.int6
     start = np.where(wide, low_y, low_x)[side]
     other = (start + slope[side] * along + 0.5).astype(np.int64)  # towards zero, as in C
     along = along + np.where(wide, low_x, low_y)[side]
-    return np.where(wide[side], along, other), np.where(wide[side], other, along)
+    numbers = np.repeat(np.arange(len(counts)), counts)[side]
+    return np.where(wide[side], along, other), np.where(wide[side], other, along), numbers
 
 
 def runs(rle: Any, height: int, width: int) -> NDArray[np.int32]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from widefield import _checks, dense
 from widefield.data import Sample
+from widefield.data.base import padded
 from widefield.dense.anchors import DIVISOR
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
@@ -120,11 +120,10 @@ class Detection(Task):
             )
         images = [sample["image"] for sample in samples]
         sizes = torch.tensor([image.shape[1:] for image in images])
-        height, width = (-(-int(side) // DIVISOR) * DIVISOR for side in sizes.amax(0))
-        padded = [F.pad(one, (0, width - one.shape[2], 0, height - one.shape[1])) for one in images]
+        whole = [-(-int(side) // DIVISOR) * DIVISOR for side in sizes.amax(0)]
         lists = {name: [sample[name] for sample in samples] for name in (*_LISTS, *(("masks",) if self.masks else ()))}
         files = torch.stack([sample["size"] for sample in samples])
-        return {"image": torch.stack(padded), "image_size": sizes, "size": files, **lists}
+        return {"image": padded(images, whole), "image_size": sizes, "size": files, **lists}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of the batch, a scalar."""
