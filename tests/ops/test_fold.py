@@ -65,6 +65,21 @@ def test_batch_norm_affine_is_batch_norm(affine):
     close(y * scale[:, None, None] + shift[:, None, None], norm(y), FLOAT64)
 
 
+@pytest.mark.parametrize("shape", [(40, 64, 7, 7), (300, 500), (2, 70000, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_parts_of_large_kernels_are_scaled_as_the_whole_is(shape, layout):
+    """Without gradients part by part, with them at once: the same to the bit, in the same memory format."""
+    kernel = torch.randn(shape)
+    kernel = kernel.to(memory_format=layout) if kernel.ndim == 4 else kernel
+    scale, shift = torch.rand(shape[0]).double(), torch.rand(shape[0]).double()
+    with torch.no_grad():
+        parts = fold.scale_outputs(kernel, None, scale, shift)
+    whole = fold.scale_outputs(kernel, None, scale, shift)
+    assert torch.equal(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
+    assert parts[0].stride() == whole[0].stride()
+
+
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_outputs_of_transposed_convolutions_are_scaled_group_by_group(groups):
     kernel, bias = torch.randn(6, 12 // groups, 3, 2).double(), torch.randn(12).double()

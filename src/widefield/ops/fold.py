@@ -16,6 +16,9 @@ from torch import Tensor
 
 from widefield.ops._problem import size_of
 
+_CHUNK = 2**16
+"""Numbers of a kernel that are scaled at a time."""
+
 
 def effective_size(size: int, dilation: int) -> int:
     """Return how many pixels a kernel of ``size`` taps with ``dilation`` spans: ``dilation * (size - 1) + 1``."""
@@ -133,6 +136,18 @@ def scale_outputs(
     along = scale.view(-1, 1)
     if transposed is not None:  # each row of the kernel, a channel of the input, writes the outputs of its group
         along = scale.view(transposed, 1, -1).expand(-1, kernel.shape[0] // transposed, -1).flatten(0, 1)
-    merged = kernel * along.reshape(*along.shape, *(1,) * (kernel.ndim - 2))
+    merged = _scaled(kernel, along.reshape(*along.shape, *(1,) * (kernel.ndim - 2)))
     offset = shift if bias is None else shift + bias * scale
-    return merged.to(kernel.dtype), offset.to(kernel.dtype)
+    return merged, offset.to(kernel.dtype)
+
+
+def _scaled(kernel: Tensor, along: Tensor) -> Tensor:
+    """Return kernel * along in the kernel's dtype."""
+    if torch.is_grad_enabled() or not kernel.numel():
+        return (kernel * along).to(kernel.dtype)
+    merged = torch.empty_like(kernel)
+    rows = max(1, _CHUNK // kernel[0].numel())
+    for start in range(0, len(kernel), rows):  # wide products of a whole kernel would leave the cache
+        part = slice(start, start + rows)
+        merged[part] = kernel[part] * along[part]
+    return merged
