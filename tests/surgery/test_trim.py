@@ -132,6 +132,7 @@ def test_the_guarantee_is_tight():
     size=SIZES, stride=st.integers(1, 3), padding=st.tuples(st.integers(0, 6), st.integers(0, 6)),
     dilation=st.integers(1, 2), groups=st.sampled_from([1, 2]), tolerance=TOLERANCES, fixed=st.booleans(),
 )  # fmt: skip
+@settings(deadline=None)  # a busy machine takes longer than 0.2 s
 def test_transposed_convolutions_keep_the_guarantee(size, stride, padding, dilation, groups, tolerance, fixed):
     assume(size != (1, 1))
     conv = nn.ConvTranspose2d(4, 6, size, stride, padding, stride - 1, groups, dilation=dilation)

@@ -22,6 +22,7 @@ from widefield.surgery.detections import detections, sensitive
 from widefield.surgery.folding import Pair, Watch, is_linear, is_norm, without_norm
 from widefield.surgery.inputs import Example, place
 from widefield.surgery.plain import Changed, plain, with_numbers
+from widefield.surgery.quick import quick
 from widefield.surgery.reparameterize_report import FusedLayer, LeftLayer, Reparameterization, counted, larger, worst
 from widefield.surgery.walk import (
     COLLECTIVE,
@@ -166,6 +167,8 @@ def _linear(model: nn.Module) -> dict[nn.Module, str]:
 
 def _fold_norms(work: _Work) -> None:
     """Fold batch norms into the layers before them, in place."""
+    if work.watched is None and not any(map(is_norm, work.model.modules())):
+        return
     watch, pairs = work.watched or _watched(work)
     work.watched = None  # holds the layers that are replaced here
     for title, module in work.model.named_modules():
@@ -183,8 +186,8 @@ def _watched(work: _Work) -> tuple[Watch, list[Pair]]:
 
 def _verified(work: _Work, tolerance: float) -> Difference:
     """Return how far the outputs moved; raises RuntimeError if they, or those of a layer, moved too far."""
-    with torch.no_grad():
-        after = _still_runs(work.model, work.x)
+    with torch.no_grad(), quick(work.model) as fast:
+        after = _still_runs(fast, work.x)
     apart = difference(work.before, after, work.model)
     moved = worst(work.fused)
     layerwise = 0.0 if moved is None or moved.difference is None else moved.difference.relative
@@ -212,7 +215,7 @@ def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
         if lost is not None:
             where = ".".join(filter(None, (names[module], lost))) or type(module).__name__
             raise ValueError(f"{where} has hooks, which fusing would lose: remove them first.")
-        twin = module if takes_norm(module) else duplicate(module)
+        twin = module if takes_norm(module) or _leaves(module, method) else duplicate(module)
         try:
             twins[module] = merge(twin, method)
         except Exception as error:
@@ -249,6 +252,11 @@ def _merges(root: nn.Module) -> tuple[list[_Merge], list[LeftLayer]]:
     return merges, left
 
 
+def _leaves(module: nn.Module, method: str) -> bool:
+    """Return whether a merge leaves the module as it is, and returns another one; see :mod:`widefield.nn.fusing`."""
+    return is_ours(module) and method == "fuse"
+
+
 def _structure(module: nn.Module) -> list[tuple[str, object]]:
     """Return types and shapes of a module's parts, which an in-place merge changes."""
     parts: list[tuple[str, object]] = [(name, type(part)) for name, part in module.named_modules()]
@@ -266,7 +274,10 @@ def _merge(
     for tried in merges:
         module, pair, before = tried.module, followed.get(tried.module), type(tried.module).__name__
         kind = _kind(module)
-        merged = merge(module, tried.method) if pair is None else pair.folded
+        if pair is not None:
+            merged = pair.folded
+        else:
+            merged = tried.twin if _leaves(module, tried.method) else merge(module, tried.method)
         if merged is not module:
             replacements[module] = with_numbers(merged) if isinstance(module, DepthwiseConv2d) else merged
         if pair is not None:
@@ -403,7 +414,8 @@ def _run(model: nn.Module, x: Tensor, *, made_up: bool) -> Any:
 
 def _cost(model: nn.Module, x: Tensor) -> bench.Cost:
     """Return the cost per image, counted on the whole example because not every model accepts part of it."""
-    counted = bench.cost(model, x)
+    with quick(model) as fast:
+        counted = bench.cost(fast, x)
     return bench.Cost(counted.parameters, counted.macs // max(1, len(x)), counted.uncounted)
 
 

@@ -27,6 +27,7 @@ from widefield.surgery.anatomy import anatomy
 from widefield.surgery.compare import Difference, Tally, comparable, compare
 from widefield.surgery.detections import detections
 from widefield.surgery.inputs import batches, check_loader
+from widefield.surgery.quick import quick, quicker
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ UNSEEN = "the data never reach it"
 
 Routed = MoRFConv2d | FusedMoRFConv2d | DynamicGMConv2d
 Layers = Mapping[str, Routed]
-Statics = Mapping[str, nn.Conv2d]
+Statics = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -176,17 +177,19 @@ def specialize(
         if not reached:
             raise ValueError(f"the data never reach a routed layer of {type(model).__name__}: {', '.join(layers)}.")
         statics = {name: _static(name, layer, routing[name].mean()) for name, layer in reached.items()}
-        effects = _Effects(statics, work)
-        effects.measure(work, reached, statics, loader)
+        tried = {name: quicker(conv) for name, conv in statics.items()}
+        effects = _Effects(tried, work)
+        effects.measure(work, reached, tried, loader)
         chosen, measured = list(reached), effects.together.difference()
         if policy == "auto":
-            chosen, found = _within(model, work, reached, statics, loader, tolerance, effects)
+            chosen, found = _within(model, work, reached, tried, loader, tolerance, effects)
             measured = found or effects.unchanged.difference()
         before = bench.cost(work, example)
         result = model if inplace else work
         places = _routed_layers(result)
         result = walk.replace(result, {places[name]: statics[name] for name in chosen})
-        after = bench.cost(result, example)
+        with quick(result) as fast:
+            after = bench.cost(fast, example)
     alone = effects.alone_differences()
     stages = anatomy(model).count_stages(list(layers))
     done = Specialization(

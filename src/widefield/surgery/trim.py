@@ -17,6 +17,7 @@ from widefield.surgery.compare import Difference, difference
 from widefield.surgery.detections import detections, sensitive
 from widefield.surgery.inputs import Example, batches, check_loader, pixels
 from widefield.surgery.inputs import example_input as made_up
+from widefield.surgery.quick import quick
 from widefield.surgery.trim_kernels import Call, Layer, Left, Sizes, crop_kernels, kernels_of, watch, zero_taps
 from widefield.surgery.trim_report import TrimmedKernel, Trimming
 from widefield.surgery.trim_search import ROUNDING, Search
@@ -139,7 +140,10 @@ def _refuse_unmerged(model: nn.Module) -> None:
 def _cost(model: nn.Module, x: Tensor | None) -> tuple[int, int | None]:
     """Return parameters, and multiply-accumulates for one image if there is one."""
     parameters = sum(p.numel() for p in model.parameters())
-    return parameters, None if x is None else bench.cost(model, x[:1]).macs
+    if x is None:
+        return parameters, None
+    with quick(model) as fast:
+        return parameters, bench.cost(fast, x[:1]).macs
 
 
 # Inputs
@@ -243,11 +247,12 @@ def _entries(layer: Layer | Left, stage: int, sizes: Sizes, limit: int | None) -
 
 def _verify(model: nn.Module, sizes: Mapping[str, Sizes], x: Tensor) -> float:
     """Return how far the trimmed model is from the one with zeros in the same taps; RuntimeError if too far."""
+    widened = x.dtype in (torch.float16, torch.bfloat16)  # their rounding would hide a difference
     with sensitive(model, x):  # copies keep the thresholds
-        masked, trimmed = zero_taps(model, sizes), crop_kernels(model, sizes)
-    if x.dtype in (torch.float16, torch.bfloat16):  # their rounding would hide a difference
+        masked, trimmed = (make(model, sizes, share=not widened) for make in (zero_taps, crop_kernels))
+    if widened:
         x, masked, trimmed = x.float(), masked.float(), trimmed.float()
-    with torch.no_grad():
+    with torch.no_grad(), quick(masked) as masked, quick(trimmed) as trimmed:
         expected = masked(x)
         try:
             difference(expected, expected)

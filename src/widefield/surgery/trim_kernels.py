@@ -222,7 +222,6 @@ def _layer(name: str, module: Any, calls: Sequence[Call], fixed: bool) -> Layer:
 
 def _kernel(name: str, weight: Tensor, least: Pair, dilation: Pair, *, square: bool = False) -> Kernel:
     size = weight.shape[-2], weight.shape[-1]
-    crop_table(weight, dilation)  # raises for invalid kernels
     used = (weight != 0).any(1).any(0)
     box = _around(used.any(1), least[0]), _around(used.any(0), least[1])
     if square:
@@ -296,26 +295,36 @@ def _meeting(
 # Cropped layers
 
 
-def crop_kernels(model: nn.Module, sizes: Mapping[str, Sizes], *, inplace: bool = False) -> nn.Module:
-    """Return a copy of the model, or the model itself, with the kernels of these layers cropped."""
-    twin = model if inplace else copied(model)
+def crop_kernels(
+    model: nn.Module, sizes: Mapping[str, Sizes], *, inplace: bool = False, share: bool = False
+) -> nn.Module:
+    """Return a copy of the model, or the model itself, with the kernels of these layers cropped.
+
+    ``share``: the copy has the model's own parameters apart from the cropped ones, and must not change them in place.
+    """
+    twin = model if inplace else copied(model, share=share)
     modules = dict(twin.named_modules())
     return replace(twin, {modules[name]: _smaller(modules[name], given) for name, given in sizes.items()})
 
 
-def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes]) -> nn.Module:
+def zero_taps(model: nn.Module, sizes: Mapping[str, Sizes], *, share: bool = False) -> nn.Module:
     """Return a copy of the model with zeros in the taps that :func:`crop_kernels` removes; it computes the same."""
-    twin = copied(model)
+    twin = copied(model, share=share)
     modules: dict[str, Any] = dict(twin.named_modules())
     with torch.no_grad():
         for name, given in sizes.items():
             module = modules[name]
             if isinstance(module, FusedMoRFConv2d):
                 kept = [fold.pad(w, k) for w, k in zip(_kept(module, given), module.kernel_sizes, strict=True)]
-                module.bank.copy_(fold.kernel_bank(kept, module.dilations))
+                module.bank = _like(module.bank, fold.kernel_bank(kept, module.dilations))
             else:
-                module.weight.copy_(fold.pad(fold.crop(module.weight, given[0]), _size(module)))
+                module.weight = _like(module.weight, fold.pad(fold.crop(module.weight, given[0]), _size(module)))
     return twin
+
+
+def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """Return a parameter of these values in the memory format of another one of their shape."""
+    return nn.Parameter(torch.empty_like(old).copy_(values), old.requires_grad)
 
 
 def _smaller(module: Any, sizes: Sizes) -> nn.Module:

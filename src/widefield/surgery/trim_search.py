@@ -11,7 +11,9 @@ from torch import nn
 
 from widefield.surgery.compare import Difference, Reference
 from widefield.surgery.inputs import batches, place
+from widefield.surgery.quick import quicker
 from widefield.surgery.trim_kernels import Layer, Sizes, crop_kernels
+from widefield.surgery.walk import copied, replace
 
 ROUNDING = 1e-4
 """Relative difference of float32 outputs that a different order of summation may cause."""
@@ -38,15 +40,17 @@ class Search:
     """Search for large crops that change the outputs by at most the budget; every candidate is measured."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], loader: Iterable[Any], budget: float) -> None:
-        self._model, self._layers, self._loader, self._budget = model, layers, loader, budget
-        self._reference = Reference(model, loader)
+        model = copied(model, share=True)
+        self._model = replace(model, {module: quicker(module) for module in model.modules()})
+        self._layers, self._loader, self._budget = layers, loader, budget
+        self._reference = Reference(self._model, loader)
         self._measured: dict[tuple[Sizes, ...], Difference] = {}
 
     def change(self, sizes: Mapping[str, Sizes]) -> Difference:
         """Return how much these crops change the outputs, on all of the data."""
         key = tuple(sizes.values())
         if key not in self._measured:
-            self._measured[key] = self._reference.compare(crop_kernels(self._model, sizes))
+            self._measured[key] = self._reference.compare(crop_kernels(self._model, sizes, share=True))
         return self._measured[key]
 
     def run(self, chosen: list[int]) -> dict[str, Sizes]:
@@ -93,14 +97,14 @@ class Search:
         Squared changes of several layers are assumed to add up, as those of uncorrelated errors do.
         """
         images = next(batches(self._loader, self._model))[0]
-        whole = Reference(crop_kernels(self._model, self._sizes(start)), [images[:_PROBED]])
+        whole = Reference(crop_kernels(self._model, self._sizes(start), share=True), [images[:_PROBED]])
         steps: list[_Step] = []
         for which, (layer, first) in enumerate(zip(self._layers, start, strict=True)):
             work = [layer.macs * rows * columns for rows, columns in layer.windows.sizes]
             moved = {first: 0.0}
             for index in range(first - 1, -1, -1):
                 sizes = self._sizes(_taken(start, [_Step(which, index, 0.0)]))
-                change = whole.compare(crop_kernels(self._model, sizes))
+                change = whole.compare(crop_kernels(self._model, sizes, share=True))
                 if change.rms > self._budget:
                     break
                 moved[index] = change.rms**2

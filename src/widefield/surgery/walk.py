@@ -123,11 +123,24 @@ def begin(model: nn.Module, what: str, report: object) -> None:
             raise ValueError(f"{name} is on the meta device and holds no numbers: load the model's weights first.")
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
     """Return a copy of a model, in evaluation mode. Copies of torchvision's feature extractors start in training mode.
 
-    Raises ValueError for a module whose ``forward`` was replaced with a function, which would still call the original
-    module in the copy. ``torch.compile``'s wrapper (``_orig_mod``) is fine: it creates its ``forward`` again.
+    Args:
+        model: any module.
+        share: keep the model's own parameters, which the copy must not change in place.
+
+    Raises:
+        ValueError: as :func:`refuse_replaced` does.
+    """
+    refuse_replaced(model)
+    return duplicate(model, share=share).eval()
+
+
+def refuse_replaced(model: nn.Module) -> None:
+    """Raise ValueError for a module whose ``forward`` was replaced with a function, which a copy would still call.
+
+    ``torch.compile``'s wrapper (``_orig_mod``) is fine: it creates its ``forward`` again.
     """
     for name, module in model.named_modules():
         if isinstance(vars(module).get("forward"), FunctionType) and "_orig_mod" not in module._modules:
@@ -137,18 +150,19 @@ def copied(model: nn.Module) -> nn.Module:
                 "original: restore the forward of its class (del module.forward), and wrap or compile the result "
                 "instead."
             )
-    return duplicate(model).eval()
 
 
-def duplicate(module: _Module) -> _Module:
+def duplicate(module: _Module, *, share: bool = False) -> _Module:
     """Return a deep copy, also of modules that keep tensors with a gradient function.
 
     ``copy.deepcopy`` refuses such tensors, for example weights that weight norm and pruning compute in hooks, and the
     attention biases that timm caches (LeViT, EfficientViT, TinyViT). The copy holds their values until it computes them
-    again.
+    again. ``share`` is that of :func:`copied`.
     """
     held = [tensor for part in module.modules() for tensor in _tensors(vars(part))]
     stand_ins = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+    if share:
+        stand_ins |= {id(parameter): parameter for parameter in module.parameters()}
     return copy.deepcopy(module, stand_ins)  # memo: id -> what to use
 
 
@@ -325,6 +339,9 @@ def unmerged(model: nn.Module) -> list[str]:
 
     Raises ValueError if one of them cannot be merged, or as :func:`copied` does.
     """
+    refuse_replaced(model)
+    if not any(map(merge_method, model.modules())):
+        return []
     twin = copied(model)
 
     def works(module: nn.Module) -> bool:
