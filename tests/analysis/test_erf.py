@@ -254,7 +254,7 @@ def test_errors_say_what_to_do():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten()), torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match="no layer 'conv'"):
         effective_receptive_field(model, x, layer="conv")
-    with pytest.raises(ValueError, match=r"layer '1' .* returns \(1, 256\)"):
+    with pytest.raises(ValueError, match=r"layer '1' .* returns \(2, 256\)"):
         effective_receptive_field(model, x, layer="1")
     with pytest.raises(ValueError, match=r"position \(2, 8\) lies outside the map of layer '0', which is 8x8"):
         effective_receptive_field(model, x, position=(2, 8))

@@ -19,10 +19,17 @@ from widefield.analysis.theoretical import (
     Position,
     candidates,
     feature_map,
+    last_feature_maps,
     theoretical_receptive_field,
     unit,
     unknown,
 )
+
+_TRIED = 16
+"""Number of layers whose maps are kept to choose from; more take another pass each."""
+
+_CLEARLY = 0.01
+"""Share of the differences of other sums from which a sum of channels depends on the image beyond rounding."""
 
 OUTPUT = "(output)"
 """How tables name the layer "", which is the model itself."""
@@ -121,36 +128,58 @@ class LayerUnit(Unit):
         return f"layer {self.layer!r} of {type(self.model).__name__}"
 
     def first(self, images: Tensor) -> Look:
-        """Look through the first layer whose channel sum has a gradient."""
-        names = candidates(self.model, images[:1].clone())[::-1] if self.name is None else [self.name]
-        for name in names:
+        """Look through the first layer whose channel sum has a gradient; one forward pass finds it."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = images.detach().clone().requires_grad_()
+            maps = self._maps(leaf)
+            for name, found in maps.items():
+                self.layer = name
+                look = self._checked(images, leaf, found)
+                if look is not None:
+                    return look
+        for name in candidates(self.model, images[:1].clone())[::-1] if self.name is None else ():
             self.layer = name
-            found = self._look(images[:1], check=True)  # the check takes a second backward pass
-            if not found.cancels:
-                return found if len(images) == 1 else self._look(images)
+            if name not in maps and not self._look(images[:1], check=True).cancels:
+                return self._look(images)
         raise ValueError(
-            f"the channels of layer {names[0]!r} of {type(self.model).__name__} always sum to the same value, as after "
-            "a freshly initialized layer norm, so their sum has no gradient. Give the layer before it."
+            f"the channels of layer {next(iter(maps))!r} of {type(self.model).__name__} always sum to the same value, "
+            "as after a freshly initialized layer norm, so their sum has no gradient. Give the layer before it."
         )
 
     def look(self, images: Tensor) -> Look:
         """Return the gradients for images (N, C, H, W)."""
         return self._look(images)
 
+    def _maps(self, leaf: Tensor) -> dict[str, Tensor]:
+        """Return the maps to choose from by layer, the first choice first."""
+        if self.name is None:
+            return last_feature_maps(self.model, leaf.clone(), _TRIED)  # a copy, as models may modify their input
+        return {self.name: feature_map(self.model, self.name, leaf.clone())}
+
+    def _checked(self, images: Tensor, leaf: Tensor, found: Tensor) -> Look | None:
+        """Return the gradients, or None if those of the channels cancel out."""
+        if len(images) == 1:
+            look = self._differentiated(leaf, found, check=True)
+            return None if look.cancels else look
+        row, column = unit(self.position, found, self.layer)
+        if not _varies(found[:, :, row, column]) and self._look(images[:1], check=True).cancels:
+            return None  # the check takes a second backward pass, so it is made on one image
+        return self._differentiated(leaf, found)
+
     def _look(self, images: Tensor, *, check: bool = False) -> Look:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = images.detach().clone().requires_grad_()
-            found = feature_map(self.model, self.layer, leaf.clone())  # a copy, as models may modify their input
-            row, column = unit(self.position, found, self.layer)
-            channels = found[:, :, row, column]
-            gradient = _gradient(channels.sum(), leaf, keep=check)
-            cancels = False
-            if gradient is not None and check and channels.shape[1] > 1:
-                signs = torch.ones(channels.shape[1])
-                signs[torch.randperm(len(signs), generator=torch.Generator().manual_seed(0))[::2]] = -1
-                other = _gradient((channels * signs.to(channels)).sum(), leaf)
-                noise = min(0.1, 1000 * torch.finfo(images.dtype).eps)
-                cancels = other is not None and bool(gradient.norm() <= noise * other.norm()) and bool(other.any())
+            return self._differentiated(leaf, feature_map(self.model, self.layer, leaf.clone()), check=check)
+
+    def _differentiated(self, leaf: Tensor, found: Tensor, *, check: bool = False) -> Look:
+        row, column = unit(self.position, found, self.layer)
+        channels = found[:, :, row, column]
+        gradient = _gradient(channels.sum(), leaf, keep=check)
+        cancels = False
+        if gradient is not None and check and channels.shape[1] > 1:
+            other = _gradient((channels * _signs(channels)).sum(), leaf, keep=True)
+            noise = min(0.1, 1000 * torch.finfo(leaf.dtype).eps)
+            cancels = other is not None and bool(gradient.norm() <= noise * other.norm()) and bool(other.any())
         if gradient is None:
             raise ValueError(
                 f"{self.where} has no gradient with respect to the images: it does not depend on them, or is computed "
@@ -166,6 +195,20 @@ class LayerUnit(Unit):
     def of(self) -> str:
         """Return "", as this is no class logit."""
         return ""
+
+
+def _signs(channels: Tensor) -> Tensor:
+    """Return random signs for channels (N, C), as many of each."""
+    signs = torch.ones(channels.shape[1])
+    signs[torch.randperm(len(signs), generator=torch.Generator().manual_seed(0))[::2]] = -1
+    return signs.to(channels)
+
+
+def _varies(channels: Tensor) -> bool:
+    """Return whether the sum of channels (N, C) differs between images, measured against a sum with random signs."""
+    channels = channels.detach().double()
+    total, other = channels.sum(1), (channels * _signs(channels)).sum(1)
+    return bool(total.max() - total.min() > _CLEARLY * (other.max() - other.min()))
 
 
 class Logit(Unit):

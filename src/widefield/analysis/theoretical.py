@@ -24,6 +24,7 @@ from widefield.analysis._model import (
     watched,
 )
 from widefield.analysis._places import Tracer
+from widefield.surgery.anatomy import anatomy, is_inside
 
 Position = str | Sequence[int]
 """A unit of a map: "center" (row h // 2, column w // 2), or (row, column) from 0."""
@@ -113,11 +114,47 @@ def candidates(model: nn.Module, images: Tensor) -> list[str]:
     """Return the names of the layers that return maps, the last one at the end; raises ValueError if there are none."""
     names = last_maps(model, images)
     if not names:
-        raise ValueError(
-            f"no layer of {type(model).__name__} returns a map of more than one position for images of "
-            f"{tuple(images.shape[1:])}: give larger images."
-        )
+        raise _without_maps(model, images)
     return names
+
+
+def _without_maps(model: nn.Module, images: Tensor) -> ValueError:
+    return ValueError(
+        f"no layer of {type(model).__name__} returns a map of more than one position for images of "
+        f"{tuple(images.shape[1:])}: give larger images."
+    )
+
+
+def last_feature_maps(model: nn.Module, images: Tensor, count: int) -> dict[str, Tensor]:
+    """Run a model once and return the maps (N, C, h, w) of the last :func:`candidates` by name, the last one first.
+
+    Args:
+        model: any model. Gradients flow through the maps.
+        images: (N, C, H, W), or clips.
+        count: number of maps to keep at most.
+
+    Raises:
+        ValueError: no layer returns a map.
+    """
+    size, hint, backbone = images.shape[2:], map_hint(model), anatomy(model).backbone
+    inside: dict[str, Tensor] = {}
+    anywhere: dict[str, Tensor] = {}
+
+    def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found = inner_map(output, size, **hint)
+        if found is None:
+            return
+        for kept in (anywhere, inside) if is_inside(name, backbone) else (anywhere,):
+            kept.pop(name, None)  # the last call counts
+            kept[name] = found[1]
+            if len(kept) > count:
+                del kept[next(iter(kept))]
+
+    with running(model, images), watched(dict(model.named_modules()), see):
+        getattr(model, "forward_features", model)(images)
+    if not anywhere:
+        raise _without_maps(model, images)
+    return dict(reversed((inside or anywhere).items()))
 
 
 def feature_map(model: nn.Module, layer: str, images: Tensor) -> Tensor:
