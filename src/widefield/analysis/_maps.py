@@ -110,13 +110,13 @@ def no_map(output: Any) -> str:
 
 
 @contextmanager
-def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Module]:
-    """Route a layer's output through a module that sees it as a map (N, C, h, w), and yield that module.
+def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Collect a layer's maps (N, C, h, w), a leaf of the graph for each call, and let the model go on from them.
 
-    captum averages gradients over all dimensions after the second, which is correct for (N, C, h, w) only. With this
-    module as its layer, tokens, channels-last maps and clips work as well.
+    Gradients of what is computed after the layer flow into the leaves, whatever the layer's layout: tokens,
+    channels-last maps and clips are read as maps and laid out as before.
     """
-    tap = nn.Identity()
+    taps: list[Tensor] = []
     hint = map_hint(model)
 
     def lead(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -125,14 +125,13 @@ def tapped(model: nn.Module, layer: str, size: Sequence[int]) -> Iterator[nn.Mod
             got = "shape " * isinstance(output, Tensor) + no_map(output)
             raise ValueError(f"layer {layer!r} returns no map of images of {tuple(size)} pixels: got {got}.")
         inside, seen = found
-        # detach: captum sets requires_grad on this tensor, which may share memory with the caller's images.
-        # clone: the next layer may work in place.
-        led = tap(seen.detach()).clone()
+        taps.append(seen.detach().clone().requires_grad_())  # a copy, as other code may change the map in place
+        led = taps[-1].clone()  # the next layer may work in place
         return exchanged(output, inside, _laid_out(led, inside, size, hint["layout"]))
 
     handle = model.get_submodule(layer).register_forward_hook(lead)
     try:
-        yield tap
+        yield taps
     finally:
         handle.remove()
 

@@ -174,7 +174,7 @@ def class_activation(
     about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> ClassActivation:
-    """Compute Grad-CAM maps (Selvaraju et al. 2017, equations 1 and 2), with captum's LayerGradCam.
+    """Compute Grad-CAM maps (Selvaraju et al. 2017, equations 1 and 2), as captum's LayerGradCam does.
 
     A layer's map (C, h, w) is summed over channels, each weighted by the mean gradient of the class's score (before
     softmax). The positive part is scaled to a maximum of 1. Tokens and channels-last maps work as well, as in ViT and
@@ -290,22 +290,27 @@ class _Asked:
 
 def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[Tensor, ...]:
     """Return maps (N, h, w) before scaling, targets, predicted classes, probabilities, boxes and points, on the CPU."""
-    from captum.attr import LayerGradCam, LayerGradientXActivation  # imports pyplot, so only when needed
-
-    with visited(model), torch.inference_mode(False), tapped(model, layer, images.shape[2:]) as tap:
-        scorer = _Scorer(model, layer, tap, asked)
+    with (
+        visited(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        tapped(model, layer, images.shape[2:]) as taps,
+    ):
+        scorer = _Scorer(model, layer, taps, asked)
+        scores = scorer(images.clone().detach())
+        found = taps[-1]
         try:
-            local = isinstance(asked.target, (DetectionScore, KeypointPeak)) or is_pose_model(model)
-            if local:  # a mean gradient would also show what is far from the box or point
-                found = LayerGradientXActivation(scorer, tap).attribute(images.clone().detach()).sum(1, True).relu()
-            else:
-                found = LayerGradCam(scorer, tap).attribute(images.clone().detach(), relu_attributions=True)
-        except RuntimeError as error:  # from autograd; the model's own errors are ValueErrors by now
+            (gradient,) = torch.autograd.grad(scores.sum(), found)
+        except RuntimeError as error:
             raise ValueError(
                 f"layer {layer!r} of {type(model).__name__} does not affect the scores through a gradient: choose "
                 f"another layer. ({str(error).splitlines()[0]})"
             ) from error
-    return found.detach()[:, 0].float().cpu(), *scorer.seen
+        local = isinstance(asked.target, (DetectionScore, KeypointPeak)) or is_pose_model(model)
+        if not local:  # a mean gradient would also show what is far from the box or point
+            gradient = gradient.mean((2, 3), keepdim=True)
+        maps = (gradient * found.detach()).sum(1).relu()
+    return maps.float().cpu(), *scorer.seen
 
 
 def _named(model: nn.Module, label: int, names: Sequence[str] | None) -> str:
@@ -322,20 +327,15 @@ def _check_detected(model: nn.Module, targets: Tensor) -> None:
 
 
 class _Scorer:
-    """The score of one class per image, which captum differentiates; other results of the run are kept in ``seen``."""
+    """The score of one class per image, to differentiate; other results of the run are kept in ``seen``."""
 
-    def __init__(self, model: nn.Module, layer: str, tap: nn.Module, asked: _Asked) -> None:
-        self.model, self.layer, self.tap, self.asked = model, layer, tap, asked
+    def __init__(self, model: nn.Module, layer: str, taps: Sequence[Tensor], asked: _Asked) -> None:
+        self.model, self.layer, self.taps, self.asked = model, layer, taps, asked
         self.seen: tuple[Tensor, ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
-        called: list[Tensor] = []
-        handle = self.tap.register_forward_hook(lambda module, args, output: called.append(output))
-        try:
-            scores = class_scores(self.model, images, target=self.asked.target)
-        finally:
-            handle.remove()
-        if not called:
+        scores = class_scores(self.model, images, target=self.asked.target)
+        if not self.taps:
             raise never_called(self.model, self.layer)
         given, names = self.asked.labels, self.asked.names
         given = [given] * len(images) if isinstance(given, int) else given
@@ -359,7 +359,7 @@ class _Scorer:
         self.seen = chosen.cpu(), scores.predicted.cpu(), probability, boxes, points
         value = scores.values.gather(1, place)[:, 0]
         # Without detections the gradient must exist as well; the map is then empty.
-        return value if scores.known and scores.boxes is None else value + 0 * called[-1].sum()
+        return value if scores.known and scores.boxes is None else value + 0 * self.taps[-1].sum()
 
 
 _NOTHING = "nothing detected"
