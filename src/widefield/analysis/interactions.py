@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -277,10 +278,8 @@ def interactions(
     found: list[list[np.ndarray]] = []
     largest, eps = 0.0, torch.finfo(place(model)[1]).eps
     with visited(model), torch.no_grad():
-        for index, image, target, masks in track(tasks, "interactions", total=total, show=progress):
-            shown = _Shown(image, plan.grid, baseline)
-            values = [_log_odds(logits(model, shown(part)), target) for part in masks.flatten(0, 1).split(batch_size)]
-            odds = torch.cat(values).view(-1, 4)
+        shown = track(tasks, "interactions", total=total, show=progress)
+        for index, odds in _in_full_batches(model, shown, _Shown(plan.grid, baseline), batch_size):
             largest = max(largest, odds.abs().max().item())
             if index == len(found):
                 found.append([])
@@ -336,13 +335,12 @@ def _tasks(
                 f"images of {part.shape[2]}x{part.shape[3]} pixels have no {plan.grid}x{plan.grid} patches: "
                 f"give a grid of at most {min(part.shape[2:])}.{turned(model, part.shape)}"
             )
-        for image in part:
+        for image, whole in zip(part, logits(model, part), strict=True):
             if classes is not None and index >= len(classes):
                 raise ValueError(f"targets must hold one class per image: there are {len(classes)}, and more images.")
-            whole = logits(model, image[None])
             target = int(whole.argmax()) if classes is None else classes[index]
-            if target >= whole.shape[1]:
-                raise ValueError(f"targets must be below {whole.shape[1]}, the model's outputs; got {target}.")
+            if target >= len(whole):
+                raise ValueError(f"targets must be below {len(whole)}, the model's outputs; got {target}.")
             rng = np.random.default_rng((seed, index))
             chosen = rng.choice(len(plan.pairs), plan.wanted, replace=False)
             for i, j in plan.pairs[np.sort(chosen)].tolist():
@@ -356,18 +354,61 @@ def _fit(classes: Sequence[int], images: int) -> None:
 
 
 class _Shown:
-    """One image with some of its patches; the others are replaced by the baseline."""
+    """Images with some of their patches; the others are replaced by the baseline."""
 
-    def __init__(self, image: Tensor, grid: int, baseline: str) -> None:
-        self.image = image
-        self.hidden = image.mean((1, 2), keepdim=True) if baseline == "mean" else image.new_zeros(())
-        self.grid = grid
-        self.rows, self.columns = (torch.arange(side, device=image.device) * grid // side for side in image.shape[1:])
+    def __init__(self, grid: int, baseline: str) -> None:
+        self.grid, self.baseline = grid, baseline
 
-    def __call__(self, masks: Tensor) -> Tensor:
-        """Return images (N, C, H, W) for masks, bool (N, n)."""
-        patches = masks.to(self.image.device).view(-1, 1, self.grid, self.grid)
-        return torch.where(patches[:, :, self.rows][:, :, :, self.columns], self.image, self.hidden)
+    def __call__(self, image: Tensor, masks: Tensor) -> Tensor:
+        """Return images (N, C, H, W) for an image (C, H, W) and masks, bool (N, n)."""
+        hidden = image.mean((1, 2), keepdim=True) if self.baseline == "mean" else image.new_zeros(())
+        rows, columns = (torch.arange(side, device=image.device) * self.grid // side for side in image.shape[1:])
+        patches = masks.to(image.device).view(-1, 1, self.grid, self.grid)
+        return torch.where(patches[:, :, rows][:, :, :, columns], image, hidden)
+
+
+@dataclass
+class _Pair:
+    """A pair of patches whose masked images wait for the model, or have been through it."""
+
+    index: int
+    """That of the image."""
+    target: int
+    waiting: int
+    odds: list[Tensor] = field(default_factory=list)
+
+
+def _in_full_batches(
+    model: nn.Module, tasks: Iterable[tuple[int, Tensor, int, Tensor]], shown: _Shown, size: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the image, log-odds (contexts, 4)) for every task, in order; batches are filled across tasks."""
+    pairs: deque[_Pair] = deque()
+    parts: list[tuple[_Pair, Tensor]] = []
+    for index, image, target, masks in tasks:
+        rest = masks.flatten(0, 1)
+        pairs.append(_Pair(index, target, len(rest)))
+        if parts and parts[0][1].shape[1:] != image.shape:  # images of another size cannot share a batch
+            _run(model, parts)
+        while len(rest):
+            room = size - sum(len(images) for _, images in parts)
+            parts.append((pairs[-1], shown(image, rest[:room])))
+            rest = rest[room:]
+            if room <= len(parts[-1][1]):
+                _run(model, parts)
+        while pairs and not pairs[0].waiting:
+            yield pairs[0].index, torch.cat(pairs.popleft().odds).view(-1, 4)
+    if parts:
+        _run(model, parts)
+    yield from ((pair.index, torch.cat(pair.odds).view(-1, 4)) for pair in pairs)
+
+
+def _run(model: nn.Module, parts: list[tuple[_Pair, Tensor]]) -> None:
+    """Run the model on masked images, give the log-odds to their pairs, and empty the list."""
+    scores = logits(model, torch.cat([images for _, images in parts]))
+    for (pair, images), found in zip(parts, scores.split([len(images) for _, images in parts]), strict=True):
+        pair.odds.append(_log_odds(found, pair.target))
+        pair.waiting -= len(images)
+    parts.clear()
 
 
 def _log_odds(scores: Tensor, target: int) -> Tensor:
