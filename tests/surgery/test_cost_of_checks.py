@@ -128,6 +128,13 @@ def test_a_model_is_as_it_was_after_a_quick_run():
         assert isinstance(fast, DepthwiseConv2d)
 
 
+def test_a_compiled_model_is_not_compiled_again():
+    model = torch.compile(Net().eval(), backend="eager")
+    with quick(model) as fast:
+        assert fast is model
+        assert type(model._orig_mod.wide) is nn.Conv2d
+
+
 @pytest.mark.parametrize("change", ["small", "dense", "hook", "forward", "kind"])
 def test_layers_that_are_not_slow_or_may_compute_more_stay(change):
     layer = nn.Conv2d(8, 8, 7 if change == "small" else 9, groups=1 if change == "dense" else 8)

@@ -29,11 +29,18 @@ def quicker(layer: nn.Module) -> nn.Module:
     return DepthwiseConv2d.from_conv2d(conv)
 
 
+def slow_layers(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the slow layers of a model with what :func:`quicker` makes of them; none if it is compiled."""
+    if any("_orig_mod" in module._modules for module in root.modules()):  # it would be compiled again
+        return {}
+    found = {module: quicker(module) for module in root.modules()}
+    return {module: other for module, other in found.items() if other is not module}
+
+
 @contextmanager
 def quick(root: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model with its slow layers replaced, see :func:`quicker`; they are back when the block ends."""
-    found = {module: quicker(module) for module in root.modules()}
-    found = {module: other for module, other in found.items() if other is not module}
+    """Yield a model with its :func:`slow_layers` replaced; they are back when the block ends."""
+    found = slow_layers(root)
     fast = replace(root, found)
     try:
         yield fast

@@ -11,7 +11,7 @@ from torch import nn
 
 from widefield.surgery.compare import Difference, Reference
 from widefield.surgery.inputs import batches, place
-from widefield.surgery.quick import quicker
+from widefield.surgery.quick import slow_layers
 from widefield.surgery.trim_kernels import Layer, Sizes, crop_kernels
 from widefield.surgery.walk import copied, replace
 
@@ -41,7 +41,7 @@ class Search:
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], loader: Iterable[Any], budget: float) -> None:
         model = copied(model, share=True)
-        self._model = replace(model, {module: quicker(module) for module in model.modules()})
+        self._model = replace(model, slow_layers(model))
         self._layers, self._loader, self._budget = layers, loader, budget
         self._reference = Reference(self._model, loader)
         self._measured: dict[tuple[Sizes, ...], Difference] = {}
