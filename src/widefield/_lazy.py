@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from types import ModuleType
 from typing import Any, TypeVar
 
+from widefield._extras import explained
+
 Value = TypeVar("Value")
 
 
@@ -34,7 +36,10 @@ class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         home = self._homes.get(name)
         if home is not None:
-            value = getattr(importlib.import_module(f"{self.__name__}.{home}"), name)
+            try:
+                value = getattr(importlib.import_module(f"{self.__name__}.{home}"), name)
+            except ModuleNotFoundError as error:
+                raise explained(error) from error
             setattr(self, name, value)
             return value
         # An eager package would have imported its modules.

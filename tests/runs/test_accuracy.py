@@ -23,7 +23,8 @@ from train.patches import Patches
 from widefield import data, tasks
 from widefield.data import LabeledImages
 from widefield.runs import Evaluation, evaluate_model, load_trained
-from widefield.runs.labels import AnyOf, MappedClassification, imagenet_names, output_places, real_labels
+from widefield.runs.labels import MappedClassification, imagenet_names, output_places, real_labels
+from widefield.tasks.class_scores import AnyOf
 from widefield.train import EmaSpec, Recipe, RunResult, evaluate
 from widefield.train.evaluation import Share
 

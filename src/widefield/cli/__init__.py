@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+from widefield._extras import explained
 from widefield.cli import (
     bench,
     blocks,
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module("widefield.models")  # registers them in timm; takes seconds
         status: int = COMMANDS[args.command].run(args)
     except USER_ERRORS as error:
-        print(f"widefield {args.command}: {error}", file=sys.stderr)
+        shown = explained(error) if isinstance(error, ModuleNotFoundError) else error
+        print(f"widefield {args.command}: {shown}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

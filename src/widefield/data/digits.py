@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from widefield import _checks
+from widefield._extras import need
 from widefield.data.base import LabeledImages, Sample, normalize, seeded
 
 _MEAN, _STD = 0.305, 0.376  # of the pixels of the train split, scaled to [0, 1]
@@ -45,6 +46,7 @@ class Digits(LabeledImages):
         self.mean, self.std = (_MEAN,) * channels, (_STD,) * channels
         self.augment = bool(augment) and split == "train"
 
+        need("sklearn")
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)

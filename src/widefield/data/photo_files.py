@@ -127,7 +127,7 @@ def _photograph(name: str) -> Photograph:
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
             f"the photograph {name!r} comes with {package}, which is not installed: "
-            f"pip install 'widefield[photographs]'. {' and '.join(map(repr, TWO_PHOTOGRAPHS))} are always there."
+            "pip install 'widefield[photographs]'. Commands also take images of yours, with --images."
         )
     pixels = pil_to_tensor(read(Path(found.origin).parent / folder / file))
     return Photograph(name, torch.as_tensor(pixels), license, credit, package)

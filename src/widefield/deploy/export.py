@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widefield import _checks, bench
+from widefield._extras import need
 from widefield._files import checksum, staged
 from widefield.dense import HeatmapPose
 from widefield.deploy import _graph
@@ -212,7 +213,7 @@ def export(
             the images; the model cannot be traced, or not with these dynamic sizes; an operator
             has no form in this format, in which case the message names it.
         OSError: the path cannot be written.
-        ModuleNotFoundError: OpenVINO is not installed.
+        ModuleNotFoundError: a package of the extra [export] or [openvino] is not installed.
     """
     path = Path(path)
     format = format_of(path)
@@ -220,8 +221,7 @@ def export(
     dynamic = sizes_of(dynamic)
     tolerance = _checks.number("tolerance", tolerance, maximum=1.0)
     begin(model, "an export holds the evaluation-mode function", None)
-    if format == "openvino":
-        import_openvino()
+    need(*PACKAGES[format])
     twin = prepared(model, routing, format)
     twin = served(twin, format, nms=nms, decoding=decoding)
     _warn_unmerged(model)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from widefield import _checks, bench
+from widefield._extras import need
 from widefield._files import checksum, staged
 from widefield.dense import HeatmapPose, ServedPose
 from widefield.deploy import _balance, _graph, _int8
@@ -228,9 +229,11 @@ def quantize(
             ``outliers="refuse"``, kernels with outliers, each with its figure.
         TypeError: parameters are not float32, or the loader is an iterator.
         OSError: the path cannot be written.
+        ModuleNotFoundError: a package of the extra [export] is not installed.
     """
     path = Path(path)
     _checks.choice("the suffix of path", path.suffix, (".onnx",))
+    need(*PACKAGES["onnx"])
     _checks.choice("calibration", calibration, tuple(CALIBRATION))
     _checks.choice("outliers", outliers, OUTLIERS)
     compare_layers = _checks.integer("compare_layers", compare_layers, minimum=0)

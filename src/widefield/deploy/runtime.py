@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from widefield import _checks
+from widefield._extras import need
 from widefield.dense import DecodedKeypoints
 from widefield.deploy._others import first_line, quiet
 from widefield.deploy.info import INFO, ModelInfo, from_texts
@@ -106,7 +107,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Runtime:
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is incomplete or of another kind.
-        ModuleNotFoundError: OpenVINO is not installed.
+        ModuleNotFoundError: onnxruntime or OpenVINO is not installed.
     """
     path = Path(path)
     format = format_of(path)
@@ -126,6 +127,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Runtime:
 
 
 def _onnx(path: Path, threads: int) -> _Loaded:
+    need("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -170,8 +172,7 @@ def _openvino(path: Path, threads: int) -> _Loaded:
 
 def import_openvino() -> Any:
     """Return the module ``openvino``; raises ModuleNotFoundError with installation instructions."""
-    try:
-        import openvino
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("OpenVINO is not installed: pip install 'widefield[openvino]'.") from error
+    need("openvino")
+    import openvino
+
     return openvino

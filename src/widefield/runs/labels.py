@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
 from widefield import _checks
 from widefield.data import Sample
@@ -22,6 +21,9 @@ from widefield.data.class_map import INTEGER, alike, indices_of, listed
 from widefield.runs.words import parsed
 from widefield.tasks import Batch, Classification, ClassPrediction, Prediction, count_outputs
 from widefield.train.networks import TORCHVISION
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 CLASS_MAPS = ("auto", "sorted", INTEGER)
 """Values of a class map that are not files."""
@@ -221,8 +223,10 @@ class MappedClassification(Classification):
 
     def metrics(self) -> MetricCollection:
         """Return those of `Classification`; with ``real`` also ``real_top1`` and, if more than five, ``real_top5``."""
-        metrics = super().metrics()
+        metrics: MetricCollection = super().metrics()
         if self._real is not None:
+            from widefield.tasks.class_scores import AnyOf
+
             top = [k for k in (1, 5) if k == 1 or self.num_classes > k]
             metrics.add_metrics({f"real_top{k}": AnyOf(k, sync_on_compute=False) for k in top})
         return metrics
@@ -238,32 +242,6 @@ class _Chosen(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         chosen: Tensor = self.model(image)[:, self.places]
         return chosen
-
-
-class AnyOf(Metric):
-    """The fraction of samples with an allowed class among the first ``top_k``; samples that allow none do not count."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    hits: Tensor
-    counted: Tensor
-
-    def __init__(self, top_k: int = 1, **options: Any) -> None:
-        super().__init__(**options)
-        self.top_k = top_k
-        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("counted", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, allowed: Tensor) -> None:
-        """Add logits (N, classes) and the correct classes, bool (N, classes)."""
-        first = preds.topk(self.top_k, dim=1).indices
-        self.hits += allowed.gather(1, first).any(1).sum()
-        self.counted += allowed.any(1).sum()
-
-    def compute(self) -> Tensor:
-        """Return the fraction; NaN if no sample counted."""
-        return self.hits / self.counted
 
 
 def published_classes(word: str, model: nn.Module) -> tuple[str, ...]:

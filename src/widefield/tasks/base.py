@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchmetrics import MetricCollection
 
 from widefield.data import Sample
 from widefield.report import Report
 from widefield.tasks.predictions import Prediction
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 Batch = dict[str, Any]
 """A batch by entry, as ``Task.collate`` makes it. The training loop adds ``index`` int64 (N,): the samples' places in

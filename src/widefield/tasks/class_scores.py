@@ -134,5 +134,31 @@ class ClassCounts(Metric):
         return ClassificationScores(self.classes, self.counts.cpu())
 
 
+class AnyOf(Metric):
+    """The fraction of samples with an allowed class among the first ``top_k``; samples that allow none do not count."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    hits: Tensor
+    counted: Tensor
+
+    def __init__(self, top_k: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.top_k = top_k
+        self.add_state("hits", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("counted", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, allowed: Tensor) -> None:
+        """Add logits (N, classes) and the correct classes, bool (N, classes)."""
+        first = preds.topk(self.top_k, dim=1).indices
+        self.hits += allowed.gather(1, first).any(1).sum()
+        self.counted += allowed.any(1).sum()
+
+    def compute(self) -> Tensor:
+        """Return the fraction; NaN if no sample counted."""
+        return self.hits / self.counted
+
+
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}%"

@@ -7,7 +7,7 @@ defaults are those of the recipes of DeiT and ConvNeXt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from widefield import _checks
 from widefield.data import Sample, SampleSet
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, entropy_of, sum_of, training_on
-from widefield.tasks.class_scores import MOST_CLASSES, ClassCounts, ClassificationScores
 from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.predictions import ClassPrediction, Prediction
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+    from widefield.tasks.class_scores import ClassificationScores
 
 LOSSES = ("cross_entropy", "binary")
 
@@ -206,6 +208,11 @@ class Classification(Task):
 
     def metrics(self) -> MetricCollection:
         """Return ``loss``, ``top1`` and, with more than five classes, ``top5``, and the counts of :meth:`scores`."""
+        from torchmetrics import MeanMetric, MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
+        from widefield.tasks.class_scores import MOST_CLASSES, ClassCounts
+
         accuracies = {
             f"top{k}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro", sync_on_compute=False)
             for k in (1, 5)

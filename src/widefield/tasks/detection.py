@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from widefield import _checks, dense
 from widefield.data import Sample
@@ -16,11 +15,13 @@ from widefield.dense.anchors import DIVISOR
 from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, built, sum_of, training_on
-from widefield.tasks.coco_metric import CocoMetric, TrueObjects
 from widefield.tasks.detection_scores import DetectionScores
 from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.predictions import BoxPrediction, Prediction
 from widefield.tasks.sizes import OCTAVES, RELATIVE_OCTAVES
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 MODELS = {
     "faster_rcnn": "FasterRCNN",
@@ -140,6 +141,8 @@ class Detection(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return what the metrics take: ``preds``, ``target`` and ``index``, see `CocoMetric.update`."""
+        from widefield.tasks.coco_metric import TrueObjects
+
         found = model(batch["image"], sizes=batch["image_size"], out_sizes=batch["size"])
         masks = batch["masks"] if self.masks else [None] * len(found)
         entries = zip(
@@ -164,6 +167,8 @@ class Detection(Task):
 
     def rate(self, outputs: Mapping[str, Any]) -> Tensor:
         """Return the average precision of the boxes of each image on its own; NaN without objects."""
+        from widefield.tasks.coco_metric import CocoMetric
+
         rated = []
         for found, true in zip(outputs["preds"], outputs["target"], strict=True):
             alone = CocoMetric(self.classes)
@@ -173,6 +178,10 @@ class Detection(Task):
 
     def metrics(self) -> MetricCollection:
         """Return the metrics: one that gives all of COCO's."""
+        from torchmetrics import MetricCollection
+
+        from widefield.tasks.coco_metric import CocoMetric
+
         return MetricCollection({"coco": CocoMetric(self.classes, sync_on_compute=False, **self._measured)})
 
     def scores(self, metrics: MetricCollection) -> DetectionScores:

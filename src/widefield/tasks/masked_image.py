@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
 
 from widefield import _checks
 from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method, reach, refuse_leak
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
 from widefield.tasks.headlines import HEADLINES
-from widefield.tasks.nearest import NearestNeighbors
 from widefield.tasks.predictions import Prediction, ReconstructionPrediction
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 
 class MaskedImage(Task):
@@ -196,6 +197,10 @@ class MaskedImage(Task):
 
     def metrics(self) -> MetricCollection:
         """Return ``loss`` and, with labels, ``knn_top1``."""
+        from torchmetrics import MeanMetric, MetricCollection
+
+        from widefield.tasks.nearest import NearestNeighbors
+
         found: dict[str, Any] = {"loss": MeanMetric(sync_on_compute=False)}
         if self.neighbors:
             found["knn_top1"] = NearestNeighbors(self.num_classes, self.neighbors, sync_on_compute=False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchmetrics import MetricCollection
 
 from widefield._coco.keypoints import oks
 from widefield.data import Sample
@@ -22,10 +21,12 @@ from widefield.dense.pose_rules import PoseRules
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, built, training_on
 from widefield.tasks.headlines import HEADLINES
-from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses
 from widefield.tasks.pose_scores import PoseScores
 from widefield.tasks.predictions import PosePrediction, Prediction
 from widefield.tasks.sizes import OCTAVES
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 _PEOPLE = {
     "people": "keypoints",
@@ -196,6 +197,8 @@ class PoseEstimation(Task):
 
     def outputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         """Return what the metrics take: ``preds``, ``target`` and ``index``, see `PoseMetric.update`."""
+        from widefield.tasks.pose_metric import FoundPoses, People, TruePoses
+
         read = self.rules.decode(self.rules.heatmaps(model, batch["image"]))
         box_scores = batch["box_score"]
         height, width = (side - self.rules.aligned for side in self.rules.crop_size)
@@ -271,6 +274,10 @@ class PoseEstimation(Task):
 
     def metrics(self) -> MetricCollection:
         """Return the metrics: one that gives all."""
+        from torchmetrics import MetricCollection
+
+        from widefield.tasks.pose_metric import PoseMetric
+
         return MetricCollection(
             {"pose": PoseMetric(self.classes, self.skeleton, sync_on_compute=False, **self._measured)}
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from torchmetrics import MeanMetric, MetricCollection
 
 from widefield import _checks, dense
 from widefield._pixels import IGNORED
@@ -18,10 +17,14 @@ from widefield.data import Sample
 from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, built, entropy_of, training_on
-from widefield.tasks.confusion import Confusion, SegmentationScores
 from widefield.tasks.headlines import HEADLINES
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+    from widefield.tasks.confusion import SegmentationScores
 
 MODELS = {"upernet": "UPerNet", "deeplabv3plus": "DeepLabV3Plus", "semantic_fpn": "SemanticFPN", "fcn": "FCN"}
 """Name of a model in recipes -> its class in ``widefield.dense``."""
@@ -218,6 +221,8 @@ class Segmentation(Task):
 
     def rate(self, outputs: Mapping[str, Any]) -> Tensor:
         """Return the mean IoU of each image over the classes in its mask or its prediction; NaN without any pixel."""
+        from widefield.tasks.confusion import Confusion
+
         rated = []
         for mine, true in zip(outputs["preds"], outputs["target"], strict=True):
             counts = Confusion(self.classes, (), self.ignore_index).to(mine.device)
@@ -227,6 +232,10 @@ class Segmentation(Task):
 
     def metrics(self) -> MetricCollection:
         """Return the metrics: one count of pixels, which gives all fractions, and ``loss``."""
+        from torchmetrics import MeanMetric, MetricCollection
+
+        from widefield.tasks.confusion import Confusion
+
         counts = Confusion(self.classes, self.size_groups, self.ignore_index, self._boundary, sync_on_compute=False)
         return MetricCollection(
             {"confusion": counts, "loss": MeanMetric(sync_on_compute=False)},

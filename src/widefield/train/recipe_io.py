@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from widefield import _checks
+from widefield._extras import need
 from widefield.train.recipe import Recipe, TaskSpec
 
 SHIPPED = Path(__file__).with_name("recipes")
@@ -374,6 +374,9 @@ def _build(cls: Any, content: dict[str, Any], prefix: str) -> Any:
 
 @cache
 def _parser(hint: Any) -> Any:
+    need("jsonargparse")
+    from jsonargparse import ArgumentParser  # of the extra [train]; what only lists recipes needs none
+
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint, default=SUPPRESS)
     return parser
