@@ -177,17 +177,18 @@ class Record:
             self._widths = functools.reduce(_wider, lines, [0] * len(lines[0]))
             for line in lines:
                 self._line(line)
-        if self.settings.out is None:
-            return
-        stem = self.settings.out / f"{self.name}_{self.settings.slug}"
+        rows = {table.title: table.rows for table in self.tables}
         result = {
-            "command": self.settings.command,
             "environment": self.environment,
             "facts": self.facts,
             "summary": [b.to_dict() for b in bars],
         }
-        rows = {table.title: table.rows for table in self.tables}
-        stem.with_suffix(".json").write_text(_document(result, rows))
+        if self.settings.finished is not None:
+            self.settings.finished({**result, "tables": rows})
+        if self.settings.out is None:
+            return
+        stem = self.settings.out / f"{self.name}_{self.settings.slug}"
+        stem.with_suffix(".json").write_text(_document({"command": self.settings.command, **result}, rows))
         # A page of the docs includes only the text between these markers.
         parts = ["<!-- --8<-- [start:summary] -->", f"`{self.settings.command}`: {self._about()}", *self.facts]
         if shown:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ class Settings:
         repeats: timings of each call.
         budget_s: timed seconds per call; slower calls are timed less often, but at least twice.
         out: folder for the files, or None.
+        finished: called with all that was measured, as it stands in the JSON file.
 
     Raises:
         ValueError: unknown device or dtype, no CUDA device, or numbers out of range.
@@ -59,6 +61,7 @@ class Settings:
     repeats: int = 7
     budget_s: float = 0.6
     out: Path | None = None
+    finished: Callable[[dict[str, Any]], object] | None = None
 
     def __post_init__(self) -> None:
         _checks.choice("device", self.device, DEVICES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import shlex
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ from widefield.cli import (
     stability,
     train,
 )
+from widefield.cli._tables import Printer, add_json
 
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
@@ -64,6 +66,9 @@ COMMANDS: Mapping[str, ModuleType] = {
 }
 """Commands by name, in the order of the help."""
 
+SEVERAL = ("bench",)
+"""Commands with subcommands, each of which has --json."""
+
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError)
 """What the library raises for something that the user can fix: shown as one line, without a traceback."""
 
@@ -80,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.words, args.overrides = words, rest
+    command = shlex.join(["widefield", *words])
+    args.printer = Printer(as_json=args.json, head={"command": command, "version": _version()})
     try:
         _check_places(args)
         if args.needs_models:
             importlib.import_module("widefield.models")  # registers them in timm; takes seconds
-        status: int = COMMANDS[args.command].run(args)
+        with args.printer.printing():
+            status: int = COMMANDS[args.command].run(args)
     except USER_ERRORS as error:
         shown = explained(error) if isinstance(error, ModuleNotFoundError) else error
         print(f"widefield {args.command}: {shown}", file=sys.stderr)
@@ -103,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         sub.set_defaults(takes_overrides=False, needs_models=True, writes={})
         module.add(sub)
+        if name not in SEVERAL:
+            add_json(sub)
     return parser
 
 

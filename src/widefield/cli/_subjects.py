@@ -244,12 +244,12 @@ def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | N
 
     ``options`` are passed to the results' ``draw``.
     """
+    from widefield import bench
     from widefield.analysis import save
-    from widefield.cli._tables import print_table
 
     suffixes = ["png", "json", "html", *([args.vector] if args.vector else [])]
     paths = [save(results, args.out / f"{stem or args.command}.{suffix}", **options) for suffix in suffixes]
-    rows = [row for result in results.values() for row in result.rows()]
-    if rows:
-        print_table(rows)
+    args.printer.table([row for result in results.values() for row in result.rows()])
+    found = {name: result.to_dict() for name, result in results.items()}
+    args.printer.add(environment=bench.environment(), results=found, files=paths)
     print("wrote " + ", ".join(str(path) for path in paths))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from widefield.cli._tables import add_json
+
 if TYPE_CHECKING:
     from widefield.benchmarks import Settings
 
@@ -48,6 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         sub.add_argument("--batch-size", **_COUNT, help="images per call; the default depends on device and shape")
         sub.add_argument("--out", type=Path, metavar="DIR", help="write SUBJECT_DEVICE.json and .md there (no files)")
+        add_json(sub)
         for option, details in subject.arguments.items():
             sub.add_argument(option, **details)
 
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         budget_s=args.budget,
         out=args.out,
+        finished=lambda found: args.printer.add(**found),
     )
     SUBJECTS[args.subject].run(settings, args)
     return 0

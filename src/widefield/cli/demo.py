@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from widefield.cli.train import RecipeHelp
 
@@ -25,5 +26,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield import demo
 
-    demo.run(args.data, args.output, args.overrides)
+    page = demo.run(args.data, args.output, args.overrides)
+    args.printer.add(page=page, **json.loads(page.with_name("results.json").read_text(encoding="utf-8")))
     return 0

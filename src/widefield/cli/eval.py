@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widefield.cli._subjects import MODEL_HELP
-from widefield.cli._tables import print_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -160,9 +159,8 @@ def run(args: argparse.Namespace) -> int:
             job.subject.model.cpu()  # the next one needs the memory
             done.append((job, found))
     if state.is_main_process:
-        _show(done)
-        if args.out:
-            _write(done, args)
+        _show(done, args)
+        _write(done, args)
         if args.page:
             _write_page(done, args)
     if state.num_processes > 1:
@@ -355,7 +353,7 @@ def _bar(*, visible: bool) -> Iterator[Progress]:
         yield bar
 
 
-def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
+def _show(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
     from widefield.runs.records import shown
     from widefield.tasks import ClassificationScores, DetectionScores, PoseScores
 
@@ -371,7 +369,7 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
         if found.images_per_second is not None:
             row["images/s"] = f"{found.images_per_second:.4g}"
         rows.append(row)
-    print_table(rows, right=[name for name in rows[0] if name not in ("model", "weights", "data")])
+    args.printer.table(rows, right=[name for name in rows[0] if name not in ("model", "weights", "data")])
     for job, found in done:
         if isinstance(found.scores, ClassificationScores) and len(found.scores.classes) > _LISTED:
             lines = found.scores.weakest(_LISTED)
@@ -380,15 +378,17 @@ def _show(done: Sequence[tuple[_Job, Evaluation]]) -> None:
             print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
         elif found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")
-            print_table(lines, right=[name for name in lines[0] if name not in ("class", "key point", "mistaken for")])
+            args.printer.table(
+                lines, right=[name for name in lines[0] if name not in ("class", "key point", "mistaken for")]
+            )
         if isinstance(found.scores, DetectionScores):
-            print_table(found.scores.size_rows())
+            args.printer.table(found.scores.size_rows())
             for kind, of_kind in found.scores.kinds.items():
                 print(f"errors, {kind}: {of_kind.errors.summary()}")
         if isinstance(found.scores, PoseScores):
             sizes = found.scores.size_rows()
-            print_table(sizes, right=[name for name in sizes[0] if name != "size"])
-            print_table(found.scores.error_rows(), right=["compared"])
+            args.printer.table(sizes, right=[name for name in sizes[0] if name != "size"])
+            args.printer.table(found.scores.error_rows(), right=["compared"])
 
 
 def _size(job: _Job, found: Evaluation) -> str:
@@ -408,11 +408,11 @@ def _write(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) ->
         about: dict[str, Any] = {"model": job.subject.name, "weights": str(job.subject.weights), "data": job.source}
         about |= {"outputs": job.outputs, "classes": job.classes}
         results.append({**about, **found.to_dict()})
-    content = {
-        "command": shlex.join(["widefield", *args.words]),
-        "environment": bench.environment(done[0][1].device),
-        "results": results,
-    }
+    content = {"environment": bench.environment(done[0][1].device), "results": results}
+    args.printer.add(**content)
+    if not args.out:
+        return
+    content = {"command": shlex.join(["widefield", *args.words]), **content}
     args.out.write_text(json.dumps(content, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
     print(f"wrote {args.out}")
 

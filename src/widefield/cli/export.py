@@ -77,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
 
     from widefield import deploy
     from widefield.analysis._model import running
-    from widefield.cli._tables import print_table
     from widefield.surgery import compare
 
     if args.int8 and args.format != "onnx":
@@ -113,21 +112,25 @@ def run(args: argparse.Namespace) -> int:
         info=info,
     )
     written = [path, path.with_name(f"{path.name}.json")]
-    print_table(done.rows())
+    args.printer.add(export=done.to_dict())
+    args.printer.table(done.rows())
     if found.work == "masked_image":
         print("The file has two outputs: the last feature map, and its mean over positions.")
-    if done.throughput:
-        print_table([speed.row() for speed in done.throughput])
+    args.printer.table([speed.row() for speed in done.throughput])
     if done.detection is None or args.nms == "inside":  # candidates are not comparable with detections
-        print(f"The file against {found.name} as it came: {compare(found.model, deploy.load(path), held_out)}.")
+        change = compare(found.model, deploy.load(path), held_out)
+        args.printer.add(change=change)
+        print(f"The file against {found.name} as it came: {change}.")
     if args.int8:
         small = args.out / f"{stem}-int8.onnx"
         options = {"calibration": args.calibration, "outliers": args.outliers, "equalize": args.equalize}
         options |= {"keep": args.keep, "dynamic": ["batch", *args.dynamic], "info": info}
         rounded = deploy.quantize(model, small, shown, images=held_out, **options)
         print(rounded.summary())
-        print_table(rounded.layer_rows(5))
+        args.printer.add(int8=rounded.to_dict())
+        args.printer.table(rounded.layer_rows(5))
         written += [small, small.with_name(f"{small.name}.json")]
+    args.printer.add(files=written)
     print("wrote " + ", ".join(str(part) for part in written))
     return 0
 

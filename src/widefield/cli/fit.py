@@ -13,7 +13,7 @@ SUMMARY = "find the kernel sizes that fit a data set, and train the plain networ
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.usage = (
-        "widefield fit [-h] (RECIPE | RUN | MODEL --data.name SET | --resume DIR) [OPTIONS] [--KEY VALUE ...]"
+        "widefield fit [-h] [--json] (RECIPE | RUN | MODEL --data.name SET | --resume DIR) [OPTIONS] [--KEY VALUE ...]"
     )
     parser.epilog = (
         "RECIPE is a YAML file or the name of a shipped recipe. A finished RUN is also the unchanged network. MODEL is "
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         FitSpec.load(args.resume)  # raises if there is none
     source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
     result = fit(source, overrides=overrides, **_settings(args))
-    print(result)
+    args.printer.add(run=result.run, page=result.page, **result.to_dict())
+    print(result.summary())
+    args.printer.table(result.rows())
     print(f"\nThe network is in {result.run}.")
     return 0
 

@@ -35,8 +35,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.cli._tables import print_table
-
     analysis = _subjects.analysis(args)
     if args.cost and args.limit is None:
         raise ValueError("--cost is the cost of cropping to a limit: pass --limit K as well.")
@@ -53,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
             costs[view.name] = _trimmed(found.model, shown.labeled_batches(), args.limit)
     _subjects.write(results, args)
     if args.cost:
-        print_table([{"model": name, **cost.totals()} for name, cost in costs.items()])
+        args.printer.table([{"model": name, **cost.totals()} for name, cost in costs.items()])
         path = args.out / f"{args.command}-cost.json"
         write_whole(path, (json.dumps({name: cost.to_dict() for name, cost in costs.items()}) + "\n").encode())
+        args.printer.add(costs={name: cost.to_dict() for name, cost in costs.items()}, costs_file=path)
         print(f"wrote {path}")
     return 0
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SUMMARY = "list models with parameters and MACs"
 
@@ -37,39 +37,39 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    if args.compare == "segmentation":
-        _compare_segmentation(args.pattern)
-    elif args.compare == "detection":
-        _compare_detection(args.pattern)
-    elif args.compare == "pose":
-        _compare_poses(args.pattern)
-    elif args.compare:
-        _compare_imagenet(args.pattern)
-    else:
-        _list(args.pattern)
+    if args.compare:
+        kinds = {
+            "imagenet": _compare_imagenet,
+            "segmentation": _compare_segmentation,
+            "detection": _compare_detection,
+            "pose": _compare_poses,
+        }
+        comparison = kinds[args.compare](args.pattern)
+        args.printer.add(rows=[one.entry for one in comparison.rows], note=comparison.caption)
+        args.printer.table([one.cells for one in comparison.rows], comparison.right, caption=comparison.caption)
+        return 0
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
+    names = counts if args.pattern is None else _matching(args.pattern)
+    found = {name: counts.get(name) or row(name) for name in names}
+    args.printer.add(models=[{"model": name, **entry} for name, entry in found.items()])
+    args.printer.table([_cells(name, entry) for name, entry in found.items()], _COUNTED)
     return 0
 
 
-def _list(pattern: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
+_COUNTED = ("input", "parameters", "MACs", "stated")
 
-    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
-    rows = counts if pattern is None else {name: counts.get(name) or row(name) for name in _matching(pattern)}
-    table = Table()
-    for column in ("model", "input", "parameters", "MACs", "stated", "by"):
-        table.add_column(column, justify="left" if column in ("model", "by") else "right", no_wrap=column != "by")
-    for name, entry in rows.items():
-        stated = entry["stated"] or {"parameters": "", "macs": "", "source": ""}
-        table.add_row(
-            name,
-            "x".join(map(str, entry["input"])),
-            f"{entry['parameters'] / 1e6:.2f}M",
-            f"{entry['macs'] / 1e9:.3f}G",
-            f"{stated['parameters']} / {stated['macs']}" if entry["stated"] else "",
-            stated["source"],
-        )
-    Console().print(table)
+
+def _cells(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return the table row of :func:`row`."""
+    stated = entry["stated"]
+    return {
+        "model": name,
+        "input": "x".join(map(str, entry["input"])),
+        "parameters": f"{entry['parameters'] / 1e6:.2f}M",
+        "MACs": f"{entry['macs'] / 1e9:.3f}G",
+        "stated": f"{stated['parameters']} / {stated['macs']}" if stated else "",
+        "by": stated["source"] if stated else "",
+    }
 
 
 def _matching(pattern: str) -> list[str]:
@@ -145,138 +145,110 @@ def _merged(module: Any, name: str) -> Any:
     return fuse_layers(module)[0] if is_model_in_modules(name, MODULES) else module
 
 
-def _compare_imagenet(pattern: str | None) -> None:
+class _Row(NamedTuple):
+    """A cited network next to its measured counts."""
+
+    entry: dict[str, Any]
+    """Fields of the citation, in which ``cited`` and ``measured`` hold both counts; None for those that are unknown."""
+    cells: dict[str, str]
+
+
+class _Comparison(NamedTuple):
+    rows: list[_Row]
+    right: tuple[str, ...]
+    """Right-aligned columns."""
+    caption: str
+
+
+def _row(cited: Any, cost: Any, **before: str) -> _Row:
+    """Return a row whose first cells are ``before``, and then both counts."""
+    measured = cost and {"parameters": cost.parameters, "macs": cost.macs}
+    cells = {
+        **before,
+        "parameters (M)": _both(cited.parameters, cost and cost.parameters / 1e6),
+        "MACs (G)": _both(cited.macs, cost and cost.macs / 1e9),
+    }
+    counts = {"parameters": round(cited.parameters * 1e6) or None, "macs": round(cited.macs * 1e9) or None}
+    fields = {name: value for name, value in cited._asdict().items() if name not in counts}
+    return _Row({**fields, "cited": counts, "measured": measured}, cells)
+
+
+def _cited(rows: Sequence[Any], pattern: str | None, none: str) -> list[Any]:
+    """Return the rows whose network matches a glob; raises ValueError with the text ``none`` if there are none."""
+    found = [row for row in rows if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
+    if not found:
+        raise ValueError(f"no {none} {pattern!r} in timm's registry.")
+    return found
+
+
+def _compare_imagenet(pattern: str | None) -> _Comparison:
     import timm
-    from rich.console import Console
-    from rich.table import Table
 
     from widefield.models.comparison import CITED
 
-    rows = [row for row in CITED if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
-    if not rows:
-        raise ValueError(f"no network of the slides' table is called {pattern!r} in timm's registry.")
-    table = Table(
-        caption=f"{_CAPTION} SLaK is cited with 40 % of its weights removed, and measured dense.",
-        caption_justify="left",
-    )
-    for column in ("architecture", "date", "type", "size", "parameters (M)", "MACs (G)", "top-1", "model"):
-        table.add_column(column, justify="left" if column in ("architecture", "date", "model") else "right")
-    for row in rows:
+    rows = []
+    for row in _cited(CITED, pattern, "network of the slides' table is called"):
         cost = None
         if row.name:
             model = _merged(_on_meta(partial(timm.create_model, row.name)), row.name)
             cost = _measured(model, (3, row.size, row.size))
-        table.add_row(
-            row.architecture + (f" ({row.note})" if row.note else ""),
-            row.date,
-            row.kind,
-            str(row.size),
-            _both(row.parameters, cost and cost.parameters / 1e6),
-            _both(row.macs, cost and cost.macs / 1e9),
-            f"{row.top1:g}",
-            row.name,
-        )
-    Console().print(table)
+        title = row.architecture + (f" ({row.note})" if row.note else "")
+        found = _row(row, cost, architecture=title, date=row.date, type=row.kind, size=str(row.size))
+        rows.append(found._replace(cells={**found.cells, "top-1": f"{row.top1:g}", "model": row.name}))
+    caption = f"{_CAPTION} SLaK is cited with 40 % of its weights removed, and measured dense."
+    return _Comparison(rows, ("type", "size", "parameters (M)", "MACs (G)", "top-1"), caption)
 
 
-def _compare_segmentation(pattern: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _compare_segmentation(pattern: str | None) -> _Comparison:
     from widefield import dense
     from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
 
-    rows = [row for row in CITED_SEGMENTERS if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
-    if not rows:
-        raise ValueError(f"no segmentation model of the tables has a backbone {pattern!r} in timm's registry.")
-    table = Table(
-        caption=f"{_CAPTION} parameters include the auxiliary head, MACs do not. mIoU: one scale / several scales.",
-        caption_justify="left",
-    )
-    for column in (
-        "architecture",
-        "method",
-        "data",
-        "size",
-        "parameters (M)",
-        "MACs (G)",
-        "mIoU",
-        "source",
-        "backbone",
-    ):
-        table.add_column(
-            column, justify="right" if column in ("size", "parameters (M)", "MACs (G)", "mIoU") else "left"
-        )
-    for row in rows:
+    rows = []
+    for row in _cited(CITED_SEGMENTERS, pattern, "segmentation model of the tables has a backbone"):
         build = partial(getattr(dense, row.method), row.name, CLASSES[row.data], **row.args)
         model = _on_meta(build)
         model.backbone = _merged(model.backbone, row.name)
         cost = _measured(model, (3, *row.size))
-        table.add_row(
-            row.architecture,
-            row.method,
-            row.data,
-            "x".join(map(str, row.size)),
-            _both(row.parameters, cost.parameters / 1e6),
-            _both(row.macs, cost.macs / 1e9),
-            row.miou,
-            row.source,
-            row.name,
-        )
-    Console().print(table)
+        size = "x".join(map(str, row.size))
+        found = _row(row, cost, architecture=row.architecture, method=row.method, data=row.data, size=size)
+        rows.append(found._replace(cells={**found.cells, "mIoU": row.miou, "source": row.source, "backbone": row.name}))
+    caption = f"{_CAPTION} parameters include the auxiliary head, MACs do not. mIoU: one scale / several scales."
+    return _Comparison(rows, ("size", "parameters (M)", "MACs (G)", "mIoU"), caption)
 
 
-def _compare_detection(pattern: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _compare_detection(pattern: str | None) -> _Comparison:
     from widefield import dense
     from widefield.dense.detector_cost import FixedRoIs
     from widefield.models.comparison_detection import CITED_DETECTORS, CLASSES, METHODS, SIZE
 
-    rows = [row for row in CITED_DETECTORS if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
-    if not rows:
-        raise ValueError(f"no detector of the tables has a backbone {pattern!r} in timm's registry.")
-    table = Table(
-        caption=f"{_CAPTION} MACs are of an image of {SIZE[1]}x{SIZE[0]} pixels, 1000 RoIs in each box head and 100 in "
-        f"each mask head. AP: boxes / masks.",
-        caption_justify="left",
-    )
-    for column in ("architecture", "method", "schedule", "parameters (M)", "MACs (G)", "AP", "source", "backbone"):
-        table.add_column(column, justify="right" if column in ("parameters (M)", "MACs (G)", "AP") else "left")
-    for row in rows:
+    rows = []
+    for row in _cited(CITED_DETECTORS, pattern, "detector of the tables has a backbone"):
         method = METHODS[row.method]
         model = _on_meta(partial(getattr(dense, method.kind), row.name, CLASSES, **method.args, **row.args))
         model.backbone = _merged(model.backbone, row.name)
         cost = _measured(FixedRoIs(model), (3, *SIZE))
-        counts = _both(row.parameters, cost.parameters / 1e6), _both(row.macs, cost.macs / 1e9)
-        table.add_row(row.architecture, row.method, row.schedule, *counts, row.ap, row.source, row.name)
-    Console().print(table)
+        found = _row(row, cost, architecture=row.architecture, method=row.method, schedule=row.schedule)
+        rows.append(found._replace(cells={**found.cells, "AP": row.ap, "source": row.source, "backbone": row.name}))
+    caption = (
+        f"{_CAPTION} MACs are of an image of {SIZE[1]}x{SIZE[0]} pixels, 1000 RoIs in each box head and 100 in each "
+        "mask head. AP: boxes / masks."
+    )
+    return _Comparison(rows, ("parameters (M)", "MACs (G)", "AP"), caption)
 
 
-def _compare_poses(pattern: str | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _compare_poses(pattern: str | None) -> _Comparison:
     from widefield import dense
     from widefield.models.comparison_pose import CITED_POSES, KEYPOINTS
 
-    rows = [row for row in CITED_POSES if pattern is None or fnmatch.fnmatchcase(row.name, pattern)]
-    if not rows:
-        raise ValueError(f"no pose model of the tables has a backbone {pattern!r} in timm's registry.")
-    table = Table(
-        caption=f"{_CAPTION} MACs are of one crop, without the flip test. AP: percent on COCO's validation images.",
-        caption_justify="left",
-    )
-    for column in ("architecture", "crop", "parameters (M)", "MACs (G)", "AP", "source", "backbone"):
-        table.add_column(column, justify="left" if column in ("architecture", "source", "backbone") else "right")
-    for row in rows:
+    rows = []
+    for row in _cited(CITED_POSES, pattern, "pose model of the tables has a backbone"):
         model = _on_meta(partial(dense.HeatmapPose, row.name, KEYPOINTS, **row.args))
         model.backbone = _merged(model.backbone, row.name)
         cost = _measured(model, (3, *row.size))
-        counts = _both(row.parameters, cost.parameters / 1e6), _both(row.macs, cost.macs / 1e9)
-        table.add_row(row.architecture, "x".join(map(str, row.size)), *counts, row.ap, row.source, row.name)
-    Console().print(table)
+        found = _row(row, cost, architecture=row.architecture, crop="x".join(map(str, row.size)))
+        rows.append(found._replace(cells={**found.cells, "AP": row.ap, "source": row.source, "backbone": row.name}))
+    caption = f"{_CAPTION} MACs are of one crop, without the flip test. AP: percent on COCO's validation images."
+    return _Comparison(rows, ("crop", "parameters (M)", "MACs (G)", "AP"), caption)
 
 
 _CAPTION = "cited / measured; * differs by more than 1 %. Ours are measured in their merged form;"

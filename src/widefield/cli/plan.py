@@ -43,21 +43,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _converted(network: Any, args: argparse.Namespace, options: dict[str, Any]) -> int:
-    from widefield.cli._tables import print_table
     from widefield.surgery import plan
     from widefield.train.model import conversion_of
     from widefield.train.recipe import ConversionSpec
 
     found = plan(network, conversion_of(ConversionSpec(args.to, args.where, options)), args.where)
-    if rows := found.rows():
-        print_table(rows, right=())
+    args.printer.add(model=args.model, replaced=len(found.replaced), steps=found.steps)
+    args.printer.table(found.rows(), right=())
     print(found.summary())
     return 0 if found.replaced else 1
 
 
 def _masked(network: Any, size: int, args: argparse.Namespace, options: dict[str, Any]) -> int:
     from widefield import masking, tasks
-    from widefield.cli._tables import print_table
     from widefield.runs.inputs import Classes
 
     task: Any = tasks.create("masked_image", Classes(()), method=args.masked, **options)
@@ -65,11 +63,16 @@ def _masked(network: Any, size: int, args: argparse.Namespace, options: dict[str
     found = masking.plan(encoder, task.method.mask.patch) if task.method.visible else None
     model = task.model(encoder)
     mask = task.method.mask.draw(1, size, size)
+    masked, total = int(mask.sum()), mask.numel()
+    args.printer.add(model=args.model, method=args.masked, size=size, masked_patches=masked, patches=total)
     if found is not None:
-        print_table(found.rows(), right=())
-    print(f"{int(mask.sum())} of {mask.numel()} patches are masked in images of {size}x{size}")
+        args.printer.add(plan=found.to_dict())
+        args.printer.table(found.rows(), right=())
+    print(f"{masked} of {total} patches are masked in images of {size}x{size}")
     if found is not None:
         print(found.summary())
         return 0 if found.leak is None else 1
-    print(masking.reach(model, (3, size, size)))
+    reach = masking.reach(model, (3, size, size))
+    args.printer.add(reach=reach)
+    print(reach)
     return 0

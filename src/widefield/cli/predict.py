@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from widefield.cli._subjects import MODEL_HELP
-from widefield.cli._tables import print_table
 
 SUMMARY = "predictions of a model for images: classes of each or of its pixels, objects, poses, or hidden parts"
 
@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if subject.weights.origin == "random":
         print(f"{subject.name} has random weights; --pretrained downloads published ones.", file=sys.stderr)
+    args.printer.add(**json.loads((args.out / "predict.json").read_text(encoding="utf-8")), files=written.paths)
     if written.rows:
-        print_table(written.rows, right=["probability", "objects", "poses"])
+        args.printer.table(written.rows, right=["probability", "objects", "poses"])
     if written.images > len(written.rows):
         print(f"and {counted(written.images - len(written.rows), 'more image')}: see predict.json")
     if written.unreadable:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 
-from widefield.cli._tables import print_table
-
 SUMMARY = "list the recipes that come with widefield, for train and fit"
 
 
@@ -33,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         hint = _checks.did_you_mean(args.pattern, [recipe.name for recipe in every])
         raise ValueError(f"no recipe is called {args.pattern!r}{f' in {args.task}' if args.task else ''}.{hint}")
-    print_table(
+    args.printer.add(recipes=found)
+    args.printer.table(
         [{"recipe": one.name, "task": one.task, "data": one.data, "about": one.about} for one in found], right=()
     )
     return 0

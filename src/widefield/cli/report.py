@@ -25,5 +25,6 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     page = write_report(args.runs, args.out, count=args.count, device=args.device, say=console.print)
+    args.printer.add(page=page)
     print(f"wrote {page}")
     return 0

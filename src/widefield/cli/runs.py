@@ -6,8 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from widefield.cli._tables import print_table
-
 SUMMARY = "list runs, compare their recipes and metrics, draw their curves"
 
 _DRAWINGS = (".png", ".pdf", ".svg")
@@ -47,14 +45,15 @@ def run(args: argparse.Namespace) -> int:
         found = runs.sort_runs(found, args.sort)
     if args.compare:
         found = runs.pick_runs(found, args.compare)
-        print_table(runs.comparison(found, args.metric or ()))
+        args.printer.table(runs.comparison(found, args.metric or ()))
     elif found:
-        print_table([record.row(metric) for metric in args.metric or [None] for record in found], right=_NUMBERS)
+        args.printer.table([record.row(metric) for metric in args.metric or [None] for record in found], right=_NUMBERS)
         for record in found:
             if record.problem:
                 print(f"{record.name}: {record.problem}")
     else:
         print(f"no runs in {', '.join(folders)}{' that meet ' + ' '.join(args.where) if args.where else ''}.")
+    args.printer.add(runs=[record.to_dict() for record in found])
     if args.plot:
         drawing = report.drawing(runs.draw_runs(found, args.metric or ()), args.plot.suffix[1:])
         args.plot.parent.mkdir(parents=True, exist_ok=True)

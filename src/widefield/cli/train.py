@@ -25,8 +25,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     # The recipe is read by hand: argparse would take the value of a recipe's key for it.
     parser.usage = (
-        "widefield train [-h] [RECIPE] [--resume RUN] [--print-config] [--dry-run] [--find-lr] [--find-batch-size] "
-        "[--KEY VALUE ...]"
+        "widefield train [-h] [--json] [RECIPE] [--resume RUN] [--print-config] [--dry-run] [--find-lr] "
+        "[--find-batch-size] [--KEY VALUE ...]"
     )
     parser.epilog = (
         "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe, which `widefield recipes` lists. "
@@ -74,18 +74,28 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"there is no run in {source}: give the folder of one, such as runs/NAME.")
     recipe = load_recipe(source, overrides)
     if args.print_config:
+        args.printer.add(recipe=recipe)
         print(recipe_text(recipe), end="")
         return 0
     import widefield.models  # noqa: F401  registers them in timm, after the recipe was found to be right
     from widefield.train import dry_run, find_batch_size, find_learning_rate, train
 
     if args.dry_run:
-        print(dry_run(recipe))
+        found = dry_run(recipe)
+        args.printer.add(dry_run=found)
+        print(found)
     if args.find_lr:
-        print(find_learning_rate(recipe))
+        rates = find_learning_rate(recipe)
+        args.printer.add(learning_rates={**vars(rates), "steepest": rates.steepest, "largest": rates.largest})
+        print(rates.summary())
+        args.printer.table(rates.rows())
     if args.find_batch_size:
-        print(f"batch_size: {find_batch_size(recipe)}")
+        size = find_batch_size(recipe)
+        args.printer.add(batch_size=size)
+        print(f"batch_size: {size}")
     if any(looks.values()):
         return 0
     result = train(recipe, resume=args.resume)
+    fields = ("folder", "metrics", "best", "epochs", "steps", "interrupted")
+    args.printer.add(**{name: getattr(result, name) for name in fields})
     return 128 + result.interrupted if result.interrupted else 0

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
-from rich.table import Table
 
 from widefield import _checks, bench, report
 from widefield._files import check_place, write_whole
+from widefield._tabular import print_table
 from widefield.demo import fitted, photographs
 from widefield.demo.chapter import Chapter
 from widefield.demo.mixtures import Mixtures
@@ -94,11 +94,6 @@ def _write(folder: Path, chapters: dict[str, Chapter], missing: str, facts: dict
     console = Console()
     for chapter in chapters.values():
         for title, rows in chapter.tables:
-            table = Table(title=title, title_justify="left")
-            for column in rows[0]:
-                table.add_column(column, justify="right" if column else "left")
-            for row in rows:
-                table.add_row(*row.values())
-            console.print(table)
+            print_table(rows, [column for column in rows[0] if column], title=title)
     console.print(f"{lead}\nThe report is in {page}", markup=False, highlight=False, soft_wrap=True)
     return page
