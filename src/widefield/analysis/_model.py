@@ -240,11 +240,14 @@ def last_maps(model: nn.Module, images: Tensor) -> list[str]:
     return [name for name in names if is_inside(name, backbone)] or names
 
 
-def track(steps: Iterable[T], text: str, *, total: int | None = None, show: bool) -> Iterable[T]:
-    """Return ``steps`` unchanged, or wrapped in a progress bar on the terminal."""
+def track(steps: Iterable[T], text: str, *, total: int | None = None, show: bool) -> Iterator[T]:
+    """Yield ``steps``, with a progress bar if stderr is a terminal and ``show`` is true."""
     if not show:
-        return steps
+        yield from steps
+        return
     from rich.console import Console
-    from rich.progress import track as bar
 
-    return bar(steps, text, total=total, console=Console(stderr=True), transient=True)
+    from widefield._progress import ProgressLine
+
+    with ProgressLine(Console(stderr=True)) as bar:
+        yield from bar.track(steps, total=total, description=text)

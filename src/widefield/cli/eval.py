@@ -8,7 +8,6 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from widefield.cli._subjects import MODEL_HELP
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from widefield.data import SampleSet
     from widefield.runs import Evaluation, Subject
     from widefield.tasks import Task
@@ -133,6 +130,9 @@ class _Job:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from rich.console import Console
+
+    from widefield._progress import ProgressLine
     from widefield.runs.accuracy import evaluate_model, processes
 
     state = processes()
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     if state.is_main_process:
         print(*dict.fromkeys(line for job in jobs for line in _found(job, args)), sep="\n")
     done = []
-    with _bar(visible=state.is_main_process) as bar:
+    with ProgressLine(Console(stderr=True), visible=state.is_main_process) as bar:
         for job in jobs:
             found = evaluate_model(
                 job.subject.model,
@@ -343,16 +343,6 @@ def _called(source: Mapping[str, Any]) -> str:
     return str(source.get("root", source["name"]))
 
 
-@contextmanager
-def _bar(*, visible: bool) -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
-        yield bar
-
-
 def _show(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
     from widefield.runs.records import shown
     from widefield.tasks import ClassificationScores, DetectionScores, PoseScores
@@ -375,7 +365,7 @@ def _show(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> 
             lines = found.scores.weakest(_LISTED)
             print(f"{job.subject.name}: {found.scores.summary()}")
             print(f"the {_LISTED} classes with the lowest accuracy; --out has all {len(found.scores.classes)}:")
-            print_table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
+            args.printer.table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
         elif found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")
             args.printer.table(

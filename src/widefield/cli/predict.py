@@ -65,8 +65,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status, 1 if no image could be read."""
     from rich.console import Console
-    from rich.progress import Progress
 
+    from widefield._progress import ProgressLine
     from widefield.data.listing import counted
     from widefield.runs import load
     from widefield.runs.box_files import is_box_file
@@ -81,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
     boxes = args.boxes
     if boxes is not None and not is_box_file(boxes):
         boxes = load(boxes, pretrained=args.pretrained, seed=args.seed, device=args.device)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with ProgressLine(Console(stderr=True)) as bar:
         written = predict_files(
             subject,
             args.images,

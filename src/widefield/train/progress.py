@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from widefield._progress import ProgressLine
 
 _QUIET_SECONDS = 30.0
 
@@ -43,17 +44,8 @@ class Bar:
     """A progress bar over all steps of the run, with the time left and the current numbers."""
 
     def __init__(self, console: Console, total: int) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task("", total=total, text="")
+        self._progress = ProgressLine(console, transient=False)
+        self._task = self._progress.add_task("training", total=total, text="")
 
     def __enter__(self) -> Self:
         self._progress.start()
