@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         print(found)
     if args.find_lr:
         rates = find_learning_rate(recipe)
-        args.printer.add(learning_rates={**vars(rates), "steepest": rates.steepest, "largest": rates.largest})
+        args.printer.add(learning_rates=rates.to_dict())
         print(rates.summary())
         args.printer.table(rates.rows())
     if args.find_batch_size:
