@@ -314,7 +314,8 @@ def test_results_are_named_kept_small_and_drawn(tmp_path):
     assert one.labels == ("a", "an animal of unusual length", "c")
     assert one.pixels.shape == (3, 224, 149, 3)
     assert one.pixels.mean() == pytest.approx(images.mean().item(), abs=1e-3)
-    assert one.about == {"source": "noise", "images": 3, "size": [300, 200], "layer": "1", "class": "given"}
+    assert one.about == {"source": "noise", "images": 3, "size": [300, 200], "layer": "1", "method": "Grad-CAM",
+                         "class": "given"}  # fmt: skip
     assert "pixels" not in one.to_dict()
     assert one.to_dict()["maps"] == one.maps.tolist()
     drawing = save(results, tmp_path / "x.svg", count=2).read_text()

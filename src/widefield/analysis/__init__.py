@@ -10,6 +10,7 @@ from widefield.analysis._targets import ClassAt, ClassIn
 from widefield.analysis.blocks import BlockContribution, BlockContributions, block_contributions
 from widefield.analysis.cam import ClassActivation, class_activation
 from widefield.analysis.erf import ReceptiveField, effective_receptive_field
+from widefield.analysis.faithfulness import Faithfulness, faithfulness
 from widefield.analysis.interactions import Interactions, interactions
 from widefield.analysis.kernels import KernelMaps, LayerKernel, kernel_energy
 from widefield.analysis.keypoints import KeypointFields, keypoint_receptive_fields
@@ -29,6 +30,7 @@ __all__ = [
     "ClassIn",
     "CropTable",
     "DetectionScore",
+    "Faithfulness",
     "Field",
     "FixedBlock",
     "Interactions",
@@ -53,6 +55,7 @@ __all__ = [
     "class_activation",
     "crop_table",
     "effective_receptive_field",
+    "faithfulness",
     "interactions",
     "kernel_energy",
     "keypoint_receptive_fields",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from widefield import _checks, report
 from widefield.analysis._cam_figure import mark, mark_box, mark_point, overlay, shown
 from widefield.analysis._cam_layer import target_layer
+from widefield.analysis._cam_methods import METHODS, NAMES, Seen
 from widefield.analysis._detectors import DetectionScore
 from widefield.analysis._keypoints import KeypointPeak, is_pose_model
 from widefield.analysis._maps import tapped
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _KEPT = 224  # largest side of the images stored in a result
+_COARSE = 4  # sides of maps below which the center's share says nothing: that of a map of 2x2 is always 25 %
 _SMALL = 6.5  # font size under a picture, in points
 _BAR = 0.75  # width of the color bar, in inches
 
 
 @dataclass(frozen=True)
 class ClassActivation(Result):
-    """Grad-CAM maps of one model, one class per image."""
+    """Class activation maps of one model, one class per image."""
 
     name: str
     about: Mapping[str, Any]
@@ -73,11 +75,12 @@ class ClassActivation(Result):
 
     title = "Class activation maps"
     lead = (
-        "Grad-CAM: the positive part of a layer's map, channels weighted by the mean gradient of the class's score "
-        "(for a detector's box and for a key point by the gradient at each position), scaled to a maximum of 1 per "
+        "Where a layer's map speaks for the class: the positive part of the map, its channels or positions weighted by "
+        "the method in the table (Grad-CAM: by the mean gradient of the class's score), scaled to a maximum of 1 per "
         "image and model: positions compare, magnitudes do not. The contour is at half the maximum; under each map are "
         "the class and its probability. Table: share of the image above that half, and share of the map in the central "
-        "quarter of the image (25 % for an even map), ± standard deviations over images; an empty map is 0 everywhere."
+        "quarter of the image (25 % for an even map; none for maps below 4x4), ± standard deviations over images; an "
+        "empty map is 0 everywhere."
     )
 
     @property
@@ -87,7 +90,7 @@ class ClassActivation(Result):
 
     def upsampled(self) -> np.ndarray:
         """Return the maps at the images' size, (N, H, W), float32, by bilinear interpolation."""
-        return _upsampled(torch.from_numpy(self.maps), self.size).numpy()
+        return upsampled(torch.from_numpy(self.maps), self.size).numpy()
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values in JSON's types, except the copies of the images and the mask of a region."""
@@ -99,9 +102,10 @@ class ClassActivation(Result):
             {
                 "model": self.name,
                 "layer": self.layer,
+                "method": str(self.about.get("method", "")),
                 "map": "×".join(map(str, self.maps.shape[1:])),
                 "above half (%)": _percent(self.area),
-                "in the center (%)": _percent(self.central),
+                "in the center (%)": _percent(self.central) if min(self.maps.shape[1:]) >= _COARSE else "–",
                 "empty": f"{self.empty} of {len(self.maps)}",
             }
         ]
@@ -167,6 +171,7 @@ def class_activation(
     *,
     targets: int | Sequence[int] | Tensor | ClassAt | ClassIn | DetectionScore | KeypointPeak | None = None,
     layer: Layer | None = None,
+    method: str | None = None,
     classes: Sequence[str] | None = None,
     pixels: Tensor | np.ndarray | None = None,
     batch_size: int = 8,
@@ -201,6 +206,10 @@ def class_activation(
             (`KeypointPeak`). Default: the class with the largest score; for segmentation the one that covers the most
             pixels, for detectors the one with the largest sum of scores, for pose models the highest peak.
         layer: a layer that returns a map, or its name. Default: that of :func:`target_layer`.
+        method: ``"grad_cam"`` (default); ``"hires_cam"``, as for such parts, and their default; ``"grad_cam++"``
+            (Chattopadhay et al. 2018); ``"layer_cam"`` (Jiang et al. 2021), for layers with large maps, too;
+            ``"eigen_cam"`` (Muhammad and Yeasin 2020), which does not depend on the class; ``"score_cam"`` (Wang et al.
+            2020), without gradients, one forward pass for each channel of the layer.
         classes: class names in the order of the scores.
         pixels: the images as drawn in figures, (N, H, W, C) in [0, 1]. Default: figures show only the maps.
         batch_size: images at a time.
@@ -216,6 +225,9 @@ def class_activation(
         TypeError: images, targets, layer or batch size have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
+    local = isinstance(targets, (DetectionScore, KeypointPeak)) or is_pose_model(model)
+    usual = "hires_cam" if local else "grad_cam"  # a mean gradient would also show what is far from the box or point
+    method = usual if method is None else _checks.choice("method", method, tuple(METHODS))
     special = ClassAt, ClassIn, DetectionScore, KeypointPeak
     target = targets if isinstance(targets, special) else None
     wanted = targets.label if isinstance(targets, special) else _targets(targets)
@@ -242,14 +254,14 @@ def class_activation(
         if name_of_layer is None:
             name_of_layer = target_layer(model, part[:1])
         chosen = wanted[done : done + len(part)] if isinstance(wanted, list) else wanted
-        parts.append(_maps(model, name_of_layer, part, _Asked(chosen, target, classes)))
+        parts.append(_maps(model, name_of_layer, part, _Asked(chosen, target, classes, method)))
         done += len(part)
     _one_each(each, done)
     maps, targeted, predicted, probability, boxes, points = (torch.cat(part) for part in zip(*parts, strict=True))
     _check_detected(model, targeted)
     peak = maps.amax((1, 2), keepdim=True)
     maps = maps / torch.where(peak > 0, peak, 1)
-    area, central = _extent(_upsampled(maps, size[-2:]))
+    area, central = _extent(upsampled(maps, size[-2:]))
     return ClassActivation(
         name=type(model).__name__ if name is None else name,
         about={
@@ -258,6 +270,7 @@ def class_activation(
             "size": size[-1] if size[-2] == size[-1] else list(size[-2:]),
             **({"frames": size[0]} if len(size) == 3 else {}),
             "layer": name_of_layer,
+            "method": NAMES[method],
             "class": "predicted" if wanted is None else "given",
             **({"of": target.place(size[-2:])} if target else {}),
         },
@@ -286,6 +299,7 @@ class _Asked:
     target: Target | DetectionScore | KeypointPeak | None
     """The pixel, region, box or peak; None: the class as a whole."""
     names: Sequence[str] | None
+    method: str
 
 
 def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[Tensor, ...]:
@@ -298,19 +312,24 @@ def _maps(model: nn.Module, layer: str, images: Tensor, asked: _Asked) -> tuple[
     ):
         scorer = _Scorer(model, layer, taps, asked)
         scores = scorer(images.clone().detach())
-        found = taps[-1]
-        try:
-            (gradient,) = torch.autograd.grad(scores.sum(), found)
-        except RuntimeError as error:
-            raise ValueError(
-                f"layer {layer!r} of {type(model).__name__} does not affect the scores through a gradient: choose "
-                f"another layer. ({str(error).splitlines()[0]})"
-            ) from error
-        local = isinstance(asked.target, (DetectionScore, KeypointPeak)) or is_pose_model(model)
-        if not local:  # a mean gradient would also show what is far from the box or point
-            gradient = gradient.mean((2, 3), keepdim=True)
-        maps = (gradient * found.detach()).sum(1).relu()
-    return maps.float().cpu(), *scorer.seen
+        found, told = taps[-1], scorer.seen
+
+        def gradient() -> Tensor:
+            try:
+                return torch.autograd.grad(scores.sum(), found)[0]
+            except RuntimeError as error:
+                raise ValueError(
+                    f"layer {layer!r} of {type(model).__name__} does not affect the scores through a gradient: choose "
+                    f"another layer. ({str(error).splitlines()[0]})"
+                ) from error
+
+        @torch.no_grad()
+        def score(others: Tensor, rows: Tensor) -> Tensor:
+            labels = told[0][rows.cpu()].clamp(min=0).tolist()
+            return _Scorer(model, layer, taps, replace(asked, labels=labels))(others)
+
+        maps = METHODS[asked.method](Seen(found.detach(), gradient, images, score))
+    return maps.float().cpu(), *told
 
 
 def _named(model: nn.Module, label: int, names: Sequence[str] | None) -> str:
@@ -416,7 +435,8 @@ def _in_proportion(pixels: Tensor | np.ndarray | None, size: Sequence[int]) -> N
         )
 
 
-def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps (N, h, w) at another size, (N, H, W), by bilinear interpolation."""
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
