@@ -32,6 +32,7 @@ PAGES = (
     "pose",
     "masked",
     "real_data",
+    "sharing",
 )
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from widefield.deploy.export import export
     from widefield.deploy.quantize import quantize
     from widefield.fitting import fit
+    from widefield.runs.predict import predict
+    from widefield.runs.sharing import load, push_to_hub, save
     from widefield.surgery.compare import compare
     from widefield.surgery.conversions import (
         Deformable,
@@ -51,9 +53,13 @@ __all__ = [
     "convert",
     "export",
     "fit",
+    "load",
     "plan",
+    "predict",
+    "push_to_hub",
     "quantize",
     "reparameterize",
+    "save",
     "specialize",
     "trim",
 ]
@@ -75,7 +81,15 @@ _ROOMS = (
     "report",
 )
 
-_ELSEWHERE = {"export": "deploy", "quantize": "deploy", "fit": "fitting"}
+_ELSEWHERE = {
+    "export": "deploy",
+    "quantize": "deploy",
+    "fit": "fitting",
+    "load": "runs.sharing",
+    "predict": "runs",
+    "push_to_hub": "runs",
+    "save": "runs",
+}
 """Name -> room, for names that are not of surgery."""
 
 

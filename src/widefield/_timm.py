@@ -46,6 +46,7 @@ def create_model(name: str, args: Mapping[str, Any]) -> nn.Module:
             cache_dir=own["cache_dir"],
             **rest,
         )
+    model._model_args = rest  # as timm's function does, for files of the model
     if own["checkpoint_path"]:
         load_checkpoint(model, own["checkpoint_path"])
     return model

@@ -34,6 +34,7 @@ from widefield.cli import (
     routing,
     runs,
     shape_bias,
+    share,
     stability,
     train,
 )
@@ -48,6 +49,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "plan": plan,
     "eval": eval,
     "predict": predict,
+    "share": share,
     "runs": runs,
     "report": report,
     "erf": erf,

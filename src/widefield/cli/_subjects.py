@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from widefield.runs import Subject
 
 MODEL_HELP = (
-    "a timm model (resnet50), a torchvision model (torchvision:resnet50), or the folder of a run of `widefield train`; "
+    "a timm model (resnet50), a torchvision model (torchvision:resnet50), the folder of a run of `widefield train`, or "
+    "what `widefield share` wrote: a .safetensors file, a folder, or hf-hub:USER/NAME; "
     "arguments go in braces: 'replknet_31b{kernel_sizes: [3, 3, 3, 3]}'"
 )
 

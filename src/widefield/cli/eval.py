@@ -189,7 +189,9 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
 
 
 def _is_run(word: str) -> bool:
-    return Path(word).expanduser().is_dir()
+    from widefield.runs.model_file import is_model_folder
+
+    return Path(word).expanduser().is_dir() and not is_model_folder(Path(word).expanduser())
 
 
 def _subjects(word: str, args: argparse.Namespace) -> list[Subject]:

@@ -14,7 +14,7 @@ from timm.layers import LayerNorm2d
 from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureHooks, FeatureInfo
 from torch import Tensor, nn
 
-from widefield import _checks, _timm
+from widefield import _checks, _history, _timm
 from widefield.dense._published import follow_published_code
 from widefield.surgery import anatomy
 from widefield.surgery.answers import described, evaluating
@@ -158,6 +158,9 @@ def feature_maps(
         ValueError: the name is unknown, the network gives no or too few maps, or the arguments choose other maps or
             norms than the result of an earlier call has.
     """
+    options = {
+        "levels": levels, "out_indices": out_indices, "stage_norms": stage_norms, "normed": normed, **backbone_args,
+    }  # fmt: skip
     if isinstance(backbone, str):
         indices = range(-levels, 0) if out_indices is None else out_indices
         network = _created(backbone, tuple(indices), backbone_args)
@@ -172,7 +175,7 @@ def feature_maps(
     norm = _norm(stage_norms, found.body)
     positions = range(len(found.channels)) if normed is None else normed
     norms = [norm if index in positions else None for index in range(len(found.channels))]
-    return FeatureMaps(
+    maps = FeatureMaps(
         found.body,
         found.channels,
         found.strides,
@@ -181,6 +184,7 @@ def feature_maps(
         norms=norms,
         numbers=found.numbers,
     )
+    return _history.made(maps, "feature_maps", __name__, {"backbone": backbone, **options})
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from widefield import _checks
+from widefield import _checks, _history
 from widefield.dense.backbone import FeatureMaps
 from widefield.dense.boxes import Size
 from widefield.dense.detection_rules import DetectionRules
@@ -103,6 +103,12 @@ class Detector(nn.Module, ABC):
     Raises:
         ValueError: stages are to be frozen and the backbone's stages are unknown or fewer.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Note the arguments, for files of the model (:func:`widefield.save`)."""
+        model = super().__new__(cls)
+        _history.constructed(model, cls, args, options)
+        return model
 
     def __init__(
         self,

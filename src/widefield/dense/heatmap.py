@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from widefield import _checks
+from widefield import _checks, _history
 from widefield.dense.backbone import Backboned, FeatureMaps, StageNorms, feature_maps
 from widefield.dense.heatmap_codec import DecodedKeypoints, HeatmapCodec, decoded
 
@@ -74,6 +74,12 @@ class HeatmapPose(nn.Module):
     Raises:
         TypeError, ValueError: an argument is out of range, or the backbone does not fit.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Note the arguments, for files of the model (:func:`widefield.save`)."""
+        model = super().__new__(cls)
+        _history.constructed(model, cls, args, options)
+        return model
 
     def __init__(
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from widefield import _checks
+from widefield import _checks, _history
 from widefield.dense.backbone import FeatureMaps
 from widefield.dense.layers import resize, widened
 
@@ -75,6 +75,12 @@ class Segmenter(nn.Module):
         neck: from the backbone's maps to those of the decode head. The auxiliary head gets them too.
         auxiliary_head: a second head whose loss helps training. Evaluation skips it.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Note the arguments, for files of the model (:func:`widefield.save`)."""
+        model = super().__new__(cls)
+        _history.constructed(model, cls, args, options)
+        return model
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ Its modules import surgery inside functions, because ``import widefield`` import
 
 from widefield.models import mobilenetv2_lk as mobilenetv2_lk
 from widefield.models import packaged as packaged
+from widefield.models import shared as shared
 from widefield.models._registry import Stated as Stated
 from widefield.models.hornet import HorNet as HorNet
 from widefield.models.internimage import InternImage as InternImage

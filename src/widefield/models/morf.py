@@ -15,7 +15,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from widefield import _checks
+from widefield import _checks, _history
 from widefield.models._registry import Stated, cfg
 from widefield.nn import MoRFConv2d
 from widefield.nn.recompute import Blocks
@@ -147,6 +147,7 @@ def _mix(
         return name.startswith(tuple(prefixes)) and getattr(module, "kernel_size", None) == (size, size)
 
     convert(model, MoRF(*settings, init="random"), where, inplace=True)
+    _history.forget(model)  # the constructor does it again
     return [module for module in model.modules() if isinstance(module, MoRFConv2d)]
 
 

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from widefield.runs.accuracy import Evaluation, evaluate_model
     from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
     from widefield.runs.labels import MappedClassification, output_places
+    from widefield.runs.loading import load
     from widefield.runs.predict import Predicted, Predictions, Unreadable, predict, predict_each, predict_files
     from widefield.runs.records import RunRecord, find_runs, read_run
     from widefield.runs.report import write_report
-    from widefield.runs.subjects import MissingDataError, Subject, load
+    from widefield.runs.sharing import push_to_hub, save
+    from widefield.runs.subjects import MissingDataError, Subject
     from widefield.runs.trained import load_trained, read_run_data
     from widefield.runs.weights import Weights
 
@@ -23,10 +25,12 @@ load_on_demand(
         "accuracy": "Evaluation evaluate_model",
         "compare": "comparison draw_runs filter_runs pick_runs sort_runs",
         "labels": "MappedClassification output_places",
+        "loading": "load",
         "predict": "Predicted Predictions Unreadable predict predict_each predict_files",
         "records": "RunRecord find_runs read_run",
         "report": "write_report",
-        "subjects": "MissingDataError Subject load",
+        "sharing": "push_to_hub save",
+        "subjects": "MissingDataError Subject",
         "trained": "load_trained read_run_data",
         "weights": "Weights",
     },
@@ -54,8 +58,10 @@ __all__ = [
     "predict",
     "predict_each",
     "predict_files",
+    "push_to_hub",
     "read_run",
     "read_run_data",
+    "save",
     "sort_runs",
     "write_report",
 ]

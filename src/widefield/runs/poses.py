@@ -15,7 +15,8 @@ from widefield import _checks, dense
 from widefield.data import Skeleton
 from widefield.runs.box_files import BoxFile, is_box_file, read_boxes
 from widefield.runs.drawing_parts import MIN_SCORE
-from widefield.runs.subjects import Subject, load
+from widefield.runs.loading import load
+from widefield.runs.subjects import Subject
 from widefield.surgery.answers import evaluating
 from widefield.surgery.inputs import place
 from widefield.tasks import BoxPrediction, PosePrediction

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from widefield import _checks, bench, report
@@ -24,8 +24,10 @@ from widefield.runs.coco_results import CocoEntries, read_ids
 from widefield.runs.drawing import DRAWINGS, drawing_of
 from widefield.runs.drawing_parts import MIN_SCORE, Drawing, preview
 from widefield.runs.image_paths import Images, find_images, names_of
+from widefield.runs.loading import load
 from widefield.runs.poses import BoxSource, box_source, pose_prediction
-from widefield.runs.subjects import Subject, load
+from widefield.runs.sharing import subject_of
+from widefield.runs.subjects import Subject
 from widefield.surgery.inputs import place
 from widefield.tasks import BoxPrediction, PosePrediction, Prediction, Task
 from widefield.train.interrupt import ignore_signals
@@ -230,7 +232,7 @@ def page_of(predictions: Predictions, cards: Sequence[str], images: int | None =
 
 
 def predict(
-    model: str | Path | Subject,
+    model: str | Path | Subject | nn.Module,
     images: Images,
     *,
     size: int | None = None,
@@ -246,7 +248,9 @@ def predict(
     """Predict images in files, and keep all predictions.
 
     Args:
-        model: the folder of a run, or the name of a model of timm or torchvision, as of :func:`load`; or a loaded one.
+        model: a module or a subject; or words for one, as of :func:`load`: the folder of a run, a file or folder that
+            :func:`widefield.save` wrote, ``hf-hub:USER/NAME``, or the name of a model of timm or torchvision. A module
+            gets the images that its file, its run or timm's configuration asks for.
         images: files, folders that are searched at any depth, and globs.
         size: side of the images for a classifier, or shorter side for other models; default: the model's own. For poses
             it is that of the detector.
@@ -269,8 +273,8 @@ def predict(
         FileNotFoundError: there is no such file or folder, or no image in it; and as of :func:`load`.
         ValueError, TypeError: as of :func:`load`, or an argument is out of range.
     """
-    subject = load(str(model), **loading) if isinstance(model, (str, Path)) else model
-    if isinstance(model, Subject) and loading:
+    subject = load(str(model), **loading) if isinstance(model, (str, Path)) else subject_of(model)
+    if not isinstance(model, (str, Path)) and loading:
         raise TypeError(f"the model is loaded already; it takes no {', '.join(loading)}.")
     known = empty(subject, size=size, top=top, min_score=min_score)
     source = box_source(

@@ -16,8 +16,9 @@ from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs
 from widefield.runs.evaluation_page import evaluation_sections
 from widefield.runs.inputs import Selection
+from widefield.runs.loading import load
 from widefield.runs.records import RunRecord, read_run
-from widefield.runs.subjects import MissingDataError, Subject, load
+from widefield.runs.subjects import MissingDataError, Subject
 from widefield.runs.trained import examined
 
 if TYPE_CHECKING:

@@ -6,14 +6,11 @@ The commands, the report about runs and the evaluation load their models with th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,13 +21,9 @@ from widefield.data.image_files import ImageFiles
 from widefield.runs import inputs
 from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Pixels, Selection, count_maps
 from widefield.runs.labels import published_classes
-from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
-from widefield.runs.trained import load_trained, read_run_data, weights_of
-from widefield.runs.weights import Weights, weights_of_timm
-from widefield.runs.words import is_path, parsed
+from widefield.runs.weights import Weights
 from widefield.tasks import Task, count_outputs
-from widefield.train import ModelSpec, Recipe, RunData, checkpoint, create_model, load_recipe
-from widefield.train.networks import TORCHVISION
+from widefield.train import Recipe, RunData
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Subject:
     work: str = "classification"
     """What the model does: the name of a task."""
     published_classes: tuple[str, ...] = ()
-    """Names of the classes of a detector with published weights; empty for runs."""
+    """Names of the classes of a detector with published weights, and of a file; empty for runs."""
 
     def image_options(self, size: int | None = None) -> dict[str, Any]:
         """Return the options of a set of image files that prepares images as the model expects them.
@@ -78,7 +71,7 @@ class Subject:
             return ()
         if self.trained_on:
             return (self.work == "detection" and self.trained_on.object_classes) or self.trained_on.classes
-        if self.work == "detection":
+        if self.work == "detection" or self.published_classes:
             return self.published_classes
         return () if self.weights.origin == "random" else published_classes(self.name, self.model)
 
@@ -241,7 +234,7 @@ class Subject:
     def _scale(self, size: int | None) -> tuple[int, int] | None:
         """Return (longer side, shorter side) of the rectangle that images are fitted into; None keeps their size."""
         if size is not None:
-            return _ANY_LENGTH * size, size
+            return ANY_LENGTH * size, size
         scale: tuple[int, int] | None = self.preprocessing.get("test_scale")
         return scale
 
@@ -316,184 +309,11 @@ class MissingDataError(FileNotFoundError):
     """The data that a run was trained on are missing."""
 
 
-def load(
-    word: str,
-    *,
-    pretrained: bool = False,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    together_with: Sequence[str] = (),
-    which: str = "best",
-    weights: str | None = None,
-) -> Subject:
-    """Build or load a model by name.
-
-    Args:
-        word: a name of timm (``resnet50``) or of torchvision (``torchvision:resnet50``), with optional arguments in
-            braces as YAML (``replknet_31b{kernel_sizes: [3, 3, 3, 3]}``), or the folder of a run.
-        pretrained: fetch the weights that timm or torchvision publish.
-        seed: of random weights. The global generator is seeded.
-        device: where the model goes.
-        together_with: words of the models that are shown together. Runs with the same name are called by their folders.
-        which, weights: which of a run's weights; see :func:`widefield.runs.load_trained`.
-
-    Raises:
-        ValueError: unknown model or device, or arguments that the model refuses.
-        TypeError: an argument that the model does not have.
-        FileNotFoundError: there is no such folder, no run in it, or no checkpoint.
-    """
-    torch.manual_seed(seed)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {str(device)!r} is not available: {str(error).splitlines()[0]}") from error
-    if Path(word).expanduser().is_dir():
-        found = _of_run(Path(word).expanduser(), which, weights)
-        if sum(Path(other).name == Path(word).name for other in set(together_with)) > 1:
-            found = replace(found, name=word)
-    elif is_path(word):
-        raise FileNotFoundError(
-            f"there is no folder {word!r}: give the folder of a run, or the name of a model, which has no slashes."
-        )
-    elif word.startswith(TORCHVISION):
-        found = _of_torchvision(word, pretrained)
-    else:
-        found = _of_timm(word, pretrained)
-    found.model.to(device).eval()
-    return found
-
-
-def _of_timm(word: str, pretrained: bool) -> Subject:
-    from timm.data import resolve_model_data_config
-
-    name, given = parsed(word)
-    if name == word and ":" not in name and name.partition(".")[0] not in (known := timm.list_models()):
-        raise ValueError(
-            f"there is neither a folder {name!r}, nor does timm know a model of that name."
-            f"{_checks.did_you_mean(name, known, likeness=0.7)}"
-        )
-    pretrained = bool(given.pop("pretrained", pretrained))
-    model = create_model(ModelSpec(name, given, pretrained))
-    config = resolve_model_data_config(model)
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if given.get("in_chans") == 1:  # timm's configuration has no statistics for gray images
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return Subject(
-        word,
-        model,
-        config["input_size"][-1],
-        mean,
-        std,
-        weights_of_timm(model, given.get("checkpoint_path"), pretrained),
-        {key: config[key] for key in ("interpolation", "crop_pct", "crop_mode")},
-        # The crop that the model's authors, or timm, found best for larger images than those of training.
-        resolve_model_data_config(model, use_test_size=True)["crop_pct"],
-    )
-
-
-def _of_torchvision(word: str, pretrained: bool) -> Subject:
-    from torchvision.models import get_model_weights
-
-    name, given = parsed(word)
-    if name.removeprefix(TORCHVISION) in _segmenters():
-        return _segmenter_of_torchvision(word, pretrained)
-    if name.removeprefix(TORCHVISION) in torchvision_detectors():
-        return _detector_of_torchvision(word, pretrained)
-    model = create_model(ModelSpec(name, given, pretrained))
-    shown = get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
-    size = getattr(model, "image_size", shown.crop_size[0])  # a ViT accepts no other
-    crop = {"interpolation": shown.interpolation.value, "crop_pct": shown.crop_size[0] / shown.resize_size[0]}
-    weights = Weights("pretrained" if pretrained else "random")
-    return Subject(word, model, size, tuple(shown.mean), tuple(shown.std), weights, crop)
-
-
-def _segmenters() -> list[str]:
-    """Return the names of torchvision's segmentation models."""
-    from torchvision.models import list_models, segmentation
-
-    return list(list_models(module=segmentation))
-
-
-def _segmenter_of_torchvision(word: str, pretrained: bool) -> Subject:
-    from torchvision.models import get_model, get_model_weights
-
-    name, given = parsed(word)
-    name = name.removeprefix(TORCHVISION)
-    published = get_model_weights(name).DEFAULT
-    chosen = {"weights": published} if pretrained else {"weights": None, "weights_backbone": None}
-    try:
-        model = get_model(name, **chosen, **given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"torchvision cannot build {name!r} with {given}: {error}.") from error
-    shown = published.transforms()
-    side = shown.resize_size[0]
-    return Subject(
-        word,
-        model,
-        side,
-        tuple(shown.mean),
-        tuple(shown.std),
-        Weights("pretrained" if pretrained else "random"),
-        {"test_scale": (_ANY_LENGTH * side, side), "antialias": True},
-        work="segmentation",
-    )
-
-
-def _detector_of_torchvision(word: str, pretrained: bool) -> Subject:
-    name, given = parsed(word)
-    model, names = build_detector(name.removeprefix(TORCHVISION), given, pretrained=pretrained)
-    return Subject(
-        word,
-        model,
-        TEST_SCALE[1],
-        MEAN,
-        STD,
-        Weights("pretrained" if pretrained else "random"),
-        {"test_scale": TEST_SCALE},
-        work="detection",
-        published_classes=names if pretrained else (),
-    )
-
-
 _DECIDED = ("size", "augment", "mean", "std")
 """Options of a run's data set that `Pictures` decides itself."""
-_READING = (
-    "antialias",
-    "interpolation",
-    "crop_pct",
-    "crop_mode",
-    "corrupt",
-    "max_corrupt",
-    "exif_orientation",
-    "max_pixels",
-)
-"""Options of a run's data set that also apply to other image files."""
-_USUAL_SIZE = 224
-"""Side of the images for a run whose own differ in size."""
 _DECODING = ("exif_orientation", "max_pixels")
 """Options of a run's data set about decoding."""
 _HANDLING = ("corrupt", "max_corrupt", *_DECODING)
 """Options of image files that do not concern a decoded image."""
-_ANY_LENGTH = 1000
+ANY_LENGTH = 1000
 """Largest ratio of an image's sides if only the shorter one is given."""
-
-
-def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
-    chosen = checkpoint.chosen(folder, which)
-    model = load_trained(folder, which, weights)
-    recipe, found = load_recipe(folder), read_run_data(folder)
-    reading = {key: value for key, value in recipe.data.args.items() if key in _READING}
-    # A detector knows objects of the size that they have at its test scale, not in small crops.
-    sides = (found.test_scale if recipe.task.name == "detection" else None) or found.crop_size or (_USUAL_SIZE,)
-    return Subject(
-        recipe.name,
-        model,
-        found.size or min(sides),
-        found.mean,
-        found.std,
-        Weights("run", f"{weights_of(chosen, weights).stem}, {which} (step {chosen.step})"),
-        {**reading, **({} if recipe.task.name in inputs.SQUARE else {"test_scale": found.test_scale})},
-        recipe=recipe,
-        trained_on=found,
-        work=recipe.task.name,
-    )

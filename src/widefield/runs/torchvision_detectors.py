@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from widefield import _checks, dense
+from widefield import _checks, _history, dense
 
 _KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "fasterrcnn_resnet50_fpn": ("FasterRCNN", {}),
@@ -83,6 +83,8 @@ def _load(model: nn.Module, name: str) -> None:
         torch.save(published.get_state_dict(progress=False, check_hash=True), file)
         dense.load_checkpoint(model, file)
     if published.name == _FROZEN_NORMS:
-        for module in model.get_submodule("backbone").modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eps = 0.0
+        inside = model.get_submodule("backbone").named_modules()
+        norms = {f"backbone.{name}": norm for name, norm in inside if isinstance(norm, nn.BatchNorm2d)}
+        for norm in norms.values():
+            norm.eps = 0.0
+        _history.note(model, "set", attribute="eps", value=0.0, layers=list(norms))

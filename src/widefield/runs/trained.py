@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from widefield import _checks, masking, tasks
+from widefield import _checks, _history, masking, tasks
+from widefield.runs.inputs import SQUARE
+from widefield.runs.weights import Weights
 from widefield.train import checkpoint, run_data
 from widefield.train.checkpoint import Checkpoint
 from widefield.train.model import build_model
-from widefield.train.recipe_io import load_recipe
+from widefield.train.recipe import Recipe
+from widefield.train.recipe_io import load_recipe, recipe_text
 from widefield.train.run_data import RunData
 
 KINDS = ("ema", "model")
@@ -41,7 +45,46 @@ def load_trained(run: str | Path, which: str = "best", weights: str | None = Non
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args, pretrained=False))
     model = build_model(recipe, tasks.create(recipe.task.name, about, **recipe.task.args))
     checkpoint.load_weights(file, model)
+    if _history.origin(model) is None:
+        _history.set_origin(model, "run", recipe=recipe_text(recipe), data=dataclasses.asdict(about))
+    subject = _facts(load_recipe(folder), about, Weights("run", f"{file.stem}, {which} (step {chosen.step})"))
+    trained = {"step": chosen.step, "metrics": chosen.metrics, "headline": chosen.meta.get("headline")}
+    _history.set_about(model, {"subject": subject, "trained": trained})
     return model.eval()
+
+
+_READING = (
+    "antialias",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "corrupt",
+    "max_corrupt",
+    "exif_orientation",
+    "max_pixels",
+)
+"""Options of a run's data set that also apply to other image files."""
+_USUAL_SIZE = 224
+"""Side of the images for a run whose own differ in size."""
+
+
+def _facts(recipe: Recipe, about: RunData, weights: Weights) -> dict[str, Any]:
+    """Return the fields of a `widefield.runs.Subject` for a run's model, without the model."""
+    reading = {key: value for key, value in recipe.data.args.items() if key in _READING}
+    # A detector knows objects of the size that they have at its test scale, not in small crops.
+    sides = (about.test_scale if recipe.task.name == "detection" else None) or about.crop_size or (_USUAL_SIZE,)
+    square = recipe.task.name in SQUARE
+    return {
+        "name": recipe.name,
+        "size": about.size or min(sides),
+        "mean": about.mean,
+        "std": about.std,
+        "weights": weights,
+        "preprocessing": {**reading, **({} if square else {"test_scale": about.test_scale})},
+        "recipe": recipe,
+        "trained_on": about,
+        "work": recipe.task.name,
+    }
 
 
 def examined(model: nn.Module) -> nn.Module:

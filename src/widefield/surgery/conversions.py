@@ -104,11 +104,12 @@ class Conversion(ABC):
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
         """Return the new layer for a convolution with fixed padding."""
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """Return the fields by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     def _with(self, **changes: Any) -> Self:
-        return type(self)(**{**self._options(), **changes})
+        return type(self)(**{**self.options(), **changes})
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class MoRF(Conversion):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self._options(), "init": "random"})
+        MoRFConv2d.from_conv2d(nn.Conv2d(1, 1, 1, device="meta"), **{**self.options(), "init": "random"})
         _checks.init(self.init)
         sizes = tuple(size if isinstance(size, int) else tuple(size) for size in self.kernel_sizes)
         object.__setattr__(self, "kernel_sizes", sizes)  # lists, from YAML say, would not hash
@@ -144,7 +145,7 @@ class MoRF(Conversion):
         return reason
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        return MoRFConv2d.from_conv2d(conv, **self._options())
+        return MoRFConv2d.from_conv2d(conv, **self.options())
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ class InceptionSplit(Conversion):
         return reason
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        return InceptionDWConv2d.from_conv2d(conv, **self._options())
+        return InceptionDWConv2d.from_conv2d(conv, **self.options())
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,7 @@ class Deformable(Conversion):
     center_feature_scale: bool = False
 
     def __post_init__(self) -> None:
-        DeformConv2d(self.groups or 1, self.groups or 1, 3, **self._options())
+        DeformConv2d(self.groups or 1, self.groups or 1, 3, **self.options())
 
     def _why_not(self, module: nn.Module) -> str | None:
         reason = deform.why_not(module)
@@ -383,7 +384,7 @@ class Deformable(Conversion):
         return reason
 
     def _replace(self, conv: nn.Conv2d) -> nn.Module:
-        return DeformConv2d.from_conv2d(conv, **self._options())
+        return DeformConv2d.from_conv2d(conv, **self.options())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from widefield import _checks
+from widefield import _checks, _history
 from widefield.nn import SameAligned
 from widefield.report import Report
 from widefield.surgery.anatomy import Anatomy, anatomy
@@ -127,10 +127,26 @@ def convert(
     chosen = {module: here.replacement(module) for step, module, here in steps if step.after is not None}
     if not chosen:
         raise ValueError(_nothing_to_convert(model, config, where))
-    model = replace(model, chosen)
+    model = _history.carry(model, replace(model, chosen))
+    _note(model, [(step.name, here) for step, _, here in steps if step.after is not None])
     if report is not None:
         report(Plan(tuple(step for step, _, _ in steps)))
     return model
+
+
+def _note(model: nn.Module, chosen: Sequence[tuple[str, Conversion]]) -> None:
+    """Add a conversion to the model's history: for each layer the config of its place, equal ones together."""
+    groups: dict[Conversion, list[str]] = {}
+    for name, here in chosen:
+        groups.setdefault(here, []).append(name)
+    foreign = next((kind.__name__ for kind in map(type, groups) if not _history.is_ours(kind)), None)
+    if foreign is not None:
+        _history.note(model, _history.UNKNOWN, why=f"{foreign} is a conversion of your own, which no file can repeat")
+        return
+    listed = [
+        {"config": type(here).__name__, "args": here.options(), "layers": names} for here, names in groups.items()
+    ]
+    _history.note(model, "convert", groups=listed)
 
 
 def _steps(model: nn.Module, config: Conversion, where: Where | None) -> list[tuple[Step, nn.Module, Conversion]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from widefield import _checks
+from widefield import _checks, _history
 from widefield.nn import DepthwiseConv2d, ElasticConv2d, elastic
 from widefield.surgery.conversions import Conversion, Place
 
@@ -135,3 +135,5 @@ def choose_sizes(model: nn.Module, sizes: Mapping[str, int] | int | None = None)
         chosen = {name: layer.nearest(most) for name, layer in layers.items()}
     for name, size in chosen.items():
         layers[name].kernel_size = size
+    if chosen:
+        _history.note(model, "choose_sizes", sizes=chosen)

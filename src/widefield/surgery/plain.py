@@ -59,7 +59,7 @@ def plain(root: nn.Module, x: Tensor) -> tuple[nn.Module, list[Changed], list[Ke
     for name, module in layers.items():
         kind = type(module).__name__
         try:
-            replacements[module] = _as_torch(module, called=module in called)
+            replacements[module] = as_torch(module, called=module in called)
         except _NotPlainError as error:
             kept.append(Kept(name or kind, kind, str(error)))
             continue
@@ -106,7 +106,8 @@ def _outermost(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, module
 
 
-def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
+def as_torch(module: nn.Module, *, called: bool) -> nn.Module:
+    """Return one of our layers as a module of torch; raises ValueError if there is none. See :func:`plain`."""
     reason = computed(module)
     if reason is not None:
         raise _NotPlainError(reason)
@@ -118,7 +119,7 @@ def _as_torch(module: nn.Module, *, called: bool) -> nn.Module:
     if not called:
         raise _NotPlainError("the model does not call it on the example input, or uses its other methods")
     if isinstance(module, SameAligned) and is_layer(module.layer):
-        module = SameAligned(_as_torch(module.layer, called=called), module.stride)
+        module = SameAligned(as_torch(module.layer, called=called), module.stride)
     tracer = _Tracer()
     if isinstance(module, DCNv3):
         tracer.traced_func_name = "plain_forward"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from widefield import _checks, bench
+from widefield import _checks, _history, bench
 from widefield.nn import DepthwiseConv2d, MoRFConv2d, SameAligned
 from widefield.nn.fusing import fold_norm
 from widefield.nn.gmconv import DynamicGMConv2d, GMConv2d
@@ -73,6 +73,10 @@ class _Work:
     """Norms that cannot be folded into the mixture that they follow, with the reason."""
     watched: tuple[Watch, list[Pair]] | None
     """The layers and norms of the original model; None if layers merged themselves, so that it has others now."""
+    merged: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """Name, merge method and norm of each layer that merged itself; for the history."""
+    folded: list[tuple[str, str]] = field(default_factory=list)
+    """Names of the layers and the norms that were folded into them afterward; for the history."""
 
 
 @_checks.guided
@@ -125,12 +129,16 @@ def reparameterize(
     with sensitive(model, x):
         work = _merged(model, x, made_up=not isinstance(example_input, Tensor), count=report is not None)
         _fold_norms(work)
+        before = {name for name, _ in work.model.named_modules()}
         work.model, changed, kept = plain(work.model, x)
         work.fused = _finished(work.fused, changed, work.model)
         work.left += [LeftLayer(*entry) for entry in kept if entry.name not in {layer.name for layer in work.left}]
         if not work.fused:
             raise NothingToFuseError(f"{work.name} has nothing to fuse: {_nothing(work.left)}")
         apart = _verified(work, tolerance)
+    _history.carry(model, work.model)
+    plained = [layer.name if layer.name in before else "" for layer in changed]  # the root goes by its class
+    _history.note(work.model, "reparameterize", merged=work.merged, folded=work.folded, plain=plained)
     if report is not None and work.cost is not None:
         done = work.cost, _cost(work.model, x), apart, tolerance
         report(Reparameterization(work.name, tuple(work.fused), tuple(work.left), *done))
@@ -155,9 +163,12 @@ def _merged(model: nn.Module, x: Tensor, *, made_up: bool, count: bool) -> _Work
     if not merges:
         return _Work(model, name, x, before, cost, [], left, {}, (seen, pairs))
     stays = {norm: reason for norm in norms if seen.read_by(norm) and (reason := seen.why_not(norm))}
+    names = {module: path for path, module in model.named_modules()}
+    followed = {pair.layer: names[pair.norm] for pair in pairs}
+    history = [(tried.name, tried.method, followed.get(tried.module)) for tried in merges]
     model, fused = _merge(model, merges, pairs, seen.own)
     # timm's merged blocks begin in training mode
-    return _Work(model.eval(), name, x, before, cost, fused, left, stays, None)
+    return _Work(model.eval(), name, x, before, cost, fused, left, stays, None, history)
 
 
 def _linear(model: nn.Module) -> dict[nn.Module, str]:
@@ -174,6 +185,8 @@ def _fold_norms(work: _Work) -> None:
     for title, module in work.model.named_modules():
         if is_norm(module) and (reason := work.stays.get(module) or watch.why_not(module)):
             work.left.append(LeftLayer(title or work.name, type(module).__name__, reason))
+    names = {module: name for name, module in work.model.named_modules()}
+    work.folded = [(names[pair.layer], names[pair.norm]) for pair in pairs]
     work.fused = _joined(work.fused, _fold(work.model, pairs))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widefield import _checks, bench
+from widefield import _checks, _history, bench
 from widefield.nn.gmconv import DynamicGMConv2d
 from widefield.nn.morf import FusedMoRFConv2d, MoRFConv2d
 from widefield.report import Report
@@ -187,7 +187,10 @@ def specialize(
         before = bench.cost(work, example)
         result = model if inplace else work
         places = _routed_layers(result)
-        result = walk.replace(result, {places[name]: statics[name] for name in chosen})
+        found_at = {module: name for name, module in result.named_modules()}
+        result = _history.carry(result, walk.replace(result, {places[name]: statics[name] for name in chosen}))
+        if chosen:
+            _history.note(result, "specialize", layers=[found_at[places[name]] for name in chosen])
         with quick(result) as fast:
             after = bench.cost(fast, example)
     alone = effects.alone_differences()

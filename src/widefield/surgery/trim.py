@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widefield import _checks, bench
+from widefield import _checks, _history, bench
 from widefield.ops.crop_table import CropTable
 from widefield.surgery.anatomy import anatomy
 from widefield.surgery.compare import Difference, difference
@@ -103,7 +103,8 @@ def trim(
     example = _example(model) if x is None else x
     verified = None if example is None else _verify(model, sizes, example)
     before = _cost(model, x)
-    trimmed = crop_kernels(model, sizes, inplace=inplace)
+    trimmed = _history.carry(model, crop_kernels(model, sizes, inplace=inplace))
+    _history.note(trimmed, "trim", sizes=sizes)
     after = _cost(trimmed, x)
     stages = anatomy(model).count_stages([layer.name for layer in found])
     done = Trimming(

@@ -19,6 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from widefield import _history
 from widefield.nn.fusing import FROZEN_NORMS
 from widefield.nn.same import SameAligned
 from widefield.ops._autocast import without_autocast
@@ -328,10 +329,15 @@ def fuse_layers(
     """
     replacements: dict[nn.Module, nn.Module] = {}
     names: list[str] = []
+    layers: list[tuple[str, str]] = []
     for name, module, method in list(outermost(root, select)):
         replacements[module] = merge(module, method)
         names.append(name or type(module).__name__)
-    return replace(root, replacements), names
+        layers.append((name, method))
+    fused = _history.carry(root, replace(root, replacements))
+    if layers:
+        _history.note(fused, "fuse_layers", layers=layers)
+    return fused, names
 
 
 def unmerged(model: nn.Module) -> list[str]:

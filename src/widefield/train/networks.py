@@ -16,7 +16,7 @@ import torch
 from timm.models import _builder, model_entrypoint, split_model_name_tag
 from torch import nn
 
-from widefield import _checks, _timm
+from widefield import _checks, _history, _timm
 from widefield.train.recipe import ModelSpec
 
 TORCHVISION = "torchvision:"
@@ -140,7 +140,7 @@ def _of_torchvision(spec: ModelSpec, decided: Mapping[str, Any]) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise ValueError(f"torchvision cannot build {name!r} with model.args {spec.args}: {error}.") from error
     _check_heeded(spec, model, tv.get_model_builder(name), build)
-    return model
+    return _history.set_origin(model, "torchvision", name=name, args={**given, **spec.args, **decided})
 
 
 def _refusal(spec: ModelSpec, error: Exception) -> Exception:

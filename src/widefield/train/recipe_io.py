@@ -55,6 +55,16 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     return recipe
 
 
+def parse_recipe(text: str) -> Recipe:
+    """Return the recipe of which :func:`recipe_text` made this text; raises ValueError or TypeError for another one."""
+    content = read_yaml(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"a recipe has keys, such as 'name: my_run'; got {content!r}.")
+    _check_keys(Recipe, content, "", "in the text")
+    recipe: Recipe = _build(Recipe, content, "")
+    return recipe
+
+
 def _content(source: Path, above: Sequence[Path] = ()) -> dict[Any, Any]:
     """Return the keys of a recipe file, merged into those of its ``base``, and so on down the chain."""
     try:

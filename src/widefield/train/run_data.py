@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from widefield import data
 from widefield.data.class_map import alike, listed
@@ -104,26 +105,33 @@ def read(folder: Path) -> RunData:
             f"{folder} is not the folder of a run: it has no {DATA_FILE}, the record of the run's data."
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        splits = {name: SplitRecord(**split) for name, split in content["splits"].items()}
-        classes, mean, std = (tuple(content[key]) for key in ("classes", "mean", "std"))
-        found = RunData(classes, content["size"], mean, std, splits)
-        crop, scale = (tuple(content[key]) if content.get(key) else None for key in ("crop_size", "test_scale"))
-        palette = tuple((red, green, blue) for red, green, blue in content.get("palette", ()))
-        objects = tuple(content.get("object_classes", ()))
-        skeleton = Skeleton.from_dict(content["skeleton"]) if content.get("skeleton") else None
-        return replace(
-            found,
-            palette=palette,
-            crop_size=crop,
-            test_scale=scale,
-            object_classes=objects,
-            skeleton=skeleton,
-            udp=content.get("udp", False),
-            padding=content.get("padding", PADDING),
-        )
+        return parse(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not as a run writes it: {type(error).__name__}: {error}.") from error
+
+
+def parse(content: Mapping[str, Any]) -> RunData:
+    """Return the record that ``dataclasses.asdict`` made a mapping of; lists may take the place of tuples.
+
+    Raises ValueError, TypeError, KeyError or AttributeError for another mapping.
+    """
+    splits = {name: SplitRecord(**split) for name, split in content["splits"].items()}
+    classes, mean, std = (tuple(content[key]) for key in ("classes", "mean", "std"))
+    found = RunData(classes, content["size"], mean, std, splits)
+    crop, scale = (tuple(content[key]) if content.get(key) else None for key in ("crop_size", "test_scale"))
+    palette = tuple((red, green, blue) for red, green, blue in content.get("palette", ()))
+    objects = tuple(content.get("object_classes", ()))
+    skeleton = Skeleton.from_dict(content["skeleton"]) if content.get("skeleton") else None
+    return replace(
+        found,
+        palette=palette,
+        crop_size=crop,
+        test_scale=scale,
+        object_classes=objects,
+        skeleton=skeleton,
+        udp=content.get("udp", False),
+        padding=content.get("padding", PADDING),
+    )
 
 
 def store(folder: Path, found: RunData) -> None:
