@@ -155,6 +155,7 @@ assert widefield.runs.image_paths.find_images
 
 def test_the_root_holds_the_verbs_and_the_conversions_alone():
     verbs = {"plan", "convert", "reparameterize", "specialize", "trim", "export", "quantize", "compare", "fit"}
+    verbs |= {"predict", "save", "load", "push_to_hub"}
     conversions = {name for name in widefield.surgery.__all__ if _is_conversion(getattr(widefield.surgery, name))}
     assert set(widefield.__all__) == verbs | conversions - {"Conversion"}
 

@@ -74,14 +74,24 @@ def known_arguments(function: str, given: Iterable[str], parameters: Sequence[st
 
 def guided(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that a wrong keyword raises a TypeError that names the right one."""
-    parameters = tuple(inspect.signature(function).parameters)
+    return guided_with()(function)
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        known_arguments(function.__name__, kwargs, parameters)
-        return function(*args, **kwargs)
 
-    return call
+def guided_with(*passed_on: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return :func:`guided` for a function with ``**keywords``, which are these."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        known = inspect.signature(function).parameters.values()
+        parameters = (*(one.name for one in known if one.kind is not one.VAR_KEYWORD), *passed_on)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            known_arguments(function.__name__, kwargs, parameters)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:

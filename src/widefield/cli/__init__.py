@@ -78,8 +78,8 @@ USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoun
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``widefield`` with the given words (default: those of the process); return the exit status.
 
-    0; 1 after an error in what was asked; 2 after wrong usage (raised as SystemExit by argparse); 130 or 143 after
-    Ctrl-C or SIGTERM.
+    0; 1 after an error in what was asked; 2 after wrong usage (raised as SystemExit by argparse); 3 if ``predict``
+    could not read some of the images; 130 or 143 after Ctrl-C or SIGTERM.
     """
     parser = _parser()
     words = sys.argv[1:] if argv is None else list(argv)

@@ -34,11 +34,14 @@ def run(args: argparse.Namespace) -> int:
     subject = load(args.model, pretrained=args.pretrained, which=args.which, weights=args.weights)
     options = {"license": args.license, "notes": notes}
     if args.target.startswith(_HUB):
-        print(f"wrote {push_to_hub(subject, args.target.removeprefix(_HUB), private=args.private, **options)}")
+        place = push_to_hub(subject, args.target.removeprefix(_HUB), private=args.private, **options)
+        args.printer.add(model=subject.name, written=place)
+        print(f"wrote {place}")
         return 0
     if args.private:
         raise ValueError(f"--private is for repositories of the Hub (hf-hub:USER/NAME), not for {args.target}.")
     path = save(subject, args.target, **options)
+    args.printer.add(model=subject.name, written=path)
     print(f"wrote {path}")
     print(f"widefield predict {path} photos")
     return 0

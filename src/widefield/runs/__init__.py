@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
     from widefield.runs.labels import MappedClassification, output_places
     from widefield.runs.loading import load
-    from widefield.runs.predict import Predicted, Predictions, Unreadable, predict, predict_each, predict_files
+    from widefield.runs.predict import predict, predict_each, predict_files
+    from widefield.runs.predicted import Predicted, Predictions, Unreadable
     from widefield.runs.records import RunRecord, find_runs, read_run
     from widefield.runs.report import write_report
     from widefield.runs.sharing import push_to_hub, save
@@ -26,7 +27,8 @@ load_on_demand(
         "compare": "comparison draw_runs filter_runs pick_runs sort_runs",
         "labels": "MappedClassification output_places",
         "loading": "load",
-        "predict": "Predicted Predictions Unreadable predict predict_each predict_files",
+        "predict": "predict predict_each predict_files",
+        "predicted": "Predicted Predictions Unreadable",
         "records": "RunRecord find_runs read_run",
         "report": "write_report",
         "sharing": "push_to_hub save",

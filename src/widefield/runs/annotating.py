@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,33 @@ def annotated(image: Image.Image, marks: Marks) -> Image.Image:
             draw.rounded_rectangle(place, radius=max(1, font.size // 5), fill=color)
             draw.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), text, _ink(color), font, anchor="mm")
     return found
+
+
+_BAR: Color = (173, 205, 233)
+
+
+def with_bars(image: Image.Image, shares: Mapping[str, float]) -> Image.Image:
+    """Return an image with names, bars and shares from 0 to 1 on white under it; long names are cut."""
+    size = max(12, round(image.width / 30))
+    font, line, gap = _font(size), round(1.5 * size), size // 2
+    found = Image.new("RGB", (image.width, image.height + line * len(shares) + gap), "white")
+    found.paste(image.convert("RGB"))
+    draw, right = ImageDraw.Draw(found), image.width - gap
+    for number, (name, share) in enumerate(shares.items()):
+        top = image.height + gap // 2 + number * line
+        text = f"{100 * share:.1f} %"
+        draw.rectangle((gap, top + 1, gap + max(1, round((right - gap) * share)), top + line - 2), _BAR)
+        draw.text((right, top + line / 2), text, (0, 0, 0), font, anchor="rm")
+        room = right - 2 * gap - font.getlength(text) - gap
+        draw.text((1.5 * gap, top + line / 2), _cut(name, font, room), (0, 0, 0), font, anchor="lm")
+    return found
+
+
+def _cut(text: str, font: FreeTypeFont, room: float) -> str:
+    """Return as much of a text as there is room for."""
+    while text and font.getlength(text) > room:
+        text = text.removesuffix("…")[:-1].rstrip() + "…" if len(text) > 2 else ""
+    return text
 
 
 def _inside(boxes: NDArray[np.floating[Any]], size: tuple[int, int]) -> NDArray[np.float64]:

@@ -12,8 +12,18 @@ from PIL import Image
 from widefield import report
 from widefield._coco.matching import box_overlaps
 from widefield._pixels import IGNORED
-from widefield.runs.annotating import Color, Marks, annotated
-from widefield.runs.drawing_parts import GRAY, LISTED, SMALL, Drawing, encoded, patch, preview, view
+from widefield.runs.annotating import Color, Marks, annotated, with_bars
+from widefield.runs.drawing_parts import (
+    GRAY,
+    LISTED,
+    SIDES_OF_BOXES,
+    Drawing,
+    encoded,
+    large_enough,
+    patch,
+    preview,
+    view,
+)
 from widefield.runs.pose_drawing import PoseDrawing
 from widefield.runs.reconstruction_drawing import ReconstructionDrawing
 from widefield.tasks import (
@@ -121,6 +131,16 @@ class ClassDrawing(Drawing):
         shown = report.embedded(encoded(preview(image).convert("RGB"), "jpeg"), "jpeg", label)
         return report.card(title, report.views([shown]) + report.bars(self.best(prediction)))
 
+    columns = ("rank", "label", "name", "probability")
+
+    def entries(self, prediction: ClassPrediction) -> list[dict[str, Any]]:
+        """Return the likeliest classes."""
+        return [{"rank": rank, **entry} for rank, entry in enumerate(self.data(prediction)["classes"], start=1)]
+
+    def picture(self, image: Image.Image, prediction: ClassPrediction) -> Image.Image:
+        """Return the image with the likeliest classes and their probabilities as bars under it."""
+        return with_bars(large_enough(image), self.best(prediction))
+
     def panel(self, axis: Any, image: Image.Image, prediction: ClassPrediction) -> None:
         """Draw the image with the likeliest class under it."""
         axis.imshow(np.asarray(preview(image, 320)))
@@ -189,13 +209,19 @@ class MaskDrawing(Drawing):
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
                     handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
 
+    columns = ("label", "name", "share")
+
+    def entries(self, prediction: MaskPrediction) -> list[dict[str, Any]]:
+        """Return the share of the pixels of each class that occurs."""
+        return list(self.data(prediction)["classes"])
+
+    def picture(self, image: Image.Image, prediction: MaskPrediction) -> Image.Image:
+        """Return the image under the colors of its classes, at its size."""
+        return overlay(image, prediction.mask.numpy(), self.palette)
+
     def files(self, image: Image.Image, prediction: MaskPrediction) -> dict[str, bytes]:
         """Return the mask with its palette, and the overlay, both at the size of the image."""
-        mask = prediction.mask.numpy()
-        return {
-            "labels": label_file(mask, self.palette),
-            "overlays": encoded(overlay(image, mask, self.palette), "png"),
-        }
+        return {"labels": label_file(prediction.mask.numpy(), self.palette), **super().files(image, prediction)}
 
 
 class BoxDrawing(Drawing):
@@ -284,11 +310,17 @@ class BoxDrawing(Drawing):
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
                     handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
 
-    def files(self, image: Image.Image, prediction: BoxPrediction) -> dict[str, bytes]:
-        """Return the image with its objects, at the size of the image or enlarged by a whole factor."""
-        shown = prediction.at_least(self.min_score)
-        large = image if max(image.size) >= SMALL else preview(image)
-        return {"overlays": encoded(self.annotated(large, shown), "png")}
+    columns = ("label", "name", "score", *SIDES_OF_BOXES)
+
+    def entries(self, prediction: BoxPrediction) -> list[dict[str, Any]]:
+        """Return the objects that are drawn, with the edges of their boxes in pixels."""
+        entries = self.data(prediction.at_least(self.min_score))["objects"]
+        boxes = [dict(zip(SIDES_OF_BOXES, entry.pop("box"), strict=True)) for entry in entries]
+        return [{**entry, **box} for entry, box in zip(entries, boxes, strict=True)]
+
+    def picture(self, image: Image.Image, prediction: BoxPrediction) -> Image.Image:
+        """Return the image with its objects."""
+        return self.annotated(large_enough(image), prediction.at_least(self.min_score))
 
 
 def judged(prediction: BoxPrediction, truth: BoxPrediction) -> ImageErrors:

@@ -20,6 +20,8 @@ GRAY: Color = (128, 128, 128)
 """Color of pixels without a class, and of crowds of objects."""
 MIN_SCORE = 0.3
 """Least score of the objects that are drawn and listed, if none is asked for."""
+SIDES_OF_BOXES = ("left", "top", "right", "bottom")
+"""Columns of the edges of a box."""
 SMALL = 320
 """Images of fewer pixels a side are enlarged for their files with labels, or none would fit."""
 
@@ -59,6 +61,8 @@ class Drawing(ABC):
     palette: tuple[Color, ...]
     top: int = 5
     min_score: float = MIN_SCORE
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of the entries in a CSV file."""
     wide: ClassVar[bool] = False
     """Whether a card takes the whole width of a page."""
     beside: ClassVar[int] = 1
@@ -84,9 +88,22 @@ class Drawing(ABC):
     def panel(self, axis: Any, image: Image.Image, prediction: Any) -> None:
         """Draw the prediction into a matplotlib axis."""
 
+    @abstractmethod
+    def entries(self, prediction: Any) -> list[dict[str, Any]]:
+        """Return what is listed, each with the values of ``columns``."""
+
+    @abstractmethod
+    def picture(self, image: Image.Image, prediction: Any) -> Image.Image:
+        """Return the image with the prediction, at the size of the image or enlarged by a whole factor."""
+
     def files(self, image: Image.Image, prediction: Any) -> dict[str, bytes]:
         """Return the PNG files of a prediction, by the name of their folder."""
-        return {}
+        return {"overlays": encoded(self.picture(image, prediction), "png")}
+
+
+def large_enough(image: Image.Image) -> Image.Image:
+    """Return an image on which labels fit: itself, or enlarged by a whole factor."""
+    return image if max(image.size) >= SMALL else preview(image)
 
 
 def view(image: Image.Image, caption: str) -> str:

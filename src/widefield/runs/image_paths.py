@@ -6,15 +6,51 @@ import glob
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from widefield import _checks
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, images_in, is_image
 
-Images = str | Path | Sequence[str | Path]
-"""Files, folders that are searched at any depth, and globs such as ``photos/*.jpg``."""
+Picture = Image.Image | NDArray[np.uint8]
+"""An image in memory: PIL's, or an array uint8 (H, W, 3) or (H, W)."""
+Images = str | Path | Picture | Sequence[str | Path] | Sequence[Picture]
+"""Files, folders that are searched at any depth, and globs such as ``photos/*.jpg``; or images in memory."""
 
 
-def find_images(images: Images) -> list[tuple[Path, Path]]:
+class Source(NamedTuple):
+    """An image to predict: where it is, what it is called, and its pixels if it is in memory."""
+
+    path: Path
+    name: str
+    pixels: Image.Image | None = None
+
+
+def find_sources(images: Images) -> list[Source]:
+    """Return the images that are meant, with a different name for each; errors as of :func:`find_images`."""
+    several = images if isinstance(images, (list, tuple)) else [images]
+    if several and all(isinstance(one, (Image.Image, np.ndarray)) for one in several):
+        named = [(f"image-{number:0{len(str(len(several)))}d}", one) for number, one in enumerate(several, start=1)]
+        return [Source(Path(name), name, _picture(one)) for name, one in named]
+    files = find_images(images)  # type: ignore[arg-type]
+    return [Source(path, name) for (path, _), name in zip(files, names_of(files), strict=True)]
+
+
+def _picture(image: Picture) -> Image.Image:
+    """Return an image in memory as RGB; raises TypeError or ValueError for another array."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f"arrays of images must be uint8, from 0 to 255; got {image.dtype}.")
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3) or 0 in image.shape:
+            raise ValueError(f"arrays of images must be (H, W, 3) or (H, W); got shape {image.shape}.")
+        image = Image.fromarray(image)
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def find_images(images: str | Path | Sequence[str | Path]) -> list[tuple[Path, Path]]:
     """Return the files that are meant, and for each the folder that its name is relative to; no file twice.
 
     Raises:
@@ -24,7 +60,7 @@ def find_images(images: Images) -> list[tuple[Path, Path]]:
     if isinstance(images, (str, Path)):
         images = [images]
     if not isinstance(images, Sequence) or not all(isinstance(one, (str, Path)) for one in images):
-        raise TypeError(f"images must be paths of files or folders, or globs; got {images!r}.")
+        raise TypeError(f"images must be paths of files or folders, or globs, or images in memory; got {images!r}.")
     found: dict[Path, Path] = {}
     for one in images:
         for path, root in _found(Path(one).expanduser()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from widefield import report
 from widefield.runs.annotating import Color, Marks, annotated
-from widefield.runs.drawing_parts import SMALL, Drawing, encoded, patch, preview, view
+from widefield.runs.drawing_parts import SIDES_OF_BOXES, Drawing, large_enough, patch, preview, view
 from widefield.runs.skeletons import COLORS, SIDES, Figure, sides, with_skeletons
 from widefield.tasks import PosePrediction
 
@@ -139,10 +139,21 @@ class PoseDrawing(Drawing):
         axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=3, fontsize=5.5,
                     handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
 
-    def files(self, image: Image.Image, prediction: PosePrediction) -> dict[str, bytes]:
-        """Return the image with its poses, at the size of the image or enlarged by a whole factor."""
-        large = image if max(image.size) >= SMALL else preview(image)
-        return {"overlays": encoded(self.drawn(large, prediction), "png")}
+    columns = ("pose", "label", "name", "score", *SIDES_OF_BOXES, "keypoint", "x", "y", "keypoint_score")
+
+    def entries(self, prediction: PosePrediction) -> list[dict[str, Any]]:
+        """Return the key points of all poses, in pixels; poses are counted from 1."""
+        listed = []
+        for number, pose in enumerate(self.data(prediction)["poses"], start=1):
+            own = {key: pose[key] for key in ("label", "name", "score")}
+            box = dict(zip(SIDES_OF_BOXES, pose["box"], strict=True))
+            for name, (x, y, score) in pose["keypoints"].items():
+                listed.append({"pose": number, **own, **box, "keypoint": name, "x": x, "y": y, "keypoint_score": score})
+        return listed
+
+    def picture(self, image: Image.Image, prediction: PosePrediction) -> Image.Image:
+        """Return the image with its poses."""
+        return self.drawn(large_enough(image), prediction)
 
 
 _TEXTS = dict(zip(SIDES, ("middle", "left (round)", "right (square)"), strict=True))

@@ -1,236 +1,43 @@
-"""Predict images in files with any model: classes with their probabilities, classes of pixels, objects, or poses."""
+"""Predict images in files or in memory with any model: classes, classes of pixels, objects, or poses."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from widefield import _checks, bench, report
+from widefield import _checks
 from widefield._files import write_whole
 from widefield.data.decoding import read
-from widefield.data.listing import counted
 from widefield.runs.box_files import BoxOutsideError
 from widefield.runs.coco_results import CocoEntries, read_ids
-from widefield.runs.drawing import DRAWINGS, drawing_of
-from widefield.runs.drawing_parts import MIN_SCORE, Drawing, preview
-from widefield.runs.image_paths import Images, find_images, names_of
+from widefield.runs.drawing import drawing_of
+from widefield.runs.drawing_parts import MIN_SCORE
+from widefield.runs.image_paths import Images, Source, find_sources
 from widefield.runs.loading import load
 from widefield.runs.poses import BoxSource, box_source, pose_prediction
+from widefield.runs.predicted import IN_A_FIGURE, ON_A_PAGE, Predicted, Predictions, Unreadable, document, page_of
+from widefield.runs.prediction_tables import CsvTable, JsonLines
 from widefield.runs.sharing import subject_of
 from widefield.runs.subjects import Subject
 from widefield.surgery.inputs import place
 from widefield.tasks import BoxPrediction, PosePrediction, Prediction, Task
 from widefield.train.interrupt import ignore_signals
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-ON_A_PAGE = 60
-"""Largest number of images on a page and in a notebook."""
-_IN_A_FIGURE = 12
 _Item = tuple[int, Tensor | str, tuple[int, int]]
 """Place of an image, what the model gets of it or why it cannot be read, and (height, width) of the file."""
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """An image and what a model predicts for it.
-
-    Attributes:
-        path: the file.
-        name: its path in the folder that was given, or its name; different for every image.
-        prediction: what the model predicts.
-        decoding: how the file was decoded: arguments of `widefield.data.decoding.read`.
-    """
-
-    path: Path
-    name: str
-    prediction: Prediction
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-
-    def image(self) -> Image.Image:
-        """Return the image as the model got it, before resizing; raises as `widefield.data.decoding.read` does."""
-        return read(self.path, **self.decoding)
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An image that could not be read, or that has a box outside of it, and why."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
-class Predictions(report.Report):
-    """The predictions of a model for some images; it displays itself in notebooks, and saves itself.
-
-    Attributes:
-        name: the model's name.
-        weights: where the model's weights come from.
-        about: facts about how the images were prepared.
-        classes: names of the classes; empty if they are unknown.
-        palette: color of each class, (red, green, blue).
-        top: number of classes that are listed for an image.
-        images: the images that could be read, in order.
-        unreadable: the others.
-        min_score: least score of the objects that are drawn and listed.
-    """
-
-    name: str
-    weights: str
-    about: Mapping[str, Any]
-    classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    top: int
-    images: tuple[Predicted, ...]
-    unreadable: tuple[Unreadable, ...] = ()
-    min_score: float = MIN_SCORE
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Predicted:
-        return self.images[index]
-
-    def summary(self) -> str:
-        """Return the model, the number of images, and the ones that could not be read."""
-        lines = [f"{self.name} ({self.weights}): {counted(len(self.images), 'image')}"]
-        if self.unreadable:
-            lines.append(f"{counted(len(self.unreadable), 'image')} could not be read:")
-            lines += [f"{entry.path}: {entry.reason}" for entry in self.unreadable]
-        return "\n".join(lines)
-
-    def rows(self) -> list[dict[str, str]]:
-        """Return one row per image: its largest classes."""
-        return [row_of(found, self.drawing(found)) for found in self.images]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything in JSON types, except the masks; of a detector the objects of all scores."""
-        return {
-            "model": self.name,
-            "weights": self.weights,
-            "about": dict(self.about),
-            "classes": list(self.classes),
-            "palette": [list(color) for color in self.palette],
-            "images": [data_of(found, self.drawing(found)) for found in self.images],
-            "unreadable": [{"path": str(entry.path), "reason": entry.reason} for entry in self.unreadable],
-        }
-
-    def plot(self, count: int = _IN_A_FIGURE) -> Figure:
-        """Return a figure of the first ``count`` images with their predictions."""
-        with report.paper():
-            shown = self.images[: _checks.integer("count", count)]
-            columns = min(4, max(1, len(shown)))
-            rows = max(1, -(-len(shown) // columns))
-            images = [preview(found.image(), 480) for found in shown]
-            heights = [x.height / x.width / self.drawing(one).beside for x, one in zip(images, shown, strict=True)]
-            side = report.PAGE / 4
-            figure = report.blank(side * columns + 0.2, (side * min(max(heights, default=1.0), 2.0) + 0.65) * rows)
-            axes = figure.subplots(rows, columns, squeeze=False)
-            for axis in axes.flat:
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(False)
-            for axis, image, found in zip(axes.flat, images, shown, strict=False):
-                self.drawing(found).panel(axis, image, found.prediction)
-                axis.set_title(_short(found.name, 26), fontsize=7)
-        return figure
-
-    def save(self, path: str | Path) -> Path:
-        """Write a figure (.png, .pdf, .svg), the numbers (.json), a page (.html), or the images' files; return it.
-
-        A path without an ending is a folder, which gets the mask and the overlay of each image of a segmentation model,
-        as ``labels/NAME.png`` and ``overlays/NAME.png``, and the image with its objects of a detector, as
-        ``overlays/NAME.png``; likewise with its poses of a pose model.
-
-        Raises ValueError for another ending, OSError if a file cannot be written.
-        """
-        path = Path(path)
-        if not path.suffix:
-            for found in self.images:
-                write_files(found, self.drawing(found), path)
-            return path
-        _checks.choice("the suffix of path", path.suffix, (".png", ".pdf", ".svg", ".json", ".html"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            content = _document(self.to_dict())
-        elif path.suffix == ".html":
-            content = self._page().encode()
-        else:
-            content = report.drawing(self.plot(), path.suffix[1:])
-        write_whole(path, content)
-        return path
-
-    def _repr_html_(self) -> str:
-        """Return the images as cards, which Jupyter displays."""
-        lines = "".join(report.paragraph(line) for line in self.summary().splitlines())
-        return report.styled(lines + grid_of(self._cards(), self.images))
-
-    def _cards(self) -> list[str]:
-        return [card_of(found, self.drawing(found)) for found in self.images[:ON_A_PAGE]]
-
-    def _page(self) -> str:
-        return page_of(self, self._cards())
-
-    def drawing(self, found: Predicted) -> Drawing:
-        """Return how a prediction is drawn."""
-        return drawing_of(found.prediction, self.classes, self.palette, top=self.top, min_score=self.min_score)
-
-
-def row_of(found: Predicted, drawing: Drawing) -> dict[str, str]:
-    """Return an image's row of a table."""
-    return {"image": found.name, **drawing.row(found.prediction)}
-
-
-def data_of(found: Predicted, drawing: Drawing) -> dict[str, Any]:
-    """Return an image's prediction in JSON types."""
-    return {"path": str(found.path), "name": found.name, **drawing.data(found.prediction)}
-
-
-def card_of(found: Predicted, drawing: Drawing) -> str:
-    """Return an image's card of a page (HTML)."""
-    return drawing.card(found.name, found.image(), found.prediction)
-
-
-def grid_of(cards: Sequence[str], images: Sequence[Predicted]) -> str:
-    """Return the cards of images as they fit a page (HTML)."""
-    return report.cards(cards, wide=bool(images) and DRAWINGS[type(images[0].prediction)].wide)
-
-
-def write_files(found: Predicted, drawing: Drawing, folder: Path) -> list[Path]:
-    """Write the files of an image below a folder, and return their paths; raises OSError."""
-    written = []
-    for kind, content in drawing.files(found.image(), found.prediction).items():
-        target = (folder / kind / found.name).with_suffix(".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, content)
-        written.append(target)
-    return written
-
-
-def page_of(predictions: Predictions, cards: Sequence[str], images: int | None = None) -> str:
-    """Return a self-contained page with these cards; ``images`` is the number of images, if it is not of the cards."""
-    total = len(predictions.images) if images is None else images
-    lead = f"{counted(total, 'image')}, predicted by {predictions.name}. Weights: {predictions.weights}."
-    if len(cards) < total:
-        lead += f" The page shows the first {len(cards)}."
-    sections = [("Predictions", grid_of(cards, predictions.images))] if cards else []
-    if predictions.unreadable:
-        rows = [{"file": str(entry.path), "problem": entry.reason} for entry in predictions.unreadable]
-        sections.append(("Could not be read", report.table(rows)))
-    return report.page(f"Predictions of {predictions.name}", lead, sections, bench.environment())
-
-
+@_checks.guided_with("pretrained", "seed", "device", "which", "weights")
 def predict(
     model: str | Path | Subject | nn.Module,
     images: Images,
@@ -251,7 +58,8 @@ def predict(
         model: a module or a subject; or words for one, as of :func:`load`: the folder of a run, a file or folder that
             :func:`widefield.save` wrote, ``hf-hub:USER/NAME``, or the name of a model of timm or torchvision. A module
             gets the images that its file, its run or timm's configuration asks for.
-        images: files, folders that are searched at any depth, and globs.
+        images: files, folders that are searched at any depth, and globs; or images in memory: PIL's, or arrays uint8
+            (H, W, 3) or (H, W); one, or a list.
         size: side of the images for a classifier, or shorter side for other models; default: the model's own. For poses
             it is that of the detector.
         top: number of classes to list for an image.
@@ -281,7 +89,10 @@ def predict(
         subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco,
         pretrained=bool(loading.get("pretrained", False)),
     )  # fmt: skip
-    found = list(predict_each(subject, images, size=size, boxes=source, batch_size=batch_size, workers=workers))
+    shown = {"top": top, "min_score": min_score}
+    found = list(
+        predict_each(subject, images, size=size, **shown, boxes=source, batch_size=batch_size, workers=workers)
+    )
     return replace(
         about_boxes(known, source),
         images=tuple(one for one in found if isinstance(one, Predicted)),
@@ -313,6 +124,8 @@ def predict_each(
     images: Images,
     *,
     size: int | None = None,
+    top: int = 5,
+    min_score: float = MIN_SCORE,
     boxes: str | Path | Subject | BoxSource | None = None,
     batch_size: int = 8,
     workers: int = 0,
@@ -322,22 +135,23 @@ def predict_each(
     Arguments and errors are those of :func:`predict`; ``boxes`` may also be of `widefield.runs.poses.box_source`, which
     chooses among them.
     """
+    known = empty(subject, size=size, top=top, min_score=min_score)
     source = boxes if isinstance(boxes, BoxSource) else box_source(subject, boxes, size=size)
-    files = find_images(images)
-    paths = [path for path, _ in files]
+    sources = find_sources(images)
     loader = DataLoader(
-        _Files(paths, subject, size),
+        _Files(sources, subject, size),
         batch_size=_checks.integer("batch_size", batch_size),
         num_workers=_checks.integer("workers", workers, minimum=0),
         collate_fn=list,
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(0),
     )
-    names, task = names_of(files), subject.task()
+    task = subject.task()
     if source is None:
-        return _each(subject, paths, names, loader, partial(_predicted, subject, task))
+        return _each(known, sources, subject, loader, partial(_predicted, subject, task))
 
     posing: Any = task  # a Pose
+    names = [one.name for one in sources]
     source = source.for_images(names)
 
     def poses(batch: Sequence[_Item]) -> Iterator[tuple[int, Prediction | str]]:
@@ -356,22 +170,24 @@ def predict_each(
                     pose_prediction(subject, rules, posing.skeleton, found, pixels, batch_size, labeled=labeled),
                 )
 
-    return _each(subject, paths, names, loader, poses)
+    return _each(known, sources, subject, loader, poses)
 
 
 def _each(
+    known: Predictions,
+    sources: Sequence[Source],
     subject: Subject,
-    paths: Sequence[Path],
-    names: Sequence[str],
     loader: Iterable[Any],
     predicted: Callable[[Sequence[_Item]], Iterator[tuple[int, Prediction | str]]],
 ) -> Iterator[Predicted | Unreadable]:
     for batch in loader:
         for index, prediction in predicted(batch):
+            source = sources[index]
             if isinstance(prediction, str):
-                yield Unreadable(paths[index], prediction)
-            else:
-                yield Predicted(paths[index], names[index], prediction, subject.decoding)
+                yield Unreadable(source.path, prediction)
+                continue
+            how = drawing_of(prediction, known.classes, known.palette, top=known.top, min_score=known.min_score)
+            yield Predicted(source.path, source.name, prediction, how, subject.decoding, source.pixels)
 
 
 @dataclass(frozen=True)
@@ -394,7 +210,7 @@ class Written:
 def predict_files(
     subject: Subject,
     images: Images,
-    folder: str | Path,
+    folder: str | Path | None,
     *,
     size: int | None = None,
     top: int = 5,
@@ -404,78 +220,147 @@ def predict_files(
     coco: str | Path | None = None,
     batch_size: int = 8,
     workers: int = 0,
+    pictures: bool = True,
+    csv: str | Path | TextIO | None = None,
+    jsonl: str | Path | TextIO | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda found, total: found,
 ) -> Written:
     """Predict any number of images, and write the results as they come; no prediction is kept.
 
     The folder gets a page (predict.html), the numbers (predict.json), a figure of the first images (predict.png), and
-    for segmentation models ``labels/NAME.png``, whose values are indices of classes, and ``overlays/NAME.png``, both at
-    the size of the image. For detectors it gets ``overlays/NAME.png``, and the objects of all scores as COCO's results
-    (predict_coco.json); likewise for pose models.
+    the annotated picture of each image, ``overlays/NAME.png``, at the size of the image. Segmentation models add
+    ``labels/NAME.png``, whose values are indices of classes. For detectors and pose models it gets the objects of all
+    scores, or the poses, as COCO's results (predict_coco.json).
 
     Args:
-        folder: where to write; it is created.
+        folder: where to write; it is created. None: nothing but ``csv`` and ``jsonl``.
         coco: a COCO file with the ids of images, by file name, and of categories, by name, for predict_coco.json, and
             for ``boxes`` that are COCO's results. Default: both are counted from 1, in the order of predict.json, which
             names them.
+        pictures: whether the folder gets the pictures of each image.
+        csv, jsonl: a file for the predictions as a table or as lines of JSON, or an open one; see
+            `widefield.runs.prediction_tables`. Lines appear as images are predicted.
         progress: wraps the iterable of predictions; its second argument is their number.
 
     Other arguments and errors are those of :func:`predict`; OSError if a file cannot be written; ValueError for a file
     ``coco`` without one of the images or classes.
     """
-    folder, known = Path(folder), empty(subject, size=size, top=top, min_score=min_score)
+    known = empty(subject, size=size, top=top, min_score=min_score)
     source = box_source(subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco)
     known = about_boxes(known, source)
-    ids, labeled = read_ids(coco), source is None or source.labeled
-    if labeled and subject.work in ("detection", "pose"):
-        ids = ids.of_images(names_of(find_images(images)))
-    results = CocoEntries(ids, known.classes, len(known.palette))
-    stream = predict_each(subject, images, size=size, boxes=source, batch_size=batch_size, workers=workers)
-    lost: list[Unreadable] = []
-    first: list[Predicted] = []
-    cards: list[str] = []
-    data: list[dict[str, Any]] = []
-    kinds: dict[Path, None] = {}
-    for found in progress(stream, len(find_images(images))):
+    sources = find_sources(images)
+    shown = {"size": size, "top": top, "min_score": min_score}
+    stream = predict_each(subject, images, **shown, boxes=source, batch_size=batch_size, workers=workers)
+    with ExitStack() as stack:
+        sinks: list[_Folder | CsvTable | JsonLines] = []
+        kept = _Folder(known, subject, None if folder is None else Path(folder), sources, source, coco, pictures)
+        sinks.append(kept)
+        if csv is not None:
+            sinks.append(CsvTable(stack.enter_context(_opened(csv))))
+        if jsonl is not None:
+            sinks.append(JsonLines(stack.enter_context(_opened(jsonl))))
+        for found in progress(stream, len(sources)):
+            for sink in sinks:
+                sink.add(found)
+        for sink in sinks:
+            sink.finish()
+    return kept.written([Path(one) for one in (csv, jsonl) if isinstance(one, (str, Path))])
+
+
+@contextmanager
+def _opened(target: str | Path | TextIO) -> Iterator[TextIO]:
+    """Yield an open text file; a file that is opened here appears only when the block has succeeded."""
+    if not isinstance(target, (str, Path)):
+        yield target
+        return
+    path = Path(target).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class _Folder:
+    """Collects what the page, the figure and the numbers need, and writes pictures as they come."""
+
+    def __init__(
+        self,
+        known: Predictions,
+        subject: Subject,
+        folder: Path | None,
+        sources: Sequence[Source],
+        boxes: BoxSource | None,
+        coco: str | Path | None,
+        pictures: bool,
+    ) -> None:
+        ids, self._labeled = read_ids(coco), boxes is None or boxes.labeled
+        if self._labeled and subject.work in ("detection", "pose"):
+            ids = ids.of_images([one.name for one in sources])
+        self._results = CocoEntries(ids, known.classes, len(known.palette))
+        self._known, self._folder, self._pictures = known, folder, pictures
+        self._lost: list[Unreadable] = []
+        self._first: list[Predicted] = []
+        self._cards: list[str] = []
+        self._data: list[dict[str, Any]] = []
+        self._kinds: dict[Path, None] = {}
+        self._count = 0
+        self._paths: list[Path] = []
+
+    def add(self, found: Predicted | Unreadable) -> None:
         if isinstance(found, Unreadable):
-            lost.append(found)
-            continue
-        drawing = known.drawing(found)
-        located = labeled and isinstance(found.prediction, (BoxPrediction, PosePrediction))
-        more = results.add(found.name, found.prediction) if located else {}
-        data.append({**data_of(found, drawing), **more})
-        for path in write_files(found, drawing, folder):
-            kinds[folder / path.relative_to(folder).parts[0]] = None
-        if len(cards) < ON_A_PAGE:
-            cards.append(card_of(found, drawing))
-        if len(first) < _IN_A_FIGURE:
-            first.append(found)
-    known = replace(known, images=tuple(first), unreadable=tuple(lost))
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"predict.{suffix}" for suffix in ("html", "json")]
-    write_whole(paths[0], page_of(known, cards, len(data)).encode())
-    write_whole(paths[1], _document({**known.to_dict(), "images": data}))
-    if results.images:
-        paths.append(folder / "predict_coco.json")
-        write_whole(paths[-1], json.dumps(results.entries, allow_nan=False).encode())
-    if first:
-        paths.append(known.save(folder / "predict.png"))
-    return Written(len(data), tuple(lost), tuple(known.rows()), (*paths, *kinds))
+            self._lost.append(found)
+            return
+        self._count += 1
+        if len(self._first) < IN_A_FIGURE:
+            self._first.append(found)
+        if self._folder is None:
+            return
+        located = self._labeled and isinstance(found.prediction, (BoxPrediction, PosePrediction))
+        more = self._results.add(found.name, found.prediction) if located else {}
+        self._data.append({**found.to_dict(), **more})
+        if self._pictures:
+            for path in found.write_files(self._folder):
+                self._kinds[self._folder / path.relative_to(self._folder).parts[0]] = None
+        if len(self._cards) < ON_A_PAGE:
+            self._cards.append(found.card())
+
+    def finish(self) -> None:
+        self._known = replace(self._known, images=tuple(self._first), unreadable=tuple(self._lost))
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._paths = [self._folder / f"predict.{suffix}" for suffix in ("html", "json")]
+        write_whole(self._paths[0], page_of(self._known, self._cards, self._count).encode())
+        write_whole(self._paths[1], document({**self._known.to_dict(), "images": self._data}))
+        if self._results.images:
+            self._paths.append(self._folder / "predict_coco.json")
+            write_whole(self._paths[-1], json.dumps(self._results.entries, allow_nan=False).encode())
+        if self._first:
+            self._paths.append(self._known.save(self._folder / "predict.png"))
+
+    def written(self, more: Sequence[Path]) -> Written:
+        paths = (*self._paths, *self._kinds, *more)
+        return Written(self._count, tuple(self._lost), tuple(self._known.rows()), paths)
 
 
 class _Files(Dataset[Any]):
     """Images as the model expects them, with the size of the file; or why a file cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], subject: Subject, size: int | None) -> None:
-        self.paths = paths
+    def __init__(self, sources: Sequence[Source], subject: Subject, size: int | None) -> None:
+        self._sources = sources
         self._prepare, self._decoding = subject.prepare(size), subject.decoding
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._sources)
 
     def __getitem__(self, index: int) -> _Item:
+        source = self._sources[index]
         try:
-            image = read(self.paths[index], **self._decoding)
+            image = read(source.path, **self._decoding) if source.pixels is None else source.pixels
         except OSError as error:
             return index, str(error), (0, 0)
         return index, self._prepare(image), (image.height, image.width)
@@ -493,12 +378,3 @@ def _predicted(subject: Subject, task: Task, batch: Sequence[_Item]) -> Iterator
         stacked = torch.stack(tensors).to(device, dtype)
         found = task.predict(subject.model, stacked, [size for _, _, size in items])
         yield from ((index, one) for (index, _, _), one in zip(items, found, strict=True))
-
-
-def _document(content: Mapping[str, Any]) -> bytes:
-    document = {"environment": bench.environment(), **content}
-    return (json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False, default=str) + "\n").encode()
-
-
-def _short(name: str, letters: int) -> str:
-    return name if len(name) <= letters else f"…{name[1 - letters :]}"

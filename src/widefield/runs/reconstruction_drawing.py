@@ -43,9 +43,19 @@ class ReconstructionDrawing(Drawing):
         axis.imshow(np.asarray(_image(prediction.panel())))
         axis.set_xlabel(", ".join(pictures_of(prediction)), fontsize=6.5)
 
+    columns = ("masked", "difference")
+
+    def entries(self, prediction: ReconstructionPrediction) -> list[dict[str, Any]]:
+        """Return the masked share and the mean absolute error at masked pixels, of 255."""
+        return [{"masked": float(prediction.masked.float().mean()), "difference": _error(prediction)}]
+
+    def picture(self, image: Image.Image, prediction: ReconstructionPrediction) -> Image.Image:
+        """Return the pictures side by side."""
+        return _image(prediction.panel())
+
     def files(self, image: Image.Image, prediction: ReconstructionPrediction) -> dict[str, bytes]:
         """Return the pictures side by side as ``reconstructions``."""
-        return {"reconstructions": encoded(_image(prediction.panel()), "png")}
+        return {"reconstructions": encoded(self.picture(image, prediction), "png")}
 
 
 def pictures_of(prediction: ReconstructionPrediction) -> dict[str, Image.Image]:

@@ -90,6 +90,7 @@ def save(
     return target
 
 
+@_checks.guided
 def load(source: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
     """Load a model that :func:`save` wrote, in evaluation mode.
 
@@ -111,6 +112,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu") -> nn.Module
         return loading.load(str(source), pretrained=True, device=device).model
 
 
+@_checks.guided_with("classes", "size", "mean", "std", "args", "license", "notes")
 def push_to_hub(
     model: nn.Module | Subject | str | Path,
     repository: str,
