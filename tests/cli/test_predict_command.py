@@ -29,14 +29,15 @@ def test_a_classifier_writes_a_page_numbers_and_a_figure(photos, tmp_path, capsy
     (photos / "broken.png").write_bytes(b"\x89PNG")
     out = tmp_path / "out"
     words = ["predict", "test_resnet{num_classes: 7}", str(photos), "--size", "32", "--top", "2", "--out", str(out)]
-    assert cli.main(words) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["predict.html", "predict.json", "predict.png"]
+    assert cli.main(words) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["overlays", "predict.html", "predict.json", "predict.png"]
+    assert sorted(path.name for path in (out / "overlays").iterdir()) == ["a.png", "b.png"]
     stored = json.loads((out / "predict.json").read_text())
     assert [image["name"] for image in stored["images"]] == ["a.png", "b.png"]
     assert [len(image["classes"]) for image in stored["images"]] == [2, 2]
     shown = capsys.readouterr()
     assert "a.png" in shown.out
-    assert "1 image could not be read:" in shown.err
+    assert "1 of 3 images could not be read:" in shown.err
     assert "broken.png" in shown.err
     assert "broken.png" in (out / "predict.html").read_text()
 

@@ -21,7 +21,8 @@ from widefield.dense import UPerNet
 from widefield.runs import load, predict, predict_each
 from widefield.runs.drawing import ClassDrawing, MaskDrawing, colored, label_file, overlay, shares
 from widefield.runs.drawing_parts import preview
-from widefield.runs.predict import find_images, predict_files
+from widefield.runs.image_paths import find_images
+from widefield.runs.predict import predict_files
 from widefield.tasks import ClassPrediction, MaskPrediction
 
 CLASSIFIER = "test_resnet{num_classes: 7}"

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import widefield
+from tolerances import FLOAT32, close
 from widefield.data import Skeleton
 from widefield.runs.annotating import with_bars
 from widefield.runs.drawing import drawing_of
@@ -143,8 +144,10 @@ def test_images_in_memory_are_predicted_as_files_are(tmp_path: Path) -> None:
     file = widefield.predict(model, tmp_path / "a.png")
     several = widefield.predict(model, [np.asarray(image), image, image.convert("L")], batch_size=3)
     assert [found.name for found in several] == ["image-1", "image-2", "image-3"]
-    same = file[0].to_dict()["classes"]
-    assert several[0].to_dict()["classes"] == same == widefield.predict(model, image)[0].to_dict()["classes"]
+    alone = widefield.predict(model, image)
+    assert alone[0].to_dict()["classes"] == file[0].to_dict()["classes"]
+    for found in several[:2]:  # a batch of another size may round in another order
+        close(found.prediction.probabilities, alone[0].prediction.probabilities, FLOAT32)
     assert several[2].image().mode == "RGB"
     assert several.save(tmp_path / "seen.png").is_file()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -100,6 +101,15 @@ def test_a_model_without_a_run_knows_classes_and_images(tmp_path: Path, photo: P
     assert (found.class_names, found.size, found.mean) == (("cat", "dog"), 48, (0.4, 0.4, 0.4))
     seen = widefield.predict(path, photo)
     assert {entry["name"] for entry in seen.to_dict()["images"][0]["classes"]} == {"cat", "dog"}
+
+
+def test_a_pickled_model_needs_no_class_of_widefield(run: Callable[..., RunResult]) -> None:
+    """Reparameterized models are modules of torch, also when torch.save pickles them."""
+    folder = run(**{**LENGTH, "model": ModelSpec("test_resnet")}).folder
+    buffer = io.BytesIO()
+    torch.save(widefield.reparameterize(load(str(folder)).model), buffer)
+    assert b"widefield.runs" not in buffer.getvalue()
+    assert b"widefield.train" not in buffer.getvalue()
 
 
 # Commands

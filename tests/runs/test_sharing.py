@@ -82,8 +82,10 @@ def segmenter() -> nn.Module:
 
 
 def detector() -> nn.Module:
-    model = widefield.convert(dense.FCOS("test_resnet", 3, neck_channels=32, num_convs=1), widefield.MoRF((3, 5)))
-    return trained(model)
+    network = dense.FCOS("test_resnet", 3, neck_channels=32, num_convs=1)
+    model: Any = trained(widefield.convert(network, widefield.MoRF((3, 5))))
+    model.rules = dense.DetectionRules(score_threshold=0.01, max_per_image=7)
+    return model
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -246,6 +248,7 @@ def test_changes_by_hand_are_refused(change: Callable[[Any], object], message: s
         (lambda: torch.compile(atto()), r"wraps another model: save its \._orig_mod"),
         (lambda: atto(act_layer=nn.ReLU), r"cannot hold one of its arguments.*args="),
         (lambda: dense.UPerNet(nn.Sequential(nn.Conv2d(3, 4, 3)), 2, out_indices=(0,)), "no map|maps"),
+        (lambda: atto().to("meta"), "is on the meta device"),
         (lambda: dense.FCN(atto(), 2, stage_norms=nn.BatchNorm2d), "stage_norms of FCN is a type"),
     ],
 )

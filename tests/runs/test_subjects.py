@@ -205,7 +205,7 @@ def test_a_run_that_started_from_a_file_is_loaded_without_it(tmp_path):
 
 @pytest.mark.parametrize("word", ["runs/nowhere", "./nowhere", "~/no such folder", "../nowhere{depth: 1}"])
 def test_a_path_without_a_folder_is_no_model(word):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*: give the folder of a run, or the name of a"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*: give the folder of a run, a file or folder"):
         load(word)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -13,10 +12,10 @@ from torch import nn
 
 from widefield import _checks, _history
 from widefield.runs.model_file import find_file, read_content, read_model
-from widefield.runs.shared import subject_from
+from widefield.runs.shared import attach, subject_from
 from widefield.runs.subjects import ANY_LENGTH, Subject
 from widefield.runs.torchvision_detectors import MEAN, STD, TEST_SCALE, build_detector, torchvision_detectors
-from widefield.runs.trained import load_trained
+from widefield.runs.trained import trained_subject
 from widefield.runs.weights import Weights, weights_of_timm
 from widefield.runs.words import is_path, parsed
 from widefield.train import ModelSpec, create_model
@@ -59,7 +58,7 @@ def load(
     if file is not None:
         found = _of_file(word, file)
     elif Path(word).expanduser().is_dir():
-        found = _of_run(Path(word).expanduser(), which, weights)
+        found = trained_subject(Path(word).expanduser(), which, weights)
         if sum(Path(other).name == Path(word).name for other in set(together_with)) > 1:
             found = replace(found, name=word)
     elif is_path(word):
@@ -72,25 +71,19 @@ def load(
     else:
         found = _of_timm(word, pretrained)
     if not _history.about(found.model):
-        _history.set_about(found.model, {"subject": fields_of(found)})
+        attach(found)
     found.model.to(device).eval()
     return found
-
-
-def fields_of(subject: Subject) -> dict[str, Any]:
-    """Return the fields of a subject without the model."""
-    return {item.name: getattr(subject, item.name) for item in fields(subject) if item.name != "model"}
 
 
 def _of_file(word: str, path: Path) -> Subject:
     """Return the model of a file that `widefield.save` wrote; it goes by the name of the file, folder or repository."""
     content = read_content(path)
     model = read_model(path, content)
-    place = Path(word.rstrip("/").partition("@")[0].rpartition(":")[2])
-    subject = subject_from(content, model, name=place.stem if place.suffix == path.suffix else place.name)
-    about = {"subject": fields_of(subject), **{key: content.get(key) for key in ("trained", "license", "notes")}}
-    _history.set_about(model, about)
-    return subject
+    place = Path(word.rpartition(":")[2].rstrip("/").partition("@")[0])
+    called = place.stem if place.suffix == path.suffix else place.name
+    subject = subject_from(content, model, name=called or path.resolve().parent.name)
+    return attach(subject, **{key: content.get(key) for key in ("trained", "license", "notes")})
 
 
 def _of_timm(word: str, pretrained: bool) -> Subject:
@@ -190,8 +183,3 @@ def _detector_of_torchvision(word: str, pretrained: bool) -> Subject:
         work="detection",
         published_classes=names if pretrained else (),
     )
-
-
-def _of_run(folder: Path, which: str, weights: str | None) -> Subject:
-    model = load_trained(folder, which, weights)
-    return Subject(model=model, **_history.about(model)["subject"])

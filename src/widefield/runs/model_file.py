@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from widefield import _history
-from widefield.runs.rebuilding import differences, rebuild, tensors_of
+from widefield.runs.rebuilding import differences, late_rules, rebuild, tensors_of
+from widefield.surgery.replay import replay
 from widefield.train.checkpoint import system_errors
 
 FORMAT = 1
@@ -56,21 +57,17 @@ def write(path: Path, model: nn.Module, content: Mapping[str, Any]) -> None:
         ValueError: the model cannot be rebuilt from its history; the message names the first differences and the mend.
         OSError: the file cannot be written.
     """
-    history = _history.described(model)
-    _refuse_unknown(model, history)
+    if any(tensor.is_meta for _, tensor in tensors_of(model)):
+        raise ValueError(f"{type(model).__name__} is on the meta device and holds no numbers: load its weights first.")
+    history = _refuse_unknown(model, _history.described(model))
     wide = [
         name
         for name, tensor in model.state_dict().items()
         if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     ]
-    try:
-        text = json.dumps({**content, "history": history, "channels_last": wide}, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be saved: JSON cannot hold one of its arguments ({error}). Save it with "
-            "args={...}, the arguments of timm.create_model as numbers, words and lists."
-        ) from error
-    twin = _rebuilt(model, json.loads(text))
+    _refuse_objects(model, history)
+    twin = _rebuilt(model, history)
+    text = json.dumps({**content, "history": history, "channels_last": wide}, ensure_ascii=False, allow_nan=False)
     handle, name = tempfile.mkstemp(suffix=ENDING, prefix=".unfinished-", dir=path.parent)
     os.close(handle)
     part = Path(name)
@@ -93,7 +90,18 @@ def refuse_wrapper(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} wraps another model: save its .{inner}.")
 
 
-def _refuse_unknown(model: nn.Module, history: Mapping[str, Any] | None) -> None:
+def _refuse_objects(model: nn.Module, history: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(history, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be saved: JSON cannot hold one of its arguments ({error}). Save it with "
+            "args={...}, the arguments of timm.create_model as numbers, words and lists."
+        ) from error
+
+
+def _refuse_unknown(model: nn.Module, history: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the history of a model; raises ValueError if it is not known in full."""
     kind = type(model).__name__
     if history is None:
         raise ValueError(
@@ -108,12 +116,19 @@ def _refuse_unknown(model: nn.Module, history: Mapping[str, Any] | None) -> None
             f"this {kind} cannot be built again in another process: {reasons[0]}. Use names and plain values, or save "
             "its state_dict and the code that builds it."
         )
+    return history
 
 
-def _rebuilt(model: nn.Module, content: Mapping[str, Any]) -> nn.Module:
-    """Return a model of the same structure, made from a history as it is read; raises ValueError if it differs."""
+def _rebuilt(model: nn.Module, history: dict[str, Any]) -> nn.Module:
+    """Return a model of the same structure, made from its history, to which settings of now are added.
+
+    Raises ValueError if it differs.
+    """
     try:
-        twin = rebuild(content["history"])
+        twin = rebuild(json.loads(json.dumps(history)))  # as it will be read
+        late = late_rules(model, twin)
+        history["steps"] += late
+        twin = replay(twin, late)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"this {type(model).__name__} cannot be built again from its history: {error}{_MEND}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, _history, _timm, dense, tasks
+from widefield.dense import Detector
 from widefield.surgery.replay import replay
 from widefield.surgery.walk import computed
 from widefield.train import run_data
@@ -90,6 +91,17 @@ def _made(name: str, args: Mapping[str, Any]) -> nn.Module:
     }
     model: nn.Module = make(**given)
     return model
+
+
+def late_rules(model: nn.Module, twin: nn.Module) -> list[dict[str, Any]]:
+    """Return steps that give detectors in a rebuilt model the rules of the original, which may be set at any time."""
+    steps = []
+    for path, part in model.named_modules():
+        if isinstance(part, Detector):
+            other = next((found for name, found in twin.named_modules() if name == path), None)
+            if isinstance(other, Detector) and other.rules != part.rules:
+                steps.append({"do": "rules", "rules": _fields(part.rules), **({"inside": path} if path else {})})
+    return steps
 
 
 def differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:

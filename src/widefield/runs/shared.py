@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from widefield import _history
 from widefield.runs.subjects import Subject
 from widefield.runs.weights import Weights
 from widefield.train import run_data
@@ -19,20 +20,32 @@ _PAIRS = ("test_scale",)
 """Preprocessing options that are tuples."""
 
 
+def attach(subject: Subject, **more: Any) -> Subject:
+    """Attach what a subject knows to its model, in JSON types, and return the subject.
+
+    Functions that get the model alone find it there: copies keep it.
+    """
+    _history.set_about(subject.model, {"name": subject.name, "subject": subject_content(subject), **more})
+    return subject
+
+
 def subject_content(subject: Subject) -> dict[str, Any]:
-    """Return a model's task, images and classes in JSON types."""
-    return {
-        "work": subject.work,
-        "size": subject.size,
-        "mean": subject.mean,
-        "std": subject.std,
-        "preprocessing": dict(subject.preprocessing),
-        "test_crop_pct": subject.test_crop_pct,
-        "weights": dataclasses.asdict(subject.weights),
-        "classes": list(subject.classes) if subject.trained_on is None else None,
-        "data": dataclasses.asdict(subject.trained_on) if subject.trained_on else None,
-        "recipe": recipe_text(without_places(subject.recipe)) if subject.recipe else None,
-    }
+    """Return a model's task, images, classes and recipe in JSON types."""
+    found: dict[str, Any] = _history.plain(
+        {
+            "work": subject.work,
+            "size": subject.size,
+            "mean": subject.mean,
+            "std": subject.std,
+            "preprocessing": dict(subject.preprocessing),
+            "test_crop_pct": subject.test_crop_pct,
+            "weights": dataclasses.asdict(subject.weights),
+            "classes": list(subject.classes) if subject.trained_on is None else None,
+            "data": dataclasses.asdict(subject.trained_on) if subject.trained_on else None,
+            "recipe": recipe_text(subject.recipe) if subject.recipe else None,
+        }
+    )
+    return found
 
 
 def without_places(recipe: Recipe) -> Recipe:

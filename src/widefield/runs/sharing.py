@@ -21,7 +21,7 @@ from widefield.dense import Detector, HeatmapPose, Segmenter
 from widefield.runs import loading
 from widefield.runs.model_card import model_card
 from widefield.runs.model_file import CARD, CONFIG, ENDING, FORMAT, KEY, WEIGHTS, refuse_wrapper, write
-from widefield.runs.shared import subject_content
+from widefield.runs.shared import subject_content, subject_from, without_places
 from widefield.runs.subjects import Subject
 from widefield.runs.weights import Weights
 from widefield.train import RunData
@@ -201,7 +201,7 @@ def subject_of(model: nn.Module | Subject | str | Path) -> Subject:
     refuse_wrapper(model)
     known = _history.about(model).get("subject")
     if known is not None:
-        return Subject(model=model, **known)
+        return subject_from(_history.about(model), model, str(_history.about(model)["name"]))
     name = type(model).__name__
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("architecture"):
@@ -242,15 +242,27 @@ def _give_args(model: nn.Module, args: Mapping[str, Any]) -> None:
 
 def _content(subject: Subject, license: str | None, notes: str | None) -> dict[str, Any]:
     about = _history.about(subject.model)
+    hidden = replace(subject, recipe=without_places(subject.recipe)) if subject.recipe else subject
+    facts = subject_content(hidden)
+    if facts["classes"] and len(facts["classes"]) != _outputs(subject):  # a head of its own
+        facts["classes"] = []
     return {
         "format": FORMAT,
         "widefield": _version(),
         "name": subject.name,
-        "subject": subject_content(subject),
+        "subject": facts,
         "trained": _finite(about.get("trained")),
         "license": license or about.get("license") or _license_of(subject),
         "notes": notes or about.get("notes"),
     }
+
+
+def _outputs(subject: Subject) -> int:
+    """Return the number of outputs; 0 for a model that does not run, of which :func:`write` finds out what is wrong."""
+    try:
+        return subject.outputs
+    except ValueError:
+        return 0
 
 
 def _finite(value: Any) -> Any:

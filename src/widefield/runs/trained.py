@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from widefield import _checks, _history, masking, tasks
 from widefield.runs.inputs import SQUARE
+from widefield.runs.shared import attach, without_places
+from widefield.runs.subjects import Subject
 from widefield.runs.weights import Weights
 from widefield.train import checkpoint, run_data
 from widefield.train.checkpoint import Checkpoint
@@ -36,21 +37,24 @@ def load_trained(run: str | Path, which: str = "best", weights: str | None = Non
         ValueError: the run kept no moving average. Or the weights do not fit the model, because the model's code has
             changed since.
     """
-    folder = Path(run).expanduser()
+    return trained_subject(Path(run).expanduser(), which, weights).model
+
+
+def trained_subject(folder: Path, which: str = "best", weights: str | None = None) -> Subject:
+    """Return the model of a run with the images that it expects; arguments and errors as of :func:`load_trained`."""
     chosen = checkpoint.chosen(folder, which)
     file = weights_of(chosen, weights)
-    recipe, about = load_recipe(folder), read_run_data(folder)
+    whole, about = load_recipe(folder), read_run_data(folder)
     # The stored weights replace the ones that the recipe started from: do not fetch or read those.
-    args = {key: value for key, value in recipe.model.args.items() if key not in ("pretrained", "checkpoint_path")}
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, args=args, pretrained=False))
+    args = {key: value for key, value in whole.model.args.items() if key not in ("pretrained", "checkpoint_path")}
+    recipe = dataclasses.replace(whole, model=dataclasses.replace(whole.model, args=args, pretrained=False))
     model = build_model(recipe, tasks.create(recipe.task.name, about, **recipe.task.args))
     checkpoint.load_weights(file, model)
     if _history.origin(model) is None:
-        _history.set_origin(model, "run", recipe=recipe_text(recipe), data=dataclasses.asdict(about))
-    subject = _facts(load_recipe(folder), about, Weights("run", f"{file.stem}, {which} (step {chosen.step})"))
+        _history.set_origin(model, "run", recipe=recipe_text(without_places(recipe)), data=dataclasses.asdict(about))
     trained = {"step": chosen.step, "metrics": chosen.metrics, "headline": chosen.meta.get("headline")}
-    _history.set_about(model, {"subject": subject, "trained": trained})
-    return model.eval()
+    loaded = Weights("run", f"{file.stem}, {which} (step {chosen.step})")
+    return attach(_subject(model.eval(), whole, about, loaded), trained=trained)
 
 
 _READING = (
@@ -68,23 +72,22 @@ _USUAL_SIZE = 224
 """Side of the images for a run whose own differ in size."""
 
 
-def _facts(recipe: Recipe, about: RunData, weights: Weights) -> dict[str, Any]:
-    """Return the fields of a `widefield.runs.Subject` for a run's model, without the model."""
+def _subject(model: nn.Module, recipe: Recipe, about: RunData, weights: Weights) -> Subject:
     reading = {key: value for key, value in recipe.data.args.items() if key in _READING}
     # A detector knows objects of the size that they have at its test scale, not in small crops.
     sides = (about.test_scale if recipe.task.name == "detection" else None) or about.crop_size or (_USUAL_SIZE,)
-    square = recipe.task.name in SQUARE
-    return {
-        "name": recipe.name,
-        "size": about.size or min(sides),
-        "mean": about.mean,
-        "std": about.std,
-        "weights": weights,
-        "preprocessing": {**reading, **({} if square else {"test_scale": about.test_scale})},
-        "recipe": recipe,
-        "trained_on": about,
-        "work": recipe.task.name,
-    }
+    return Subject(
+        recipe.name,
+        model,
+        about.size or min(sides),
+        about.mean,
+        about.std,
+        weights,
+        {**reading, **({} if recipe.task.name in SQUARE else {"test_scale": about.test_scale})},
+        recipe=recipe,
+        trained_on=about,
+        work=recipe.task.name,
+    )
 
 
 def examined(model: nn.Module) -> nn.Module:

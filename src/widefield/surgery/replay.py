@@ -132,6 +132,13 @@ def _set(model: nn.Module, step: Step) -> nn.Module:
     return model
 
 
+def _rules(model: nn.Module, step: Step) -> nn.Module:
+    """Set which boxes become detections."""
+    detector: Any = model
+    detector.rules = type(detector.rules)(**step["rules"])
+    return model
+
+
 SETTABLE = ("eps",)
 """Attributes that a step may set."""
 
@@ -143,5 +150,6 @@ _KINDS: Mapping[str, Callable[[nn.Module, Step], nn.Module]] = {
     "specialize": _specialize,
     "choose_sizes": _choose_sizes,
     "set": _set,
+    "rules": _rules,
 }
 """What a step does -> how it is repeated."""
