@@ -13,7 +13,7 @@ from torch import nn
 import widefield  # noqa: F401
 from tolerances import FLOAT64
 from widefield.analysis import save
-from widefield.analysis.stability import DIRECTIONS, TranslationStability, translation_stability
+from widefield.analysis.stability import DIRECTIONS, SHIFTS, TranslationStability, translation_stability, usual_shifts
 
 
 def pointwise(classes=5):
@@ -191,3 +191,17 @@ def test_models_of_others_stand_on_one_figure(tmp_path):
     assert still.rows()[0]["other image"] == "–"
     with pytest.raises(TypeError, match="no options"):
         first.plot(log=True)
+
+
+@given(st.integers(2, 600))
+def test_the_usual_shifts_are_those_of_the_larger_images(side):
+    """All that measure a model agree: from its own side, and from that of the images that are larger by the margin."""
+    shifts = usual_shifts(side)
+    larger = side + max(shifts)
+    assert (tuple(shift for shift in SHIFTS if 8 * shift <= larger) or (1,)) == shifts
+    assert max(shifts) == 1 or 7 * max(shifts) <= side
+
+
+def test_the_default_depends_on_the_images():
+    images = torch.randn(2, 3, 36, 40)
+    assert translation_stability(small(), images).shifts == (1, 2, 4)

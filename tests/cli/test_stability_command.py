@@ -2,9 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from train.helpers import QUIET
 from widefield import cli
+from widefield.runs.report import write_report
+from widefield.train import DataSpec, ModelSpec, Recipe, train
 
 OURS = "unireplknet_a{depths: [1, 1, 1, 1], widths: [8, 16, 24, 32]}"
 MODELS = ["test_vit{img_size: 64}", "torchvision:mobilenet_v3_small", OURS]
@@ -40,3 +44,19 @@ def test_what_can_be_mended_is_one_line(words, message, tmp_path, capsys):
     assert cli.main(["stability", *words, "--size", "64", "--count", "1", "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_and_the_report_agree(tmp_path, capsys):
+    recipe = Recipe(
+        name="run", model=ModelSpec("test_resnet"), data=DataSpec("scales", {"count": 64, "size": 32}),
+        output=str(tmp_path), epochs=1, batch_size=16, workers=0, trackers=[],
+    )  # fmt: skip
+    run = train(recipe, console=QUIET).folder
+    assert cli.main(["stability", str(run), "--count", "4", "--out", str(tmp_path / "out")]) == 0
+    (command,) = json.loads((tmp_path / "out" / "stability.json").read_text())["results"].values()
+    write_report([run], tmp_path / "report.html", count=4)
+    (report,) = json.loads((tmp_path / "report.json").read_text())["results"]["Translation stability"].values()
+    assert command["shifts"] == report["shifts"] == [1, 2, 4]
+    assert command["same"] == report["same"]
+    np.testing.assert_allclose(command["change"], report["change"])
+    assert "warning" not in capsys.readouterr().err

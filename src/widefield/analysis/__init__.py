@@ -4,7 +4,7 @@ from widefield.analysis._detectors import DetectionScore
 from widefield.analysis._keypoints import KeypointPeak
 from widefield.analysis._objects import ObjectExample, SizeGroup
 from widefield.analysis._people import KeypointExample, KeypointGroup
-from widefield.analysis._residual import FixedBlock
+from widefield.analysis._residual import FixedBlock, shut_branches
 from widefield.analysis._result import Result, save, section
 from widefield.analysis._targets import ClassAt, ClassIn
 from widefield.analysis.blocks import BlockContribution, BlockContributions, block_contributions
@@ -66,6 +66,7 @@ __all__ = [
     "save",
     "section",
     "shape_bias",
+    "shut_branches",
     "theoretical_receptive_field",
     "translation_stability",
 ]

@@ -94,6 +94,26 @@ def residual_blocks(model: nn.Module, images: Tensor) -> tuple[dict[str, nn.Modu
     return _chosen(seen)
 
 
+_SHUT = 1e-4
+"""Factors up to this size shut a branch: networks initialize them to 0 or 1e-6, and trained ones are far above."""
+
+
+def shut_branches(model: nn.Module) -> list[str]:
+    """Return the names of the vectors that shut residual branches: scales of norms or layers that are nearly zero.
+
+    So networks are often initialized (Goyal et al. 2017, section 5.1; Touvron et al. 2021, CaiT): until they are
+    trained, their blocks return their input.
+    """
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and 1 < parameter.numel() == parameter.shape[0]
+        and not name.endswith("bias")
+        and float(parameter.detach().abs().max()) <= _SHUT
+    ]
+
+
 @contextmanager
 def switched_off(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let modules return their first argument, and restore them at the end."""

@@ -24,7 +24,7 @@ from widefield.analysis.masks import masks
 from widefield.analysis.objects import object_receptive_fields
 from widefield.analysis.routing import mixtures, routing_statistics
 from widefield.analysis.shape_bias import shape_bias
-from widefield.analysis.stability import translation_stability
+from widefield.analysis.stability import translation_stability, usual_shifts
 from widefield.data import ConflictImages, Pictures, SampleSet
 from widefield.nn import DynamicGMConv2d, GMConv2d
 
@@ -120,8 +120,8 @@ class Analysis:
     """Report's number of images -> number that this analysis uses; None: not part of reports."""
     report_options: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the function in a report."""
-    margin: Callable[[Mapping[str, Any]], int] = lambda options: 0
-    """By how many pixels images exceed the model's own size, given the function's options."""
+    margin: Callable[[Mapping[str, Any], int], int] = lambda options, side: 0
+    """By how many pixels images exceed the model's own side, given the function's options and that side."""
 
     def run(self, view: View, *, progress: bool = False, **options: Any) -> Result:
         """Run the analysis on a view; ``options`` are keyword arguments of its function."""
@@ -238,8 +238,7 @@ ANALYSES: Mapping[str, Analysis] = MappingProxyType(
                 "Translation stability",
                 applies=lambda model: gives_scores(model) and not is_detector(model) and not is_pose_model(model),
                 reported=lambda count: count,
-                report_options={"shifts": (1, 2, 4)},
-                margin=lambda options: max(options["shifts"]),
+                margin=lambda options, side: max(options.get("shifts") or usual_shifts(side)),
             ),
             Analysis(
                 "interactions",

@@ -22,6 +22,16 @@ DIRECTIONS = {"horizontal": (0, 1), "vertical": (1, 0), "diagonal": (1, 1)}
 """(rows, columns) of a shift by one pixel."""
 
 SHIFTS = (1, 2, 4, 8, 16, 32)
+_PART = 7
+"""Least side of the model's images relative to the largest usual shift."""
+
+
+def usual_shifts(side: int) -> tuple[int, ...]:
+    """Return those of `SHIFTS` that suit a model's images of a side: up to a seventh of it, such as 4 for 32 pixels.
+
+    The windows are that much smaller than the images, so all that measure a model must agree on the largest shift.
+    """
+    return tuple(shift for shift in SHIFTS if _PART * shift <= side) or SHIFTS[:1]
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def translation_stability(
     model: nn.Module,
     images: Tensor | Iterable[Any],
     *,
-    shifts: Sequence[int] = SHIFTS,
+    shifts: Sequence[int] | None = None,
     batch_size: int = 8,
     name: str | None = None,
     about: Mapping[str, Any] | None = None,
@@ -133,7 +143,8 @@ def translation_stability(
     Args:
         model: returns scores (N, classes).
         images: normalized images (N, C, H, W), or batches of them, all of one size.
-        shifts: in pixels, each at least 1 and less than the images' sides.
+        shifts: in pixels, each at least 1 and less than the images' sides. Default: 1, 2, 4 and so on up to 32, and to
+            an eighth of the images' sides, a seventh of the model's.
         batch_size: images at a time.
         name: the model's name in tables and figures. Default: its class name.
         about: facts to store with the result.
@@ -145,7 +156,7 @@ def translation_stability(
         TypeError: images, shifts or batch size have the wrong type.
     """
     _checks.integer("batch_size", batch_size)
-    steps = check_shifts(shifts)
+    steps = () if shifts is None else check_shifts(shifts)
     total = -(-len(images) // batch_size) if isinstance(images, Tensor) and images.ndim == 4 else None
     size: tuple[int, ...] = ()
     found: list[Tensor] = []
@@ -155,6 +166,7 @@ def translation_stability(
             size = size or tuple(part.shape[2:])
             if tuple(part.shape[2:]) != size:
                 raise ValueError(f"images must all be of one size; got {size} and {tuple(part.shape[2:])}.")
+            steps = steps or tuple(shift for shift in SHIFTS if (_PART + 1) * shift <= min(size)) or SHIFTS[:1]
             if min(size) <= steps[-1]:
                 raise ValueError(
                     f"a shift by {steps[-1]} pixels leaves nothing of images of {size} pixels: give larger images, "

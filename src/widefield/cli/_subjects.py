@@ -214,7 +214,23 @@ def views(args: argparse.Namespace, entry: Analysis, **options: Any) -> Iterator
         options: arguments for the analysis.
     """
     for word in args.models:
-        yield from views_of(subject(word, args), args, entry, **options)
+        found = subject(word, args)
+        warn_if_shut(found)
+        yield from views_of(found, args, entry, **options)
+
+
+def warn_if_shut(found: Subject) -> None:
+    """Say so if residual branches of a model are shut, as they are in many networks until these are trained."""
+    from widefield.analysis import shut_branches
+
+    shut = shut_branches(found.model)
+    if shut:
+        print(
+            f"warning: {len(shut)} scales of {found.name} are nearly zero, such as {shut[0]}: their residual branches "
+            "are shut, as at initialization, and what follows shows the shortcuts. Give trained weights (--pretrained, "
+            "or the folder of a run).",
+            file=sys.stderr,
+        )
 
 
 def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **options: Any) -> Iterator[View]:
@@ -236,7 +252,7 @@ def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **option
         return
     for size in args.size if isinstance(args.size, list) else [args.size]:
         side = found.size if size is None else _checks.integer("--size", size)
-        shown = pictures(args, found, side + entry.margin(options), stand_in=entry.stand_in)
+        shown = pictures(args, found, side + entry.margin(options, side), stand_in=entry.stand_in)
         yield found.view(shown, batch_size=args.batch_size)
 
 

@@ -202,5 +202,5 @@ def _look(entry: Analysis, subject: Subject, count: int, options: Mapping[str, A
     pictures = None
     if entry.reads_images(subject.model):
         choose = subject.any_pictures if entry.stand_in else subject.pictures
-        pictures = choose(count=count, size=subject.size + entry.margin(options))
+        pictures = choose(count=count, size=subject.size + entry.margin(options, subject.size))
     return entry.run(subject.view(pictures), **options)
