@@ -95,7 +95,7 @@ def origin(model: nn.Module) -> dict[str, Any] | None:
         return known
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None
-    if not name:
+    if config is None or not name:
         return None
     args = dict(getattr(model, "_model_args", {}))
     classes = getattr(model, "num_classes", None)

@@ -40,13 +40,14 @@ def create_model(name: str, args: Mapping[str, Any]) -> nn.Module:
     rest = {key: value for key, value in args.items() if key not in FACTORY}
     architecture, tag = split_model_name_tag(name)
     with set_layer_config(**{key: own[key] for key in _LAYER_CONFIG}):
-        model = model_entrypoint(architecture)(
+        made: Any = model_entrypoint(architecture)(
             pretrained_cfg=own["pretrained_cfg"] or tag or None,
             pretrained_cfg_overlay=own["pretrained_cfg_overlay"],
             cache_dir=own["cache_dir"],
             **rest,
         )
-    model._model_args = rest  # as timm's function does, for files of the model
+    made._model_args = rest  # as timm's function does, for files of the model
     if own["checkpoint_path"]:
-        load_checkpoint(model, own["checkpoint_path"])
-    return model
+        load_checkpoint(made, own["checkpoint_path"])
+    built: nn.Module = made
+    return built

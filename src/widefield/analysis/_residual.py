@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widefield import _checks
 from widefield.analysis._model import running, visited
 
 _SUMS = {"AddBackward0": None, "AddcmulBackward0": 1}
@@ -98,6 +99,7 @@ _SHUT = 1e-4
 """Factors up to this size shut a branch: networks initialize them to 0 or 1e-6, and trained ones are far above."""
 
 
+@_checks.guided
 def shut_branches(model: nn.Module) -> list[str]:
     """Return the names of the vectors that shut residual branches: scales of norms or layers that are nearly zero.
 

@@ -50,7 +50,7 @@ def widefield_shared(
 
     origin = history["origin"]
     args = {**origin["args"], **kwargs}
-    model = replay(_timm.create_model(origin["name"], args), history["steps"])
+    model: Any = replay(_timm.create_model(origin["name"], args), history["steps"])
     given = pretrained_cfg if isinstance(pretrained_cfg, Mapping) else pretrained_cfg.to_dict()
     config = {**getattr(model, "pretrained_cfg", {}), **given, **(pretrained_cfg_overlay or {})}
     config["architecture"] = origin["name"]

@@ -275,10 +275,9 @@ def _downloaded(repository: str) -> Path | None:
     import huggingface_hub
 
     name, _, revision = repository.partition("@")
-    given = {"repo_id": name, "revision": revision or None}
-    config = Path(huggingface_hub.hf_hub_download(filename=CONFIG, **given))
+    config = Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision or None))
     described = json.loads(config.read_text(encoding="utf-8")).get(KEY)
     if described is None:
         return None
     check_format(described, f"hf-hub:{repository}")
-    return Path(huggingface_hub.hf_hub_download(filename=WEIGHTS, **given))
+    return Path(huggingface_hub.hf_hub_download(name, WEIGHTS, revision=revision or None))

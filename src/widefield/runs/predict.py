@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,7 +89,7 @@ def predict(
         subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco,
         pretrained=bool(loading.get("pretrained", False)),
     )  # fmt: skip
-    shown = {"top": top, "min_score": min_score}
+    shown: dict[str, Any] = {"top": top, "min_score": min_score}
     found = list(
         predict_each(subject, images, size=size, **shown, boxes=source, batch_size=batch_size, workers=workers)
     )
@@ -249,7 +249,7 @@ def predict_files(
     source = box_source(subject, boxes, classes=box_classes, min_score=min_score, size=size, coco=coco)
     known = about_boxes(known, source)
     sources = find_sources(images)
-    shown = {"size": size, "top": top, "min_score": min_score}
+    shown: dict[str, Any] = {"size": size, "top": top, "min_score": min_score}
     stream = predict_each(subject, images, **shown, boxes=source, batch_size=batch_size, workers=workers)
     with ExitStack() as stack:
         sinks: list[_Folder | CsvTable | JsonLines] = []
@@ -319,8 +319,9 @@ class _Folder:
             self._first.append(found)
         if self._folder is None:
             return
-        located = self._labeled and isinstance(found.prediction, (BoxPrediction, PosePrediction))
-        more = self._results.add(found.name, found.prediction) if located else {}
+        more: Mapping[str, Any] = {}
+        if self._labeled and isinstance(found.prediction, (BoxPrediction, PosePrediction)):
+            more = self._results.add(found.name, found.prediction)
         self._data.append({**found.to_dict(), **more})
         if self._pictures:
             for path in found.write_files(self._folder):

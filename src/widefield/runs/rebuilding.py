@@ -85,7 +85,7 @@ def _made(name: str, args: Mapping[str, Any]) -> nn.Module:
     make: Any = getattr(dense, name) if name in dense.__all__ else None
     if not (make is dense.feature_maps or (isinstance(make, type) and issubclass(make, nn.Module))):
         raise ValueError(f"widefield.dense has no model {name!r}: the file is of another version of widefield.")
-    given = {
+    given: dict[str, Any] = {
         key: rebuild(value["model"]) if isinstance(value, Mapping) and "model" in value else value
         for key, value in args.items()
     }

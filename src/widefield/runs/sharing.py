@@ -22,7 +22,7 @@ from widefield.runs import loading
 from widefield.runs.model_card import model_card
 from widefield.runs.model_file import CARD, CONFIG, ENDING, FORMAT, KEY, WEIGHTS, refuse_wrapper, write
 from widefield.runs.shared import subject_content, subject_from, without_places
-from widefield.runs.subjects import Subject
+from widefield.runs.subjects import ANY_LENGTH, Subject
 from widefield.runs.weights import Weights
 from widefield.train import RunData
 
@@ -176,7 +176,8 @@ def described(
         if values is not None:
             if len(values) != len(subject.mean):
                 raise ValueError(f"{name} must have {len(subject.mean)} numbers, one a channel; got {list(values)}.")
-            subject = replace(subject, **{name: tuple(float(value) for value in values)})
+            given: dict[str, Any] = {name: tuple(float(value) for value in values)}
+            subject = replace(subject, **given)
     if classes is not None:
         if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
             raise TypeError(f"classes must be a list of names; got {classes!r}.")
@@ -209,7 +210,7 @@ def subject_of(model: nn.Module | Subject | str | Path) -> Subject:
     work = next((work for work, kind in _KINDS.items() if isinstance(model, kind)), "classification")
     side = _SIZE if work == "classification" else _DENSE_SIZE
     square = {"interpolation": "bilinear", "crop_pct": 0.875}
-    options = square if work == "classification" else {"test_scale": (loading.ANY_LENGTH * side, side)}
+    options = square if work == "classification" else {"test_scale": (ANY_LENGTH * side, side)}
     found = Subject(
         name, model, side, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Weights("file"), options, work=work
     )  # fmt: skip
@@ -222,7 +223,7 @@ def subject_of(model: nn.Module | Subject | str | Path) -> Subject:
 
 
 def _with_size(subject: Subject, size: int) -> dict[str, Any]:
-    scale = {"test_scale": (loading.ANY_LENGTH * size, size)} if "test_scale" in subject.preprocessing else {}
+    scale = {"test_scale": (ANY_LENGTH * size, size)} if "test_scale" in subject.preprocessing else {}
     return {**subject.preprocessing, **scale}
 
 

@@ -68,7 +68,7 @@ def _repeated(model: nn.Module, number: int, step: Step) -> nn.Module:
 def _convert(model: nn.Module, step: Step) -> nn.Module:
     kinds = {kind.__name__: kind for kind in Conversion.__subclasses__() if _history.is_ours(kind)}
     modules = dict(model.named_modules())
-    chosen = {}
+    chosen: dict[nn.Module, nn.Module] = {}
     for group in step["groups"]:
         config: Any = kinds[group["config"]]
         conversion = config(**group["args"])
