@@ -32,7 +32,8 @@ Row = dict[str, Any]
 Call = Callable[[], object]
 
 LEAST, MOST = 3, 7
-"""Rounds of a measurement."""
+"""Rounds of a measurement; one less if a round takes LONG_S seconds, as long calls vary less."""
+LONG_S = 20.0
 PRELOADED = ["torchvision", "widefield.models", "widefield.deploy", "widefield.benchmarks.model", "torch._dynamo"]
 """What takes long to import; children start with it."""
 HOPELESS = 1.4
@@ -92,11 +93,12 @@ def measured(calls: Mapping[str, Call], budget_s: float, *, pairs: bool = False)
         if seconds[name][0] < 3:  # the first call of a process is slower
             seconds[name] = [_seconds(call)]
     kept = {name: call for name, call in calls.items() if not pairs or _is_worth_timing(name, seconds)}
-    rounds = int(budget_s / sum(seconds[name][0] for name in kept))
+    turn_s = sum(seconds[name][0] for name in kept)
+    rounds = max(int(budget_s / turn_s), LEAST if turn_s < LONG_S else LEAST - 1)
     for name in kept:
         seconds[name] = []
     items = list(kept.items())
-    for turn in range(min(MOST, max(LEAST, rounds))):
+    for turn in range(min(MOST, rounds)):
         first = turn // 2 % len(items)
         order = items[first:] + items[:first]
         for name, call in reversed(order) if turn % 2 else order:

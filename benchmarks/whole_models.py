@@ -18,10 +18,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -157,9 +155,7 @@ def speeds(row: Row) -> dict[str, str]:
         found = row[mode] if has(row, mode) else None
         cells[f"{title}ours, ms"] = _ms(found["ms"][found[OURS]]) if found else "-"
         cells[f"{title}eager"] = f"{found['ratio']:.2f} ({found['stock'].partition(', ')[0]})" if found else "-"
-        if mode == MODES[0]:
-            cells |= {other: _versus(row, other) for other in OTHERS}
-    return cells
+    return cells | {other: _versus(row, other) for other in OTHERS}
 
 
 def _versus(row: Row, other: str) -> str:
@@ -207,12 +203,21 @@ def reasons(rows: Iterable[Row]) -> str:
     return "\n".join(f"- {row['label']}, {part}: {row[part]['missing']}" for row, part in missing)
 
 
+def when(rows: Iterable[Row]) -> str:
+    """Return when, at which commits and in how many minutes the parts of all rows were measured."""
+    found = [row[part] for row in rows for part in PARTS if part in row]
+    dates = sorted(part["date"] for part in found)
+    commits = ", ".join(sorted({part["commit"] or "unknown" for part in found}))
+    took = sum(part["took_s"] for part in found) / 60
+    spread = f"From {dates[0]} to {dates[-1]} UTC" if found else "Nothing yet"
+    return f"{spread}, {took:.0f} minutes in all, at {commits}; --models and --parts measure single rows and columns."
+
+
 def text_of(rows: list[Row]) -> str:
     """Return the Markdown of a run."""
-    took = sum(row[part]["took_s"] for row in rows for part in PARTS if part in row)
     parts = [
         "CPU time on one thread; medians over rounds in turns. Ratios are the other's time over ours: above 1 ours is "
-        f"faster. All rows together took {took / 60:.0f} minutes.",
+        f"faster. {when(rows)}",
         report.markdown([each.formatted() for each in bars_of(rows)]).rstrip(),
         "<!-- --8<-- [start:speed] -->",
         report.markdown([speeds(row) for row in rows]).rstrip(),
@@ -249,8 +254,7 @@ def main() -> None:
     parts = [part for part in PARTS if part in asked]
     limits = Limits(args.budget, args.part_limit, args.compile_limit)
     torch.set_num_threads(1)
-    words = [word for word in sys.argv[1:] if word != str(args.out) and word != "--out"]
-    command = shlex.join(["python", "benchmarks/whole_models.py", *words])
+    command = f"python benchmarks/whole_models.py --budget {args.budget:g}"
     rows = read(args.out / f"{NAME}.json")
     for index, title in enumerate(titles):
         if title not in chosen:

@@ -41,11 +41,14 @@ SECONDS = {
 }
 
 
+MADE = {"took_s": 60.0, "date": "2026-11-30 08:00", "commit": "abc"}
+
+
 def part(ratio, stock=100, ours=100):
     names = {"stock": "timm, NCHW", "ours": "ours, channels_last"}
     times = {f"{name}, {layout}": 20.0 for name in ("timm", "ours") for layout in ("NCHW", "channels_last")}
     memory = {"stock": stock * 2**20, "ours": ours * 2**20}
-    return {**names, "ratio": ratio, "ms": times, "rounds": dict.fromkeys(times, 3), "memory": memory, "took_s": 60.0}
+    return {**names, "ratio": ratio, "ms": times, "rounds": dict.fromkeys(times, 3), "memory": memory, **MADE}
 
 
 def row(title, **parts):
@@ -62,7 +65,7 @@ def test_the_better_layout_counts_on_both_sides(script):
 def test_bars_take_the_worst_row_that_was_measured(script):
     rows = [
         row("VAN-B2", inference=part(1.2, ours=80), step=part(0.9)),
-        row("SLaK-T", inference=part(0.97, ours=120), step={"missing": "it failed", "took_s": 1.0}),
+        row("SLaK-T", inference=part(0.97, ours=120), step={"missing": "it failed", **MADE}),
     ]
     speed, memory, step, step_memory = script.bars_of(rows)
     assert (speed.measured, speed.verdict, speed.where) == (0.97, "met", "SLaK-T")
@@ -78,8 +81,8 @@ def test_tables_say_what_failed_and_what_was_not_run(script):
             "VAN-B2",
             inference=part(1.234),
             **{
-                "onnxruntime": {"missing": "no such operator", "took_s": 1.0},
-                "OpenVINO": {"ratio": 0.8, "memory": 2**20, "took_s": 1.0},
+                "onnxruntime": {"missing": "no such operator", **MADE},
+                "OpenVINO": {"ratio": 0.8, "memory": 2**20, **MADE},
             },
         )
     ]
@@ -91,6 +94,7 @@ def test_tables_say_what_failed_and_what_was_not_run(script):
     text = script.text_of(rows)
     assert "- VAN-B2, onnxruntime: no such operator" in text
     assert "| VAN-B2 | inference | ours | 20 | 20 |" in text
+    assert "From 2026-11-30 08:00 to 2026-11-30 08:00 UTC, 3 minutes in all, at abc" in text
 
 
 def test_a_run_keeps_what_it_does_not_measure(script, children, monkeypatch, tmp_path):
@@ -122,7 +126,7 @@ def test_what_fails_becomes_a_row_with_its_reason(script, children, monkeypatch)
 def test_a_layout_that_is_hopeless_is_called_once(children, monkeypatch):
     now, counts = [0.0], dict.fromkeys(("timm, NCHW", "timm, channels_last", "ours, NCHW"), 0)
     monkeypatch.setattr(time, "process_time", lambda: now[0])
-    seconds = {"timm, NCHW": 9.0, "timm, channels_last": 4.0, "ours, NCHW": 30.0}
+    seconds = {"timm, NCHW": 9.0, "timm, channels_last": 4.0, "ours, NCHW": 15.0}
 
     def call(name):
         now[0] += seconds[name]
