@@ -138,23 +138,40 @@ def test_the_core_has_no_extra(core: Path, tmp_path: Path) -> None:
     assert "site-packages" in call(core, "import widefield; print(widefield.__file__)", tmp_path)
 
 
-def test_convert_and_analyze_with_the_core_alone(core: Path, tmp_path: Path) -> None:
-    code = """
-import timm, torch, widefield
-from widefield.surgery import MoRF
-model = timm.create_model("test_convnext", num_classes=3).eval()
-mixed = widefield.convert(model, MoRF(), "*.conv_dw").eval()
-x = torch.randn(2, 3, 64, 64)
-fused = widefield.reparameterize(mixed, x)
-with torch.no_grad():
-    print(float((fused(x) - mixed(x)).abs().max()) < 1e-3)
-"""
-    assert call(core, code, tmp_path).strip() == "True"
+def test_convert_save_load_predict_and_analyze_with_the_core_alone(core: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(2):
         pixels = np.random.default_rng(number).integers(256, size=(80, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
-    words = [core.parent / "widefield", "erf", "test_convnext", "--images", "images", "--count", "2", "--size", "64"]
-    out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert out.returncode == 0, out.stderr
-    assert (tmp_path / "analysis").is_dir()
+    made = """
+import timm, torch, widefield
+torch.manual_seed(0)
+model = timm.create_model("test_convnext", num_classes=3).eval()
+mixed = widefield.convert(model, widefield.MoRF(), "*.conv_dw").eval()
+x = torch.randn(2, 3, 64, 64)
+fused = widefield.reparameterize(mixed, x)
+with torch.no_grad():
+    print(float((fused(x) - mixed(x)).abs().max()) < 1e-3)
+    torch.save((x, fused(x)), "outputs.pt")
+widefield.save(fused, "model.safetensors", classes=["a", "b", "c"])
+"""
+    assert call(core, made, tmp_path).strip() == "True"
+    loaded = """
+import torch, widefield
+model = widefield.load("model.safetensors")
+x, expected = torch.load("outputs.pt")
+with torch.no_grad():
+    print(torch.equal(model(x), expected))
+print(len(widefield.predict("model.safetensors", "images")))
+"""
+    assert call(core, loaded, tmp_path).split() == ["True", "2"]
+    for words in (
+        ["predict", "model.safetensors", "images", "--csv", "seen.csv"],
+        ["erf", "model.safetensors", "--images", "images", "--count", "2", "--size", "64"],
+    ):
+        done = subprocess.run(
+            [core.parent / "widefield", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen.csv").read_text().count("\n") == 1 + 2 * 3  # a line for each class of each image
+    assert (tmp_path / "analysis" / "erf.png").is_file()
