@@ -1,4 +1,4 @@
-"""Define the values of pixels that do not count in masks, and intersection over union from counts of pixels."""
+"""Define the values of pixels that do not count in masks, the classes of pixels, and intersection over union."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ IGNORED = 255
 
 NO_OBJECT = 255
 """Value of pixels outside of objects in maps of size groups."""
+
+
+def best_class(scores: Tensor) -> Tensor:
+    """Return which class has the largest score at each pixel, the first of equals: (N, K, ...) -> int64 (N, ...)."""
+    return scores.max(1).indices  # on CPUs ``argmax`` takes two to six times as long
 
 
 def intersection_over_union(labeled: Tensor, predicted: Tensor, right: Tensor) -> Tensor:

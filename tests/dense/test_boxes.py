@@ -262,9 +262,28 @@ def test_no_detections():
         assert kept.boxes.shape == (0, 4)
 
 
-def test_best_scores_are_above_the_threshold_and_few():
-    scores = torch.tensor([[0.1, 0.9], [0.5, 0.05], [0.3, 0.3]])
-    found = boxes.best_scores(scores, 0.1, 3)
-    assert found.rows.tolist() == [0, 1, 2]
-    assert found.labels.tolist() == [1, 0, 0]
-    assert found.scores.tolist() == pytest.approx([0.9, 0.5, 0.3])
+@settings(deadline=None, max_examples=80)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5)),
+    st.sampled_from([0.0, 0.05, 0.5, 0.73, 1.0]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.integers(1, 30),
+    st.integers(0, 999),
+)
+def test_the_best_of_a_level_are_above_the_threshold_and_few(sides, threshold, dtype, count, seed):
+    """Scores are in steps, so that many are equal, and some equal the threshold."""
+    per_cell, classes, height, width = sides
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randint(-9, 9, (per_cell * classes, height, width), generator=g) / 2).to(dtype)
+    found = boxes.best_of_level(logits, classes, threshold, count)
+    listed = []
+    for row in range(height):
+        for column in range(width):
+            for box in range(per_cell):
+                for label in range(classes):
+                    logit = logits[box * classes + label, row, column]
+                    score = (logit if dtype == torch.float64 else logit.float()).sigmoid().item()
+                    if score > threshold:
+                        listed.append((score, label, (row * width + column) * per_cell + box))
+    listed = sorted(listed, key=lambda one: -one[0])[:count]
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == listed

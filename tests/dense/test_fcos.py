@@ -286,7 +286,7 @@ def test_wrong_arguments_are_refused():
 def test_the_point_of_a_box_is_one_that_learns_it(given_box, offset):
     """Where the middle of a box is a point inside of it, in the range of its level."""
     built, maps = head(point_offset=offset), levels((96, 96), 1)
-    ((level, row, column),) = built.places(torch.tensor([given_box], dtype=torch.float64))
+    ((level, row, column),) = built.places(torch.tensor([given_box], dtype=torch.float64)).tolist()
     x, y = (column + offset) * STRIDES[level], (row + offset) * STRIDES[level]
     sides = (x - given_box[0], y - given_box[1], given_box[2] - x, given_box[3] - y)
     if min(sides) <= 0 or max(sides) < (-1, *RANGES)[level]:

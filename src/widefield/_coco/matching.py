@@ -78,9 +78,14 @@ def mask_overlaps(found: Tensor, objects: Tensor, crowd: Bools) -> tuple[Floats,
         (left, top), (right, bottom) = near[d, m], far[d, m]
         window = slice(top, bottom), slice(left, right)
         shared[d, m] = np.count_nonzero(rows[d][window] & columns[m][window])
-    areas, object_areas = (np.array([np.count_nonzero(mask) for mask in masks], float) for masks in (rows, columns))
+    areas, object_areas = mask_areas(rows), mask_areas(columns)
     union = np.where(crowd[None], areas[:, None], areas[:, None] + object_areas[None] - shared)
     return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0), areas
+
+
+def mask_areas(masks: Bools) -> Floats:
+    """Return the number of pixels of each mask (N, H, W): (N,). ``sum`` would make a number of each pixel."""
+    return np.array([np.count_nonzero(mask) for mask in masks], float)
 
 
 def _bounds(masks: Bools) -> Ints:

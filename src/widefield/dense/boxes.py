@@ -33,6 +33,7 @@ _EPS = 1e-6  # least union, as published
 _BLOCK = {"cpu": 2**17}  # overlaps computed at once: on the CPU about what its cache holds
 _BLOCK_ELSEWHERE = 2**24
 _NARROWEST = 64  # boxes of a block
+_NEAR = 0.02  # distance of logits from that of a threshold, in units of that, from which on no rounding matters
 _JOINT_NMS = {"cpu": 1000}  # with more boxes, one NMS per label is faster than one for all
 _JOINT_NMS_ELSEWHERE = 20000
 
@@ -414,16 +415,34 @@ class Candidates(NamedTuple):
     rows: Tensor
 
 
-def best_scores(scores: Tensor, threshold: float, count: int) -> Candidates:
-    """Return the ``count`` largest scores above a threshold.
+def best_of_level(logits: Tensor, classes: int, threshold: float, count: int) -> Candidates:
+    """Return the ``count`` largest scores of a level above a threshold: sigmoids of logits, in float32 or wider.
+
+    A level has millions of logits. Only those above that of the threshold, or near it, are read again.
 
     Args:
-        scores: (N, K), without the background.
+        logits: (A * classes, H, W), A boxes per position, without the background.
+        classes: number of classes.
         threshold: scores must exceed it.
         count: how many; fewer if fewer exceed the threshold.
+
+    Returns:
+        The candidates; positions of boxes count rows, columns and A, the last the fastest.
     """
-    found = (scores > threshold).nonzero()
-    rows, labels = found.unbind(1)
-    values, order = scores[rows, labels].sort(descending=True, stable=True)
+    bound = _logit(threshold)
+    near = bound - _NEAR * max(1.0, abs(bound)) if math.isfinite(bound) else bound
+    channels, rows, columns = (logits > near).nonzero().unbind(1)
+    values = widened(logits[channels, rows, columns]).sigmoid()
+    labels, per_cell = channels % classes, logits.shape[0] // classes
+    places = (rows * logits.shape[2] + columns) * per_cell + channels // classes
+    order = (places * classes + labels)[values > threshold].argsort()
+    values, places, labels = (part[values > threshold][order] for part in (values, places, labels))
+    values, order = values.sort(descending=True, stable=True)  # of equal ones, the first box and class come first
     order = order[:count]
-    return Candidates(values[:count], labels[order], rows[order])
+    return Candidates(values[:count], labels[order], places[order])
+
+
+def _logit(share: float) -> float:
+    if 0 < share < 1:
+        return math.log(share / (1 - share))
+    return math.inf if share >= 1 else -math.inf

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.anchors import points
 from widefield.dense.backbone import Backboned, StageNorms
-from widefield.dense.boxes import Size, area, best_scores, from_distances
+from widefield.dense.boxes import Size, area, best_of_level, from_distances
 from widefield.dense.detection_losses import binary_cross_entropy, focal, giou_loss, iou_loss, mean_over_processes
 from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import BoxScores, Detections, Targets
@@ -290,18 +290,20 @@ class FCOSHead(nn.Module):
     def _levels(self, outputs: FCOSOutputs) -> list[tuple[Tensor, int]]:
         return list(zip(outputs.logits, self.strides, strict=True))
 
-    def places(self, boxes: Tensor) -> list[tuple[int, int, int]]:
-        """Return (level, row, column) of the point in the middle of each box (M, 4), on the level of the box's size."""
-        found = []
-        for left, top, right, bottom in boxes.tolist():
-            y, x = (top + bottom) / 2, (left + right) / 2
-            for level, (stride, most) in enumerate(zip(self.strides, (*self.ranges, math.inf), strict=True)):
-                row, column = int(y / stride), int(x / stride)
-                py, px = (row + self.point_offset) * stride, (column + self.point_offset) * stride
-                if max(px - left, right - px, py - top, bottom - py) <= most:
-                    found.append((level, row, column))
-                    break
-        return found
+    def places(self, boxes: Tensor) -> Tensor:
+        """Return the point in the middle of each box (M, 4), on the level of the box's size: int64 (M, 3).
+
+        A row is (level, row, column). Boxes are not clipped, so that the row and the column may be beyond the level.
+        """
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        strides = boxes.new_tensor(self.strides)[:, None, None]
+        cells = (middle / strides).long()  # (levels, M, 2): column and row
+        points_ = (cells + self.point_offset) * strides
+        farthest = torch.maximum(points_ - boxes[:, :2], boxes[:, 2:] - points_).amax(2)
+        fits = farthest <= boxes.new_tensor((*self.ranges, math.inf))[:, None]
+        level = fits.to(torch.uint8).argmax(0)
+        chosen = cells[level, torch.arange(len(boxes), device=boxes.device)]
+        return torch.cat((level[:, None], chosen.flip(1)), 1)
 
     def detections(self, outputs: FCOSOutputs, sizes: Sequence[Size], rules: DetectionRules) -> list[Detections]:
         """Return the detections of each image.
@@ -316,10 +318,11 @@ class FCOSHead(nn.Module):
         for image, size in enumerate(sizes):
             parts = []
             for grid, *level in zip(grids, *outputs, strict=True):
-                logits, distances, centerness = (x[image].permute(1, 2, 0).flatten(0, 1) for x in level)
-                best = best_scores(widened(logits).sigmoid(), rules.score_threshold, rules.candidates)
-                boxes = from_distances(grid[best.rows], distances[best.rows], size)
-                parts.append((boxes, best.scores * widened(centerness)[best.rows, 0].sigmoid(), best.labels))
+                logits, distances, centerness = (x[image] for x in level)
+                best = best_of_level(logits, self.num_classes, rules.score_threshold, rules.candidates)
+                boxes = from_distances(grid[best.rows], distances.flatten(1)[:, best.rows].t(), size)
+                central = widened(centerness.flatten()[best.rows]).sigmoid()
+                parts.append((boxes, best.scores * central, best.labels))
             kept = rules.of_levels(parts)
             found.append(Detections(kept.boxes, kept.scores, kept.labels))
         return found
@@ -419,10 +422,15 @@ class FCOS(OneStageDetector):
     def box_scores(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> BoxScores:
         """Return the scores at the point in the middle of each box, on the level of its size; without centerness."""
         logits = self.bbox_head(maps).logits
+        sizes = [x.shape[2] * x.shape[3] for x in logits]
+        starts = torch.tensor([0, *itertools.accumulate(sizes)], device=logits[0].device)
+        shapes = torch.tensor([x.shape[2:] for x in logits], device=logits[0].device)
+        by_image = torch.cat([x.flatten(2) for x in logits], 2)
         found = []
-        for image, own in enumerate(boxes):
-            for level, row, column in self.bbox_head.places(own):
-                h, w = logits[level].shape[2:]
-                found.append(logits[level][image, :, min(row, h - 1), min(column, w - 1)])
-        stacked = torch.stack(found) if found else logits[0].new_zeros(0, self.num_classes)
+        for own, said in zip(boxes, by_image, strict=True):
+            level, row, column = self.bbox_head.places(own.to(said.device)).unbind(1)
+            height, width = shapes[level].unbind(1)
+            place = starts[level] + torch.minimum(row, height - 1) * width + torch.minimum(column, width - 1)
+            found.append(said[:, place].t())
+        stacked = torch.cat(found)
         return BoxScores(stacked, widened(stacked).sigmoid())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widefield import _checks
+from widefield._pixels import best_class
 from widefield.dense.layers import widened
 from widefield.surgery.answers import aligned_corners, described, evaluating, meant, wrapping
 
@@ -136,7 +137,7 @@ def largest_at(logits: Tensor, size: Size, *, align_corners: bool = False, rows:
     """
     count, (height, width) = logits.shape[2], size
     if tuple(logits.shape[2:]) == size:
-        return logits.argmax(1)
+        return best_class(logits)
     places = torch.arange(height, device=logits.device, dtype=logits.dtype)
     if align_corners:
         places = places * ((count - 1) / max(height - 1, 1))
@@ -148,7 +149,7 @@ def largest_at(logits: Tensor, size: Size, *, align_corners: bool = False, rows:
     for start in range(0, height, rows):
         band = slice(start, start + rows)
         values = torch.lerp(logits[:, :, upper[band]], logits[:, :, lower[band]], share[band])
-        found[:, band] = _resized(values, (values.shape[2], width), align_corners).argmax(1)
+        found[:, band] = best_class(_resized(values, (values.shape[2], width), align_corners))
     return found
 
 

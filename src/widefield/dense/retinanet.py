@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.dense.anchors import Anchors, by_anchor
 from widefield.dense.backbone import Backboned, StageNorms
-from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, Size, best_scores, pairwise_iou
+from widefield.dense.boxes import IGNORED, Assigner, BoxCoder, Size, best_of_level, pairwise_iou
 from widefield.dense.detection_losses import EPS, differences, focal, mean_over_processes, sums_by_level
 from widefield.dense.detection_rules import DetectionRules
 from widefield.dense.detector import BoxScores, Detections, Targets, size_of
@@ -193,12 +193,10 @@ class RetinaHead(nn.Module):
         for image, size in enumerate(sizes):
             parts = []
             for anchors, *level in zip(grids, *outputs, strict=True):
-                logits, deltas = (
-                    by_anchor([x[image, None]], values)[0][0]
-                    for x, values in zip(level, (self.num_classes, 4), strict=True)
-                )
-                best = best_scores(widened(logits).sigmoid(), rules.score_threshold, rules.candidates)
-                boxes = self.coder.decode(anchors[best.rows], deltas[best.rows], size)
+                logits, deltas = (x[image] for x in level)
+                best = best_of_level(logits, self.num_classes, rules.score_threshold, rules.candidates)
+                moved = by_anchor([deltas[None]], 4)[0][0, best.rows]
+                boxes = self.coder.decode(anchors[best.rows], moved, size)
                 parts.append((boxes, best.scores, best.labels))
             kept = rules.of_levels(parts)
             found.append(Detections(kept.boxes, kept.scores, kept.labels))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield._pixels import IGNORED, intersection_over_union
+from widefield._pixels import IGNORED, best_class, intersection_over_union
 
 
 class Shares(NamedTuple):
@@ -87,7 +87,7 @@ class PixelCounts:
                 continue
             mask = masks[index].to(one.device)
             if mask.shape != before.shape[1:]:
-                before, after = (self._resized(y, mask).argmax(1).to(one.device) for y in (one, other))
+                before, after = (best_class(self._resized(y, mask)).to(one.device) for y in (one, other))
             self._add_areas(before[0], after[0], mask, first.shape[1])
 
     def _resized(self, logits: Tensor, mask: Tensor) -> Tensor:

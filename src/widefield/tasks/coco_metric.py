@@ -192,7 +192,7 @@ def _areas(true: TrueObjects) -> NDArray[np.float64]:
     if true.area is not None:
         return true.area.double().cpu().numpy()
     if true.masks is not None:
-        return true.masks.flatten(1).sum(1).double().cpu().numpy()
+        return matching.mask_areas(true.masks.cpu().numpy())
     return matching.box_areas(true.boxes.double().cpu().numpy())
 
 
@@ -202,6 +202,8 @@ def _ranked(found: Detections, most: int) -> Detections:
     labels = found.labels.long()
     ranks = matching.ranks_in_class(labels[order].cpu().numpy())
     order = order[torch.from_numpy(ranks < most).to(order.device)]
+    if torch.equal(order, torch.arange(len(labels), device=order.device)):  # a copy of masks takes long
+        return found._replace(boxes=found.boxes.reshape(-1, 4), labels=labels)
     masks = None if found.masks is None else found.masks[order]
     return Detections(found.boxes[order].reshape(-1, 4), found.scores[order], labels[order], masks)
 

@@ -81,12 +81,13 @@ def classify(overlaps: Floats, labels: Ints, object_labels: Ints, crowd: Bools, 
     other = np.where(~same & ~crowd, overlaps, 0.0)
     in_crowd: Bools = np.where(same & crowd, overlaps, 0.0).max(1, initial=0.0) >= FOREGROUND
     found = _find(own, kinds[:limit])
+    wrong = np.flatnonzero((kinds[:limit] == IGNORED) & ~in_crowd[:limit])
+    kinds[wrong], places = _errors(own[wrong], other[wrong])
+    mending = np.flatnonzero(places >= 0)
+    mending = mending[~found[places[mending]]]
     usable = found.copy()
-    for index in np.flatnonzero((kinds[:limit] == IGNORED) & ~in_crowd[:limit]):
-        kinds[index], place = _error(own[index], other[index])
-        if place is not None and not found[place]:  # of several for one object, the best is corrected
-            targets[index] = -1 if usable[place] else object_labels[place]
-            usable[place] = True
+    mended, first = np.unique(places[mending], return_index=True)  # of several for one object, the best is corrected
+    targets[wrong[mending[first]]], usable[mended] = object_labels[mended], True
     return ImageErrors(kinds, targets, ~usable & ~crowd, found)
 
 
@@ -101,22 +102,24 @@ def _find(own: Floats, kinds: NDArray[np.uint8]) -> Bools:
     return found
 
 
-def _error(own: Floats, other: Floats) -> tuple[int, int | None]:
-    """Return the error of a detection that finds nothing, and the object by which it is corrected.
+def _errors(own: Floats, other: Floats) -> tuple[NDArray[np.uint8], Ints]:
+    """Return the errors of detections that find nothing, and the objects by which they are corrected, or -1.
 
     Args:
-        own, other: (M,) overlaps with objects of its class, and of other classes.
+        own, other: (D, M) overlaps with objects of their class, and of other classes.
     """
-    if not own.size:
-        return BACKDROP, None
-    best, far = int(own.argmax()), int(other.argmax())
-    if BACKGROUND <= own[best] < FOREGROUND:
-        return LOCALIZATION, best
-    if other[far] >= FOREGROUND:
-        return CLASSIFICATION, far
-    if own[best] >= FOREGROUND:
-        return DUPLICATE, None
-    return (BACKDROP if other[far] <= BACKGROUND else BOTH), None
+    if not own.shape[1]:
+        return np.full(len(own), BACKDROP, np.uint8), np.full(len(own), -1, np.int64)
+    best, far = own.argmax(1), other.argmax(1)
+    near, beside = own.max(1), other.max(1)
+    cases = [
+        (near >= BACKGROUND) & (near < FOREGROUND),
+        beside >= FOREGROUND,
+        near >= FOREGROUND,
+        beside <= BACKGROUND,
+    ]
+    kinds = np.select(cases, [LOCALIZATION, CLASSIFICATION, DUPLICATE, BACKDROP], BOTH).astype(np.uint8)
+    return kinds, np.select(cases[:2], [best, far], -1)
 
 
 @dataclass(frozen=True, eq=False)

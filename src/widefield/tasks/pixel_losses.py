@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield._pixels import IGNORED
+from widefield._pixels import IGNORED, best_class
 
 EPS = torch.finfo(torch.float32).eps
 """Added to the number of pixels in denominators (1.19e-7), as in mmsegmentation."""
@@ -118,6 +118,6 @@ def pixel_accuracy(logits: Tensor, mask: Tensor, *, ignore_index: int = IGNORED)
         ignore_index: value of pixels without a class.
     """
     valid = mask != ignore_index
-    right = (logits.argmax(1) == mask) & valid
+    right = (best_class(logits) == mask) & valid
     # The number of hits times a factor, both in float32, as in mmsegmentation for logits of any dtype.
     return right.sum().float() * (100 / (valid.sum().double() + EPS)).float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from widefield import _checks, dense
-from widefield._pixels import IGNORED
+from widefield._pixels import IGNORED, best_class
 from widefield.data import Sample
 from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
@@ -196,7 +196,7 @@ class Segmentation(Task):
         for chunk in self._chunks(images, masks):
             labels = torch.stack(masks[chunk])
             scores = dense.segment(model, torch.stack(images[chunk]), size=tuple(labels.shape[1:]), **self._views)
-            preds += scores.argmax(1)
+            preds += best_class(scores)
             values.append(self._totals(scores, labels))
         weight = torch.stack([(mask != self.ignore_index).sum() for mask in masks])
         found = {"preds": preds, "target": masks, "value": torch.cat(values) / weight.clamp(min=1), "weight": weight}
@@ -207,7 +207,7 @@ class Segmentation(Task):
         found: list[Prediction] = []
         for image, size in zip(images, sizes, strict=True):
             if self._gives_shares:
-                mask = dense.segment(model, image[None], size=size, **self._views).argmax(1)
+                mask = best_class(dense.segment(model, image[None], size=size, **self._views))
             else:
                 corners = bool(getattr(model, "align_corners", False))
                 logits = dense.segment(model, image[None], **self._views)
