@@ -13,6 +13,7 @@ from types import ModuleType
 
 from widefield._extras import explained
 from widefield.cli import (
+    average,
     bench,
     blocks,
     cam,
@@ -50,6 +51,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "eval": eval,
     "predict": predict,
     "share": share,
+    "average": average,
     "runs": runs,
     "report": report,
     "erf": erf,

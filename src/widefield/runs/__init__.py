@@ -8,6 +8,7 @@ from widefield._lazy import load_on_demand
 
 if TYPE_CHECKING:
     from widefield.runs.accuracy import Evaluation, evaluate_model
+    from widefield.runs.averaging import average
     from widefield.runs.compare import comparison, draw_runs, filter_runs, pick_runs, sort_runs
     from widefield.runs.labels import MappedClassification, output_places
     from widefield.runs.loading import load
@@ -24,6 +25,7 @@ load_on_demand(
     __name__,
     {
         "accuracy": "Evaluation evaluate_model",
+        "averaging": "average",
         "compare": "comparison draw_runs filter_runs pick_runs sort_runs",
         "labels": "MappedClassification output_places",
         "loading": "load",
@@ -48,6 +50,7 @@ __all__ = [
     "Subject",
     "Unreadable",
     "Weights",
+    "average",
     "comparison",
     "draw_runs",
     "evaluate_model",
