@@ -61,7 +61,6 @@ def test_models_takes_a_glob_over_all_of_timm(capsys):
         (["train", "digits_morf", "--output", "file.txt/sub"], "file.txt"),
         (["demo", "--output", "file.txt/sub"], "file.txt"),
         (["train", "--resume", "nowhere"], "nowhere"),
-        (["train", "--epochs", "1", "digits_morf"], "put the recipe before its keys"),
         (["train", "--resume", "runs/none"], "there is no run in runs/none: give the folder of one"),
         (
             ["demo", "--data", "digits", "--conversion.args.routing", "hard"],
@@ -82,12 +81,36 @@ def test_what_the_user_can_mend_is_one_line_and_exit_1(words, message, here, cap
     assert not (here / "runs").exists() or not list((here / "runs").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("words", [[], ["trian"], ["models", "--foo"], ["demo", "--data", "mnist"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["trian"],
+        ["models", "--foo"],
+        ["demo", "--data", "mnist"],
+        ["train", "digits_morf", "--epochs"],
+        ["train", "digits_morf", "digits_7x7"],
+        ["bench"],
+    ],
+)
 def test_wrong_usage_exits_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == 2
-    assert "usage: widefield" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "usage: widefield" in error
+    assert "--optimizer.lr" not in error  # the keys of recipes are in the help
+
+
+def test_recipe_and_keys_may_stand_anywhere(capsys):
+    words = ["--optimizer.lr=1e-2", "--ema", "null", "--model.args.drop_rate", "0.5", "--print-config", "--epochs", "7"]
+    found = []
+    for place in (0, 1, 3, 5, 6, 8):
+        assert cli.main(["train", *words[:place], "digits_morf", *words[place:], "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["recipe"])
+    assert all(recipe == found[0] for recipe in found)
+    assert (found[0]["optimizer"]["lr"], found[0]["epochs"], found[0]["ema"]) == (0.01, 7, None)
+    assert found[0]["model"]["args"]["drop_rate"] == 0.5
 
 
 def test_help_names_every_key_of_a_recipe(capsys):
@@ -127,8 +150,7 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
         (["--name", "other"], "a resumed run stays in its folder, runs/digits_morf: leave out --name."),
         (["--output=there"], "a resumed run stays in its folder, runs/digits_morf: leave out --output."),
         (["--worker", "1"], "worker: unknown key. Did you mean 'workers'?"),
-        (["--workers"], "--workers needs a value"),
-        (["--workers", "1", "digits_morf"], "got 'digits_morf'"),
+        (["--workers", "1", "digits_morf"], "Resume with the recipe of that run"),
     ],
 )
 def test_keys_beside_resume_mean_what_they_say(words, message, here, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import os
 import shlex
 import signal
 import sys
@@ -12,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from widefield._extras import explained
+from widefield._keys import KeyParser
 from widefield.cli import (
     average,
     bench,
     blocks,
     cam,
+    completion,
     demo,
     erf,
     eval,
@@ -67,6 +70,7 @@ COMMANDS: Mapping[str, ModuleType] = {
     "kernels": kernels,
     "export": export,
     "bench": bench,
+    "completion": completion,
 }
 """Commands by name, in the order of the help."""
 
@@ -84,11 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     could not read some of the images; 130 or 143 after Ctrl-C or SIGTERM.
     """
     parser = _parser()
+    if completion.ASKED in os.environ:
+        completion.answer(parser)
     words = sys.argv[1:] if argv is None else list(argv)
     args, rest = parser.parse_known_args(words)
-    if rest and not args.takes_overrides:
+    if rest and getattr(args, "recipe", "") is None:  # argparse overlooks it behind options
+        args.recipe = rest.pop(0)
+    if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.words, args.overrides = words, rest
+    args.words = words
     command = shlex.join(["widefield", *words])
     args.printer = Printer(as_json=args.json, head={"command": command, "version": _version()})
     try:
@@ -107,13 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("widefield", description="Receptive fields in convolutional networks.")
+    parser = KeyParser("widefield", description="Receptive fields in convolutional networks.")
     parser.add_argument("--version", action="version", version=f"widefield {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         # allow_abbrev: or a recipe's key that starts like one of our options would be taken for it.
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
-        sub.set_defaults(takes_overrides=False, needs_models=True, writes={})
+        sub.set_defaults(needs_models=True, writes={})
         module.add(sub)
         if name not in SEVERAL:
             add_json(sub)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from widefield.cli.train import RecipeHelp
+from widefield.cli.train import described_keys
+
+if TYPE_CHECKING:
+    import argparse
+
+    from widefield._keys import KeyParser
 
 SUMMARY = "find the kernel sizes that fit a data set, and train the plain network that has them"
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def add(parser: KeyParser) -> None:
     """Add the command's arguments."""
     parser.usage = (
-        "widefield fit [-h] [--json] (RECIPE | RUN | MODEL --data.name SET | --resume DIR) [OPTIONS] [--KEY VALUE ...]"
+        "widefield fit [-h] [--json] (RECIPE | RUN | MODEL --data.name SET | --resume DIR)\n"
+        "       [OPTIONS] [--KEY VALUE ...]"
     )
     parser.epilog = (
         "RECIPE is a YAML file or the name of a shipped recipe. A finished RUN is also the unchanged network. MODEL is "
         "a model of timm, or of torchvision (torchvision:resnet18); its published weights are used with "
         "--model.pretrained true. All epochs of the recipe are used: a part to probe, the rest to settle."
     )
-    parser.formatter_class = RecipeHelp
-    parser.set_defaults(takes_overrides=True, needs_models=False)
+    parser.take_keys(described_keys)
+    parser.set_defaults(needs_models=False)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe, a run or a model")
     parser.add_argument("--resume", metavar="DIR", help="continue the fit in this folder")
     parser.add_argument(
         "--kernel-sizes", type=int, nargs="+", metavar="N", help="the sizes to choose from (3 5 7 11, and the own ones)"
@@ -57,19 +63,16 @@ _NAMES = {
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    words = args.overrides
-    leads = bool(words) and not words[0].startswith("-")
-    if leads and args.resume:
-        raise ValueError(f"--resume continues the fit in {args.resume}: leave out {words[0]}.")
-    if not leads and not args.resume:
+    if args.recipe and args.resume:
+        raise ValueError(f"--resume continues the fit in {args.resume}: leave out {args.recipe}.")
+    if not args.recipe and not args.resume:
         raise ValueError("give a recipe, a run or a model first: widefield fit RECIPE --KEY VALUE; or --resume DIR.")
     import widefield.models  # noqa: F401  registers them in timm; takes seconds
     from widefield.fitting import FitSpec, fit
 
     if args.resume:
         FitSpec.load(args.resume)  # raises if there is none
-    source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
-    result = fit(source, overrides=overrides, **_settings(args))
+    result = fit(args.recipe or args.resume, overrides=args.keys, **_settings(args))
     args.printer.add(run=result.run, page=result.page, **result.to_dict())
     print(result.summary())
     args.printer.table(result.rows())

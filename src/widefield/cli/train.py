@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import shutil
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from widefield._keys import KeyParser
 
 SUMMARY = "train the model of a recipe"
 
@@ -11,29 +18,28 @@ _RECORDS = ("config", "failed")
 """Names of the recipe in the folder of a run."""
 
 
-class RecipeHelp(argparse.RawDescriptionHelpFormatter):
-    """Adds the keys of a recipe to a command's help; they are read only when the help is printed."""
+def described_keys() -> str:
+    """Return the keys of a recipe as the end of a command's help, as wide as the terminal."""
+    from widefield.train import describe_keys
 
-    def format_help(self) -> str:
-        """Return the help with a line per key."""
-        from widefield.train import describe_keys
-
-        return f"{super().format_help()}\nKeys of a recipe, in YAML and here:\n{describe_keys()}\n"
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    lines = (textwrap.fill(line, width, subsequent_indent=" " * 6) for line in describe_keys().splitlines())
+    return "\n".join(["Keys of a recipe, in YAML and here:", *lines])
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def add(parser: KeyParser) -> None:
     """Add the command's arguments."""
-    # The recipe is read by hand: argparse would take the value of a recipe's key for it.
     parser.usage = (
-        "widefield train [-h] [--json] [RECIPE] [--resume RUN] [--print-config] [--dry-run] [--find-lr] "
-        "[--find-batch-size] [--KEY VALUE ...]"
+        "widefield train [-h] [--json] [RECIPE] [--resume RUN] [--KEY VALUE ...]\n"
+        "       [--print-config] [--dry-run] [--find-lr] [--find-batch-size]"
     )
     parser.epilog = (
         "RECIPE is a YAML file, the folder of a run, or the name of a shipped recipe, which `widefield recipes` lists. "
         "A file may inherit from another one: base: NAME or PATH."
     )
-    parser.formatter_class = RecipeHelp
-    parser.set_defaults(takes_overrides=True, needs_models=False)
+    parser.take_keys(described_keys)
+    parser.set_defaults(needs_models=False)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a file, the folder of a run, or a name")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly")
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole recipe as YAML, and do nothing else"
@@ -60,19 +66,15 @@ def run(args: argparse.Namespace) -> int:
     looks = {"--dry-run": args.dry_run, "--find-lr": args.find_lr, "--find-batch-size": args.find_batch_size}
     for option in (option for option, given in looks.items() if given and args.resume):
         raise ValueError(f"{option} is for new runs: leave out --resume, and give the folder of the run as RECIPE.")
-    words = args.overrides
-    leads = bool(words) and not words[0].startswith("-")
-    source, overrides = (words[0], words[1:]) if leads else (args.resume, words)
+    source = args.recipe or args.resume
     if source is None:
-        if overrides:
-            raise ValueError("put the recipe before its keys: widefield train RECIPE --KEY VALUE, or --resume RUN.")
         raise ValueError("give a recipe: a YAML file, or a name that `widefield recipes` lists; or --resume RUN.")
-    for word in overrides if args.resume else ():
+    for word in args.keys if args.resume else ():
         if word.partition("=")[0] in ("--name", "--output"):
             raise ValueError(f"a resumed run stays in its folder, {args.resume}: leave out {word.partition('=')[0]}.")
     if source == args.resume and not any((Path(source).expanduser() / f"{kind}.yaml").is_file() for kind in _RECORDS):
         raise FileNotFoundError(f"there is no run in {source}: give the folder of one, such as runs/NAME.")
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, args.keys)
     if args.print_config:
         args.printer.add(recipe=recipe)
         print(recipe_text(recipe), end="")

@@ -54,9 +54,8 @@ def run(parts: Sequence[str] = DEFAULT, output: str | Path = "runs/demo", overri
     folder = Path(output).expanduser()
     names = [_checks.choice("every part", part, PARTS) for part in dict.fromkeys(parts)]
     if overrides and len(names) != 1:
-        raise ValueError(
-            f"{overrides[0]} is for one recipe: choose a part of the demo with --data {' or '.join(PARTS)}."
-        )
+        key = overrides[0].partition("=")[0]
+        raise ValueError(f"{key} is for one recipe: choose a part of the demo with --data {' or '.join(PARTS)}.")
     check_place(folder, folder=True)
     missing = photographs.missing() if fitted.NAME in names else ""
     if missing and len(names) == 1:

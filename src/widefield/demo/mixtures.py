@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from widefield import bench, data, report, tasks
+from widefield._keys import keys_of
 from widefield.analysis.blocks import BlockContributions, block_contributions
 from widefield.analysis.routing import RoutingStatistics, routing_statistics
 from widefield.demo.chapter import Chapter
@@ -73,9 +74,9 @@ class Mixtures:
     """
 
     def __init__(self, name: str, folder: Path, overrides: Sequence[str] = ()) -> None:
-        for word in overrides:
-            if word.partition("=")[0].partition(".")[0] in ("--conversion", "--name", "--output"):
-                raise ValueError(f"the demo sets {word.lstrip('-')} itself: leave it out, or use widefield train.")
+        for key, _ in keys_of(overrides):
+            if key.partition(".")[0] in ("conversion", "name", "output"):
+                raise ValueError(f"the demo sets {key} itself: leave it out, or use widefield train.")
         self.name, self.folder = name, folder
         self.recipe = load_recipe(f"demo_{name}", [*overrides, "--output", str(folder)])
         self.validation = data.create(self.recipe.data.name, "val", **self.recipe.data.args)

@@ -21,6 +21,7 @@ import yaml
 
 from widefield import _checks
 from widefield._extras import need
+from widefield._keys import keys_of
 from widefield.train.recipe import Recipe, TaskSpec
 
 SHIPPED = Path(__file__).with_name("recipes")
@@ -49,7 +50,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         TypeError: a value of the wrong type; the message names key, type and value.
     """
     content = _content(_find(path_or_name))
-    for key, text in _pairs(overrides):
+    for key, text in keys_of(overrides):
         _override(Recipe, content, key.split("."), text)
     recipe: Recipe = _build(Recipe, content, "")
     return recipe
@@ -183,10 +184,16 @@ def describe_keys() -> str:
     for leaf in _leaves(Recipe, ""):
         default = leaf.field.default
         if default is dataclasses.MISSING:
-            default = {} if leaf.field.default_factory is not dataclasses.MISSING else "required"
+            make = leaf.field.default_factory
+            default = "required" if make is dataclasses.MISSING else make()
         shown = "null" if default is None else default
         lines.append(f"  --{leaf.key} ({_type_name(leaf.type)}, {shown}): {leaf.help}")
     return "\n".join(lines)
+
+
+def key_names() -> list[str]:
+    """Return the keys of a recipe, with dots, such as ``optimizer.lr``."""
+    return [leaf.key for leaf in _leaves(Recipe, "")]
 
 
 class _Leaf(NamedTuple):
@@ -307,21 +314,6 @@ def _unknown(cls: Any, prefix: str, name: object, source: str) -> ValueError:
     return ValueError(f"{prefix}{name}: unknown key.{hint} It stands {source}.")
 
 
-def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Split ``--key value`` and ``--key=value`` words into pairs; raises ValueError."""
-    words = iter(overrides)
-    for word in words:
-        if not word.startswith("--") or word == "--":
-            raise ValueError(f"expected an option such as --optimizer.lr 0.01; got {word!r}.")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            following = next(words, None)
-            if following is None or following.startswith("--"):
-                raise ValueError(f"--{key} needs a value, such as --{key} VALUE.")
-            text = following
-        yield key, text
-
-
 def _override(cls: Any, content: dict[str, Any], names: Sequence[str], text: str, prefix: str = "") -> None:
     """Set one key of a recipe's content, given as its path, from the text of its value.
 
@@ -408,4 +400,4 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) is dict:
         return "mapping"
     name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return name.replace("None", "null")
+    return re.sub(r"widefield\.train\.recipe\.\w+", "mapping", name.replace("None", "null"))

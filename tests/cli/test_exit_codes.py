@@ -1,0 +1,65 @@
+"""The exit codes of docs/command_line.md, from real processes."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+PROGRAM = "import sys, widefield_cli; sys.exit(widefield_cli.main())"
+PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
+
+
+def status(words: str, folder: Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words.split()], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("recipes van_b0*", 0),
+        ("recipes nonsense", 1),
+        ("runs nowhere", 1),
+        ("train digits_morf --seed -1", 1),
+        ("train digits_morf --seed", 2),
+        ("nonsense", 2),
+        ("predict test_resnet", 2),
+        ("plan test_resnet --to fast_depthwise", 1),
+        ("predict test_resnet broken.png", 1),
+        ("predict test_resnet fine.png", 0),
+        ("predict test_resnet fine.png broken.png", 3),
+    ],
+)
+def test_codes(words: str, code: int, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "fine.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:60])
+    found, error = status(words, tmp_path)
+    assert found == code, error
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_outside_of_a_training(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    program = f"""
+import os, sys, widefield_cli
+from widefield.cli import recipes
+recipes.run = lambda args: os.kill(os.getpid(), {int(number)}) or 0
+sys.exit(widefield_cli.main(["recipes"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode in (code, -number)  # a shell shows the second as 128 + number, too
+    assert "Traceback" not in done.stderr
+
+
+def test_the_page_has_all_codes() -> None:
+    assert set(re.findall(r"^\| (\d+) \|", PAGE.read_text(), flags=re.MULTILINE)) == {"0", "1", "2", "3", "130", "143"}
