@@ -24,19 +24,17 @@ PAGES = (
     "focalnet",
     "moganet",
     "metaformer",
-    "deployment",
     "segmentation",
     "mmsegmentation",
     "mmdetection",
     "mmpose",
-    "pose",
     "masked",
     "real_data",
     "sharing",
 )
 
 
-SLOW = ("fit",)
+SLOW = ("fit", "deployment", "pose")
 CASES = ["README.md", *(f"docs/{page}.md" for page in PAGES)]
 CASES += [pytest.param(f"docs/{page}.md", marks=pytest.mark.slow) for page in SLOW]
 

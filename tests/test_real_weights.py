@@ -54,7 +54,7 @@ def test_trimmed_and_specialized_it_has_the_same_top_five(model):
     assert top5(static).equal(top5(model))
 
 
-@pytest.mark.parametrize("kind", ["plain", "MoRF"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("MoRF", marks=pytest.mark.slow)])
 def test_exported_it_has_the_same_top_five(model, kind, tmp_path):
     exported = model if kind == "plain" else widefield.convert(model, KEEPING[kind])
     exported = widefield.reparameterize(exported, photographs()[:2])
@@ -62,6 +62,7 @@ def test_exported_it_has_the_same_top_five(model, kind, tmp_path):
     assert top5(deploy.load(tmp_path / "lite0.onnx")).equal(top5(model))
 
 
+@pytest.mark.slow
 def test_in_8_bits_it_names_the_same_classes(model, tmp_path):
     fused = widefield.reparameterize(model, photographs()[:2])
     report = widefield.quantize(fused, tmp_path / "lite0.onnx", photographs().split(10))

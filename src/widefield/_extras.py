@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 MODULES = {
+    "argcomplete": ("argcomplete", "completion"),
     "accelerate": ("accelerate", "train"),
     "jsonargparse": ("jsonargparse", "train"),
     "sklearn": ("scikit-learn", "train"),

@@ -15,6 +15,7 @@ def small_networks(monkeypatch):
     monkeypatch.setattr(deploy.timm, "create_model", lambda name: create(name, num_classes=5, **small))
 
 
+@pytest.mark.slow
 def test_bench_deploy_compares_with_the_plain_network(tmp_path, capsys, small_networks):
     words = "bench deploy --size 32 --batch-size 2 --repeats 2 --budget 0.01 --out"
     assert cli.main([*words.split(), str(tmp_path)]) == 0

@@ -51,7 +51,8 @@ def test_codes(words: str, code: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_outside_of_a_training(number: signal.Signals, code: int, tmp_path: Path) -> None:
     program = f"""
-import os, sys, widefield_cli
+import os, signal, sys, widefield_cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background processes ignore it
 from widefield.cli import recipes
 recipes.run = lambda args: os.kill(os.getpid(), {int(number)}) or 0
 sys.exit(widefield_cli.main(["recipes"]))

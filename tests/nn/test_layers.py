@@ -160,6 +160,7 @@ def test_functional_calls_gradients_of_each_sample_and_vmap(name):
     assert not torch.equal(functional_call(layer, emptied, (x,)), layer(x))
 
 
+@pytest.mark.slow
 def test_many_kinds_of_layers_compile_in_one_process():
     """torch.compile limits the versions of each piece of code, so layers must not share their forward."""
     for name, case in LAYERS.items():

@@ -75,7 +75,8 @@ def test_suggestions_of_known_curves() -> None:
     assert "the loss never falls" in str(rising)
 
 
-def test_sizes_double_until_memory_ends() -> None:
+def test_sizes_double_until_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("widefield.train.search.clear_device_cache", lambda **_: None)  # collects garbage: slow here
     tried: list[int] = []
 
     def attempt(size: int) -> None:

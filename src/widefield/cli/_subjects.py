@@ -215,8 +215,8 @@ def views(args: argparse.Namespace, entry: Analysis, **options: Any) -> Iterator
     """
     for word in args.models:
         found = subject(word, args)
-        warn_if_shut(found)
         yield from views_of(found, args, entry, **options)
+        warn_if_shut(found)  # after the analysis: of errors there is one line
 
 
 def warn_if_shut(found: Subject) -> None:
