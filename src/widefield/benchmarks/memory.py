@@ -151,7 +151,7 @@ def _kept(model: nn.Module, images: Tensor) -> int:
 
     def pack(x: Tensor) -> Tensor:
         found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()  # the tensor itself would keep the graph alive if it is the result of the node that saves it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y = model(images)
