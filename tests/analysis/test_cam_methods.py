@@ -208,6 +208,10 @@ def test_results_draw_and_save(tmp_path):
     assert "Faithfulness of activation maps" in (tmp_path / "a.html").read_text()
 
 
+def test_the_command_offers_every_method():
+    assert tuple(METHODS) == cli.cam.METHODS  # repeated there, as help needs no torch
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["cam", "test_resnet", "--size", "64", "--count", "1", "--method", "eigen_cam", "--faithfulness"]

@@ -167,6 +167,24 @@ def check_classes(dataset: LabeledImages) -> None:
         raise ValueError(f"the {dataset.split} split{where} has {named}; a classifier needs at least two.")
 
 
+def labels_of(dataset: SampleSet, reader: str, instead: str) -> NDArray[np.int64]:
+    """Return the label of each image of a set, int64 (N,), without reading images.
+
+    Args:
+        dataset: the images.
+        reader: the option that needs the labels, for the message.
+        instead: what to do if there are none, likewise.
+
+    Raises:
+        ValueError: the set has no attribute ``labels``, or it is None.
+    """
+    labels = getattr(dataset, "labels", None)
+    if labels is None:
+        name = type(dataset).__name__
+        raise ValueError(f"{reader} needs the label of each image, and {name} has no `labels`: {instead}.")
+    return np.asarray(labels, dtype=np.int64)
+
+
 def summarize(*datasets: SampleSet) -> str:
     """Return one line per data set; see `SampleSet.found`."""
     return "\n".join(dataset.found() for dataset in datasets)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from widefield import _checks
 from widefield.data import Sample, SampleSet
+from widefield.data.base import labels_of
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, entropy_of, sum_of, training_on
 from widefield.tasks.headlines import HEADLINES
@@ -249,13 +250,8 @@ def balanced_weights(dataset: SampleSet) -> list[float]:
     Raises:
         ValueError: the set does not say the labels of its images.
     """
-    labels = getattr(dataset, "labels", None)
-    if labels is None:
-        raise ValueError(
-            f"class_weights: balanced needs the label of each image, and {type(dataset).__name__} has no `labels`: "
-            "give the weights themselves, one for each class."
-        )
-    counts = np.bincount(np.asarray(labels), minlength=len(dataset.classes))
+    labels = labels_of(dataset, "class_weights: balanced", "give the weights themselves, one for each class")
+    counts = np.bincount(labels, minlength=len(dataset.classes))
     weights: list[float] = (len(labels) / (len(counts) * counts.clip(min=1))).tolist()
     return weights
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from widefield.data import Sample, SampleSet
+from widefield.data.base import labels_of
 from widefield.tasks import Batch
 from widefield.train.interrupt import ignore_signals
 
@@ -92,12 +93,7 @@ def class_shares(dataset: SampleSet, power: float) -> NDArray[np.float64]:
     Raises:
         ValueError: the set does not say the labels of its images.
     """
-    labels = getattr(dataset, "labels", None)
-    if labels is None:
-        raise ValueError(
-            f"class_sampling needs the label of each image, and {type(dataset).__name__} has no `labels`: leave it out."
-        )
-    places = np.asarray(labels)
+    places = labels_of(dataset, "class_sampling", "leave it out")
     counts = np.bincount(places).clip(min=1).astype(np.float64)
     weights = (counts ** (power - 1))[places]
     shares: NDArray[np.float64] = weights / weights.sum()
