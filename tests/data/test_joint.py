@@ -260,6 +260,24 @@ def test_the_largest_rotation_of_the_hue_is_36_degrees():
     assert max(map(abs, turns)) > 0.03
 
 
+@pytest.mark.parametrize("layout", ["planes", "beside"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_images_become_planes_of_floats_with_the_values_of_to_dtype(dtype, layout):
+    pixels = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = pixels if dtype == torch.uint8 else pixels.to(dtype) / 255
+    pixels = pixels.permute(2, 0, 1)
+    pixels = pixels.contiguous() if layout == "planes" else pixels
+    sample = {"image": tv_tensors.Image(pixels), "mask": tv_tensors.Mask(pixels[0]), "label": torch.tensor(3)}
+    found = joint.ToFloat()(sample)
+    expected = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)(sample)
+    assert found["image"].dtype == torch.float32
+    assert torch.equal(found["image"], expected["image"])
+    assert isinstance(found["image"], tv_tensors.Image)
+    assert dtype != torch.uint8 or found["image"].is_contiguous()
+    assert found["mask"] is sample["mask"]
+    assert found["label"] is sample["label"]
+
+
 def test_the_whole_pipeline_gives_crops_of_one_size_with_padding_0_after_normalization():
     image, mask = coordinates(20, 30)
     augmentation = JointAugmentation(ratio=(0.5, 0.5), photometric=False, cat_max_ratio=1.0)

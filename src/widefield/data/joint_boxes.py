@@ -43,8 +43,7 @@ class Training:
         self.augmentation = augmentation
         self._geometry = v2.Compose(_geometry(augmentation))
         distortion = [joint.PhotometricDistortion()] if augmentation.photometric else []
-        to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
-        self._colors = v2.Compose([to_float, *distortion, joint.normalization(mean, std)])
+        self._colors = v2.Compose([joint.ToFloat(), *distortion, joint.normalization(mean, std)])
 
     def __call__(self, sample: Sample, other: Callable[[], Sample | None]) -> Sample:
         """Return the transformed sample; its ``area`` is that of the masks, or of the boxes if there are none.
