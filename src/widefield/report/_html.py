@@ -1,18 +1,13 @@
-"""Make tables, figures and pages with HTML, Markdown and matplotlib.
-
-Tables take rows (mappings with the same keys, values already formatted). Figures take plain lists and arrays and return
-a matplotlib Figure, which needs no display. A page embeds its pictures, so it is a single file.
-"""
+"""Make pages and their parts with HTML; a page embeds its pictures, so that it is a single file."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from widefield.report._figures import png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,35 +82,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-class Report(ABC):
-    """Base class of records that print themselves, and display themselves in notebooks, as a summary and a table."""
-
-    @abstractmethod
-    def summary(self) -> str:
-        """Return the main facts as plain text, one to a line."""
-
-    def rows(self) -> list[dict[str, str]]:
-        """Return the details as table rows with the same columns; empty if there are none."""
-        return []
-
-    def __str__(self) -> str:
-        """Return the summary and a Markdown table."""
-        rows = self.rows()
-        return f"{self.summary()}\n\n{markdown(rows).rstrip()}" if rows else self.summary()
-
-    def _repr_html_(self) -> str:
-        """Return the summary and an HTML table, which Jupyter displays."""
-        rows = self.rows()
-        lines = "".join(paragraph(line) for line in self.summary().splitlines())
-        return f"{lines}{table(rows) if rows else ''}"
-
-
 def picture(figure: Figure, caption: str) -> str:
     """Return a figure as an HTML figure with an embedded PNG."""
     return embedded(png(figure), "png", caption)
@@ -171,123 +137,3 @@ def legend(entries: Sequence[tuple[Sequence[int], str]]) -> str:
         for (red, green, blue), text in entries
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG at 144 dots per inch."""
-    return drawing(figure, "png", dpi=144)
-
-
-def drawing(figure: Figure, kind: str, dpi: int = 200) -> bytes:
-    """Return a figure as a file: "png"; or "pdf" or "svg", with selectable text and without a date."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "widefield"}):
-        figure.savefig(
-            buffer, format=kind, dpi=dpi, bbox_inches="tight", facecolor="white", metadata=dateless.get(kind)
-        )
-    return buffer.getvalue()
-
-
-COLUMN, PAGE = 3.4, 7.0
-"""Widths of a paper's column and of its page, in inches."""
-
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#B8A800")
-"""Colors of Okabe and Ito, which are safe for color-blind readers; the yellow is darkened for lines."""
-
-MARKERS = "osD^vP*X"
-
-_PAPER: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "figure.titlesize": 9,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-}
-
-
-@contextmanager
-def paper() -> Iterator[None]:
-    """Use sizes that are readable at a paper's column width; a decorator or a context manager."""
-    import matplotlib
-
-    with matplotlib.rc_context(_PAPER):
-        yield
-
-
-def blank(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches with automatic layout."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def expert_colors(count: int) -> list[Any]:
-    """Return one RGBA color per expert, light for the first (small kernels) to dark for the last."""
-    from matplotlib import colormaps
-
-    return [colormaps["YlGnBu"](0.25 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
-
-
-def examples(
-    images: Sequence[Any],
-    captions: Sequence[str],
-    weights: Sequence[Any],
-    blocks: Sequence[str],
-    experts: Sequence[str],
-    title: str,
-) -> Figure:
-    """Draw images, and under each its routing weights: one row per block, one column per expert.
-
-    Args:
-        images: arrays (H, W, 3) in [0, 1].
-        captions: one per image.
-        weights: for each image an array (blocks, experts).
-        blocks, experts: names.
-        title: of the figure.
-    """
-    figure = blank(1.5 * len(images) + 1.4, 1.7 + 0.24 * len(blocks) + 0.7)
-    ratios = [1.5, 0.24 * len(blocks) + 0.35]
-    axes = figure.subplots(2, len(images), squeeze=False, height_ratios=ratios)
-    limit = max(float(abs(weight).max()) for weight in weights)
-    signed = any(float(weight.min()) < 0 for weight in weights)
-    shades: dict[str, Any] = (
-        {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "YlGnBu", "vmin": 0, "vmax": limit}
-    )
-    shown = None
-    for column, (image, caption, weight) in enumerate(zip(images, captions, weights, strict=True)):
-        top, bottom = axes[0, column], axes[1, column]
-        top.imshow(image, interpolation="nearest")
-        top.set_title(caption, fontsize=8)
-        top.axis("off")
-        shown = bottom.imshow(weight, aspect="auto", **shades)
-        bottom.set_xticks(range(len(experts)), experts, fontsize=6, rotation=90)
-        bottom.set_yticks(range(len(blocks)), blocks if column == 0 else [""] * len(blocks), fontsize=6)
-        bottom.tick_params(length=0)
-    if shown is not None:
-        bar = figure.colorbar(shown, ax=axes[1, :], shrink=0.9, pad=0.01)
-        bar.ax.tick_params(labelsize=6)
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> Figure:
-    """Draw one line per name: (x values, y values)."""
-    figure = blank(7.0, 3.2)
-    axis = figure.subplots()
-    for name, (x, y) in lines.items():
-        axis.plot(x, y, marker="o", markersize=3, linewidth=1.5, label=name)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    return figure
