@@ -8,7 +8,8 @@ python benchmarks/serving.py runtimes
   with fused mixtures of 3x3 to 11x11.
 - layers: one such mixture against a plain 11x11 convolution on the maps of ConvNeXt-T's stages, in channels_last (the
   layout inside a ConvNeXt) and NCHW.
-- runtimes: the exported files in onnxruntime (any batch size) and OpenVINO (a file for each batch size).
+- runtimes: the exported files in onnxruntime (any batch size, and one form for one batch size) and OpenVINO (a file
+  for each batch size).
 
 Candidates take turns. Other programs may run meanwhile: times are those of the processor, and ratios are medians over
 rounds.
@@ -158,7 +159,8 @@ def runtimes(repeats: int, batch_sizes: list[int]) -> list[dict[str, Any]]:
         files |= {routing: written("fused", fused, ".onnx", routing, None) for routing in deploy.ROUTING}
         for batch in batch_sizes:
             images = torch.randn(batch, 3, 224, 224)
-            calls = {name: functools.partial(run, images) for name, run in files.items()}
+            own = {"blocked, fixed batch": written("fused", fused, ".onnx", "blocked", batch)}
+            calls = {name: functools.partial(run, images) for name, run in {**files, **own}.items()}
             rows += rows_of(measure(calls, max(5, repeats // batch)), ("7x7",), batch, runtime="onnxruntime")
         for batch in batch_sizes:
             images = torch.randn(batch, 3, 224, 224)

@@ -102,6 +102,39 @@ def test_the_blocked_form_of_depthwise_mixtures(tmp_path, dynamic):
     assert domains == ["com.microsoft.nchwc"] * 2 + [""] * 2
 
 
+class ChannelsLast(nn.Module):
+    """A mixture of which only the maps with channels last are read, or the others too, or whose result they are."""
+
+    def __init__(self, ending):
+        super().__init__()
+        self.mixture, self.ending = MoRFConv2d(32, 32, (3, 5), groups=32), ending
+
+    def forward(self, x):
+        y = self.mixture(x)
+        last = y.permute(0, 2, 3, 1)
+        if self.ending == "output":
+            return last
+        normed = nn.functional.layer_norm(last, last.shape[-1:])
+        return normed if self.ending == "read" else normed + y.sum((2, 3))[:, None, None]
+
+
+@pytest.mark.parametrize(("ending", "left"), [("read", 0), ("both", 1), ("output", 1)])
+@pytest.mark.parametrize("dynamic", [("batch",), ()])
+def test_the_blocked_form_writes_channels_last_where_only_they_are_read(tmp_path, ending, left, dynamic):
+    network = ChannelsLast(ending).eval()
+    x = torch.randn(2 if dynamic else 1, 32, 9, 7)
+    deploy.export(network, tmp_path / "maps.onnx", x, routing="blocked", dynamic=dynamic)
+    exported = deploy.load(tmp_path / "maps.onnx")
+    for batch in (1, 3) if dynamic else (1,):
+        images = torch.randn(batch, 32, 9, 7)
+        with torch.no_grad():
+            close(exported(images), network(images), FLOAT32)
+    graph = onnx.load(tmp_path / "maps.onnx").graph
+    assert sum(node.op_type == "Transpose" for node in graph.node) == left
+    made = {name for node in nodes_of(graph) for name in node.input}
+    assert {value.name for value in graph.initializer} <= made
+
+
 def nodes_of(graph):
     """Yield the nodes of a graph and of the graphs inside of them."""
     for node in graph.node:
