@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,14 @@ def trim_by_budget(name: str, side: int, count: int = 16) -> Measured:
     return against_passes(model, batches, lambda: surgery.trim(model, 0.05, loader=batches))
 
 
-def specialize(name: str) -> Measured:
-    """Measure making routing static, with the change by each layer."""
+def specialize(name: str, *, report: bool = False) -> Measured:
+    """Measure making routing static; with a report, the change by each layer is measured, too."""
     from widefield import surgery
 
     model = network(name)
     x = noise(name, model)
-    return against_passes(model, [x], lambda: surgery.specialize(model, [x]))
+    options: dict[str, Any] = {"report": id} if report else {}
+    return against_passes(model, [x], lambda: surgery.specialize(model, [x], **options))
 
 
 def plan(name: str) -> Measured:
@@ -255,9 +257,10 @@ CASES: dict[str, tuple[Callable[[], Measured], str]] = {
     "reparameterize resnet50 with a report": (lambda: reparameterize("resnet50", report=True), PASSES),
     "reparameterize replknet_31b with a report": (lambda: reparameterize("replknet_31b", report=True), PASSES),
     **{f"trim {name}": (lambda name=name: trim(name), PASSES) for name in NETWORKS},
-    "trim resnet18 by a budget": (lambda: trim_by_budget("resnet18", 96), PASSES),
-    "trim mobilenetv2_lk by a budget": (lambda: trim_by_budget("mobilenetv2_lk", 64), PASSES),
+    "trimming resnet18 by a budget": (lambda: trim_by_budget("resnet18", 96), PASSES),
+    "trimming mobilenetv2_lk by a budget": (lambda: trim_by_budget("mobilenetv2_lk", 64), PASSES),
     "specialize convnext_tiny + MoRF": (lambda: specialize("convnext_tiny + MoRF"), PASSES),
+    "specialize convnext_tiny + MoRF with a report": (lambda: specialize("convnext_tiny + MoRF", report=True), PASSES),
     **{f"plan {name}": (lambda name=name: plan(name), PASSES) for name in ("resnet50", "replknet_31b")},
     "field of resnet50, 8 images": (lambda: erf("resnet50", 8), LOOPS),
     "field of resnet50, 32 images": (lambda: erf("resnet50", 32), LOOPS),
@@ -266,6 +269,31 @@ CASES: dict[str, tuple[Callable[[], Measured], str]] = {
     "interactions of resnet50": (lambda: interactions("resnet50"), PASSES),
 }
 """What is measured -> the measurement, and its unit."""
+
+
+BARS = (
+    ("passes that `reparameterize` runs", "reparameterize*", "runs", 5),
+    ("passes that `trim` runs", "trim *", "runs", 5),
+    ("passes that `specialize` runs", "specialize *MoRF", "runs", 5),
+    ("time of a field over a plain autograd loop", "field of *", "units", 1.1),
+    ("time of activation maps over captum", "class activation *", "units", 1.0),
+)
+"""Text, cases, what is compared, and the most it may be."""
+
+
+def bars(results: dict[str, dict[str, Measured]]) -> list[Any]:
+    """Return the bars with the worst case of each."""
+    from widefield.benchmarks.record import bar
+
+    rows = [
+        {"label": case, **found["now"], "units": found["now"]["seconds"] / found["now"]["unit"]}
+        for case, found in results.items()
+        if "now" in found
+    ]
+    return [
+        bar(text, [row for row in rows if fnmatch.fnmatch(row["label"], cases)], itemgetter(value), at_most=most)
+        for text, cases, value, most in BARS
+    ]
 
 
 def measured(cases: list[str], checkout: Path) -> Iterator[tuple[str, Measured]]:
@@ -322,12 +350,14 @@ def main() -> None:
             for case, found in measured(cases, checkout) if cases else ():
                 results[case][label] = found
                 print(label, case, found, flush=True)
+    judged = bars(results)
     old = f" --before CHECKOUT-OF-{commit(args.before)}" if args.before else ""
     publish(
         args.out / "verification_cpu",
         f"python benchmarks/verification.py{old}",
-        {"measured": results},
+        {"measured": results, "bars": [each.to_dict() for each in judged]},
         "CPU seconds of one thread; the same in units; and how often the model or a copy ran on the images (runs).\n\n"
+        f"{report.markdown([each.formatted() for each in judged])}\n"
         f"{report.markdown([row(case, found) for case, found in results.items()])}",
     )
 

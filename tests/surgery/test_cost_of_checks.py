@@ -73,12 +73,13 @@ def test_trim_by_a_budget_takes_a_pass_for_each_crop_that_it_tries():
     assert images_run(model, lambda: widefield.trim(model, 0.05, loader=loader)) <= 4 * tries + 4 + 2 + others
 
 
-def test_specialize_takes_a_pass_for_each_layer_and_three():
+def test_specialize_takes_three_passes_and_for_a_report_one_more_for_each_layer():
     model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in "abc"))
     model = widefield.convert(model.eval(), widefield.MoRF((3, 5)), where="*")
     x = torch.randn(2, 4, 12, 12)
+    assert images_run(model, lambda: widefield.specialize(model, [x])) == 3 * len(x)
     costs = 2  # of one image, before and after
-    assert images_run(model, lambda: widefield.specialize(model, [x])) == (3 + 3) * len(x) + costs
+    assert images_run(model, lambda: widefield.specialize(model, [x], report=id)) == (3 + 3) * len(x) + costs
 
 
 def test_plan_runs_nothing():

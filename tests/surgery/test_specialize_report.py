@@ -156,14 +156,15 @@ def test_auto_takes_some_all_or_none(six, caplog):
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_mean_takes_two_rounds_and_layers_and_three_passes(layers):
+@pytest.mark.parametrize("reported", [True, False])
+def test_mean_takes_two_rounds_and_three_passes_and_for_a_report_one_more_for_each_layer(layers, reported):
     model, calls = classifier(layers), []
     counting = Counting(loader())
     model[0].register_forward_hook(lambda *a: calls.append(len(a[2])))  # existing hooks are kept
-    static = specialize(model, counting)
+    static = specialize(model, counting, report=id if reported else None)
     assert counting.rounds == 2
     # Two more forward passes of one image, before and after, count the cost.
-    assert sum(calls) == 7 * (layers + 3) + 2
+    assert sum(calls) == (7 * (layers + 3) + 2 if reported else 7 * 3)
     assert len(static[0]._forward_hooks) == 1
 
 

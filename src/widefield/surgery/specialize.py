@@ -112,11 +112,8 @@ class Specialization(Report):
 
     def summary(self) -> str:
         """Return what was made static, what it changes, and the costs, a line each."""
-        policy = f"{self.policy!r}{f' within {self.tolerance:g}' if self.policy == 'auto' else ''}"
         count = sum(layer.change is not None for layer in self.layers)
-        lines = [
-            f"specialized {len(self.static)} of {len(self.layers)} routed layers, policy {policy}: {self.measured}"
-        ]
+        lines = [_headline(self.static, self.layers, self.policy, self.tolerance, self.measured)]
         if self.measured != self.together:
             lines.append(f"all {count} static: {self.together}")
         if self.predicted is not None:
@@ -144,7 +141,8 @@ def specialize(
     Routed layers are :class:`MoRFConv2d`, reparameterized or not, and :class:`DynamicGMConv2d`. Means are taken in
     float64 over all images, from the routing in the original model. Norms stay; ``reparameterize`` folds them.
 
-    The loader is iterated twice, which takes L + 3 passes of the model for L routed layers. "auto" adds about three
+    The loader is iterated twice, which takes three passes of the model. What each of L routed layers changes takes L
+    more; it is measured for a report, which also counts costs on one image, and for "auto", which adds about three
     rounds of two passes each, and at most L.
 
     Args:
@@ -178,37 +176,39 @@ def specialize(
             raise ValueError(f"the data never reach a routed layer of {type(model).__name__}: {', '.join(layers)}.")
         statics = {name: _static(name, layer, routing[name].mean()) for name, layer in reached.items()}
         tried = {name: quicker(conv) for name, conv in statics.items()}
-        effects = _Effects(tried, work)
+        effects = _Effects(tried if policy == "auto" or report is not None else (), work)
         effects.measure(work, reached, tried, loader)
         chosen, measured = list(reached), effects.together.difference()
         if policy == "auto":
             chosen, found = _within(model, work, reached, tried, loader, tolerance, effects)
             measured = found or effects.unchanged.difference()
-        before = bench.cost(work, example)
+        before = None if report is None else bench.cost(work, example)
         result = model if inplace else work
         places = _routed_layers(result)
         found_at = {module: name for name, module in result.named_modules()}
         result = _history.carry(result, walk.replace(result, {places[name]: statics[name] for name in chosen}))
         if chosen:
             _history.note(result, "specialize", layers=[found_at[places[name]] for name in chosen])
+        log.info("%s", _headline(chosen, layers, policy, tolerance, measured))
+        _warn(layers, reached, chosen, effects, tolerance)
+        if report is None or before is None:
+            return result
         with quick(result) as fast:
             after = bench.cost(fast, example)
-    alone = effects.alone_differences()
     stages = anatomy(model).count_stages(list(layers))
-    done = Specialization(
-        policy,
-        tolerance,
-        tuple(_entry(name, stages[name], layer, routing[name], effects, chosen) for name, layer in layers.items()),
-        effects.predicted(),
-        _independent(alone.values()),
-        effects.together.difference(),
-        measured,
-        before,
-        after,
+    report(
+        Specialization(
+            policy,
+            tolerance,
+            tuple(_entry(name, stages[name], layer, routing[name], effects, chosen) for name, layer in layers.items()),
+            effects.predicted(),
+            _independent(effects.alone_differences().values()),
+            effects.together.difference(),
+            measured,
+            before,
+            after,
+        )
     )
-    _tell(done)
-    if report is not None:
-        report(done)
     return result
 
 
@@ -230,18 +230,24 @@ def _entry(
     )
 
 
-def _tell(done: Specialization) -> None:
-    log.info("%s", str(done).split("\n", 1)[0])
-    unseen = [layer.name for layer in done.layers if layer.reason == UNSEEN]
+def _headline(
+    static: Sequence[str], layers: Sequence[object] | Layers, policy: str, tolerance: float, measured: Difference
+) -> str:
+    within = f" within {tolerance:g}" if policy == "auto" else ""
+    return f"specialized {len(static)} of {len(layers)} routed layers, policy {policy!r}{within}: {measured}"
+
+
+def _warn(layers: Layers, reached: Layers, chosen: Sequence[str], effects: _Effects, tolerance: float) -> None:
+    unseen = [name for name in layers if name not in reached]
     if unseen:
         log.warning("left routed, as the data never reach them: %s", ", ".join(unseen))
-    if not done.static:
-        least = min((layer.change.rms, layer.name) for layer in done.layers if layer.change is not None)
+    if not chosen:
+        change, name = min((change.rms, name) for name, change in effects.alone_differences().items())
         log.warning(
             "nothing was specialized: %s, which matters least, alone changes the outputs by %.1e, tolerance=%g",
-            least[1],
-            least[0],
-            done.tolerance,
+            name,
+            change,
+            tolerance,
         )
 
 
@@ -352,7 +358,7 @@ def _record(model: nn.Module, layers: Layers, loader: Iterable[Any]) -> tuple[di
 
 
 class _Effects:
-    """The changes by static layers: of their own outputs and of the model's, alone and together."""
+    """The changes by static layers: of their own outputs and of the model's, of some alone, and of all together."""
 
     def __init__(self, names: Iterable[str], model: nn.Module) -> None:
         names = list(names)
@@ -372,7 +378,8 @@ class _Effects:
     def measure(self, model: nn.Module, layers: Layers, statics: Statics, loader: Iterable[Any]) -> None:
         """Run the model and all its variants on every batch of a loader."""
         for images, labels in batches(loader, model):
-            with _watched(layers, lambda name, x, y: self.own[name].add(y, statics[name](x))):
+            alone = {name: layers[name] for name in self.alone}
+            with _watched(alone, lambda name, x, y: self.own[name].add(y, statics[name](x))):
                 outputs = model(images)
             self._sums &= detections(outputs) is None
             plain = comparable(outputs, outputs)[0] if self._sums else []
