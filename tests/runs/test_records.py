@@ -121,6 +121,8 @@ def test_values_that_were_not_finite_are_passed_over(make: Make) -> None:
         ("config.yaml", "{", "config.yaml is malformed"),
         ("config.yaml", "just words", "config.yaml is malformed"),
         ("config.yaml", b"\xff\xfe\x00", "config.yaml is malformed"),
+        ("config.yaml", "base: gone\nepochs: 3\n", "its recipe does not fit this version: base: 'gone' is neither"),
+        ("config.yaml", "base: digits_morf\nantigravity: 1\n", "does not fit this version: antigravity: unknown key"),
         ("config.yaml", None, "it has checkpoints and no config.yaml"),
         ("metrics.jsonl", '{"kind": "epoch", "step": 1}\n', "metrics.jsonl"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl"),

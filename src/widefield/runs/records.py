@@ -231,12 +231,13 @@ def _recipe(run: RunFiles) -> tuple[dict[str, Any], str]:
         raise ValueError("it has checkpoints and no config.yaml")
     try:
         return flat(dataclasses.asdict(load_recipe(source))), ""
-    except (ValueError, TypeError) as error:
-        # Perhaps another version's keys: the name and the metrics can still be shown.
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"its recipe does not fit this version: {_line(error)}"
         with _reading(source):
-            content = yaml.safe_load(source.read_text(encoding="utf-8"))
-            _ = content["model"]["name"], content["data"]["name"]
-        return flat(content), f"its recipe does not fit this version: {_line(error)}"
+            content = flat(yaml.safe_load(source.read_text(encoding="utf-8")))
+        if "model.name" not in content or "data.name" not in content:
+            raise ValueError(problem) from error
+        return content, problem  # perhaps another version's keys: the name and the metrics can still be shown
 
 
 def _log(run: RunFiles) -> list[dict[str, Any]]:

@@ -46,31 +46,9 @@ class Callback:
         """Do something with the result of a run that has finished or was interrupted."""
 
 
-class Callbacks(Callback):
-    """Several callbacks, in this order."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        for one in callbacks:
-            if not isinstance(one, Callback):
-                raise TypeError(f"callbacks must be objects of widefield.train.Callback; got {one!r}.")
-        self._all = tuple(callbacks)
-
-    def on_train_begin(self, model: nn.Module, step: int) -> None:
-        """Call each."""
-        for one in self._all:
-            one.on_train_begin(model, step)
-
-    def on_step_end(self, model: nn.Module, step: int) -> None:
-        """Call each."""
-        for one in self._all:
-            one.on_step_end(model, step)
-
-    def on_evaluate(self, model: nn.Module, step: int, metrics: Mapping[str, float]) -> None:
-        """Call each."""
-        for one in self._all:
-            one.on_evaluate(model, step, metrics)
-
-    def on_train_end(self, result: RunResult) -> None:
-        """Call each."""
-        for one in self._all:
-            one.on_train_end(result)
+def checked(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
+    """Return callbacks, in their order; raises TypeError for anything else."""
+    for one in callbacks:
+        if not isinstance(one, Callback):
+            raise TypeError(f"callbacks must be objects of widefield.train.Callback; got {one!r}.")
+    return tuple(callbacks)

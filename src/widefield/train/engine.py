@@ -17,7 +17,7 @@ from torch import Tensor
 
 from widefield._files import check_place
 from widefield.surgery.walk import is_ours
-from widefield.train.callbacks import Callback, Callbacks
+from widefield.train.callbacks import Callback, checked
 from widefield.train.interrupt import StopRequest
 from widefield.train.loaders import batches
 from widefield.train.logs import Logs, check_trackers
@@ -56,7 +56,7 @@ def train(
             Or the data have changed since the run began; the message names the changes.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
-    callback = Callbacks(callbacks)
+    callbacks = checked(callbacks)
     accelerator = _accelerator(recipe)
     folder = RunFolder(recipe.folder if resume is None else Path(resume))
     last = None if resume is None else folder.last()
@@ -65,7 +65,7 @@ def train(
     accelerator.wait_for_everyone()
 
     run = Run(recipe, folder, accelerator, fresh=last is None)
-    run.callback = callback
+    run.callbacks = callbacks
     if last is None:
         run.start()
     else:
@@ -84,7 +84,8 @@ def train(
             run.report.line(run.learner.remark)
         run.loop()
     result = run.result()
-    callback.on_train_end(result)
+    for callback in callbacks:
+        callback.on_train_end(result)
     return result
 
 

@@ -78,7 +78,7 @@ class Run:
     stop: StopRequest
     report: Reporter
     logs: Logs
-    callback = Callback()
+    callbacks: Sequence[Callback] = ()
 
     def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, *, fresh: bool) -> None:
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
@@ -160,7 +160,8 @@ class Run:
                 f"--name NEW --model.pretrained {self.folder.path}"
             )
             return
-        self.callback.on_train_begin(self.learner.raw, self.step)
+        for callback in self.callbacks:
+            callback.on_train_begin(self.learner.raw, self.step)
         while not self._done:
             started = time.monotonic()
             end = self.plan.end(self.rounds)
@@ -197,7 +198,8 @@ class Run:
         while self.step < end:
             self._step(list(itertools.islice(self._stream, self.recipe.accumulate)))
             self.step += 1
-            self.callback.on_step_end(self.learner.raw, self.step)
+            for callback in self.callbacks:
+                callback.on_step_end(self.learner.raw, self.step)
             every = self.recipe.checkpoint.every
             if self.step % self.recipe.log_every == 0:
                 self._flush()
@@ -329,7 +331,8 @@ class Run:
         if self._patience.is_over and self.rounds < self.plan.rounds:
             self.report.line(f"the run ends here: {self._patience} ({self.headline})")
         self.accelerator.wait_for_everyone()  # no process may read checkpoints while the first one deletes some
-        self.callback.on_evaluate(self.learner.raw, self.step, self.metrics)
+        for callback in self.callbacks:
+            callback.on_evaluate(self.learner.raw, self.step, self.metrics)
 
     def _prune(self) -> None:
         if self.accelerator.is_main_process:
