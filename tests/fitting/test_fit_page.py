@@ -16,11 +16,11 @@ from widefield.fitting.page import draw_rings, page
 def test_the_page_says_what_was_found(finished: FitResult) -> None:
     text = finished.page.read_text()
     assert text == page(finished)
-    assert html.escape(finished.verdict.text) in text
+    assert finished.verdict.text in html.unescape(text)
     for group in finished.groups:
-        assert f"<td>{group.name}</td>" in text
+        assert f">{group.name}</td>" in text
     chosen = ", ".join(map(str, finished.choice.sizes))
-    assert re.search(rf"<tr><td>{re.escape(chosen)}</td>.*?chosen.*?</tr>", text)
+    assert re.search(rf"<tr><td[^>]*>{re.escape(chosen)}</td>.*?chosen.*?</tr>", text)
     assert text.count("<img") == 5  # what was wanted, the front, object sizes, the field, the rings
     assert 'src="http' not in text  # it holds its pictures
 

@@ -132,17 +132,17 @@ def test_cards_rows_and_numbers_list_what_is_shown() -> None:
     data = drawing.data(found)["objects"]
     assert [entry["name"] for entry in data] == ["cat", "dog", "dog"]  # of all scores
     assert data[2]["box"] == [30, 0, 50, 20]
-    card = drawing.card("x", image, found, TRUTH)
+    card = report.fragment(drawing.card("x", image, found, TRUTH))
     assert "label: 3 objects, 1 not found (dashed)" in card
     assert "prediction: 2 of a score of at least 0.5; wrong (dashed): 1 background" in card
-    assert "none is wrong" in drawing.card("x", image, found, found)
+    assert "none is wrong" in report.fragment(drawing.card("x", image, found, found))
     assert "owl: 1" in card
-    plain = drawing.card("x", image, found)
+    plain = report.fragment(drawing.card("x", image, found))
     assert plain.count("<img") == 2
     assert "cat: 1" in plain
     nothing = _objects([], [], scores=torch.zeros(0), masks=masks[:0])
     assert drawing.row(nothing)["best"] == "-"
-    assert "0 of a score" in drawing.card("x", image, nothing)
+    assert "0 of a score" in report.fragment(drawing.card("x", image, nothing))
     for one in (found, nothing):
         axis = report.blank(2, 2).subplots()
         drawing.panel(axis, image, one)

@@ -135,7 +135,7 @@ def test_the_page_names_every_class_and_shows_the_images(tmp_path: Path) -> None
         "Metrics", "Classes", "Classes by object size", "What is mistaken for what", "Best images", "Worst images",
     ]  # fmt: skip
     assert "8 images of patches" in text
-    assert text.count("data:image") == 1 + 4 * 4
+    assert text.count("data:image") == 2 + 4 * 4  # the confusion matrix in light and dark colors
 
 
 def test_rows_by_size_have_the_classes_that_have_objects() -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import ExifTags, Image
 
 from tolerances import FLOAT32, close
+from widefield import report
 from widefield.data.decoding import read
 from widefield.dense import UPerNet
 from widefield.runs import load, predict, predict_each
@@ -216,7 +217,7 @@ def test_masks_have_a_row_a_card_and_files() -> None:
     mask = MaskPrediction(torch.from_numpy(np.kron(MASK, np.ones((10, 10), np.uint8))))
     image = Image.new("RGB", (40, 30), (90, 90, 90))
     assert drawing.row(mask) == {"size": "40x30", "classes": "3", "largest": "land & sand 42 %, sky 25 %, sea 17 %"}
-    card = drawing.card("a.png", image, mask)
+    card = report.fragment(drawing.card("a.png", image, mask))
     assert card.count("data:image") == 3
     assert "land &amp; sand 41.7 %" in card
     assert "no class" in card

@@ -149,11 +149,11 @@ def test_numbers_hold_all_points_and_pictures_the_sure_ones() -> None:
 
 def test_cards_show_label_and_prediction() -> None:
     image = Image.new("RGB", (20, 20))
-    card = DRAWING.card("x", image, prediction(), prediction(**TRUE))
+    card = report.fragment(DRAWING.card("x", image, prediction(), prediction(**TRUE)))
     assert "label: 4 key points, 1 of them covered" in card
     assert "prediction, with lines to the labels: 3 of them sure" in card
     assert "left (round)" in card
-    plain = DRAWING.card("x", image, prediction())
+    plain = report.fragment(DRAWING.card("x", image, prediction()))
     assert plain.count("<img") == 2
     assert "1 pose" in plain
     nobody = prediction()
@@ -161,7 +161,7 @@ def test_cards_show_label_and_prediction() -> None:
         nobody.keypoints[:0], torch.zeros(0, 5), torch.zeros(0), torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64), skeleton=SCENES, size=(20, 20),
     )  # fmt: skip
-    assert "0 poses" in DRAWING.card("x", image, nobody)
+    assert "0 poses" in report.fragment(DRAWING.card("x", image, nobody))
     assert DRAWING.row(nobody)["best"] == "-"
     for one in (prediction(), nobody):
         DRAWING.panel(report.blank(2, 2).subplots(), image, one)

@@ -48,7 +48,7 @@ class Result(report.Report):
 
     def _repr_html_(self) -> str:
         """Return the figures, the table and the facts, which Jupyter displays."""
-        return section({self.name: self})[1]
+        return report.fragment(*section({self.name: self}).parts)
 
     @classmethod
     @abstractmethod
@@ -92,24 +92,25 @@ def save(results: Mapping[str, Result], path: str | Path, **options: Any) -> Pat
         found = {name: result.to_dict() for name, result in results.items()}
         content = (json.dumps({"environment": bench.environment(), "results": found}, allow_nan=False) + "\n").encode()
     elif path.suffix == ".html":
-        first = next(iter(results.values()))
-        content = report.page(first.title, first.lead, [section(results, **options)], bench.environment()).encode()
+        first, shown = next(iter(results.values())), section(results, **options)
+        captions = [part.caption for part in shown.parts if isinstance(part, report.Plot)]
+        lead = "" if first.lead in captions else first.lead
+        content = report.page(first.title, lead, [shown], bench.environment()).encode()
     else:
         content = report.drawing(kinds.pop().draw(results, **options), path.suffix[1:])
     write_whole(path, content)
     return path
 
 
-def section(results: Mapping[str, Result], heading: str = "Result", **options: Any) -> tuple[str, str]:
-    """Return (heading, HTML): the figures of all results, their tables, and facts about each."""
+def section(results: Mapping[str, Result], heading: str = "Result", **options: Any) -> report.Section:
+    """Return a section: the figures of all results, their tables, and facts about each."""
     shown = type(next(iter(results.values()))).figures(results, **options)
-    body = "".join(report.picture(figure, caption) for caption, figure in shown.items())
+    parts: list[report.Part] = [report.Plot(figure, caption) for caption, figure in shown.items()]
     rows = [row for result in results.values() for row in result.rows()]
     if rows:
-        body += report.table(rows)
-    for name, result in results.items():
-        body += report.paragraph(_described(name, result.about))
-    return heading, body
+        parts.append(report.Table(rows, heading))
+    parts += [_described(name, result.about) for name, result in results.items()]
+    return report.Section(heading, parts)
 
 
 def _described(name: str, about: Mapping[str, Any]) -> str:

@@ -86,7 +86,7 @@ def _write(folder: Path, chapters: dict[str, Chapter], missing: str, facts: dict
     write_whole(folder / "results.json", document.encode())
     sections = [section for chapter in chapters.values() for section in chapter.sections]
     if missing:
-        sections.insert(0, ("Left out: a pretrained network on photographs", report.paragraph(missing)))
+        sections.insert(0, report.Section("Left out: a pretrained network on photographs", [missing]))
     lead = " ".join(chapter.headline for chapter in chapters.values())
     page = folder / "report.html"
     write_whole(page, report.page(_TITLE, lead, sections, environment).encode())

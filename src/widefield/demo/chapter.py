@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from widefield.report import Section
+
 Rows = tuple[Mapping[str, str], ...]
 
 
@@ -15,8 +17,7 @@ class Chapter:
 
     headline: str
     """One or two sentences for the top of the page."""
-    sections: tuple[tuple[str, str], ...]
-    """(heading, HTML)."""
+    sections: tuple[Section, ...]
     numbers: Mapping[str, Any]
     """For ``results.json``, in JSON's types."""
     tables: tuple[tuple[str, Rows], ...] = ()

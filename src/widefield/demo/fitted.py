@@ -17,6 +17,7 @@ from widefield.demo.chapter import Chapter
 from widefield.fitting import FitResult, fit
 from widefield.fitting.page import network_rows, wanted
 from widefield.fitting.result import CHEAPER, GAIN, NO_MATTER, NOTHING
+from widefield.report import Part, Section
 from widefield.train import load_recipe
 from widefield.train.recipe import Recipe
 
@@ -84,38 +85,40 @@ class PhotoCrops:
             {"layers": group.name, "was": f"{group.own}x{group.own}", "is": f"{size}x{size}"}
             for group, size in zip(result.groups, result.choice.sizes, strict=True)
         )
-        fitted = self._fitted(result)
+        asked = f"Which kernel sizes does a new task need? {_capital(verdict.words)}"
         return Chapter(
             headline=f"{first.headline} {headline}",
-            sections=(*first.sections, (f"Which kernel sizes does a new task need? {_capital(verdict.words)}", fitted)),
+            sections=(
+                *first.sections,
+                Section(asked, self._fitted(result)),
+            ),
             numbers={**first.numbers, "recipe": dataclasses.asdict(self.recipe), "fit": result.to_dict()},
             tables=(*first.tables, (f"Kernel sizes: {verdict.words}", sizes)),
         )
 
-    def _fitted(self, result: FitResult) -> str:
-        """Return the section about the fit (HTML)."""
+    def _fitted(self, result: FitResult) -> list[Part]:
+        """Return the section about the fit."""
         verdict = result.verdict
-        parts = [
-            report.paragraph(_QUESTION),
-            report.picture(self._crops(), "Crops of the val split, one of each photograph."),
-            report.paragraph(f"{_capital(verdict.words)}. {verdict.text} {_MEANING[verdict.words]}"),
-            report.table(network_rows(result)),
-            wanted(result),
+        parts: list[Part] = [
+            _QUESTION,
+            report.Plot(self._crops(), "Crops of the val split, one of each photograph."),
+            f"{_capital(verdict.words)}. {verdict.text} {_MEANING[verdict.words]}",
+            report.Table(network_rows(result)),
+            *wanted(result),
         ]
         fields = self.folder / FOLDER / "erf.png"
         if fields.is_file():
             caption = "Effective receptive fields after training, with the unchanged and with the chosen sizes."
-            parts.append(report.embedded(fields.read_bytes(), "png", caption))
+            parts.append(report.Photo(fields.read_bytes(), "png", caption))
         length = self.recipe.max_steps or self.recipe.epochs
         limits = (
             f"What this does not say: it is one training of {length} {result.spec.unit}s with one seed. Short "
             f"trainings favor small kernels, and {verdict.difference.images} crops do not show differences within the "
             "interval."
         )
-        more = report.link(
-            f"{FOLDER}/{result.page.name}", "The fit's own page: costs, candidates, Pareto front, method"
-        )
-        return "".join([*parts, report.paragraph(limits), more])
+        place = f"{FOLDER}/{result.page.name}"
+        more = report.Link(place, "The fit's own page: costs, candidates, Pareto front, method")
+        return [*parts, limits, more]
 
     def _crops(self) -> Figure:
         """Draw one val crop of each photograph."""

@@ -131,17 +131,20 @@ class Mixtures:
             f"A narrow ConvNeXt on {self.name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a "
             "router weights for each image."
         )
-        table = report.paragraph(_ABOUT) + report.table(rows)
-        pictures = {variant: report.picture(figure, _EXAMPLES) for variant, figure in examples.items()}
+        table: list[report.Part] = [_ABOUT, report.Table(rows)]
+        pictures = {variant: report.Plot(figure, _EXAMPLES) for variant, figure in examples.items()}
         write_report(
             [self.folder / _slug(variant) for variant in VARIANTS],
             self.folder / PAGE,
             title="A mixture of receptive fields",
             lead=lead,
-            first=[("Cost and accuracy", table), *((f"Examples: {v}", picture) for v, picture in pictures.items())],
+            first=[
+                report.Section("Cost and accuracy", table),
+                *(report.Section(f"Examples: {v}", [picture]) for v, picture in pictures.items()),
+            ],
         )
-        more = report.link(PAGE, "All about these three networks: training, fields, routing, blocks, kernels")
-        shown = report.paragraph(lead) + table + next(iter(pictures.values())) + more
+        more = report.Link(PAGE, "All about these three networks: training, fields, routing, blocks, kernels")
+        shown: list[report.Part] = [lead, *table, next(iter(pictures.values())), more]
         right = {variant: f"{100 * entry.accuracy:.1f} %" for variant, entry in entries.items()}
         mixtures = " and ".join(f"{right[variant]} ({variant})" for variant in VARIANTS if variant != BASELINE)
         numbers = {
@@ -152,7 +155,7 @@ class Mixtures:
         }
         return Chapter(
             headline=f"On {self.name}, {BASELINE} kernels get {right[BASELINE]} right, and mixtures {mixtures}.",
-            sections=(("A kernel size for each image", shown),),
+            sections=(report.Section("A kernel size for each image", shown),),
             numbers=numbers,
             tables=(("Mixtures of receptive fields", tuple(rows)),),
         )

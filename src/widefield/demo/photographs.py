@@ -104,7 +104,7 @@ def chapter(seen: Seen) -> Chapter:
     )
     fields = seen.fields
     cards = [
-        report.card(name, report.embedded(picture, "jpeg", f"what speaks for “{label}”") + report.bars(answer))
+        report.Card(name, [report.Photo(picture, "jpeg", f"what speaks for “{label}”"), report.Bars(answer)])
         for name, picture, (label, _), answer in zip(seen.names, _pictures(seen), first, seen.answers, strict=True)
     ]
     rows = tuple(
@@ -118,15 +118,17 @@ def chapter(seen: Seen) -> Chapter:
         for name, answer in zip(seen.names, seen.answers, strict=True)
     )
     shares = [f"{100 * field.area_ratio[0.5]:.2g} %" for field in fields.values()]
-    far = report.paragraph(_FAR.format(first=shares[0], last=shares[-1]))
-    far += report.picture(ReceptiveField.draw(fields), _FIELDS)
+    far: list[report.Part] = [
+        _FAR.format(first=shares[0], last=shares[-1]),
+        report.Plot(ReceptiveField.draw(fields), _FIELDS),
+    ]
     credits = "; ".join(f"{one.name}: {one.credit}, {one.license}" for one in data.photographs(seen.names))
-    said = report.paragraph(_SAID) + report.cards(cards) + report.paragraph(f"Photographs: {credits}.")
+    said: list[report.Part] = [_SAID, report.Cards(cards), f"Photographs: {credits}."]
     return Chapter(
         headline=f"A network with weights of ImageNet names photographs ({listed}).",
         sections=(
-            ("What the network says, and what it looks at", said),
-            ("How far it looks", far),
+            report.Section("What the network says, and what it looks at", said),
+            report.Section("How far it looks", far),
         ),
         numbers={
             "answers": dict(zip(seen.names, seen.answers, strict=True)),

@@ -11,6 +11,7 @@ from widefield import report
 from widefield.fitting.choose import Candidate, assignment_of
 from widefield.fitting.figures import draw_front, draw_wanted
 from widefield.fitting.progress import PHASES, duration
+from widefield.report import Part, Plot, Section, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,19 +46,18 @@ def page(result: FitResult) -> str:
     """Return the page of a finished fit as an HTML document that holds its pictures."""
     verdict = result.verdict
     sections = [
-        ("Before and after", report.table(network_rows(result))),
-        ("What each group of layers wanted, and got", wanted(result)),
-        ("Loss and cost", _candidates(result)),
+        Section("Before and after", [Table(network_rows(result))]),
+        Section("What each group of layers wanted, and got", wanted(result)),
+        Section("Loss and cost", _candidates(result)),
     ]
     if verdict.sizes:
-        picture = report.picture(draw_sizes(result), _SIZES)
-        sections.append(("By object size", picture + report.table(_size_rows(result))))
+        sections.append(Section("By object size", [Plot(draw_sizes(result), _SIZES), Table(_size_rows(result))]))
     field = _field(result)
     if field:
-        sections.append(("Effective receptive field", field))
+        sections.append(Section("Effective receptive field", field))
     if result.readings.rings:
-        sections.append(("Where the kernels have their weight", report.picture(draw_rings(result), _RINGS)))
-    sections.append(("How it was found", _method(result)))
+        sections.append(Section("Where the kernels have their weight", [Plot(draw_rings(result), _RINGS)]))
+    sections.append(Section("How it was found", _method(result)))
     title = f"{verdict.words[0].upper()}{verdict.words[1:]}"
     return report.page(f"{result.spec.recipe.name}: {title}", verdict.text, sections, dict(result.environment))
 
@@ -86,15 +86,14 @@ def network_rows(result: FitResult) -> list[dict[str, str]]:
     return rows + [row(name, "{:,.4g}", (read(before), read(after))) for name, read in costs]
 
 
-def wanted(result: FitResult) -> str:
-    """Return what each group of layers wanted and got, as a figure and a table (HTML)."""
-    table = report.table(result.rows())
+def wanted(result: FitResult) -> list[Part]:
+    """Return what each group of layers wanted and got, as a figure and a table."""
     model = result.choice.model
     fit = f"A sum over the groups explains {100 * model.explained:.0f} % of the variance of the readings."
-    return report.picture(draw_wanted(result.choice, result.groups), _WANTED) + table + report.paragraph(fit)
+    return [Plot(draw_wanted(result.choice, result.groups), _WANTED), Table(result.rows(), "Groups of layers"), fit]
 
 
-def _candidates(result: FitResult) -> str:
+def _candidates(result: FitResult) -> list[Part]:
     choice = result.choice
     rows = [
         {
@@ -114,12 +113,8 @@ def _candidates(result: FitResult) -> str:
         f"Networks of one size differ by {choice.spread:.4f} in loss (p = {choice.equality:.3f} for no difference): "
         f"the field {'matters' if choice.matters else 'does not matter'} for these data."
     )
-    return (
-        report.picture(draw_front(choice, result.groups, result.costs, result.spec.limit), _FRONT)
-        + report.table(rows)
-        + report.paragraph(words)
-        + report.paragraph(alike)
-    )
+    front = draw_front(choice, result.groups, result.costs, result.spec.limit)
+    return [Plot(front, _FRONT), Table(rows, "Candidates"), words, alike]
 
 
 def _mark(result: FitResult, found: Candidate) -> str:
@@ -146,7 +141,7 @@ def _size_rows(result: FitResult) -> list[dict[str, str]]:
     ]
 
 
-def _field(result: FitResult) -> str:
+def _field(result: FitResult) -> list[Part]:
     drawn = result.folder / "erf.png"
     verdict = result.verdict
     networks: dict[str, Network] = {"unchanged": verdict.unchanged, "chosen sizes": verdict.plain}
@@ -156,11 +151,11 @@ def _field(result: FitResult) -> str:
         if found.field
     ]
     if not rows or not drawn.is_file():
-        return ""
-    return report.embedded(drawn.read_bytes(), "png", _FIELD) + report.table(rows)
+        return []
+    return [report.Photo(drawn.read_bytes(), "png", _FIELD), Table(rows)]
 
 
-def _method(result: FitResult) -> str:
+def _method(result: FitResult) -> list[Part]:
     probe, settle = result.spec.shares()
     unit = result.spec.unit
     words = (
@@ -171,8 +166,8 @@ def _method(result: FitResult) -> str:
         f"chosen on."
     )
     seconds = [{"phase": name, "time": duration(result.seconds[name])} for name in PHASES if name in result.seconds]
-    notes = "".join(map(report.paragraph, (*result.groups.notes, *result.verdict.notes)))
-    return report.paragraph(words) + report.table(seconds) + report.table(result.costs.rows()) + notes
+    costs = Table(result.costs.rows(), "Costs of each size")
+    return [words, Table(seconds), costs, *result.groups.notes, *result.verdict.notes]
 
 
 @report.paper()

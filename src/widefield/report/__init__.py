@@ -1,12 +1,29 @@
-"""Make tables, figures and pages with HTML, Markdown and matplotlib.
+"""Make tables, figures and pages with templates, Markdown and matplotlib.
 
 Tables take rows (mappings with the same keys, values already formatted). Figures take plain lists and arrays and return
-a matplotlib Figure, which needs no display. A page embeds its pictures, so it is a single file.
+a matplotlib Figure, which needs no display. A page is a title, sections of blocks (`Table`, `Plot`, `Cards`) and
+paragraphs of plain text, which is escaped. It embeds its pictures, so it is a single file.
 """
 
+from widefield.report._blocks import (
+    Bars,
+    Block,
+    Card,
+    Cards,
+    Fold,
+    Legend,
+    Link,
+    Part,
+    Photo,
+    Plot,
+    Table,
+    Terms,
+    Views,
+)
 from widefield.report._figures import (
     COLORS,
     COLUMN,
+    FIXED,
     MARKERS,
     PAGE,
     blank,
@@ -16,47 +33,42 @@ from widefield.report._figures import (
     expert_colors,
     paper,
     png,
+    readable,
 )
-from widefield.report._html import (
-    bars,
-    card,
-    cards,
-    embedded,
-    legend,
-    link,
-    page,
-    paragraph,
-    picture,
-    styled,
-    table,
-    views,
-)
+from widefield.report._page import Section, fragment, page, styled
 from widefield.report._record import Report, markdown
 
 __all__ = [
     "COLORS",
     "COLUMN",
+    "FIXED",
     "MARKERS",
     "PAGE",
+    "Bars",
+    "Block",
+    "Card",
+    "Cards",
+    "Fold",
+    "Legend",
+    "Link",
+    "Part",
+    "Photo",
+    "Plot",
     "Report",
-    "bars",
+    "Section",
+    "Table",
+    "Terms",
+    "Views",
     "blank",
-    "card",
-    "cards",
     "curves",
     "drawing",
-    "embedded",
     "examples",
     "expert_colors",
-    "legend",
-    "link",
+    "fragment",
     "markdown",
     "page",
     "paper",
-    "paragraph",
-    "picture",
     "png",
+    "readable",
     "styled",
-    "table",
-    "views",
 ]

@@ -11,12 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+PNG_DPI = 192
+FIXED = "fixed"
+"""Group id (``set_gid``) of artists whose colors also hold on dark pages, such as numbers on colored bars."""
+
+
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG at 144 dots per inch."""
-    return drawing(figure, "png", dpi=144)
+    """Return a figure as a PNG at 192 dots per inch."""
+    return drawing(figure, "png", PNG_DPI)
 
 
-def drawing(figure: Figure, kind: str, dpi: int = 200) -> bytes:
+def drawing(figure: Figure, kind: str, dpi: int = 200, background: str = "white") -> bytes:
     """Return a figure as a file: "png"; or "pdf" or "svg", with selectable text and without a date."""
     import matplotlib
 
@@ -24,9 +29,15 @@ def drawing(figure: Figure, kind: str, dpi: int = 200) -> bytes:
     dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "widefield"}):
         figure.savefig(
-            buffer, format=kind, dpi=dpi, bbox_inches="tight", facecolor="white", metadata=dateless.get(kind)
+            buffer, format=kind, dpi=dpi, bbox_inches="tight", facecolor=background, metadata=dateless.get(kind)
         )
     return buffer.getvalue()
+
+
+def readable(color: Any) -> str:
+    """Return black or white, whichever is readable on ``color``, RGBA."""
+    red, green, blue = color[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 COLUMN, PAGE = 3.4, 7.0
@@ -72,7 +83,7 @@ def expert_colors(count: int) -> list[Any]:
     """Return one RGBA color per expert, light for the first (small kernels) to dark for the last."""
     from matplotlib import colormaps
 
-    return [colormaps["YlGnBu"](0.25 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
+    return [colormaps["YlGnBu"](0.22 + 0.66 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def examples(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from widefield.report._html import paragraph, table
+from widefield.report._blocks import Table
+from widefield.report._page import fragment
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
@@ -33,5 +34,4 @@ class Report(ABC):
     def _repr_html_(self) -> str:
         """Return the summary and an HTML table, which Jupyter displays."""
         rows = self.rows()
-        lines = "".join(paragraph(line) for line in self.summary().splitlines())
-        return f"{lines}{table(rows) if rows else ''}"
+        return fragment(*self.summary().splitlines(), *([Table(rows)] if rows else []))

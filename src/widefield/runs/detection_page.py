@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from widefield import report
+from widefield.report import Part, Plot, Section, Table
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.tasks import DetectionScores
 from widefield.tasks.detection_errors import CONFUSION_SCORE
@@ -29,20 +30,23 @@ _CONFUSION = (
 )
 
 
-def detection_sections(scores: DetectionScores) -> list[tuple[str, str]]:
-    """Return the sections (heading, HTML) of a page about an evaluation of detections."""
-    sections = [("COCO's figures", report.table(scores.figure_rows())), ("Classes", report.table(scores.rows()))]
+def detection_sections(scores: DetectionScores) -> list[Section]:
+    """Return the sections of a page about an evaluation of detections."""
+    sections = [
+        Section("COCO's figures", [Table(scores.figure_rows())]),
+        Section("Classes", [Table(scores.rows(), "Classes")]),
+    ]
     rows = scores.size_rows()
     if int(scores.objects_by_size.sum()):
-        sections.append(("Objects by size", report.picture(draw_sizes(scores), _SIZES) + report.table(rows)))
-    body = report.picture(draw_errors(scores), _ERRORS)
+        sections.append(Section("Objects by size", [Plot(draw_sizes(scores), _SIZES), Table(rows)]))
+    body: list[Part] = [Plot(draw_errors(scores), _ERRORS)]
     for kind, found in scores.kinds.items():
-        title = report.paragraph(f"Errors of {_PLURAL[kind]}, and the points of AP50 that they cost:")
-        body += title + report.table(found.errors.rows())
-    sections.append(("Types of errors", body))
+        body += [f"Errors of {_PLURAL[kind]}, and the points of AP50 that they cost:", Table(found.errors.rows())]
+    sections.append(Section("Types of errors", body))
     mistakes = scores.mistake_rows()
-    confusion = report.picture(draw_object_confusion(scores), _CONFUSION)
-    sections.append(("What is mistaken for what", confusion + (report.table(mistakes) if mistakes else "")))
+    confusion = Plot(draw_object_confusion(scores), _CONFUSION)
+    listed = [Table(mistakes, "Mistakes")] if mistakes else []
+    sections.append(Section("What is mistaken for what", [confusion, *listed]))
     return sections
 
 

@@ -125,11 +125,11 @@ class ClassDrawing(Drawing):
 
     def card(
         self, title: str, image: Image.Image, prediction: ClassPrediction, truth: ClassPrediction | None = None
-    ) -> str:
+    ) -> report.Card:
         """Return the image, and bars under it."""
         label = "" if truth is None else f"label: {self.name(int(truth.probabilities.argmax()))}"
-        shown = report.embedded(encoded(preview(image).convert("RGB"), "jpeg"), "jpeg", label)
-        return report.card(title, report.views([shown]) + report.bars(self.best(prediction)))
+        shown = view(preview(image).convert("RGB"), label)
+        return report.Card(title, [report.Views([shown]), report.Bars(self.best(prediction))])
 
     columns = ("rank", "label", "name", "probability")
 
@@ -167,28 +167,26 @@ class MaskDrawing(Drawing):
 
     def card(
         self, title: str, image: Image.Image, prediction: MaskPrediction, truth: MaskPrediction | None = None
-    ) -> str:
+    ) -> report.Card:
         """Return the image, the overlay, the label if it is known and the mask side by side, and a legend."""
         masks = {"label": truth.mask.numpy()} if truth else {}
-        return report.card(title, self._compared(image, {**masks, "prediction": prediction.mask.numpy()}))
+        return report.Card(title, self._compared(image, {**masks, "prediction": prediction.mask.numpy()}))
 
-    def _compared(self, image: Image.Image, masks: Mapping[str, Mask]) -> str:
-        """Return an image, the overlay of the last mask, and masks by their captions, with a legend (HTML)."""
+    def _compared(self, image: Image.Image, masks: Mapping[str, Mask]) -> list[report.Part]:
+        """Return an image, the overlay of the last mask, and masks by their captions, with a legend."""
         small = preview(image).convert("RGB")
         few = {caption: resized_mask(mask, small.size) for caption, mask in masks.items()}
         last = list(few.values())[-1]
         figures = [
-            report.embedded(encoded(small, "jpeg"), "jpeg", "image"),
-            report.embedded(encoded(overlay(small, last, self.palette), "jpeg"), "jpeg", "overlay"),
+            view(small, "image"),
+            view(overlay(small, last, self.palette), "overlay"),
         ]
         for caption, mask in few.items():
-            figures.append(
-                report.embedded(encoded(Image.fromarray(colored(mask, self.palette)), "png"), "png", caption)
-            )
-        return report.views(figures) + self._legend(list(masks.values()))
+            figures.append(report.Photo(encoded(Image.fromarray(colored(mask, self.palette)), "png"), "png", caption))
+        return [report.Views(figures), *self._legend(list(masks.values()))]
 
-    def _legend(self, masks: Sequence[Mask]) -> str:
-        """Return the colors and names of the classes in masks, with their share in the last one (HTML)."""
+    def _legend(self, masks: Sequence[Mask]) -> list[report.Part]:
+        """Return the colors and names of the classes in masks, with their share in the last one."""
         found = shares(masks[-1], len(self.palette))
         for mask in masks[:-1]:
             found |= {k: 0.0 for k in shares(mask, len(self.palette)) if k not in found}
@@ -197,7 +195,7 @@ class MaskDrawing(Drawing):
         if any((mask == IGNORED).any() for mask in masks) and len(self.palette) <= IGNORED:
             entries.append((GRAY, "no class"))
         more = len(found) - len(listed)
-        return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
+        return [report.Legend(entries), *([f"and {more} more classes"] if more else [])]
 
     def panel(self, axis: Any, image: Image.Image, prediction: MaskPrediction) -> None:
         """Draw the overlay with the classes that cover the most pixels under it."""
@@ -247,7 +245,7 @@ class BoxDrawing(Drawing):
 
     def card(
         self, title: str, image: Image.Image, prediction: BoxPrediction, truth: BoxPrediction | None = None
-    ) -> str:
+    ) -> report.Card:
         """Return the true objects if they are known, or the image; next to it the detections; and a legend."""
         small, shown = preview(image).convert("RGB"), prediction.at_least(self.min_score)
         detected = f"{len(shown)} of a score of at least {self.min_score:g}"
@@ -265,14 +263,14 @@ class BoxDrawing(Drawing):
                 view(self.annotated(small, shown, errors), f"prediction: {detected}; {_listed_errors(errors)}"),
             ]
             legend = {**_counts(truth), **{k: 0 for k in _counts(shown) if k not in _counts(truth)}}
-        return report.card(title, report.views(views) + self._legend(legend))
+        return report.Card(title, [report.Views(views), *self._legend(legend)])
 
-    def _legend(self, counts: Mapping[int, int]) -> str:
-        """Return the colors and names of classes, and how often they occur (HTML)."""
+    def _legend(self, counts: Mapping[int, int]) -> list[report.Part]:
+        """Return the colors and names of classes, and how often they occur."""
         listed = list(counts.items())[:LISTED]
         more = len(counts) - len(listed)
         entries = [(self.palette[k], f"{self.name(k)}: {count}") for k, count in listed]
-        return report.legend(entries) + (report.paragraph(f"and {more} more classes") if more else "")
+        return [report.Legend(entries), *([f"and {more} more classes"] if more else [])]
 
     def annotated(
         self, image: Image.Image, prediction: BoxPrediction, errors: Sequence[str] | None = None

@@ -81,8 +81,8 @@ class Drawing(ABC):
         """Return the prediction in JSON types, without pixels."""
 
     @abstractmethod
-    def card(self, title: str, image: Image.Image, prediction: Any, truth: Any = None) -> str:
-        """Return the prediction on its image, next to the label if it is known, as a card of a page (HTML)."""
+    def card(self, title: str, image: Image.Image, prediction: Any, truth: Any = None) -> report.Card:
+        """Return the prediction on its image, next to the label if it is known, as a card of a page."""
 
     @abstractmethod
     def panel(self, axis: Any, image: Image.Image, prediction: Any) -> None:
@@ -106,9 +106,9 @@ def large_enough(image: Image.Image) -> Image.Image:
     return image if max(image.size) >= SMALL else preview(image)
 
 
-def view(image: Image.Image, caption: str) -> str:
-    """Return an image with a caption (HTML)."""
-    return report.embedded(encoded(image, "jpeg"), "jpeg", caption)
+def view(image: Image.Image, caption: str) -> report.Photo:
+    """Return an image with a caption."""
+    return report.Photo(encoded(image, "jpeg"), "jpeg", caption)
 
 
 def patch(color: Color, label: str) -> Any:

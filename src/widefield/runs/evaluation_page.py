@@ -11,6 +11,7 @@ import numpy as np
 from widefield import bench, report
 from widefield._files import check_place, write_whole
 from widefield.data.listing import counted
+from widefield.report import Plot, Section, Table
 from widefield.runs.accuracy import Evaluation, Example
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.runs.detection_page import detection_sections
@@ -23,9 +24,6 @@ from widefield.tasks import ClassificationScores, DetectionScores, PoseScores, S
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Section = tuple[str, str]
-"""Heading, HTML."""
 
 
 def write_evaluation(
@@ -42,8 +40,8 @@ def write_evaluation(
     several = len(found) > 1
     sections: list[Section] = []
     for title, (evaluation, subject, source) in found.items():
-        for heading, body in evaluation_sections(evaluation, subject, source, min_score=min_score):
-            sections.append((f"{title}: {heading}" if several else heading, body))
+        for one in evaluation_sections(evaluation, subject, source, min_score=min_score):
+            sections.append(Section(f"{title}: {one.heading.lower()}", one.parts) if several else one)
     names = ", ".join(dict.fromkeys(subject.name for _, subject, _ in found.values()))
     devices = {evaluation.device for evaluation, _, _ in found.values()}
     lead = "Metrics, the result of each class, what is mistaken for what, and the best and worst images."
@@ -69,8 +67,8 @@ def evaluation_sections(
     row = {name: shown(name, value) for name, value in evaluation.metrics.items()}
     samples = counted(evaluation.images, "crop" if isinstance(evaluation.scores, PoseScores) else "image")
     about = f"{samples} of {source}, weights {subject.weights}. {note}".strip()
-    meaning = report.paragraph(_MASKED) if subject.work == "masked_image" else ""
-    sections = [("Metrics", report.table([row]) + report.paragraph(about) + meaning)]
+    meaning = [_MASKED] if subject.work == "masked_image" else []
+    sections = [Section("Metrics", [Table([row]), about, *meaning])]
     scores = evaluation.scores
     if isinstance(scores, ClassificationScores):
         sections += _of_classification(scores)
@@ -81,7 +79,7 @@ def evaluation_sections(
     elif isinstance(scores, PoseScores):
         sections += pose_sections(scores)
     elif scores is not None and (rows := scores.rows()):
-        sections.append(("Details", report.table(rows)))
+        sections.append(Section("Details", [Table(rows, "Details")]))
     half = -(-len(evaluation.examples) // 2)
     for heading, examples in (
         ("Reconstructions", evaluation.spread),
@@ -91,8 +89,8 @@ def evaluation_sections(
         if examples:
             wide = DRAWINGS[type(examples[0].prediction)].wide
             blocks = [example_card(one, subject, min_score) for one in examples]
-            rating = report.paragraph(f"The title of each image is {evaluation.rating}.")
-            sections.append((heading, rating + report.cards(blocks, wide=wide)))
+            rating = f"The title of each image is {evaluation.rating}."
+            sections.append(Section(heading, [rating, report.Cards(blocks, wide=wide)]))
     return sections
 
 
@@ -101,16 +99,17 @@ def _of_classification(scores: ClassificationScores) -> list[Section]:
     listed = f"The {MOST} of {classes} classes with the lowest accuracy. " if classes > MOST else ""
     figure = confusion_figure(scores.confusion.double().numpy(), scores.classes, "images", MOST)
     return [
-        ("Classes", report.table(shown_classes) + report.paragraph(listed + _INTERVALS)),
-        ("What is mistaken for what", report.picture(figure, _MISTAKEN)),
+        Section("Classes", [Table(shown_classes, "Classes"), listed + _INTERVALS]),
+        Section("What is mistaken for what", [Plot(figure, _MISTAKEN)]),
     ]
 
 
 def _of_segmentation(scores: SegmentationScores) -> list[Section]:
-    sections = [("Classes", report.table(scores.rows()))]
+    sections = [Section("Classes", [Table(scores.rows(), "Classes")])]
     if scores.size_groups:
-        sections.append(("Classes by object size", report.table(rows_by_size(scores)) + report.paragraph(_SIZES)))
-    sections.append(("What is mistaken for what", report.picture(draw_confusion(scores), _CONFUSION)))
+        by_size = Table(rows_by_size(scores), "Classes by object size")
+        sections.append(Section("Classes by object size", [by_size, _SIZES]))
+    sections.append(Section("What is mistaken for what", [Plot(draw_confusion(scores), _CONFUSION)]))
     return sections
 
 
@@ -159,8 +158,8 @@ def draw_confusion(scores: SegmentationScores, most: int = MOST) -> Figure:
     return confusion_figure(scores.confusion.double().numpy(), scores.classes, "pixels", most)
 
 
-def example_card(example: Example, subject: Subject, min_score: float = MIN_SCORE) -> str:
-    """Return an image with its label and prediction as a card of a page (HTML)."""
+def example_card(example: Example, subject: Subject, min_score: float = MIN_SCORE) -> report.Card:
+    """Return an image with its label and prediction as a card of a page."""
     drawing = drawing_of(example.prediction, subject.class_names, subject.palette, min_score=min_score)
     title = f"{Path(example.name).name}: {example.rated}"
     return drawing.card(title, example.image, example.prediction, example.truth)

@@ -74,8 +74,8 @@ class PoseDrawing(Drawing):
 
     def card(
         self, title: str, image: Image.Image, prediction: PosePrediction, truth: PosePrediction | None = None
-    ) -> str:
-        """Return the image or the true pose, and next to it the prediction, as a card (HTML)."""
+    ) -> report.Card:
+        """Return the image or the true pose, and next to it the prediction, as a card."""
         small = preview(image).convert("RGB")
         if truth is None:
             count = f"{len(prediction)} pose{'' if len(prediction) == 1 else 's'}"
@@ -89,7 +89,7 @@ class PoseDrawing(Drawing):
                 view(self.drawn(small, truth), label),
                 view(self.drawn(small, prediction, truth if len(truth) == len(prediction) else None), found),
             ]
-        return report.card(title, report.views(views) + report.legend(self._legend(prediction)))
+        return report.Card(title, [report.Views(views), report.Legend(self._legend(prediction))])
 
     def _legend(self, prediction: PosePrediction) -> list[tuple[Color, str]]:
         """Return the colors of the sides that the skeleton has, and what they mean."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widefield import report
+from widefield.report import Plot, Section, Table
 from widefield.tasks import PoseScores
 from widefield.tasks.pose_errors import GOOD, NEAR
 
@@ -31,20 +32,20 @@ _SHADES = {"good": "0.85", "jitter": report.COLORS[4], "inversion": report.COLOR
            "miss": report.COLORS[5]}  # fmt: skip
 
 
-def pose_sections(scores: PoseScores) -> list[tuple[str, str]]:
-    """Return the sections (heading, HTML) of a page about an evaluation of poses."""
-    figures = report.table(scores.figure_rows()) + report.paragraph(_FIGURES)
-    sections = [("COCO's figures", figures)]
-    keypoints = report.picture(draw_keypoints(scores), _KEYPOINTS) + report.table(scores.rows())
-    sections.append(("Key points", keypoints))
+def pose_sections(scores: PoseScores) -> list[Section]:
+    """Return the sections of a page about an evaluation of poses."""
+    keypoints = [Plot(draw_keypoints(scores), _KEYPOINTS), Table(scores.rows(), "Key points")]
+    sections = [
+        Section("COCO's figures", [Table(scores.figure_rows()), _FIGURES]),
+        Section("Key points", keypoints),
+    ]
     if int(scores.by_size.count.sum()):
-        sizes = report.picture(draw_sizes(scores), _SIZES) + report.table(scores.size_rows())
-        sections.append(("People by size", sizes))
+        sections.append(Section("People by size", [Plot(draw_sizes(scores), _SIZES), Table(scores.size_rows())]))
     if int(scores.errors.counts.sum()):
-        errors = report.picture(draw_errors(scores), _ERRORS) + report.table(scores.error_rows())
-        sections.append(("Kinds of errors", errors))
+        errors = [Plot(draw_errors(scores), _ERRORS), Table(scores.error_rows(), "Kinds of errors by key point")]
+        sections.append(Section("Kinds of errors", errors))
     if len(scores.classes) > 1:
-        sections.append(("Classes", report.table(scores.class_rows())))
+        sections.append(Section("Classes", [Table(scores.class_rows(), "Classes")]))
     return sections
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from widefield import _checks
 from widefield._files import write_whole
 from widefield.data.decoding import read
+from widefield.report import Card
 from widefield.runs.box_files import BoxOutsideError
 from widefield.runs.coco_results import CocoEntries, read_ids
 from widefield.runs.drawing import drawing_of
@@ -304,7 +305,7 @@ class _Folder:
         self._known, self._folder, self._pictures = known, folder, pictures
         self._lost: list[Unreadable] = []
         self._first: list[Predicted] = []
-        self._cards: list[str] = []
+        self._cards: list[Card] = []
         self._data: list[dict[str, Any]] = []
         self._kinds: dict[Path, None] = {}
         self._count = 0

@@ -91,8 +91,8 @@ class Predicted:
             written.append(target)
         return written
 
-    def card(self) -> str:
-        """Return the image and its prediction as a card of a page (HTML)."""
+    def card(self) -> report.Card:
+        """Return the image and its prediction as a card of a page."""
         return self.drawing.card(self.name, self.image(), self.prediction)
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class Predicted:
 
     def _repr_html_(self) -> str:
         """Return the card, which Jupyter displays."""
-        return report.styled(report.cards([self.card()], wide=self.drawing.wide))
+        return report.styled(report.Cards([self.card()], wide=self.drawing.wide))
 
     def _repr_png_(self) -> bytes:
         """Return the annotated picture, for front ends without HTML."""
@@ -235,28 +235,27 @@ class Predictions(report.Report):
 
     def _repr_html_(self) -> str:
         """Return the images as cards, which Jupyter displays."""
-        lines = "".join(report.paragraph(line) for line in self.summary().splitlines())
-        return report.styled(lines + grid_of(self._cards(), self.images))
+        return report.styled(*self.summary().splitlines(), grid_of(self._cards(), self.images))
 
-    def _cards(self) -> list[str]:
+    def _cards(self) -> list[report.Card]:
         return [found.card() for found in self.images[:ON_A_PAGE]]
 
 
-def grid_of(cards: Sequence[str], images: Sequence[Predicted]) -> str:
-    """Return the cards of images as they fit a page (HTML)."""
-    return report.cards(cards, wide=bool(images) and DRAWINGS[type(images[0].prediction)].wide)
+def grid_of(cards: Sequence[report.Card], images: Sequence[Predicted]) -> report.Cards:
+    """Return the cards of images as they fit a page."""
+    return report.Cards(cards, wide=bool(images) and DRAWINGS[type(images[0].prediction)].wide)
 
 
-def page_of(predictions: Predictions, cards: Sequence[str], images: int | None = None) -> str:
+def page_of(predictions: Predictions, cards: Sequence[report.Card], images: int | None = None) -> str:
     """Return a self-contained page with these cards; ``images`` is the number of images, if it is not of the cards."""
     total = len(predictions.images) if images is None else images
     lead = f"{counted(total, 'image')}, predicted by {predictions.name}. Weights: {predictions.weights}."
     if len(cards) < total:
         lead += f" The page shows the first {len(cards)}."
-    sections = [("Predictions", grid_of(cards, predictions.images))] if cards else []
+    sections = [report.Section("Predictions", [grid_of(cards, predictions.images)])] if cards else []
     if predictions.unreadable:
         rows = [{"file": str(entry.path), "problem": entry.reason} for entry in predictions.unreadable]
-        sections.append(("Could not be read", report.table(rows)))
+        sections.append(report.Section("Could not be read", [report.Table(rows)]))
     return report.page(f"Predictions of {predictions.name}", lead, sections, bench.environment())
 
 

@@ -33,10 +33,12 @@ class ReconstructionDrawing(Drawing):
         """Return the masked share and the mean absolute error at masked pixels, of 255."""
         return {"masked": float(prediction.masked.float().mean()), "error": _error(prediction)}
 
-    def card(self, title: str, image: Image.Image, prediction: ReconstructionPrediction, truth: Any = None) -> str:
+    def card(
+        self, title: str, image: Image.Image, prediction: ReconstructionPrediction, truth: Any = None
+    ) -> report.Card:
         """Return the pictures side by side."""
         pictures = [view(preview(picture, 320), caption) for caption, picture in pictures_of(prediction).items()]
-        return report.card(title, report.views(pictures))
+        return report.Card(title, [report.Views(pictures)])
 
     def panel(self, axis: Any, image: Image.Image, prediction: ReconstructionPrediction) -> None:
         """Draw the pictures side by side in one panel."""

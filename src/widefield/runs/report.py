@@ -12,6 +12,7 @@ from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
 from widefield.analysis import ClassAt
 from widefield.analysis.registry import ANALYSES, Analysis
+from widefield.report import Plot, Section, Table
 from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs
 from widefield.runs.evaluation_page import evaluation_sections
@@ -23,9 +24,6 @@ from widefield.runs.trained import examined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Section = tuple[str, str]
-"""Heading, HTML."""
 
 _EXAMPLES = 3
 """Number of best and of worst images of an evaluation."""
@@ -83,8 +81,8 @@ def write_report(
             sections.append(analysis.section(results, heading))
             numbers[heading] = {name: result.to_dict() for name, result in results.items()}
         if reasons:
-            why = "".join(report.paragraph(f"Not of {name}: {reason}") for name, reason in reasons.items())
-            sections.append((f"{heading}: left out", why))
+            why = [f"Not of {name}: {reason}" for name, reason in reasons.items()]
+            sections.append(Section(f"{heading}: left out", why))
     environment = bench.environment(device)
     names = ", ".join(subject.name for subject in subjects)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +129,7 @@ def _evaluated(
         whole = subject.own_data()
         task = subject.task(whole)
     except (MissingDataError, ValueError) as error:  # the data are missing, or have changed
-        return [("Evaluation: left out", report.paragraph(f"Not of {subject.name}: {error}"))]
+        return [Section("Evaluation: left out", [f"Not of {subject.name}: {error}"])]
     some = Selection(whole, count, complete=True)
     recipe = subject.recipe
     settings: dict[str, Any] = {}
@@ -141,7 +139,7 @@ def _evaluated(
     numbers.setdefault("Evaluation", {})[subject.name] = found.to_dict()
     note = "" if len(some) == len(whole) else f"A seeded choice of {len(whole):,}; widefield eval takes all."
     sections = evaluation_sections(found, subject, recipe.data.name if recipe else "", note)
-    return [(f"{subject.name}: {heading.lower()}" if several else heading, body) for heading, body in sections]
+    return [Section(f"{subject.name}: {one.heading.lower()}", one.parts) for one in sections] if several else sections
 
 
 def _results(
@@ -184,7 +182,7 @@ def training(folders: Sequence[Path]) -> list[Section]:
     found = [read_run(folder) for folder in folders]
     rows = comparison(found) if len(found) > 1 else [found[0].row()]
     figure: Figure = draw_runs(found, _drawn(found))
-    return [("Runs", report.table(rows)), ("Training", report.picture(figure, "Metrics after each epoch."))]
+    return [Section("Runs", [Table(rows)]), Section("Training", [Plot(figure, "Metrics after each epoch.")])]
 
 
 def _drawn(runs: Sequence[RunRecord]) -> list[str]:
