@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from documents import document
 from train.helpers import QUIET
 from widefield import cli
 from widefield.runs import load, predict
@@ -152,11 +153,12 @@ def test_the_activation_of_detections(trained: Path, tmp_path: Path) -> None:
     assert np.array(found["boxes"]).shape == (2, 4)
 
 
-def test_fields_of_objects_by_size(trained: Path, tmp_path: Path) -> None:
+def test_fields_of_objects_by_size(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--count", "4", "--sizes", "16", "--objects", "2", "--unit", "center"]
-    found = result(tmp_path, "object-erf", str(trained), *words)
+    found = result(tmp_path, "object-erf", str(trained), *words, "--json")
     assert [group["objects"] for group in found["groups"]] == [2, 2]
     assert (tmp_path / "object-erf.html").is_file()
+    assert list(document(capsys.readouterr().out)["results"].values()) == [found]
 
 
 @pytest.mark.parametrize(

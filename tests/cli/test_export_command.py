@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cli.test_segmentation_commands import made_set
+from documents import document
 from train.helpers import QUIET
 from widefield import cli, deploy
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
@@ -46,8 +47,12 @@ def test_the_file_of_a_run_names_its_classes(tmp_path, capsys):
     small += ["--model.args.depths", "[1, 1, 1, 1]", "--output", str(tmp_path / "runs")]
     assert cli.main(["train", "digits_morf", *small]) == 0
     words = ["--count", "16", "--batch-size", "4", "--int8", "--keep", "head.fc", "--out", str(tmp_path / "out")]
-    assert export(run, *words) == 0
-    assert "change of the outputs" in capsys.readouterr().out
+    capsys.readouterr()
+    assert export(run, *words, "--json") == 0
+    told = document(capsys.readouterr().out)
+    assert {"export", "int8", "change", "files"} <= set(told)
+    written = told["files"]
+    assert {str(path) for path in (tmp_path / "out").glob("*.onnx")} <= set(written)
     for path in sorted((tmp_path / "out").glob("*.onnx")):
         info = deploy.load(path).info
         assert info.classes == tuple(map(str, range(10)))

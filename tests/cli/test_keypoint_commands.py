@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from documents import document
 from train.helpers import QUIET
 from widefield import cli, deploy
 from widefield.runs import load
@@ -66,11 +67,13 @@ def test_the_activation_of_a_key_point(trained: Path, tmp_path: Path) -> None:
 
 def test_fields_of_key_points_by_size(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--count", "8", "--sizes", "14", "--people", "2", "--keypoint", "top", "4"]
-    found = result(tmp_path, "keypoint-erf", str(trained), *words)
+    found = result(tmp_path, "keypoint-erf", str(trained), *words, "--json")
     assert found["names"] == list(NAMES)
     assert {group["keypoint"] for group in found["groups"]} == {1, 4}
     assert (tmp_path / "keypoint-erf.html").is_file()
-    assert "8 images of scene_poses" in capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert "8 images of scene_poses" in error
+    assert list(document(out)["results"].values()) == [found]
 
 
 @pytest.mark.slow

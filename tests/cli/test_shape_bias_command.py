@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from documents import document
 from widefield.cli import main
 from widefield.data import Scales
 from widefield.train import DataSpec, ModelSpec, Recipe, train
@@ -39,13 +40,14 @@ def test_models_of_imagenet_on_the_published_layout(published, tmp_path, capsys)
         assert (result["about"]["weights"], result["about"]["size"]) == ("random", 64)
 
 
-def test_images_are_drawn_for_models_of_scales(tmp_path):
-    words = ["--generate", "--per-pair", "1", "--size", "32", "--seed", "3", "--out", str(tmp_path)]
+def test_images_are_drawn_for_models_of_scales(tmp_path, capsys):
+    words = ["--generate", "--per-pair", "1", "--size", "32", "--seed", "3", "--out", str(tmp_path), "--json"]
     assert main(["shape-bias", "test_convnext{num_classes: 8}", *words]) == 0
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert folder.name == "conflicts-32px-1-a-pair-seed-3"
     assert len(list(folder.glob("*/*.png"))) == 56
-    (result,) = json.loads((tmp_path / "shape-bias.json").read_text())["results"].values()
+    (result,) = document(capsys.readouterr().out)["results"].values()
+    assert [result] == list(json.loads((tmp_path / "shape-bias.json").read_text())["results"].values())
     assert sum(result["images"]) == 56
     assert result["classes"] == sorted(Scales.classes)
     assert result["about"]["choice"] == "of 8 classes"
