@@ -38,13 +38,21 @@ def print_table(
         title: text above it.
         console: where to print; default: stdout.
     """
-    console = console or Console()
+    console = console or _Stdout()
     columns = _columns(rows, right)
     parts = list(_parts(columns, console.width)) if console.is_terminal else [columns]
     for number, part in enumerate(parts):
         _print_part(console, part, title if number == 0 else "")
     if caption:
         console.print(Text(caption, style="italic dim"), soft_wrap=not console.is_terminal)
+
+
+class _Stdout(Console):
+    """Passes on that nobody reads stdout any more, which the command line turns into an exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is handled."""
+        raise  # rich calls this while it handles the error
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,18 @@ def test_codes(words: str, code: int, tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
+@pytest.mark.parametrize("words", ["recipes", "recipes --json", "completion zsh"])
+def test_a_reader_that_has_left(words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, *words.split()]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_outside_of_a_training(number: signal.Signals, code: int, tmp_path: Path) -> None:
@@ -63,4 +75,5 @@ sys.exit(widefield_cli.main(["recipes"]))
 
 
 def test_the_page_has_all_codes() -> None:
-    assert set(re.findall(r"^\| (\d+) \|", PAGE.read_text(), flags=re.MULTILINE)) == {"0", "1", "2", "3", "130", "143"}
+    codes = re.findall(r"^\| (\d+) \|", PAGE.read_text(), flags=re.MULTILINE)
+    assert set(codes) == {"0", "1", "2", "3", "130", "141", "143"}

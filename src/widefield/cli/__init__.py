@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.metadata
 import os
+import select
 import shlex
 import signal
 import sys
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``widefield`` with the given words (default: those of the process); return the exit status.
 
     0; 1 after an error in what was asked; 2 after wrong usage (raised as SystemExit by argparse); 3 if ``predict``
-    could not read some of the images; 130 or 143 after Ctrl-C or SIGTERM.
+    could not read some of the images; 130 or 143 after Ctrl-C or SIGTERM; 141 if the reader of stdout has left.
     """
     parser = _parser()
     if completion.ASKED in os.environ:
@@ -105,13 +106,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module("widefield.models")  # registers them in timm; takes seconds
         with args.printer.printing():
             status: int = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
     except USER_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 128 + 13  # SIGPIPE, which Windows does not name
         shown = explained(error) if isinstance(error, ModuleNotFoundError) else error
         print(f"widefield {args.command}: {shown}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return status
+
+
+def _reader_left() -> bool:
+    """Return whether nobody reads stdout any more, as after ``| head``; what is still to be written is dropped."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def _parser() -> argparse.ArgumentParser:
