@@ -350,6 +350,7 @@ def main() -> None:
             for case, found in measured(cases, checkout) if cases else ():
                 results[case][label] = found
                 print(label, case, found, flush=True)
+    torch.set_num_threads(1)  # as in the children: the record says so
     judged = bars(results)
     old = f" --before CHECKOUT-OF-{commit(args.before)}" if args.before else ""
     publish(
