@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from widefield._progress import ProgressLine
+from widefield._progress import ProgressLine, progress_console
 
 NUMBERS = "loss 0.1234  lr 0.001  img/s 1234  top1 0.8123  ema_top1 0.83"
 LONG = "morf_convnext_tiny{num_classes: 10, depths: [1, 1, 1, 1]} 224"
@@ -60,3 +60,39 @@ def test_nothing_is_shown_in_a_pipe_or_by_other_processes() -> None:
             assert list(line.track(range(3), description="erf")) == [0, 1, 2]
         assert isinstance(console.file, io.StringIO)
         assert console.file.getvalue().strip() == ""
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what a cell of a notebook shows, the first state and all that replace it."""
+    display = pytest.importorskip("IPython.display")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    found: list[str] = []
+    for name in ("display", "update"):
+        show = lambda handle, data, raw, name=name: found.append(f"{name} {data['text/plain']}")  # noqa: E731
+        monkeypatch.setattr(display.DisplayHandle, name, show)
+    return found
+
+
+def test_a_notebook_shows_one_bar_that_changes_a_few_times_a_second(states: list[str]) -> None:
+    with ProgressLine(progress_console()) as line:
+        assert list(line.track(range(5000), description="erf")) == list(range(5000))
+    assert states[0].startswith("display erf 0/5000 0:00:00")
+    assert states[-1].startswith("update erf 5000/5000 0:00:0")
+    assert all(state.startswith("update") for state in states[1:])
+    assert len(states) < 50
+
+
+def test_an_unknown_number_of_steps_ends_complete_in_a_notebook(states: list[str]) -> None:
+    with ProgressLine(progress_console()) as line:
+        assert list(line.track((letter for letter in "abc"), description="erf")) == ["a", "b", "c"]
+    assert states[0].startswith("display erf 0/?")
+    assert states[-1].startswith("update erf 3/3")
+
+
+def test_a_notebook_shows_nothing_of_quiet_and_other_consoles(states: list[str]) -> None:
+    for console in (Console(quiet=True), Console(file=io.StringIO())):
+        with ProgressLine(console) as line:
+            assert not line.shown
+            assert list(line.track(range(3), description="erf")) == [0, 1, 2]
+    assert states == []

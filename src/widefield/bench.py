@@ -148,7 +148,7 @@ def _row(name: str, times: list[float], peak: int | None) -> Row:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Report):
     """Costs of a model that do not depend on the machine."""
 
     parameters: int
@@ -158,6 +158,14 @@ class Cost:
     """Operators that ran but are not in ``macs``, sorted by name: Fourier transforms (``"aten._fft_r2c"``), sampling,
     and operators outside PyTorch without a formula.
     """
+
+    def summary(self) -> str:
+        """Return what was counted."""
+        return "One forward pass" + (f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else "")
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row with both counts."""
+        return [{"parameters": f"{self.parameters:,}", "multiply-accumulates": f"{self.macs:,}"}]
 
 
 def cost(model: nn.Module, x: Tensor) -> Cost:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from headed import UNet
-from torch import nn
 
+from analysis.known_fields import Blurred, person
 from tolerances import FLOAT64, close
 from widefield import dense
 from widefield.analysis import (
@@ -24,27 +24,6 @@ from widefield.analysis.registry import ANALYSES, View
 NAMES = ("nose", "elbow", "knee")
 
 
-class Blurred(nn.Module):
-    """A pose model whose heatmaps are blurred channels of the image, so that fields are known squares.
-
-    Args:
-        sides: of the mean filter of each key point.
-    """
-
-    def __init__(self, sides=(3, 7, 11)):
-        super().__init__()
-        self.num_keypoints, self.stride = len(sides), 1
-        self.blurs = nn.ModuleList(nn.AvgPool2d(side, 1, side // 2) for side in sides)
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-    def decode(self, heatmaps, image_size=None):
-        size = tuple(heatmaps.shape[2:])
-        return dense.HeatmapCodec(size, size).decode(heatmaps)
-
-    def forward(self, images):
-        return self.scale * torch.cat([blur(images[:, k : k + 1]) for k, blur in enumerate(self.blurs)], 1)
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -54,16 +33,6 @@ def model():
             if parameter.ndim == 4:
                 parameter.mul_(100)
     return found
-
-
-def person(points=((20, 15), (40, 22), (12, 50)), size=(64, 64), visible=(2, 1, 2), seed=0, **more):
-    """Return a sample whose channels have a bright spot at each key point."""
-    rows, columns = (torch.arange(side, dtype=torch.float64) for side in size)
-    spots = [torch.exp(-((rows[:, None] - y) ** 2 + (columns - x) ** 2) / 50) for x, y in points]
-    noise = torch.rand(3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    image = torch.stack(spots) + 1e-6 * noise
-    labels = torch.tensor([[*point, seen] for point, seen in zip(points, visible, strict=True)], dtype=torch.float32)
-    return {"image": image, "keypoints": labels, "area": torch.tensor(1600.0), **more}
 
 
 def test_the_field_of_a_key_point_is_the_gradient_of_its_peak(model):

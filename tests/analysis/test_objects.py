@@ -1,56 +1,17 @@
 """Effective receptive fields of objects, averaged by size and measured in units of their boxes."""
 
 import json
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from analysis.known_fields import Counter, sample
 from tolerances import FLOAT64, close
 from widefield import dense
 from widefield.analysis import object_receptive_fields
 from widefield.analysis._objects import CELLS
-
-
-class Scored(NamedTuple):
-    logits: torch.Tensor
-    probabilities: torch.Tensor
-
-
-class Counter(nn.Module):
-    """A detector whose logit of class k is the weighted sum of the blurred image inside of a box, for known fields.
-
-    Args:
-        blur: side of the mean filter before boxes are read.
-    """
-
-    def __init__(self, blur=1):
-        super().__init__()
-        self.blur = nn.AvgPool2d(blur, 1, blur // 2, count_include_pad=True)
-        self.weight = nn.Parameter(torch.tensor([1.0, 3.0, -1.0], dtype=torch.float64))
-
-    def maps(self, images):
-        return [self.blur(images)]
-
-    def detect(self, maps, sizes):
-        raise AssertionError("true boxes need no detections")
-
-    def box_scores(self, maps, boxes):
-        found = []
-        for one, own in zip(maps[0], boxes, strict=True):
-            for left, top, right, bottom in own.round().long().tolist():
-                found.append(one[:, top:bottom, left:right].sum() * self.weight)
-        logits = torch.stack(found)
-        return Scored(logits, logits.sigmoid())
-
-
-def sample(boxes, labels=None, size=(64, 96), **more):
-    generator = torch.Generator().manual_seed(len(boxes))
-    image = torch.rand(3, *size, dtype=torch.float64, generator=generator)
-    labels = torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
-    return {"image": image, "boxes": torch.tensor(boxes, dtype=torch.float64).view(-1, 4), "labels": labels, **more}
 
 
 def test_the_field_of_a_sum_over_a_box_is_the_box():

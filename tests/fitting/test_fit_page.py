@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from displays import assert_displays
 from widefield.fitting import FitResult
 from widefield.fitting.figures import draw_wanted
 from widefield.fitting.page import draw_rings, page
@@ -44,3 +45,10 @@ def test_figures_show_the_choice(finished: FitResult) -> None:
     chosen = next(line for line in front.lines if line.get_label() == "chosen")
     assert chosen.get_xdata()[0] == pytest.approx(finished.choice.predicted)
     assert [text.get_text() for text in draw_rings(finished).axes[0].get_yticklabels()] == list(finished.readings.rings)
+
+
+@pytest.mark.parametrize("name", ["FitResult", "Costs", "Groups"])
+def test_the_records_of_a_fit_display_themselves(finished: FitResult, name: str) -> None:
+    found = {type(one).__name__: one for one in (finished, finished.costs, finished.groups)}[name]
+    assert_displays(found)
+    assert ("data:image/png" in found._repr_html_()) == (name == "FitResult")

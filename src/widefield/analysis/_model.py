@@ -241,13 +241,11 @@ def last_maps(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def track(steps: Iterable[T], text: str, *, total: int | None = None, show: bool) -> Iterator[T]:
-    """Yield ``steps``, with a progress bar if stderr is a terminal and ``show`` is true."""
+    """Yield ``steps``, with a progress bar if ``show`` is true and stderr is a terminal, or this is a notebook."""
     if not show:
         yield from steps
         return
-    from rich.console import Console
+    from widefield._progress import ProgressLine, progress_console
 
-    from widefield._progress import ProgressLine
-
-    with ProgressLine(Console(stderr=True)) as bar:
+    with ProgressLine(progress_console()) as bar:
         yield from bar.track(steps, total=total, description=text)

@@ -46,9 +46,9 @@ class Result(report.Report):
         """Return what was analyzed and how, as one line."""
         return _described(self.name, self.about)
 
-    def _repr_html_(self) -> str:
-        """Return the figures, the table and the facts, which Jupyter displays."""
-        return report.fragment(*section({self.name: self}).parts)
+    def drawings(self) -> dict[str, Figure]:
+        """Return the figures of this result alone, by caption."""
+        return self.figures({self.name: self})
 
     @classmethod
     @abstractmethod

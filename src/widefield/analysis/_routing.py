@@ -72,6 +72,17 @@ class Routing:
         """Pixels of the mixture's input that each expert spans, along a side."""
         return tuple(effective_size(size, dilation) for size, dilation in self.kernels)
 
+    def row(self) -> dict[str, str]:
+        """Return the row of a table: the mean weight of each expert, and how often it is chosen."""
+        named = [*zip(self.experts, self.mean(), self.frequencies(), strict=True)]
+        return {
+            "mixture": self.name,
+            "images": str(len(self.weights)),
+            "routing": "hard" if self.hard else "soft",
+            "mean weight": ", ".join(f"{name} {mean:.2f}" for name, mean, _ in named),
+            "chosen, %": ", ".join(f"{name} {100 * share:.0f}" for name, _, share in named),
+        }
+
     def of(self, images: np.ndarray) -> Routing:
         """Return the routing of some of the images, given by index."""
         return replace(self, weights=self.weights[images])

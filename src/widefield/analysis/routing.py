@@ -198,7 +198,7 @@ def routing_statistics(
 @_checks.guided
 def routing_weights(
     model: nn.Module, images: Tensor | Iterable[Any], *, batch_size: int | None = None
-) -> list[Routing]:
+) -> report.Listing[Routing]:
     """Return the routing weights of every mixture in a model, without labels.
 
     Args:
@@ -221,7 +221,7 @@ def routing_weights(
     missing = set(layers) - {routing.name for routing in found}
     if missing:
         raise ValueError(f"{type(model).__name__} does not call its mixtures {sorted(missing)}.")
-    return found
+    return report.Listing(found)
 
 
 def mixtures(model: nn.Module) -> dict[str, MoRFConv2d | FusedMoRFConv2d]:

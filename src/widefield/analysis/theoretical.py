@@ -24,6 +24,7 @@ from widefield.analysis._model import (
     watched,
 )
 from widefield.analysis._places import Tracer
+from widefield.report import Report
 from widefield.surgery.anatomy import anatomy, is_inside
 
 Position = str | Sequence[int]
@@ -31,7 +32,7 @@ Position = str | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Field:
+class Field(Report):
     """The theoretical receptive field of one unit, in pixels, as (rows, columns).
 
     Padding counts as image, so a field may be larger than the image.
@@ -53,6 +54,24 @@ class Field:
     local: tuple[int, int] | None
     computed: bool = True
 
+    def summary(self) -> str:
+        """Return the size, or why there is none."""
+        if self.size is not None:
+            return f"Theoretical receptive field: {_sides(self.size)} pixels"
+        what = "the whole image" if self.computed else "unknown"
+        return f"Theoretical receptive field: {what}, because of {self.reason}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row: size, step to the next unit's field, center, and the size without global operators."""
+        return [
+            {
+                "size, px": "-" if self.size is None else _sides(self.size),
+                "step, px": _sides(self.jump),
+                "center, px": ", ".join(f"{place:g}" for place in self.center),
+                "size without global operators, px": "-" if self.local is None else _sides(self.local),
+            }
+        ]
+
     def clipped(self, image: Sequence[int]) -> tuple[int, int]:
         """Return how many (rows, columns) of an image (H, W) the field covers; the whole image if size is None."""
         if self.size is None:
@@ -62,6 +81,10 @@ class Field:
             for center, side, end in zip(self.center, self.size, image, strict=True)
         )
         return rows, columns
+
+
+def _sides(sides: Sequence[float]) -> str:
+    return "x".join(f"{side:g}" for side in sides)
 
 
 @_checks.guided

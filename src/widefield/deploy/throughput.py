@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from widefield import bench
 from widefield.deploy._others import first_line, quiet
 from widefield.deploy.runtime import Runtime
+from widefield.report import Listing
 from widefield.surgery.walk import copied
 
 
@@ -46,7 +47,7 @@ def measure_throughput(
     *,
     compiled: bool = True,
     repeats: int = 9,
-) -> list[Speed]:
+) -> Listing[Speed]:
     """Time a model, the same under torch.compile, and an exported one, in turns, with PyTorch's number of threads.
 
     Args:
@@ -75,7 +76,7 @@ def measure_throughput(
         Speed(way, batch_size, batch_size / row.p50, (1e3 * row.p20, 1e3 * row.p50, 1e3 * row.p80))
         for way, row in rows.items()
     ]
-    return found + [Speed(way, batch_size, None, None, note) for way, note in missing.items()]
+    return Listing(found + [Speed(way, batch_size, None, None, note) for way, note in missing.items()])
 
 
 def _without_gradients(model: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:

@@ -161,6 +161,10 @@ class FitResult(Report):
             for group, size in zip(self.groups, self.choice.sizes, strict=True)
         ]
 
+    def drawings(self) -> dict[str, Figure]:
+        """Return the figure of :meth:`plot`, by caption."""
+        return {"Loss against cost: sizes that were read, the predicted front, and the choice.": self.plot()}
+
     def plot(self) -> Figure:
         """Draw loss against cost: what was read, the predicted front, the choice, and the unchanged network."""
         return draw_front(self.choice, self.groups, self.costs, self.spec.limit)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from widefield import _checks, bench, data, tasks
 from widefield._files import check_place
+from widefield._progress import progress_console
 from widefield.data import SampleSet
 from widefield.fitting import choose, recipes
 from widefield.fitting.choose import Choice
@@ -100,7 +101,7 @@ def fit(
             ``data``), settings, or the folder of a fit to continue. A finished run is also the unchanged network.
         data: name of a data set, in place of the recipe's.
         overrides: command-line words that change the recipe, such as ``["--epochs", "20"]``.
-        console: where to show progress; default: stderr. ``Console(quiet=True)`` shows nothing.
+        console: where to show progress; default: stderr, or the notebook's cell. ``Console(quiet=True)`` is silent.
         settings: the arguments of :class:`FitSpec`, such as ``budget="macs"`` and ``limit=0.9``.
 
     Raises:
@@ -114,7 +115,7 @@ def fit(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("fit runs in one process; start it without accelerate launch or torchrun.")
     _claim(spec)
-    console = console or Console(stderr=True)
+    console = console or progress_console()
     return _Fit(spec, console).run()
 
 

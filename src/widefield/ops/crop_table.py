@@ -18,13 +18,14 @@ from torch import Tensor
 from widefield import _checks
 from widefield._checks import Pair
 from widefield.ops import fold
+from widefield.report import Report
 
 _CHUNK = 1 << 22
 """Numbers of a kernel that are turned into float64 at a time."""
 
 
 @dataclass(frozen=True)
-class CropTable:
+class CropTable(Report):
     """What each centered crop of a kernel leaves outside; the last entry is the whole kernel, which leaves nothing.
 
     Attributes:
@@ -41,6 +42,26 @@ class CropTable:
     energy: Tensor
     l1: Tensor
     bound: Tensor
+
+    def summary(self) -> str:
+        """Return the kernel's size and the number of crops."""
+        rows, columns = self.sizes[-1]
+        return f"Kernel of {rows}x{columns}: what each of its {len(self.sizes)} centered crops leaves outside"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per crop."""
+        return [
+            {
+                "crop": f"{rows}x{columns}",
+                "span, px": str(span),
+                "energy outside": f"{100 * energy:.2f} %",
+                "L1 outside, worst channel": f"{100 * l1:.2f} %",
+                "bound": f"{bound:.3g}",
+            }
+            for (rows, columns), span, energy, l1, bound in zip(
+                self.sizes, self.spans, self.energy.tolist(), self.l1.tolist(), self.bound.tolist(), strict=True
+            )
+        ]
 
     def keeping(self, share: float) -> int:
         """Return the index of the smallest crop that keeps at least this share of the energy.

@@ -14,6 +14,7 @@ from widefield.ops import _backend, _sparse, depthwise, mixture
 from widefield.ops._autocast import autocast_dtype
 from widefield.ops._bank import Plan
 from widefield.ops._problem import STEPS, Problem, has_numbers, problem_of
+from widefield.report import Report
 
 _COULD = "it could, but is not the fastest here"
 
@@ -33,7 +34,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Report):
     """How a call of an operator would be computed; prints as text."""
 
     operator: str
@@ -44,6 +45,22 @@ class Explanation:
             if choice.step == step:
                 return choice
         raise KeyError(f"{step!r}; there are {', '.join(repr(c.step) for c in self.choices)}")
+
+    def summary(self) -> str:
+        """Return the operator's name."""
+        return self.operator
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per decision."""
+        return [
+            {
+                "pass": choice.step,
+                "backend": choice.backend,
+                "because": choice.reason,
+                "not": "; ".join(f"{other}: {reason}" for other, reason in choice.others.items()) or "-",
+            }
+            for choice in self.choices
+        ]
 
     def __str__(self) -> str:
         lines = [self.operator]

@@ -20,6 +20,7 @@ from widefield.report._blocks import (
     Terms,
     Views,
 )
+from widefield.report._drawing import drawing, png
 from widefield.report._figures import (
     COLORS,
     COLUMN,
@@ -28,15 +29,13 @@ from widefield.report._figures import (
     PAGE,
     blank,
     curves,
-    drawing,
     examples,
     expert_colors,
     paper,
-    png,
     readable,
 )
 from widefield.report._page import Section, fragment, page, styled
-from widefield.report._record import Report, markdown
+from widefield.report._record import Listing, Report, markdown
 
 __all__ = [
     "COLORS",
@@ -51,6 +50,7 @@ __all__ = [
     "Fold",
     "Legend",
     "Link",
+    "Listing",
     "Part",
     "Photo",
     "Plot",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from widefield.report._dark import dark_png
-from widefield.report._figures import png
+from widefield.report._drawing import png, width_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +20,6 @@ _FEW = 3
 """Largest number of rows that a narrow window shows as lists of their columns."""
 _NARROW = 3
 """Largest number of columns that fit a narrow window."""
-SCALE = 0.75
-"""CSS pixels of a page per pixel of a figure, so that figures are sharp on screens with small pixels."""
 
 
 class Block:
@@ -91,8 +88,7 @@ class Plot(Block):
     @property
     def width(self) -> int:
         """Return the width in CSS pixels."""
-        width: int = struct.unpack(">I", base64.b64decode(self.light.partition(",")[2][:32])[16:20])[0]
-        return round(SCALE * width)
+        return width_of(base64.b64decode(self.light.partition(",")[2][:32]))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from widefield.report._figures import FIXED, PNG_DPI, drawing
+from widefield.report._drawing import PNG_DPI, drawing
+from widefield.report._figures import FIXED
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,27 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-PNG_DPI = 192
 FIXED = "fixed"
 """Group id (``set_gid``) of artists whose colors also hold on dark pages, such as numbers on colored bars."""
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG at 192 dots per inch."""
-    return drawing(figure, "png", PNG_DPI)
-
-
-def drawing(figure: Figure, kind: str, dpi: int = 200, background: str = "white") -> bytes:
-    """Return a figure as a file: "png"; or "pdf" or "svg", with selectable text and without a date."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "widefield"}):
-        figure.savefig(
-            buffer, format=kind, dpi=dpi, bbox_inches="tight", facecolor=background, metadata=dateless.get(kind)
-        )
-    return buffer.getvalue()
 
 
 def readable(color: Any) -> str:
@@ -73,10 +53,10 @@ def paper() -> Iterator[None]:
 
 
 def blank(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches with automatic layout."""
-    from matplotlib.figure import Figure
+    """Return an empty figure of this size in inches with automatic layout; notebooks display it."""
+    from widefield.report._shown import ShownFigure  # loads matplotlib
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return ShownFigure(figsize=(width, height), layout="constrained")
 
 
 def expert_colors(count: int) -> list[Any]:

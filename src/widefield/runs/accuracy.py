@@ -18,6 +18,7 @@ from torch import nn
 
 from widefield import _checks, bench
 from widefield.data import SampleSet
+from widefield.data.listing import counted
 from widefield.report import Report
 from widefield.surgery.answers import evaluating
 from widefield.tasks import Batch, Prediction, Task
@@ -54,7 +55,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Report):
     """Metrics of a model on a data set, and how they were measured."""
 
     metrics: dict[str, float]
@@ -81,6 +82,21 @@ class Evaluation:
     """Images spread evenly over the data, likewise, of tasks that show pictures during training."""
     rating: str = ""
     """What the rating of an image is, as the end of a sentence."""
+
+    def summary(self) -> str:
+        """Return the number of images, and how they were evaluated."""
+        size = "x".join(map(str, self.size)) if isinstance(self.size, tuple) else self.size
+        sides = "" if size is None else f" of {size} pixels"
+        speed = "" if self.images_per_second is None else f", {self.images_per_second:.4g} images per second"
+        return f"{counted(self.images, 'image')}{sides}, on {self.device}, in {self.seconds:.1f} s{speed}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row with the metrics."""
+        return [{name: f"{value:.4g}" for name, value in self.metrics.items()}] if self.metrics else []
+
+    def _repr_html_(self) -> str:
+        """Return the metrics and the scores, such as those of each class, which Jupyter displays."""
+        return super()._repr_html_() + ("" if self.scores is None else self.scores._repr_html_())
 
     @property
     def images_per_second(self) -> float | None:

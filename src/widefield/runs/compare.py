@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from widefield import _checks, report
+from widefield.report import Listing
 from widefield.runs.records import (
     RunRecord,
     duration,
@@ -34,7 +35,7 @@ _COLUMNS = {
 """Columns to sort by, besides metrics."""
 
 
-def sort_runs(runs: Sequence[RunRecord], key: str) -> list[RunRecord]:
+def sort_runs(runs: Sequence[RunRecord], key: str) -> Listing[RunRecord]:
     """Return runs in order of a column (name, model, data, state, trained, time, updated) or a metric, best first.
 
     ``"best"`` is each run's own headline. Runs without the metric come last.
@@ -42,7 +43,7 @@ def sort_runs(runs: Sequence[RunRecord], key: str) -> list[RunRecord]:
     Raises ValueError if no run has such a metric.
     """
     if key in _COLUMNS:
-        return sorted(runs, key=_COLUMNS[key])
+        return Listing(sorted(runs, key=_COLUMNS[key]))
     metric = None if key == "best" else key
     known = [name for run in runs for name in run.metrics]
     if metric and metric not in known:
@@ -56,10 +57,10 @@ def sort_runs(runs: Sequence[RunRecord], key: str) -> list[RunRecord]:
         sign = 1 if lower_is_better(metric or run.headline) else -1
         return value is None, sign * (value or 0.0)
 
-    return sorted(runs, key=rank)
+    return Listing(sorted(runs, key=rank))
 
 
-def filter_runs(runs: Sequence[RunRecord], conditions: Sequence[str]) -> list[RunRecord]:
+def filter_runs(runs: Sequence[RunRecord], conditions: Sequence[str]) -> Listing[RunRecord]:
     """Return the runs that meet all conditions, ``KEY=GLOB``.
 
     Args:
@@ -78,7 +79,7 @@ def filter_runs(runs: Sequence[RunRecord], conditions: Sequence[str]) -> list[Ru
         if runs and key not in known:
             raise ValueError(f"no run has the key {key!r}.{_checks.did_you_mean(key, known)}")
         kept = [run for run in kept if _meets(run, key, pattern)]
-    return kept
+    return Listing(kept)
 
 
 _WORDS = ("name", "model", "data", "state")
@@ -90,12 +91,12 @@ def _meets(run: RunRecord, key: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(value_text(run.recipe[key]), pattern) if key in run.recipe else pattern == "null"
 
 
-def pick_runs(runs: Sequence[RunRecord], words: Sequence[str]) -> list[RunRecord]:
+def pick_runs(runs: Sequence[RunRecord], words: Sequence[str]) -> Listing[RunRecord]:
     """Return the runs with these names or folders, in the order of the words.
 
     Raises ValueError for a word that names none of ``runs`` and no folder, or several of them.
     """
-    return [_pick(runs, word) for word in words]
+    return Listing(_pick(runs, word) for word in words)
 
 
 def _pick(runs: Sequence[RunRecord], word: str) -> RunRecord:
@@ -123,8 +124,8 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     return {key: texts for key, texts in values.items() if len(set(texts)) > 1 and key not in told}
 
 
-def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Return rows with the differences and the results of runs, one column per run.
+def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> Listing[dict[str, str]]:
+    """Return table rows with the differences and the results of runs, one column per run; they display themselves.
 
     Args:
         runs: two or more.
@@ -135,7 +136,7 @@ def comparison(runs: Sequence[RunRecord], metrics: Sequence[str] = ()) -> list[d
     if len(runs) < 2:
         raise ValueError("give two runs or more to compare.")
     titles = labels(runs)
-    rows = [{"": key, **dict(zip(titles, texts, strict=True))} for key, texts in differences(runs).items()]
+    rows = Listing({"": key, **dict(zip(titles, texts, strict=True))} for key, texts in differences(runs).items())
 
     def row(heading: str, texts: Sequence[str]) -> None:
         rows.append({"": heading, **dict(zip(titles, texts, strict=True))})

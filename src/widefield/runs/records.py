@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from widefield.report import Listing, Report
 from widefield.tasks import HEADLINES, TASKS
 from widefield.train.patience import Patience
 from widefield.train.recipe_io import load_recipe
@@ -37,7 +38,7 @@ _SHARE = re.compile(r"(^|_)(top\d+$|(miou|macc|aacc)(_|$)|((box|mask)_ap|oks_a[p
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Report):
     """The record of a run, read from its folder.
 
     Attributes:
@@ -118,6 +119,14 @@ class RunRecord:
         values = [entry[name] for entry in self.log if entry.get(name) is not None]
         return (min(values) if lower_is_better(name) else max(values)) if values else None
 
+    def summary(self) -> str:
+        """Return the folder, and the problem if there is one."""
+        return f"{self.folder}: {self.problem}" if self.problem else str(self.folder)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the row of :meth:`row`."""
+        return [self.row()]
+
     def row(self, metric: str | None = None) -> dict[str, str]:
         """Return the row of a table of runs, as text."""
         name = metric or self.headline
@@ -155,8 +164,8 @@ class RunRecord:
         }
 
 
-def find_runs(*folders: str | Path) -> list[RunRecord]:
-    """Return the runs in and below folders, sorted by the time of their last change; the newest is last.
+def find_runs(*folders: str | Path) -> Listing[RunRecord]:
+    """Return the runs in and below folders as a list that displays itself, sorted by their last change, newest last.
 
     A folder with ``config.yaml``, ``failed.yaml`` or checkpoints is a run; folders inside it are not searched. A run
     that cannot be read is listed as broken.
@@ -169,7 +178,7 @@ def find_runs(*folders: str | Path) -> list[RunRecord]:
             raise FileNotFoundError(f"there is no folder {str(folder)!r} to look for runs in.")
         for path in run_folders(folder.expanduser()):
             found.setdefault(path.resolve(), read_run(path))
-    return sorted(found.values(), key=lambda run: run.updated)
+    return Listing(sorted(found.values(), key=lambda run: run.updated))
 
 
 def run_folders(root: Path) -> Iterator[Path]:

@@ -18,6 +18,7 @@ from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
 from widefield.data.image_files import ImageFiles
+from widefield.report import Report
 from widefield.runs import inputs
 from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Pixels, Selection, count_maps
 from widefield.runs.labels import published_classes
@@ -27,7 +28,7 @@ from widefield.train import Recipe, RunData
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Report):
     """A model in evaluation mode, and what it expects of images."""
 
     name: str
@@ -50,6 +51,23 @@ class Subject:
     """What the model does: the name of a task."""
     published_classes: tuple[str, ...] = ()
     """Names of the classes of a detector with published weights, and of a file; empty for runs."""
+
+    def summary(self) -> str:
+        """Return name, task and weights."""
+        return f"{self.name}: {type(self.model).__name__} for {self.work}, weights {self.weights}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row: what the model expects of images, its size and its classes."""
+        names = self.output_names
+        return [
+            {
+                "image side, px": str(self.size),
+                "mean": ", ".join(f"{value:.3g}" for value in self.mean),
+                "std": ", ".join(f"{value:.3g}" for value in self.std),
+                "parameters": f"{sum(parameter.numel() for parameter in self.model.parameters()):,}",
+                "outputs": f"{len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "-",
+            }
+        ]
 
     def image_options(self, size: int | None = None) -> dict[str, Any]:
         """Return the options of a set of image files that prepares images as the model expects them.

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from widefield.report import Report
+
 Part = Literal["stem", "body", "neck", "head"]
 
 NAMES = ("backbone", "encoder", "trunk", "body", "image_encoder")
@@ -40,7 +42,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(Report):
     """The parts of a model, as dotted module names of that model; see :func:`anatomy`.
 
     Every method takes the name of a module or of a parameter.
@@ -65,6 +67,25 @@ class Anatomy:
     _stage_of: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     _widths: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     _layers: frozenset[str] = field(default_factory=frozenset, repr=False, compare=False)
+
+    def summary(self) -> str:
+        """Return the backbone and the number of stages."""
+        stages = f"{len(self.stages)} stages" if self.stages else "unknown stages"
+        return f"Backbone: {self.backbone or 'the model itself'}, {stages}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per part."""
+
+        def row(part: str, modules: Sequence[str], reduction: object = None, channels: object = None) -> dict[str, str]:
+            numbers = {"stride": reduction, "channels": channels}
+            return {
+                "part": part,
+                "modules": ", ".join(modules) or "-",
+                **{name: "-" if number is None else str(number) for name, number in numbers.items()},
+            }
+
+        stages = [row(f"stage {k}", [s.name], s.reduction, s.channels) for k, s in enumerate(self.stages)]
+        return [row("stem", self.stem), *stages, row("necks", self.necks), row("heads", self.heads)]
 
     def part(self, name: str) -> Part:
         """Return which part a module or parameter belongs to: "body" is the backbone without its stem and heads."""

@@ -173,6 +173,22 @@ class Difference(Report):
             text += ", {} {:.2%} -> {:.2%}".format(self.score, *self.scores)
         return text
 
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row with the differences, and the scores if there are labels."""
+        row = {
+            "images": f"{self.images:,}",
+            "largest difference": f"{self.max_abs:.2g}",
+            "relative": f"{self.relative:.2g}",
+            "relative RMS": f"{self.rms:.2g}",
+        }
+        if self.agreement is not None:
+            row[self.same] = f"{self.agreement:.2%}"
+        if self.scores is not None:
+            row |= {
+                f"{self.score} {when}": f"{x:.2%}" for when, x in zip(("before", "after"), self.scores, strict=True)
+            }
+        return [row]
+
 
 class _Sums:
     """Running sums for one output tensor."""

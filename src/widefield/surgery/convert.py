@@ -81,7 +81,8 @@ class Plan(Report):
         for row in self.rows():
             table.add_row(*row.values())
         text = io.StringIO()
-        Console(file=text, width=150).print(table)
+        # In a notebook rich would display the table, and color it.
+        Console(file=text, width=150, force_jupyter=False, color_system=None).print(table)
         return text.getvalue().rstrip()
 
 

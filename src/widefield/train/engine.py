@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from widefield._files import check_place
+from widefield._progress import progress_console
+from widefield.report import Report
 from widefield.surgery.walk import is_ours
 from widefield.train.callbacks import Callback, checked
 from widefield.train.interrupt import StopRequest
@@ -43,7 +45,7 @@ def train(
     Args:
         recipe: see :class:`Recipe`; to resume, ``load_recipe(resume)``.
         resume: the folder of a run to continue. A finished run is reported and returned at once.
-        console: where to show progress; default: stderr. ``Console(quiet=True)`` shows nothing.
+        console: where to show progress; default: stderr, or the notebook's cell. ``Console(quiet=True)`` is silent.
         callbacks: what to call during the run.
 
     Raises:
@@ -78,7 +80,7 @@ def train(
             stack.enter_context(folder.occupied(recipe, run.data))
             run.logs = stack.enter_context(Logs(folder, recipe, run.step))
         run.stop = stack.enter_context(StopRequest())
-        run.report = stack.enter_context(reporter(console or Console(stderr=True), run.plan.steps))
+        run.report = stack.enter_context(reporter(console or progress_console(), run.plan.steps))
         run.report.line(run.found)
         if run.learner.remark:
             run.report.line(run.learner.remark)
@@ -106,7 +108,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 
 @dataclass(frozen=True)
-class DryRun:
+class DryRun(Report):
     """What training a recipe would do; everything was built, and nothing was trained or written.
 
     Attributes:
@@ -133,20 +135,27 @@ class DryRun:
     steps: int
     remark: str
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """Return the data, and the task's remark if there is one."""
+        return "\n".join(filter(None, (self.data, self.remark)))
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return one row per fact."""
         trained, whole = (f"{count:,}" for count in self.parameters)
         kinds = Counter(self.converted.values())
-        layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none of widefield"
         shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.batch.items())
-        lines = [
-            self.data,
-            f"model: {self.model}, {trained} parameters are trained, of {whole}",
-            f"layers: {layers}",
-            f"first batch: {shapes}",
-            f"steps: {self.steps:,} of {self.whole_batch} images, {self.length}",
-            f"folder: {self.folder}",
-        ]
-        return "\n".join([*lines, self.remark] if self.remark else lines)
+        facts = {
+            "model": f"{self.model}, {trained} parameters are trained, of {whole}",
+            "layers": ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none of widefield",
+            "first batch": shapes,
+            "steps": f"{self.steps:,} of {self.whole_batch} images, {self.length}",
+            "folder": str(self.folder),
+        }
+        return [{"part": name, "found": text} for name, text in facts.items()]
+
+    def __str__(self) -> str:
+        lines = [f"{row['part']}: {row['found']}" for row in self.rows()]
+        return "\n".join([self.data, *lines, *([self.remark] if self.remark else [])])
 
 
 @contextmanager

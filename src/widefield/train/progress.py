@@ -1,4 +1,4 @@
-"""Show the progress of a run: a bar on a terminal, lines of text elsewhere."""
+"""Show the progress of a run: a bar on a terminal and in a notebook, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class Reporter(Protocol):
 
 
 def reporter(console: Console, total: int) -> Reporter:
-    """Return a bar for a terminal and lines for other consoles, for a run of ``total`` steps."""
-    return Bar(console, total) if console.is_terminal else Lines(console, total)
+    """Return a bar for terminals and notebooks and lines for other consoles, for a run of ``total`` steps."""
+    bar = Bar(console, total)
+    return bar if bar.shown else Lines(console, total)
 
 
 def numbers(values: Mapping[str, float]) -> str:
@@ -46,6 +47,7 @@ class Bar:
     def __init__(self, console: Console, total: int) -> None:
         self._progress = ProgressLine(console, transient=False)
         self._task = self._progress.add_task("training", total=total, text="")
+        self.shown = self._progress.shown
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -62,11 +64,12 @@ class Bar:
 
     def line(self, text: str) -> None:
         """Print above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        console = self._progress.console
+        console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 class Lines:
-    """Plain lines for log files and notebooks, with one about the steps every half minute."""
+    """Plain lines for log files, with one about the steps every half minute."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._last = console, total, time.monotonic()

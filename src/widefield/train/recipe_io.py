@@ -22,6 +22,7 @@ import yaml
 from widefield import _checks
 from widefield._extras import need
 from widefield._keys import keys_of
+from widefield.report import Listing
 from widefield.train.recipe import Recipe, TaskSpec
 
 SHIPPED = Path(__file__).with_name("recipes")
@@ -159,10 +160,14 @@ class ShippedRecipe:
     model: str
     about: str
 
+    def row(self) -> dict[str, str]:
+        """Return the fields as a table row."""
+        return dataclasses.asdict(self)
 
-def describe_recipes() -> list[ShippedRecipe]:
+
+def describe_recipes() -> Listing[ShippedRecipe]:
     """Return the recipes that come with widefield, by name."""
-    found = []
+    found = Listing[ShippedRecipe]()
     for name in shipped_recipes():
         file = SHIPPED / f"{name}.yaml"
         content = _content(file)

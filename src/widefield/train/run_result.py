@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
+from widefield.report import Report
+
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Report):
     """The outcome of a run.
 
     Attributes:
@@ -31,3 +33,20 @@ class RunResult:
     steps: int
     interrupted: signal.Signals | None
     model: nn.Module
+
+    def summary(self) -> str:
+        """Return how far the run went, and its folder."""
+        early = f", stopped by {self.interrupted.name}" if self.interrupted else ""
+        return f"{self.folder.name}: {self.epochs} epochs, {self.steps:,} steps{early}\nfolder: {self.folder}"
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the metrics of the last and of the best evaluation."""
+        shown = {"last": self.metrics, "best": self.best}
+        names = dict.fromkeys(name for metrics in shown.values() for name in metrics)
+        return [
+            {
+                "metric": name,
+                **{which: f"{found[name]:.4g}" if name in found else "-" for which, found in shown.items()},
+            }
+            for name in names
+        ]

@@ -76,6 +76,10 @@ class LearningRates(Report):
         """Return everything in JSON types."""
         return {**dataclasses.asdict(self), "steepest": self.steepest, "largest": self.largest}
 
+    def drawings(self) -> dict[str, Figure]:
+        """Return the figure of :meth:`draw`, by caption."""
+        return {"Loss over the learning rate; dotted: where it falls fastest, and a tenth of the lowest.": self.draw()}
+
     def draw(self) -> Figure:
         """Draw the loss over the learning rate."""
         figure = report.curves({"loss": (self.rates, self.losses)}, "learning rate", "loss (running mean)")
