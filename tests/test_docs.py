@@ -30,6 +30,7 @@ PAGES = (
     "mmpose",
     "masked",
     "real_data",
+    "remote_data",
     "sharing",
 )
 

@@ -65,7 +65,7 @@ def test_every_module_is_installed_by_its_extra() -> None:
     for module, (package, extra) in MODULES.items():
         assert package in extras[extra], module
     (everything,) = map(Requirement, PROJECT["optional-dependencies"]["all"])
-    assert everything.extras == {*extras} - {"all", "dev", "docs"}
+    assert everything.extras == {*extras} - {"all", "dev", "docs", "remote"}
 
 
 def test_the_core_is_small() -> None:

@@ -16,6 +16,9 @@ MODULES = {
     "onnxruntime": ("onnxruntime", "export"),
     "onnxscript": ("onnxscript", "export"),
     "openvino": ("openvino", "openvino"),
+    "aiohttp": ("aiohttp", "remote"),
+    "s3fs": ("s3fs", "remote"),
+    "gcsfs": ("gcsfs", "remote"),
     "skimage": ("scikit-image", "photographs"),
 }
 """Module -> the package that has it, and the extra that installs the package."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -34,9 +35,14 @@ def check_place(path: Path, *, folder: bool = False) -> None:
                 parent.rmdir()
 
 
+def cache_folder() -> Path:
+    """Return the folder of files that can be made again, ``$XDG_CACHE_HOME/widefield``; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "widefield"
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically; raises OSError."""
-    part = path.with_name(f".{path.name}.part")
+    """Write a file atomically, even if several processes do so at once; raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)
         part.replace(path)

@@ -12,7 +12,7 @@ import torch
 from made_sets import CLASSES, picture, pictures, tar_bytes, webdataset, write_folder, write_tar
 from torch.utils.data import DataLoader
 
-from widefield.data import CorruptImageError, Folder, Shards, _tar_index, collate, create
+from widefield.data import CorruptImageError, Folder, Shards, _kept, collate, create
 
 HEAVY = {"size": 24, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 1.0, "interpolation": "random"}
 
@@ -172,7 +172,7 @@ def test_an_index_that_cannot_be_kept_is_no_reason_to_stop(root, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(_tar_index.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(_kept, "write_whole", refuse)
     with pytest.warns(UserWarning, match=r"cannot be kept in .* \(Permission denied\).*The option index"):
         data = Shards("train", root=root, size=16)
     assert data[0]["image"].shape == (3, 16, 16)

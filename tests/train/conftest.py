@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from train.helpers import QUIET
+from widefield.tasks import Classification
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, RunResult, train
 
 
@@ -37,3 +39,23 @@ def run(recipe: Recipe) -> Callable[..., RunResult]:
         return train(replace(recipe, **changes), resume=resume, console=QUIET)
 
     return start
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
+    """Send a real signal to this process in the n-th training step from now on."""
+    loss = Classification.loss
+
+    def arrange(n: int, number: signal.Signals = signal.SIGINT) -> None:
+        calls = 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                signal.raise_signal(number)
+            return loss(*args)
+
+        monkeypatch.setattr(Classification, "loss", counted)
+
+    return arrange

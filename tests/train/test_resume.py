@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from train.helpers import log, same_weights
-from widefield.tasks import Classification
 from widefield.train import EmaSpec, Recipe, RunResult, TaskSpec, load_recipe, save_recipe
 from widefield.train.interrupt import StopRequest
 from widefield.train.loaders import EpochSampler
@@ -29,26 +28,6 @@ BUSY: dict[str, Any] = {
     "ema": EmaSpec(0.9, warmup=True),
     "clip_grad": 1.0,
 }
-
-
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
-    """Send a real signal to this process in the n-th training step from now on."""
-    loss = Classification.loss
-
-    def arrange(n: int, number: signal.Signals = signal.SIGINT) -> None:
-        calls = 0
-
-        def counted(*args: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == n:
-                signal.raise_signal(number)
-            return loss(*args)
-
-        monkeypatch.setattr(Classification, "loss", counted)
-
-    return arrange
 
 
 @pytest.mark.parametrize(("stop", "steps"), [(4, 4), (6, 6), (9, 9), (12, 12)])

@@ -33,7 +33,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--which", choices=("best", "last"), help="checkpoint of a run (best)")
     parser.add_argument(
-        "--data", metavar="SOURCE", help="a folder of images in class folders, digits, scales, or NAME:ROOT (the run's)"
+        "--data",
+        metavar="SOURCE",
+        help="a folder or URL of images in class folders, digits, scales, or NAME:ROOT (the run's)",
     )
     parser.add_argument(
         "--size",
@@ -298,6 +300,7 @@ def _readers() -> int:
 def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """Return the name and the options of the data set to evaluate a model on."""
     from widefield.data import DetectionSet, PoseSet, SegmentationSet
+    from widefield.data._stores import is_url
     from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
 
@@ -314,8 +317,8 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
                 "detection": own["name"] if own else "coco",
                 "pose": own["name"] if own else "coco_keypoints",
             }.get(subject.work, "folder")
-            is_folder = Path(args.data).expanduser().is_dir()
-            name, root = (usual, args.data) if is_folder else (args.data, "")
+            is_root = is_url(args.data) or Path(args.data).expanduser().is_dir()
+            name, root = (usual, args.data) if is_root else (args.data, "")
         if name not in SETS:
             raise ValueError(
                 f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."

@@ -15,17 +15,17 @@ import json
 import os
 import posixpath
 import tarfile
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from widefield.data._kept import read_arrays, write_arrays
+from widefield.data._stores import Files, LocalFiles
 from widefield.data.class_map import is_index
 from widefield.data.listing import HIDDEN, IMAGE_ENDINGS, Skipped, is_hidden, why_no_image
 
@@ -52,13 +52,15 @@ class TarIndex:
     """Reason, count and first name of the files that were left out, (R, 3)."""
 
 
-def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
+def tar_index(files: Files, tars: Sequence[str], label_key: str, store: Path) -> TarIndex:
     """Return the index of ``tars`` from ``store``, or build it and store it there.
 
     Args:
-        tars: uncompressed tar files.
+        files: where the tar files are.
+        tars: paths of uncompressed tar files.
         label_key: where to find the label in ``.json`` files.
-        store: folder of the stored file, which is identified by the tar files' names, lengths and modification times.
+        store: folder of the stored file, which is identified by the tar files' names, lengths and modification times,
+            or for a URL by its address and what the store knows of each file, such as a checksum.
 
     Raises:
         OSError: a file cannot be read or is not a tar file; the message names it.
@@ -66,18 +68,17 @@ def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
 
     Warns if the index cannot be stored.
     """
-    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in tars]
+    # A folder may move with its files, so that only their own names count.
+    named = [PurePosixPath(tar).name if isinstance(files, LocalFiles) else files.of(tar) for tar in tars]
+    told = [(name, *identity) for name, identity in zip(named, files.identities(tars), strict=True)]
     digest = hashlib.sha256(json.dumps([_FORMAT, label_key, told]).encode()).hexdigest()
     kept = store / f".widefield-tar-index-{digest[:16]}.npz"
+    names = [field.name for field in fields(TarIndex)]
+    if arrays := read_arrays(kept, names):
+        return TarIndex(**arrays)
+    index = _made(files, tars, label_key)
     try:
-        # np.load rejects pickled objects by default, but does not close damaged files that it opened itself.
-        with kept.open("rb") as file, np.load(file) as arrays:
-            return TarIndex(**{field.name: arrays[field.name] for field in fields(TarIndex)})
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # missing or damaged; it is rebuilt
-    index = _made(tars, label_key)
-    try:
-        _keep(index, kept)
+        write_arrays(kept, {name: getattr(index, name) for name in names})
     except OSError as error:
         warnings.warn(
             f"the index of {len(tars)} tar files cannot be kept in {str(store)!r} ({error.strerror}), so every process "
@@ -87,23 +88,11 @@ def tar_index(tars: Sequence[Path], label_key: str, store: Path) -> TarIndex:
     return index
 
 
-def _keep(index: TarIndex, path: Path) -> None:
-    """Write the index to a temporary file and move it in place, since several processes may do so at once."""
-    descriptor, unfinished = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **{field.name: getattr(index, field.name) for field in fields(TarIndex)})
-        Path(unfinished).chmod(0o644)  # mkstemp makes files private to their owner
-        Path(unfinished).replace(path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-
-
-def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
+def _made(files: Files, tars: Sequence[str], label_key: str) -> TarIndex:
     folders: dict[str, int] = {}
     skipped = Skipped()
-    parts = [_columns(number, path, label_key, folders, skipped) for number, path in enumerate(tars)]
+    scans = files.map(lambda tar: _scanned(files, tar, label_key), tars)
+    parts = [_columns(number, scan, folders, skipped) for number, scan in enumerate(scans)]
     names, numbers, offsets, sizes, labels, folder = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = [(reason, str(count), first) for reason, (count, first) in skipped.reasons.items()]
     left_out = _texts(rows).reshape(-1, 3)
@@ -115,7 +104,8 @@ def _made(tars: Sequence[Path], label_key: str) -> TarIndex:
         )
     if lacking.any():
         without, beside = (
-            f"{tars[numbers[i]]}/{names[i].decode('utf-8', 'replace')}" for i in (lacking.argmax(), lacking.argmin())
+            f"{files.of(tars[numbers[i]])}/{names[i].decode('utf-8', 'replace')}"
+            for i in (lacking.argmax(), lacking.argmin())
         )
         raise ValueError(f"{without} has no label next to it (.cls or .json), but {beside} has.")
     return TarIndex(names, numbers, offsets, sizes, labels, _texts([]), left_out)
@@ -125,68 +115,76 @@ def _texts(texts: Sequence[Any]) -> NDArray[np.str_]:
     return np.array(texts, dtype=np.str_)
 
 
-def _columns(
-    number: int, path: Path, label_key: str, folders: dict[str, int], skipped: Skipped
-) -> tuple[NDArray[Any], ...]:
+@dataclass
+class _Scan:
+    """The images in one tar file; a missing label is None."""
+
+    tar: str
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def _columns(number: int, scan: _Scan, folders: dict[str, int], skipped: Skipped) -> tuple[NDArray[Any], ...]:
     """Return names, tar files, offsets, sizes, labels (-1: none) and folders of the images in one tar file.
 
     Whether labels or folders define the classes is known only after all files. ``folders`` numbers the folders in the
     order of discovery.
     """
-    names, offsets, sizes, labels = _scanned(path, label_key, skipped)
+    skipped.include(scan.skipped)
     return (
-        np.array([name.encode("utf-8", "surrogateescape") for name in names], dtype=np.bytes_),
-        np.full(len(names), number, np.int32),
-        np.array(offsets, np.int64),
-        np.array(sizes, np.int64),
-        np.array([-1 if label is None else label for label in labels], np.int64),
-        np.array([folders.setdefault(_folder(name, path), len(folders)) for name in names], np.int64),
+        np.array([name.encode("utf-8", "surrogateescape") for name in scan.names], dtype=np.bytes_),
+        np.full(len(scan.names), number, np.int32),
+        np.array(scan.offsets, np.int64),
+        np.array(scan.sizes, np.int64),
+        np.array([-1 if label is None else label for label in scan.labels], np.int64),
+        np.array([folders.setdefault(_folder(name, scan.tar), len(folders)) for name in scan.names], np.int64),
     )
 
 
-def _folder(name: str, tar: Path) -> str:
+def _folder(name: str, tar: str) -> str:
     """Return the class of an image: its folder, or the tar file if it is not in a folder."""
-    return name.split("/")[-2] if "/" in name else tar.stem
+    return name.split("/")[-2] if "/" in name else PurePosixPath(tar).stem
 
 
-def _scanned(path: Path, label_key: str, skipped: Skipped) -> tuple[list[str], list[int], list[int], list[int | None]]:
-    """Return names, offsets, sizes and labels of the images in one tar file; a missing label is None."""
-    names: list[str] = []
+def _scanned(files: Files, tar: str, label_key: str) -> _Scan:
+    """Return the images in one tar file."""
+    scan, path = _Scan(tar), files.of(tar)
     links: dict[str, str] = {}
-    offsets: list[int] = []
-    sizes: list[int] = []
     beside: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
-    with path.open("rb") as file:
+    with files.open(tar) as file:
         try:
             for name, offset, size, target in _members(file, file, 0, ""):
                 ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path for each of millions takes minutes)
                 if any(map(is_hidden, name.split("/"))):
-                    skipped.add(HIDDEN, f"{path}/{name}")
+                    scan.skipped.add(HIDDEN, f"{path}/{name}")
                 elif target is not None:
                     links[name] = target
                 elif ending in IMAGE_ENDINGS:
-                    names.append(name)
-                    offsets.append(offset)
-                    sizes.append(size)
+                    scan.names.append(name)
+                    scan.offsets.append(offset)
+                    scan.sizes.append(size)
                 elif ending in beside:
                     file.seek(offset)
                     beside[ending][_key(name)] = file.read(size)
                 else:
-                    skipped.add(why_no_image(name), f"{path}/{name}")
+                    scan.skipped.add(why_no_image(name), f"{path}/{name}")
         except tarfile.TarError as error:
             raise OSError(
                 f"{path} is not a complete, uncompressed tar file: {error}. Download it again, or decompress it for "
                 f"random access."
             ) from error
-    for name in _follow(links, names, offsets, sizes):
-        skipped.add("links to no image in their tar file", f"{path}/{name}")
-    labels = [_label(path, name, beside, label_key) for name in names]
-    if any(label is not None for label in labels):
-        keys = [_key(name) for name in names]
+    for name in _follow(links, scan.names, scan.offsets, scan.sizes):
+        scan.skipped.add("links to no image in their tar file", f"{path}/{name}")
+    scan.labels = [_label(path, name, beside, label_key) for name in scan.names]
+    if any(label is not None for label in scan.labels):
+        keys = [_key(name) for name in scan.names]
         if len(set(keys)) < len(keys):
-            twice = next(name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1)
+            twice = next(name for name, key in zip(scan.names, keys, strict=True) if keys.count(key) > 1)
             raise ValueError(f"{path} holds several images of the sample {_key(twice)!r}; a sample has one image.")
-    return names, offsets, sizes, labels
+    return scan
 
 
 class _Member(NamedTuple):
@@ -252,7 +250,7 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _label(path: Path, name: str, beside: dict[str, dict[str, bytes]], label_key: str) -> int | None:
+def _label(path: str, name: str, beside: dict[str, dict[str, bytes]], label_key: str) -> int | None:
     key = _key(name)
     if key in beside[".cls"]:
         found: object = beside[".cls"][key].decode("ascii", "replace").strip()

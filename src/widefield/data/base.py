@@ -55,6 +55,8 @@ class SampleSet(Dataset[Sample | None], ABC):
     """Required option -> description of its value, for the message about a missing option."""
     further: ClassVar[tuple[str, ...]] = ()
     """Options that the constructor takes as ``**options`` without passing them to its base class."""
+    reads_urls: ClassVar[bool] = False
+    """Whether the option ``root`` may be a URL."""
     _visit = 0
 
     def __init__(self, split: str, seed: int) -> None:

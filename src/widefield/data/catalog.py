@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from widefield import _checks
 from widefield._lazy import Registry
+from widefield.data._stores import is_url
 from widefield.data.class_map import alike, listed
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
             `Lvis`, `VocBoxes`, `Yolo`, `CocoKeypoints`, `ScenePoses`.
 
     Raises:
-        ValueError: unknown name or split, or an option out of range.
+        ValueError: unknown name or split, an option out of range, or a URL as the root of a set that reads files of
+            this machine only.
         TypeError: unknown or missing option, or one of the wrong type.
         OSError: the files of the set are missing or cannot be read.
         ModuleNotFoundError: the package that reads the set is not installed.
@@ -69,6 +71,11 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
     for option, meaning in make.needs.items():
         if option not in options:
             raise TypeError(f"the data set {name!r} needs the option {option}, {meaning}.")
+    if is_url(options.get("root")) and not make.reads_urls:
+        raise ValueError(
+            f"the data set {name!r} reads files of this machine only; got root={options['root']!r}. Download them; the "
+            f"sets folder and shards read URLs."
+        )
     return make(split, **options)
 
 

@@ -27,6 +27,12 @@ class Skipped:
         count, first = self.reasons.get(reason, (0, name))
         self.reasons[reason] = count + 1, first
 
+    def include(self, other: Skipped) -> None:
+        """Count the files and folders that another reader left out."""
+        for reason, (count, first) in other.reasons.items():
+            before, earliest = self.reasons.get(reason, (0, first))
+            self.reasons[reason] = before + count, earliest
+
     def __bool__(self) -> bool:
         return bool(self.reasons)
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import itertools
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from widefield.data._kept import folder_for
+from widefield.data._stores import Files, LocalFiles, files_at
 from widefield.data._tar_index import tar_index
 from widefield.data.class_map import INTEGER, check_count, classes_of
 from widefield.data.decoding import CorruptImageError
 from widefield.data.image_files import ImageFiles
-from widefield.data.listing import Skipped, is_hidden
+from widefield.data.listing import Skipped
 
 
 class Shards(ImageFiles):
@@ -31,25 +35,33 @@ class Shards(ImageFiles):
     rebuilt when a tar file changes. A tar file is opened for each image: no open file is kept, or shared with forked
     workers.
 
+    With a URL as root, an image is a request for a range of bytes. The headers stand between the images, so that the
+    first use reads the tar files once as a whole, several at a time, and keeps the index on this machine.
+
     Args:
         split: ``"train"`` or ``"val"``.
-        root: the folder that holds the tar files.
-        train: glob under ``root`` for the training files, such as ``"imagenet1k-train-*.tar"``.
+        root: the folder that holds the tar files, or a URL of fsspec such as ``"s3://bucket/imagenet"``.
+        train: glob under ``root`` for the training files, such as ``"imagenet1k-train-*.tar"``. Braces stand for
+            numbers or words: ``"train-{0000..1023}.tar"``. Over http, where nothing can be listed, they are needed.
         val: glob for the validation files, such as ``"imagenet1k-validation-*.tar"``.
         class_map: class folders: as of `Folder`. Webdataset: a text file with the names of the classes.
         label_key: the entry of ``key.json`` that holds the label, if there is no ``key.cls``.
-        index: folder for the hidden file; None means ``root``. If it cannot be written, each process reads the headers
-            again, with a warning.
+        index: folder for the hidden file; None means ``root``, or ``$XDG_CACHE_HOME/widefield/data`` for a URL. If it
+            cannot be written, each process reads the headers again, with a warning.
+        storage: options of the URL's file system, such as ``{"anon": True}``; credentials are refused, because recipes
+            and runs are shared.
         options: those of `ImageFiles`, such as ``size``, ``auto_augment`` and ``corrupt``.
 
     Raises:
         FileNotFoundError: ``root`` or the tar files are missing, or hold no image.
+        ModuleNotFoundError: the package for the protocol of a URL is not installed.
         OSError: a tar file cannot be read, is incomplete or is compressed.
         ValueError: labels are missing, not integers or beyond the class map, or an argument is out of range.
         TypeError: an argument is unknown or of the wrong type.
     """
 
-    needs: ClassVar[dict[str, str]] = {"root": "the folder that holds the tar files"}
+    needs: ClassVar[dict[str, str]] = {"root": "the folder that holds the tar files, or its URL"}
+    reads_urls: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -61,23 +73,26 @@ class Shards(ImageFiles):
         class_map: str | Path | None = None,
         label_key: str = "label",
         index: str | Path | None = None,
+        storage: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(split, **options)
         if not isinstance(label_key, str):
             raise TypeError(f"label_key must be the name of an entry; got {label_key!r}.")
-        root = Path(root).expanduser()
-        store = root if index is None else Path(index).expanduser()
-        if not store.is_dir():
-            raise FileNotFoundError(f"{'root' if index is None else 'index'} is not a folder: {str(store)!r}.")
-        self._tars = [str(path) for path in _tars(root, split, {"train": train, "val": val}[split])]
-        self._index = tar_index([Path(tar) for tar in self._tars], label_key, store)
+        self._source = files_at(root, storage)
+        if isinstance(self._source, LocalFiles) and not self._source.root.is_dir():
+            raise FileNotFoundError(f"root is not a folder: {self._source.place!r}.")
+        own = self._source.root if isinstance(self._source, LocalFiles) else None
+        store = folder_for(index, own)
+        self._tars = _tars(self._source, split, {"train": train, "val": val}[split])
+        self._index = tar_index(self._source, self._tars, label_key, store)
         skipped = Skipped({reason: (int(count), first) for reason, count, first in self._index.skipped.tolist()})
         if not len(self._index.names):
             left_out = f" Left out: {skipped}." if skipped else ""
-            raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {self._tars[0]} among them.{left_out}")
+            first = self._source.of(self._tars[0])
+            raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {first} among them.{left_out}")
         self._hold(*self._classes(class_map), skipped)
-        self.place = str(root)
+        self.place = self._source.place
 
     def _classes(self, class_map: str | Path | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         """Return the names of the classes and the labels of the images."""
@@ -104,30 +119,63 @@ class Shards(ImageFiles):
 
     def _open(self, index: int) -> io.BytesIO:
         size = int(self._index.sizes[index])
-        with Path(self._tars[self._index.tars[index]]).open("rb", buffering=0) as file:
-            file.seek(int(self._index.offsets[index]))
-            content = file.read(size)
+        try:
+            content = self._source.read(self._tars[self._index.tars[index]], int(self._index.offsets[index]), size)
+        except OSError as error:
+            if isinstance(self._source, LocalFiles):
+                raise
+            raise type(error)(f"cannot read the image {self._name(index)}: {error}") from error
         if len(content) < size:  # the file was truncated after its headers were read
             raise CorruptImageError(f"cannot read the image {self._name(index)}: the tar file ends before it does.")
         return io.BytesIO(content)
 
     def _name(self, index: int) -> str:
         name = bytes(self._index.names[index]).decode("utf-8", "surrogateescape")
-        return f"{self._tars[self._index.tars[index]]}/{name}"
+        return f"{self._source.of(self._tars[self._index.tars[index]])}/{name}"
 
 
-def _tars(root: Path, split: str, pattern: str) -> list[Path]:
+def _tars(files: Files, split: str, pattern: str) -> list[str]:
+    """Return the tar files of a split, by pattern and then by name."""
     if not isinstance(pattern, str):
         raise TypeError(f"{split} must be a glob such as 'imagenet-{split}-*.tar'; got {pattern!r}.")
-    try:
-        found = sorted(path for path in root.glob(pattern) if path.is_file() and not is_hidden(path.name))
-    except (ValueError, NotImplementedError) as error:  # an empty pattern, or an absolute one
-        raise ValueError(f"{split} must be a glob under root, such as '{split}/*.tar'; got {pattern!r}.") from error
-    if not found:
-        there = sorted(str(path.relative_to(root)) for path in root.rglob("*.tar") if not is_hidden(path.name))
-        listed = f"{', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "no tar files"
-        raise FileNotFoundError(
-            f"no file in {str(root)!r} is named {pattern!r}; it holds {listed}. Set the option {split} to a glob that "
-            f"fits, such as 'imagenet-{split}-*.tar'."
-        )
-    return found
+    found: list[str] = []
+    for each in expanded(pattern):
+        try:
+            there = files.matching(each)
+        except (ValueError, NotImplementedError) as error:  # an empty pattern, or an absolute one
+            raise ValueError(f"{split} must be a glob under root, such as '{split}/*.tar'; got {pattern!r}.") from error
+        if not there:
+            raise FileNotFoundError(
+                f"no file in {files.place!r} is named {each!r}; it holds {_there(files)}. Set the option {split} to a "
+                f"glob that fits, such as 'imagenet-{split}-*.tar'."
+            )
+        found += there
+    return list(dict.fromkeys(found))
+
+
+def _there(files: Files) -> str:
+    """Return some tar files in words, for a message."""
+    there = files.matching("**/*.tar")
+    return f"{', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "no tar files"
+
+
+def expanded(pattern: str) -> list[str]:
+    """Return the patterns that the braces of one stand for, in order.
+
+    ``{000..011}`` is twelve numbers of three digits, and ``{a,b}`` two words; there may be several braces, but none in
+    another. Raises ValueError for a range that counts down.
+    """
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [_choices(part, pattern) if place % 2 else [part] for place, part in enumerate(parts)]
+    return ["".join(words) for words in itertools.product(*choices)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if span is None:
+        return inside.split(",")
+    first, last = span.groups()
+    if int(first) > int(last):
+        raise ValueError(f"{{{inside}}} in {pattern!r} counts down: write {{{last}..{first}}}.")
+    width = len(first) if first.startswith("0") else 0
+    return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]

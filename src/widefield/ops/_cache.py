@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from widefield._files import cache_folder
+
 
 def path(kind: str, *parts: object) -> Path:
     """Return the file for a kind of measurement. ``parts``: what it depends on, such as the card and versions."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = re.sub(r"[^\w.+-]+", "_", "-".join(str(part) for part in parts))
-    return Path(root) / "widefield" / kind / f"{name}.json"
+    return cache_folder() / kind / f"{name}.json"
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -29,8 +29,9 @@ _MAY_CHANGE = ("workers", "log_every", "checkpoint", "trackers", "patience")
 """Keys that do not change the numbers of a run's steps, so that they may differ when it is resumed."""
 _PLACES = ("name", "output")
 """Keys that say where a run is; a resumed run stays in its folder, even if that was moved."""
-_DATA_PLACES = ("data.args.root", "data.args.index", "data.args.cache")
-"""Keys that say where the data are. They may change: ``check_data`` has found the data to be the same."""
+_DATA_PLACES = ("root", "index", "cache", "listing", "refresh", "storage")
+"""Options of data sets that say where the data are, keys in ``data.args``. They may change: ``check_data`` has
+found the data to be the same."""
 
 
 class RunFolder(RunFiles):
@@ -103,7 +104,7 @@ class RunFolder(RunFiles):
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise ValueError naming the keys that ``recipe`` must not change in a resumed run."""
         before, now = (flat(dataclasses.asdict(r)) for r in (load_recipe(self.path), recipe))
-        free = {*_MAY_CHANGE, *_PLACES, *(key for key in _DATA_PLACES if key in now)}
+        free = {*_MAY_CHANGE, *_PLACES, *(key for key in {*before, *now} if _is_place_of_data(key))}
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in dict.fromkeys([*before, *now])
@@ -168,6 +169,10 @@ class RunFolder(RunFiles):
             if entry["step"] < step or (entry["step"] == step and (evaluated or entry["kind"] == "step"))
         ]
         checkpoint.write_text(self.log, "".join(f"{line}\n" for line in kept))
+
+
+def _is_place_of_data(key: str) -> bool:
+    return key.startswith("data.args.") and key.split(".")[2] in _DATA_PLACES
 
 
 def recipe_hash(recipe: Recipe) -> str:
