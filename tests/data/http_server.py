@@ -24,6 +24,9 @@ class Server(ThreadingHTTPServer):
         self.failures = 0
         self.refused = False
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore clients that have gone."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -14,7 +15,7 @@ from http_server import serving
 from made_sets import pictures, webdataset, write_folder, write_tar
 from torch.utils.data import DataLoader
 
-from widefield.data import CorruptImageError, Folder, Shards, _kept, _stores, collate, create, create_both
+from widefield.data import CorruptImageError, Folder, Scales, Shards, _kept, _stores, collate, create, create_both
 
 HEAVY = {"size": 16, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 1.0, "interpolation": "random"}
 BRACES = {"train": "train/a-{0..1}.tar", "val": "val/a-{0,1}.tar"}
@@ -194,6 +195,17 @@ def test_workers_read_by_themselves_even_after_the_parent_has(made, kind, contex
             loader = DataLoader(data, 4, num_workers=workers, collate_fn=collate, multiprocessing_context=started)
             assert torch.equal(torch.cat([batch["image"] for batch in loader]), own)
             assert torch.equal(pickle.loads(pickle.dumps(data))[3]["image"], own[3])
+
+
+def test_forked_workers_leave_the_connections_of_the_parent_alone(made):
+    with serving(made) as server:
+        data = Shards("train", root=f"{server.url}/tars", size=8, **BRACES)
+        first = data[0]["image"]
+        started = time.monotonic()
+        for _ in range(3):
+            list(DataLoader(Scales("train", count=4), 2, num_workers=1))
+            assert torch.equal(data[0]["image"], first)
+        assert time.monotonic() - started < 30  # a connection that is lost to a worker waits for minutes
 
 
 def test_requests_are_tried_again_and_then_named(made):

@@ -28,6 +28,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_INHERITED: list[Any] = []
+"""File systems of the process that this one is a fork of. To close them would unregister the parent's connections from
+the epoll instance that both share, and the parent would wait for their data in vain."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -141,7 +145,7 @@ class RemoteFiles(Files):
 
     def __init__(self, url: str, storage: Mapping[str, Any] | None = None) -> None:
         self.place = url.rstrip("/") if not url.endswith("://") else url
-        protocols = [part.partition("://")[0] for part in url.split("::")]
+        self._protocols = protocols = [part.partition("://")[0] for part in url.split("::")]
         _check_url(url)
         self._storage = checked_storage(storage)
         for protocol in protocols:
@@ -164,12 +168,14 @@ class RemoteFiles(Files):
         return {**self.__dict__, "_opened": None}
 
     def _connected(self) -> tuple[Any, str]:
-        """Return this process's file system, and the root in it; one of another process would share its threads."""
+        """Return this process's file system, and the root in it."""
         if self._opened is None or self._opened[0] != os.getpid():
             from fsspec.core import url_to_fs
 
+            if self._opened is not None:
+                _INHERITED.append(self._opened[1])
             try:
-                system, root = url_to_fs(self.place, **self._storage)
+                system, root = url_to_fs(self.place, **self._options())
             except ImportError as error:
                 raise ModuleNotFoundError(f"{self.place} cannot be read: {error}.") from error
             except (ValueError, TypeError) as error:
@@ -179,6 +185,16 @@ class RemoteFiles(Files):
                 ) from error
             self._opened = os.getpid(), system, root.rstrip("/")
         return self._opened[1:]
+
+    def _options(self) -> dict[str, Any]:
+        """Return the arguments of fsspec for a file system that it does not keep for others.
+
+        Those that it keeps are closed in each forked process, even in workers that never read from them.
+        """
+        alone = {"skip_instance_cache": True}
+        if len(self._protocols) == 1:
+            return {**self._storage, **alone}
+        return {**self._storage, **{name: {**self._storage.get(name, {}), **alone} for name in self._protocols}}
 
     def of(self, name: str) -> str:
         """Return the URL of a file."""
