@@ -328,6 +328,7 @@ def test_results_are_named_kept_small_and_drawn(tmp_path):
     assert figure.get_size_inches()[0] <= 7
     shades = {tuple(image.get_clim()) for axis in figure.axes[:-1] for image in axis.images[1:]}
     assert shades == {(0.0, 1.0)}
+    assert [mesh.get_alpha() for mesh in figure.axes[-1].collections if mesh.get_array() is not None] == [1]
     bare = class_activation(tiny(), images, targets=1)
     assert bare.pixels is None
     assert bare.labels == ("class 1",) * 3

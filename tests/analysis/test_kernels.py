@@ -407,6 +407,10 @@ def test_the_figure_shows_the_widest_kernels_of_each_stage():
     both = type(result).draw({"a": result, "b": kernel_energy(nn.Conv2d(3, 4, 9))})
     assert [line.get_label() for line in both.axes[0].lines] == ["a", "b"]
     assert {axis.images[0].get_extent()[1] for axis in both.axes if axis.images} == {4.5}  # one scale for all pixels
+    marks = [
+        [len(line.get_xdata()) for line in axis.lines if line.get_linestyle() == "None"] for axis in both.axes[1:3]
+    ]
+    assert marks == [[3], [1]]  # the smallest crops of each model in a strip of its own
 
 
 def test_a_layer_that_learns_while_it_is_read_is_left_alone():

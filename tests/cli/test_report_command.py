@@ -1,6 +1,7 @@
 """``widefield report``: one page about runs, with every analysis that applies."""
 
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -34,20 +35,22 @@ def runs(tmp_path_factory):
 
 def test_one_run_gets_a_page_in_its_folder(runs, capsys):
     assert cli.main(["report", str(runs[0]), "--count", "4"]) == 0
-    assert capsys.readouterr().out.strip() == f"wrote {runs[0] / 'report.html'}"
+    said = capsys.readouterr()
+    assert said.out.strip() == f"wrote {runs[0] / 'report.html'}"
+    assert said.err.count("mixture: 4 of digits val: 355 images, 10 classes") == 1
     page = (runs[0] / "report.html").read_text()
-    for heading in ("Training", "Effective receptive field", "Routing", "Class activation"):
+    headings = ("Training", "Metrics", "Classes", "What is mistaken for what", "Best images", "Worst images")
+    for heading in (*headings, "Effective receptive field", "Routing", "Class activation"):
         assert f"<h2>{heading}</h2>" in page
+    assert re.search(r'class="headline"><p>mixture is right about \d+ of 128 validation images of digits: ', page)
+    links = re.findall(r'<a href="#(.*?)">', page)
+    assert links == re.findall(r'<section id="(.*?)">', page)
     assert "Learned masks" not in page
     assert "left out" not in page
     found = json.loads((runs[0] / "report.json").read_text())["results"]
     assert found["Effective receptive field"]["mixture"]["kind"] == "ReceptiveField"
+    assert found["Evaluation"]["mixture"]["images"] == 128
     assert found["Routing"]["mixture"]["about"]["images"] == 16
-
-
-def test_what_was_found_is_said_once(runs, tmp_path, capsys):
-    assert cli.main(["report", str(runs[0]), "--count", "4", "--out", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().err.count("mixture: 4 of digits val: 355 images, 10 classes") == 1
 
 
 def test_several_runs_stand_side_by_side(runs, tmp_path):
@@ -57,7 +60,11 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
     assert set(found["Effective receptive field"]) == {"mixture", "masks"}
     assert set(found["Routing"]) == {"mixture"}
     assert set(found["Learned masks"]) == {"masks"}
-    assert "conversion.kind" in out.read_text()  # differences between their recipes
+    page = out.read_text()
+    assert "conversion.kind" in page  # differences between their recipes
+    assert "mixture and masks were compared on the same 64 validation images of digits." in page
+    assert "<h2>Evaluation of masks</h2>" in page
+    assert page.count("<summary>Worst images</summary>") == 2
 
 
 def test_what_cannot_be_reported_is_said(runs, tmp_path, capsys):

@@ -234,10 +234,26 @@ def test_images_are_rated_only_for_examples() -> None:
             rated.append(len(outputs["preds"]))
             return super().rate(outputs)
 
-    assert not measured(Colors(), patches, Counting.for_data(patches)).examples
+    without = measured(Colors(), patches, Counting.for_data(patches))
+    assert not without.examples
+    assert without.each is None
     assert not rated
-    assert measured(Colors(), patches, Counting.for_data(patches), examples=1).examples
+    found = measured(Colors(), patches, Counting.for_data(patches), examples=1)
+    assert found.examples
     assert sum(rated) >= 5
+    assert found.each is not None
+    assert found.each.places.tolist() == list(range(5))
+    assert found.each.ratings.max() == found.examples[0].rating
+    assert found.each.parts is None  # the mean IoU is not a mean over images
+
+
+def test_parts_of_the_headline_have_it_as_their_mean() -> None:
+    dataset = told()
+    found = measured(Says(12), dataset, tasks.create("classification", dataset), examples=1)
+    assert found.each is not None
+    assert found.each.parts is not None
+    assert found.each.parts.mean() == pytest.approx(found.metrics["top1"])
+    assert "each" not in found.to_dict()
 
 
 # Assignment of outputs to classes

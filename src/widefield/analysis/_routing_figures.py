@@ -1,4 +1,4 @@
-"""Draw figures of routing statistics: pies, heat maps, and preferred field sizes."""
+"""Draw figures of routing statistics: bars of choices, heat maps, and preferred field sizes."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ _A_ROW = 6
 """Panels in one row of a page."""
 _CLASSES = 20
 """Largest number of classes in a figure."""
+_ACROSS = 3
+"""Largest number of models side by side."""
+_NAMED = 7
+"""Least percentage that is written on a bar."""
+_CELL = 0.3
+"""Width of a cell in which a word fits, in inches."""
+_LETTER = 0.065
+"""Width of a letter of a tick label, in inches."""
 
 
-def _pies(results: Mapping[str, RoutedImages]) -> Figure:
+def _choices(results: Mapping[str, RoutedImages]) -> Figure:
     experts = _experts(block for result in results.values() for block in result.blocks)
     colors = dict(zip(experts, report.expert_colors(len(experts)), strict=True))
-    figure, grids = _grids(results, 1.2, 0.4)
+    figure, axes, _ = _panels(results, 0.15)
     handles: dict[str, Any] = {}
-    for result, axes in zip(results.values(), grids, strict=True):
-        for axis, block in zip(axes, result.blocks, strict=True):
-            wedges, _, texts = axis.pie(
-                block.frequencies(),
-                colors=[colors[name] for name in block.experts],
-                startangle=90,
-                counterclock=False,
-                radius=1.25,
-                autopct=lambda percent: f"{percent:.0f}" if percent >= 5 else "",
-                pctdistance=0.68,
-                textprops={"fontsize": 6},
-                wedgeprops={"edgecolor": "white"},
-            )
-            for wedge, text, share in zip(wedges, texts, block.frequencies(), strict=True):
-                text.set_color(_readable(wedge.get_facecolor()))
-                wedge.set_linewidth(0.5 if share else 0)
-            handles |= zip(block.experts, wedges, strict=True)
+    for axis, result in zip(axes, results.values(), strict=True):
+        for row, block in enumerate(result.blocks):
+            start = 0.0
+            for name, share in zip(block.experts, 100 * block.frequencies(), strict=True):
+                (bar,) = axis.barh(row, share, 0.8, left=start, color=colors[name], edgecolor="white", linewidth=0.5)
+                handles.setdefault(name, bar)
+                if share >= _NAMED:
+                    color = report.readable(colors[name])
+                    axis.text(
+                        start + share / 2, row, f"{share:.0f}", ha="center", va="center", fontsize=6, color=color,
+                        gid=report.FIXED,
+                    )  # fmt: skip
+                start += share
+        axis.set_xlim(0, 100)
+        axis.set_ylim(len(result.blocks) - 0.5, -0.5)
+        axis.set_xlabel("share of the choices (%)")
+        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        [handles[name] for name in experts],
-        experts,
-        loc="outside lower center",
-        ncols=min(len(experts), 6),
-        title="expert (numbers in %)",
-        title_fontsize=7,
-    )
+        [handles[name] for name in experts], experts, loc="outside lower center", ncols=min(len(experts), 6),
+        title="expert", title_fontsize=7,
+    )  # fmt: skip
     return figure
 
 
 def _heat(results: Mapping[str, RoutedImages]) -> Figure:
-    figure, axes = _columns(results, report.COLUMN if len(results) == 1 else report.PAGE)
+    figure, axes, room = _panels(results, 0.17)
+    size = 6 if room / max(len(_experts(result.blocks)) for result in results.values()) > _CELL else 4.5
     limit = max(block.shares().max() for result in results.values() for block in result.blocks)
     for axis, result in zip(axes, results.values(), strict=True):
         experts = _experts(result.blocks)
@@ -68,10 +73,10 @@ def _heat(results: Mapping[str, RoutedImages]) -> Figure:
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 dead = experts[column] in result.blocks[row].dead()
-                color = _readable(shown.cmap(shown.norm(100 * value)))
+                color = report.readable(shown.cmap(shown.norm(100 * value)))
                 text = "dead" if dead else f"{100 * value:.0f}"
-                axis.text(column, row, text, ha="center", va="center", fontsize=6, color=color)
-        axis.set_xticks(range(len(experts)), experts, rotation=90 if max(map(len, experts)) > 5 else 0)
+                axis.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+        axis.set_xticks(range(len(experts)), experts, rotation=_turned(experts, room))
         axis.set_xlabel("expert")
     figure.colorbar(shown, ax=axes, label="mean share of the routing weight, %", pad=0.02, aspect=30)
     return figure
@@ -101,7 +106,7 @@ def _classes(results: Mapping[str, RoutedImages]) -> Figure:
 
 
 def _fields(results: Mapping[str, RoutedImages]) -> Figure:
-    figure, axes = _columns(results, report.PAGE)
+    figure, axes, _ = _panels(results, 0.17)
     fields = [[block.fields() for block in result.blocks] for result in results.values()]
     even = [[float(np.mean(block.sizes)) for block in result.blocks] for result in results.values()]
     every = np.concatenate([*even, *(values for blocks in fields for values in blocks)])
@@ -140,19 +145,24 @@ def _fields(results: Mapping[str, RoutedImages]) -> Figure:
 
 
 DRAWN: Mapping[str, Callable[[Mapping[str, RoutedImages]], Figure]] = {
-    "pies": _pies,
+    "choices": _choices,
     "heat": _heat,
     "classes": _classes,
     "fields": _fields,
 }
 CAPTIONS = {
-    "pies": "How often each expert is chosen in each block. Hard routing: its share of all choices. Soft routing: the "
-    "share of images that give it the largest weight.",
-    "heat": "Share of the routing weight that each expert gets, averaged over images.",
-    "classes": "Difference of these shares between each class and the mean over classes; of more than "
-    f"{_CLASSES} classes, those that differ most.",
-    "fields": "Field size that images prefer, in pixels of the block's input: the experts' sizes averaged with the "
-    "image's routing weights. At both ends, the images with the smallest and the largest.",
+    "choices": "How often each expert is chosen in each block. Hard routing: its share of all choices. Soft routing: "
+    "the share of images that give it the largest weight. A bar of one color means that the block treats all images "
+    "alike, and could do with one kernel.",
+    "heat": "How much of the routing weight each expert gets, averaged over images; negative weights count by their "
+    "size. A row with one bright cell hardly mixes. A dead expert gets less than a hundredth of an even share: without "
+    "it, next to nothing would change. A constant block gives all images the same weights.",
+    "classes": "Whether the kind of image decides: difference of these shares between each class and the mean over "
+    f"classes; of more than {_CLASSES} classes, those that differ most. A pale panel means that the block's router "
+    "does not tell classes apart.",
+    "fields": "Which field size images prefer, in pixels of the block's input: the experts' sizes averaged with the "
+    "image's routing weights. The images with the smallest and the largest are named. A wide line means that the block "
+    "sees some images with larger fields than others; a point, that it does not.",
 }
 
 
@@ -165,29 +175,45 @@ def _grids(results: Mapping[str, RoutedImages], height: float, extra: float) -> 
     grids = []
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=[height * n + 0.45 for n in rows])[:, 0]
     for part, n, (name, result) in zip(parts, rows, results.items(), strict=True):
-        labels, pattern = _labels(result.blocks)
-        part.suptitle(_wrapped(f"{name}, {pattern}" if "*" in pattern else name, width), fontsize=8)
+        labels = block_names(result.blocks)
+        part.suptitle(_wrapped(name, width), fontsize=8)
         axes = part.subplots(n, columns, squeeze=False).ravel()
         for axis in axes[len(labels) :]:
             axis.remove()
         for axis, label in zip(axes, labels, strict=False):
-            axis.set_title(label, fontsize=7, pad=3)
+            axis.set_title(_tail(label, int(width / columns / _LETTER) + 2), fontsize=7, pad=3)
         grids.append(list(axes[: len(labels)]))
     return figure, grids
 
 
-def _columns(results: Mapping[str, RoutedImages], width: float) -> tuple[Figure, Any]:
-    """Return a figure with one column per result, blocks from top to bottom, and the columns' axes."""
+def _panels(results: Mapping[str, RoutedImages], height: float) -> tuple[Figure, list[Any], float]:
+    """Return a figure with one panel per result, blocks from top to bottom; its axes; the panels' width in inches.
+
+    ``height`` is that of a block, in inches.
+    """
+    columns = min(len(results), _ACROSS)
+    rows = -(-len(results) // columns)
+    width = 0.7 * report.PAGE if columns == 1 else report.PAGE
     blocks = max(len(result.blocks) for result in results.values())
-    figure = report.blank(width, 1.1 + 0.17 * max(blocks, 9))
-    axes = figure.subplots(1, len(results), squeeze=False)[0]
-    for axis, (name, result) in zip(axes, results.items(), strict=True):
-        labels, pattern = _labels(result.blocks)
+    figure = report.blank(width, 0.5 + rows * (0.6 + height * max(blocks, 6)))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in grid[len(results) :]:
+        axis.remove()
+    shown: list[list[str]] = []
+    for place, (axis, (name, result)) in enumerate(zip(grid, results.items(), strict=False)):
         constant = ["" if block.depends_on_input else " (constant)" for block in result.blocks]
-        axis.set_yticks(range(len(labels)), [a + b for a, b in zip(labels, constant, strict=True)])
-        axis.set_ylabel(pattern)
-        axis.set_title(_wrapped(name, width / len(results) - 0.8))
-    return figure, axes
+        labels = [a + b for a, b in zip(block_names(result.blocks), constant, strict=True)]
+        alike = place % columns and labels == shown[-1]
+        axis.set_yticks(range(len(labels)), [""] * len(labels) if alike else labels)
+        axis.set_title(_wrapped(name, width / columns - 0.8))
+        shown.append(labels)
+    longest = max(len(label) for labels in shown for label in labels)
+    return figure, list(grid[: len(results)]), width / columns - _LETTER * longest
+
+
+def _turned(names: Sequence[str], room: float) -> int:
+    """Return the angle at which names fit below a panel of this width in inches."""
+    return 90 if (max(map(len, names)) + 1) * _LETTER * len(names) > room else 0
 
 
 def _experts(blocks: Iterable[Routing]) -> list[str]:
@@ -196,14 +222,12 @@ def _experts(blocks: Iterable[Routing]) -> list[str]:
     return sorted(found, key=lambda name: (found[name], name))
 
 
-def _labels(blocks: Sequence[Routing]) -> tuple[list[str], str]:
-    """Return what distinguishes the blocks' names, and what they share: "2.0" and "stages.*.blocks.*.conv_dw"."""
+def block_names(blocks: Sequence[Routing]) -> list[str]:
+    """Return the names of blocks without what all end in: "stages.2.blocks.0" for "stages.2.blocks.0.conv_dw"."""
     names = [block.name.split(".") for block in blocks]
-    same = [len(set(column)) == 1 for column in zip(*names, strict=False)]
-    if len(names) == 1 or len({len(parts) for parts in names}) > 1 or not any(same):
-        return [block.name for block in blocks], "block"
-    labels = [".".join(part for part, s in zip(parts, same, strict=True) if not s) for parts in names]
-    return labels, ".".join(part if s else "*" for part, s in zip(names[0], same, strict=True))
+    while len(names) > 1 and min(map(len, names)) > 1 and len({parts[-1] for parts in names}) == 1:
+        names = [parts[:-1] for parts in names]
+    return [".".join(parts) for parts in names]
 
 
 def _by_class(result: RoutedImages) -> tuple[list[str], list[np.ndarray]]:
@@ -217,12 +241,6 @@ def _by_class(result: RoutedImages) -> tuple[list[str], list[np.ndarray]]:
     far = np.sum([np.abs(table).sum(1) for table in apart], 0)
     kept = np.sort((-far).argsort(kind="stable")[:_CLASSES])
     return [list(parts)[k] for k in kept], [table[kept] for table in apart]
-
-
-def _readable(color: Any) -> str:
-    """Return black or white, whichever is readable on ``color``, RGBA."""
-    red, green, blue = color[:3]
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def _wrapped(text: str, width: float) -> str:

@@ -31,6 +31,7 @@ _KEPT = 224  # largest side of the images stored in a result
 _COARSE = 4  # sides of maps below which the center's share says nothing: that of a map of 2x2 is always 25 %
 _SMALL = 6.5  # font size under a picture, in points
 _BAR = 0.75  # width of the color bar, in inches
+_TALL = 1.8  # height of pictures below which a long label does not fit its color bar, in inches
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,10 @@ class ClassActivation(Result):
                 label = label if len(label) <= letters else f"{label[: letters - 1]}…"
                 text = f"{label}{', ' if short else chr(10)}{result.probability[row] * 100:.2g} %"
                 axis.set_xlabel(text, fontsize=_SMALL, labelpad=2)
-        bar = figure.colorbar(shades[0], ax=axes, shrink=min(1.0, 2.4 / (count * cell)), pad=0.02, aspect=25)
-        bar.set_label("share of the map's maximum")
+        bar: Any = figure.colorbar(shades[0], ax=axes, shrink=min(1.0, 2.4 / (count * cell)), pad=0.02, aspect=25)
+        bar.solids.set_alpha(1)  # or the bar would be paler than the maps, which lie over the images
+        tall = count * cell * height / width > _TALL
+        bar.set_label("share of the map's maximum" if tall else "share of\nthe maximum")
         return figure
 
 

@@ -35,6 +35,9 @@ from widefield.surgery.walk import merge_method
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_STRIP = 0.55
+"""Height of a model's smallest crops over depth, in inches."""
+
 
 @dataclass(frozen=True)
 class LayerKernel:
@@ -143,9 +146,13 @@ class KernelMaps(Result):
         side = max(max(layer.span) for layers in whole.values() for layer in layers)
         tiles = {name: _tiles(_widest(layers), side) for name, layers in whole.items()}
         below = _stages.height(tiles)
-        figure: Any = report.blank(report.PAGE, 2.2 + below)
-        top, bottom = figure.subfigures(2, 1, height_ratios=[2.2, below])
-        curves, depth = top.subplots(1, 2, width_ratios=[2, 3])
+        above = max(2.2, 0.8 + _STRIP * len(results))
+        figure: Any = report.blank(report.PAGE, above + below)
+        top, bottom = figure.subfigures(2, 1, height_ratios=[above, below])
+        grid = top.add_gridspec(len(results), 2, width_ratios=[2, 3])
+        curves, depths = top.add_subplot(grid[:, 0]), [top.add_subplot(grid[0, 1])]
+        for row in range(1, len(results)):  # a strip for each model, as marks of several would hide one another
+            depths.append(top.add_subplot(grid[row, 1], sharex=depths[0], sharey=depths[0]))
         lines: list[tuple[str, list[LayerKernel]]] = [(_stages.short(name), layers) for name, layers in whole.items()]
         colors: Sequence[Any] = report.COLORS
         if len(results) == 1:
@@ -158,8 +165,9 @@ class KernelMaps(Result):
             x, y = _kept(_widest(layers))
             named = len(results) > 1 or len(lines) <= 8 or index % -(-len(lines) // 5) == 0
             curves.plot(x, y, label=label if named else None, markevery=max(1, len(x) // 8), **style)
+            depth = depths[index if len(results) > 1 else 0]
             _over_depth(depth, [places[id(layer)] for layer in layers], layers, share, style)
-        _finish(curves, depth, share, first.limit)
+        _finish(curves, depths, share, first.limit)
         _stages.draw(bottom, tiles, side, "mean |weight|")
         drawn: Figure = figure
         return drawn
@@ -390,22 +398,24 @@ def _over_depth(axis: Any, x: Sequence[int], layers: Sequence[LayerKernel], shar
     axis.plot(x, kept, linestyle="none", **style)
 
 
-def _finish(curves: Any, depth: Any, share: float, limit: int | None) -> None:
+def _finish(curves: Any, depths: Sequence[Any], share: float, limit: int | None) -> None:
     curves.set_xlabel("side of the crop (pixels)")
     curves.locator_params(axis="x", integer=True)
     curves.set_ylabel("energy kept (share)")
     curves.set_ylim(0, 1.03)
     curves.legend(loc="best", handlelength=1.5)
-    depth.set_xlabel("layer")
-    depth.set_ylabel(f"smallest crop for {100 * share:.4g} %\n(pixels)")
-    depth.margins(y=0.08)
-    depth.set_ylim(bottom=0)
-    depth.locator_params(axis="x", integer=True)
-    if limit is not None:
-        where: Any = ("axes fraction", "data")
-        depth.axhline(limit, color="black", linewidth=0.7, linestyle=":")
-        depth.annotate(f"limit {limit}", (1.01, limit), xycoords=where, fontsize=7, va="center")
-    for axis in (curves, depth):
+    depths[-1].set_xlabel("layer")
+    depths[len(depths) // 2].set_ylabel(f"smallest crop for {100 * share:.4g} %\n(pixels)")
+    for depth in depths:
+        depth.margins(y=0.08)
+        depth.set_ylim(bottom=0)
+        depth.locator_params(axis="x", integer=True)
+        depth.tick_params(axis="x", labelbottom=depth is depths[-1])
+        if limit is not None:
+            where: Any = ("axes fraction", "data")
+            depth.axhline(limit, color="black", linewidth=0.7, linestyle=":")
+            depth.annotate(f"limit {limit}", (1.01, limit), xycoords=where, fontsize=7, va="center")
+    for axis in (curves, *depths):
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
 

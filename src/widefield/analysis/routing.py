@@ -18,7 +18,7 @@ from widefield import _checks, report
 from widefield.analysis._model import batched, chunks, running, track, visited, watched
 from widefield.analysis._result import Result, plain
 from widefield.analysis._routing import CONSTANT, DEAD, RoutedImages, Routing, Variance, collapse
-from widefield.analysis._routing_figures import CAPTIONS, DRAWN
+from widefield.analysis._routing_figures import CAPTIONS, DRAWN, block_names
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.inputs import pixels
 
@@ -81,12 +81,12 @@ class RoutingStatistics(RoutedImages, Result):
         variance explained by the class (:attr:`Variance.eta_squared`).
         """
         rows = []
-        for block in self.blocks:
+        for name, block in zip(block_names(self.blocks), self.blocks, strict=True):
             explained = block.variance(self.labels).eta_squared
             rows.append(
                 {
                     "model": self.name,
-                    "block": block.name,
+                    "block": name,
                     "chosen, %": _percentages(block.frequencies()),
                     "weight, %": _percentages(block.shares()),
                     "entropy": f"{block.entropy():.3f}",
@@ -101,12 +101,12 @@ class RoutingStatistics(RoutedImages, Result):
 
     @classmethod
     @report.paper()
-    def draw(cls, results: Mapping[str, RoutingStatistics], *, kind: str = "pies") -> Figure:
+    def draw(cls, results: Mapping[str, RoutingStatistics], *, kind: str = "choices") -> Figure:
         """Draw one figure.
 
         Args:
             results: by name.
-            kind: "pies": how often each expert is chosen in each block (the paper's figure 3). "heat": the experts'
+            kind: "choices": how often each expert is chosen in each block (the paper's figure 3). "heat": the experts'
                 mean shares of the routing weight, blocks by experts. "classes": difference of these shares between
                 classes, for up to twenty classes with the largest differences. "fields": field size that the images
                 prefer in each block, and the images with the extremes.

@@ -12,7 +12,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of `widefield train`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (report.html in the run's folder)")
-    parser.add_argument("--count", type=int, default=32, metavar="N", help="number of images (32)")
+    parser.add_argument(
+        "--count", type=int, default=32, metavar="N", help="number of analyzed images; evaluations use more (32)"
+    )
     parser.add_argument("--device", default="cpu", help="where to compute (cpu)")
     parser.set_defaults(writes={"out": False})
 

@@ -16,9 +16,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     _subjects.arguments(parser, images=COUNT)
     parser.add_argument(
         "--kind",
-        default="pies",
-        choices=("pies", "heat", "classes", "fields"),
-        help="figure to draw (pies); the HTML page shows all of them",
+        default="choices",
+        choices=("choices", "heat", "classes", "fields"),
+        help="figure to draw (choices); the HTML page shows all of them",
     )
 
 

@@ -125,7 +125,7 @@ class Mixtures:
         rows = _rows(entries)
         examples = {variant: _examples(variant, found, self.validation, batches) for variant, found in routings.items()}
         for variant, found in routings.items():
-            (self.folder / f"routing-{_slug(variant)}.png").write_bytes(report.png(found.plot(kind="pies")))
+            (self.folder / f"routing-{_slug(variant)}.png").write_bytes(report.png(found.plot(kind="choices")))
             (self.folder / f"examples-{_slug(variant)}.png").write_bytes(report.png(examples[variant]))
         lead = (
             f"A narrow ConvNeXt on {self.name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a "

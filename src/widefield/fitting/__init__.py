@@ -1,5 +1,6 @@
 """Find the receptive field that a data set needs: :func:`widefield.fit`."""
 
+from widefield._intervals import Interval
 from widefield.fitting.choose import Additive, Candidate, Choice, Point
 from widefield.fitting.costs import Costs
 from widefield.fitting.groups import Group, Groups, Layer
@@ -8,7 +9,6 @@ from widefield.fitting.read import Readings
 from widefield.fitting.result import FitResult, Network, SizeRow, Verdict
 from widefield.fitting.search import fit
 from widefield.fitting.spec import FitSpec
-from widefield.fitting.statistics import Interval
 
 __all__ = [
     "Additive",

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from widefield._intervals import Interval, equality, paired
 from widefield.fitting.groups import Assignment, Groups
-from widefield.fitting.statistics import Interval, equality, paired
 
 Table = Mapping[str, Mapping[int, float]]
 """Group -> size -> number."""

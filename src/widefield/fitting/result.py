@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from widefield._intervals import Interval
 from widefield.fitting.choose import Additive, Candidate, Choice, Point
 from widefield.fitting.costs import Costs
 from widefield.fitting.figures import draw_front
@@ -19,7 +20,6 @@ from widefield.fitting.progress import read_log
 from widefield.fitting.read import Readings
 from widefield.fitting.recipes import PLAIN
 from widefield.fitting.spec import FitSpec
-from widefield.fitting.statistics import Interval
 from widefield.report import Report
 from widefield.runs.trained import load_trained
 from widefield.train.checkpoint import write_text

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import analysis
+from widefield._intervals import Interval, paired
 from widefield.data import SampleSet
 from widefield.fitting.choose import Choice
 from widefield.fitting.costs import compare_latency, counted
@@ -20,7 +21,6 @@ from widefield.fitting.losses import autocast, device_of
 from widefield.fitting.recipes import PLAIN, UNCHANGED
 from widefield.fitting.result import CHEAPER, GAIN, NO_MATTER, NOTHING, Network, SizeRow, Verdict
 from widefield.fitting.spec import FitSpec
-from widefield.fitting.statistics import Interval, paired
 from widefield.runs.trained import load_trained
 from widefield.tasks import Batch, Task
 from widefield.train.evaluation import measure

@@ -10,9 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -54,6 +56,22 @@ class Example:
     rated: str
 
 
+@dataclass(frozen=True, eq=False)
+class EachImage:
+    """What was measured of each of N images, in the order of the data set.
+
+    Attributes:
+        places: of the images in the data set, int64 (N,).
+        ratings: how good the predictions are, as the task rates them, float64 (N,).
+        parts: numbers whose mean is the task's headline, float64 (N,), such as 1 for a right class; None: it is no such
+            mean.
+    """
+
+    places: NDArray[np.int64]
+    ratings: NDArray[np.float64]
+    parts: NDArray[np.float64] | None
+
+
 @dataclass(frozen=True)
 class Evaluation(Report):
     """Metrics of a model on a data set, and how they were measured."""
@@ -82,6 +100,8 @@ class Evaluation(Report):
     """Images spread evenly over the data, likewise, of tasks that show pictures during training."""
     rating: str = ""
     """What the rating of an image is, as the end of a sentence."""
+    each: EachImage | None = None
+    """What was measured of each image, if examples were asked for."""
 
     def summary(self) -> str:
         """Return the number of images, and how they were evaluated."""
@@ -105,8 +125,8 @@ class Evaluation(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types, except examples; a metric that is not finite becomes None."""
-        found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=(), spread=()))
-        for name in ("examples", "spread", "scores", "rating"):
+        found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=(), spread=(), each=None))
+        for name in ("examples", "spread", "scores", "rating", "each"):
             del found[name]
         found["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
         to_dict = getattr(self.scores, "to_dict", None)
@@ -174,7 +194,8 @@ def evaluate_model(
             found = progress(batches(loader), len(loader))
             measured = measure(model, found, task, place, shares=True, **rating)
             seconds = time.perf_counter() - started
-            chosen = (ratings.extremes(examples), ratings.spread(task.pictured)) if examples else ([], [])
+            each = ratings.gathered() if examples else None
+            chosen = (ratings.extremes(examples), ratings.spread(task.pictured)) if each else ([], [])
             shown, spread = (tuple(_example(model, dataset, task, place, *one) for one in some) for some in chosen)
             forward = _forward_time(model, (batch_size, *shape), channels_last) if throughput else None
     finally:
@@ -194,6 +215,7 @@ def evaluate_model(
         examples=shown,
         spread=spread,
         rating=task.rating,
+        each=each,
     )
 
 
@@ -220,24 +242,34 @@ class _Ratings:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.found: list[tuple[float, int]] = []
+        self.found: list[tuple[int, float, float]] = []
+        """Of each image its place in the data set, its rating, and its part of the headline; NaN for none."""
 
     def add(self, batch: Batch, outputs: dict[str, Any]) -> None:
         """Add the images of a batch."""
         rated = self.task.rate(outputs)
         if rated is not None:
-            places = batch["index"].tolist()
-            self.found += [one for one in zip(rated.tolist(), places, strict=True) if math.isfinite(one[0])]
+            parts = self.task.headline_parts(outputs)
+            own = [math.nan] * len(rated) if parts is None else parts.tolist()
+            found = zip(batch["index"].tolist(), rated.tolist(), own, strict=True)
+            self.found += [one for one in found if math.isfinite(one[1])]
+
+    def gathered(self) -> EachImage | None:
+        """Keep the images of all processes, and return them; None if the task does not rate images."""
+        self.found = sorted(gather_object(self.found))
+        if not self.found:
+            return None
+        places, ratings, parts = (np.array(column) for column in zip(*self.found, strict=True))
+        return EachImage(places, ratings, None if np.isnan(parts).any() else parts)
 
     def extremes(self, count: int) -> list[tuple[float, int]]:
-        """Return (rating, index in the data set) of the best and the worst images of all processes, best first."""
-        ordered = sorted(gather_object(self.found), key=lambda one: (-one[0], one[1]))
+        """Return (rating, index in the data set) of the best and the worst images, best first."""
+        ordered = sorted(((rating, place) for place, rating, _ in self.found), key=lambda one: (-one[0], one[1]))
         return ordered if len(ordered) <= 2 * count else ordered[:count] + ordered[-count:]
 
     def spread(self, count: int) -> list[tuple[float, int]]:
-        """Return (rating, index in the data set) of images spread evenly over those of all processes."""
-        ordered = sorted(gather_object(self.found), key=lambda one: one[1])
-        return [ordered[place] for place in evenly(len(ordered), count)]
+        """Return (rating, index in the data set) of images spread evenly over all of them."""
+        return [self.found[place][1::-1] for place in evenly(len(self.found), count)]
 
 
 def _example(

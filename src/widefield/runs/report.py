@@ -14,8 +14,9 @@ from widefield.analysis import ClassAt
 from widefield.analysis.registry import ANALYSES, Analysis
 from widefield.report import Plot, Section, Table
 from widefield.runs.accuracy import evaluate_model
-from widefield.runs.compare import comparison, draw_runs
+from widefield.runs.compare import comparison, draw_runs, labels
 from widefield.runs.evaluation_page import evaluation_sections
+from widefield.runs.headline import Found, evaluated_words, logged_words
 from widefield.runs.inputs import Selection
 from widefield.runs.loading import load
 from widefield.runs.records import RunRecord, read_run
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 3
 """Number of best and of worst images of an evaluation."""
+_EVALUATED = {"classification": 32}
+"""Work of a run -> evaluated images for each one that is analyzed; others take four, as they cost more."""
+_CURVES = "How the validation results developed: a flat end means that longer training would hardly help."
 
 
 def write_report(
@@ -46,8 +50,8 @@ def write_report(
         runs: folders of runs of ``widefield train``.
         out: the page, ``.html``; a ``.json`` of the same name is written next to it. None: ``report.html`` in the run's
             folder, for a single run only.
-        count: images to analyze, from the run's validation data; routing, and the evaluation of runs of dense tasks,
-            use four times as many.
+        count: images to analyze, from the run's validation data. Routing and evaluations use four times as many,
+            evaluations of classifiers 32 times.
         device: where to compute.
         title, lead: of the page.
         first: sections to begin with.
@@ -61,16 +65,46 @@ def write_report(
     folders, page = _places(runs, out)
     words = [str(folder) for folder in folders]
     subjects = [load(word, device=device, together_with=words) for word in words]
-    sections = [*first, *training(folders)]
+    records = [read_run(folder) for folder in folders]
+    sections = [*first, *training(records)]
     told = _once(say)
     for subject in subjects:
         told(_found(subject, count, told))
     numbers: dict[str, dict[str, Any]] = {}
-    for subject in subjects:
-        if subject.work != "classification":
-            say("evaluation")
-            sections += _evaluated(subject, 4 * count, device, numbers, several=len(subjects) > 1)
-    subjects = [replace(subject, model=examined(subject.model)) for subject in subjects]
+    evaluations: dict[str, Found] = {}
+    for name, subject in zip(labels(records), subjects, strict=True):
+        say("evaluation")
+        shown, found = _evaluated(subject, _EVALUATED.get(subject.work, 4) * count, device)
+        sections += [_together(f"Evaluation of {name}", shown)] if len(subjects) > 1 else shown
+        if found is not None:
+            evaluations[name] = found
+            numbers.setdefault("Evaluation", {})[subject.name] = found.evaluation.to_dict()
+    sections += _analyzed([replace(one, model=examined(one.model)) for one in subjects], count, numbers, say, told)
+    environment = bench.environment(device)
+    names = ", ".join(subject.name for subject in subjects)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    document = json.dumps({"environment": environment, "results": numbers}, allow_nan=False) + "\n"
+    write_whole(page.with_suffix(".json"), document.encode())
+    words = evaluated_words(evaluations) if len(evaluations) == len(records) else logged_words(records)
+    write_whole(page, report.page(title or f"Report on {names}", lead, sections, environment, words).encode())
+    return page
+
+
+def _together(heading: str, sections: Sequence[Section]) -> Section:
+    """Return several sections as one: the first one's parts, and the others folded."""
+    first, *others = sections
+    return Section(heading, [*first.parts, *(report.Fold(one.heading, one.parts) for one in others)])
+
+
+def _analyzed(
+    subjects: Sequence[Subject],
+    count: int,
+    numbers: dict[str, dict[str, Any]],
+    say: Callable[[str], None],
+    told: Callable[[str], None],
+) -> list[Section]:
+    """Return the sections on every analysis that applies, and add their numbers to ``numbers``."""
+    sections = []
     for entry, heading, options in _entries(subjects):
         say(heading.lower())
         chosen = [subject for subject in subjects if "targets" not in options or subject.work == "segmentation"]
@@ -83,13 +117,7 @@ def write_report(
         if reasons:
             why = [f"Not of {name}: {reason}" for name, reason in reasons.items()]
             sections.append(Section(f"{heading}: left out", why))
-    environment = bench.environment(device)
-    names = ", ".join(subject.name for subject in subjects)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    document = json.dumps({"environment": environment, "results": numbers}, allow_nan=False) + "\n"
-    write_whole(page.with_suffix(".json"), document.encode())
-    write_whole(page, report.page(title or f"Report on {names}", lead, sections, environment).encode())
-    return page
+    return sections
 
 
 def _places(runs: Sequence[str | Path], out: str | Path | None) -> tuple[list[Path], Path]:
@@ -121,25 +149,22 @@ def _entries(subjects: Sequence[Subject]) -> Iterator[tuple[Analysis, str, dict[
             yield entry, f"{entry.heading} of the class logit in the center", {"targets": ClassAt()}
 
 
-def _evaluated(
-    subject: Subject, count: int, device: str, numbers: dict[str, dict[str, Any]], *, several: bool
-) -> list[Section]:
-    """Return the sections on ``count`` images of the run's validation data, and add the numbers to ``numbers``."""
+def _evaluated(subject: Subject, count: int, device: str) -> tuple[list[Section], Found | None]:
+    """Return the sections on ``count`` images of the run's validation data, and the evaluation, if there are any."""
     try:
         whole = subject.own_data()
         task = subject.task(whole)
     except (MissingDataError, ValueError) as error:  # the data are missing, or have changed
-        return [Section("Evaluation: left out", [f"Not of {subject.name}: {error}"])]
+        return [Section("Evaluation: left out", [f"Not of {subject.name}: {error}"])], None
     some = Selection(whole, count, complete=True)
     recipe = subject.recipe
     settings: dict[str, Any] = {}
     if recipe:
         settings = {"batch_size": recipe.batch_size, "mixed_precision": recipe.mixed_precision}
     found = evaluate_model(subject.model, some, task, workers=0, device=device, examples=_EXAMPLES, **settings)
-    numbers.setdefault("Evaluation", {})[subject.name] = found.to_dict()
+    source = recipe.data.name if recipe else ""
     note = "" if len(some) == len(whole) else f"A seeded choice of {len(whole):,}; widefield eval takes all."
-    sections = evaluation_sections(found, subject, recipe.data.name if recipe else "", note)
-    return [Section(f"{subject.name}: {one.heading.lower()}", one.parts) for one in sections] if several else sections
+    return evaluation_sections(found, subject, source, note), Found(found, source, task.headline)
 
 
 def _results(
@@ -177,12 +202,11 @@ def _found(subject: Subject, count: int, say: Callable[[str], None]) -> str:
         return f"{subject.name}: {error}"
 
 
-def training(folders: Sequence[Path]) -> list[Section]:
+def training(found: Sequence[RunRecord]) -> list[Section]:
     """Return the sections on the training: differences of the recipes, numbers and curves."""
-    found = [read_run(folder) for folder in folders]
     rows = comparison(found) if len(found) > 1 else [found[0].row()]
     figure: Figure = draw_runs(found, _drawn(found))
-    return [Section("Runs", [Table(rows)]), Section("Training", [Plot(figure, "Metrics after each epoch.")])]
+    return [Section("Runs", [Table(rows)]), Section("Training", [Plot(figure, _CURVES)])]
 
 
 def _drawn(runs: Sequence[RunRecord]) -> list[str]:

@@ -237,6 +237,14 @@ class Task(ABC):
         """
         return None
 
+    def headline_parts(self, outputs: Mapping[str, Any]) -> Tensor | None:
+        """Return numbers of the images whose mean is the headline, float64 (N,); default: None, it is no such mean.
+
+        Args:
+            outputs: what :meth:`outputs` returned.
+        """
+        return None
+
     def rated(self, rating: float) -> str:
         """Return one of the values of :meth:`rate` as text; default: as a share, in percent."""
         return f"{100 * rating:.1f} %"

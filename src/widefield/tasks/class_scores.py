@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from widefield._intervals import wilson
 from widefield.report import Report
 
 MOST_CLASSES = 4096
 """Classifiers of more classes are not counted by pairs of classes: of 21,841, these would take 3.8 GB."""
-
-_Z = 1.959964
-"""Quantile of the normal distribution for intervals of 95 %."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +45,7 @@ class ClassificationScores(Report):
 
     def intervals(self) -> Tensor:
         """Return 95 % intervals of :attr:`accuracy`, float64 (K, 2): Wilson's score intervals (1927)."""
-        count = self.confusion.sum(1).double()
-        share = self.accuracy
-        middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-        half = _Z / (1 + _Z**2 / count) * (share * (1 - share) / count + _Z**2 / (4 * count**2)).sqrt()
-        return torch.stack([middle - half, middle + half], 1).clamp(0, 1)
+        return torch.from_numpy(wilson(self.confusion.diagonal().numpy(), self.confusion.sum(1).numpy()))
 
     def metrics(self) -> dict[str, float]:
         """Return ``top1``, and ``class_mean``: the mean accuracy of the classes that have images."""

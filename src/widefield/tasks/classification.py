@@ -201,6 +201,11 @@ class Classification(Task):
         rated: Tensor = shares.gather(1, outputs["target"][:, None])[:, 0]
         return rated
 
+    def headline_parts(self, outputs: Mapping[str, Any]) -> Tensor:
+        """Return whether the first prediction of each image is its class, 0 or 1, (N,)."""
+        right: Tensor = outputs["preds"].argmax(1) == outputs["target"]
+        return right.double()
+
     def scores(self, metrics: MetricCollection) -> ClassificationScores | None:
         """Return which classes were predicted for the images of each class; None for very many classes."""
         counts: Any = dict(metrics.items()).get("counts")

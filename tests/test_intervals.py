@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from widefield.fitting.statistics import bootstrap_means, equality, interval, paired
+from widefield._intervals import bootstrap_means, equality, interval, paired
 
 
 def test_the_interval_is_that_of_a_normal_mean() -> None:

@@ -1,15 +1,18 @@
-"""Intervals of paired differences by the bootstrap, and a test of whether several means differ at all."""
+"""Intervals of shares, of means and of paired differences, and a test of whether several means differ at all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
 """Level of all intervals and tests here."""
+_Z = 1.959964
+"""Quantile of the normal distribution for this level."""
 _DRAWS = 2000
 _CHUNK = 2**22
 """Most resampled values held at once."""
@@ -72,6 +75,23 @@ def interval(values: Sequence[float] | Values, seed: int = 0, level: float = LEV
     means = bootstrap_means(kept, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(kept.mean()), float(low), float(high), len(kept))
+
+
+def wilson(hits: NDArray[Any], count: NDArray[Any]) -> Values:
+    """Return the intervals of shares of independent cases: Wilson's score interval (1927).
+
+    Args:
+        hits, count: number of successes and of cases, of any one shape.
+
+    Returns:
+        float64 (..., 2): lower and upper ends; NaN without cases.
+    """
+    count = np.asarray(count, np.float64)
+    share = np.divide(hits, count, out=np.full(count.shape, np.nan), where=count > 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        middle = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+        half = _Z / (1 + _Z**2 / count) * np.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    return np.stack([middle - half, middle + half], -1).clip(0, 1)
 
 
 def paired(first: Sequence[float] | Values, second: Sequence[float] | Values, seed: int = 0) -> Interval:
