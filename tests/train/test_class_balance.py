@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import stop_at  # noqa: F401 (a fixture)
 from torch import nn
 
 from train.helpers import log, same_weights
@@ -89,7 +88,7 @@ def test_drawing_is_a_function_of_seed_and_epoch_from_any_start() -> None:
     assert list(sampler) != whole
 
 
-def test_a_run_that_draws_by_class_resumes_exactly(run: Run, stop_at: Any) -> None:  # noqa: F811
+def test_a_run_that_draws_by_class_resumes_exactly(run: Run, stop_at: Any) -> None:
     whole = run(name="whole", class_sampling=0.0)
     stop_at(8)
     part = run(class_sampling=0.0)

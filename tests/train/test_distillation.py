@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import stop_at  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 from tolerances import FLOAT32, close
@@ -90,7 +89,7 @@ def test_images_reach_the_teacher_as_it_knows_them() -> None:
     assert not Teacher(Linear(), own, given, nullcontext).model.training
 
 
-def test_a_run_learns_from_a_run(run: Run, recipe: Recipe, stop_at: Any) -> None:  # noqa: F811
+def test_a_run_learns_from_a_run(run: Run, recipe: Recipe, stop_at: Any) -> None:
     teacher = run(name="teacher", epochs=1)
     taught = {"distillation": DistillationSpec(str(teacher.folder), weight=0.4, temperature=2.0)}
     whole = run(name="whole", **taught)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_resume import stop_at  # noqa: F401 (a fixture)
 
 from train.helpers import log, same_weights
 from widefield.runs import read_run
@@ -53,7 +52,7 @@ def test_a_run_ends_early_and_stays_finished(run: Run) -> None:
     assert (again.epochs, log(again.folder)) == (3, before)
 
 
-def test_an_interrupted_run_ends_where_it_would_have(run: Run, stop_at: Any) -> None:  # noqa: F811
+def test_an_interrupted_run_ends_where_it_would_have(run: Run, stop_at: Any) -> None:
     whole = run(name="whole", **STILL)
     stop_at(14)
     part = run(**STILL)

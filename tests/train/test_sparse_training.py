@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import BUSY, stop_at  # noqa: F401 (a fixture)
+from test_resume import BUSY
 from torch import nn
 
 from train.helpers import log, same_weights
@@ -36,7 +36,7 @@ def test_the_share_of_zeros_holds_in_the_model_the_average_and_the_checkpoints(r
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9])
-def test_a_resumed_sparse_run_is_the_uninterrupted_one(run: Run, recipe: Recipe, stop_at: Any, stop: int) -> None:  # noqa: F811
+def test_a_resumed_sparse_run_is_the_uninterrupted_one(run: Run, recipe: Recipe, stop_at: Any, stop: int) -> None:
     whole = run(name="whole", sparsity=SPARSE, **BUSY)
     stop_at(stop)
     part = run(sparsity=SPARSE, **BUSY)

@@ -14,7 +14,7 @@ import torch
 from test_killed import launch as launch_one
 from test_killed import logged
 from test_processes import launch, same_log
-from test_resume import BUSY, stop_at  # noqa: F401 (a fixture)
+from test_resume import BUSY
 
 from tolerances import NETWORK, close
 from train.helpers import QUIET, log, same_weights
@@ -84,7 +84,7 @@ def test_without_a_number_it_is_evaluated_after_each_epoch_of_the_data(run: Run)
 
 
 @pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 6, 14)), 4, 9])
-def test_resumed_equals_uninterrupted(run: Run, stop_at: Any, stop: int) -> None:  # noqa: F811
+def test_resumed_equals_uninterrupted(run: Run, stop_at: Any, stop: int) -> None:
     """Stop within a round, at its end, at the end of an epoch within a round, and after the last step."""
     whole = run(name="whole", **STEPS, **BUSY)
     stop_at(stop)
