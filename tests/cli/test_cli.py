@@ -213,10 +213,16 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
         assert len(blocks) == 5
         assert all(sum(b["frequencies"]) == pytest.approx(1, abs=1e-5) for b in blocks)
     page = (folder / "mixtures.html").read_text()
-    assert page.count("data:image/png;base64,") == 12
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<source media=") == 12 + 3  # figures, and a confusion matrix for each network
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "MoRF hard" in page
-    assert 'href="mixtures.html"' in (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
+    assert 'href="mixtures.html"' in report
+    for term in ("Why a fused mixture has more parameters", "Dead expert", "Signed routing weights"):
+        assert f"<dt>{term}</dt>" in report
+    assert re.search(
+        r'class="headline"><p>7x7, MoRF soft and MoRF hard were compared on the same \d+ validation', report
+    )
     out = capsys.readouterr().out
     assert "runs/demo/report.html" in out
     assert "training step" in out

@@ -63,8 +63,9 @@ def test_several_runs_stand_side_by_side(runs, tmp_path):
     page = out.read_text()
     assert "conversion.kind" in page  # differences between their recipes
     assert "mixture and masks were compared on the same 64 validation images of digits." in page
-    assert "<h2>Evaluation of masks</h2>" in page
-    assert page.count("<summary>Worst images</summary>") == 2
+    assert "<h2>Evaluation</h2>" in page
+    assert "<summary>mixture: worst images</summary>" in page
+    assert "<summary>masks: classes</summary>" in page
 
 
 def test_what_cannot_be_reported_is_said(runs, tmp_path, capsys):

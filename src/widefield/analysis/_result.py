@@ -109,7 +109,8 @@ def section(results: Mapping[str, Result], heading: str = "Result", **options: A
     rows = [row for result in results.values() for row in result.rows()]
     if rows:
         parts.append(report.Table(rows, heading))
-    parts += [_described(name, result.about) for name, result in results.items()]
+    facts = [_described(name, result.about) for name, result in results.items()]
+    parts += facts if len(facts) == 1 else [report.Fold("How this was measured", facts)]
     return report.Section(heading, parts)
 
 

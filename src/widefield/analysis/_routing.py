@@ -6,7 +6,7 @@ reflect the magnitude of the kernels that they multiply.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -263,6 +263,14 @@ class RoutedImages:
             labels=self.labels[images],
             names=tuple(self.names[k] for k in images),
         )
+
+
+def block_names(blocks: Sequence[Routing]) -> list[str]:
+    """Return the names of blocks without what all end in: "stages.2.blocks.0" for "stages.2.blocks.0.conv_dw"."""
+    names = [block.name.split(".") for block in blocks]
+    while len(names) > 1 and min(map(len, names)) > 1 and len({parts[-1] for parts in names}) == 1:
+        names = [parts[:-1] for parts in names]
+    return [".".join(parts) for parts in names]
 
 
 def collapse(blocks: Iterable[Routing]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from widefield import report
+from widefield.analysis._routing import block_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,14 +221,6 @@ def _experts(blocks: Iterable[Routing]) -> list[str]:
     """Return the distinct experts of several mixtures, ordered by field size."""
     found = {name: size for block in blocks for name, size in zip(block.experts, block.sizes, strict=True)}
     return sorted(found, key=lambda name: (found[name], name))
-
-
-def block_names(blocks: Sequence[Routing]) -> list[str]:
-    """Return the names of blocks without what all end in: "stages.2.blocks.0" for "stages.2.blocks.0.conv_dw"."""
-    names = [block.name.split(".") for block in blocks]
-    while len(names) > 1 and min(map(len, names)) > 1 and len({parts[-1] for parts in names}) == 1:
-        names = [parts[:-1] for parts in names]
-    return [".".join(parts) for parts in names]
 
 
 def _by_class(result: RoutedImages) -> tuple[list[str], list[np.ndarray]]:

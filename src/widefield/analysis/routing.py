@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from widefield import _checks, report
 from widefield.analysis._model import batched, chunks, running, track, visited, watched
 from widefield.analysis._result import Result, plain
-from widefield.analysis._routing import CONSTANT, DEAD, RoutedImages, Routing, Variance, collapse
-from widefield.analysis._routing_figures import CAPTIONS, DRAWN, block_names
+from widefield.analysis._routing import CONSTANT, DEAD, RoutedImages, Routing, Variance, block_names, collapse
+from widefield.analysis._routing_figures import CAPTIONS, DRAWN
 from widefield.nn import FusedMoRFConv2d, MoRFConv2d
 from widefield.surgery.inputs import pixels
 
@@ -31,6 +31,7 @@ __all__ = [
     "Routing",
     "RoutingStatistics",
     "Variance",
+    "block_names",
     "collapse",
     "mixtures",
     "recording",

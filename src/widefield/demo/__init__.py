@@ -25,6 +25,7 @@ from widefield.demo.mixtures import Mixtures
 PARTS = (fitted.NAME, "digits", "scales")
 DEFAULT = PARTS[:2]
 _TITLE = "What does a network see, and how far must it look?"
+_LEAD = "Small experiments of a few minutes, on this machine, with the commands that you would use for your own data."
 
 
 class _Part(Protocol):
@@ -89,7 +90,8 @@ def _write(folder: Path, chapters: dict[str, Chapter], missing: str, facts: dict
         sections.insert(0, report.Section("Left out: a pretrained network on photographs", [missing]))
     lead = " ".join(chapter.headline for chapter in chapters.values())
     page = folder / "report.html"
-    write_whole(page, report.page(_TITLE, lead, sections, environment).encode())
+    headline = [chapter.headline for chapter in chapters.values()]
+    write_whole(page, report.page(_TITLE, _LEAD, sections, environment, headline).encode())
     console = Console()
     for chapter in chapters.values():
         for title, rows in chapter.tables:

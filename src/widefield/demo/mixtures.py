@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from widefield import bench, data, report, tasks
 from widefield._keys import keys_of
 from widefield.analysis.blocks import BlockContributions, block_contributions
-from widefield.analysis.routing import RoutingStatistics, routing_statistics
+from widefield.analysis.routing import RoutingStatistics, block_names, routing_statistics
 from widefield.demo.chapter import Chapter
-from widefield.runs import write_report
+from widefield.runs import evaluate_model, load_trained, write_report
+from widefield.runs.headline import Found, evaluated_words
 from widefield.surgery import Difference, compare, reparameterize
 from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train
 
@@ -42,7 +43,31 @@ _ABOUT = (
     "validation images, in units of the largest output. The second and third row are top-1 while blocks are off: they "
     "return their input, and their kernels take no part."
 )
-_EXAMPLES = "Images and their routing weights: one row per block, one column per expert."
+_EXAMPLES = (
+    "Under each image are its routing weights, one row per block and one column per expert. Rows that are alike under "
+    "all images belong to routers that do not look at the image."
+)
+_SEEDS = "Each network was trained once. Intervals are those of other images; other seeds may reverse the order."
+_FUSED = (
+    "While it learns, each expert has its own kernel: {experts}. Fusing pads all of them with zeros to {largest} and "
+    "stacks them in one bank, so that a single multiplication mixes them and a single convolution applies the mix. The "
+    "zeros count as parameters ({name}: {before:,} before, {after:,} after). They learn nothing, and the "
+    "multiply-accumulates stay the same."
+)
+_DEAD = (
+    "An expert whose share of the routing weight, averaged over images, is below one percent of an even share. Without "
+    "it the outputs would hardly change: it is a cost without a use."
+)
+_SIGNED = (
+    "Soft routing does not normalize its weights, as in the paper. A weight can be negative: the expert's kernel is "
+    "then subtracted, so that what it answered to counts against. In the pictures red is positive, blue is negative, "
+    "and no color is zero. Shares in tables count the size of a weight without its sign. Hard routing chooses the "
+    "largest weights and makes them positive, with a sum of 1."
+)
+_OFF = (
+    "The block returns its input. If the accuracy stays, these images do not need the block, and no kernel in it can "
+    "show that it is better than another."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +118,12 @@ class Mixtures:
         for variant in VARIANTS:
             shutil.rmtree(self.folder / _slug(variant), ignore_errors=True)
         models: dict[str, nn.Module] = {}
-        accuracies: dict[str, float] = {}
         for variant, mixture in VARIANTS.items():
             console.print(f"[bold]{variant}[/] on {self.name}")
             result = train(_variant(self.recipe, variant, mixture), console=console)
             if result.interrupted:
                 raise SystemExit(128 + result.interrupted)
-            models[variant], accuracies[variant] = result.model.cpu(), result.metrics["top1"]
+            models[variant] = load_trained(result.folder, "best")  # as in the page about the runs
 
         console.print("reparameterizing and measuring")
         batches = list(DataLoader(self.validation, batch_size=250, collate_fn=data.collate))
@@ -107,21 +131,31 @@ class Mixtures:
         pairs = [(batch["image"], batch["label"]) for batch in batches]
         blocks = {variant: block_contributions(models[variant], pairs, name=variant) for variant in VARIANTS}
         classes = self.validation.classes
-        entries = _measure(models, accuracies, blocks, images, self.task, len(classes))
+        found = {variant: self._evaluated(model) for variant, model in models.items()}
+        entries = _measure(models, found, blocks, images, self.task, len(classes))
         routings = {
             v: routing_statistics(models[v], batches, classes=classes, name=v, batch_size=len(images))
             for v in VARIANTS
             if v != BASELINE
         }
-        return self._chapter(entries, routings, batches)
+        return self._chapter(entries, evaluated_words(found), routings, batches)
+
+    def _evaluated(self, model: nn.Module) -> Found:
+        """Return which validation images a network gets right."""
+        evaluation = evaluate_model(model, self.validation, self.task, workers=0, device="cpu", examples=1)
+        return Found(evaluation, self.name, self.task.headline)
 
     def _chapter(
         self,
         entries: Mapping[str, Entry],
+        words: Sequence[str],
         routings: Mapping[str, RoutingStatistics],
         batches: Sequence[Mapping[str, Any]],
     ) -> Chapter:
-        """Write the figures and the page about the three runs; return the chapter."""
+        """Write the figures and the page about the three runs; return the chapter.
+
+        ``words`` are paragraphs on which network is the best, and on what is not decided.
+        """
         rows = _rows(entries)
         examples = {variant: _examples(variant, found, self.validation, batches) for variant, found in routings.items()}
         for variant, found in routings.items():
@@ -131,7 +165,8 @@ class Mixtures:
             f"A narrow ConvNeXt on {self.name}: with 7x7 kernels, and with mixtures of 3x3 to 11x11 experts that a "
             "router weights for each image."
         )
-        table: list[report.Part] = [_ABOUT, report.Table(rows)]
+        terms = report.Terms(_terms(entries, routings))
+        table: list[report.Part] = [_ABOUT, report.Table(rows), terms]
         pictures = {variant: report.Plot(figure, _EXAMPLES) for variant, figure in examples.items()}
         write_report(
             [self.folder / _slug(variant) for variant in VARIANTS],
@@ -144,9 +179,7 @@ class Mixtures:
             ],
         )
         more = report.Link(PAGE, "All about these three networks: training, fields, routing, blocks, kernels")
-        shown: list[report.Part] = [lead, *table, next(iter(pictures.values())), more]
-        right = {variant: f"{100 * entry.accuracy:.1f} %" for variant, entry in entries.items()}
-        mixtures = " and ".join(f"{right[variant]} ({variant})" for variant in VARIANTS if variant != BASELINE)
+        shown: list[report.Part] = [lead, *table, _SEEDS, next(iter(pictures.values())), more]
         numbers = {
             "data": self.name,
             "recipe": dataclasses.asdict(self.recipe),
@@ -154,7 +187,7 @@ class Mixtures:
             "routing": {v: [block.to_dict() for block in found.blocks] for v, found in routings.items()},
         }
         return Chapter(
-            headline=f"On {self.name}, {BASELINE} kernels get {right[BASELINE]} right, and mixtures {mixtures}.",
+            headline=" ".join(words[:-1]),
             sections=(report.Section("A kernel size for each image", shown),),
             numbers=numbers,
             tables=(("Mixtures of receptive fields", tuple(rows)),),
@@ -172,7 +205,7 @@ def _variant(recipe: Recipe, variant: str, mixture: Mapping[str, Any] | None) ->
 
 def _measure(
     models: Mapping[str, nn.Module],
-    accuracies: Mapping[str, float],
+    found: Mapping[str, Found],
     blocks: Mapping[str, BlockContributions],
     images: Tensor,
     task: tasks.Task,
@@ -200,7 +233,7 @@ def _measure(
     inference = bench.measure(candidates, repeats=21, warmup=3)
     return {
         v: Entry(
-            accuracy=accuracies[v],
+            accuracy=found[v].evaluation.metrics["top1"],
             cost=bench.cost(model, x[:1]),
             fused_cost=bench.cost(fused[v], x[:1]),
             step=steps[v],
@@ -245,10 +278,28 @@ def _range(shares: Sequence[float | None]) -> str:
     return low if low == high else f"{low[:-1]} to {high}"
 
 
-def _block(name: str) -> str:
-    """``stages.2.blocks.1.conv_dw`` -> ``stage 3, block 2``, as the paper counts."""
-    parts = name.split(".")
-    return f"stage {int(parts[1]) + 1}, block {int(parts[3]) + 1}"
+def _terms(entries: Mapping[str, Entry], routings: Mapping[str, RoutingStatistics]) -> dict[str, str]:
+    """Return words of the table and the figures, and what they mean for these networks."""
+    name, found = next(iter(routings.items()))
+    block, entry = found.blocks[0], entries[name]
+    largest = block.experts[int(np.argmax(block.sizes))]
+    signed = [v for v, one in routings.items() if any((block.weights < 0).any() for block in one.blocks)]
+    before, after = entry.cost.parameters, entry.fused_cost.parameters
+    return {
+        "Why a fused mixture has more parameters": _FUSED.format(
+            experts=", ".join(block.experts), largest=largest, name=name, before=before, after=after
+        ),
+        "Dead expert": f"{_DEAD} {' '.join(_dead(variant, one) for variant, one in routings.items())}",
+        "Signed routing weights": f"{_SIGNED} Negative weights occur in {' and '.join(signed) or 'none of these'}.",
+        "Block off": _OFF,
+    }
+
+
+def _dead(variant: str, found: RoutingStatistics) -> str:
+    """Return a sentence on the dead experts of a network."""
+    names = dict(zip(block_names(found.blocks), found.blocks, strict=True))
+    dead = [f"{name} ({', '.join(block.dead())})" for name, block in names.items() if block.dead()]
+    return f"{variant} has dead experts in {', '.join(dead)}." if dead else f"{variant} has none."
 
 
 def _examples(
@@ -268,7 +319,7 @@ def _examples(
         list(pictures),
         [validation.classes[int(labels[i])] for i in chosen],
         list(weights),
-        [_block(block.name) for block in found.blocks],
+        block_names(found.blocks),
         found.blocks[0].experts,
         f"{variant}: routing weights",
     )

@@ -83,8 +83,8 @@ def examples(
         blocks, experts: names.
         title: of the figure.
     """
-    figure = blank(1.5 * len(images) + 1.4, 1.7 + 0.24 * len(blocks) + 0.7)
-    ratios = [1.5, 0.24 * len(blocks) + 0.35]
+    figure = blank(len(images) + 1.6, 1.2 + 0.18 * len(blocks) + 0.7)
+    ratios = [1.0, 0.18 * len(blocks) + 0.35]
     axes = figure.subplots(2, len(images), squeeze=False, height_ratios=ratios)
     limit = max(float(abs(weight).max()) for weight in weights)
     signed = any(float(weight.min()) < 0 for weight in weights)

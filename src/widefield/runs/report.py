@@ -12,7 +12,7 @@ from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
 from widefield.analysis import ClassAt
 from widefield.analysis.registry import ANALYSES, Analysis
-from widefield.report import Plot, Section, Table
+from widefield.report import Part, Plot, Section, Table
 from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs, labels
 from widefield.runs.evaluation_page import evaluation_sections
@@ -72,13 +72,14 @@ def write_report(
         told(_found(subject, count, told))
     numbers: dict[str, dict[str, Any]] = {}
     evaluations: dict[str, Found] = {}
+    shown: dict[str, list[Section]] = {}
     for name, subject in zip(labels(records), subjects, strict=True):
         say("evaluation")
-        shown, found = _evaluated(subject, _EVALUATED.get(subject.work, 4) * count, device)
-        sections += [_together(f"Evaluation of {name}", shown)] if len(subjects) > 1 else shown
+        shown[name], found = _evaluated(subject, _EVALUATED.get(subject.work, 4) * count, device)
         if found is not None:
             evaluations[name] = found
             numbers.setdefault("Evaluation", {})[subject.name] = found.evaluation.to_dict()
+    sections += [_together(shown)] if len(shown) > 1 else next(iter(shown.values()))
     sections += _analyzed([replace(one, model=examined(one.model)) for one in subjects], count, numbers, say, told)
     environment = bench.environment(device)
     names = ", ".join(subject.name for subject in subjects)
@@ -90,10 +91,21 @@ def write_report(
     return page
 
 
-def _together(heading: str, sections: Sequence[Section]) -> Section:
-    """Return several sections as one: the first one's parts, and the others folded."""
-    first, *others = sections
-    return Section(heading, [*first.parts, *(report.Fold(one.heading, one.parts) for one in others)])
+def _together(shown: Mapping[str, Sequence[Section]]) -> Section:
+    """Return the evaluations of several runs as one section: metrics in one table, and the rest folded."""
+    rows: list[dict[str, str]] = []
+    notes: list[Part] = []
+    folds: list[Part] = []
+    for name, (first, *others) in shown.items():
+        for part in first.parts:
+            if isinstance(part, Table):
+                rows += [{"run": name, **row} for row in part.rows]
+            else:
+                notes.append(f"{name}: {part}" if isinstance(part, str) else part)
+        folds += [report.Fold(f"{name}: {one.heading.lower()}", one.parts) for one in others]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    table = [Table([{key: row.get(key, "-") for key in columns} for row in rows])] if rows else []
+    return Section("Evaluation", [*table, *notes, *folds])
 
 
 def _analyzed(
