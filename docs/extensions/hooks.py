@@ -1,19 +1,29 @@
-"""What MkDocs does to each page beyond its plugins: formulas as MathML, and a check that no markup is left over."""
+"""What MkDocs does beyond its plugins: formulas as MathML, notebooks, and a check that no markup is left over."""
 
 from __future__ import annotations
 
 import html
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
 
+NOTEBOOKS = Path(__file__).parents[2] / "examples"
 LOG = logging.getLogger("mkdocs.hooks")  # warnings stop a strict build
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 CODE = re.compile(r"<(pre|code)\b.*?</\1>", re.DOTALL)
 TAGS = re.compile(r"<[^>]+>")
 LEFT_OVER = re.compile(r"\$\$|--8<|--8&lt;|:(?:attr|class|data|func|meth|mod):|\\(?:sum|frac|sigma|mathrm)\b")
+
+
+def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
+    """Add the notebooks of the examples, for download."""
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+    return files
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
