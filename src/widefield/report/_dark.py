@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from widefield.report._drawing import PNG_DPI, drawing
 from widefield.report._figures import FIXED
 
@@ -101,6 +99,7 @@ def _changes(figure: Figure) -> Iterator[_Change]:
 
 
 def _of_artist(artist: Any) -> Iterator[_Change]:
+    import numpy as np  # slow, and the lists of runs do without it
     from matplotlib.collections import Collection
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
