@@ -27,6 +27,10 @@ class Line(Result):
         return [{"model": self.name, "largest": f"{self.values.max():g}"}]
 
     @classmethod
+    def reading(cls, results):
+        return f"{' and '.join(results)} rise."
+
+    @classmethod
     @report.paper()
     def draw(cls, results, *, log=False):
         figure = report.blank(report.COLUMN, 2)
@@ -62,6 +66,9 @@ def test_a_page_is_one_file_with_figure_and_table(lines, tmp_path):
     assert "A line" in page
     assert "data:image/png;base64," in page
     assert "<td>6</td>" in page
+    assert page.count("How it rises.") == 2  # the caption, and the text for those who cannot see it: no lead repeats it
+    assert page.index("<p>a and b rise.</p>") < page.index("<figure>")
+    assert "How this was measured" in page
     assert "http" not in page.replace("http-equiv", "")
 
 

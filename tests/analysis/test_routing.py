@@ -1,6 +1,7 @@
 """Routing statistics against prepared routers, plain references, and models from other libraries."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -263,6 +264,8 @@ def test_files_and_figures(tmp_path):
         unknown.plot(kind="classes")
     with pytest.raises(ValueError, match="kind must be one of 'choices', 'heat'"):
         unknown.plot(kind="heta")
+    words = RoutingStatistics.reading(found)
+    assert re.search(r"In soft \d of 2 blocks have dead experts, and \d ignore the image; in hard \d of 2", words)
     rows = found["hard"].rows()
     assert [row["block"] for row in rows] == ["0", "2"]
     assert {tuple(row) for result in found.values() for row in result.rows()} == {tuple(rows[0])}

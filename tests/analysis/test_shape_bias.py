@@ -144,6 +144,10 @@ def test_results_are_drawn_with_a_line_a_model_and_saved(drawn, tmp_path):
     assert [line.get_xdata()[0] for line in lines] == [1, results["by turns"].bias]
     with pytest.raises(TypeError, match="takes no options"):
         ShapeBias.draw(results, log=True)
+    turns = results["by turns"]
+    bars = axis.collections[-1].get_segments()  # the intervals of the classes
+    expected = [row["bias (95 %)"] for row in turns.rows()[1:]]
+    assert [f"({100 * bar[0, 0]:.0f}–{100 * bar[1, 0]:.0f})" for bar in bars] == [text.split()[1] for text in expected]
     for suffix in ("png", "json", "html"):
         assert save(results, tmp_path / f"s.{suffix}").stat().st_size > 1000
 

@@ -23,6 +23,7 @@ def test_the_page_says_what_was_found(finished: FitResult) -> None:
     chosen = ", ".join(map(str, finished.choice.sizes))
     assert re.search(rf"<tr><td[^>]*>{re.escape(chosen)}</td>.*?chosen.*?</tr>", text)
     assert text.count("<img") == 5  # what was wanted, the front, object sizes, the field, the rings
+    assert text.count("<source media=") == 5  # each in dark colors, too
     assert 'src="http' not in text  # it holds its pictures
 
 

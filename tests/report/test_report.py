@@ -117,6 +117,12 @@ def test_figures_of_a_page_have_dark_variants_and_photographs_have_none():
     assert not alone.all("input", "type")
 
 
+def test_a_photograph_may_have_a_dark_variant():
+    tree = shown(report.Photo(b"light", "png", "p", b"dark"))
+    (dark,), (light,) = tree.all("source", "srcset"), tree.all("img", "src")
+    assert dark != light
+
+
 def test_a_headline_precedes_the_sections():
     tree = shown("words", headline=["A & B differ.", "Nothing is decided."])
     assert tree.texts["p"][:3] == ["lead", "A & B differ.", "Nothing is decided."]

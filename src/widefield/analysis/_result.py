@@ -60,6 +60,11 @@ class Result(report.Report):
         """Return the figures of a page, by caption; by default the one figure of :meth:`draw`."""
         return {cls.lead: cls.draw(results, **options)}
 
+    @classmethod
+    def reading(cls, results: Mapping[str, Self]) -> str:
+        """Return in words what results show, with which their section of a page begins; by default nothing."""
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """Return all values in JSON's types."""
         return {"kind": type(self).__name__, **plain(self)}
@@ -103,9 +108,11 @@ def save(results: Mapping[str, Result], path: str | Path, **options: Any) -> Pat
 
 
 def section(results: Mapping[str, Result], heading: str = "Result", **options: Any) -> report.Section:
-    """Return a section: the figures of all results, their tables, and facts about each."""
-    shown = type(next(iter(results.values()))).figures(results, **options)
-    parts: list[report.Part] = [report.Plot(figure, caption) for caption, figure in shown.items()]
+    """Return a section: what the results show in words, their figures and tables, and facts about each."""
+    kind = type(next(iter(results.values())))
+    words = kind.reading(results)
+    parts: list[report.Part] = [words] if words else []
+    parts += [report.Plot(figure, caption) for caption, figure in kind.figures(results, **options).items()]
     rows = [row for result in results.values() for row in result.rows()]
     if rows:
         parts.append(report.Table(rows, heading))

@@ -68,7 +68,8 @@ class BlockContributions(Result):
     lead: ClassVar[str] = (
         "Each residual block in turn is switched off: it returns its input. Above: what that costs, in points of the "
         "score, or, without labels, in percent of the predictions that change. Below: the change of the outputs, "
-        "relative to the outputs. Dotted: all blocks off at once."
+        "relative to the outputs. Dotted: all blocks off at once. A point at zero is a block that these images do not "
+        "need: its kernel cannot show that it is better than another."
     )
 
     name: str
@@ -119,6 +120,13 @@ class BlockContributions(Result):
             f"{self.name}: {100 * self.score:.1f}% {self.metric}; without one of {len(drops)} blocks "
             f"{min(drops):.1f} to {max(drops):.1f} points less, without all {self.drop(self.together):.1f}"
         )
+
+    @classmethod
+    def reading(cls, results: Mapping[str, Self]) -> str:
+        """Return what one block and all blocks cost, for each model."""
+        counts = sorted({str(result.about["images"]) for result in results.values() if "images" in result.about})
+        images = f"On {' and '.join(counts)} images: " if counts else ""
+        return f"{images}{'; '.join(result.line for result in results.values())}."
 
     @classmethod
     @report.paper()

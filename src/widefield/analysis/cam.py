@@ -112,6 +112,13 @@ class ClassActivation(Result):
         ]
 
     @classmethod
+    def reading(cls, results: Mapping[str, ClassActivation]) -> str:
+        """Return over how much of the image maps are bright, on average."""
+        known = {name: result.area[np.isfinite(result.area)] for name, result in results.items()}
+        parts = [f"{100 * area.mean():.0f} % of the image for {name}" for name, area in known.items() if area.size]
+        return f"Maps are above half of their maximum on {', '.join(parts)}, on average." if parts else ""
+
+    @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, ClassActivation], *, count: int = 8) -> Figure:
         """Draw one row per image and one column per model, on one scale (MoRF, figure 6).

@@ -33,6 +33,7 @@ THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 """Shares of all contributions whose area is reported, as in the paper's table."""
 
 _FAINTEST = 1e-4
+_ALIKE = 1.1  # largest ratio of areas that counts as no difference
 """Lower end of the logarithmic color scale."""
 
 _NOISES = 8
@@ -65,11 +66,11 @@ class ReceptiveField(Result):
 
     title: ClassVar[str] = "Effective receptive fields"
     lead: ClassVar[str] = (
-        "Contribution of each pixel to one unit of a feature map, to a class logit of a segmentation model or of a "
-        "detector's box, or to the peak of a key point's heatmap: the positive part of the gradient, summed over "
-        "channels and images, relative to the largest. Under each field: the share of the image's area covered by the "
-        "smallest centered square that holds 20, 30, 50 and 99 % of all contributions; and the theoretical receptive "
-        "field, drawn dashed if it fits into the image."
+        "By how much each pixel changes one unit: that of the table, in the middle of a map, or a class logit, or the "
+        "peak of a key point. The wider the patch that stands out, the farther the unit looks; stripes and grids come "
+        "from strides. Drawn is the positive part of the gradient, summed over channels and images, relative to the "
+        "largest. Under each field: the share of the image's area covered by the smallest centered square that holds "
+        "20, 30, 50 and 99 % of all contributions; and the theoretical receptive field, dashed if it fits."
     )
 
     name: str
@@ -114,6 +115,20 @@ class ReceptiveField(Result):
                 "theory, px": _extent(self.theoretical, "whole"),
             }
         ]
+
+    @classmethod
+    def reading(cls, results: Mapping[str, ReceptiveField]) -> str:
+        """Return which part of the image half of all contributions come from, and whose field is the largest."""
+        half = {name: result.area_ratio[0.5] for name, result in results.items() if 0.5 in result.area_ratio}
+        if not half:
+            return ""
+        parts = ", ".join(f"{_percent(ratio)} % of the image's area for {name}" for name, ratio in half.items())
+        words = f"Half of all contributions come from a square of {parts}."
+        if len(half) == 1:
+            return words
+        far = max(half, key=lambda name: half[name])
+        alike = half[far] <= _ALIKE * min(half.values())
+        return f"{words} {'The fields are about as large.' if alike else f'{far} looks the farthest.'}"
 
     @classmethod
     @report.paper()

@@ -87,9 +87,10 @@ class KernelMaps(Result):
 
     title: ClassVar[str] = "Kernel energy"
     lead: ClassVar[str] = (
-        "Left: share of the energy (sum of squares) kept by centered crops of the kernels. Right: smallest crop that "
-        "keeps the stated share, for every layer; a pale bar extends to the whole kernel. Below: mean absolute values "
-        "of the kernels, each scaled to a maximum of 1. Left and below: means over the widest kernels of each stage."
+        "Left: share of the energy (sum of squares) kept by centered crops of the kernels; a curve that rises early "
+        "means that the outer taps hardly matter. Right: smallest crop that keeps the stated share, for every layer; a "
+        "pale bar extends to the whole kernel. Below: mean absolute values of the kernels, each scaled to a maximum of "
+        "1. Left and below: means over the widest kernels of each stage."
     )
 
     name: str
@@ -130,6 +131,17 @@ class KernelMaps(Result):
                 most = max((value or 0.0 for value in values), default=None)
                 row[f"{word} lost at {self.limit}"] = "-" if most is None else _percent(most)
         return row
+
+    @classmethod
+    def reading(cls, results: Mapping[str, Self]) -> str:
+        """Return how many kernels keep their energy in a smaller crop."""
+        share = max(next(iter(results.values())).shares)
+        parts = []
+        for name, result in results.items():
+            whole = [layer for layer in result.layers if layer.kind != "expert" and max(layer.size) > 1]
+            small = [layer for layer in whole if layer.smallest[-1] != layer.size]
+            parts.append(f"{len(small)} of {len(whole)} in {name}")
+        return f"Kernels that keep {100 * share:.4g} % of their energy in a smaller crop: {', '.join(parts)}."
 
     @classmethod
     @report.paper()

@@ -101,6 +101,17 @@ class RoutingStatistics(RoutedImages, Result):
         return rows
 
     @classmethod
+    def reading(cls, results: Mapping[str, RoutingStatistics]) -> str:
+        """Return how many blocks have dead experts or ignore the image, for each model."""
+        parts = []
+        for name, result in results.items():
+            dead = sum(bool(block.dead()) for block in result.blocks)
+            constant = sum(not block.depends_on_input for block in result.blocks)
+            total = len(result.blocks)
+            parts.append(f"in {name} {dead} of {total} blocks have dead experts, and {constant} ignore the image")
+        return f"Do the mixtures mix? {_capital('; '.join(parts))}."
+
+    @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, RoutingStatistics], *, kind: str = "choices") -> Figure:
         """Draw one figure.
@@ -285,6 +296,10 @@ def _labels(given: Any, count: int, classes: Sequence[str] | None) -> Tensor:
     if classes is not None and count and int(labels.max()) >= len(classes):
         raise ValueError(f"the label {int(labels.max())} has no name: classes has {len(classes)}.")
     return labels.clamp(min=UNKNOWN)
+
+
+def _capital(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}"
 
 
 def _percentages(shares: np.ndarray) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from widefield import _checks, report
+from widefield._intervals import wilson
 from widefield.analysis._model import track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
@@ -29,8 +30,6 @@ from widefield.surgery.inputs import place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_Z = 1.959964  # the normal distribution's quantile for an interval of 95 %
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class ShapeBias(Result):
     title: ClassVar[str] = "Shape bias"
     lead: ClassVar[str] = (
         "Among decisions for the class of the shape or of the texture, the share that chose the shape. Markers: images "
-        "of one class of shape. Lines: all images, with the 95 % interval as a band."
+        "of one class of shape, with 95 % intervals. Vertical lines: all images, with the interval as a band. Where "
+        "intervals overlap, the order of classes or models may be chance."
     )
 
     name: str
@@ -105,9 +105,12 @@ class ShapeBias(Result):
             places = [aside + classes.index(name) for name, n in zip(result.classes, result.images, strict=True) if n]
             axis.axvspan(*result.interval, color=color, alpha=0.15, linewidth=0)
             axis.axvline(result.bias, color=color, linewidth=1)
-            axis.plot(
-                result.shares()[result.images > 0], places, marker, color=color, alpha=0.85, clip_on=False, label=label
-            )
+            seen = result.images > 0
+            shares, ends = result.shares()[seen], wilson(result.shape, result.shape + result.texture)[seen].T
+            axis.errorbar(
+                shares, places, xerr=np.abs(ends - shares), fmt=marker, color=color, alpha=0.85, elinewidth=0.8,
+                clip_on=False, label=label,
+            )  # fmt: skip
         axis.set_xlim(0, 1)
         axis.set_ylim(len(classes) - 0.5, -0.5)
         axis.set_yticks(range(len(classes)), classes)
@@ -269,10 +272,8 @@ def _share(hits: int, decided: int) -> tuple[float, tuple[float, float]]:
     """Return a share and its 95 % interval (Wilson 1927); NaN without a decision."""
     if not decided:
         return math.nan, (math.nan, math.nan)
-    share, unit = hits / decided, _Z**2 / decided
-    middle = (share + unit / 2) / (1 + unit)
-    reach = math.sqrt(share * (1 - share) * unit + unit**2 / 4) / (1 + unit)
-    return share, (max(middle - reach, 0.0), min(middle + reach, 1.0))
+    low, high = wilson(np.array(hits), np.array(decided)).tolist()
+    return hits / decided, (low, high)
 
 
 def _percent(value: float) -> str:

@@ -78,6 +78,17 @@ class TranslationStability(Result):
         ]
 
     @classmethod
+    def reading(cls, results: Mapping[str, TranslationStability]) -> str:
+        """Return in how many images the class stays after the smallest and the largest shift."""
+        parts = []
+        for name, result in results.items():
+            rows = {row["shift"]: row["same class (%)"] for row in result.rows()}
+            shown = dict.fromkeys((str(result.shifts[0]), str(result.shifts[-1])))
+            ends = " and ".join(f"{rows[shift]} % by {shift} px" for shift in shown)
+            parts.append(f"{name} {ends}")
+        return f"The class stays the same in this share of shifted images (± standard errors): {'; '.join(parts)}."
+
+    @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, TranslationStability], **options: Any) -> Figure:
         """Draw consistency and relative change against the shift, one column per direction; takes no options."""

@@ -15,7 +15,7 @@ from widefield import data, report
 from widefield.demo import photographs
 from widefield.demo.chapter import Chapter
 from widefield.fitting import FitResult, fit
-from widefield.fitting.page import network_rows, wanted
+from widefield.fitting.page import field_of, network_rows, wanted
 from widefield.fitting.result import CHEAPER, GAIN, NO_MATTER, NOTHING
 from widefield.report import Part, Section
 from widefield.train import load_recipe
@@ -44,6 +44,10 @@ _QUESTION = (
     "keep its kernel sizes for this task? widefield fit trains a copy that can run at all sizes, reads its loss at "
     "many combinations on one half of the validation crops, and chooses. It fine-tunes a plain network with the chosen "
     "sizes, and compares it with the unchanged network on the other half, after equal training."
+)
+_FIELDS = (
+    "Effective receptive fields after training, with the unchanged and with the chosen sizes: do other kernels make "
+    "the network look farther?"
 )
 
 
@@ -106,10 +110,7 @@ class PhotoCrops:
             report.Table(network_rows(result)),
             *wanted(result),
         ]
-        fields = self.folder / FOLDER / "erf.png"
-        if fields.is_file():
-            caption = "Effective receptive fields after training, with the unchanged and with the chosen sizes."
-            parts.append(report.Photo(fields.read_bytes(), "png", caption))
+        parts += field_of(result, _FIELDS)
         length = self.recipe.max_steps or self.recipe.epochs
         limits = (
             f"What this does not say: it is one training of {length} {result.spec.unit}s with one seed. Short "

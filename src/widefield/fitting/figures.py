@@ -14,6 +14,9 @@ from widefield.fitting.groups import Groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FIELD, DARK_FIELD = "erf.png", "erf-dark.png"
+"""Files with the effective receptive fields in a fit's folder, in light and in dark colors."""
+
 
 @report.paper()
 def draw_wanted(choice: Choice, groups: Groups) -> Figure:

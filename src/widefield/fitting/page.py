@@ -9,7 +9,7 @@ import numpy as np
 
 from widefield import report
 from widefield.fitting.choose import Candidate, assignment_of
-from widefield.fitting.figures import draw_front, draw_wanted
+from widefield.fitting.figures import DARK_FIELD, FIELD, draw_front, draw_wanted
 from widefield.fitting.progress import PHASES, duration
 from widefield.report import Part, Plot, Section, Table
 
@@ -141,8 +141,15 @@ def _size_rows(result: FitResult) -> list[dict[str, str]]:
     ]
 
 
+def field_of(result: FitResult, caption: str) -> list[Part]:
+    """Return the drawing of the effective receptive fields in the fit's folder, if there is one."""
+    light, dark = result.folder / FIELD, result.folder / DARK_FIELD
+    if not light.is_file():
+        return []
+    return [report.Photo(light.read_bytes(), "png", caption, dark.read_bytes() if dark.is_file() else None)]
+
+
 def _field(result: FitResult) -> list[Part]:
-    drawn = result.folder / "erf.png"
     verdict = result.verdict
     networks: dict[str, Network] = {"unchanged": verdict.unchanged, "chosen sizes": verdict.plain}
     rows = [
@@ -150,9 +157,8 @@ def _field(result: FitResult) -> list[Part]:
         for name, found in networks.items()
         if found.field
     ]
-    if not rows or not drawn.is_file():
-        return []
-    return [report.Photo(drawn.read_bytes(), "png", _FIELD), Table(rows)]
+    drawn = field_of(result, _FIELD)
+    return [*drawn, Table(rows)] if rows and drawn else []
 
 
 def _method(result: FitResult) -> list[Part]:

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from widefield import analysis
+from widefield import analysis, report
+from widefield._files import write_whole
 from widefield._intervals import Interval, paired
 from widefield.data import SampleSet
 from widefield.fitting.choose import Choice
 from widefield.fitting.costs import compare_latency, counted
+from widefield.fitting.figures import DARK_FIELD, FIELD
 from widefield.fitting.halves import Part
 from widefield.fitting.losses import autocast, device_of
 from widefield.fitting.recipes import PLAIN, UNCHANGED
@@ -245,8 +247,10 @@ def _fields(
         }
     except (ValueError, RuntimeError, TypeError) as error:
         return {}, [f"The effective receptive field could not be measured: {error}"]
-    for suffix in (".png", ".json"):
-        analysis.save(fields, spec.folder / f"erf{suffix}")
+    analysis.save(fields, spec.folder / "erf.json")
+    figure = analysis.ReceptiveField.draw(fields)
+    write_whole(spec.folder / FIELD, report.png(figure))
+    write_whole(spec.folder / DARK_FIELD, report.dark_png(figure))
     return {
         name: {f"{share:g}": ratio for share, ratio in found.area_ratio.items()} for name, found in fields.items()
     }, []

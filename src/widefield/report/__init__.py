@@ -20,6 +20,7 @@ from widefield.report._blocks import (
     Terms,
     Views,
 )
+from widefield.report._dark import dark_png
 from widefield.report._drawing import drawing, png
 from widefield.report._figures import (
     COLORS,
@@ -61,6 +62,7 @@ __all__ = [
     "Views",
     "blank",
     "curves",
+    "dark_png",
     "drawing",
     "examples",
     "expert_colors",

@@ -93,12 +93,18 @@ class Plot(Block):
 
 @dataclass(frozen=True)
 class Photo(Block):
-    """An image file of a kind, "png" or "jpeg", with a caption; it looks the same on light and dark pages."""
+    """An image file of a kind, "png" or "jpeg", with a caption; ``dark`` is another one for dark pages, if any."""
 
     file: bytes
     kind: str
     caption: str
+    dark: bytes | None = None
     template = "photo.html"
+
+    @property
+    def other(self) -> str:
+        """Return the image for dark pages as an address that holds it; "" if there is none."""
+        return "" if self.dark is None else address(self.dark, self.kind)
 
     @property
     def source(self) -> str:

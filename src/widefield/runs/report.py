@@ -216,7 +216,8 @@ def _found(subject: Subject, count: int, say: Callable[[str], None]) -> str:
 
 def training(found: Sequence[RunRecord]) -> list[Section]:
     """Return the sections on the training: differences of the recipes, numbers and curves."""
-    rows = comparison(found) if len(found) > 1 else [found[0].row()]
+    alone = [{"": key, found[0].name: value} for key, value in found[0].row().items() if key != "name"]
+    rows = comparison(found) if len(found) > 1 else alone
     figure: Figure = draw_runs(found, _drawn(found))
     return [Section("Runs", [Table(rows)]), Section("Training", [Plot(figure, _CURVES)])]
 
