@@ -42,7 +42,7 @@ def test_one_run_gets_a_page_in_its_folder(runs, capsys):
     headings = ("Training", "Metrics", "Classes", "What is mistaken for what", "Best images", "Worst images")
     for heading in (*headings, "Effective receptive field", "Routing", "Class activation"):
         assert f"<h2>{heading}</h2>" in page
-    assert re.search(r'class="headline"><p>mixture is right about \d+ of 128 validation images of digits: ', page)
+    assert re.search(r'class="headline"><p>mixture classifies \d+ of 128 validation images of digits correctly: ', page)
     links = re.findall(r'<a href="#(.*?)">', page)
     assert links == re.findall(r'<section id="(.*?)">', page)
     assert "Learned masks" not in page

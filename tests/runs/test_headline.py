@@ -38,7 +38,9 @@ def words(**runs: Found) -> str:
 
 def test_one_run_is_told_with_its_interval_and_its_weakest_class() -> None:
     text = words(a=found(HALF, confusion=[[150, 50], [150, 50]]))
-    assert "a is right about 200 of 400 validation images of animals: 50.0 % (95 % interval 45.1 to 54.9 %)." in text
+    assert (
+        "a classifies 200 of 400 validation images of animals correctly: 50.0 % (95 % interval 45.1 to 54.9 %)." in text
+    )
     assert "The class with the lowest accuracy is dog: 25.0% of 200 (95 % interval 19.5 to 31.4 %)" in text
     assert "mistaken most often for cat" in text
     assert "another training with another seed" in text
@@ -97,7 +99,7 @@ def test_smaller_losses_are_better() -> None:
 def test_runs_on_different_images_are_not_ranked() -> None:
     text = words(a=found(HALF), b=found(HALF, places=np.arange(400) + 1))
     assert "so none is ahead" in text
-    assert text.count("is right about 200 of 400") == 2
+    assert text.count("classifies 200 of 400") == 2
     assert evaluated_words({}) == []
 
 

@@ -59,7 +59,7 @@ def page(result: FitResult) -> str:
         sections.append(Section("Where the kernels have their weight", [Plot(draw_rings(result), _RINGS)]))
     sections.append(Section("How it was found", _method(result)))
     title = f"{verdict.words[0].upper()}{verdict.words[1:]}"
-    return report.page(f"{result.spec.recipe.name}: {title}", verdict.text, sections, dict(result.environment))
+    return report.page(f"{result.spec.recipe.name}: {title}", "", sections, dict(result.environment), [verdict.text])
 
 
 def network_rows(result: FitResult) -> list[dict[str, str]]:

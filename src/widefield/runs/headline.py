@@ -88,7 +88,7 @@ def _alone(name: str, found: Found) -> list[str]:
     if not found.is_share:
         return [f"{name} has {_metric(found)} on {images} of {found.source}."]
     right = int(found.values.sum())
-    sentence = f"{name} is right about {right:,} of {images} of {found.source}: {_share(found.values)}."
+    sentence = f"{name} classifies {right:,} of {images} of {found.source} correctly: {_share(found.values)}."
     weakest = _weakest(evaluation)
     return [f"{sentence} {weakest}".strip()]
 
