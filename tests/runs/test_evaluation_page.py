@@ -138,6 +138,17 @@ def test_the_page_names_every_class_and_shows_the_images(tmp_path: Path) -> None
     assert text.count("data:image") == 2 + 4 * 4  # the confusion matrix in light and dark colors
 
 
+def test_several_evaluations_are_compared_and_folded(tmp_path: Path) -> None:
+    found, dataset, _ = evaluation(examples=2)
+    one = (found, subject(dataset), "patches")
+    text = write_evaluation({"first": one, "second": one}, tmp_path / "page.html").read_text()
+    assert re.findall("<h2>(.*?)</h2>", text) == ["Evaluation"]
+    assert "first and second were compared on the same 8 images of patches." in text
+    assert "have the same result on every image: a tie." in text
+    assert text.count("<tr>") >= 3
+    assert "<summary>second: worst images</summary>" in text
+
+
 def test_rows_by_size_have_the_classes_that_have_objects() -> None:
     counts = torch.zeros(3, 3, 3, dtype=torch.int64)
     counts[0, 0, 0], counts[1, 1, 1], counts[1, 1, 0], counts[2, 2, 2] = 10, 3, 1, 5

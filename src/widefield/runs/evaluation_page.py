@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +11,17 @@ import numpy as np
 from widefield import bench, report
 from widefield._files import check_place, write_whole
 from widefield.data.listing import counted
-from widefield.report import Plot, Section, Table
+from widefield.report import Part, Plot, Section, Table
 from widefield.runs.accuracy import Evaluation, Example
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.runs.detection_page import detection_sections
 from widefield.runs.drawing import DRAWINGS, drawing_of
 from widefield.runs.drawing_parts import MIN_SCORE
+from widefield.runs.headline import Found, evaluated_words
 from widefield.runs.pose_page import pose_sections
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
-from widefield.tasks import ClassificationScores, DetectionScores, PoseScores, SegmentationScores
+from widefield.tasks import HEADLINES, ClassificationScores, DetectionScores, PoseScores, SegmentationScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,19 +38,44 @@ def write_evaluation(
     """
     page = Path(page)
     check_place(page)
-    several = len(found) > 1
-    sections: list[Section] = []
-    for title, (evaluation, subject, source) in found.items():
-        for one in evaluation_sections(evaluation, subject, source, min_score=min_score):
-            sections.append(Section(f"{title}: {one.heading.lower()}", one.parts) if several else one)
+    shown_by = {
+        title: evaluation_sections(evaluation, subject, source, min_score=min_score)
+        for title, (evaluation, subject, source) in found.items()
+    }
+    sections = [together(shown_by)] if len(found) > 1 else next(iter(shown_by.values()))
+    headline = evaluated_words(
+        {
+            title: Found(evaluation, source, HEADLINES[subject.work], "image")
+            for title, (evaluation, subject, source) in found.items()
+            if subject.work in HEADLINES
+        }
+    )
     names = ", ".join(dict.fromkeys(subject.name for _, subject, _ in found.values()))
     devices = {evaluation.device for evaluation, _, _ in found.values()}
     lead = "Metrics, the result of each class, what is mistaken for what, and the best and worst images."
     if all(subject.work == "masked_image" for _, subject, _ in found.values()):
         lead = "How well hidden parts of images are predicted: metrics, some images, and the best and worst ones."
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, report.page(f"Evaluation of {names}", lead, sections, bench.environment(devices.pop())).encode())
+    environment = bench.environment(devices.pop())
+    write_whole(page, report.page(f"Evaluation of {names}", lead, sections, environment, headline).encode())
     return page
+
+
+def together(shown: Mapping[str, Sequence[Section]]) -> Section:
+    """Return several evaluations, by title, as one section: metrics in one table, and the rest folded."""
+    rows: list[dict[str, str]] = []
+    notes: list[Part] = []
+    folds: list[Part] = []
+    for name, (first, *others) in shown.items():
+        for part in first.parts:
+            if isinstance(part, Table):
+                rows += [{"": name, **row} for row in part.rows]
+            else:
+                notes.append(f"{name}: {part}" if isinstance(part, str) else part)
+        folds += [report.Fold(f"{name}: {one.heading.lower()}", one.parts) for one in others]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    table = [Table([{key: row.get(key, "-") for key in columns} for row in rows])] if rows else []
+    return Section("Evaluation", [*table, *notes, *folds])
 
 
 def evaluation_sections(

@@ -30,11 +30,13 @@ class Found:
         evaluation: with what was measured of each image.
         source: name of the data.
         headline: the task's metric.
+        images: what the images are called.
     """
 
     evaluation: Evaluation
     source: str
     headline: str
+    images: str = "validation image"
 
     @property
     def values(self) -> NDArray[np.float64] | None:
@@ -81,7 +83,7 @@ def logged_words(runs: Sequence[RunRecord]) -> list[str]:
 def _alone(name: str, found: Found) -> list[str]:
     """Return a sentence about one run, and one about its weakest class."""
     evaluation = found.evaluation
-    images = counted(evaluation.images, "validation image")
+    images = counted(evaluation.images, found.images)
     if found.values is None:
         value = shown(found.headline, evaluation.metrics.get(found.headline))
         return [f"{name} has a {found.headline} of {value} on {images} of {found.source}."]
@@ -112,7 +114,7 @@ def _compared(found: Mapping[str, Found]) -> list[str]:
     first = found[best]
     leads = {name: paired(values[best], values[name]) for name in others}
     decided = [name for name, lead in leads.items() if lead.excludes_zero]
-    images = counted(first.evaluation.images, "validation image")
+    images = counted(first.evaluation.images, first.images)
     compared = f"{_listed(list(found))} were compared on the same {images} of {first.source}."
     results = "; ".join(f"{name} {_result(found[name], values[name])}" for name in (best, *others))
     if len(decided) == len(others):

@@ -12,10 +12,10 @@ from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
 from widefield.analysis import ClassAt
 from widefield.analysis.registry import ANALYSES, Analysis
-from widefield.report import Part, Plot, Section, Table
+from widefield.report import Plot, Section, Table
 from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs, labels
-from widefield.runs.evaluation_page import evaluation_sections
+from widefield.runs.evaluation_page import evaluation_sections, together
 from widefield.runs.headline import Found, evaluated_words, logged_words
 from widefield.runs.inputs import Selection
 from widefield.runs.loading import load
@@ -79,7 +79,7 @@ def write_report(
         if found is not None:
             evaluations[name] = found
             numbers.setdefault("Evaluation", {})[subject.name] = found.evaluation.to_dict()
-    sections += [_together(shown)] if len(shown) > 1 else next(iter(shown.values()))
+    sections += [together(shown)] if len(shown) > 1 else next(iter(shown.values()))
     sections += _analyzed([replace(one, model=examined(one.model)) for one in subjects], count, numbers, say, told)
     environment = bench.environment(device)
     names = ", ".join(subject.name for subject in subjects)
@@ -89,23 +89,6 @@ def write_report(
     words = evaluated_words(evaluations) if len(evaluations) == len(records) else logged_words(records)
     write_whole(page, report.page(title or f"Report on {names}", lead, sections, environment, words).encode())
     return page
-
-
-def _together(shown: Mapping[str, Sequence[Section]]) -> Section:
-    """Return the evaluations of several runs as one section: metrics in one table, and the rest folded."""
-    rows: list[dict[str, str]] = []
-    notes: list[Part] = []
-    folds: list[Part] = []
-    for name, (first, *others) in shown.items():
-        for part in first.parts:
-            if isinstance(part, Table):
-                rows += [{"run": name, **row} for row in part.rows]
-            else:
-                notes.append(f"{name}: {part}" if isinstance(part, str) else part)
-        folds += [report.Fold(f"{name}: {one.heading.lower()}", one.parts) for one in others]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    table = [Table([{key: row.get(key, "-") for key in columns} for row in rows])] if rows else []
-    return Section("Evaluation", [*table, *notes, *folds])
 
 
 def _analyzed(
