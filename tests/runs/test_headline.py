@@ -87,6 +87,12 @@ def test_other_tasks_compare_the_ratings_of_images() -> None:
     assert "b is ahead of a by 10.0 points (95 % interval of the difference 10.0 to 10.0)." in text
 
 
+def test_one_run_of_another_task_has_the_interval_of_its_ratings() -> None:
+    text = words(a=found(np.linspace(0.4, 0.6, 50), share=False, headline="miou"))
+    assert "a has miou 50.00% on 50 validation images of animals. Mean over the images of each one's rating" in text
+    assert "50.0 % (95 % interval 48" in text
+
+
 def test_smaller_losses_are_better() -> None:
     losses = np.random.default_rng(0).uniform(0.4, 0.6, 50)
     runs = {name: found(-values, share=False, headline="loss") for name, values in (("a", losses), ("b", losses - 0.1))}

@@ -88,7 +88,8 @@ def _alone(name: str, found: Found) -> list[str]:
         value = shown(found.headline, evaluation.metrics.get(found.headline))
         return [f"{name} has a {found.headline} of {value} on {images} of {found.source}."]
     if not found.is_share:
-        return [f"{name} has {_metric(found)} on {images} of {found.source}."]
+        rated = f"{_capital(_measured(found))}: {_rating(found, found.values)}"
+        return [f"{name} has {_metric(found)} on {images} of {found.source}. {rated}."]
     right = int(found.values.sum())
     sentence = f"{name} classifies {right:,} of {images} of {found.source} correctly: {_share(found.values)}."
     weakest = _weakest(evaluation)
@@ -147,12 +148,14 @@ def _measured(found: Found) -> str:
 
 
 def _result(found: Found, values: NDArray[np.float64]) -> str:
-    if found.is_share:
-        return _share(values)
+    return _share(values) if found.is_share else f"{_rating(found, values)}, with {_metric(found)}"
+
+
+def _rating(found: Found, values: NDArray[np.float64]) -> str:
     mean = interval(values) if _in_percent(found) else interval(values).scaled(-1)
     unit = " %" if _in_percent(found) else ""
     span = f"{_text(mean.low, found)} to {_text(mean.high, found)}{unit}"
-    return f"{_text(mean.mean, found)}{unit} (95 % interval {span}), with {_metric(found)}"
+    return f"{_text(mean.mean, found)}{unit} (95 % interval {span})"
 
 
 def _metric(found: Found) -> str:
