@@ -175,7 +175,7 @@ def test_keys_beside_resume_mean_what_they_say(words, message, here, monkeypatch
         assert message is None or message in shown
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signals_save_and_leave_cleanly(number, here):
     command = [sys.executable, "-m", "widefield", "train", "digits_morf", "--epochs", "500", *TINY]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
@@ -192,13 +192,17 @@ def test_signals_save_and_leave_cleanly(number, here):
     assert list((here / "runs" / "digits_morf" / "checkpoints").glob("*/model.safetensors"))
 
 
-@pytest.mark.parametrize("data", ["digits", "scales"])
+@pytest.mark.parametrize("data", [pytest.param("digits", marks=pytest.mark.slow), "scales"])
 def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
     small = ["--epochs", "1", "--schedule.warmup_epochs", "0"]
     small += ["--data.args.size", "32"] if data == "digits" else ["--data.args.count", "128"]
     words = ["demo", "--data", data, *small, "--model.args.dims", "[4, 8, 8, 8]"]
-    assert cli.main(words) == 0
     folder = here / "runs" / "demo"
+    earlier = folder / "7x7" / "config.yaml"  # of an earlier demo, which is replaced
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("name: earlier\n")
+    assert cli.main(words) == 0
+    assert "earlier" not in earlier.read_text()
     results = json.loads((folder / "results.json").read_text())
     assert set(results[data]["models"]) == {"7x7", "MoRF soft", "MoRF hard"}
     for name, entry in results[data]["models"].items():
@@ -227,8 +231,6 @@ def test_demo_writes_results_and_a_self_contained_page(data, here, capsys):
     assert "runs/demo/report.html" in out
     assert "training step" in out
     assert "all blocks off" in out
-    if data == "digits":
-        assert cli.main(words) == 0  # a second demo replaces the first
 
 
 def test_help_version_lists_and_wrong_usage_need_no_torch(tmp_path):

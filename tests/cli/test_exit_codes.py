@@ -33,18 +33,36 @@ def status(words: str, folder: Path) -> tuple[int, str]:
         ("train digits_morf --seed", 2),
         ("nonsense", 2),
         ("predict test_resnet", 2),
-        ("plan test_resnet --to fast_depthwise", 1),
-        ("predict test_resnet broken.png", 1),
-        ("predict test_resnet fine.png", 0),
-        ("predict test_resnet fine.png broken.png", 3),
     ],
 )
 def test_codes(words: str, code: int, tmp_path: Path) -> None:
-    Image.new("RGB", (64, 64)).save(tmp_path / "fine.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:60])
     found, error = status(words, tmp_path)
     assert found == code, error
     assert "Traceback" not in error
+
+
+WITH_MODELS = {
+    "plan test_resnet --to fast_depthwise": 1,
+    "predict test_resnet broken.png": 1,
+    "predict test_resnet fine.png": 0,
+    "predict test_resnet fine.png broken.png": 3,
+}
+
+
+def test_codes_with_models(tmp_path: Path) -> None:
+    """Run commands that import torch one after another in one process, as the import takes seconds."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "fine.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "fine.png").read_bytes()[:60])
+    *earlier, last = WITH_MODELS
+    program = f"""
+import sys, widefield_cli
+print([widefield_cli.main(words.split()) for words in {earlier!r}], file=sys.stderr)
+sys.exit(widefield_cli.main({last.split()!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert str([WITH_MODELS[words] for words in earlier]) in done.stderr
+    assert done.returncode == WITH_MODELS[last]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")

@@ -43,8 +43,17 @@ def test_a_network_with_mixtures_all_the_way(tmp_path, capsys):
 
 def test_the_file_of_a_run_names_its_classes(tmp_path, capsys):
     run = str(tmp_path / "runs" / "digits_morf")
-    small = ["--epochs", "1", "--schedule.warmup_epochs", "0", "--model.args.dims", "[4, 8, 8, 8]"]
-    small += ["--model.args.depths", "[1, 1, 1, 1]", "--output", str(tmp_path / "runs")]
+    small = [
+        "--epochs",
+        "null",
+        "--max_steps",
+        "2",
+        "--schedule.warmup_epochs",
+        "0",
+        "--model.args.dims",
+        "[4, 8, 8, 8]",
+    ]
+    small += ["--model.args.depths", "[1, 1, 1, 1]", "--batch_size", "8", "--output", str(tmp_path / "runs")]
     assert cli.main(["train", "digits_morf", *small]) == 0
     words = ["--count", "16", "--batch-size", "4", "--int8", "--keep", "head.fc", "--out", str(tmp_path / "out")]
     capsys.readouterr()

@@ -12,6 +12,11 @@ from widefield import deploy
 
 QUICK = ("morf_convnext_tiny", "replknet_31b")
 CONVERTED = {
+    "a small resnet with mixtures": lambda: (
+        timm.create_model("test_resnet", num_classes=7),
+        widefield.MoRF((3, 5)),
+        "layer3.*",
+    ),
     "resnet18 with mixtures": lambda: (
         timm.create_model("resnet18", num_classes=7),
         widefield.MoRF((3, 5)),
@@ -41,7 +46,7 @@ CONVERTED = {
         None,
     ),
 }
-QUICKLY_CONVERTED = ("resnet18 with mixtures",)
+QUICKLY_CONVERTED = ("a small resnet with mixtures",)
 
 
 def some_slow(names, quick):

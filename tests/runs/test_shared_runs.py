@@ -125,7 +125,7 @@ def test_commands_take_files_and_folders(
     assert main(["share", file, shared, "--license", "mit"]) == 0
     for word in (file, shared, f"local-dir:{shared}"):
         assert main(["predict", word, str(photo), "--out", str(tmp_path / "seen")]) == 0
-        assert main(["eval", word, "--batch-size", "8"]) == 0
+        assert main(["eval", word, "--batch-size", "8", "--workers", "0"]) == 0
     assert main(["plan", shared, "--to", "morf"]) == 0
     assert main(["share", file, shared, "--private"]) == 1
     assert "--private is for repositories of the Hub" in capsys.readouterr().err

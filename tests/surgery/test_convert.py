@@ -41,8 +41,18 @@ def create(name):
     return unsettled(model)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("routing", ["soft", "hard"])
+SLOW = {("tv:resnet50", "soft"), ("tv:resnet50", "hard"), ("resnet18", "hard")}
+"""Networks whose dense convolutions are large as mixtures; one of these cases is enough for every day."""
+
+
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [
+        pytest.param(name, routing, marks=[pytest.mark.slow] * ((name, routing) in SLOW))
+        for name in ARCHITECTURES
+        for routing in ("soft", "hard")
+    ],
+)
 def test_conversion_keeps_the_logits_of_real_models(name, routing):
     model = create(name)
     x = torch.randn(2, 3, 64, 64)
