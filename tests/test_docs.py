@@ -31,6 +31,7 @@ PAGES = (
     "masked",
     "real_data",
     "remote_data",
+    "multilabel",
     "sharing",
 )
 

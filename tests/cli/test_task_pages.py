@@ -33,9 +33,20 @@ def write_objects(folder: Path) -> None:
         (folder / f"{split}.json").write_text(json.dumps(content))
 
 
+def write_table(folder: Path) -> None:
+    """Write images, and a table of the classes that they show."""
+    rng = np.random.default_rng(0)
+    lines = ["file,labels,split"]
+    for index, labels in enumerate(("boat;crane", "", "boat", "crane", "boat;crane", "boat")):
+        made_objects.write_image(folder / "images" / f"{index}.png", 40, 50, rng)
+        lines.append(f"images/{index}.png,{labels},{'train' if index < 4 else 'val'}")
+    (folder / "labels.csv").write_text("\n".join(lines))
+
+
 @pytest.mark.parametrize(
     ("page", "write", "photos", "words"),
     [
+        ("multilabel.md", write_table, "harbor/images", "--epochs null --data.args.size 64"),
         (
             "segmentation.md",
             made_segmentation.write_masks,
@@ -51,7 +62,7 @@ def write_objects(folder: Path) -> None:
             marks=pytest.mark.slow,  # the export compares files at several sizes
         ),
     ],
-    ids=["segmentation", "detection"],
+    ids=["multilabel", "segmentation", "detection"],
 )
 def test_a_page_goes_from_files_to_an_exported_model(
     page: str, write: Callable[[Path], None], photos: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -291,6 +291,7 @@ def test_text_forms() -> None:
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "classification": ("digits", {}),
+    "multilabel": ("scene_labels", {"size": 32, "count": 2}),
     "segmentation": ("scenes", {"size": 32, "count": 2}),
     "detection": ("scenes", {"size": 32, "count": 2}),
     "pose": ("scene_poses", {"size": 32, "count": 2, "crop_size": [32, 32]}),

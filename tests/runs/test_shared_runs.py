@@ -26,6 +26,7 @@ LENGTH: dict[str, Any] = {"epochs": None, "max_steps": 1, "evaluate_every": 1, "
 
 RUNS: dict[str, dict[str, Any]] = {
     "classification": {"data": DataSpec("scales", {"count": 24, "size": 32}), "model": ModelSpec("test_resnet")},
+    "multilabel": {"data": DataSpec("scene_labels", {"count": 24, "size": 32}), "task": TaskSpec("multilabel")},
     "segmentation": {
         "data": DataSpec("scenes", {"count": 4, "size": 32}),
         "task": TaskSpec("segmentation", {"head_args": {"channels": 8}}),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from train.helpers import QUIET
-from widefield.tasks import Classification
+from widefield.tasks import Classification, MultiLabelClassification
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, RunResult, train
 
 
@@ -44,18 +44,19 @@ def run(recipe: Recipe) -> Callable[..., RunResult]:
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
     """Send a real signal to this process in the n-th training step from now on."""
-    loss = Classification.loss
+    losses = {kind: kind.loss for kind in (Classification, MultiLabelClassification)}
 
     def arrange(n: int, number: signal.Signals = signal.SIGINT) -> None:
         calls = 0
 
-        def counted(*args: Any) -> Any:
+        def counted(task: Any, *args: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == n:
                 signal.raise_signal(number)
-            return loss(*args)
+            return losses[type(task)](task, *args)
 
-        monkeypatch.setattr(Classification, "loss", counted)
+        for kind in losses:
+            monkeypatch.setattr(kind, "loss", counted)
 
     return arrange

@@ -227,13 +227,15 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
 def _job(
     subject: Subject, size: int | None, real: Mapping[str, Sequence[int]] | None, args: argparse.Namespace
 ) -> _Job:
+    from widefield.runs.inputs import CLASSIFIERS
+
     source = _source(subject, size, args)
     dataset = _dataset(subject, source, args)
     try:
         task, outputs, classes = _task(subject, dataset, real, args)
     except ValueError as error:
         raise ValueError(f"{subject.name} on {_called(source)}: {error}") from error
-    recipe, usual = subject.recipe, 128 if subject.work == "classification" else 4
+    recipe, usual = subject.recipe, 128 if subject.work in CLASSIFIERS else 4
     how = {
         "batch_size": (recipe.batch_size if recipe else usual) if args.batch_size is None else args.batch_size,
         "workers": (recipe.workers if recipe else _readers()) if args.workers is None else args.workers,
@@ -299,7 +301,7 @@ def _readers() -> int:
 
 def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dict[str, Any]:
     """Return the name and the options of the data set to evaluate a model on."""
-    from widefield.data import DetectionSet, PoseSet, SegmentationSet
+    from widefield.data import DetectionSet, MultiLabelImages, PoseSet, SegmentationSet
     from widefield.data._stores import is_url
     from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
@@ -314,6 +316,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
         if not (colon and name in SETS):
             usual = {
                 "segmentation": "masks",
+                "multilabel": own["name"] if own else "label_table",
                 "detection": own["name"] if own else "coco",
                 "pose": own["name"] if own else "coco_keypoints",
             }.get(subject.work, "folder")
@@ -324,6 +327,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
                 f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."
             )
     kind = SETS[name]
+    dense = SegmentationSet, DetectionSet, PoseSet, MultiLabelImages  # whose options say what the labels are
     asked = subject.asked_options(kind, size)
     if args.crop_pct is not None:
         asked["crop_pct"] = args.crop_pct
@@ -339,7 +343,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
         asked["boxes"] = str(args.boxes.expanduser().resolve())
     if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
-    if own and name == own["name"] and (not root or issubclass(kind, (SegmentationSet, DetectionSet, PoseSet))):
+    if own and name == own["name"] and (not root or issubclass(kind, dense)):
         return {**own, **asked, **({"root": root} if root else {})}
     return {"name": name, **subject.file_options(kind, size), **asked, **({"root": root} if root else {})}
 
@@ -350,7 +354,7 @@ def _called(source: Mapping[str, Any]) -> str:
 
 def _show(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
     from widefield.runs.records import shown
-    from widefield.tasks import ClassificationScores, DetectionScores, PoseScores
+    from widefield.tasks import ClassificationScores, DetectionScores, MultiLabelScores, PoseScores
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     samples = "crops" if all(isinstance(found.scores, PoseScores) for _, found in done) else "images"
@@ -366,10 +370,11 @@ def _show(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> 
         rows.append(row)
     args.printer.table(rows, right=[name for name in rows[0] if name not in ("model", "weights", "data")])
     for job, found in done:
-        if isinstance(found.scores, ClassificationScores) and len(found.scores.classes) > _LISTED:
+        if isinstance(found.scores, (ClassificationScores, MultiLabelScores)) and len(found.scores.classes) > _LISTED:
             lines = found.scores.weakest(_LISTED)
+            measured = "accuracy" if isinstance(found.scores, ClassificationScores) else "AP"
             print(f"{job.subject.name}: {found.scores.summary()}")
-            print(f"the {_LISTED} classes with the lowest accuracy; --out has all {len(found.scores.classes)}:")
+            print(f"the {_LISTED} classes with the lowest {measured}; --out has all {len(found.scores.classes)}:")
             args.printer.table(lines, right=[name for name in lines[0] if name not in ("class", "mistaken for")])
         elif found.scores is not None and (lines := found.scores.rows()):
             print(f"{job.subject.name}: {found.scores.summary()}")

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"8 bits are written as ONNX; got --format {args.format}.")
     found = _subjects.subject(args.models[0], args)
     if args.dynamic is None:
-        args.dynamic = ["batch"] if found.work in ("classification", "pose") else ["batch", "size"]
+        args.dynamic = ["batch"] if found.work in ("classification", "multilabel", "pose") else ["batch", "size"]
     # Photographs suffice to verify a file. Calibration and trimming need images from the data set.
     reads = args.int8 or args.routing in ("mean", "auto") or args.trim or args.limit is not None
     images = _own_samples(found, args, stand_in=not reads) or _pictures(found, args, stand_in=not reads)

@@ -8,12 +8,22 @@ from widefield._lazy import load_on_demand
 
 if TYPE_CHECKING:
     from widefield.data.ade20k import Ade20k
-    from widefield.data.base import LabeledImages, Sample, SampleSet, check_classes, collate, seeded, summarize
+    from widefield.data.base import (
+        LabeledImages,
+        MultiLabelImages,
+        Sample,
+        SampleSet,
+        check_classes,
+        collate,
+        seeded,
+        summarize,
+    )
     from widefield.data.catalog import SETS, create, create_both, options_of
     from widefield.data.cifar import Cifar10, Cifar100
     from widefield.data.cityscapes import Cityscapes
     from widefield.data.coco import Coco, Lvis
     from widefield.data.coco_keypoints import CocoKeypoints
+    from widefield.data.coco_labels import CocoLabels
     from widefield.data.coco_stuff import CocoStuff
     from widefield.data.conflict import SIXTEEN, ConflictImages, write_conflicts
     from widefield.data.corrupt import CorruptImagesError
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
     from widefield.data.digits import Digits
     from widefield.data.folder import Folder
     from widefield.data.hugging_face import HuggingFace
+    from widefield.data.label_table import LabelTable
     from widefield.data.mask_files import SegmentationFiles
     from widefield.data.masks import Masks
     from widefield.data.object_files import ObjectFiles
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
     from widefield.data.pictures import PHOTOGRAPHS, Pictures
     from widefield.data.poses import PoseSet
     from widefield.data.scales import Scales
+    from widefield.data.scene_labels import SceneLabels
     from widefield.data.scene_poses import ScenePoses
     from widefield.data.scenes import Scenes
     from widefield.data.segmentation import SegmentationSet, default_palette
@@ -44,12 +56,13 @@ load_on_demand(
     __name__,
     {
         "ade20k": "Ade20k",
-        "base": "LabeledImages Sample SampleSet check_classes collate seeded summarize",
+        "base": "LabeledImages MultiLabelImages Sample SampleSet check_classes collate seeded summarize",
         "catalog": "SETS create create_both options_of",
         "cifar": "Cifar10 Cifar100",
         "cityscapes": "Cityscapes",
         "coco": "Coco Lvis",
         "coco_keypoints": "CocoKeypoints",
+        "coco_labels": "CocoLabels",
         "coco_stuff": "CocoStuff",
         "conflict": "SIXTEEN ConflictImages write_conflicts",
         "corrupt": "CorruptImagesError",
@@ -57,6 +70,7 @@ load_on_demand(
         "digits": "Digits",
         "folder": "Folder",
         "hugging_face": "HuggingFace",
+        "label_table": "LabelTable",
         "mask_files": "SegmentationFiles",
         "masks": "Masks",
         "object_files": "ObjectFiles",
@@ -67,6 +81,7 @@ load_on_demand(
         "pictures": "PHOTOGRAPHS Pictures",
         "poses": "PoseSet",
         "scales": "Scales",
+        "scene_labels": "SceneLabels",
         "scene_poses": "ScenePoses",
         "scenes": "Scenes",
         "segmentation": "SegmentationSet default_palette",
@@ -90,6 +105,7 @@ __all__ = [
     "Cityscapes",
     "Coco",
     "CocoKeypoints",
+    "CocoLabels",
     "CocoStuff",
     "ConflictImages",
     "CorruptImageError",
@@ -99,9 +115,11 @@ __all__ = [
     "Folder",
     "HuggingFace",
     "LabelError",
+    "LabelTable",
     "LabeledImages",
     "Lvis",
     "Masks",
+    "MultiLabelImages",
     "ObjectFiles",
     "PhotoCrops",
     "Photograph",
@@ -110,6 +128,7 @@ __all__ = [
     "Sample",
     "SampleSet",
     "Scales",
+    "SceneLabels",
     "ScenePoses",
     "Scenes",
     "SegmentationFiles",

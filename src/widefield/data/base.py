@@ -33,7 +33,7 @@ class SampleSet(Dataset[Sample | None], ABC):
     """A map-style data set with reproducible randomness; a subclass defines ``__len__`` and ``sample``.
 
     Samples may hold anything: images of any size, masks, boxes, texts. A set of images with one label each is
-    a `LabeledImages`.
+    a `LabeledImages`; with any number of classes each, a `MultiLabelImages`.
 
     Attributes:
         split: ``"train"`` or ``"val"``.
@@ -136,16 +136,10 @@ class SampleSet(Dataset[Sample | None], ABC):
         return (*key, self._visit) if self._visit else key
 
 
-class LabeledImages(SampleSet):
-    """Square images of one size with one label each; a subclass defines ``__len__``, ``sample`` and the attributes.
-
-    Samples: ``image`` float32 (C, image_size, image_size), normalized by ``mean`` and ``std``; ``label`` int, an index
-    into ``classes``; any further entries of the set.
-    """
+class SquareImages(SampleSet):
+    """Square images of one size, of named classes."""
 
     image_size: int
-    labels: Any = None
-    """Label of each image, a sequence of N integers, without reading images; None if they are not known."""
 
     def __init__(self, split: str, size: int, seed: int) -> None:
         super().__init__(split, seed)
@@ -159,6 +153,28 @@ class LabeledImages(SampleSet):
     def found(self) -> str:
         """Return one line: images and classes of the split, and what was left out and why."""
         return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
+
+
+class LabeledImages(SquareImages):
+    """Square images of one size with one label each; a subclass defines ``__len__``, ``sample`` and the attributes.
+
+    Samples: ``image`` float32 (C, image_size, image_size), normalized by ``mean`` and ``std``; ``label`` int, an index
+    into ``classes``; any further entries of the set.
+    """
+
+    labels: Any = None
+    """Label of each image, a sequence of N integers, without reading images; None if they are not known."""
+
+
+class MultiLabelImages(SquareImages):
+    """Square images of one size, each with any number of classes, or none of them.
+
+    Samples: ``image`` float32 (C, image_size, image_size), normalized by ``mean`` and ``std``; ``present`` bool (K,):
+    which of the K ``classes`` the image shows; any further entries of the set.
+    """
+
+    present: NDArray[np.bool_] | None = None
+    """Which classes each image shows, (N, K), without reading images; None if it is not known."""
 
 
 def check_classes(dataset: LabeledImages) -> None:

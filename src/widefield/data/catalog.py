@@ -35,6 +35,9 @@ SETS: Registry[type[SampleSet]] = Registry(
         "yolo": "widefield.data.yolo:Yolo",
         "coco_keypoints": "widefield.data.coco_keypoints:CocoKeypoints",
         "scene_poses": "widefield.data.scene_poses:ScenePoses",
+        "label_table": "widefield.data.label_table:LabelTable",
+        "coco_labels": "widefield.data.coco_labels:CocoLabels",
+        "scene_labels": "widefield.data.scene_labels:SceneLabels",
     }
 )
 """Name in recipes -> data set. Add your own class to use it in a recipe."""
@@ -47,11 +50,11 @@ def create(name: str, split: str, **options: Any) -> SampleSet:
         name: a key of ``SETS``: ``"digits"``, ``"scales"``, ``"scenes"``, ``"photo_crops"``, ``"cifar10"``,
             ``"cifar100"``, ``"folder"``, ``"shards"``, ``"hfds"``, ``"masks"``, ``"ade20k"``, ``"cityscapes"``,
             ``"voc"``, ``"coco_stuff"``, ``"coco"``, ``"lvis"``, ``"voc_boxes"``, ``"yolo"``, ``"coco_keypoints"``,
-            ``"scene_poses"`` or one of yours.
+            ``"scene_poses"``, ``"label_table"``, ``"coco_labels"``, ``"scene_labels"`` or one of yours.
         split: ``"train"`` or ``"val"``.
         options: keyword arguments of the set's class: `Digits`, `Scales`, `Scenes`, `PhotoCrops`, `Cifar`, `Folder`,
             `Shards`, `HuggingFace`, `Masks`, `Ade20k`, `Cityscapes`, `Voc`, `CocoStuff`, `Coco`,
-            `Lvis`, `VocBoxes`, `Yolo`, `CocoKeypoints`, `ScenePoses`.
+            `Lvis`, `VocBoxes`, `Yolo`, `CocoKeypoints`, `ScenePoses`, `LabelTable`, `CocoLabels`, `SceneLabels`.
 
     Raises:
         ValueError: unknown name or split, an option out of range, or a URL as the root of a set that reads files of

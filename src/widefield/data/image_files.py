@@ -1,7 +1,8 @@
-"""Provide the base class of sets of encoded images: transforms, and the handling of broken files."""
+"""Provide the base classes of sets of encoded images: transforms, and the handling of broken files."""
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from widefield.data import transforms
-from widefield.data.base import LabeledImages, Sample, seeded
+from widefield.data.base import LabeledImages, MultiLabelImages, Sample, SquareImages, seeded
 from widefield.data.class_map import alike
 from widefield.data.corrupt import CorruptFiles
 from widefield.data.decoding import CorruptImageError, decoding_options, read
@@ -20,12 +22,12 @@ from widefield.data.listing import Skipped
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 
-class ImageFiles(LabeledImages):
-    """Labeled images in files of any size, decoded when they are needed.
+class EncodedImages(SquareImages):
+    """Images in files of any size, decoded when they are needed, with labels of any kind.
 
-    Samples: ``image`` float32 (3, size, size), ``label`` int, and with ``names`` the file's ``name``, str. Train images
-    get a random crop, flip, ``auto_augment`` or ``color_jitter``, and random erasing; val images are resized and
-    cropped. Each split ignores the options of the other, so one set of options serves both.
+    Samples: ``image`` float32 (3, size, size), the label, and with ``names`` the file's ``name``, str. Train images get
+    a random crop, flip, ``auto_augment`` or ``color_jitter``, and random erasing; val images are resized and cropped.
+    Each split ignores the options of the other, so one set of options serves both.
 
     Args:
         split: ``"train"`` or ``"val"``.
@@ -87,23 +89,28 @@ class ImageFiles(LabeledImages):
         }
         self._transform = built[split]
 
-    def _hold(self, classes: Sequence[str], labels: NDArray[np.int64], skipped: Skipped | None = None) -> None:
-        """Store the subclass's class names, the label of each image, (N,), and the files that it left out."""
+    def _keep(self, classes: Sequence[str], count: int, skipped: Skipped | None = None) -> None:
+        """Store the subclass's class names, the number of images, and the files that it left out."""
         self.classes = tuple(classes)
-        self.labels = labels
         self.skipped = skipped or Skipped()
-        self._corrupt.expect(len(labels), self.split)
+        self._count = count
+        self._corrupt.expect(count, self.split)
 
     def found(self) -> str:
         """Return one line: images, classes, classes without images, and what was left out and why."""
-        empty = np.flatnonzero(np.bincount(self.labels, minlength=len(self.classes)) == 0)
+        empty = np.flatnonzero(self._images_by_class() == 0)
         without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
         left_out = f"; left out: {self.skipped}" if self.skipped else ""
         same = alike(self.classes)
         return f"{super().found()}{without}{left_out}{f'; warning:{same}' if same else ''}"
 
-    def _identity(self) -> Iterable[bytes]:
-        yield self.labels.astype("<i8").tobytes()
+    @abstractmethod
+    def _images_by_class(self) -> NDArray[np.int64]:
+        """Return the number of images of each class, (K,)."""
+
+    @abstractmethod
+    def _label(self, index: int) -> Sample:
+        """Return the entries of sample ``index`` that are its label."""
 
     @abstractmethod
     def _open(self, index: int) -> str | BinaryIO:
@@ -117,7 +124,7 @@ class ImageFiles(LabeledImages):
         return Path(self._name(index)).name
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._count
 
     def sample(self, index: int) -> Sample | None:
         """Return sample ``index``, or None for a corrupt file under ``corrupt="skip"``.
@@ -134,7 +141,72 @@ class ImageFiles(LabeledImages):
             return None
         with seeded(self.key(index)):
             image = self._transform(picture)
-        sample: Sample = {"image": image, "label": int(self.labels[index])}
+        sample: Sample = {"image": image, **self._label(index)}
         if self.names:
             sample["name"] = self._file_name(index)
         return sample
+
+
+class ImageFiles(EncodedImages, LabeledImages):
+    """Images in files of any size, with one label each; samples, options and errors are those of `EncodedImages`.
+
+    The label of a sample is ``label``, int.
+    """
+
+    def _hold(self, classes: Sequence[str], labels: NDArray[np.int64], skipped: Skipped | None = None) -> None:
+        """Store the subclass's class names, the label of each image, (N,), and the files that it left out."""
+        self.labels = labels
+        self._keep(classes, len(labels), skipped)
+
+    def _images_by_class(self) -> NDArray[np.int64]:
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def _identity(self) -> Iterable[bytes]:
+        yield self.labels.astype("<i8").tobytes()
+
+    def _label(self, index: int) -> Sample:
+        return {"label": int(self.labels[index])}
+
+
+class MultiLabelFiles(EncodedImages, MultiLabelImages):
+    """Images in files of any size, each of any number of classes; samples and options are those of `EncodedImages`.
+
+    The label of a sample is ``present``, bool (K,).
+    """
+
+    present: NDArray[np.bool_]
+
+    def _hold(
+        self, classes: Sequence[str], root: Path, files: Sequence[str], present: NDArray[np.bool_], skipped: Skipped
+    ) -> None:
+        """Store class names, images by their paths below ``root``, their classes (N, K), and what was left out."""
+        self.present = present
+        self.place = str(root)
+        self._files = np.array([os.fsencode(name) for name in files])  # an array for the sake of workers
+        self._keep(classes, len(files), skipped)
+
+    def _images_by_class(self) -> NDArray[np.int64]:
+        counts: NDArray[np.int64] = self.present.sum(0)
+        return counts
+
+    def found(self) -> str:
+        """Return one line: images, classes, mean number of classes of an image, and what was left out and why."""
+        return f"{super().found()}; {self.present.sum(1).mean():.1f} classes per image"
+
+    def _identity(self) -> Iterable[bytes]:
+        yield repr(self.classes).encode()
+        yield np.packbits(self.present, axis=1).tobytes()
+        yield from self._files
+
+    def _open(self, index: int) -> str:
+        return self._name(index)
+
+    def _name(self, index: int) -> str:
+        return str(Path(self.place, os.fsdecode(self._files[index])))
+
+    def name(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return self._name(index)
+
+    def _label(self, index: int) -> Sample:
+        return {"present": torch.from_numpy(self.present[index].copy())}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv as csv_files
-import hashlib
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +12,12 @@ import numpy as np
 
 from widefield import _checks
 from widefield._pixels import IGNORED
-from widefield.data.base import SPLITS
 from widefield.data.class_map import listed
 from widefield.data.decoding import CorruptImageError, LabelError
 from widefield.data.labels import FORMS, LabelFormat, class_names, colors_of, values_of
 from widefield.data.listing import Skipped
 from widefield.data.mask_files import SegmentationFiles
-from widefield.data.pairs import Pairs, check_files, pair_up
+from widefield.data.pairs import Pairs, check_files, pair_up, part_of
 from widefield.data.segmentation import Color
 
 _LAYOUT = "Set images and labels to the folders' names below root; {split} stands for the name of the split."
@@ -217,11 +213,5 @@ def _read_csv(root: Path, path: Path, part: dict[str, str], split: str, fraction
 
 
 def _part_of(pairs: Pairs, split: str, fraction: float) -> Pairs:
-    """Return the pairs of a split, chosen by a hash of the images' names; each split gets at least one."""
-    count = len(pairs.images)
-    if count < len(SPLITS):
-        raise ValueError(f"val_fraction needs at least 2 images to make two splits; there is {count}.")
-    order = sorted(range(count), key=lambda i: hashlib.sha256(os.fsencode(pairs.images[i])).digest())
-    held_out = set(order[: min(count - 1, max(1, math.floor(fraction * count + 0.5)))])
-    kept = [i for i in range(count) if (i in held_out) == (split == "val")]
+    kept = part_of(pairs.images, split, fraction)
     return replace(pairs, images=[pairs.images[i] for i in kept], labels=[pairs.labels[i] for i in kept])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +108,24 @@ def _label_of(stem: str, known: Mapping[str, str], suffix: str) -> str:
     """Return the name that the label image of ``stem`` should have; its ending is that of another one."""
     ending = os.path.splitext(next(iter(known.values()), ".png"))[1]  # noqa: PTH122
     return stem + suffix + (ending or ".png")
+
+
+def part_of(names: Sequence[str], split: str, fraction: float) -> list[int]:
+    """Return the places of the images of a split, for data without splits; each split gets at least one.
+
+    Args:
+        names: of all images; the choice depends on nothing else.
+        split: ``"train"`` or ``"val"``.
+        fraction: of the images, for val.
+
+    Raises ValueError for fewer than two images.
+    """
+    count = len(names)
+    if count < 2:
+        raise ValueError(f"val_fraction needs at least 2 images to make two splits; there is {count}.")
+    order = sorted(range(count), key=lambda place: hashlib.sha256(os.fsencode(names[place])).digest())
+    held_out = set(order[: min(count - 1, max(1, math.floor(fraction * count + 0.5)))])
+    return [place for place in range(count) if (place in held_out) == (split == "val")]
 
 
 def check_files(root: Path, paths: Sequence[str], what: str, hint: str) -> None:

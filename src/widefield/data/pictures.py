@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from widefield import _checks
-from widefield.data.base import LabeledImages, Sample, SampleSet, collate, normalize, seeded
+from widefield.data.base import LabeledImages, MultiLabelImages, Sample, SampleSet, collate, normalize, seeded
 from widefield.data.catalog import SETS, create
 from widefield.data.decoding import decoding_options, read
 from widefield.data.listing import IMAGE_ENDINGS, Skipped, counted, images_in
@@ -36,6 +36,8 @@ PHOTOGRAPHS = "photographs"
 _WHOLE = f"{PHOTOGRAPHS}:"
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts to gray
 _DENSE = SegmentationSet, DetectionSet, PoseSet
+_UNLABELED = (*_DENSE, MultiLabelImages)
+"""Sets whose images have no single label."""
 _SMALLEST_CROP = 0.35  # of a photograph's shorter side
 
 
@@ -90,7 +92,7 @@ class Pictures(LabeledImages):
         if self.source in SETS and (self.source != "folder" or "root" in options):
             sized = {"crop_size" if issubclass(SETS[self.source], PoseSet) else "size": size}
             self._from = create(self.source, "val", **{**sized, **options})
-            self.classes = () if isinstance(self._from, _DENSE) else self._from.classes
+            self.classes = () if isinstance(self._from, _UNLABELED) else self._from.classes
             own = self._from.mean, self._from.std
             available = len(self._from)
         elif options:
@@ -153,7 +155,7 @@ class Pictures(LabeledImages):
             found = self._from[chosen]
             if found is None:
                 raise OSError(f"{self.source} has no image {chosen}.")
-            if isinstance(self._from, _DENSE):  # objects and people differ in number from image to image
+            if isinstance(self._from, _UNLABELED):  # objects and people differ in number from image to image
                 found = {name: found[name] for name in ("image", "mask") if name in found}
             if self._from.image_size is None:
                 found = _squared(found, self.image_size)

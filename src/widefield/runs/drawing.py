@@ -24,11 +24,13 @@ from widefield.runs.drawing_parts import (
     preview,
     view,
 )
+from widefield.runs.label_drawing import LabelDrawing
 from widefield.runs.pose_drawing import PoseDrawing
 from widefield.runs.reconstruction_drawing import ReconstructionDrawing
 from widefield.tasks import (
     BoxPrediction,
     ClassPrediction,
+    LabelPrediction,
     MaskPrediction,
     PosePrediction,
     Prediction,
@@ -357,6 +359,7 @@ def _counts(prediction: BoxPrediction) -> dict[int, int]:
 
 DRAWINGS: Mapping[type, type[Drawing]] = {
     ClassPrediction: ClassDrawing,
+    LabelPrediction: LabelDrawing,
     MaskPrediction: MaskDrawing,
     BoxPrediction: BoxDrawing,
     PosePrediction: PoseDrawing,

@@ -21,7 +21,14 @@ from widefield.runs.headline import Found, evaluated_words
 from widefield.runs.pose_page import pose_sections
 from widefield.runs.records import shown
 from widefield.runs.subjects import Subject
-from widefield.tasks import HEADLINES, ClassificationScores, DetectionScores, PoseScores, SegmentationScores
+from widefield.tasks import (
+    HEADLINES,
+    ClassificationScores,
+    DetectionScores,
+    MultiLabelScores,
+    PoseScores,
+    SegmentationScores,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,6 +105,8 @@ def evaluation_sections(
     scores = evaluation.scores
     if isinstance(scores, ClassificationScores):
         sections += _of_classification(scores)
+    elif isinstance(scores, MultiLabelScores):
+        sections.append(Section("Classes", [Table(scores.weakest(len(scores.classes)), "Classes"), _LABELS]))
     elif isinstance(scores, SegmentationScores):
         sections += _of_segmentation(scores)
     elif isinstance(scores, DetectionScores):
@@ -147,6 +156,10 @@ _MASKED = (
 _INTERVALS = (
     "Classes with the lowest accuracy come first. 95 %: the interval of a class's accuracy in percent, from its number "
     "of images alone (Wilson's score interval). Where intervals of two classes overlap, their order may be chance."
+)
+_LABELS = (
+    "Classes with the lowest average precision (AP) come first. AP does not depend on a threshold; precision, recall "
+    "and F1 are those of the classes that images are given at the task's threshold."
 )
 _MISTAKEN = (
     "Rows: true classes. Columns: predicted classes. The color is the share of the true class's images that get the "

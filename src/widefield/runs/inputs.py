@@ -16,7 +16,9 @@ from widefield.surgery.answers import evaluating, meant
 from widefield.surgery.inputs import place
 from widefield.train import RunData
 
-SQUARE = ("classification", "masked_image")
+CLASSIFIERS = ("classification", "multilabel")
+"""Tasks whose models give one number for each class."""
+SQUARE = (*CLASSIFIERS, "masked_image")
 """Tasks whose images are cut to squares."""
 
 

@@ -13,11 +13,14 @@ from widefield.runs.subjects import Subject
 
 _PIPELINES = {
     "classification": "image-classification",
+    "multilabel": "image-classification",
     "segmentation": "image-segmentation",
     "detection": "object-detection",
     "pose": "keypoint-detection",
     "masked_image": "image-feature-extraction",
 }
+_WORK = {"multilabel": "multi-label classification"}
+"""Tasks whose name is not a word."""
 _LISTED = 12
 """Largest number of classes that the card names."""
 
@@ -119,7 +122,7 @@ def _first_sentence(history: Mapping[str, Any], subject: Subject) -> str:
     source = {"timm": "timm's", "torchvision": "torchvision's"}.get(origin["kind"], "widefield's")
     changes = list(dict.fromkeys(_VERBS.get(step["do"], step["do"]) for step in history["steps"]))
     done = f", {_listed(changes)} by widefield" if changes else ""
-    return f"A model for {subject.work}: {source} `{what}`{done}."
+    return f"A model for {_WORK.get(subject.work, subject.work)}: {source} `{what}`{done}."
 
 
 def _model(history: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 A CSV file has a line for each class, object or key point that is listed, so that a table program can filter and sort:
 
-    classification   image, path, rank, label, name, probability, error
+    classification   image, path, rank, label, name, probability, error; multi-label: the classes above the threshold
     segmentation     image, path, label, name, share, error
     detection        image, path, label, name, score, left, top, right, bottom, error
     poses            image, path, pose, label, name, score, left, top, right, bottom,

@@ -33,7 +33,9 @@ _HEADLINE = "top1"
 """The headline of a run that names none and has none of the tasks' headlines in its log."""
 _LOWER = re.compile(r"(loss|(^|_)epe)$")
 """Metrics of which smaller values are better: losses, and the end-point error of key points."""
-_SHARE = re.compile(r"(^|_)(top\d+$|(miou|macc|aacc)(_|$)|((box|mask)_ap|oks_a[pr])(\d+|_|$)|(pck(\d+)?|auc)$)")
+_SHARE = re.compile(
+    r"(^|_)(top\d+$|map$|[co]f1$|(miou|macc|aacc)(_|$)|((box|mask)_ap|oks_a[pr])(\d+|_|$)|(pck(\d+)?|auc)$)"
+)
 """Metrics that are fractions."""
 
 

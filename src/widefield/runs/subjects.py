@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from widefield import _checks, data, tasks
 from widefield.analysis.registry import View
 from widefield.data import transforms
-from widefield.data.image_files import ImageFiles
+from widefield.data.image_files import EncodedImages
 from widefield.report import Report
 from widefield.runs import inputs
 from widefield.runs.inputs import Classes, Cropped, Fitted, OwnCrops, OwnPictures, Pixels, Selection, count_maps
@@ -129,7 +129,7 @@ class Subject(Report):
             return len(self.classes)
         if self.work == "detection":
             return int(getattr(self.model, "num_classes"))  # noqa: B009 (of dense.Detector; mypy knows a Module)
-        if self.work == "classification":
+        if self.work in inputs.CLASSIFIERS:
             return count_outputs(self.model, (len(self.mean), self.size, self.size))
         return count_maps(self.model, (len(self.mean), 64, 64))
 
@@ -160,6 +160,8 @@ class Subject(Report):
             raise ValueError("the data have no objects with boxes, and the model is a detector.")
         if self.work == "pose" and not isinstance(dataset, data.PoseSet):
             raise ValueError("the data have no key points, and the model is one for poses.")
+        if self.work == "multilabel" and not isinstance(dataset, data.MultiLabelImages):
+            raise ValueError("the images of the data have one label at most, and the model is one for several.")
         if self.trained_on and self.work != "masked_image" and list(dataset.classes) != list(self.trained_on.classes):
             self.trained_on.check_classes(dataset.classes)
             raise ValueError("the data have fewer classes than the run, or in another order: give data with the same.")
@@ -195,7 +197,7 @@ class Subject(Report):
 
     def file_options(self, kind: type[data.SampleSet], size: int | None = None) -> dict[str, Any]:
         """Return the options of a data set of this kind that prepare image files as the model expects them."""
-        if issubclass(kind, ImageFiles):
+        if issubclass(kind, EncodedImages):
             return self.image_options(size)
         if "test_scale" in data.options_of(kind):
             scale = self._scale(size)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from widefield.tasks.detection_errors import DetectionErrors
     from widefield.tasks.detection_scores import DetectionScores
     from widefield.tasks.masked_image import MaskedImage
+    from widefield.tasks.multilabel import MultiLabelClassification
+    from widefield.tasks.multilabel_scores import MultiLabelScores
     from widefield.tasks.nearest import NearestNeighbors
     from widefield.tasks.pose import PoseEstimation
     from widefield.tasks.pose_errors import PoseErrors
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from widefield.tasks.predictions import (
         BoxPrediction,
         ClassPrediction,
+        LabelPrediction,
         MaskPrediction,
         PosePrediction,
         Prediction,
@@ -46,12 +49,14 @@ load_on_demand(
         "detection_errors": "DetectionErrors",
         "detection_scores": "DetectionScores",
         "masked_image": "MaskedImage",
+        "multilabel": "MultiLabelClassification",
+        "multilabel_scores": "MultiLabelScores",
         "nearest": "NearestNeighbors",
         "pose": "PoseEstimation",
         "pose_errors": "PoseErrors",
         "pose_metric": "FoundPoses People PoseMetric TruePoses",
         "pose_scores": "KeypointScores PoseScores",
-        "predictions": "BoxPrediction ClassPrediction MaskPrediction PosePrediction Prediction "
+        "predictions": "BoxPrediction ClassPrediction LabelPrediction MaskPrediction PosePrediction Prediction "
         "ReconstructionPrediction",
         "segmentation": "Segmentation",
     },
@@ -71,9 +76,12 @@ __all__ = [
     "DetectionScores",
     "FoundPoses",
     "KeypointScores",
+    "LabelPrediction",
     "Labeled",
     "MaskPrediction",
     "MaskedImage",
+    "MultiLabelClassification",
+    "MultiLabelScores",
     "NearestNeighbors",
     "People",
     "PoseErrors",
@@ -95,6 +103,7 @@ __all__ = [
 TASKS: Registry[type[Task]] = Registry(
     {
         "classification": "widefield.tasks.classification:Classification",
+        "multilabel": "widefield.tasks.multilabel:MultiLabelClassification",
         "segmentation": "widefield.tasks.segmentation:Segmentation",
         "detection": "widefield.tasks.detection:Detection",
         "pose": "widefield.tasks.pose:PoseEstimation",

@@ -17,7 +17,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.data import Sample, SampleSet
+from widefield.data import MultiLabelImages, Sample, SampleSet
 from widefield.data.base import labels_of
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, entropy_of, sum_of, training_on
@@ -109,7 +109,15 @@ class Classification(Task):
 
     @classmethod
     def for_data(cls, dataset: Labeled, **options: Any) -> Self:
-        """Build the task for a data set with ``classes``; ``class_weights: balanced`` counts its labels."""
+        """Build the task for a data set with ``classes``; ``class_weights: balanced`` counts its labels.
+
+        Raises ValueError for a data set whose images have several labels.
+        """
+        if isinstance(dataset, MultiLabelImages):
+            raise ValueError(
+                f"the task classification needs images with one label each, and those of {type(dataset).__name__} have "
+                f"any number: use the task multilabel."
+            )
         if options.get("class_weights") == "balanced" and isinstance(dataset, SampleSet):
             options = {**options, "class_weights": balanced_weights(dataset)}
         return cls(len(dataset.classes), **{"class_names": dataset.classes, **options})

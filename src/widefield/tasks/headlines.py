@@ -8,6 +8,7 @@ from types import MappingProxyType
 HEADLINES: Mapping[str, str] = MappingProxyType(
     {
         "classification": "top1",
+        "multilabel": "map",
         "segmentation": "miou",
         "detection": "box_ap",
         "pose": "oks_ap",

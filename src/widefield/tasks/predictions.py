@@ -26,6 +26,29 @@ class ClassPrediction:
 
 
 @dataclass(frozen=True, eq=False)
+class LabelPrediction:
+    """The classes of an image that may show several, or none.
+
+    Attributes:
+        probabilities: float32 (K,), on the CPU, each from 0 to 1.
+        threshold: probability from which the image is given a class.
+    """
+
+    probabilities: Tensor
+    threshold: float = 0.5
+
+    @property
+    def size(self) -> None:
+        """Return None: the classes are of the image as a whole."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Return the classes that the image is given, the likeliest first."""
+        order = self.probabilities.argsort(descending=True, stable=True)
+        return [label for label in order.tolist() if self.probabilities[label] >= self.threshold]
+
+
+@dataclass(frozen=True, eq=False)
 class MaskPrediction:
     """The class of each pixel of an image.
 
@@ -164,5 +187,7 @@ class ReconstructionPrediction:
 _HIDDEN = 128
 """Gray value of hidden pixels."""
 
-Prediction = ClassPrediction | MaskPrediction | BoxPrediction | PosePrediction | ReconstructionPrediction
+Prediction = (
+    ClassPrediction | LabelPrediction | MaskPrediction | BoxPrediction | PosePrediction | ReconstructionPrediction
+)
 """What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""
