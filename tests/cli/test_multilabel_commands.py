@@ -147,6 +147,7 @@ def test_report_and_analyses_take_the_run(folder: Path, printed: Callable[..., s
     printed("report", folder, "--out", tmp_path / "report.html", "--count", 4)
     page = (tmp_path / "report.html").read_text()
     assert "Classes with the lowest average precision" in page
+    assert "The class with the lowest average precision is " in page
     printed("cam", folder, "--count", 2, "--out", tmp_path / "cam")
     printed("erf", folder, "--count", 2, "--out", tmp_path / "erf")
 

@@ -86,7 +86,7 @@ def test_create_passes_options_on():
         ("shards", "train", {"size": 8}, TypeError, "needs the option root, the folder that holds the tar files"),
         ("hfds", "train", {}, TypeError, "needs the option path, a name on the Hugging Face hub, or a folder"),
         ("shards", "train", {"re_porb": 1}, TypeError, "no option 're_porb'; it takes root, train, .*'re_prob'"),
-        ("folder", "train", {"options": 1}, TypeError, "no option 'options'; it takes root, class_map, size, "),
+        ("folder", "train", {"options": 1}, TypeError, "no option 'options'; it takes root, class_map, listing, "),
     ],
 )
 def test_create_refuses_what_it_does_not_know(name, split, options, error, text):
@@ -97,8 +97,9 @@ def test_create_refuses_what_it_does_not_know(name, split, options, error, text)
 def test_options_are_those_of_the_class_and_of_what_it_passes_on():
     assert catalog.options_of(Scales) == ["size", "count", "seed", "object_sizes", "clutter", "rotation"]
     options = {name: catalog.options_of(kind) for name, kind in catalog.SETS.items()}
-    shared = options["folder"][2:]
-    assert options["folder"][:2] == ["root", "class_map"]
+    own = ["root", "class_map", "listing", "index", "refresh", "storage"]
+    shared = options["folder"][len(own) :]
+    assert options["folder"][: len(own)] == own
     assert {"size", "seed", "corrupt", "max_corrupt", "re_prob"} <= set(shared)
     assert options["shards"][-len(shared) :] == options["hfds"][-len(shared) :] == shared
     assert all(set(kind.needs) <= set(options[name]) for name, kind in catalog.SETS.items())

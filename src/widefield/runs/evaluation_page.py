@@ -60,6 +60,8 @@ def write_evaluation(
     names = ", ".join(dict.fromkeys(subject.name for _, subject, _ in found.values()))
     devices = {evaluation.device for evaluation, _, _ in found.values()}
     lead = "Metrics, the result of each class, what is mistaken for what, and the best and worst images."
+    if all(subject.work == "multilabel" for _, subject, _ in found.values()):
+        lead = "Metrics, the result of each class, and the best and worst images."
     if all(subject.work == "masked_image" for _, subject, _ in found.values()):
         lead = "How well hidden parts of images are predicted: metrics, some images, and the best and worst ones."
     page.parent.mkdir(parents=True, exist_ok=True)

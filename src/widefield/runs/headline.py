@@ -14,7 +14,7 @@ from widefield.data.listing import counted
 from widefield.runs.accuracy import Evaluation
 from widefield.runs.compare import labels
 from widefield.runs.records import RunRecord, lower_is_better, shown
-from widefield.tasks import ClassificationScores
+from widefield.tasks import ClassificationScores, MultiLabelScores
 
 _ONE_SEED = (
     "Intervals (95 %) say how far other images of the same kind may change a result. They do not say what another "
@@ -89,7 +89,8 @@ def _alone(name: str, found: Found) -> list[str]:
         return [f"{name} has a {found.headline} of {value} on {images} of {found.source}."]
     if not found.is_share:
         rated = f"{_capital(_measured(found))}: {_rating(found, found.values)}"
-        return [f"{name} has {_metric(found)} on {images} of {found.source}. {rated}."]
+        sentence = f"{name} has {_metric(found)} on {images} of {found.source}. {rated}."
+        return [f"{sentence} {_weakest(evaluation)}".strip()]
     right = int(found.values.sum())
     sentence = f"{name} classifies {right:,} of {images} of {found.source} correctly: {_share(found.values)}."
     weakest = _weakest(evaluation)
@@ -98,6 +99,10 @@ def _alone(name: str, found: Found) -> list[str]:
 
 def _weakest(evaluation: Evaluation) -> str:
     scores = evaluation.scores
+    if isinstance(scores, MultiLabelScores):
+        (row,) = scores.weakest(1)
+        images = counted(int(row["images"]), "image")
+        return f"The class with the lowest average precision is {row['class']}: {row['AP']} of {images} that show it."
     if not isinstance(scores, ClassificationScores):
         return ""
     (row,) = scores.weakest(1)

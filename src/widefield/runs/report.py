@@ -17,7 +17,7 @@ from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs, labels
 from widefield.runs.evaluation_page import evaluation_sections, together
 from widefield.runs.headline import Found, evaluated_words, logged_words
-from widefield.runs.inputs import Selection
+from widefield.runs.inputs import CLASSIFIERS, Selection
 from widefield.runs.loading import load
 from widefield.runs.records import RunRecord, read_run
 from widefield.runs.subjects import MissingDataError, Subject
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 3
 """Number of best and of worst images of an evaluation."""
-_EVALUATED = {"classification": 32}
+_EVALUATED = dict.fromkeys(CLASSIFIERS, 32)
 """Work of a run -> evaluated images for each one that is analyzed; others take four, as they cost more."""
 _CURVES = "How the validation results developed: a flat end means that longer training would hardly help."
 
