@@ -102,7 +102,7 @@ def _weakest(evaluation: Evaluation) -> str:
     if isinstance(scores, MultiLabelScores):
         (row,) = scores.weakest(1)
         images = counted(int(row["images"]), "image")
-        return f"The class with the lowest average precision is {row['class']}: {row['AP']} of {images} that show it."
+        return f"The class with the lowest average precision is {row['class']}: {row['AP']} ({images})."
     if not isinstance(scores, ClassificationScores):
         return ""
     (row,) = scores.weakest(1)
