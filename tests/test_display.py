@@ -136,6 +136,9 @@ MAKERS: Mapping[str, Callable[[], Report]] = MappingProxyType(
         "Listing": lambda: report.Listing([record(), record()]),
         "Masks": lambda: analysis.masks(widefield.convert(net(), widefield.GMConv(), "layer4.*"), name=NAME),
         "MaskingPlan": lambda: masking.plan("test_resnet"),
+        "MultiLabelScores": lambda: tasks.MultiLabelScores(
+            (NAME, "b"), torch.tensor([0.9, 0.4]).double(), torch.tensor([[3, 4, 5], [1, 2, 2]]), 6, 0.5
+        ),
         "ObjectFields": lambda: analysis.object_receptive_fields(
             Counter().eval(), [sample([[4, 8, 12, 16]])], classes=(NAME, "b", "c"), name=NAME
         ),
