@@ -164,9 +164,9 @@ class Resize(v2.Transform):
 
 
 def nearest(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """Return masks (..., H, W) on the CPU resized to the nearest pixel, as ``interpolate(mode="nearest")`` does with float32.
+    """Return masks (..., H, W) on the CPU resized to the nearest pixel, as ``interpolate(mode="nearest")`` of float32.
 
-    That converts bool, and takes twice the time. With float64 it takes some pixels from elsewhere.
+    That converts bool, and takes twice the time. Of float64 it takes some pixels from elsewhere.
 
     Args:
         masks: of any type.
