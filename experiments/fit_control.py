@@ -22,11 +22,11 @@ from safetensors.torch import save_model
 from trials import started, trained
 
 from widefield import data, report, tasks
+from widefield._intervals import Interval, paired
 from widefield.benchmarks.record import publish
 from widefield.fitting import FitResult, halves
 from widefield.fitting.read import Probed
 from widefield.fitting.recipes import PLAIN, PROBE, UNCHANGED, plain_recipe
-from widefield.fitting.statistics import Interval, paired
 from widefield.fitting.verify import Measured, evaluate_half
 from widefield.runs import load_trained
 
