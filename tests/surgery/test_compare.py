@@ -195,4 +195,5 @@ def test_a_tensor_and_a_loader_give_the_same_difference():
     labeled = compare(first, second, [(x, labels)])
     assert (labeled.accuracy_before, labeled.accuracy_after) == (1.0, alone.agreement)
     assert str(labeled).startswith("outputs on 5 images change by ")
+    assert "\n" not in str(labeled)  # other texts hold it
     assert f"accuracy 100.00% -> {alone.agreement:.2%}" in labeled._repr_html_().replace("&gt;", ">")

@@ -173,6 +173,10 @@ class Difference(Report):
             text += ", {} {:.2%} -> {:.2%}".format(self.score, *self.scores)
         return text
 
+    def __str__(self) -> str:
+        """Return the clause alone, as it stands in sentences."""
+        return self.summary()
+
     def rows(self) -> list[dict[str, str]]:
         """Return one row with the differences, and the scores if there are labels."""
         row = {
