@@ -32,7 +32,7 @@ from widefield.dense.mask_head import mask_targets, paste_masks
 from widefield.dense.retinanet import RetinaOutputs
 from widefield.dense.roi import RoISample, batched, for_rois, roi_features
 from widefield.dense.rpn import RPNHead, RPNOutputs
-from widefield.runs.coco_results import run_lengths
+from widefield.predictions.coco_results import run_lengths
 from widefield.tasks.coco_metric import CocoMetric, TrueObjects
 from widefield.tasks.confusion import Confusion
 from widefield.tasks.pose_metric import FoundPoses, People, PoseMetric, TruePoses

@@ -28,7 +28,7 @@ from widefield.fitting import FitResult, halves
 from widefield.fitting.read import Probed
 from widefield.fitting.recipes import PLAIN, PROBE, UNCHANGED, plain_recipe
 from widefield.fitting.verify import Measured, evaluate_half
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 
 CONTROL = "control"
 PAIRS = ((PLAIN, UNCHANGED), (CONTROL, UNCHANGED), (PLAIN, CONTROL))

@@ -30,7 +30,7 @@ from widefield import ops, report, surgery
 from widefield.benchmarks.record import publish
 from widefield.fitting import fit
 from widefield.fitting.recipes import part_of
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.surgery import Conversion
 from widefield.train import ConversionSpec, Recipe, recipe
 

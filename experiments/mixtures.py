@@ -30,7 +30,8 @@ from trials import Row, Trials, slug, trained
 import widefield
 from widefield import bench, data, report, tasks
 from widefield.analysis import block_contributions, routing_weights
-from widefield.runs import evaluate_model, load_trained
+from widefield.loading import load_trained
+from widefield.runs import evaluate_model
 from widefield.train import ConversionSpec, Recipe
 from widefield.train.recipe import GroupSpec
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from widefield import data, report
 from widefield.analysis import block_contributions, routing_weights
 from widefield.benchmarks.record import publish
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.train import ConversionSpec, Recipe, load_recipe
 
 DESIGNS = {

@@ -122,7 +122,9 @@ def test_public_names_resolve():
     for name in widefield.__all__:
         assert getattr(widefield, name) is not None
         assert name in dir(widefield)
-    for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models", "runs"):
+    for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models", "drawing"):
+        assert getattr(widefield, name).__name__ == f"widefield.{name}"
+    for name in ("loading", "predictions", "runs"):
         assert getattr(widefield, name).__name__ == f"widefield.{name}"
 
 
@@ -145,10 +147,10 @@ def test_lazy_packages_load_what_they_declare(path):
 
 def test_a_module_does_not_hide_the_function_of_its_name():
     code = """
-import widefield.runs.predict
-from widefield.runs import predict
-assert callable(predict) and widefield.runs.predict is predict
-assert widefield.runs.image_paths.find_images
+import widefield.predictions.predict
+from widefield.predictions import predict
+assert callable(predict) and widefield.predictions.predict is predict
+assert widefield.predictions.image_paths.find_images
 """
     assert run(code).returncode == 0, run(code).stderr
 

@@ -22,13 +22,27 @@ from tasks.detections import random_case as random_boxes
 from tasks.detections import updated as measured_boxes
 from tasks.poses import random_case as random_poses
 from tasks.test_pose_metric import updated as measured_poses
-from widefield import analysis, bench, deploy, masking, ops, report, runs, surgery, tasks, train
+from widefield import analysis, bench, deploy, loading, masking, ops, predictions, report, runs, surgery, tasks, train
 from widefield.analysis.registry import ANALYSES
 from widefield.report import Report
 
 NAME = "<b>net</b> & co"
 """A name of models and classes that must be escaped."""
-ROOMS = ("ops", "surgery", "deploy", "tasks", "analysis", "train", "runs", "fitting", "bench", "masking", "report")
+ROOMS = (
+    "ops",
+    "surgery",
+    "deploy",
+    "tasks",
+    "analysis",
+    "train",
+    "loading",
+    "predictions",
+    "runs",
+    "fitting",
+    "bench",
+    "masking",
+    "report",
+)
 ELSEWHERE = {"Costs": "fitting", "FitResult": "fitting", "Groups": "fitting"}
 """Records whose test is among those of a package, as they take long to make."""
 BASES = {"Deployed", "Report", "Result"}
@@ -145,7 +159,7 @@ MAKERS: Mapping[str, Callable[[], Report]] = MappingProxyType(
         "Plan": lambda: widefield.plan(net(), widefield.MoRF((3, 5))),
         "PoseErrors": lambda: poses().errors,
         "PoseScores": poses,
-        "Predictions": lambda: runs.predict(net(), np.zeros((40, 40, 3), np.uint8)),
+        "Predictions": lambda: predictions.predict(net(), np.zeros((40, 40, 3), np.uint8)),
         "Quantization": quantized,
         "ReceptiveField": lambda: analysis.effective_receptive_field(net(), images(), name=NAME),
         "Reparameterization": lambda: reported(widefield.reparameterize, mixed(), images()),
@@ -156,7 +170,7 @@ MAKERS: Mapping[str, Callable[[], Report]] = MappingProxyType(
         "SegmentationScores": lambda: tasks.SegmentationScores((NAME, "b"), torch.tensor([[[8, 2], [1, 4]]])),
         "ShapeBias": found_shape_bias,
         "Specialization": lambda: reported(widefield.specialize, mixed(), [(images(),)]),
-        "Subject": lambda: runs.Subject(NAME, net(), 33, (0.5,) * 3, (0.5,) * 3, runs.Weights("random")),
+        "Subject": lambda: loading.Subject(NAME, net(), 33, (0.5,) * 3, (0.5,) * 3, loading.Weights("random")),
         "TranslationStability": lambda: analysis.translation_stability(net(), images(), shifts=(1,), name=NAME),
         "Trimming": lambda: reported(widefield.trim, net(), example_input=images()),
     }

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from widefield.deploy.export import export
     from widefield.deploy.quantize import quantize
     from widefield.fitting import fit
-    from widefield.runs.predict import predict
-    from widefield.runs.sharing import load, push_to_hub, save
+    from widefield.loading.sharing import load, push_to_hub, save
+    from widefield.predictions.predict import predict
     from widefield.surgery.compare import compare
     from widefield.surgery.conversions import (
         Deformable,
@@ -75,6 +75,9 @@ _ROOMS = (
     "tasks",
     "analysis",
     "train",
+    "drawing",
+    "loading",
+    "predictions",
     "runs",
     "fitting",
     "bench",
@@ -85,10 +88,10 @@ _ELSEWHERE = {
     "export": "deploy",
     "quantize": "deploy",
     "fit": "fitting",
-    "load": "runs.sharing",
-    "predict": "runs",
-    "push_to_hub": "runs",
-    "save": "runs",
+    "load": "loading.sharing",
+    "predict": "predictions",
+    "push_to_hub": "loading",
+    "save": "loading",
 }
 """Name -> room, for names that are not of surgery."""
 

@@ -1,7 +1,7 @@
 """Remember how a model came about: what it was built from, and the steps that changed it since.
 
-A model carries its history as plain data in attributes, which copies keep. `widefield.runs.sharing` writes it to a file
-next to the weights, and `widefield.surgery.replay` repeats the steps on a freshly built model.
+A model carries its history as plain data in attributes, which copies keep. `widefield.loading.sharing` writes it to a
+file next to the weights, and `widefield.surgery.replay` repeats the steps on a freshly built model.
 """
 
 from __future__ import annotations

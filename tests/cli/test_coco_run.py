@@ -11,7 +11,7 @@ import torch
 from data.made_objects import CLASSES, IDS, write_coco
 from train.helpers import QUIET
 from widefield import cli
-from widefield.runs import load
+from widefield.loading import load
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 
 HEAD = {"neck_channels": 64, "num_convs": 1, "score_threshold": 0.0}

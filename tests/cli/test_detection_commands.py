@@ -14,7 +14,8 @@ from PIL import Image
 from documents import document
 from train.helpers import QUIET
 from widefield import cli
-from widefield.runs import load, predict
+from widefield.loading import load
+from widefield.predictions import predict
 from widefield.tasks import BoxPrediction
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 

@@ -13,7 +13,7 @@ import torch
 from documents import document
 from train.helpers import QUIET
 from widefield import cli, deploy
-from widefield.runs import load
+from widefield.loading import load
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 
 NETWORK = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 
 from widefield import cli, deploy
+from widefield.loading import load, load_trained
 from widefield.masking import Encoder
-from widefield.runs import load, load_trained, write_report
+from widefield.runs import write_report
 from widefield.train import DataSpec, EmaSpec, ModelSpec, Recipe, TaskSpec, train
 
 

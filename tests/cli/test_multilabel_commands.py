@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from widefield import cli, data
-from widefield.runs import load, predict
+from widefield.loading import load
+from widefield.predictions import predict
 from widefield.tasks import LabelPrediction
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, load_recipe, train
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+import widefield.loading
 import widefield.runs.report
 from widefield import cli
 from widefield._files import check_place
@@ -20,7 +21,7 @@ def _no_models(monkeypatch):
     def build(*args, **options):
         raise AssertionError("a model was loaded before the place to write to was looked at")
 
-    monkeypatch.setattr(widefield.runs, "load", build)
+    monkeypatch.setattr(widefield.loading, "load", build)
     monkeypatch.setattr(widefield.runs.report, "load", build)
 
 

@@ -16,7 +16,8 @@ from tolerances import FLOAT32
 from train.helpers import QUIET
 from widefield import cli
 from widefield.data import Scenes
-from widefield.runs import load, predict
+from widefield.loading import load
+from widefield.predictions import predict
 from widefield.tasks import PosePrediction
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 

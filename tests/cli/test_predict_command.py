@@ -9,7 +9,7 @@ from PIL import Image
 
 from train.helpers import QUIET
 from widefield import cli
-from widefield.runs import load
+from widefield.loading import load
 from widefield.train import DataSpec, ModelSpec, Recipe, train
 
 SEGMENTER = "torchvision:lraspp_mobilenet_v3_large{num_classes: 3}"

@@ -17,7 +17,8 @@ from train.helpers import QUIET, log
 from widefield import cli
 from widefield.data import joint
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from widefield.runs import load, predict
+from widefield.loading import load
+from widefield.predictions import predict
 from widefield.train import DataSpec, ModelSpec, Recipe, TaskSpec, train
 
 NAMES = ("ground", "brick", "water")

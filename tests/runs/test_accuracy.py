@@ -22,8 +22,9 @@ from train.helpers import log
 from train.patches import Patches
 from widefield import data, tasks
 from widefield.data import LabeledImages
-from widefield.runs import Evaluation, evaluate_model, load_trained
-from widefield.runs.labels import MappedClassification, imagenet_names, output_places, real_labels
+from widefield.loading import load_trained
+from widefield.loading.labels import MappedClassification, imagenet_names, output_places, real_labels
+from widefield.runs import Evaluation, evaluate_model
 from widefield.tasks.class_scores import AnyOf
 from widefield.train import EmaSpec, Recipe, RunResult, evaluate
 from widefield.train.evaluation import Share

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import widefield
 from train.helpers import QUIET
 from widefield import cli
-from widefield.runs import average, load, save
+from widefield.loading import load, save
+from widefield.runs import average
 from widefield.train import CheckpointSpec, DataSpec, ModelSpec, Recipe, train
 
 

@@ -17,9 +17,10 @@ from tolerances import FLOAT64
 from train.patches import Patches
 from widefield import data
 from widefield.data import Sample
-from widefield.runs import Evaluation, Subject, Weights, evaluate_model
+from widefield.loading import Subject, Weights
+from widefield.loading.inputs import Selection
+from widefield.runs import Evaluation, evaluate_model
 from widefield.runs.evaluation_page import draw_confusion, rows_by_size, write_evaluation
-from widefield.runs.inputs import Selection
 from widefield.tasks import MaskPrediction, Segmentation, SegmentationScores, create
 
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from train.helpers import log
-from widefield import data, report, tasks
+from widefield import report
 from widefield.runs import RunRecord, comparison, draw_runs, filter_runs, find_runs, pick_runs, read_run, sort_runs
 from widefield.runs.compare import differences
-from widefield.runs.records import duration, is_share, lower_is_better, shown
+from widefield.runs.records import duration
 from widefield.train import ConversionSpec, EmaSpec, OptimizerSpec, Recipe, RunResult, save_recipe
 
 Run = Callable[..., RunResult]
@@ -282,42 +282,8 @@ def test_runs_of_one_name_are_told_by_their_folders(make: Make, recipe: Recipe) 
     assert list(rows[0]) == ["", *map(str, folders)]
 
 
-def test_text_forms() -> None:
+def test_durations_as_text() -> None:
     assert [duration(s) for s in (0, 59.6, 61, 3600, 100_000)] == ["0s", "1m00s", "1m01s", "1h00m", "27h46m"]
-    values = {"ema_top1": 0.98765, "real_top5": 1.0, "loss": 0.123456, "lr": 1e-5}
-    assert [shown(name, value) for name, value in values.items()] == ["98.77%", "100.00%", "0.1235", "1e-05"]
-    assert shown("loss", None) == "-"
-
-
-SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    "classification": ("digits", {}),
-    "multilabel": ("scene_labels", {"size": 32, "count": 2}),
-    "segmentation": ("scenes", {"size": 32, "count": 2}),
-    "detection": ("scenes", {"size": 32, "count": 2}),
-    "pose": ("scene_poses", {"size": 32, "count": 2, "crop_size": [32, 32]}),
-    "masked_image": ("digits", {}),
-}
-"""Data of each task."""
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
-@pytest.mark.parametrize("name", tasks.TASKS)
-def test_the_metrics_of_every_task_are_ranked_and_shown_as_what_they_are(name: str) -> None:
-    source, options = SMALL[name]
-    task = tasks.create(name, data.create(source, "val", **options))
-    metrics = list(task.metrics().compute())
-    assert task.headline in metrics
-    for prefix in ("", "ema_"):
-        assert lower_is_better(prefix + task.headline) is not task.higher_is_better
-        for metric in metrics:
-            # All that is not a loss or a distance is a share, of which more is better.
-            other = metric in ("loss", "epe")
-            assert lower_is_better(prefix + metric) is other
-            assert is_share(prefix + metric) is not other
-            assert shown(prefix + metric, 0.0006199) == ("0.0006199" if other else "0.06%")
-    for other in ("lr", "epoch", "experts", "seconds", "depe", "auction"):
-        assert not lower_is_better(other)
-        assert not is_share(other)
 
 
 @pytest.mark.parametrize("prefix", ["", "ema_"])

@@ -16,7 +16,7 @@ from train.helpers import QUIET, log, same_weights
 from train.test_processes import launch
 from widefield import dense
 from widefield.data import create
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.train import CheckpointSpec, Recipe, load_recipe, save_recipe, train
 
 

@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from train.helpers import QUIET, log, same_weights
 from widefield import data, tasks
 from widefield.data import Sample, SampleSet, seeded
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import Batch, Labeled, Task
 from widefield.train import ConversionSpec, DataSpec, EmaSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, train
 

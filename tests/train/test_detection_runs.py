@@ -16,7 +16,7 @@ from tolerances import NETWORK, close
 from train.helpers import QUIET, log, same_weights
 from train.test_processes import launch, same_log
 from widefield.dense import FasterRCNN
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import Detection
 from widefield.train import DataSpec, EmaSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, train
 

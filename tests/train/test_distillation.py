@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tolerances import FLOAT32, close
 from train.helpers import log, same_weights
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import Classification
 from widefield.train import DataSpec, DistillationSpec, ModelSpec, Recipe, RunResult, TaskSpec
 from widefield.train.distillation import Teacher

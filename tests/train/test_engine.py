@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from train.helpers import QUIET, log
 from widefield import data, tasks
+from widefield.loading import load_trained
 from widefield.nn import MoRFConv2d
-from widefield.runs import load_trained
 from widefield.tasks import Classification
 from widefield.train import (
     CheckpointSpec,

@@ -17,7 +17,7 @@ import pytest
 from test_resume import BUSY
 
 from train.helpers import log, same_weights
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.train import CheckpointSpec, Recipe, RunResult, load_recipe, save_recipe
 from widefield.train.checkpoint import checkpoints
 

@@ -24,7 +24,7 @@ from torch import nn
 import widefield
 from tolerances import FLOAT32, close
 from train.helpers import log, same_weights
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import Classification
 from widefield.train import (
     CheckpointSpec,

@@ -14,8 +14,8 @@ from train.helpers import QUIET, log
 from train.test_masked_runs import recipe
 from train.test_processes import launch
 from widefield import data, masking
+from widefield.loading.inputs import Selection
 from widefield.masking.visibility import Treated
-from widefield.runs.inputs import Selection
 from widefield.tasks import MaskedImage
 from widefield.train import ModelSpec, OptimizerSpec, TaskSpec, train
 from widefield.train.evaluation import Share

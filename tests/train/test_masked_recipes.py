@@ -22,7 +22,7 @@ from train import made_data
 from train.helpers import QUIET, log
 from train.recipe_pages import MASKED, check_batch, docs_rows, first_lines, groups_of, shipped
 from widefield import data, masking, tasks
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.train import Recipe, shipped_recipes, train
 
 PAGE = "masked_recipes.md"

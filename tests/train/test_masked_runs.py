@@ -14,8 +14,9 @@ from PIL import Image
 
 from train.helpers import QUIET, log, same_weights
 from widefield import data, tasks
+from widefield.loading import load, load_trained
 from widefield.masking import MaskedAutoencoder
-from widefield.runs import load, load_trained, predict
+from widefield.predictions import predict
 from widefield.tasks import MaskedImage, ReconstructionPrediction
 from widefield.train import ConversionSpec, DataSpec, EmaSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, train
 from widefield.train.model import build_model

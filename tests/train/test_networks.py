@@ -16,7 +16,7 @@ from timm.models._registry import _model_entrypoints
 from torch import nn
 
 from widefield import data, tasks
-from widefield.runs import load
+from widefield.loading import load
 from widefield.tasks import Classification
 from widefield.train import (
     ModelSpec,

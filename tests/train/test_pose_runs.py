@@ -19,7 +19,7 @@ from train.test_processes import launch, same_log
 from widefield import tasks
 from widefield.data import Skeleton
 from widefield.dense import HeatmapPose
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import PoseEstimation
 from widefield.train import DataSpec, EmaSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, run_data, train
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tolerances import NETWORK, close
 from train.helpers import log, same_weights
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.train import (
     CheckpointSpec,
     DataSpec,

@@ -7,7 +7,7 @@ import pytest
 
 from data.made_segmentation import write_ade20k, write_cityscapes, write_coco_stuff, write_masks, write_voc
 from train.helpers import QUIET, log, same_weights
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import Segmentation
 from widefield.train import DataSpec, ModelSpec, OptimizerSpec, Recipe, TaskSpec, train
 

@@ -22,7 +22,7 @@ from train import made_data
 from train.helpers import QUIET, log
 from train.recipe_pages import MASKED, docs_rows, first_lines, shipped
 from widefield import data, tasks
-from widefield.runs import load_trained
+from widefield.loading import load_trained
 from widefield.tasks import Classification
 from widefield.train import Recipe, build_model, shipped_recipes, train
 from widefield.train.networks import TORCHVISION

@@ -20,7 +20,8 @@ from tolerances import NETWORK, close
 from train.helpers import QUIET, log, same_weights
 from train.patches import Patches
 from widefield import data
-from widefield.runs import draw_runs, load_trained, read_run
+from widefield.loading import load_trained
+from widefield.runs import draw_runs, read_run
 from widefield.tasks import Segmentation
 from widefield.train import (
     CheckpointSpec,

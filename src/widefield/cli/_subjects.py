@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from widefield.analysis import ClassAt, ClassIn, DetectionScore, KeypointPeak, Result
     from widefield.analysis.registry import Analysis, View
     from widefield.data import Pictures
-    from widefield.runs import Subject
+    from widefield.loading import Subject
 
 MODEL_HELP = (
     "a timm model (resnet50), a torchvision model (torchvision:resnet50), the folder of a run of `widefield train`, or "
@@ -167,9 +167,9 @@ def _label(word: str, view: View, kind: str = "class") -> int:
 
 
 def subject(word: str, args: argparse.Namespace) -> Subject:
-    """Build or load a model of the command line as it is examined; see :func:`widefield.runs.load`."""
-    from widefield.runs import load
-    from widefield.runs.trained import examined
+    """Build or load a model of the command line as it is examined; see :func:`widefield.loading.load`."""
+    from widefield.loading import load
+    from widefield.loading.trained import examined
 
     labels = check_labels(args)
     found = load(word, pretrained=args.pretrained, seed=args.seed, device=args.device, together_with=args.models)

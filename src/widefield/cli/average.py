@@ -23,7 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.runs import average, save
+    from widefield.loading import save
+    from widefield.runs import average
     from widefield.runs.averaging import has_batch_norms
 
     subject = average(args.sources, last=args.last, weights=args.weights)

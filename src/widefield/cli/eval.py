@@ -17,7 +17,8 @@ from widefield.cli._subjects import MODEL_HELP
 
 if TYPE_CHECKING:
     from widefield.data import SampleSet
-    from widefield.runs import Evaluation, Subject
+    from widefield.loading import Subject
+    from widefield.runs import Evaluation
     from widefield.tasks import Task
 
 SUMMARY = "metrics and throughput of models: of runs, of timm's, of torchvision's"
@@ -180,7 +181,7 @@ def _found(job: _Job, args: argparse.Namespace) -> Iterator[str]:
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
-    from widefield.runs import labels
+    from widefield.loading import labels
 
     if (args.weights or args.which) and not any(map(_is_run, args.models)):
         raise ValueError("--weights and --which select a checkpoint of a run, and none of the models is a run.")
@@ -191,15 +192,15 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
 
 
 def _is_run(word: str) -> bool:
-    from widefield.runs.model_file import is_model_folder
+    from widefield.loading.model_file import is_model_folder
 
     return Path(word).expanduser().is_dir() and not is_model_folder(Path(word).expanduser())
 
 
 def _subjects(word: str, args: argparse.Namespace) -> list[Subject]:
     """Return the model that a word names, one for each kind of weights that is asked for."""
-    from widefield.runs import load
-    from widefield.runs.trained import weights_in
+    from widefield.loading import load
+    from widefield.loading.trained import weights_in
 
     if not _is_run(word):
         return [load(word, pretrained=args.pretrained, seed=args.seed)]
@@ -227,7 +228,7 @@ def _check_options(subjects: Sequence[Subject], args: argparse.Namespace) -> Non
 def _job(
     subject: Subject, size: int | None, real: Mapping[str, Sequence[int]] | None, args: argparse.Namespace
 ) -> _Job:
-    from widefield.runs.inputs import CLASSIFIERS
+    from widefield.loading.inputs import CLASSIFIERS
 
     source = _source(subject, size, args)
     dataset = _dataset(subject, source, args)
@@ -253,7 +254,7 @@ def _task(
 ) -> tuple[Task, int, int]:
     """Return what to measure, the number of the model's outputs, and the number of those that compete."""
     from widefield import data
-    from widefield.runs import labels
+    from widefield.loading import labels
     from widefield.tasks import count_outputs
     from widefield.train.recipe_io import read_yaml
 
@@ -353,8 +354,8 @@ def _called(source: Mapping[str, Any]) -> str:
 
 
 def _show(done: Sequence[tuple[_Job, Evaluation]], args: argparse.Namespace) -> None:
-    from widefield.runs.records import shown
     from widefield.tasks import ClassificationScores, DetectionScores, MultiLabelScores, PoseScores
+    from widefield.tasks.metric_names import shown
 
     metrics = dict.fromkeys(name for _, found in done for name in found.metrics)
     samples = "crops" if all(isinstance(found.scores, PoseScores) for _, found in done) else "images"

@@ -10,7 +10,7 @@ from widefield.cli import _subjects
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from widefield.runs import Subject
+    from widefield.loading import Subject
 
     Batches = list[Any]
 
@@ -172,8 +172,8 @@ def _own_samples(found: Subject, args: argparse.Namespace, *, stand_in: bool) ->
         args: arguments of the command line.
         stand_in: whether missing data are no error, since pictures take their place.
     """
-    from widefield.runs import MissingDataError
-    from widefield.runs.inputs import Selection
+    from widefield.loading import MissingDataError
+    from widefield.loading.inputs import Selection
 
     if found.work not in ("detection", "pose") or args.images is not None or found.recipe is None:
         return []

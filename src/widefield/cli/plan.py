@@ -28,8 +28,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status, 1 if nothing would be converted, or the network would be refused."""
-    from widefield.runs import load
-    from widefield.runs.trained import examined
+    from widefield.loading import load
+    from widefield.loading.trained import examined
     from widefield.train.recipe_io import read_yaml
 
     options = {key: value for word in args.options for key, value in read_yaml(word.replace("=", ": ", 1)).items()}
@@ -56,7 +56,7 @@ def _converted(network: Any, args: argparse.Namespace, options: dict[str, Any]) 
 
 def _masked(network: Any, size: int, args: argparse.Namespace, options: dict[str, Any]) -> int:
     from widefield import masking, tasks
-    from widefield.runs.inputs import Classes
+    from widefield.loading.inputs import Classes
 
     task: Any = tasks.create("masked_image", Classes(()), method=args.masked, **options)
     encoder: Any = network.encoder.body if isinstance(network, masking.Encoder) else network

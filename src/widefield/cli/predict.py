@@ -14,7 +14,7 @@ from widefield._files import check_place
 from widefield.cli._subjects import MODEL_HELP
 
 if TYPE_CHECKING:
-    from widefield.runs.predict import Written
+    from widefield.predictions.predict import Written
 
 SUMMARY = "predictions of a model for images: classes of each or of its pixels, objects, poses, or hidden parts"
 
@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
     from widefield._progress import ProgressLine
     from widefield.data.listing import counted
-    from widefield.runs import load
-    from widefield.runs.box_files import is_box_file
-    from widefield.runs.image_paths import find_images
-    from widefield.runs.predict import predict_files
+    from widefield.loading import load
+    from widefield.predictions.box_files import is_box_file
+    from widefield.predictions.image_paths import find_images
+    from widefield.predictions.predict import predict_files
 
     tables = _tables(args)
     folder = args.out or (None if tables else Path("predictions"))

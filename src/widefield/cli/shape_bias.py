@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from widefield.analysis._scores import check_scores
     from widefield.data import ConflictImages, Scales, write_conflicts
-    from widefield.runs.labels import imagenet_names
+    from widefield.loading.labels import imagenet_names
 
     analysis = _subjects.analysis(args)
     results = {}

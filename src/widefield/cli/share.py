@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from widefield.runs import load, push_to_hub, save
+    from widefield.loading import load, push_to_hub, save
 
     notes = None if args.notes is None else args.notes.read_text(encoding="utf-8")
     subject = load(args.model, pretrained=args.pretrained, which=args.which, weights=args.weights)

@@ -23,7 +23,8 @@ from widefield._keys import keys_of
 from widefield.analysis.blocks import BlockContributions, block_contributions
 from widefield.analysis.routing import RoutingStatistics, block_names, routing_statistics
 from widefield.demo.chapter import Chapter
-from widefield.runs import evaluate_model, load_trained, write_report
+from widefield.loading import load_trained
+from widefield.runs import evaluate_model, write_report
 from widefield.runs.headline import Found, evaluated_words
 from widefield.surgery import Difference, compare, reparameterize
 from widefield.train import ConversionSpec, Recipe, build_model, load_recipe, train

@@ -14,9 +14,9 @@ from PIL import Image
 from widefield import analysis, data, report
 from widefield.analysis import ClassActivation, ReceptiveField
 from widefield.demo.chapter import Chapter
+from widefield.drawing.parts import encoded
+from widefield.loading import load
 from widefield.models import packaged
-from widefield.runs import load
-from widefield.runs.drawing_parts import encoded
 
 MODEL = "efficientnet_lite0_pip"
 SHOWN = ("cat", "coffee", "rocket", "china", "flower", "camera", "astronaut", "retina")

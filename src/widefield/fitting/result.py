@@ -20,8 +20,8 @@ from widefield.fitting.progress import read_log
 from widefield.fitting.read import Readings
 from widefield.fitting.recipes import PLAIN
 from widefield.fitting.spec import FitSpec
+from widefield.loading.trained import load_trained
 from widefield.report import Report
-from widefield.runs.trained import load_trained
 from widefield.train.checkpoint import write_text
 
 if TYPE_CHECKING:

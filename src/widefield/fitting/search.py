@@ -49,7 +49,7 @@ from widefield.fitting.result import (
 from widefield.fitting.sources import SETTINGS, check_unchanged, spec_of
 from widefield.fitting.spec import FILE, FitSpec, is_fit
 from widefield.fitting.verify import verify
-from widefield.runs.trained import load_trained
+from widefield.loading.trained import load_trained
 from widefield.tasks import Task
 from widefield.train import checkpoint, train
 from widefield.train.model import build_model

@@ -23,7 +23,7 @@ from widefield.fitting.losses import autocast, device_of
 from widefield.fitting.recipes import PLAIN, UNCHANGED
 from widefield.fitting.result import CHEAPER, GAIN, NO_MATTER, NOTHING, Network, SizeRow, Verdict
 from widefield.fitting.spec import FitSpec
-from widefield.runs.trained import load_trained
+from widefield.loading.trained import load_trained
 from widefield.tasks import Batch, Task
 from widefield.train.evaluation import measure
 from widefield.train.loaders import batches, shut_down, val_loader

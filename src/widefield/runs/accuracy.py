@@ -157,7 +157,7 @@ def evaluate_model(
         model: moved to the device, and to channels-last order if asked; it stays there. Its mode is restored.
         dataset: the images.
         task: what to measure, such as ``widefield.tasks.create("classification", dataset)``, or
-            :class:`widefield.runs.labels.MappedClassification` for a model whose outputs are not the data's classes.
+            :class:`widefield.loading.labels.MappedClassification` for a model whose outputs are not the data's classes.
         batch_size: images per batch in each process.
         workers: loader processes of each process; 0: load in the process itself.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``: autocast as in training.

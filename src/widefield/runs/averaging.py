@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from widefield import _checks
-from widefield.runs.loading import load
-from widefield.runs.shared import attach
-from widefield.runs.subjects import Subject
-from widefield.runs.weights import Weights
+from widefield.loading.load import load
+from widefield.loading.subject_json import attach
+from widefield.loading.subjects import Subject
+from widefield.loading.weights import Weights
 from widefield.train import checkpoint
 
 

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING
 
 from widefield import _checks, report
 from widefield.report import Listing
-from widefield.runs.records import (
-    RunRecord,
-    duration,
-    is_share,
-    lower_is_better,
-    read_run,
-    run_folders,
-    shown,
-    value_text,
-)
+from widefield.runs.records import RunRecord, duration, read_run, run_folders, value_text
+from widefield.tasks.metric_names import is_share, lower_is_better, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,16 +11,15 @@ import numpy as np
 from widefield import bench, report
 from widefield._files import check_place, write_whole
 from widefield.data.listing import counted
+from widefield.drawing.kinds import DRAWINGS, drawing_of
+from widefield.drawing.parts import MIN_SCORE
+from widefield.loading.subjects import Subject
 from widefield.report import Part, Plot, Section, Table
 from widefield.runs.accuracy import Evaluation, Example
 from widefield.runs.confusion_figure import MOST, confusion_figure
 from widefield.runs.detection_page import detection_sections
-from widefield.runs.drawing import DRAWINGS, drawing_of
-from widefield.runs.drawing_parts import MIN_SCORE
 from widefield.runs.headline import Found, evaluated_words
 from widefield.runs.pose_page import pose_sections
-from widefield.runs.records import shown
-from widefield.runs.subjects import Subject
 from widefield.tasks import (
     HEADLINES,
     ClassificationScores,
@@ -29,6 +28,7 @@ from widefield.tasks import (
     PoseScores,
     SegmentationScores,
 )
+from widefield.tasks.metric_names import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,9 @@ from widefield._intervals import Interval, interval, paired, wilson
 from widefield.data.listing import counted
 from widefield.runs.accuracy import Evaluation
 from widefield.runs.compare import labels
-from widefield.runs.records import RunRecord, lower_is_better, shown
+from widefield.runs.records import RunRecord
 from widefield.tasks import ClassificationScores, MultiLabelScores
+from widefield.tasks.metric_names import lower_is_better, shown
 
 _ONE_SEED = (
     "Intervals (95 %) say how far other images of the same kind may change a result. They do not say what another "

@@ -19,6 +19,7 @@ import yaml
 
 from widefield.report import Listing, Report
 from widefield.tasks import HEADLINES, TASKS
+from widefield.tasks.metric_names import lower_is_better, shown
 from widefield.train.patience import Patience
 from widefield.train.recipe_io import load_recipe
 from widefield.train.run_files import RunFiles, flat, log_entries
@@ -31,12 +32,6 @@ _STILL_WRITING = 600.0
 
 _HEADLINE = "top1"
 """The headline of a run that names none and has none of the tasks' headlines in its log."""
-_LOWER = re.compile(r"(loss|(^|_)epe)$")
-"""Metrics of which smaller values are better: losses, and the end-point error of key points."""
-_SHARE = re.compile(
-    r"(^|_)(top\d+$|map$|[co]f1$|(miou|macc|aacc)(_|$)|((box|mask)_ap|oks_a[pr])(\d+|_|$)|(pck(\d+)?|auc)$)"
-)
-"""Metrics that are fractions."""
 
 
 @dataclass(frozen=True)
@@ -286,23 +281,6 @@ def _reading(file: Path) -> Iterator[None]:
 def _line(error: BaseException) -> str:
     """Return the first sentence of an error."""
     return re.split(r"(?<=\.)\s|\n", str(error))[0] or type(error).__name__
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether smaller values of a metric are better, which holds for losses and errors in pixels."""
-    return _LOWER.search(metric) is not None
-
-
-def shown(metric: str, value: float | None) -> str:
-    """Return a metric's value as text: shares in percent, others with four digits; ``-`` for none."""
-    if value is None or (is_share(metric) and math.isnan(value)):
-        return "-"
-    return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
-
-
-def is_share(metric: str) -> bool:
-    """Return whether a metric is a fraction, of images, pixels, objects or key points, which is shown in percent."""
-    return _SHARE.search(metric) is not None
 
 
 def duration(seconds: float) -> str:

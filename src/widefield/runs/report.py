@@ -12,16 +12,16 @@ from widefield import _checks, analysis, bench, report
 from widefield._files import check_place, write_whole
 from widefield.analysis import ClassAt
 from widefield.analysis.registry import ANALYSES, Analysis
+from widefield.loading.inputs import CLASSIFIERS, Selection
+from widefield.loading.load import load
+from widefield.loading.subjects import MissingDataError, Subject
+from widefield.loading.trained import examined
 from widefield.report import Plot, Section, Table
 from widefield.runs.accuracy import evaluate_model
 from widefield.runs.compare import comparison, draw_runs, labels
 from widefield.runs.evaluation_page import evaluation_sections, together
 from widefield.runs.headline import Found, evaluated_words, logged_words
-from widefield.runs.inputs import CLASSIFIERS, Selection
-from widefield.runs.loading import load
 from widefield.runs.records import RunRecord, read_run
-from widefield.runs.subjects import MissingDataError, Subject
-from widefield.runs.trained import examined
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from widefield import _checks
 from widefield._lazy import Registry, load_on_demand
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 
 if TYPE_CHECKING:
     from widefield.tasks.base import Batch, Labeled, Task

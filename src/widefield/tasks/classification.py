@@ -21,7 +21,7 @@ from widefield.data import MultiLabelImages, Sample, SampleSet
 from widefield.data.base import labels_of
 from widefield.surgery.answers import described, evaluating, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, entropy_of, sum_of, training_on
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.predictions import ClassPrediction, Prediction
 
 if TYPE_CHECKING:

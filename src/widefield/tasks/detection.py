@@ -16,7 +16,7 @@ from widefield.dense.detector import Detections, Detector, Targets
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, built, sum_of, training_on
 from widefield.tasks.detection_scores import DetectionScores
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.predictions import BoxPrediction, Prediction
 from widefield.tasks.sizes import OCTAVES, RELATIVE_OCTAVES
 

@@ -13,7 +13,7 @@ from widefield import _checks
 from widefield.masking import METHODS, FrequencyLoss, MaskedAutoencoder, Method, reach, refuse_leak
 from widefield.surgery.answers import evaluating
 from widefield.tasks.base import Batch, Labeled, Task, sum_of, training_on
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.predictions import Prediction, ReconstructionPrediction
 
 if TYPE_CHECKING:

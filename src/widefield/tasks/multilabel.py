@@ -15,7 +15,7 @@ from widefield.surgery.answers import evaluating
 from widefield.tasks.asymmetric_loss import asymmetric_loss
 from widefield.tasks.base import Batch, Labeled, Task, training_on
 from widefield.tasks.classification import count_outputs
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.predictions import LabelPrediction, Prediction
 
 if TYPE_CHECKING:

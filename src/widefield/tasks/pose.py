@@ -20,7 +20,7 @@ from widefield.dense.layers import widened
 from widefield.dense.pose_rules import PoseRules
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, built, training_on
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.pose_scores import PoseScores
 from widefield.tasks.predictions import PosePrediction, Prediction
 from widefield.tasks.sizes import OCTAVES

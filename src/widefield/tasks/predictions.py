@@ -190,4 +190,4 @@ _HIDDEN = 128
 Prediction = (
     ClassPrediction | LabelPrediction | MaskPrediction | BoxPrediction | PosePrediction | ReconstructionPrediction
 )
-"""What a task predicts for one image. A new kind also needs its drawing, in `widefield.runs.drawing`."""
+"""What a task predicts for one image. A new kind also needs its drawing, in `widefield.drawing.kinds`."""

@@ -17,7 +17,7 @@ from widefield.data import Sample
 from widefield.dense.layers import widened
 from widefield.surgery.answers import described, evaluating, meant, wrapping
 from widefield.tasks.base import Batch, Labeled, Task, built, entropy_of, training_on
-from widefield.tasks.headlines import HEADLINES
+from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
 
