@@ -102,6 +102,13 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
     raise ValueError(f"{name} must be one of {listed}; got {value!r}.{did_you_mean(value, options)}")
 
 
+def boolean(name: str, value: object) -> bool:
+    """Return ``value`` if it is True or False; raises TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return value
+
+
 def integer(name: str, value: object, *, minimum: int = 1, maximum: int | None = None) -> int:
     """Return ``value`` as an int within [minimum, maximum]; raises TypeError or ValueError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

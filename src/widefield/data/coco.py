@@ -85,16 +85,13 @@ class Coco(ObjectFiles):
         **options: Any,
     ) -> None:
         super().__init__(split, **options)
-        folder = Path(root).expanduser()
         part = {"train": train, "val": val}[split]
-        path = annotation_file(folder, annotations, part, "instances_{split}.json")
-        flaws = Flaws(str(path), self.repair)
-        inner = filled("images", images, part)
-        reader = CocoReader(flaws, folder, inner, masks=self.has_masks, decoding=self.decoding)
-        chosen = None if categories is None else names_of("categories", categories)
-        index, classes = reader.read(path, chosen)
+        reader = CocoReader(
+            root, annotations, images, part, repair=self.repair, decoding=self.decoding, masks=self.has_masks
+        )
+        index, classes = reader.read(categories)
         self._federated = reader.federated(len(index))
-        self._hold(index, classes, folder, reader.skipped, flaws.found)
+        self._hold(index, classes, reader.root, reader.skipped, reader.flaws.found)
 
     def image_id(self, index: int) -> int:
         """Return the id of image ``index`` in the file of annotations."""
@@ -135,28 +132,6 @@ class Lvis(Coco):
         super().__init__(split, root=root, annotations=annotations, images=images, **options)
 
 
-def annotation_file(root: Path, annotations: object, split: str, example: str) -> Path:
-    """Return the path of a file of annotations.
-
-    Args:
-        root: the set's folder.
-        annotations: the path from there; ``{split}`` is the name of the split.
-        split: that name.
-        example: such a path, for the message.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: the path is not a text.
-    """
-    path = root / filled("annotations", annotations, split)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no file of annotations {str(path)!r}. Name it by the option annotations, from root: "
-            f"annotations: {example}."
-        )
-    return path
-
-
 @contextmanager
 def without_collection() -> Iterator[None]:
     """Suspend the garbage collector, which would walk over millions of new objects that hold no cycles."""
@@ -173,26 +148,42 @@ class CocoReader:
     """Reads one file; its entries are checked in the order of the file.
 
     Args:
-        flaws: takes what is wrong.
         root: the set's folder.
-        images: folder of the images in it.
-        masks: read the masks of objects.
+        annotations: path of the file from there; ``{split}`` is the name of the split.
+        images: folder of the images from there; likewise.
+        split: name of the split.
+        repair: leave out or mend entries that cannot be right, instead of raising an error.
         decoding: options of `widefield.data.decoding.read`.
+        masks: read the masks of objects.
         keypoints: number of key points of an object; 0: they are not read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError: a path is not a text, or ``repair`` is not a truth value.
     """
 
     def __init__(
         self,
-        flaws: Flaws,
-        root: Path,
+        root: str | Path,
+        annotations: str,
         images: str,
+        split: str,
         *,
-        masks: bool,
+        repair: bool,
         decoding: Mapping[str, Any],
+        masks: bool = False,
         keypoints: int = 0,
     ) -> None:
-        self.flaws, self.root, self.folder, self.decoding = flaws, root, images, decoding
-        self.builder = IndexBuilder(flaws, masks=masks, keypoints=keypoints)
+        self.root, self.decoding = Path(root).expanduser(), decoding
+        self.path = self.root / filled("annotations", annotations, split)
+        self.folder = filled("images", images, split)
+        self.flaws = Flaws(str(self.path), repair)
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"there is no file of annotations {str(self.path)!r}. Name it by the option annotations, from root: "
+                f"annotations: {'person_keypoints' if keypoints else 'instances'}_{{split}}.json."
+            )
+        self.builder = IndexBuilder(self.flaws, masks=masks, keypoints=keypoints)
         self.skipped = Skipped()
         self._rows: dict[int, int] = {}  # id of an image -> its place
         self._gone: set[int] = set()  # ids of images that were left out
@@ -201,10 +192,19 @@ class CocoReader:
         self._other: set[int] = set()  # ids of categories that are not read
         self._lists: dict[str, list[list[int]]] = {name: [] for name in _FEDERATED}
 
-    def read(self, path: Path, chosen: Sequence[str] | None) -> tuple[ObjectIndex, tuple[str, ...]]:
-        """Return the objects and the names of the classes; raises AnnotationError."""
+    def read(self, categories: Sequence[str] | None) -> tuple[ObjectIndex, tuple[str, ...]]:
+        """Return the objects and the names of the classes.
+
+        Args:
+            categories: names of the classes to read, in this order; None: all.
+
+        Raises:
+            AnnotationError: the file is damaged, or an entry cannot be right.
+            TypeError, ValueError: ``categories`` are not different names, or the file lacks one.
+        """
+        chosen = None if categories is None else names_of("categories", categories)
         with without_collection():
-            content = self._parsed(path)
+            content = self._parsed()
             classes = self.read_categories(content["categories"], chosen)
             self._read_images(content["images"])
             self._read_objects(content["annotations"])
@@ -228,10 +228,10 @@ class CocoReader:
                 found[name] = starts, np.array([label for one in lists for label in one], np.int64)
         return found
 
-    def _parsed(self, path: Path) -> dict[str, list[Any]]:
+    def _parsed(self) -> dict[str, list[Any]]:
         """Return the three lists of the file."""
         name = self.flaws.file
-        content = loaded(path, self._compacted)
+        content = loaded(self.path, self._compacted)
         if not isinstance(content, dict):
             raise AnnotationError(
                 f"{name} holds {kind_of(content)} where COCO's form has an object with the lists {', '.join(_LISTS)}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from widefield import _checks
 from widefield.data.base import Sample
-from widefield.data.coco import CocoReader, annotation_file, edges_of, is_id, kind_of, loaded, without_collection
+from widefield.data.coco import CocoReader, edges_of, is_id, kind_of, loaded, without_collection
 from widefield.data.corrupt import CorruptFiles
 from widefield.data.decoding import CorruptImageError, decoding_options, read
-from widefield.data.object_files import check_size, filled, names_of
+from widefield.data.object_files import check_size, filled
 from widefield.data.object_index import AnnotationError, Box, Flaws, ObjectIndex, brief
 from widefield.data.poses import BoxList, PoseSet
 from widefield.data.skeleton import Skeleton
@@ -86,26 +86,22 @@ class CocoKeypoints(PoseSet):
         **options: Any,
     ) -> None:
         super().__init__(split, **options)
-        if not isinstance(repair, bool):
-            raise TypeError(f"repair must be True or False; got {repair!r}.")
         self.names = bool(names)
         self._corrupt = CorruptFiles(corrupt, max_corrupt)
         self.decoding = decoding_options(exif_orientation, max_pixels)
         least = _checks.number("min_score", min_score, maximum=1)
-        folder, part = Path(root).expanduser(), {"train": train, "val": val}[split]
-        path = annotation_file(folder, annotations, part, "person_keypoints_{split}.json")
-        inner = filled("images", images, part)
-        reader = _Reader(Flaws(str(path), repair), folder, inner, Skeleton.load(skeleton), self.decoding)
-        chosen = None if categories is None else names_of("categories", categories)
-        index, classes = reader.read(path, chosen)
+        part = {"train": train, "val": val}[split]
+        shape = Skeleton.load(skeleton)
+        reader = _Reader(shape, root, annotations, images, part, repair=repair, decoding=self.decoding)
+        index, classes = reader.read(categories)
         detected = None
         repaired = [reader.flaws.found]
-        if boxes is not None and (file := folder / filled("boxes", boxes, part)) and split == "val":
+        if boxes is not None and (file := reader.root / filled("boxes", boxes, part)) and split == "val":
             flaws = Flaws(str(file), repair)
             detected = _detected(file, reader, index, least, flaws)
             repaired.append(flaws.found)
         self.repaired = [one for one in repaired if one]
-        self._hold(index, classes, reader.skeleton, place=str(folder), found=detected, skipped=reader.skipped)
+        self._hold(index, classes, reader.skeleton, place=str(reader.root), found=detected, skipped=reader.skipped)
         self.boxes = _cut(self.boxes, index)
         self._corrupt.expect(len(index), split)
         self._last: tuple[int, Tensor] | None = None
@@ -153,10 +149,10 @@ class CocoKeypoints(PoseSet):
 
 
 class _Reader(CocoReader):
-    """Reads a file of key points."""
+    """Reads a file of key points; its other arguments are those of `CocoReader`."""
 
-    def __init__(self, flaws: Flaws, root: Path, images: str, skeleton: Skeleton, decoding: Mapping[str, Any]) -> None:
-        super().__init__(flaws, root, images, masks=False, decoding=decoding, keypoints=len(skeleton))
+    def __init__(self, skeleton: Skeleton, *place: Any, **options: Any) -> None:
+        super().__init__(*place, keypoints=len(skeleton), **options)
         self.skeleton = skeleton
 
     def read_categories(self, entries: list[Any], chosen: Sequence[str] | None) -> tuple[str, ...]:

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from widefield.data.coco import CocoReader, annotation_file
+from widefield.data.coco import CocoReader
 from widefield.data.image_files import MultiLabelFiles
-from widefield.data.object_files import filled, names_of
-from widefield.data.object_index import Flaws
 
 
 class CocoLabels(MultiLabelFiles):
@@ -53,17 +51,10 @@ class CocoLabels(MultiLabelFiles):
         **options: Any,
     ) -> None:
         super().__init__(split, **options)
-        if not isinstance(repair, bool):
-            raise TypeError(f"repair must be True or False; got {repair!r}.")
-        folder = Path(root).expanduser()
         part = {"train": train, "val": val}[split]
-        path = annotation_file(folder, annotations, part, "instances_{split}.json")
-        reader = CocoReader(
-            Flaws(str(path), repair), folder, filled("images", images, part), masks=False, decoding=self.decoding
-        )
-        index, classes = reader.read(path, None if categories is None else names_of("categories", categories))
+        reader = CocoReader(root, annotations, images, part, repair=repair, decoding=self.decoding)
+        index, classes = reader.read(categories)
         present = np.zeros((len(index), len(classes)), np.bool_)
         present[np.repeat(np.arange(len(index)), index.counts), index.labels] = True
-        skipped = reader.skipped
-        skipped.include(reader.flaws.found)
-        self._hold(classes, folder, [os.fsdecode(name) for name in index.names], present, skipped)
+        reader.skipped.include(reader.flaws.found)
+        self._hold(classes, reader.root, [os.fsdecode(name) for name in index.names], present, reader.skipped)

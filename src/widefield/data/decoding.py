@@ -211,10 +211,8 @@ def _naming(name: str) -> Iterator[None]:
 
 def decoding_options(exif_orientation: object, max_pixels: object) -> dict[str, Any]:
     """Check the options of `read` and return them by name; raises TypeError or ValueError."""
-    if not isinstance(exif_orientation, bool):
-        raise TypeError(f"exif_orientation must be True or False; got {exif_orientation!r}.")
     limit = None if max_pixels is None else _checks.integer("max_pixels", max_pixels)
-    return {"exif_orientation": exif_orientation, "max_pixels": limit}
+    return {"exif_orientation": _checks.boolean("exif_orientation", exif_orientation), "max_pixels": limit}
 
 
 _LIMIT = threading.Lock()

@@ -124,9 +124,7 @@ def values_of(
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range, or a value stands for two classes.
     """
-    if not isinstance(reduce_zero_label, bool):
-        raise TypeError(f"reduce_zero_label must be True or False; got {reduce_zero_label!r}.")
-    if values is not None and reduce_zero_label:
+    if _checks.boolean("reduce_zero_label", reduce_zero_label) and values is not None:
         raise ValueError("values already says which value each class has: leave out reduce_zero_label.")
     if values is None:
         known = {int(reduce_zero_label) + index: index for index in range(count)}

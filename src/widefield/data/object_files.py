@@ -92,10 +92,8 @@ class ObjectFiles(DetectionSet):
         from widefield.data import joint, joint_boxes  # torchvision.transforms.v2 is slow to import
 
         super().__init__(split, seed)
-        for name, value in (("masks", masks), ("repair", repair), ("filter_empty", filter_empty)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False; got {value!r}.")
-        self.has_masks, self.repair, self.filter_empty = masks, repair, filter_empty
+        self.has_masks, self.repair = _checks.boolean("masks", masks), repair
+        self.filter_empty = _checks.boolean("filter_empty", filter_empty)
         self.min_image_size = _checks.integer("min_image_size", min_image_size, minimum=0)
         self.names = bool(names)
         self._corrupt = CorruptFiles(corrupt, max_corrupt)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from widefield import _checks
 from widefield.data.decoding import read_size
 from widefield.data.listing import Skipped
 from widefield.data.object_masks import NONE, POLYGONS, RUNS, Outlines, fifths, runs
@@ -58,6 +59,9 @@ class Flaws:
     file: str
     repair: bool = False
     found: Skipped = field(default_factory=Skipped)
+
+    def __post_init__(self) -> None:
+        _checks.boolean("repair", self.repair)
 
     def report(self, entry: str, what: str, reason: str, *, mend: str = "leave it out") -> None:
         """Count a flaw, or raise AnnotationError.

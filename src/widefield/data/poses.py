@@ -115,18 +115,15 @@ class PoseSet(SampleSet):
         **augmentation: Any,
     ) -> None:
         super().__init__(split, seed)
-        for name, value in (("udp", udp), ("augment", augment)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False; got {value!r}.")
         self.crop_size = _checks.pair("crop_size", crop_size, minimum=2)
         self.padding = _checks.number("padding", padding)
         if not self.padding:
             raise ValueError("padding must be above 0; got 0. Published results use 1.25.")
-        self.udp = udp
+        self.udp = _checks.boolean("udp", udp)
         self.mean, self.std = transforms.statistics(mean, std)
         _checks.known_arguments(type(self).__name__, augmentation, self.further)
         self._augmentation = PoseAugmentation(**augmentation)  # its options are checked in both splits
-        self._augments = augment and split == "train"
+        self._augments = _checks.boolean("augment", augment) and split == "train"
 
     @abstractmethod
     def pixels(self, file: int) -> Tensor | None:

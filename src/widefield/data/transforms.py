@@ -97,8 +97,7 @@ class JointAugmentation:
 
     def __post_init__(self) -> None:
         for name in ("photometric", "antialias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+            _checks.boolean(name, getattr(self, name))
         checked = {
             "scale": rectangle("scale", self.scale),
             "ratio": _range("ratio", self.ratio),
@@ -165,8 +164,7 @@ class DetectionAugmentation:
 
     def __post_init__(self) -> None:
         for name in ("photometric", "antialias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+            _checks.boolean(name, getattr(self, name))
         checked = {
             "pipeline": _checks.choice("pipeline", self.pipeline, PIPELINES),
             "scale": rectangle("scale", self.scale),

@@ -98,8 +98,7 @@ def check_views(
         raise TypeError(f"scales must be a tuple or list of numbers, such as (0.75, 1.0, 1.25); got {scales!r}.")
     if not all(_checks.number("every entry of scales", scale) for scale in scales):
         raise ValueError(f"every entry of scales must be above 0; got {scales!r}.")
-    if not isinstance(flip, bool):
-        raise TypeError(f"flip must be True or False; got {flip!r}.")
+    _checks.boolean("flip", flip)
     if window is None:
         if stride is not None:
             raise ValueError(f"stride is for windows, and window is None; got stride={stride!r}. Give window too.")

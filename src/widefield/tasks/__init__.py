@@ -12,12 +12,13 @@ from widefield.tasks.metric_names import HEADLINES
 if TYPE_CHECKING:
     from widefield.tasks.base import Batch, Labeled, Task
     from widefield.tasks.class_scores import ClassificationScores
-    from widefield.tasks.classification import Classification, count_outputs
+    from widefield.tasks.classification import Classification
     from widefield.tasks.coco_metric import CocoMetric, TrueObjects
     from widefield.tasks.confusion import SegmentationScores
     from widefield.tasks.detection import Detection
     from widefield.tasks.detection_errors import DetectionErrors
     from widefield.tasks.detection_scores import DetectionScores
+    from widefield.tasks.image_classes import count_outputs
     from widefield.tasks.masked_image import MaskedImage
     from widefield.tasks.multilabel import MultiLabelClassification
     from widefield.tasks.multilabel_scores import MultiLabelScores
@@ -42,12 +43,13 @@ load_on_demand(
     {
         "base": "Batch Labeled Task",
         "class_scores": "ClassificationScores",
-        "classification": "Classification count_outputs",
+        "classification": "Classification",
         "coco_metric": "CocoMetric TrueObjects",
         "confusion": "SegmentationScores",
         "detection": "Detection",
         "detection_errors": "DetectionErrors",
         "detection_scores": "DetectionScores",
+        "image_classes": "count_outputs",
         "masked_image": "MaskedImage",
         "multilabel": "MultiLabelClassification",
         "multilabel_scores": "MultiLabelScores",

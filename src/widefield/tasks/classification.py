@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.data import MultiLabelImages, Sample, SampleSet
 from widefield.data.base import labels_of
-from widefield.surgery.answers import described, evaluating, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, entropy_of, sum_of, training_on
+from widefield.surgery.answers import evaluating
+from widefield.tasks.base import Batch, Labeled, entropy_of, sum_of, training_on
+from widefield.tasks.image_classes import ImageClasses, weights_of
 from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.predictions import ClassPrediction, Prediction
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LOSSES = ("cross_entropy", "binary")
 
 
-class Classification(Task):
+class Classification(ImageClasses):
     """Classification of images by a model that maps (N, C, H, W) to logits (N, num_classes).
 
     Batches hold ``image`` float32 (N, C, H, W) and ``label`` int64 (N,) in [0, num_classes). The metrics are ``top1``
@@ -78,11 +79,7 @@ class Classification(Task):
         class_weights: str | Sequence[float] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
-        self.class_names = tuple(map(str, range(num_classes) if class_names is None else class_names))
-        if len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names must be {num_classes} names; got {len(self.class_names)}.")
-        self.model_args = {"num_classes": self.num_classes}
+        super().__init__(_checks.integer("num_classes", num_classes, minimum=2), class_names)
         smoothing = _checks.number("label_smoothing", label_smoothing, maximum=1.0)
         if smoothing == 1:
             raise ValueError("label_smoothing must be below 1; at 1 the targets no longer depend on the labels.")
@@ -98,7 +95,7 @@ class Classification(Task):
         )
         self._mixer = mixer if mixup or cutmix else None
         self._smoothing = smoothing
-        self._weights = None if class_weights is None else _class_weights(class_weights, self.num_classes)
+        self._weights = weights_of("class_weights", class_weights, self.num_classes)
         if self._weights is not None and loss == "binary":
             raise ValueError("class_weights are for loss: cross_entropy; the binary loss has none.")
         self._criterion: nn.Module
@@ -121,12 +118,6 @@ class Classification(Task):
         if options.get("class_weights") == "balanced" and isinstance(dataset, SampleSet):
             options = {**options, "class_weights": balanced_weights(dataset)}
         return cls(len(dataset.classes), **{"class_names": dataset.classes, **options})
-
-    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError unless a model gives a logit for each class."""
-        outputs = count_outputs(model, shape)
-        if outputs != self.num_classes:
-            raise ValueError(f"it gives {outputs} outputs, and the task needs {self.num_classes}, one for each class.")
 
     def learn_from(
         self, teacher: Callable[[Tensor], Tensor], *, weight: float, temperature: float = 1.0, hard: bool = False
@@ -267,39 +258,3 @@ def balanced_weights(dataset: SampleSet) -> list[float]:
     counts = np.bincount(labels, minlength=len(dataset.classes))
     weights: list[float] = (len(labels) / (len(counts) * counts.clip(min=1))).tolist()
     return weights
-
-
-def _class_weights(value: Any, count: int) -> str | list[float]:
-    if value == "balanced":
-        return "balanced"
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
-        raise ValueError(f"class_weights must be balanced, or {count} numbers, one for each class; got {value!r}.")
-    return [_checks.number("every entry of class_weights", weight) for weight in value]
-
-
-def count_outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Return how many logits a model gives for an image, from one forward pass in evaluation mode.
-
-    Args:
-        model: left in its mode.
-        shape: (C, H, W) of the image.
-
-    Raises:
-        ValueError: the model refuses such images, or does not return one vector per image.
-    """
-    first = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
-    try:
-        with evaluating(model), torch.no_grad():
-            logits = model(image)
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{type(model).__name__} refuses images of {'x'.join(map(str, shape))} (channels, height, width): {reason}"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError(
-            f"{type(model).__name__} gives no logits (N, classes) for images; it gives {described(logits)}."
-            f"{wrapping(logits)}"
-        )
-    return logits.shape[1]

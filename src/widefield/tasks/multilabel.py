@@ -13,8 +13,8 @@ from widefield import _checks
 from widefield.data import MultiLabelImages, Sample, SampleSet
 from widefield.surgery.answers import evaluating
 from widefield.tasks.asymmetric_loss import asymmetric_loss
-from widefield.tasks.base import Batch, Labeled, Task, training_on
-from widefield.tasks.classification import count_outputs
+from widefield.tasks.base import Batch, Labeled, training_on
+from widefield.tasks.image_classes import ImageClasses, weights_of
 from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.predictions import LabelPrediction, Prediction
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LOSSES = ("binary", "asymmetric")
 
 
-class MultiLabelClassification(Task):
+class MultiLabelClassification(ImageClasses):
     """Classification of images that show any number of classes, by a model from (N, C, H, W) to logits (N, K).
 
     Batches hold ``image`` float32 (N, C, H, W) and ``present`` bool (N, K), of a set such as `CocoLabels`, `LabelTable`
@@ -66,11 +66,7 @@ class MultiLabelClassification(Task):
         threshold: float = 0.5,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.num_classes = _checks.integer("num_classes", num_classes)
-        self.class_names = tuple(map(str, range(num_classes) if class_names is None else class_names))
-        if len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names must be {num_classes} names; got {len(self.class_names)}.")
-        self.model_args = {"num_classes": self.num_classes}
+        super().__init__(_checks.integer("num_classes", num_classes), class_names)
         self._loss = _checks.choice("loss", loss, LOSSES)
         given = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg, "margin": margin}
         unread = [name for name, value in given.items() if value is not None]
@@ -89,7 +85,7 @@ class MultiLabelClassification(Task):
                 raise ValueError(f"{name} must be below 1, which no probability is above; got {value:g}.")
         if self.threshold == 0:
             raise ValueError("threshold must be above 0; from 0 on, every image is given every class.")
-        self._weights = None if positive_weights is None else _weights(positive_weights, self.num_classes)
+        self._weights = weights_of("positive_weights", positive_weights, self.num_classes)
 
     @classmethod
     def for_data(cls, dataset: Labeled, **options: Any) -> Self:
@@ -105,12 +101,6 @@ class MultiLabelClassification(Task):
         if options.get("positive_weights") == "balanced" and isinstance(dataset, MultiLabelImages):
             options = {**options, "positive_weights": balanced_weights(dataset)}
         return cls(len(dataset.classes), **{"class_names": dataset.classes, **options})
-
-    def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
-        """Raise ValueError unless a model gives a logit for each class."""
-        outputs = count_outputs(model, shape)
-        if outputs != self.num_classes:
-            raise ValueError(f"it gives {outputs} outputs, and the task needs {self.num_classes}, one for each class.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of the batch, a scalar."""
@@ -191,11 +181,3 @@ def balanced_weights(dataset: MultiLabelImages) -> list[float]:
     counts = dataset.present.sum(0).clip(min=1)
     weights: list[float] = ((len(dataset.present) - counts).clip(min=1) / counts).tolist()
     return weights
-
-
-def _weights(value: Any, count: int) -> str | list[float]:
-    if value == "balanced":
-        return "balanced"
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != count:
-        raise ValueError(f"positive_weights must be balanced, or {count} numbers, one for each class; got {value!r}.")
-    return [_checks.number("every entry of positive_weights", weight) for weight in value]
