@@ -165,6 +165,7 @@ def runtimes(repeats: int, batch_sizes: list[int]) -> list[dict[str, Any]]:
         for batch in batch_sizes:
             images = torch.randn(batch, 3, 224, 224)
             fixed = {"7x7": written("plain", plain, ".xml", "branches", batch)}
+            fixed["11x11, specialized"] = written("static", static, ".xml", "branches", batch)
             fixed |= {way: written("fused", fused, ".xml", way, batch) for way in ("branches", "per-sample")}
             calls = {name: functools.partial(run, images) for name, run in fixed.items()}
             rows += rows_of(measure(calls, max(5, repeats // batch)), ("7x7",), batch, runtime="OpenVINO")

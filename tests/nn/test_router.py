@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from tolerances import FLOAT64, close
+from tolerances import FLOAT32, FLOAT64, close
 from widefield.nn import MoRFConv2d, Router, load_balancing
 from widefield.nn.router import default_width
 
@@ -18,6 +18,22 @@ def test_soft_weights_are_the_attention_functions_of_the_same_logits():
     close(logits, routers["none"].gate(hidden), FLOAT64)
     close(routers["softmax"](x), logits.softmax(1), FLOAT64)
     close(routers["sigmoid"](x), logits.sigmoid(), FLOAT64)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 3), (1, 1)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_one_image_is_weighed_as_in_a_batch(size, layout):
+    router = Router(8, 5, attention="softmax").eval()
+    maps = torch.randn(3, 8, size[0] + 2, size[1]).contiguous(memory_format=layout)
+    x = maps[:, :, 1:-1]  # with gaps between images and, in NCHW, between maps
+    expected = Router(8, 5, attention="softmax").double()
+    expected.load_state_dict(router.state_dict())
+    with torch.inference_mode():
+        for image in x.split(1):
+            close(router(image), expected(image.double()), FLOAT32)
+    alone = x[:1].clone().requires_grad_()
+    router(alone).square().sum().backward()  # also after inference mode, whose tensors autograd refuses
+    assert alone.grad.any()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -24,8 +24,9 @@ ROUTING = ("branches", "per-sample", "blocked")
 
 - "branches": every expert convolves, and the results are summed with the routing weights. The convolutions have
   constant kernels, which runtimes prepare once.
-- "per-sample": the experts' kernels are mixed for each image, and one convolution follows: in a loop over the batch, or
-  without a loop if the batch size is fixed. The fastest form in OpenVINO with a fixed batch size.
+- "per-sample": the experts' kernels are mixed for each image, which then has a convolution of its own: in a loop over
+  the batch, or written out if the batch size is fixed (in one convolution of many groups if it is above 32). The
+  fastest form in OpenVINO with a fixed batch size.
 - "blocked": "per-sample" with the depthwise convolutions in onnxruntime's own layout (``.onnx`` only). The fastest form
   in onnxruntime on a CPU; no other runtime reads the file.
 

@@ -90,8 +90,7 @@ def _ready(plan: Plan, x: Tensor, bank: Tensor) -> Ready:
     padding = plan.step * (plan.taps // 2)
     geometry = (plan.stride,) * 2, (padding,) * 2, (plan.step,) * 2
     kernels = (batch, plan.channels[0], plan.taps, plan.taps)
-    # Also a batch of one is a mixture here: to take our own kernels costs no operator that it would not need otherwise.
-    problem = problem_of("forward", x, tuple(x.shape), kernels, *geometry)._replace(per_sample=True)
+    problem = problem_of("forward", x, tuple(x.shape), kernels, *geometry)
     compute = _backend.resolve("auto", problem).forward
     layout = memory_format(is_channels_last(x))
     return Ready((batch, plan.channels[0], first, first), first, plan.taps, geometry, layout, compute)
