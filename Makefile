@@ -2,7 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slow lint docs package bench clean
+# Benchmarks with bars for a CPU: of the command line, and scripts. One alone: make bench-dense.
+COMMANDS := $(addprefix bench-,depthwise mixture memory deform deploy)
+SCRIPTS := $(addprefix bench-,startup serving verification dense loading masked pose segmentation detection whole_models)
+
+.PHONY: install demo test slow lint docs package bench $(COMMANDS) $(SCRIPTS) clean
 
 install: .venv/.installed
 
@@ -31,10 +35,16 @@ docs: install
 package: install
 	$(BIN)/python -m pytest tests/test_package.py
 
+# A benchmark that fails does not keep the others from running.
 bench: install
-	$(BIN)/widefield bench depthwise --out benchmarks/results
-	$(BIN)/widefield bench mixture --out benchmarks/results
-	$(BIN)/widefield bench memory --out benchmarks/results
+	@$(MAKE) --keep-going --no-print-directory $(COMMANDS) $(SCRIPTS); status=$$?; \
+	$(BIN)/python benchmarks/bars.py && exit $$status
+
+$(COMMANDS): bench-%: install
+	$(BIN)/widefield bench $* --out benchmarks/results
+
+$(SCRIPTS): bench-%: install
+	$(BIN)/python benchmarks/$*.py --out benchmarks/results
 
 clean:
 	rm -rf .venv site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dense_cases import PARTS, Call, Case
 from peers import peak_bytes
 
 from widefield import report
-from widefield.benchmarks.record import publish
+from widefield.benchmarks.record import Bar, bar, publish
 from widefield.benchmarks.settings import keep_freed_memory
 
 SHORTEST_S = 5e-3
@@ -69,6 +70,12 @@ def row_of(part: str, case: Case, repeats: int, budget_s: float) -> dict[str, An
     return row
 
 
+def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    """Return the bar; calls of microseconds do not count."""
+    long = [{**row, "label": row["call"]} for row in rows if "peer ms" in row and row["ms"] > 1]
+    return [bar("calls of over 1 ms, peer's time / ours", long, lambda row: float(row["peer / ours"]), at_least=0.95)]
+
+
 def shown(row: dict[str, Any]) -> dict[str, str]:
     """Return a row as text."""
     known = "peer ms" in row
@@ -105,7 +112,8 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/dense.py", *(_given(sys.argv[1:]))])
     name = "_".join(filter(None, ("dense_cpu", args.suffix)))
     text = f"CPU time on one thread, in milliseconds of a call; a ratio above 1 means that ours is faster.\n\n{table}"
-    publish(args.out / name, command, {"rows": rows}, text, beside=("torchvision", "torchmetrics", "pycocotools"))
+    beside = ("torchvision", "torchmetrics", "pycocotools")
+    publish(args.out / name, command, {"rows": rows}, text, bars=bars_of(rows), beside=beside)
 
 
 def _given(arguments: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from peers import peak_bytes, rows_of
+from peers import bars_of, digest_of, peak_bytes, rows_of
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN as TorchvisionMaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -33,13 +33,12 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import widefield
 from widefield import bench
 from widefield.benchmarks import Settings, record
-from widefield.benchmarks.record import Record, Row, bar
+from widefield.benchmarks.record import Record, Row
 from widefield.benchmarks.settings import LAYOUTS
 from widefield.dense import MaskRCNN, Targets, paste_masks
 
 CLASSES = 90
 PEER = "torchvision"
-LEAST = 1.0
 SPREAD = 1.0
 """Deviation of the classifiers' weights, with which enough scores pass the threshold of 0.05 to fill the detections."""
 OBJECTS = 8
@@ -162,13 +161,7 @@ def main() -> None:
             measured, memory = measure(settings, found, x, mode)
             for row in rows_of(PEER, mode, measured, memory, facts):
                 out.add(table, row)
-    compared = [row for row in table.rows if row["model"] == "widefield"]
-    out.finish(
-        [
-            bar("torchvision's time / ours, same layout", compared, lambda r: r["same_layout"], at_least=LEAST),
-            bar("torchvision's memory / ours, same layout", compared, lambda r: r["memory"], at_least=LEAST),
-        ]
-    )
+    out.finish(bars_of(table.rows, PEER), digest_of(table.rows, PEER))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 
 from widefield import report
-from widefield.benchmarks.record import publish
+from widefield.benchmarks.record import Bar, bar, publish
 from widefield.data import Ade20k, Coco, SampleSet
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from widefield.tasks import Detection, Segmentation
@@ -198,6 +198,25 @@ def row_of(name: str, candidates: dict[str, Loader], images: int, rounds: int) -
     return row
 
 
+def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    """Return the bars."""
+    labeled = [{**row, "label": row["loader"]} for row in rows]
+    return [
+        bar(
+            "CPU time to load an image, torchvision's reference / ours",
+            labeled,
+            lambda row: float(row["reference, 0"]["cpu_ms"] / row["ours, 0"]["cpu_ms"]),
+            at_least=1,
+        ),
+        bar(
+            "images/s of two workers, ours / torchvision's reference",
+            labeled,
+            lambda row: float(row["ours, 2"]["images_per_s"] / row["reference, 2"]["images_per_s"]),
+            at_least=1,
+        ),
+    ]
+
+
 def shown(row: dict[str, Any]) -> dict[str, str]:
     """Return a row as text."""
 
@@ -254,7 +273,7 @@ def main() -> None:
     )
     stem = args.out / "_".join(filter(None, ("loading_cpu", args.suffix)))
     command = shlex.join(["python", "benchmarks/loading.py", *arguments])
-    publish(stem, command, {"rows": rows}, text, beside=("torchvision", "pillow"))
+    publish(stem, command, {"rows": rows}, text, bars=bars_of(rows), beside=("torchvision", "pillow"))
 
 
 if __name__ == "__main__":

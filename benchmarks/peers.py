@@ -1,14 +1,14 @@
-"""What the comparisons with another library's model share: peak memory of a call, and rows of a table."""
+"""What the comparisons with another library's model share: peak memory of a call, rows of a table, bars."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
 from widefield import bench
-from widefield.benchmarks.record import Row
+from widefield.benchmarks.record import Bar, Row, bar
 from widefield.benchmarks.settings import LAYOUTS
 
 
@@ -60,3 +60,26 @@ def rows_of(
             }
         )
     return rows
+
+
+def bars_of(rows: Sequence[Row], peer: str) -> list[Bar]:
+    """Return the bars: no slower and no larger than the peer in the same layout."""
+    ours = [row for row in rows if row["model"] == "widefield"]
+    return [
+        bar(f"{peer}'s time / ours, same layout", ours, lambda row: float(row["same_layout"]), at_least=1),
+        bar(f"{peer}'s memory / ours, same layout", ours, lambda row: float(row["memory"]), at_least=1),
+    ]
+
+
+def digest_of(rows: Sequence[Row], peer: str) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return the ratios in a small table, for the head of the file."""
+    lines = [
+        {
+            "": f"{row['mode']}, {row['layout']}",
+            f"time, {peer}'s / ours": f"{row['same_layout']:.2f}",
+            f"peak memory, {peer}'s / ours": f"{row['memory']:.2f}",
+        }
+        for row in rows
+        if row["model"] == "widefield"
+    ]
+    return [("Same layout", lines)]

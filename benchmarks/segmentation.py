@@ -23,20 +23,19 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from peers import peak_bytes, rows_of
+from peers import bars_of, digest_of, peak_bytes, rows_of
 from torch import Tensor, nn
 
 import widefield
 from widefield import bench
 from widefield.benchmarks import Settings, record
-from widefield.benchmarks.record import Record, Row, bar
+from widefield.benchmarks.record import Record, Row
 from widefield.benchmarks.settings import LAYOUTS
 from widefield.dense import UPerNet
 
 CLASSES = 150
 CHANNELS = 512
 PEER = "smp"
-LEAST = 1.0
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "model": lambda r: str(r["model"]),
@@ -110,12 +109,7 @@ def main() -> None:
             facts = {name: {"parameters": cost.parameters, "macs": cost.macs} for name, cost in costs.items()}
             for row in rows_of(PEER, mode, measured, memory, facts):
                 out.add(table, row)
-    compared = [row for row in table.rows if row["model"] == "widefield"]
-    bars = [
-        bar("smp's time / ours, same layout", compared, lambda r: r["same_layout"], at_least=LEAST),
-        bar("smp's memory / ours, same layout", compared, lambda r: r["memory"], at_least=LEAST),
-    ]
-    out.finish(bars)
+    out.finish(bars_of(table.rows, PEER), digest_of(table.rows, PEER))
 
 
 def measure(

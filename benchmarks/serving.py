@@ -1,8 +1,6 @@
 """Measure what routing costs in inference: fused soft MoRF against plain networks, in CPU time on one thread.
 
-python benchmarks/serving.py eager [--repeats 15] [--batch-sizes 1 8] [--out benchmarks/results] [--suffix before]
-python benchmarks/serving.py layers
-python benchmarks/serving.py runtimes
+python benchmarks/serving.py [eager layers runtimes] [--repeats 16] [--batch-sizes 1 8] [--out DIR] [--suffix before]
 
 - eager: ConvNeXt-T with 7x7 and with 11x11 kernels as timm makes it, the latter with our depthwise convolutions, and
   with fused mixtures of 3x3 to 11x11.
@@ -31,8 +29,8 @@ import torch
 from torch import nn
 
 import widefield.models  # noqa: F401  registers our networks
-from widefield import deploy, report
-from widefield.benchmarks.record import publish
+from widefield import _checks, deploy, report
+from widefield.benchmarks.record import Bar, bar, publish
 from widefield.benchmarks.settings import keep_freed_memory
 from widefield.nn import DepthwiseConv2d, MoRFConv2d
 from widefield.surgery import FastDepthwise, convert, reparameterize, specialize
@@ -50,6 +48,12 @@ SHAPES = (
 )
 """(batch, channels, side)."""
 
+PLAIN = ("11x11", "11x11, FastDepthwise")
+"""What mixtures are compared with: timm's network, and the same with our depthwise convolutions."""
+FORMS = (*deploy.ROUTING, "blocked, fixed batch")
+"""Mixtures in files; other candidates are plain."""
+
+Rows = list[dict[str, Any]]
 Calls = dict[str, Callable[[], object]]
 
 
@@ -110,7 +114,7 @@ def eager(repeats: int, batch_sizes: list[int]) -> list[dict[str, Any]]:
     for batch in batch_sizes:
         x = torch.randn(batch, 3, 224, 224)
         calls = {name: functools.partial(model, x) for name, model in models.items()}
-        rows += rows_of(measure(calls, max(5, repeats // batch)), ("11x11", "11x11, FastDepthwise"), batch)
+        rows += rows_of(measure(calls, max(5, repeats // batch)), PLAIN, batch)
     return rows
 
 
@@ -132,7 +136,7 @@ def layers(repeats: int, batch_sizes: list[int]) -> list[dict[str, Any]]:
             }
             found = measure(calls, repeats, 5e-3)
             where = {"map": f"{channels} x {side}x{side}", "layout": layout.replace("contiguous_format", "NCHW")}
-            rows += rows_of(found, ("11x11", "11x11, FastDepthwise"), batch, **where)
+            rows += rows_of(found, PLAIN, batch, **where)
     return rows
 
 
@@ -172,6 +176,42 @@ def runtimes(repeats: int, batch_sizes: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def eager_bars(rows: Rows) -> list[Bar]:
+    """Return the bars of routing in whole networks."""
+
+    def over(reference: str, batch: int, most: float) -> Bar:
+        found = [
+            {**row, "label": f"batch {batch}"} for row in rows if row["candidate"] == "MoRF" and row["batch"] == batch
+        ]
+        text = f"time of ConvNeXt-T with MoRF / {reference}, batch {batch}"
+        return bar(text, found, lambda row: float(row[f"over {reference}"]), at_most=most)
+
+    return [over(reference, *limit) for reference in PLAIN for limit in ((1, 1.03), (8, 1.01))]
+
+
+def runtime_bars(rows: Rows) -> list[Bar]:
+    """Return the bars of routing in files: the best form counts at each batch size."""
+
+    def speed(runtime: str) -> Bar:
+        mixtures = [row for row in rows if row["runtime"] == runtime and row["candidate"] in FORMS]
+        best = [
+            min((row for row in mixtures if row["batch"] == batch), key=lambda row: float(row["over 7x7"]))
+            for batch in sorted({row["batch"] for row in mixtures})
+        ]
+        labeled = [{**row, "label": f"{row['candidate']}, batch {row['batch']}"} for row in best]
+        text = f"speed of ConvNeXt-T with MoRF / 7x7, {runtime}"
+        return bar(text, labeled, lambda row: 1 / float(row["over 7x7"]), at_least=0.9)
+
+    return [speed(runtime) for runtime in ("onnxruntime", "OpenVINO")]
+
+
+BARS: dict[str, Callable[[Rows], list[Bar]]] = {
+    "eager": eager_bars,
+    "layers": lambda rows: [],
+    "runtimes": runtime_bars,
+}
+
+
 def shown(row: dict[str, Any]) -> dict[str, str]:
     """Return a row as text."""
     cells = {}
@@ -187,25 +227,33 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
+def publish_part(part: str, repeats: int, batch_sizes: list[int], folder: Path, suffix: str) -> None:
+    """Measure a part, and write it."""
+    rows = globals()[part](repeats, batch_sizes)
+    sizes = " ".join(map(str, batch_sizes))
+    command = f"python benchmarks/serving.py {part} --repeats {repeats} --batch-sizes {sizes}"
+    name = "_".join(filter(None, ("serving", part, "cpu", suffix)))
+    table = report.markdown([shown(row) for row in rows])
+    print(table)
+    text = f"CPU time on one thread; ratios are times over those of the reference.\n\n{table}"
+    packages = ("onnxruntime", "openvino") if part == "runtimes" else ()
+    publish(folder / name, command, {"rows": rows}, text, bars=BARS[part](rows), beside=packages)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("eager", "layers", "runtimes"))
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("parts", nargs="*", default=list(BARS), help=f"of {', '.join(BARS)}; default: all")
+    parser.add_argument("--repeats", type=int, default=16)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--suffix", default="", help="added to the names of the files, such as 'before'")
     args = parser.parse_args()
+    for part in args.parts:
+        _checks.choice("every part", part, BARS)
     torch.set_num_threads(1)
     keep_freed_memory()
-    rows = globals()[args.part](args.repeats, args.batch_sizes)
-    sizes = " ".join(map(str, args.batch_sizes))
-    command = f"python benchmarks/serving.py {args.part} --repeats {args.repeats} --batch-sizes {sizes}"
-    name = "_".join(filter(None, ("serving", args.part, "cpu", args.suffix)))
-    table = report.markdown([shown(row) for row in rows])
-    print(table)
-    text = f"CPU time on one thread; ratios are times over those of the reference.\n\n{table}"
-    packages = ("onnxruntime", "openvino") if args.part == "runtimes" else ()
-    publish(args.out / name, command, {"rows": rows}, text, beside=packages)
+    for part in args.parts:
+        publish_part(part, args.repeats, args.batch_sizes, args.out, args.suffix)
 
 
 if __name__ == "__main__":

@@ -96,14 +96,14 @@ def main() -> None:
             rows.append({"": case, **{f"{label}, s": f"{value:.3f}" for label, value in found.items()}})
             rows[-1]["limit, s"] = f"{limit:g}"
             print(" | ".join(rows[-1].values()), flush=True)
-            bars.append(bar(case, [{"label": "now", **found}], lambda row: float(row["now"]), at_most=limit))
+            bars.append(bar(case, [{"label": "", **found}], lambda row: float(row["now"]), at_most=limit))
     old = f" --before CHECKOUT-OF-{commit(args.before)}" if args.before else ""
     publish(
         args.out / "startup_cpu",
         f"python benchmarks/startup.py{old} --repeats {args.repeats}",
-        {"seconds": results, "summary": [each.to_dict() for each in bars]},
-        f"CPU seconds of one process, medians.\n\n{report.markdown(rows)}\n"
-        f"{report.markdown([each.formatted() for each in bars])}",
+        {"seconds": results},
+        f"CPU seconds of one process, medians.\n\n{report.markdown(rows)}",
+        bars=bars,
     )
 
 

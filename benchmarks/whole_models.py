@@ -218,7 +218,6 @@ def text_of(rows: list[Row]) -> str:
     parts = [
         "CPU time on one thread; medians over rounds in turns. Ratios are the other's time over ours: above 1 ours is "
         f"faster. {when(rows)}",
-        report.markdown([each.formatted() for each in bars_of(rows)]).rstrip(),
         "<!-- --8<-- [start:speed] -->",
         report.markdown([speeds(row) for row in rows]).rstrip(),
         "<!-- --8<-- [end:speed] -->",
@@ -281,9 +280,8 @@ def said(rows: Iterable[Row], title: str, part: str) -> str:
 
 def write(folder: Path, command: str, rows: list[Row]) -> None:
     """Write all rows."""
-    content = {"summary": [each.to_dict() for each in bars_of(rows)], "rows": rows}
     beside = ("onnxruntime", "openvino", "segmentation-models-pytorch")
-    publish(folder / NAME, command, content, text_of(rows), beside=beside)
+    publish(folder / NAME, command, {"rows": rows}, text_of(rows), bars=bars_of(rows), beside=beside)
 
 
 if __name__ == "__main__":

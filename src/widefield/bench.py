@@ -291,9 +291,12 @@ def environment(device: torch.device | str = "cpu", beside: Sequence[str] = ()) 
 
 
 def _processor() -> str:
+    """Return the processor's name, with family and model: virtual machines call several generations by one name."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().split("\n\n", 1)[0].splitlines() if info.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    if "cpu family" not in facts:
+        return facts["model name"]
+    return f"{facts['model name']} (family {facts['cpu family']}, model {facts.get('model', 'unknown')})"

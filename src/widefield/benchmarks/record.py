@@ -201,24 +201,34 @@ class Record:
 
 
 def publish(
-    stem: Path, command: str, content: Mapping[str, Any], text: str, *, before: str = "", beside: Sequence[str] = ()
+    stem: Path,
+    command: str,
+    content: Mapping[str, Any],
+    text: str,
+    *,
+    bars: Sequence[Bar] = (),
+    before: str = "",
+    beside: Sequence[str] = (),
 ) -> None:
     """Write a script's measurements to STEM.json and STEM.md, each with the command, machine, versions and date.
 
     Args:
         stem: path without a suffix; its folder is created if needed.
         command: the command line that produced the figures.
-        content: of the JSON file.
-        text: Markdown after the line with the command and environment.
+        content: of the JSON file, which also has the bars, as "summary".
+        text: Markdown after the bars.
+        bars: limits, with the worst rows.
         before: Markdown before that line.
         beside: see :func:`widefield.bench.environment`.
     """
     environment = bench.environment(beside=beside)
     made = ", ".join(f"{key} {value}" for key, value in environment.items())
     stem.parent.mkdir(parents=True, exist_ok=True)
-    document = {"command": command, "environment": environment, **content}
+    summary = {"summary": [each.to_dict() for each in bars]} if bars else {}
+    document = {"command": command, "environment": environment, **summary, **content}
+    judged = f"{report.markdown([each.formatted() for each in bars])}\n" if bars else ""
     stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(f"{before}`{command}`: {made}\n\n{text}", encoding="utf-8")
+    stem.with_suffix(".md").write_text(f"{before}`{command}`: {made}\n\n{judged}{text}", encoding="utf-8")
 
 
 def _wider(widths: Sequence[int], cells: Sequence[str]) -> list[int]:
