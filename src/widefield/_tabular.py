@@ -47,6 +47,12 @@ def print_table(
         console.print(Text(caption, style="italic dim"), soft_wrap=not console.is_terminal)
 
 
+def print_text(text: str) -> None:
+    """Print a paragraph on stdout: folded between words on a terminal, else as one line."""
+    console = _Stdout()
+    console.print(Text(text), soft_wrap=not console.is_terminal)
+
+
 class _Stdout(Console):
     """Passes on that nobody reads stdout any more, which the command line turns into an exit code."""
 

@@ -252,7 +252,9 @@ def test_pictures_tables_and_numbers(tmp_path):
     assert [row["block"] for row in rows] == ["blocks.0", ALL]
     assert rows[0]["score without it (%)"] == "–"
     assert results["without"].to_dict()["blocks"][0]["change"] == 0
-    assert results["without"].summary() == "without: seed 3, images 7."
+    words, about = results["without"].summary().splitlines()
+    assert words == type(results["without"]).reading({"without": results["without"]})
+    assert about == "without: seed 3, images 7."
 
 
 @pytest.mark.parametrize("images", [IMAGES[:0], [], [IMAGES[:0]]])

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -285,3 +286,40 @@ def test_results_are_drawn_on_one_scale_and_saved(tmp_path):
     assert "±" not in single.rows()[0]["J"]
     assert single.to_dict()["strength_error"] == [None, None]
     single.plot()
+
+
+def test_words_hold_the_orders_and_what_the_sampling_leaves_open():
+    found = interactions(network(), random_images(), **ALL, name="net")
+    order = found.strength.argsort()
+    named = {
+        0: "none of the 7 other patches",
+        7: "all 7 other patches",
+        **{m: f"{m} of 7 other patches" for m in range(1, 7)},
+    }
+    least, most = int(order[0]), int(order[-1])
+    words = Interactions.reading({"net": found})
+    strong, weak = (found.rows()[order]["J"] for order in (most, least))
+    assert words.startswith(
+        f"net: two patches interact the most with {named[most]} as context (J {strong}), and the least with "
+        f"{named[least]} as context (J {weak})."
+    )
+    assert "contexts would narrow them" not in words  # all contexts were seen
+    apart = replace(found, lower=np.where(np.arange(8) < 3, -1.0, found.lower))
+    assert "For 3 of 8 sizes of context the bounds of |I| are more than 3 times apart" in apart.summary()
+    close_ones = replace(found, strength=np.linspace(1, 1.1, 8), strength_error=np.full(8, 0.05))
+    assert "The two differ by no more than twice their error, so this may be chance." in close_ones.summary()
+    clear = replace(close_ones, strength=np.linspace(1, 2, 8))
+    assert "chance" not in clear.summary()
+
+
+def test_words_on_nothing_one_order_and_one_pair():
+    nothing = interactions(
+        OfPatches(lambda p: p.sum(1, keepdim=True)), random_images(1), **{**ALL, "contexts": 3}, name="sum"
+    )
+    assert nothing.summary().splitlines()[0] == (
+        "sum: no interaction between two patches exceeds the rounding of the model's outputs."
+    )
+    one = interactions(network(), random_images(1), grid=3, pairs=2, orders=(0.5,))
+    assert "J is 1 there by definition." in one.summary()
+    pair = interactions(network(), random_images(1), grid=3, pairs=1, orders=(0, 1))
+    assert "One pair of patches gives no error: the order may be chance." in pair.summary()

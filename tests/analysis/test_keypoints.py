@@ -1,6 +1,7 @@
 """What a pose model says about one key point: its receptive field, its class activation, means over people."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,3 +195,30 @@ def test_wrong_questions_are_refused(model):
 def test_a_pixel_of_a_heatmap_may_be_asked_about(model):
     image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     assert effective_receptive_field(model, image, targets=ClassAt(0, 3, 5)).position == (3, 5)
+
+
+def test_words_hold_radii_ends_and_what_is_found():
+    people = [person(seed=k, area=torch.tensor(area)) for k, area in enumerate((400.0, 400.0, 40000.0))]
+    result = keypoint_receptive_fields(Blurred(), people, classes=NAMES, sizes=(50,), name="net")
+    radii = {k: [g.reach[0.9] for g in result.groups if g.keypoint == k] for k in range(3)}
+    means = [(2 * small + large) / 3 for small, large in radii.values()]  # two people, and one
+    half = np.average([g.reach[0.5] for g in result.groups], weights=[g.people for g in result.groups])
+    words = type(result).reading({"net": result})
+    assert words == (
+        f"net: half of the contributions to a key point come from within {half:.2f} of the longer side of the person's "
+        f"box around it, and 90% from within {np.mean(means):.2f}. The 90% reach least far for nose ({means[0]:.2f}) "
+        f"and farthest for knee ({means[2]:.2f})."
+    )
+    assert result.summary().startswith(f"{words}\nnet: ")
+
+
+def test_words_on_sizes_a_single_key_point_and_wrong_peaks():
+    found = keypoint_receptive_fields(Blurred(), [person()], sizes=(50,), keypoints=[1], name="net")
+    (group,) = found.groups
+    assert "least far" not in found.summary()
+    large = replace(group, size="50 px and more", reach={0.5: 0.2, 0.9: 0.4}, people=3, found=0.0)
+    both = replace(found, groups=(group, large))
+    assert (
+        f"By size they reach least far for people below 50 px ({group.reach[0.9]:.2f}) and farthest for people of 50 "
+        "px and more (0.40). The model finds 25% of these key points: most fields belong to a peak at a wrong place."
+    ) in both.summary()

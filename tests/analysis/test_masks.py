@@ -174,3 +174,36 @@ def test_files_and_the_figure(tmp_path):
     assert sigmas.get_ylabel() == "sigma (taps)"
     assert list(shares.lines[0].get_ydata()) == [layer.share for layer in result.layers]
     assert [text.get_text() for text in shares.get_legend().get_texts()] == ["small", "other"]
+
+
+def test_words_hold_the_shares_and_what_training_and_images_changed():
+    narrow, same, wide = (GMConv2d(1, 1, 7, sigma=2.0) for _ in range(3))
+    nn.init.constant_(narrow.sigma, 1.0)
+    nn.init.constant_(wide.sigma, 9.0)
+    three = masks(nn.Sequential(narrow, same, wide), name="net")
+    least, most = (formula((7, 7), sigma, sigma).mean() for sigma in (1.0, 9.0))
+    words = type(three).reading({"net": three})
+    assert words == (
+        f"net: 3 masks leave {least:.0%} (0) to {most:.0%} (2) of their kernels. Since the start of training 1 became "
+        "narrower and 1 wider."
+    )
+    assert [layer.change for layer in three.layers] == pytest.approx(
+        [least / formula((7, 7), 2, 2).mean(), 1.0, most / formula((7, 7), 2, 2).mean()]
+    )
+    alone = masks(same, name="one")
+    share = formula((7, 7), 2, 2).mean()
+    assert type(alone).reading({"a": three, "b": alone}) == (
+        f"{words.replace('net', 'a')} b: the mask of the layer leaves {share:.0%} of the kernel. "
+        "It is as wide as at the start of training."
+    )
+    assert "It is narrower than at the start" in masks(nn.Sequential(narrow)).summary()
+    alike = masks(nn.Sequential(same, same.__class__(1, 1, 7, sigma=2.0)), name="two")
+    assert "each of the 2 masks leaves 44% of its kernel. All are as wide as" in alike.summary()
+
+
+def test_words_on_dynamic_masks_need_images():
+    model = nn.Sequential(reader(DynamicGMConv2d(3, 4, 5, padding=2, sigma=1.0), 2.0), GMConv2d(4, 4, 3))
+    levels = torch.tensor([0.1, 0.9])[:, None, None, None].expand(2, 3, 8, 8)
+    assert "1 of 1 dynamic mask differs between images" in masks(model, levels).summary()
+    assert "0 of 1 dynamic mask differs between images" in masks(model, levels[:1]).summary()
+    assert "Without images, nothing is known of how 1 dynamic mask changes with them." in masks(model).summary()

@@ -1,6 +1,7 @@
 """Effective receptive fields of objects, averaged by size and measured in units of their boxes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,3 +153,29 @@ def test_other_models_and_plain_images_are_refused():
         object_receptive_fields(nn.Conv2d(3, 8, 3), [sample([[4, 8, 12, 16]])])
     with pytest.raises(TypeError, match="samples with boxes"):
         object_receptive_fields(Counter(), torch.zeros(2, 3, 32, 32))
+
+
+def test_words_hold_the_numbers_of_each_size():
+    images = [sample([[40, 28, 48, 36], [24, 8, 72, 56]])]
+    result = object_receptive_fields(Counter(blur=9), images, sizes=(16,), name="blurred")
+    small, large = result.groups
+    words = type(result).reading({"blurred": result})
+    assert words == (
+        f"blurred: of the contributions to an object below 16 px, {(1 - 2 / 9 * 10 / 8) ** 2:.0%} come from inside its "
+        f"box and 90% from a box {small.reach[0.9]:.1f} times as wide and high (1 object); to an object of 16 px and "
+        f"more, {(1 - 2 / 9 * 10 / 48) ** 2:.0%} and {large.reach[0.9]:.1f} times (1 object). Relative to its box, an "
+        "object below 16 px is seen with more of its surroundings."
+    )
+    assert result.summary() == f"{words}\nblurred: images 1, of each object class logit of its box, extent 3.0."
+
+
+def test_words_on_one_size_and_on_objects_that_are_not_found():
+    one = object_receptive_fields(Counter(), [sample([[4, 8, 12, 16]])], sizes=(), name="a")
+    assert (
+        type(one).reading({"b": one}).startswith("b: of the contributions to an object, 100% come from inside its box")
+    )
+    assert "surroundings" not in one.summary()
+    assert "hardly finds" not in one.summary()  # a sum of positive pixels: a probability near 1
+    (group,) = one.groups
+    lost = replace(one, groups=(replace(group, probability=0.004),))
+    assert "a probability of 0.4% on average: these are fields of objects that it hardly finds." in lost.summary()

@@ -8,6 +8,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import nn
 
+from widefield._intervals import wilson
 from widefield.analysis import save
 from widefield.analysis.shape_bias import ShapeBias, shape_bias
 from widefield.data import Scales
@@ -197,3 +198,36 @@ def test_classes_that_do_not_fit_are_refused(drawn, tmp_path):
 class Endless(nn.Module):
     def forward(self, x):
         return x / 0
+
+
+def counts(shape, texture, images, name="net"):
+    """Return the result of a model with these decisions."""
+    bias = shape / (shape + texture) if shape + texture else math.nan
+    interval = tuple(wilson(np.array(shape), np.array(shape + texture)).tolist())
+    arrays = (np.array([value]) for value in (images, shape, texture))
+    return ShapeBias(name, {}, ("cat",), *arrays, bias, interval, (shape + texture) / images, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "texture", "images", "words"),
+    [
+        (30, 10, 50, "shape: 30 of 40 decisions for either cue chose the shape (75%, 95% interval 60 to 86%). It chose "
+                     "another class in 10 of 50 images."),
+        (2, 48, 50, "texture: 2 of 50 decisions for either cue chose the shape (4%, 95% interval 1 to 13%)."),
+        (1, 0, 1, "neither cue for certain: 1 of 1 decision for either cue chose the shape (100%, 95% interval 21 to "
+                  "100%)."),
+        (0, 0, 1, "net chose neither the class of the shape nor that of the texture in 1 image."),
+    ],
+)  # fmt: skip
+def test_words_hold_the_decisions(shape, texture, images, words):
+    found = ShapeBias.reading({"net": counts(shape, texture, images)})
+    assert found.removeprefix("net goes by ") == words
+
+
+def test_words_rank_models_only_if_their_intervals_are_apart():
+    by_shape, mixed, by_texture, silent = counts(45, 5, 50), counts(25, 25, 50), counts(5, 45, 50), counts(0, 0, 9)
+    assert ShapeBias.reading({"t": by_texture, "s": by_shape}).endswith("s goes by shape more often than t.")
+    assert ShapeBias.reading({"t": by_texture, "s": by_shape, "m": mixed}).endswith("more often than the others.")
+    near = ShapeBias.reading({"m": mixed, "n": counts(28, 22, 50)})
+    assert near.endswith("The intervals of n and m overlap: their order may be chance.")
+    assert "more often" not in ShapeBias.reading({"s": by_shape, "none": silent})

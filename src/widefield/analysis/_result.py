@@ -43,8 +43,9 @@ class Result(report.Report):
         """Return the table rows as text, with the same columns for every result of a kind."""
 
     def summary(self) -> str:
-        """Return what was analyzed and how, as one line."""
-        return _described(self.name, self.about)
+        """Return what the result shows, in words, and what was analyzed and how: a line each."""
+        words = type(self).reading({self.name: self})
+        return "\n".join(filter(None, (words, _described(self.name, self.about))))
 
     def drawings(self) -> dict[str, Figure]:
         """Return the figures of this result alone, by caption."""
@@ -61,9 +62,9 @@ class Result(report.Report):
         return {cls.lead: cls.draw(results, **options)}
 
     @classmethod
+    @abstractmethod
     def reading(cls, results: Mapping[str, Self]) -> str:
-        """Return in words what results show, with which their section of a page begins; by default nothing."""
-        return ""
+        """Return in words what results show; commands print it, and sections of pages begin with it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values in JSON's types."""

@@ -6,7 +6,7 @@ reflect the magnitude of the kernels that they multiply.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -273,16 +273,16 @@ def block_names(blocks: Sequence[Routing]) -> list[str]:
     return [".".join(parts) for parts in names]
 
 
-def collapse(blocks: Iterable[Routing]) -> list[str]:
-    """Return a sentence for each mixture with dead experts or a router that ignores its input."""
+def collapse(blocks: Sequence[Routing]) -> list[str]:
+    """Return a sentence for each of a model's blocks with dead experts or a router that ignores its input."""
     sentences = []
-    for block in blocks:
+    for name, block in zip(block_names(blocks), blocks, strict=True):
         dead = block.dead()
         faults = [f"hardly uses {', '.join(dead)}"] if dead else []
         if not block.depends_on_input:
             faults.append("gives all images the same weights")
         if faults:
-            sentences.append(f"{block.name} {' and '.join(faults)}")
+            sentences.append(f"{name} {' and '.join(faults)}")
     return sentences
 
 

@@ -56,26 +56,39 @@ class Faithfulness(Result):
         widths = np.diff(self.shares)
         return {name: ((curve[:, 1:] + curve[:, :-1]) / 2 * widths).sum(1) for name, curve in curves.items()}
 
+    def better(self) -> tuple[int, int]:
+        """Return for how many images the map does better than a random one: with pixels hidden, and shown."""
+        found = self.areas()
+        hidden = found["deletion"] < found["random_deletion"]
+        shown = found["insertion"] > found["random_insertion"]
+        return int(hidden.sum()), int(shown.sum())
+
     def rows(self) -> list[dict[str, str]]:
         """Return one row: areas under the curves, and how often the map beats a random one."""
         found = self.areas()
         count = len(self.deletion)
-        better = {
-            "deletion": found["deletion"] < found["random_deletion"],
-            "insertion": found["insertion"] > found["random_insertion"],
-        }
+        hidden, shown = self.better()
         return [
             {
                 "model": self.name,
                 "method": str(self.about.get("method", "")),
                 "deletion (lower is better)": f"{found['deletion'].mean():.3f}",
                 "at random": f"{found['random_deletion'].mean():.3f}",
-                "beats random": f"{better['deletion'].sum()} of {count}",
+                "beats random": f"{hidden} of {count}",
                 "insertion (higher is better)": f"{found['insertion'].mean():.3f}",
                 "at random ": f"{found['random_insertion'].mean():.3f}",
-                "beats random ": f"{better['insertion'].sum()} of {count}",
+                "beats random ": f"{shown} of {count}",
             }
         ]
+
+    @classmethod
+    def reading(cls, results: Mapping[str, Faithfulness]) -> str:
+        """Return in how many images maps do better than random ones, when pixels are hidden and when they are shown."""
+        parts = []
+        for name, result in results.items():
+            hidden, shown = result.better()
+            parts.append(f"{name} in {hidden} of {len(result.deletion)} when hidden and in {shown} when shown")
+        return f"Pixels that the map ranks first matter more than random ones: {'; '.join(parts)}."
 
     @classmethod
     @report.paper()
@@ -85,8 +98,9 @@ class Faithfulness(Result):
         for axis, name in zip(figure.subplots(1, 2, sharey=True), ("deletion", "insertion"), strict=True):
             for number, (label, result) in enumerate(results.items()):
                 percent = 100 * result.shares
-                axis.plot(percent, getattr(result, name).mean(0), color=f"C{number}", label=label)
-                axis.plot(percent, getattr(result, f"random_{name}").mean(0), "--", color=f"C{number}", linewidth=0.8)
+                color = report.COLORS[number % len(report.COLORS)]
+                axis.plot(percent, getattr(result, name).mean(0), color=color, label=label)
+                axis.plot(percent, getattr(result, f"random_{name}").mean(0), "--", color=color, linewidth=0.8)
             axis.set(xlabel=f"pixels {'hidden' if name == 'deletion' else 'shown'} (%)", xlim=(0, 100))
         figure.axes[0].set_ylabel("probability of the class")
         figure.axes[0].legend()

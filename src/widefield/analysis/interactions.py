@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ORDERS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 """Default sizes of the contexts, as shares of the other patches."""
 
+_APART = 3
+"""Ratio of the bounds from which more contexts are recommended."""
 BASELINES = ("zero", "mean")
 _SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)  # of f with both patches, with i, with j, with none
 
@@ -99,6 +101,11 @@ class Interactions(Result):
         ]
 
     @classmethod
+    def reading(cls, results: Mapping[str, Interactions]) -> str:
+        """Return with how much context patches interact the most and the least, and what the sampling leaves open."""
+        return " ".join(_read(name, result) for name, result in results.items())
+
+    @classmethod
     @report.paper()
     def draw(cls, results: Mapping[str, Interactions], **options: Any) -> Figure:
         """Draw J against the share of the other patches in the context, one line per model; takes no options."""
@@ -128,6 +135,41 @@ def _shown(value: float, error: float) -> str:
     if not np.isfinite(value):
         return "within rounding"
     return f"{value:.2f} ± {error:.2f}" if np.isfinite(error) else f"{value:.2f}"
+
+
+def _read(name: str, result: Interactions) -> str:
+    """Return what the interactions of a model show."""
+    known = np.isfinite(result.strength)
+    if not known.any():
+        return f"{name}: no interaction between two patches exceeds the rounding of the model's outputs."
+    if len(result.orders) == 1:
+        return f"{name}: one size of context says nothing about the others: J is 1 there by definition."
+    least, most = int(np.argmin(result.strength)), int(np.argmax(result.strength))
+    high, low = (_shown(result.strength[k], result.strength_error[k]) for k in (most, least))
+    words = (
+        f"{name}: two patches interact the most with {_context(result, most)} (J {high}), and the least with "
+        f"{_context(result, least)} (J {low})."
+    )
+    error = math.hypot(result.strength_error[most], result.strength_error[least])
+    if not np.isfinite(error):
+        words += " One pair of patches gives no error: the order may be chance."
+    elif result.strength[most] - result.strength[least] <= 2 * error:
+        words += " The two differ by no more than twice their error, so this may be chance."
+    apart = int((np.maximum(result.lower, 0) * _APART < result.upper).sum())
+    if apart:
+        words += (
+            f" For {apart} of {len(result.orders)} sizes of context the bounds of |I| are more than {_APART} times "
+            "apart: more contexts would narrow them."
+        )
+    return words
+
+
+def _context(result: Interactions, index: int) -> str:
+    """Return a size of contexts as text."""
+    order, others = int(result.orders[index]), result.variables - 2
+    if order in (0, others):
+        return f"{'all' if order else 'none of the'} {others} other patches as context"
+    return f"{order} of {others} other patches as context"
 
 
 @dataclass(frozen=True)

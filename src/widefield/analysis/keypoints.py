@@ -18,7 +18,7 @@ from widefield.analysis._objects import SHARES, Colors
 from widefield.analysis._people import Group, Groups, KeypointExample, KeypointGroup, looks
 from widefield.analysis._result import Result
 from widefield.analysis._targets import keypoint_text
-from widefield.analysis.objects import each, edges_of, length_of, ranges
+from widefield.analysis.objects import each, edges_of, length_of, of_size, ranges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _FAINTEST = 1e-3
 """Lower end of the logarithmic color scale."""
+_DOUBTFUL = 0.5
+"""Share of key points below which a model does not find them."""
 _WIDEST = 6
 """Largest number of pictures side by side."""
 
@@ -101,6 +103,11 @@ class KeypointFields(Result):
         own = [group for group in self.groups if group.keypoint == keypoint]
         mean: NDArray[np.float64] = np.average([g.field for g in own], 0, [g.people for g in own])
         return mean
+
+    @classmethod
+    def reading(cls, results: Mapping[str, KeypointFields]) -> str:
+        """Return from how far key points are seen, which from the farthest, and whether the model finds them."""
+        return " ".join(_read(name, result) for name, result in results.items())
 
     @classmethod
     @report.paper()
@@ -256,6 +263,45 @@ def _filled(
             if all(group.people >= count for group in groups.values()):
                 break
     return seen
+
+
+# Words
+
+
+def _read(name: str, result: KeypointFields) -> str:
+    """Return what the fields of a pose model show."""
+    half, most = (_mean_reach(result.groups, share) for share in SHARES)
+    words = (
+        f"{name}: half of the contributions to a key point come from within {half:.2f} of the longer side of the "
+        f"person's box around it, and 90% from within {most:.2f}."
+    )
+    by_keypoint = {
+        keypoint_text(k, result.names): _mean_reach([g for g in result.groups if g.keypoint == k], SHARES[-1])
+        for k in result.keypoints()
+    }
+    words += _ends("The 90% reach least far for {0} ({1:.2f}) and farthest for {2} ({3:.2f}).", by_keypoint)
+    sizes = dict.fromkeys(group.size for group in result.groups)
+    by_size = {
+        of_size("people", size): _mean_reach([g for g in result.groups if g.size == size], SHARES[-1]) for size in sizes
+    }
+    words += _ends("By size they reach least far for {0} ({1:.2f}) and farthest for {2} ({3:.2f}).", by_size)
+    found = sum(group.found * group.people for group in result.groups) / sum(group.people for group in result.groups)
+    if found < _DOUBTFUL:
+        words += f" The model finds {found:.0%} of these key points: most fields belong to a peak at a wrong place."
+    return words
+
+
+def _ends(text: str, values: Mapping[str, float]) -> str:
+    """Return a text on the smallest and the largest of several values, with a space before it; "" if they are equal."""
+    least, most = (chosen(values, key=lambda name: values[name]) for chosen in (min, max))
+    if f"{values[least]:.2f}" == f"{values[most]:.2f}":
+        return ""
+    return " " + text.format(least, values[least], most, values[most])
+
+
+def _mean_reach(groups: Sequence[KeypointGroup], share: float) -> float:
+    """Return the mean radius over people: groups of different sizes count as often as they have people."""
+    return float(np.average([group.reach[share] for group in groups], weights=[group.people for group in groups]))
 
 
 # Figures

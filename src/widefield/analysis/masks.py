@@ -21,12 +21,16 @@ from widefield._checks import Pair
 from widefield.analysis import _stages
 from widefield.analysis._model import chunks, running, track, visited, watched
 from widefield.analysis._result import Result
+from widefield.data.listing import counted
 from widefield.nn import DynamicGMConv2d, GMConv2d
 from widefield.nn.gmconv import gaussian_mask
 from widefield.surgery.anatomy import anatomy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_SAME = 0.01
+"""Relative changes below this one are not counted as changes."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,18 @@ class LayerMask:
         """Share of the kernel that the mask leaves: the mean of the mask over the taps, up to 1."""
         return float(self.mask.mean())
 
+    @property
+    def change(self) -> float:
+        """By which factor training has changed ``share``: below 1, the mask has become narrower."""
+        start = torch.tensor([self.start], dtype=torch.float64)
+        return self.share / float(gaussian_mask(self.size, start, start).mean())
+
+    @property
+    def moves(self) -> bool:
+        """Whether sigma differs between images by a hundredth or more."""
+        spread = self.spread or (0.0, 0.0)
+        return any(part >= _SAME * value for part, value in zip(spread, self.sigma, strict=True))
+
 
 @dataclass(frozen=True)
 class Masks(Result):
@@ -100,6 +116,11 @@ class Masks(Result):
             }
             for (stage, dynamic, size), group in groups.items()
         ]
+
+    @classmethod
+    def reading(cls, results: Mapping[str, Self]) -> str:
+        """Return how much of the kernels the masks leave, what training changed, and whether images matter."""
+        return " ".join(_read(name, result.layers) for name, result in results.items())
 
     @classmethod
     @report.paper()
@@ -232,6 +253,41 @@ def _layer(name: str, layer: GMConv2d | DynamicGMConv2d, stage: int, sigmas: Ten
 
 
 # Texts and lines
+
+
+def _read(name: str, layers: Sequence[LayerMask]) -> str:
+    """Return what the masks of a model show."""
+    tightest, widest = (chosen(layers, key=lambda layer: layer.share) for chosen in (min, max))
+    least, most = f"{tightest.share:.0%}", f"{widest.share:.0%}"
+    if len(layers) == 1:
+        words = f"{name}: the mask of {tightest.name or 'the layer'} leaves {least} of the kernel."
+    elif least == most:
+        words = f"{name}: each of the {len(layers)} masks leaves {least} of its kernel."
+    else:
+        words = (
+            f"{name}: {len(layers)} masks leave {least} ({tightest.name}) to {most} ({widest.name}) of their kernels."
+        )
+    words += f" {_since_the_start(layers)}"
+    dynamic = [layer for layer in layers if layer.dynamic]
+    one = len(dynamic) == 1
+    number = counted(len(dynamic), "dynamic mask")
+    if any(layer.spread is None for layer in dynamic):
+        words += f" Without images, nothing is known of how {number} {'changes' if one else 'change'} with them."
+    elif dynamic:
+        moving = sum(layer.moves for layer in dynamic)
+        words += f" {moving} of {number} {'differs' if one else 'differ'} between images by 1 % or more."
+    return words
+
+
+def _since_the_start(layers: Sequence[LayerMask]) -> str:
+    narrower = sum(layer.change < 1 - _SAME for layer in layers)
+    wider = sum(layer.change > 1 + _SAME for layer in layers)
+    if len(layers) == 1:
+        now = "narrower than" if narrower else "wider than" if wider else "as wide as"
+        return f"It is {now} at the start of training."
+    if narrower or wider:
+        return f"Since the start of training {narrower} became narrower and {wider} wider."
+    return "All are as wide as at the start of training."
 
 
 def _range(values: Sequence[float]) -> str:

@@ -20,6 +20,7 @@ from widefield.analysis._detectors import check_detector
 from widefield.analysis._model import track, visited
 from widefield.analysis._objects import CELLS, SHARES, Colors, Group, ObjectExample, SizeGroup, looks
 from widefield.analysis._result import Result
+from widefield.data.listing import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 _FAINTEST = 1e-3
 """Lower end of the logarithmic color scale."""
+_DOUBTFUL = 0.1
+"""Mean probability below which a detector does not find the objects."""
+_FARTHER = 1.25
+"""Ratio from which fields of two sizes are said to differ."""
 _UNITS = {"score": "class logit of its box", "center": "unit of the neck in its middle"}
 
 
@@ -85,6 +90,11 @@ class ObjectFields(Result):
             }
             for group in self.groups
         ]
+
+    @classmethod
+    def reading(cls, results: Mapping[str, ObjectFields]) -> str:
+        """Return how far beyond their boxes objects of each size are seen, and whether the detector finds them."""
+        return " ".join(_read(name, result) for name, result in results.items())
 
     @classmethod
     @report.paper()
@@ -231,6 +241,43 @@ def each(images: Any) -> Iterable[Sample | None]:
 def length_of(images: Any) -> int | None:
     """Return the number of samples, or None if it is unknown."""
     return len(images) if hasattr(images, "__len__") else None
+
+
+# Words
+
+
+def _read(name: str, result: ObjectFields) -> str:
+    """Return what the fields of a detector show."""
+    first, *rest = (
+        (of_size("an object", group.name), group, f"({counted(group.objects, 'object')})") for group in result.groups
+    )
+    most = SHARES[-1]
+    words = (
+        f"{name}: of the contributions to {first[0]}, {first[1].inside:.0%} come from inside its box and {most:.0%} "
+        f"from a box {first[1].reach[most]:.1f} times as wide and high {first[2]}"
+    )
+    for what, group, number in rest:
+        words += f"; to {what}, {group.inside:.0%} and {group.reach[most]:.1f} times {number}"
+    words += "."
+    if len(result.groups) > 1:
+        near, far = sorted((result.groups[0], result.groups[-1]), key=lambda group: group.reach[most])
+        if far.reach[most] >= _FARTHER * near.reach[most]:
+            words += f" Relative to its box, {of_size('an object', far.name)} is seen with more of its surroundings."
+    total = sum(group.objects for group in result.groups)
+    chance = sum(group.probability * group.objects for group in result.groups) / total
+    if chance < _DOUBTFUL:
+        words += (
+            f" The detector gives the true classes a probability of {100 * chance:.2g}% on average: these are fields "
+            "of objects that it hardly finds."
+        )
+    return words
+
+
+def of_size(what: str, size: str) -> str:
+    """Return a noun with one of :func:`ranges`, such as ``an object below 32 px``."""
+    if size == ranges(())[0]:
+        return what
+    return f"{what} {size}" if size.startswith("below") else f"{what} of {size}"
 
 
 # Figures

@@ -25,6 +25,7 @@ from widefield.analysis._model import track, visited
 from widefield.analysis._result import Result
 from widefield.analysis._scores import logits
 from widefield.data.conflict import SIXTEEN, ConflictImages
+from widefield.data.listing import counted
 from widefield.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from widefield.surgery.inputs import place
 
@@ -87,6 +88,20 @@ class ShapeBias(Result):
             "either": f"{(shape + texture) / images:.0%}",
             "bias (95 %)": "-" if math.isnan(bias) else f"{bias:.1%} ({100 * low:.0f}–{100 * high:.0f})",
         }
+
+    @classmethod
+    def reading(cls, results: Mapping[str, ShapeBias]) -> str:
+        """Return which cue the models go by, how sure that is, and whose bias is larger."""
+        words = [_read(name, result) for name, result in results.items()]
+        known = {name: result for name, result in results.items() if not math.isnan(result.bias)}
+        if len(known) > 1:
+            ranked = sorted(known, key=lambda name: known[name].bias, reverse=True)
+            first, second = (known[name] for name in ranked[:2])
+            if first.interval[0] > second.interval[1]:
+                words.append(f"{ranked[0]} goes by shape more often than {'the others' if ranked[2:] else ranked[1]}.")
+            else:
+                words.append(f"The intervals of {ranked[0]} and {ranked[1]} overlap: their order may be chance.")
+        return " ".join(words)
 
     @classmethod
     @report.paper()
@@ -266,6 +281,22 @@ def _choice(scores: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     logs = scores.double().log_softmax(1)  # logarithms do not underflow
     means = [logs[:, list(group)].logsumexp(1) - math.log(len(group)) for group in groups]
     return torch.stack(means, 1).argmax(1)
+
+
+def _read(name: str, result: ShapeBias) -> str:
+    """Return which cue a model goes by."""
+    shape, texture, images = (int(counts.sum()) for counts in (result.shape, result.texture, result.images))
+    if math.isnan(result.bias):
+        return f"{name} chose neither the class of the shape nor that of the texture in {counted(images, 'image')}."
+    low, high = result.interval
+    side = "shape" if low > 0.5 else "texture" if high < 0.5 else "neither cue for certain"
+    decided = counted(shape + texture, "decision")
+    words = (
+        f"{name} goes by {side}: {shape} of {decided} for either cue chose the shape ({result.bias:.0%}, 95% interval "
+        f"{100 * low:.0f} to {100 * high:.0f}%)."
+    )
+    missed = images - shape - texture
+    return f"{words} It chose another class in {missed} of {counted(images, 'image')}." if missed else words
 
 
 def _share(hits: int, decided: int) -> tuple[float, tuple[float, float]]:

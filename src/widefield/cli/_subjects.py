@@ -257,9 +257,9 @@ def views_of(found: Subject, args: argparse.Namespace, entry: Analysis, **option
 
 
 def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | None = None, **options: Any) -> None:
-    """Print the rows of results of one kind, and write OUT/COMMAND.png, .json, .html, and .pdf or .svg on request.
+    """Print what results of one kind show, as rows and in words, and write them to files.
 
-    ``options`` are passed to the results' ``draw``.
+    The files are OUT/COMMAND.png, .json, .html, and .pdf or .svg on request. ``options`` are those of ``draw``.
     """
     from widefield import bench
     from widefield.analysis import save
@@ -267,6 +267,7 @@ def write(results: Mapping[str, Result], args: argparse.Namespace, stem: str | N
     suffixes = ["png", "json", "html", *([args.vector] if args.vector else [])]
     paths = [save(results, args.out / f"{stem or args.command}.{suffix}", **options) for suffix in suffixes]
     args.printer.table([row for result in results.values() for row in result.rows()])
+    args.printer.text(type(next(iter(results.values()))).reading(results))
     found = {name: result.to_dict() for name, result in results.items()}
     args.printer.add(environment=bench.environment(), results=found, files=paths)
     print("wrote " + ", ".join(str(path) for path in paths))

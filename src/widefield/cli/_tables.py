@@ -42,6 +42,13 @@ class Printer:
 
             print_table(rows, right, caption=caption, title=title)
 
+    def text(self, words: str) -> None:
+        """Print a paragraph, if it is not empty; not with ``--json``."""
+        if words and not self._as_json:
+            from widefield._tabular import print_text
+
+            print_text(words)
+
     def add(self, **found: Any) -> None:
         """Add entries to the JSON document: anything that :func:`plain` takes, in full precision."""
         self._found |= found
