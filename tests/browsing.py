@@ -37,11 +37,11 @@ async function probe(page) {
     for (const part of root.querySelectorAll("%s"))
       if (part.getBoundingClientRect().right > root.clientWidth + 1) wide.push(part.outerHTML.slice(0, 120));
   const images = [...root.querySelectorAll("img")];
-  const sources = [...root.querySelectorAll("picture source")];
+  const drawings = [...root.querySelectorAll(".zoom svg")];
   const links = [...root.querySelectorAll("a[href^='#']")].map(link => decodeURIComponent(link.hash.slice(1)));
   const zoom = root.querySelector(".zoom input"), zoomed = {};
   if (zoom) {
-    const image = zoom.parentElement.querySelector("img");
+    const image = zoom.parentElement.querySelector("img, svg");
     zoomed.before = image.getBoundingClientRect().width;
     zoom.click();
     zoomed.after = image.getBoundingClientRect().width;
@@ -51,8 +51,8 @@ async function probe(page) {
   found[page] = {
     title: view.document.title, wide: wide.slice(0, 3), over: root.scrollWidth - root.clientWidth,
     broken: images.filter(image => image.complete && !image.naturalWidth).map(image => image.src.slice(0, 80)),
-    formulas: root.querySelectorAll("math").length, figures: sources.length, zoomed,
-    dark: sources.filter(one => one.parentElement.querySelector("img").currentSrc === one.srcset).length,
+    formulas: root.querySelectorAll("math").length, figures: drawings.length, zoomed,
+    dark: drawings.filter(one => view.getComputedStyle(one.querySelector("text")).fill === "rgb(230, 230, 230)").length,
     ground: view.getComputedStyle(view.document.body).backgroundColor,
     lost: links.filter(name => name && !view.document.getElementById(name)),
   };

@@ -123,7 +123,7 @@ def test_models_are_drawn_below_each_other_and_saved(tmp_path, fcos):
     assert "example" not in found[0]
     rows = several["blur 1"].rows()
     assert rows[0]["inside the box"] == "100%"
-    assert several["blur 1"].save(tmp_path / "x.html").read_text().count("<img") == 2
+    assert several["blur 1"].save(tmp_path / "x.html").read_text().count("<svg ") == 2
 
 
 def test_the_model_is_left_as_it_was(fcos):

@@ -64,7 +64,7 @@ def test_json_holds_everything(lines, tmp_path):
 def test_a_page_is_one_file_with_figure_and_table(lines, tmp_path):
     page = save(lines, tmp_path / "x.html").read_text()
     assert "A line" in page
-    assert "data:image/png;base64," in page
+    assert "<svg " in page
     assert "<td>6</td>" in page
     assert page.count("How it rises.") == 2  # the caption, and the text for those who cannot see it: no lead repeats it
     assert page.index("<p>a and b rise.</p>") < page.index("<figure>")

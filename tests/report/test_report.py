@@ -106,21 +106,22 @@ def test_long_tables_are_folded_and_wide_short_ones_become_lists_on_a_phone():
     assert shown(report.Table([row])).all("td", "data-label") == list("abcde")
 
 
-def test_figures_of_a_page_have_dark_variants_and_photographs_have_none():
+def test_figures_of_a_page_are_drawings_and_those_of_a_notebook_images():
     tree = shown(report.Plot(figure(), "f"), report.Photo(b"", "png", "p"))
-    assert tree.all("source", "media") == ["(prefers-color-scheme: dark)"]
-    (dark,) = tree.all("source", "srcset")
-    assert dark != tree.all("img", "src")[0]
+    assert tree.all("svg", "aria-label") == ["f"]
+    assert tree.all("img", "alt") == ["p"]
     assert len(tree.all("input", "type")) == 2  # each opens at full size
     alone = Tree(f"<div>{report.fragment(report.Plot(figure(), 'f'))}</div>")  # a notebook has a theme of its own
-    assert not alone.all("source", "media")
+    assert alone.all("img", "alt") == ["f"]
+    assert not alone.all("svg", "class")
     assert not alone.all("input", "type")
 
 
-def test_a_photograph_may_have_a_dark_variant():
-    tree = shown(report.Photo(b"light", "png", "p", b"dark"))
-    (dark,), (light,) = tree.all("source", "srcset"), tree.all("img", "src")
-    assert dark != light
+def test_an_image_may_have_a_drawing_for_pages():
+    photo = report.Photo(b"image", "png", "p", report.svg(figure(), "p"))
+    assert shown(photo).all("svg", "aria-label") == ["p"]
+    assert not shown(photo).all("img", "src")
+    assert "<svg" not in report.fragment(photo)
 
 
 def test_a_headline_precedes_the_sections():

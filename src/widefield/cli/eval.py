@@ -306,6 +306,7 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     from widefield.data._stores import is_url
     from widefield.data.catalog import SETS, options_of
     from widefield.data.image_files import ImageFiles
+    from widefield.data.shards import Shards, divided
 
     own = {"name": subject.recipe.data.name, **subject.recipe.data.args} if subject.recipe else None
     if args.data is None:
@@ -328,6 +329,11 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
                 f"--data {args.data}: there is no such folder; or write NAME:ROOT or NAME, of {', '.join(SETS)}."
             )
     kind = SETS[name]
+    if issubclass(kind, Shards) and root:
+        root, files = divided(root)
+        given = {"root": root or ".", **({"val": files} if files else {})}
+    else:
+        given = {"root": root} if root else {}
     dense = SegmentationSet, DetectionSet, PoseSet, MultiLabelImages  # whose options say what the labels are
     asked = subject.asked_options(kind, size)
     if args.crop_pct is not None:
@@ -345,8 +351,8 @@ def _source(subject: Subject, size: int | None, args: argparse.Namespace) -> dic
     if args.skip_corrupt and "corrupt" in options_of(kind):
         asked["corrupt"] = "skip"
     if own and name == own["name"] and (not root or issubclass(kind, dense)):
-        return {**own, **asked, **({"root": root} if root else {})}
-    return {"name": name, **subject.file_options(kind, size), **asked, **({"root": root} if root else {})}
+        return {**own, **asked, **given}
+    return {"name": name, **subject.file_options(kind, size), **asked, **given}
 
 
 def _called(source: Mapping[str, Any]) -> str:

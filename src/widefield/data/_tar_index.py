@@ -16,7 +16,7 @@ import os
 import posixpath
 import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -24,12 +24,15 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from widefield._progress import ProgressLine, progress_console
 from widefield.data._kept import read_arrays, write_arrays
 from widefield.data._stores import Files, LocalFiles
 from widefield.data.class_map import is_index
-from widefield.data.listing import HIDDEN, IMAGE_ENDINGS, Skipped, is_hidden, why_no_image
+from widefield.data.listing import HIDDEN, IMAGE_ENDINGS, Skipped, counted, is_hidden, why_no_image
 
 _FORMAT = 2  # version of the stored file; increase it when the content changes
+_STEP = 10**6
+"""Bytes between two states of the progress line, which shows this unit."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class TarIndex:
 
 
 def tar_index(files: Files, tars: Sequence[str], label_key: str, store: Path) -> TarIndex:
-    """Return the index of ``tars`` from ``store``, or build it and store it there.
+    """Return the index of ``tars`` from ``store``, or build it and store it there, with a progress line.
 
     Args:
         files: where the tar files are.
@@ -70,13 +73,14 @@ def tar_index(files: Files, tars: Sequence[str], label_key: str, store: Path) ->
     """
     # A folder may move with its files, so that only their own names count.
     named = [PurePosixPath(tar).name if isinstance(files, LocalFiles) else files.of(tar) for tar in tars]
-    told = [(name, *identity) for name, identity in zip(named, files.identities(tars), strict=True)]
+    identities = files.identities(tars)
+    told = [(name, *identity) for name, identity in zip(named, identities, strict=True)]
     digest = hashlib.sha256(json.dumps([_FORMAT, label_key, told]).encode()).hexdigest()
     kept = store / f".widefield-tar-index-{digest[:16]}.npz"
     names = [field.name for field in fields(TarIndex)]
     if arrays := read_arrays(kept, names):
         return TarIndex(**arrays)
-    index = _made(files, tars, label_key)
+    index = _made(files, tars, label_key, sum(map(_length, identities)))
     try:
         write_arrays(kept, {name: getattr(index, name) for name in names})
     except OSError as error:
@@ -88,11 +92,22 @@ def tar_index(files: Files, tars: Sequence[str], label_key: str, store: Path) ->
     return index
 
 
-def _made(files: Files, tars: Sequence[str], label_key: str) -> TarIndex:
+def _length(identity: Sequence[Any]) -> int:
+    """Return the bytes of a file from what a store knows of it; 0 if it does not know."""
+    known = [mark for mark in identity if isinstance(mark, int) or mark[0] == "size"]
+    return 0 if not known else known[0] if isinstance(known[0], int) else int(known[0][1])
+
+
+def _made(files: Files, tars: Sequence[str], label_key: str, length: int) -> TarIndex:
     folders: dict[str, int] = {}
     skipped = Skipped()
-    scans = files.map(lambda tar: _scanned(files, tar, label_key), tars)
-    parts = [_columns(number, scan, folders, skipped) for number, scan in enumerate(scans)]
+    first = os.environ.get("RANK", "0") == "0"
+    with ProgressLine(progress_console(), visible=first) as bar:
+        task = bar.add_task(f"index of {counted(len(tars), 'tar file')}, MB", total=length / _STEP or None)
+        scans = files.map(
+            lambda tar: _scanned(files, tar, label_key, lambda read: bar.update(task, advance=read / _STEP)), tars
+        )
+        parts = [_columns(number, scan, folders, skipped) for number, scan in enumerate(scans)]
     names, numbers, offsets, sizes, labels, folder = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = [(reason, str(count), first) for reason, (count, first) in skipped.reasons.items()]
     left_out = _texts(rows).reshape(-1, 3)
@@ -149,14 +164,18 @@ def _folder(name: str, tar: str) -> str:
     return name.split("/")[-2] if "/" in name else PurePosixPath(tar).stem
 
 
-def _scanned(files: Files, tar: str, label_key: str) -> _Scan:
-    """Return the images in one tar file."""
+def _scanned(files: Files, tar: str, label_key: str, show: Callable[[int], None]) -> _Scan:
+    """Return the images in one tar file; ``show`` gets the bytes that were passed since the last call."""
     scan, path = _Scan(tar), files.of(tar)
     links: dict[str, str] = {}
     beside: dict[str, dict[str, bytes]] = {".cls": {}, ".json": {}}
+    shown = 0
     with files.open(tar) as file:
         try:
             for name, offset, size, target in _members(file, file, 0, ""):
+                if offset + size >= shown + _STEP:
+                    show(offset + size - shown)
+                    shown = offset + size
                 ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path for each of millions takes minutes)
                 if any(map(is_hidden, name.split("/"))):
                     scan.skipped.add(HIDDEN, f"{path}/{name}")

@@ -179,3 +179,17 @@ def _choices(inside: str, pattern: str) -> list[str]:
         raise ValueError(f"{{{inside}}} in {pattern!r} counts down: write {{{last}..{first}}}.")
     width = len(first) if first.startswith("0") else 0
     return [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+
+
+def divided(place: str) -> tuple[str, str]:
+    """Return the root and the glob below it of a path or URL that names tar files, such as ``data/val-*.tar``.
+
+    The glob begins at the first part with wildcards or braces, or is the name of a single tar file. It is empty if
+    ``place`` is a folder.
+    """
+    scheme, mark, path = place.rpartition("://")
+    parts = path.split("/")
+    first = next((k for k, part in enumerate(parts) if set("*?[{") & set(part)), len(parts))
+    if first == len(parts) and parts[-1].endswith(".tar"):
+        first -= 1
+    return scheme + mark + ("/".join(parts[:first]) or "/" * path.startswith("/")), "/".join(parts[first:])

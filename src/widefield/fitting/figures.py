@@ -14,8 +14,8 @@ from widefield.fitting.groups import Groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIELD, DARK_FIELD = "erf.png", "erf-dark.png"
-"""Files with the effective receptive fields in a fit's folder, in light and in dark colors."""
+FIELD, DRAWN_FIELD = "erf.png", "erf.svg"
+"""Files with the effective receptive fields in a fit's folder; the second one has light and dark colors."""
 
 
 @report.paper()

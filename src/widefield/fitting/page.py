@@ -9,7 +9,7 @@ import numpy as np
 
 from widefield import report
 from widefield.fitting.choose import Candidate, assignment_of
-from widefield.fitting.figures import DARK_FIELD, FIELD, draw_front, draw_wanted
+from widefield.fitting.figures import DRAWN_FIELD, FIELD, draw_front, draw_wanted
 from widefield.fitting.progress import PHASES, duration
 from widefield.report import Part, Plot, Section, Table
 
@@ -143,10 +143,11 @@ def _size_rows(result: FitResult) -> list[dict[str, str]]:
 
 def field_of(result: FitResult, caption: str) -> list[Part]:
     """Return the drawing of the effective receptive fields in the fit's folder, if there is one."""
-    light, dark = result.folder / FIELD, result.folder / DARK_FIELD
-    if not light.is_file():
+    file, drawing = result.folder / FIELD, result.folder / DRAWN_FIELD
+    if not file.is_file():
         return []
-    return [report.Photo(light.read_bytes(), "png", caption, dark.read_bytes() if dark.is_file() else None)]
+    drawn = drawing.read_text(encoding="utf-8") if drawing.is_file() else ""
+    return [report.Photo(file.read_bytes(), "png", caption, drawn)]
 
 
 def _field(result: FitResult) -> list[Part]:

@@ -17,7 +17,7 @@ from widefield._intervals import Interval, paired
 from widefield.data import SampleSet
 from widefield.fitting.choose import Choice
 from widefield.fitting.costs import compare_latency, counted
-from widefield.fitting.figures import DARK_FIELD, FIELD
+from widefield.fitting.figures import DRAWN_FIELD, FIELD
 from widefield.fitting.halves import Part
 from widefield.fitting.losses import autocast, device_of
 from widefield.fitting.recipes import PLAIN, UNCHANGED
@@ -32,6 +32,8 @@ _CHEAPER = 0.97
 """Largest relative cost that is called cheaper."""
 _SIZE_GROUPS = 4
 _BUDGETS = {"latency": "Latency", "macs": "Multiply-accumulates", "params": "Parameters"}
+_SVG = "http://www.w3.org/2000/svg"
+"""Name space of a file; parts of a page do without it."""
 _FIELD_IMAGES = 8
 
 
@@ -250,7 +252,8 @@ def _fields(
     analysis.save(fields, spec.folder / "erf.json")
     figure = analysis.ReceptiveField.draw(fields)
     write_whole(spec.folder / FIELD, report.png(figure))
-    write_whole(spec.folder / DARK_FIELD, report.dark_png(figure))
+    drawn = report.svg(figure, analysis.ReceptiveField.title).replace("<svg ", f"<svg xmlns='{_SVG}' ", 1)
+    write_whole(spec.folder / DRAWN_FIELD, drawn.encode())
     return {
         name: {f"{share:g}": ratio for share, ratio in found.area_ratio.items()} for name, found in fields.items()
     }, []

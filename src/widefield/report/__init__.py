@@ -20,7 +20,6 @@ from widefield.report._blocks import (
     Terms,
     Views,
 )
-from widefield.report._dark import dark_png
 from widefield.report._drawing import drawing, png
 from widefield.report._figures import (
     COLORS,
@@ -37,6 +36,7 @@ from widefield.report._figures import (
 )
 from widefield.report._page import Section, fragment, page, styled
 from widefield.report._record import Listing, Report, markdown
+from widefield.report._svg import svg
 
 __all__ = [
     "COLORS",
@@ -62,7 +62,6 @@ __all__ = [
     "Views",
     "blank",
     "curves",
-    "dark_png",
     "drawing",
     "examples",
     "expert_colors",
@@ -73,4 +72,5 @@ __all__ = [
     "png",
     "readable",
     "styled",
+    "svg",
 ]

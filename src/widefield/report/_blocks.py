@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from widefield.report._dark import dark_png
 from widefield.report._drawing import png, width_of
+from widefield.report._svg import svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,22 +68,21 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Plot(Block):
-    """A matplotlib figure with a caption; pages hold it in light and in dark colors."""
+    """A matplotlib figure with a caption: in the colors of a page, or in a notebook in light ones."""
 
     figure: Figure
     caption: str
     template = "plot.html"
 
-    @cached_property
-    def light(self) -> str:
-        """Return the figure as the address of a PNG."""
-        return address(png(self.figure), "png")
+    @property
+    def drawing(self) -> str:
+        """Return the figure as HTML."""
+        return svg(self.figure, self.caption)
 
     @cached_property
-    def dark(self) -> str:
-        """Return the figure in dark colors likewise."""
-        _ = self.light  # it places everything
-        return address(dark_png(self.figure), "png")
+    def light(self) -> str:
+        """Return the figure in light colors as the address of a PNG."""
+        return address(png(self.figure), "png")
 
     @property
     def width(self) -> int:
@@ -93,18 +92,13 @@ class Plot(Block):
 
 @dataclass(frozen=True)
 class Photo(Block):
-    """An image file of a kind, "png" or "jpeg", with a caption; ``dark`` is another one for dark pages, if any."""
+    """An image file of a kind, "png" or "jpeg", with a caption; pages show its ``drawing``, of :func:`svg`, if any."""
 
     file: bytes
     kind: str
     caption: str
-    dark: bytes | None = None
+    drawing: str = ""
     template = "photo.html"
-
-    @property
-    def other(self) -> str:
-        """Return the image for dark pages as an address that holds it; "" if there is none."""
-        return "" if self.dark is None else address(self.dark, self.kind)
 
     @property
     def source(self) -> str:

@@ -1,4 +1,4 @@
-"""Draw a finished figure once more in dark colors, for pages of readers who prefer them.
+"""Decide which colors a figure has on dark pages.
 
 Gray tones change from light to dark and from dark to light, and dark lines become lighter. What lies on a picture, such
 as a box or a label, keeps its colors, and so do pictures. Color maps that are light where nothing is are replaced by
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from widefield.report._drawing import PNG_DPI, drawing
 from widefield.report._figures import FIXED
 
 if TYPE_CHECKING:
@@ -24,53 +22,40 @@ BACKGROUND = "#16181b"
 """Of dark pages; ``page.css`` has it, too."""
 _NEUTRAL = 0.08
 """Largest difference between the channels of a gray."""
-_DARKEST, _LIGHTEST = 0.095, 0.9
-"""What white and black become, from 0 to 1."""
+_LIGHTEST = 0.9
+"""What black becomes, from 0 to 1; white becomes the background."""
 
-_Change = tuple[Callable[[Any], Any], Any, Any]
-"""A setter, the value so far, the value for dark pages."""
-
-
-def dark_png(figure: Figure) -> bytes:
-    """Return a figure that was drawn before as a PNG in dark colors, of the same size; the figure stays as it is."""
-    with darkened(figure):
-        return drawing(figure, "png", PNG_DPI, background=BACKGROUND)
+RGBA = tuple[float, float, float, float]
 
 
-@contextmanager
-def darkened(figure: Figure) -> Iterator[None]:
-    """Give a figure dark colors in the block. It must have been drawn before, as this creates ticks and places axes."""
-    changes = list(_changes(figure))
-    layout = figure.get_layout_engine()
-    try:
-        for change, _, dark in changes:
-            change(dark)
-        if layout is not None:
-            figure.set_layout_engine("none")  # the first drawing has placed everything
-        yield
-    finally:
-        for change, light, _ in reversed(changes):
-            change(light)
-        if layout is not None:
-            figure.set_layout_engine(layout)
+class Colored(NamedTuple):
+    """One color of an artist, or several of a collection, which differ on dark pages."""
+
+    change: Callable[[Any], Any]
+    """Sets the color."""
+    light: Any
+    """The color so far."""
+    line: bool
+    """Whether it is that of a line or a text."""
 
 
-def dark_color(color: Any, *, line: bool = True) -> tuple[float, float, float, float]:
+def dark_color(color: Any, *, line: bool = True) -> RGBA:
     """Return a color for a dark page, RGBA: inverted gray tones; lighter colors for lines and text."""
     from matplotlib.colors import to_rgba
 
     red, green, blue, alpha = to_rgba(color)
     hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
     if max(red, green, blue) - min(red, green, blue) <= _NEUTRAL:
-        level = _LIGHTEST + (_DARKEST - _LIGHTEST) * lightness
-        return level, level, level, alpha
+        ground = to_rgba(BACKGROUND)
+        red, green, blue = (_LIGHTEST + (ground[k] - _LIGHTEST) * lightness for k in range(3))
+        return red, green, blue, alpha
     if line:
         red, green, blue = colorsys.hls_to_rgb(hue, 0.4 + 0.6 * lightness, saturation)
     return red, green, blue, alpha
 
 
 @cache
-def _maps() -> dict[str, Colormap]:
+def dark_maps() -> dict[str, Colormap]:
     """Return the color map for dark pages by the name of one that is light where nothing is."""
     from matplotlib import colormaps
     from matplotlib.colors import LinearSegmentedColormap
@@ -83,14 +68,19 @@ def _maps() -> dict[str, Colormap]:
     return {**found, "magma_r": colormaps["magma"], "YlGnBu": colormaps["YlGnBu_r"]}
 
 
-def _changes(figure: Figure) -> Iterator[_Change]:
-    kept: set[Any] = set()
+def has_dark_map(image: Any) -> bool:
+    """Return whether an image of an axes gets another color map on dark pages."""
+    return image.get_array().ndim == 2 and image.get_cmap().name in dark_maps()
+
+
+def colored(figure: Figure, skipped: set[Any]) -> Iterator[Colored]:
+    """Yield the colors of a figure that depend on the page, except those of images and of ``skipped`` artists.
+
+    These include images with a dark map. The figure must have been laid out before, which creates ticks.
+    """
+    kept = set(skipped)
     for axis in figure.findobj(lambda artist: hasattr(artist, "images")):
-        images = axis.images  # type: ignore[attr-defined]
-        for image in images:
-            if (cmap := image.get_cmap()).name in _maps() and image.get_array().ndim == 2:
-                yield image.set_cmap, cmap, _maps()[cmap.name]
-        if any(image.get_array().ndim == 3 or image.get_cmap().name not in _maps() for image in images):
+        if not all(image in skipped for image in axis.images):  # type: ignore[attr-defined]
             on_picture = (*axis.texts, *axis.lines, *axis.patches, *axis.collections)  # type: ignore[attr-defined]
             kept |= {artist for one in on_picture for artist in one.findobj()}
     for artist in figure.findobj():
@@ -98,28 +88,26 @@ def _changes(figure: Figure) -> Iterator[_Change]:
             yield from _of_artist(artist)
 
 
-def _of_artist(artist: Any) -> Iterator[_Change]:
-    import numpy as np  # slow, and the lists of runs do without it
+def _of_artist(artist: Any) -> Iterator[Colored]:
     from matplotlib.collections import Collection
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.text import Text
 
     if isinstance(artist, Text):
-        yield artist.set_color, artist.get_color(), dark_color(artist.get_color())
+        yield Colored(artist.set_color, artist.get_color(), line=True)
         if (box := artist.get_bbox_patch()) is not None:
             yield from _of_artist(box)
     elif isinstance(artist, Line2D):
         for name in ("color", "markerfacecolor", "markeredgecolor"):
             color = getattr(artist, f"get_{name}")()
             if not isinstance(color, str) or color != "none":
-                yield getattr(artist, f"set_{name}"), color, dark_color(color)
+                yield Colored(getattr(artist, f"set_{name}"), color, line=True)
     elif isinstance(artist, Patch):
         for name, line in (("facecolor", False), ("edgecolor", True)):
-            color = getattr(artist, f"get_{name}")()
-            yield getattr(artist, f"set_{name}"), color, dark_color(color, line=line)
+            yield Colored(getattr(artist, f"set_{name}"), getattr(artist, f"get_{name}")(), line)
     elif isinstance(artist, Collection) and artist.get_array() is None:
         for name in ("facecolor", "edgecolor"):
             colors = getattr(artist, f"get_{name}")()
             if len(colors):
-                yield getattr(artist, f"set_{name}"), colors, np.array([dark_color(color) for color in colors])
+                yield Colored(getattr(artist, f"set_{name}"), colors, line=True)
