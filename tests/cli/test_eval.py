@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 
+from data.http_server import serving
+from data.made_sets import pictures, webdataset, write_tar
 from train.helpers import QUIET, log
 from widefield import cli
 from widefield.train import DataSpec, EmaSpec, ModelSpec, Recipe, train
@@ -215,6 +217,17 @@ def test_a_split_named_val_is_taken(evaluated: Eval, images: Callable) -> None:
     folder = images("a", "b", split="val")
     (found,) = evaluated(TIMM % 2, "--data", folder, "--size", 32)
     assert (found["images"], found["classes"], found["outputs"]) == (6, 2, 2)
+
+
+def test_shards_are_found_by_the_names_of_their_files(evaluated: Eval, tmp_path: Path) -> None:
+    members = webdataset(pictures(2))
+    for part in range(3):
+        write_tar(tmp_path / "tars" / f"val-{part}.tar", members[4 * part : 4 * part + 4])
+    with serving(tmp_path) as server:
+        (found,) = evaluated(TIMM % 3, "--data", f"shards:{server.url}/tars/val-{{0..2}}.tar", "--size", 32)
+        (local,) = evaluated(TIMM % 3, "--data", f"shards:{tmp_path}/tars/val-*.tar", "--size", 32)
+    assert found["images"] == local["images"] == 6
+    assert found["data"]["val"] == "val-{0..2}.tar"
 
 
 def test_a_broken_image_is_an_error_or_left_out(

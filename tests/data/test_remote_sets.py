@@ -1,5 +1,6 @@
 """Sets at URLs equal those of a folder bit by bit, and their lists and indices are kept until something changes."""
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,7 @@ from made_sets import pictures, webdataset, write_folder, write_tar
 from torch.utils.data import DataLoader
 
 from widefield.data import CorruptImageError, Folder, Scales, Shards, _kept, _stores, collate, create, create_both
+from widefield.data.shards import divided
 
 HEAVY = {"size": 16, "auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 1.0, "interpolation": "random"}
 BRACES = {"train": "train/a-{0..1}.tar", "val": "val/a-{0,1}.tar"}
@@ -88,6 +90,41 @@ def test_samples_are_those_of_the_folder(made, memory, tmp_path, kind, split):
         kept = _stores.RemoteFiles(f"{base}/files", storage)
         assert kept.whole(f"{split}/{os.fsdecode(again._files[0])}")
         fsspec.filesystem("memory").put(str(made), "/sets", recursive=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_index_of_shards_shows_how_far_it_is(made, monkeypatch, tmp_path):
+    monkeypatch.setenv("TERM", "xterm")
+    with serving(made) as server:
+        for rank, shown in ((1, False), (0, True), (0, False)):  # of several processes the first one; then it is kept
+            screen = Terminal()
+            monkeypatch.setattr("sys.stderr", screen)
+            monkeypatch.setenv("RANK", str(rank))
+            index = tmp_path / str(rank)
+            index.mkdir(exist_ok=True)
+            Shards("train", root=f"{server.url}/tars", index=index, **BRACES, size=8)
+            assert ("index of 2 tar files, MB" in screen.getvalue()) == shown
+
+
+@pytest.mark.parametrize(
+    ("place", "root", "files"),
+    [
+        ("data/shards", "data/shards", ""),
+        ("data/shards/val-*.tar", "data/shards", "val-*.tar"),
+        ("/data/{a,b}/val-{0..3}.tar", "/data", "{a,b}/val-{0..3}.tar"),
+        ("http://host:80/sets/val-{0..3}.tar", "http://host:80/sets", "val-{0..3}.tar"),
+        ("simplecache::s3://bucket/val.tar", "simplecache::s3://bucket", "val.tar"),
+        ("val.tar", "", "val.tar"),
+        ("/val.tar", "/", "val.tar"),
+        ("s3://bucket/sets", "s3://bucket/sets", ""),
+    ],
+)
+def test_a_place_may_name_the_tar_files(place, root, files):
+    assert divided(place) == (root, files)
 
 
 def test_globs_find_the_same_shards_as_braces(made, memory):

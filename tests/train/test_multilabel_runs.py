@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from data import made_objects
 from train.helpers import QUIET, log, same_weights
 from widefield.train import DataSpec, DistillationSpec, RunResult, TaskSpec, load_recipe, train
 
@@ -63,3 +66,31 @@ def test_the_shipped_recipe_trains(tmp_path: Path) -> None:
     assert len(losses) == 6
     assert all(map(math.isfinite, losses))
     assert 0 <= result.metrics["map"] <= 1
+
+
+def test_the_recipe_for_coco_fits_its_data_and_trains(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, first in (("train", 1), ("val", 1001)):
+        content = made_objects.coco_content(rng, first=first)
+        (tmp_path / f"{split}2017").mkdir()
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        for image in content["images"]:
+            made_objects.write_image(
+                tmp_path / f"{split}2017" / image["file_name"], image["height"], image["width"], rng
+            )
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    recipe = load_recipe("multilabel_resnet101_coco")
+    assert recipe.optimizer.lr_base_size == recipe.batch_size
+    small = replace(
+        recipe,
+        output=str(tmp_path / "runs"),
+        model=replace(recipe.model, name="test_resnet", pretrained=False),
+        data=replace(recipe.data, args={**recipe.data.args, "root": str(tmp_path), "size": 32}),
+        schedule=replace(recipe.schedule, warmup_epochs=0),
+        epochs=1,
+        batch_size=2,
+        workers=0,
+        mixed_precision="no",
+        trackers=[],
+    )
+    assert math.isfinite(train(small, console=QUIET).metrics["loss"])

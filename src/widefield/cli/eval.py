@@ -36,7 +36,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="SOURCE",
-        help="a folder or URL of images in class folders, digits, scales, or NAME:ROOT (the run's)",
+        help="a folder or URL of images in class folders, digits, scales, NAME:ROOT, or shards:ROOT/val-{000..049}.tar "
+        "(the run's)",
     )
     parser.add_argument(
         "--size",
