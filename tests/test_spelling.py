@@ -36,16 +36,14 @@ OTHERS: dict[str, set[str]] = {}
 """Names spelled by others: file -> words."""
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if p.suffix in TEXT and p.is_file()], ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_spelling_is_american(path):
-    allowed = OTHERS.get(str(path.relative_to(ROOT)), set())
+def test_spelling_is_american():
     found = [
         f"{path.relative_to(ROOT)}:{number}: {word}"
+        for path in FILES
+        if path.suffix in TEXT and path.is_file()
         for number, line in enumerate(path.read_text().splitlines(), 1)
         for word in BRITISH.findall(line)
-        if word not in allowed
+        if word not in OTHERS.get(str(path.relative_to(ROOT)), ())
     ]
     assert not found, "\n".join(found)
 

@@ -8,6 +8,15 @@ from torch import nn
 from widefield import models
 
 NAMES = [name for name in timm.list_models() if is_model_in_modules(name, models.MODULES)]
+DISTINCT = [
+    "hornet_tiny_7x7", "hornet_tiny_gf", "hornet_base_gf_img384",
+    "internimage_t", "internimage_s", "internimage_l", "internimage_h", "internimage_g",
+    "metaformer_tiny", "mobilenetv2_lk", "moganet_xtiny",
+    "morf_convnext_tiny", "morf_resnet18", "morf_resnet50",
+    "replknet_31b", "replknet_xl", "resnet18_cifar", "resnet20_cifar", "resnet56_cifar",
+    "slak_tiny", "slak_tiny_31", "slak_tiny_61", "unireplknet_a", "van_b0",
+]  # fmt: skip
+"""The names whose small versions differ: most variants of a family have other depths and widths only."""
 WIDTHS = (16, 24, 32, 40)
 SMALL = {
     "internimage_h": {

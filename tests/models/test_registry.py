@@ -9,7 +9,7 @@ import re
 import pytest
 import timm
 import torch
-from networks import BACKBONES, NAMES, ONE_A_FAMILY, settled, small
+from networks import BACKBONES, DISTINCT, NAMES, ONE_A_FAMILY, settled, small
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,7 +26,23 @@ def test_all_are_here():
     assert set(NAMES) == set(models.STATED)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_small_versions_are_those_of_the_distinct_networks():
+    """Layers, their settings and weights are compared, so that what holds of these holds of all."""
+    found = {}
+    for name in NAMES:
+        with torch.device("meta"):
+            model = small(name)
+        settings = [
+            {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str, tuple))}
+            for module in model.modules()
+        ]
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        found.setdefault(repr((model, settings, shapes)), []).append(name)
+    assert sorted(name for names in found.values() for name in set(names) & set(DISTINCT)) == sorted(DISTINCT)
+    assert len(found) == len(DISTINCT)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_finite_outputs_at_two_sizes_in_float32_and_under_autocast(name):
     model = settled(small(name))
     for size in ((64, 64), (75, 90)):
@@ -40,7 +56,7 @@ def test_finite_outputs_at_two_sizes_in_float32_and_under_autocast(name):
         assert (low.float() - y).norm() <= NETWORK_BFLOAT16 * y.norm()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_parameter_gets_a_gradient(name):
     model = small(name, drop_path_rate=0.0 if "cifar" not in name else None).train()
     x = torch.randn(4, 3, 64, 64)
@@ -50,7 +66,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert not without
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_features(name):
     model = small(name, features_only=True).eval()
     with torch.no_grad():
@@ -64,7 +80,7 @@ def test_features(name):
     assert len(fewer(torch.randn(1, 3, 64, 64))) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_state_dict_round_trip(name):
     one, other = settled(small(name)), small(name).eval()
     file = io.BytesIO()
@@ -76,7 +92,7 @@ def test_state_dict_round_trip(name):
         assert torch.equal(one(x), other(x))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_reparameterized_is_the_same_function(name):
     if name.startswith("resnet"):
         pytest.skip("plain networks, in which nothing merges")

@@ -51,7 +51,7 @@ def logged(folder: Path) -> int:
     return last
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_and_resumed_it_is_the_run_that_was_not(
     run: Callable[..., RunResult], recipe: Recipe, tmp_path: Path, kills: int
 ) -> None:

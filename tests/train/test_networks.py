@@ -15,6 +15,7 @@ from timm.models import build_model_with_cfg
 from timm.models._registry import _model_entrypoints
 from torch import nn
 
+from train.recipe_pages import shipped
 from widefield import data, tasks
 from widefield.loading import load
 from widefield.tasks import Classification
@@ -214,7 +215,7 @@ class TestOptimizerAndSchedule:
 
     def test_shipped_recipes_are_read_whole(self) -> None:
         for name in shipped_recipes():
-            recipe = load_recipe(name)
+            recipe = shipped(name)
             optimizer = create_optimizer(nn.Linear(2, 2), replace(recipe.optimizer, groups=[], layer_decay=None, args={
                 key: value for key, value in recipe.optimizer.args.items() if "decay" not in key
             }), 0.1)  # fmt: skip
@@ -231,7 +232,7 @@ def test_short_numbers_in_braces_are_numbers() -> None:
 NULLS: dict[str, Callable[[nn.Module], bool]] = {"ls_init_value": lambda model: not scales(model)}
 """Argument -> whether a model was built with None for it."""
 
-WITH_NULLS = [name for name in shipped_recipes() if None in load_recipe(name).model.args.values()]
+WITH_NULLS = [name for name in shipped_recipes() if None in shipped(name).model.args.values()]
 
 
 def test_some_recipes_have_nulls() -> None:

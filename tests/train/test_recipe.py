@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from train.recipe_pages import shipped
 from widefield.data.catalog import SETS, create
 from widefield.tasks import TASKS
 from widefield.train import (
@@ -316,7 +317,7 @@ class TestBase:
 
 
 def test_shipped_recipes_read() -> None:
-    recipes = {name: load_recipe(name) for name in shipped_recipes()}
+    recipes = {name: shipped(name) for name in shipped_recipes()}
     assert {"digits_morf", "morf_convnext_tiny_in1k", "morf_resnet50_in1k"} <= set(recipes)
     assert all(recipe.name == name for name, recipe in recipes.items())
     for name in ("morf_convnext_tiny_in1k", "morf_resnet50_in1k"):

@@ -221,7 +221,7 @@ class NormedBackbone(Backbone):
 def initialize_truncated(module: nn.Module) -> None:
     """Initialize as the code of ConvNeXt and its successors does: truncated normals of 0.02, biases of 0."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        trunc_normal_(module.weight, std=0.02)
+        _truncated(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -229,9 +229,14 @@ def initialize_truncated(module: nn.Module) -> None:
 def initialize_fan_out(module: nn.Module) -> None:
     """Initialize as the code of VAN and MogaNet does: convolutions by their fan-out, linear layers by 0.02."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        _truncated(module.weight)
     elif isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
     if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def _truncated(weight: Tensor) -> None:
+    if not weight.is_meta:  # without values, timm's function only takes time: milliseconds for each layer
+        trunc_normal_(weight, std=0.02)

@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import Backbone
+from widefield.models._backbone import Backbone, initialize_truncated
 from widefield.models._internimage_head import AttentionPool, ConvHead, layer_norm
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.deform import DCNv3, keyed
@@ -402,9 +402,7 @@ def _drop_path_rates(rate: float, kind: str, count: int) -> Iterator[float]:
 
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        initialize_truncated(module)
 
 
 _SIZES = {"internimage_l": 384, "internimage_xl": 384, "internimage_h": 640, "internimage_g": 512}

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, GroupNorm1, LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, GroupNorm1, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.models._backbone import Backbone
+from widefield.models._backbone import Backbone, initialize_truncated
 from widefield.models._registry import Stated, build, cfg
 from widefield.nn.mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 
@@ -148,10 +148,8 @@ class MetaFormer(Backbone):
             m for block in self.modules() if isinstance(block, MetaFormerBlock) for m in block.token_mixer.modules()
         }
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in inside:
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if module not in inside:
+                initialize_truncated(module)
 
     def enter(self, index: int, x: Tensor) -> Tensor:
         """Return the input of a stage."""

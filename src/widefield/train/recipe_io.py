@@ -393,6 +393,8 @@ def _typed(key: str, hint: Any, optional: bool, value: Any) -> Any:
     """Return a value in the type of its key, converted if that is lossless; raises TypeError."""
     if (value is None and optional) or typing.get_origin(hint) is dict:
         return value  # jsonargparse would turn strings in a mapping into numbers; the dataclass checks the mapping
+    if type(value) is hint or (type(value) in (int, float) and set(_members(hint)) == {type(value), types.NoneType}):
+        return value  # jsonargparse returns it as it is, and takes most of the time to read a recipe
     try:
         if value is None:  # jsonargparse accepts null for any type
             raise ArgumentError(None, "null")
