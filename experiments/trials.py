@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from scipy.stats import t as student
 
 from widefield.benchmarks.record import publish
 from widefield.train import OptimizerSpec, Recipe, RunResult, ScheduleSpec, train
@@ -18,8 +19,6 @@ from widefield.train import OptimizerSpec, Recipe, RunResult, ScheduleSpec, trai
 QUIET = Console(quiet=True)
 TUNING = 100
 """Seed of the runs that choose a learning rate. They are not reported."""
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Number of seeds -> quantile of Student's t at 97.5 %."""
 Row = dict[str, Any]
 
 
@@ -63,7 +62,7 @@ def spread(values: Sequence[float]) -> str:
     mean = 100 * statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.1f}"
-    half = 100 * T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    half = 100 * student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:.1f} ± {half:.1f}"
 
 

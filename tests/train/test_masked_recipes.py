@@ -12,18 +12,29 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 
 from train import made_data
-from train.helpers import QUIET, log
-from train.recipe_pages import MASKED, check_batch, docs_rows, first_lines, groups_of, shipped
-from widefield import data, masking, tasks
+from train.recipe_pages import (
+    MASKED,
+    check_batch,
+    check_network,
+    check_options,
+    check_row,
+    check_two_steps,
+    docs_rows,
+    first_lines,
+    groups_of,
+    shipped,
+    shortened,
+    with_few_blocks,
+)
+from widefield import masking
 from widefield.loading import load_trained
-from widefield.train import Recipe, shipped_recipes, train
+from widefield.train import Recipe, shipped_recipes
 
 PAGE = "masked_recipes.md"
 NAMES = [name for name in shipped_recipes() if name.startswith(MASKED)]
@@ -102,9 +113,7 @@ def test_docs_have_a_row_for_every_recipe() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    row = docs_rows(PAGE)[name]
-    expected = as_documented(shipped(name))
-    assert {key: row[key] for key in expected} == expected
+    row = check_row(PAGE, name, as_documented(shipped(name)))
     assert row["published in"]
     if name in FINETUNING:
         stated = re.search(r"Result: (\d\d\.\d) % top-1", first_lines(name))
@@ -118,15 +127,10 @@ def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
-    recipe = shipped(name)
-    for split in ("train", "val"):  # the missing data are the only error
-        with pytest.raises(FileNotFoundError):
-            data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
-    assert recipe.data.args["root"] == "data/imagenet"
-    task: Any = tasks.create(recipe.task.name, ImageNet(recipe), **recipe.task.args)
-    assert timm.is_model(recipe.model.name)
+    task, options = check_options(name, ImageNet, tmp_path), shipped(name).data.args
+    assert options["root"] == "data/imagenet"
     if name in PRETRAINING:
-        task.method.mask.count(*task.method.mask.grid(recipe.data.args["size"], recipe.data.args["size"]))
+        task.method.mask.count(*task.method.mask.grid(options["size"], options["size"]))
 
 
 @pytest.mark.parametrize("name", FINETUNING)
@@ -135,10 +139,7 @@ def test_fine_tuning_starts_from_pretraining_of_the_same_network(name: str) -> N
     before = shipped(str(recipe.model.pretrained).removeprefix("runs/"))
     assert before.name in PRETRAINING
     assert before.name.partition("_")[0] == name.partition("_")[0]
-    assert before.model.name == recipe.model.name
-    free = {"drop_path_rate", "head_init_scale"}
-    theirs, ours = ({k: v for k, v in each.model.args.items() if k not in free} for each in (before, recipe))
-    assert theirs == ours
+    check_network(recipe, before, {"drop_path_rate", "head_init_scale"})
 
 
 @pytest.mark.parametrize(
@@ -255,12 +256,6 @@ def test_parameters_of_every_recipe(name: str) -> None:
     check_parameters(name)
 
 
-def with_few_blocks(recipe: Recipe, **args: Any) -> Recipe:
-    """Return a recipe with one block in each stage and further arguments of the network."""
-    depths = "layers" if recipe.model.name.startswith("resnet") else "depths"
-    return replace(recipe, model=replace(recipe.model, args={**recipe.model.args, depths: [1, 1, 1, 1], **args}))
-
-
 def two_steps(recipe: Recipe, folder: Path, pretrained: Path | None = None) -> Path:
     """Train two steps of a recipe on generated images in ImageNet's layout, check the results, and return the run."""
     root = folder / "imagenet"
@@ -269,24 +264,15 @@ def two_steps(recipe: Recipe, folder: Path, pretrained: Path | None = None) -> P
     if pretrained is not None:
         recipe = replace(recipe, model=replace(recipe.model, pretrained=str(pretrained)))
     schedule = recipe.schedule
-    made = replace(
+    made = shortened(
         recipe,
-        output=str(folder / "runs"),
+        folder,
         data=replace(recipe.data, args={**recipe.data.args, "root": str(root), "size": 96}),
         schedule=replace(schedule, warmup_epochs=min(schedule.warmup_epochs, 1)),
         epochs=1,
         batch_size=4,
-        accumulate=1,
-        workers=0,
-        log_every=1,
-        trackers=[],
-        mixed_precision="no",
     )
-    result = train(made, console=QUIET)
-    assert result.steps == 2
-    losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
-    assert len(losses) == 2
-    assert all(map(math.isfinite, losses))
+    result = check_two_steps(made)
     measured = "knn_top1" if recipe.task.name == "masked_image" else "top1"
     assert 0 <= result.metrics[measured] <= 1
     assert (f"ema_{measured}" in result.metrics) == (recipe.ema is not None)

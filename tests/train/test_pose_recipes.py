@@ -6,27 +6,37 @@
 from __future__ import annotations
 
 import gc
-import math
 import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from data.made_poses import write_keypoints
-from train.helpers import QUIET, log
-from train.recipe_pages import check_batch, docs_rows, first_lines, groups_of, on_meta, shipped
-from widefield import data, dense, tasks
+from train.recipe_pages import (
+    check_batch,
+    check_network,
+    check_options,
+    check_row,
+    check_two_steps,
+    docs_rows,
+    first_lines,
+    groups_of,
+    on_meta,
+    pretrained_file,
+    shapes,
+    shipped,
+    shortened,
+    with_few_blocks,
+)
+from widefield import dense, tasks
 from widefield.data import Skeleton
 from widefield.models.comparison_pose import CITED_POSES, KEYPOINTS
-from widefield.train import Recipe, load_recipe, shipped_recipes, train
+from widefield.train import Recipe, load_recipe, shipped_recipes
 from widefield.train.optimization import create_schedule
 
 SOME = ("pose_moganet_xtiny_256x192_coco", "pose_convnext_tiny_384x288_coco", "pose_gmconv_resnet50_256x192_coco")
@@ -71,9 +81,7 @@ def test_docs_have_a_row_for_every_recipe() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    row = docs_rows("pose_recipes.md")[name]
-    expected = as_documented(shipped(name))
-    assert {key: row[key] for key in expected} == expected
+    row = check_row("pose_recipes.md", name, as_documented(shipped(name)))
     stated = re.search(r"Result: (\d\d\.\d) % AP", first_lines(name))
     assert row["AP, %"] == (stated[1] if stated else "-")
     assert bool(stated) == (row["published in"] != "-")
@@ -97,25 +105,17 @@ def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
-    recipe = shipped(name)
-    for split in ("train", "val"):  # the missing data are the only error
-        with pytest.raises(FileNotFoundError):
-            data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
-    task: Any = tasks.create(recipe.task.name, People(recipe), **recipe.task.args)
+    task = check_options(name, People, tmp_path)
     assert isinstance(task, tasks.PoseEstimation)
     assert "x".join(map(str, task.rules.crop_size)) in name
-    assert timm.is_model(recipe.model.name)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if str(shipped(name).model.pretrained).startswith("runs/")])
 def test_weights_of_runs_come_from_a_recipe_of_the_same_network(name: str) -> None:
     recipe = shipped(name)
     before = load_recipe(str(recipe.model.pretrained).removeprefix("runs/"))
-    assert before.model.name == recipe.model.name
     assert before.conversion == recipe.conversion
-    free = {"drop_path_rate", "layer_scale_init", "ls_init_value", "zero_init_last"}
-    theirs, ours = ({k: v for k, v in each.model.args.items() if k not in free} for each in (before, recipe))
-    assert theirs == ours
+    check_network(recipe, before, {"drop_path_rate", "layer_scale_init", "ls_init_value", "zero_init_last"})
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -189,10 +189,6 @@ def check_model(name: str) -> None:
     assert shapes(model) == shapes(expected)
 
 
-def shapes(model: nn.Module) -> list[torch.Size]:
-    return sorted(parameter.shape for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("name", SOME)
 def test_the_model_is_that_of_the_comparison(name: str) -> None:
     check_model(name)
@@ -204,28 +200,13 @@ def test_the_model_of_every_recipe_is_that_of_the_comparison(name: str) -> None:
     check_model(name)
 
 
-FIXED_DEPTH = ("focalnet", "mobilenetv2")
-
-
-def with_few_blocks(recipe: Recipe) -> Recipe:
-    """Return a recipe with one block in each stage, at full width. FocalNet has no argument for it."""
-    if recipe.model.name.startswith(FIXED_DEPTH):
-        return recipe
-    depths = "layers" if recipe.model.name.startswith("resnet") else "depths"
-    return replace(recipe, model=replace(recipe.model, args={**recipe.model.args, depths: [1, 1, 1, 1]}))
-
-
 def two_steps(recipe: Recipe, folder: Path) -> None:
     """Train two steps of a recipe on generated people from drawn weights, and check the results."""
     write_keypoints(folder / "data", np.random.default_rng(0))
-    args = {key: value for key, value in recipe.model.args.items() if key != "drop_path_rate"}
-    network = timm.create_model(recipe.model.name, num_classes=7, pretrained=False, **args)
-    weights = folder / "weights.safetensors"
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, weights)
-    made = replace(
+    made = shortened(
         recipe,
-        output=str(folder / "runs"),
-        model=replace(recipe.model, pretrained=str(weights)),
+        folder,
+        model=replace(recipe.model, pretrained=str(pretrained_file(recipe, folder))),
         data=replace(
             recipe.data,
             args={**recipe.data.args, "root": str(folder / "data"), "boxes": "boxes.json", "crop_size": [64, 64]},
@@ -233,18 +214,8 @@ def two_steps(recipe: Recipe, folder: Path) -> None:
         schedule=replace(recipe.schedule, warmup_steps=1),
         epochs=None,
         max_steps=2,
-        batch_size=2,
-        accumulate=1,
-        workers=0,
-        log_every=1,
-        trackers=[],
-        mixed_precision="no",
     )
-    result = train(made, console=QUIET)
-    assert result.steps == 2
-    losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
-    assert len(losses) == 2
-    assert all(map(math.isfinite, losses))
+    result = check_two_steps(made)
     assert 0 <= result.metrics["oks_ap"] <= 1
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import math
 import re
 import tempfile
 from dataclasses import replace
@@ -16,18 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from data import made_segmentation
 from tolerances import FLOAT32, close
-from train.helpers import QUIET, log
-from train.recipe_pages import docs_rows, first_lines, on_meta, shipped
-from widefield import data, dense, tasks
+from train.recipe_pages import (
+    RESIZED,
+    check_network,
+    check_options,
+    check_row,
+    check_two_steps,
+    docs_rows,
+    first_lines,
+    on_meta,
+    pretrained_file,
+    shapes,
+    shipped,
+    shortened,
+    with_few_blocks,
+)
+from widefield import dense, tasks
 from widefield.models.comparison_segmentation import CITED_SEGMENTERS, CLASSES
-from widefield.train import Recipe, build_model, load_recipe, shipped_recipes, train
+from widefield.train import Recipe, build_model, load_recipe, shipped_recipes
 from widefield.train.learner import _checkpoint_blocks
 from widefield.train.optimization import create_optimizer
 
@@ -94,9 +105,7 @@ def test_docs_have_a_row_for_every_recipe() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docs_agree_with_the_recipe(name: str) -> None:
-    row = docs_rows("segmentation_recipes.md")[name]
-    expected = as_documented(shipped(name))
-    assert {key: row[key] for key in expected} == expected
+    row = check_row("segmentation_recipes.md", name, as_documented(shipped(name)))
     one, several = row["mIoU, %"].split(" / ")
     for value in (one, several):
         assert re.fullmatch(r"\d\d\.\d\d?|-", value)
@@ -118,12 +127,7 @@ def test_recipe_reaches_the_batch_that_it_was_made_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_is_known_where_it_goes(name: str, tmp_path: Path) -> None:
-    recipe = shipped(name)
-    for split in ("train", "val"):  # the missing data are the only error
-        with pytest.raises(FileNotFoundError):
-            data.create(recipe.data.name, split, **{**recipe.data.args, "root": str(tmp_path / "nowhere")})
-    tasks.create(recipe.task.name, Labeled(recipe), **recipe.task.args)
-    assert timm.is_model(recipe.model.name)
+    check_options(name, Labeled, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if str(shipped(name).model.pretrained).startswith("runs/")])
@@ -133,11 +137,7 @@ def test_weights_of_runs_come_from_a_recipe_of_the_same_network(name: str) -> No
     if recipe.model.name == "mobilenetv2_lk":  # its training on ImageNet is not published
         assert source not in shipped_recipes()
         return
-    before = load_recipe(source)
-    assert before.model.name == recipe.model.name
-    resized = {"drop_path_rate", "layer_scale_init", "ls_init_value", "focal_windows", "global_filters"}
-    theirs, ours = ({k: v for k, v in each.model.args.items() if k not in resized} for each in (before, recipe))
-    assert theirs == ours
+    check_network(recipe, load_recipe(source), RESIZED)
 
 
 def check_model(name: str) -> None:
@@ -156,10 +156,6 @@ def check_model(name: str) -> None:
     create_optimizer(model, recipe.optimizer, recipe.optimizer.lr)
 
 
-def shapes(model: nn.Module) -> list[torch.Size]:
-    return sorted(parameter.shape for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("name", SOME)
 def test_the_model_is_the_published_one(name: str) -> None:
     check_model(name)
@@ -169,24 +165,6 @@ def test_the_model_is_the_published_one(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SOME])
 def test_the_model_of_every_recipe_is_the_published_one(name: str) -> None:
     check_model(name)
-
-
-def pretrained_file(recipe: Recipe, folder: Path) -> Path:
-    """Write drawn weights of the recipe's network as it was trained on ImageNet, with its own classifier.
-
-    Biases are drawn too: fresh ones are zero, so padded pixels stay zero, and every LayerNorm there multiplies the
-    gradient by 1 / sqrt(eps). In FocalNet-S that overflows. Trained biases are not zero.
-    """
-    resized = {"drop_path_rate", "focal_windows", "global_filters", "output_stride"}
-    args = {key: value for key, value in recipe.model.args.items() if key not in resized}
-    network = timm.create_model(recipe.model.name, num_classes=7, **args)
-    with torch.no_grad():
-        for key, parameter in network.named_parameters():
-            if key.endswith("bias"):
-                nn.init.normal_(parameter, std=0.02)
-    path = folder / "weights.safetensors"
-    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, path)
-    return path
 
 
 def check_start(recipe: Recipe) -> None:
@@ -212,9 +190,9 @@ def two_steps(recipe: Recipe, folder: Path) -> Path:
     views = {"window": 64, "stride": 43} if recipe.task.args.get("test") == "slide" else {}
     write = {"ade20k": made_segmentation.write_ade20k, "cityscapes": made_segmentation.write_cityscapes}
     write[recipe.data.name](folder / "data", {"train": 4, "val": 2})
-    made = replace(
+    made = shortened(
         recipe,
-        output=str(folder / "runs"),
+        folder,
         model=replace(recipe.model, pretrained=str(pretrained_file(recipe, folder))),
         data=replace(
             recipe.data, args={**recipe.data.args, "root": str(folder / "data"), "size": crop, "scale": [128, 64]}
@@ -223,31 +201,11 @@ def two_steps(recipe: Recipe, folder: Path) -> Path:
         schedule=replace(recipe.schedule, warmup_steps=recipe.schedule.warmup_steps and 1),
         max_steps=2,
         evaluate_every=2,
-        batch_size=2,
-        accumulate=1,
-        workers=0,
-        log_every=1,
-        trackers=[],
-        mixed_precision="no",
     )
     check_start(made)
-    result = train(made, console=QUIET)
-    assert result.steps == 2
-    losses = [entry["loss"] for entry in log(result.folder) if entry["kind"] == "step"]
-    assert len(losses) == 2
-    assert all(map(math.isfinite, losses))
+    result = check_two_steps(made)
     assert 0 <= result.metrics["miou"] <= 1
     return result.folder
-
-
-def with_few_blocks(recipe: Recipe) -> Recipe:
-    """Return a recipe with one block in each stage, at full width, which bounds memory to that of 120 million weights.
-
-    FocalNet and MobileNetV2 have at most 90 million, and no argument for it.
-    """
-    if recipe.model.name.startswith(("focalnet", "mobilenetv2")):
-        return recipe
-    return replace(recipe, model=replace(recipe.model, args={**recipe.model.args, "depths": [1, 1, 1, 1]}))
 
 
 def test_two_steps_of_the_smallest(tmp_path: Path) -> None:

@@ -242,12 +242,8 @@ def quantize(
     dynamic = sizes_of(dynamic)
     if "batch" not in dynamic:
         raise ValueError(f"dynamic must contain 'batch', because calibration runs image by image; got {dynamic!r}.")
-    twin = prepared(model, "branches", "onnx")
+    twin = _twin(model)
     dense = is_detector(model) or isinstance(model, HeatmapPose)
-    twin = ServedPose(twin, measured=True) if isinstance(twin, HeatmapPose) else served(twin, "onnx")
-    left = unmerged(model)
-    if left:
-        raise ValueError(f"{left[0]} is not merged, and layers are rounded as they compute: call reparameterize first.")
     x = next(batches(loader, twin))[0]
     probe, reference = _Probe(twin), copied(model).cpu()
     info = collected(
@@ -256,8 +252,9 @@ def quantize(
     )  # fmt: skip
     shown = _Shown(loader, twin)
     measured = loader if images is None else [images] if isinstance(images, Tensor) else images
+    compared = _Shown(measured, twin)
     if "size" not in dynamic:
-        for given in (shown,) if images is None else (shown, _Shown(measured, twin)):
+        for given in (shown,) if images is None else (shown, compared):
             given.check_size(x.shape[2:])
     with staged(path.parent) as stage, tempfile.TemporaryDirectory() as elsewhere:
         first, written = Path(elsewhere) / "float32.onnx", stage / path.name
@@ -269,17 +266,14 @@ def quantize(
         if equalize:
             _balance.equalize(plain, shown)
         weights = _int8.weights(plain)
+        keep = [keep] if isinstance(keep, str) else list(keep)
         if dense:
-            keep = [*([keep] if isinstance(keep, str) else keep), *heads_of(model, [weight.name for weight in weights])]
+            keep += heads_of(model, [weight.name for weight in weights])
         kernels = _judged(weights, outliers, keep, 64 if reduce_range else 127)
-        floating = {kernel.name for kernel in kernels if kernel.kept_float}
-        _int8.quantize(plain, written, shown, CALIBRATION[calibration], floating, seven_bits=reduce_range)
-        rounded = _graph.read(written)
-        _balance.correct(plain, rounded, shown)
-        _graph.write(rounded, written)
+        rounded = _round(plain, written, shown, kernels, calibration, seven_bits=reduce_range)
         read = partial(_comparable, twin, names) if dense else list
         change, flips = _measured(reference, probe, load(written), measured, read)
-        layers = _compared(plain, rounded, _Shown(measured, twin), compare_layers, probe.outputs, read)
+        layers = _compared(plain, rounded, compared, compare_layers, probe.outputs, read)
         if isinstance(twin, ServedPose):
             names.remove(_HEATMAPS)
         _int8.drop_outputs(written, names)
@@ -302,6 +296,33 @@ def quantize(
         done.write(stage)
     _warn(done)
     return done
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Return the model as it is traced; raises ValueError unless its layers are merged."""
+    twin = prepared(model, "branches", "onnx")
+    left = unmerged(model)
+    if left:
+        raise ValueError(f"{left[0]} is not merged, and layers are rounded as they compute: call reparameterize first.")
+    return ServedPose(twin, measured=True) if isinstance(twin, HeatmapPose) else served(twin, "onnx")
+
+
+def _round(
+    plain: Any,
+    path: Path,
+    shown: _Shown,
+    kernels: Iterable[QuantizedKernel],
+    calibration: str,
+    *,
+    seven_bits: bool,
+) -> Any:
+    """Write the rounded graph with corrected biases, and return it."""
+    floating = {kernel.name for kernel in kernels if kernel.kept_float}
+    _int8.quantize(plain, path, shown, CALIBRATION[calibration], floating, seven_bits=seven_bits)
+    rounded = _graph.read(path)
+    _balance.correct(plain, rounded, shown)
+    _graph.write(rounded, path)
+    return rounded
 
 
 class _Shown:
@@ -409,7 +430,7 @@ def _judged(
 ) -> tuple[QuantizedKernel, ...]:
     """Measure the effect of rounding on every weight; warn, refuse or leave in float as requested."""
     names = tuple(weight.name for weight in weights)
-    kept = {_checks.choice("every entry of keep", name, names) for name in ([keep] if isinstance(keep, str) else keep)}
+    kept = {_checks.choice("every entry of keep", name, names) for name in keep}
     kernels = tuple(_rounded(weight, steps, kept, noisy=outliers == "float") for weight in weights)
     noisy = sorted((kernel for kernel in kernels if _ratio(kernel) < NOISY and kernel.name not in kept), key=_ratio)
     if noisy and outliers != "float":

@@ -182,8 +182,7 @@ def specialize(
         if policy == "auto":
             chosen, found = _within(model, work, reached, tried, loader, tolerance, effects)
             measured = found or effects.unchanged.difference()
-        before = None if report is None else bench.cost(work, example)
-        result = model if inplace else work
+        result, untouched = (model, work) if inplace else (work, model)
         places = _routed_layers(result)
         found_at = {module: name for name, module in result.named_modules()}
         result = _history.carry(result, walk.replace(result, {places[name]: statics[name] for name in chosen}))
@@ -191,10 +190,10 @@ def specialize(
             _history.note(result, "specialize", layers=[found_at[places[name]] for name in chosen])
         log.info("%s", _headline(chosen, layers, policy, tolerance, measured))
         _warn(layers, reached, chosen, effects, tolerance)
-        if report is None or before is None:
+        if report is None:
             return result
         with quick(result) as fast:
-            after = bench.cost(fast, example)
+            before, after = bench.cost(untouched, example), bench.cost(fast, example)
     stages = anatomy(model).count_stages(list(layers))
     report(
         Specialization(
@@ -377,8 +376,9 @@ class _Effects:
 
     def measure(self, model: nn.Module, layers: Layers, statics: Statics, loader: Iterable[Any]) -> None:
         """Run the model and all its variants on every batch of a loader."""
+        alone = {name: layers[name] for name in self.alone}
         for images, labels in batches(loader, model):
-            alone = {name: layers[name] for name in self.alone}
+            given = {"labels": labels, "images": len(images), "size": images.shape[-2:]}
             with _watched(alone, lambda name, x, y: self.own[name].add(y, statics[name](x))):
                 outputs = model(images)
             self._sums &= detections(outputs) is None
@@ -387,15 +387,15 @@ class _Effects:
             for name, tally in self.alone.items():
                 with _swapped(model, layers, statics, [name]) as variant:
                     moved = variant(images)
-                tally.add(outputs, moved, labels, images=len(images), size=images.shape[-2:])
+                tally.add(outputs, moved, **given)
                 if self._sums:
                     pairs = zip(shifted, plain, comparable(outputs, moved)[1], strict=True)
                     shifted = [sum_ + (new.double() - old.double()) for sum_, old, new in pairs]
             with _swapped(model, layers, statics, layers) as variant:
-                self.together.add(outputs, variant(images), labels, images=len(images), size=images.shape[-2:])
+                self.together.add(outputs, variant(images), **given)
             if self._sums:
-                self._summed.add(outputs, shifted, labels, images=len(images), size=images.shape[-2:])
-            self.unchanged.add(outputs, outputs, labels, images=len(images), size=images.shape[-2:])
+                self._summed.add(outputs, shifted, **given)
+            self.unchanged.add(outputs, outputs, **given)
 
 
 def _independent(changes: Iterable[Difference]) -> float:
