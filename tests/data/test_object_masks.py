@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as reference
 
-from widefield.data.object_masks import POLYGONS, RUNS, Outlines, fifths, polygon_mask, runs
+from widefield.data.object_masks import POLYGONS, RUNS, Outlines, fifths, runs
 
 # NumPy 2 deprecates how pycocotools 2.0.11 makes arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -19,13 +19,20 @@ CORNERS = {
 }
 
 
+def single(kind, part, height, width):
+    """Return the mask of one object of one part."""
+    part = np.array(part, np.int32)
+    made = Outlines(np.array([kind], np.uint8), np.array([0, 1]), np.array([0, len(part)]), part)
+    return made.masks(0, 1, height, width)[0]
+
+
 @pytest.mark.parametrize("kind", CORNERS)
 @settings(max_examples=100)
 @given(data=st.data(), height=SIDES, width=SIDES)
 def test_polygons_are_rasterized_as_by_pycocotools(kind, data, height, width):
     points = data.draw(st.lists(CORNERS[kind], min_size=6, max_size=16).filter(lambda v: len(v) % 2 == 0))
     (expected,) = reference.decode(reference.frPyObjects([points], height, width)).transpose(2, 0, 1)
-    np.testing.assert_array_equal(polygon_mask(points, height, width), expected.astype(bool))
+    np.testing.assert_array_equal(single(POLYGONS, fifths(points), height, width), expected.astype(bool))
 
 
 @settings(max_examples=60)
@@ -58,9 +65,7 @@ def test_objects_of_several_parts_are_united_as_by_pycocotools(data, height, wid
 
 
 def decoded(rle, height, width):
-    lengths = runs(rle, height, width)
-    kinds = np.array([RUNS], np.uint8)
-    return Outlines(kinds, np.array([0, 1]), np.array([0, len(lengths)]), lengths).masks(0, 1, height, width)[0]
+    return single(RUNS, runs(rle, height, width), height, width)
 
 
 @settings(max_examples=150)

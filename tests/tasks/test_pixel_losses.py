@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tolerances import FLOAT64, close
-from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels, pixel_accuracy
+from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 
 EPS = 1.1920928955078125e-07
 
@@ -125,9 +125,3 @@ def test_dice(shape: Any, seed: int, ignored: float) -> None:
             p, t = shares[n, k][valid], mask[n].numpy()[valid] == k
             values.append(1 - (2 * (p * t).sum() + 1) / ((p**2).sum() + t.sum() + 1))
     close(dice_loss(logits, mask), torch.tensor(np.mean(values)), FLOAT64)
-
-
-def test_accuracy_in_percent_without_the_ignored() -> None:
-    logits = torch.eye(3, dtype=torch.float64)[torch.tensor([[[0, 1, 2, 2]]])].permute(0, 3, 1, 2)
-    assert pixel_accuracy(logits, torch.tensor([[[0, 2, 255, 2]]])).item() == pytest.approx(200 / 3)
-    assert pixel_accuracy(logits, torch.full((1, 1, 4), 255)).item() == 0

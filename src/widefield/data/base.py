@@ -117,9 +117,10 @@ class SampleSet(Dataset[Sample | None], ABC):
         return ()
 
     def found(self) -> str:
-        """Return one line: the number of samples, where they are, and what was left out and why."""
+        """Return one line: the number of samples, where they are, their classes, and what was left out and why."""
         where = f" in {self.place}" if self.place else ""
-        return f"{self.split}: {counted(len(self), 'image')}{where}"
+        classes = f", {counted(len(self.classes), 'class', 'classes')}" if self.classes else ""
+        return f"{self.split}: {counted(len(self), 'image')}{where}{classes}"
 
     @contextmanager
     def visited(self, visit: int) -> Iterator[None]:
@@ -149,10 +150,6 @@ class SquareImages(SampleSet):
     def image_shape(self) -> tuple[int, int, int]:
         """Return (C, H, W) of the images."""
         return len(self.mean), self.image_size, self.image_size
-
-    def found(self) -> str:
-        """Return one line: images and classes of the split, and what was left out and why."""
-        return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
 
 
 class LabeledImages(SquareImages):

@@ -113,8 +113,8 @@ class ConflictImages:
     def found(self) -> str:
         """Return one line: images and classes, and what was left out and why."""
         shapes = {shape for shape, _ in self._labels}
-        left_out = f"; left out: {self._skipped}" if self._skipped else ""
-        return f"{counted(len(self), 'image')} in {self.folder}, {counted(len(shapes), 'class', 'classes')}{left_out}"
+        classes = counted(len(shapes), "class", "classes")
+        return f"{counted(len(self), 'image')} in {self.folder}, {classes}{self._skipped.clause()}"
 
     def _parsed(self, path: Path) -> tuple[int, int]:
         """Return the labels of shape and texture in a file's name."""

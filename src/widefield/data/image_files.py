@@ -100,9 +100,8 @@ class EncodedImages(SquareImages):
         """Return one line: images, classes, classes without images, and what was left out and why."""
         empty = np.flatnonzero(self._images_by_class() == 0)
         without = f" ({len(empty):,} without images, such as {self.classes[empty[0]]!r})" if len(empty) else ""
-        left_out = f"; left out: {self.skipped}" if self.skipped else ""
         same = alike(self.classes)
-        return f"{super().found()}{without}{left_out}{f'; warning:{same}' if same else ''}"
+        return f"{super().found()}{without}{self.skipped.clause()}{f'; warning:{same}' if same else ''}"
 
     @abstractmethod
     def _images_by_class(self) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from widefield import _checks
 from widefield.data.class_map import alike, listed, read_class_map
 from widefield.data.image_files import MultiLabelFiles
 from widefield.data.listing import Skipped
-from widefield.data.pairs import check_files, part_of
+from widefield.data.pairs import check_files, csv_rows, part_of
 
 _COLUMNS = "file,labels or file,labels,split"
 _FORMS = 'a list of {"file": ..., "labels": [...], "split": ...}, or an object {FILE: [LABEL, ...]}'
@@ -104,23 +103,15 @@ def _rows(path: Path, separator: str) -> Iterator[_Row]:
 
 
 def _csv_rows(path: Path, separator: str) -> Iterator[_Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        for name in ("file", "labels"):
-            if name not in columns:
-                raise ValueError(
-                    f"{str(path)!r} has no column {name!r}; it has {listed(columns) or 'none'}. Its first line must "
-                    f"name the columns: {_COLUMNS}."
-                )
-        for line, row in enumerate(reader, 2):
-            where = f"line {line} of {str(path)!r}"
-            if not (row["file"] or "").strip() or row["labels"] is None:
-                raise ValueError(f"{where} lacks a file or labels: {dict(row)!r}.")
-            names = (name.strip() for name in row["labels"].split(separator))
-            part = (row["split"] or "").strip() if "split" in columns else None
-            yield _Row(row["file"].strip(), tuple(name for name in names if name), part, where)
+    columns, rows = csv_rows(path, ("file", "labels"), _COLUMNS)
+    for line, row in enumerate(rows, 2):
+        where = f"line {line} of {str(path)!r}"
+        file, labels = (row["file"] or "").strip(), row["labels"]
+        if not file or labels is None:
+            raise ValueError(f"{where} lacks a file or labels: {row!r}.")
+        names = (name.strip() for name in labels.split(separator))
+        part = (row["split"] or "").strip() if "split" in columns else None
+        yield _Row(file, tuple(name for name in names if name), part, where)
 
 
 def _json_rows(path: Path) -> Iterator[_Row]:

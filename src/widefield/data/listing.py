@@ -43,6 +43,14 @@ class Skipped:
             for reason, (count, first) in self.reasons.items()
         )
 
+    def clause(self, what: str = "left out") -> str:
+        """Return the reasons as the end of a line, such as ``; left out: 2 hidden (...)``; empty if there are none."""
+        return f"; {what}: {self}" if self else ""
+
+    def sentence(self) -> str:
+        """Return the reasons as a further sentence of an error; empty if there are none."""
+        return f" Left out: {self}." if self else ""
+
 
 def counted(number: int, one: str, many: str | None = None) -> str:
     """Return a number and a noun, such as ``1 image`` and ``1,200 images``."""

@@ -100,7 +100,7 @@ class SegmentationFiles(SegmentationSet):
 
     def found(self) -> str:
         """Return one line: images and classes of the split, and what was left out and why."""
-        return f"{super().found()}{f'; left out: {self.skipped}' if self.skipped else ''}"
+        return f"{super().found()}{self.skipped.clause()}"
 
     def _identity(self) -> Iterable[bytes]:
         yield from self._images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv as csv_files
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,11 @@ import numpy as np
 
 from widefield import _checks
 from widefield._pixels import IGNORED
-from widefield.data.class_map import listed
 from widefield.data.decoding import CorruptImageError, LabelError
 from widefield.data.labels import FORMS, LabelFormat, class_names, colors_of, values_of
 from widefield.data.listing import Skipped
 from widefield.data.mask_files import SegmentationFiles
-from widefield.data.pairs import Pairs, check_files, pair_up, part_of
+from widefield.data.pairs import Pairs, check_files, csv_rows, pair_up, part_of
 from widefield.data.segmentation import Color
 
 _LAYOUT = "Set images and labels to the folders' names below root; {split} stands for the name of the split."
@@ -179,17 +177,7 @@ def _read_csv(root: Path, path: Path, part: dict[str, str], split: str, fraction
     """Return the pairs of a CSV file, those of ``split`` only if it has such a column."""
     if not path.is_file():
         raise FileNotFoundError(f"csv must be a file with the columns image and mask; there is no file {str(path)!r}.")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv_files.DictReader(file)
-        columns = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = columns
-        rows = list(reader)
-    for name in _COLUMNS:
-        if name not in columns:
-            raise ValueError(
-                f"{str(path)!r} has no column {name!r}; it has {listed(columns) or 'none'}. Its first line must name "
-                f"the columns: image,mask, or image,mask,split."
-            )
+    columns, rows = csv_rows(path, _COLUMNS, "image,mask, or image,mask,split")
     if ("split" in columns) == bool(fraction):
         raise ValueError(
             f"{str(path)!r} has a column split and val_fraction is set: leave out one of the two."

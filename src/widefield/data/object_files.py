@@ -140,9 +140,7 @@ class ObjectFiles(DetectionSet):
         counts = self.index.counts[self.rows]
         without = counted(int((counts == 0).sum()), "image")
         objects = f", {counted(int(counts.sum()), 'object')} ({without} without)"
-        left_out = f"; left out: {self.skipped}" if self.skipped else ""
-        repaired = f"; repaired: {self.repaired}" if self.repaired else ""
-        return f"{super().found()}{objects}{left_out}{repaired}"
+        return f"{super().found()}{objects}{self.skipped.clause()}{self.repaired.clause('repaired')}"
 
     def _identity(self) -> Iterable[bytes]:
         yield from self.index.names[self.rows]

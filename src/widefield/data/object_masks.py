@@ -65,18 +65,6 @@ def fifths(polygon: Sequence[float]) -> list[int]:
     return [int(_FIFTHS * value + 0.5) for value in polygon]
 
 
-def polygon_mask(polygon: Sequence[float], height: int, width: int) -> NDArray[np.bool_]:
-    """Return the pixels inside a polygon, (height, width), as pycocotools rasterizes it.
-
-    Args:
-        polygon: its corners x0, y0, x1, y1, ... in pixels; they may be outside the image.
-        height, width: of the image in pixels.
-    """
-    canvas = np.zeros((height, width), np.bool_)
-    _fill([np.array(fifths(polygon), np.int32)], np.zeros(1, np.int64), canvas[None])
-    return canvas
-
-
 def _fill(polygons: Sequence[NDArray[np.int32]], owners: NDArray[np.int64], masks: NDArray[np.bool_]) -> None:
     """Add the pixels inside of polygons to masks (M, height, width).
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 
 from widefield.data.base import SampleSet
-from widefield.data.listing import counted
 from widefield.data.segmentation import Color
 
 
@@ -44,10 +43,6 @@ class DetectionSet(SampleSet):
     def object_classes(self) -> tuple[str, ...]:
         """Return the names of the objects' classes."""
         return self.classes
-
-    def found(self) -> str:
-        """Return one line: images and classes of the split, and what was left out or repaired and why."""
-        return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
 
 
 _OKABE_ITO: tuple[Color, ...] = (

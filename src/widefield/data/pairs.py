@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from widefield.data.class_map import listed
 from widefield.data.listing import Skipped, images_in
 
 
@@ -62,8 +65,7 @@ def pair_up(
     found = _stems(root / images, image_suffix, skipped, layout)
     known = _stems(root / labels, label_suffix, skipped, layout)
     if not found:
-        left_out = f" Left out: {skipped}." if skipped else ""
-        raise FileNotFoundError(f"{str(root / images)!r} holds no images.{left_out} {layout}".rstrip())
+        raise FileNotFoundError(f"{str(root / images)!r} holds no images.{skipped.sentence()} {layout}".rstrip())
     missing = [stem for stem in found if stem not in known]
     if missing:
         example = root / labels / _label_of(missing[0], known, label_suffix)
@@ -126,6 +128,31 @@ def part_of(names: Sequence[str], split: str, fraction: float) -> list[int]:
     order = sorted(range(count), key=lambda place: hashlib.sha256(os.fsencode(names[place])).digest())
     held_out = set(order[: min(count - 1, max(1, math.floor(fraction * count + 0.5)))])
     return [place for place in range(count) if (place in held_out) == (split == "val")]
+
+
+def csv_rows(path: Path, needed: Sequence[str], columns: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the columns and the rows of a CSV file.
+
+    Args:
+        path: of the file; its first line names the columns.
+        needed: columns that it must have.
+        columns: those that it may have, for the message.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        found = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = found
+        rows = list(reader)
+    for name in needed:
+        if name not in found:
+            raise ValueError(
+                f"{str(path)!r} has no column {name!r}; it has {listed(found) or 'none'}. Its first line must name the "
+                f"columns: {columns}."
+            )
+    return found, rows
 
 
 def check_files(root: Path, paths: Sequence[str], what: str, hint: str) -> None:

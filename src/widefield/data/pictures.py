@@ -138,8 +138,7 @@ class Pictures(LabeledImages):
         if not self._files:
             return f"{counted(len(self), 'image')} of {self.source}"
         classes = f", {counted(len(self.classes), 'class', 'classes')}" if self.classes else ""
-        left_out = f"; left out: {self._skipped}" if self._skipped else ""
-        return f"{len(self):,} of {counted(len(self._files), 'image')} in {self.place}{classes}{left_out}"
+        return f"{len(self):,} of {counted(len(self._files), 'image')} in {self.place}{classes}{self._skipped.clause()}"
 
     def name(self, index: int) -> str:
         """Return an image's name: its file, or its place in the data set."""
@@ -231,8 +230,7 @@ def _files(root: Path) -> tuple[Path, list[Path], Skipped]:
     skipped = Skipped()
     found = sorted(map(Path, images_in(root, skipped)))
     if not found:
-        left_out = f" Left out: {skipped}." if skipped else ""
-        raise FileNotFoundError(f"{str(root)!r} holds no images ({', '.join(IMAGE_ENDINGS)}).{left_out}")
+        raise FileNotFoundError(f"{str(root)!r} holds no images ({', '.join(IMAGE_ENDINGS)}).{skipped.sentence()}")
     return root, found, skipped
 
 

@@ -166,8 +166,9 @@ class PoseSet(SampleSet):
         self.boxes = self._true_boxes() if found is None else self._with_empty(found)
         if not len(self):
             where = f" in {place}" if place else ""
-            left_out = f" Left out: {self.skipped}." if self.skipped else ""
-            raise AnnotationError(f"the {self.split} split{where} has no people with a labeled key point.{left_out}")
+            raise AnnotationError(
+                f"the {self.split} split{where} has no people with a labeled key point.{self.skipped.sentence()}"
+            )
         self._sampler = CropSampler(self._augmentation, skeleton, self.crop_size, self.padding, udp=self.udp)
 
     def _true_boxes(self) -> BoxList:
@@ -230,10 +231,9 @@ class PoseSet(SampleSet):
         held = np.isfinite(self.boxes.scores)  # the others stand for files without boxes
         given = counted(boxes, one, many) if boxes else f"{counted(int(held.sum()), 'box', 'boxes')} of a detector"
         files = counted(len(np.unique(self.boxes.files[held])), "image")
-        left_out = f"; left out: {self.skipped}" if self.skipped else ""
         return (
             f"{self.split}: {given} in {files}{where}, {counted(len(self.skeleton), 'key point')}, "
-            f"{counted(len(self.classes), 'class', 'classes')}{left_out}"
+            f"{counted(len(self.classes), 'class', 'classes')}{self.skipped.clause()}"
         )
 
     def _identity(self) -> Iterable[bytes]:

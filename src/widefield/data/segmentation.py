@@ -5,7 +5,6 @@ from __future__ import annotations
 from widefield import _checks
 from widefield._pixels import IGNORED
 from widefield.data.base import SampleSet
-from widefield.data.listing import counted
 
 Color = tuple[int, int, int]
 """(red, green, blue), each from 0 to 255."""
@@ -45,10 +44,6 @@ class SegmentationSet(SampleSet):
         if self.split == "train" and self.crop_size is not None:
             return (len(self.mean), *self.crop_size)
         return super().image_shape
-
-    def found(self) -> str:
-        """Return one line: images and classes of the split, and what was left out and why."""
-        return f"{super().found()}, {counted(len(self.classes), 'class', 'classes')}"
 
 
 def default_palette(count: int) -> tuple[Color, ...]:

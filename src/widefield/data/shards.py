@@ -88,9 +88,8 @@ class Shards(ImageFiles):
         self._index = tar_index(self._source, self._tars, label_key, store)
         skipped = Skipped({reason: (int(count), first) for reason, count, first in self._index.skipped.tolist()})
         if not len(self._index.names):
-            left_out = f" Left out: {skipped}." if skipped else ""
             first = self._source.of(self._tars[0])
-            raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {first} among them.{left_out}")
+            raise FileNotFoundError(f"no image in {len(self._tars)} tar files, {first} among them.{skipped.sentence()}")
         self._hold(*self._classes(class_map), skipped)
         self.place = self._source.place
 

@@ -127,8 +127,9 @@ def _images(root: Path, path: Path, content: dict[str, Any], split: str, skipped
             raise FileNotFoundError(f"{path}: {split} names {place!r}, and there is no {str(tried[0])!r}.")
         found += images_in(here, skipped) if here.is_dir() else _listed(here)
     if not found:
-        left_out = f" Left out: {skipped}." if skipped else ""
-        raise FileNotFoundError(f"{path}: there are no images of the split {split} in {brief(given)}.{left_out}")
+        raise FileNotFoundError(
+            f"{path}: there are no images of the split {split} in {brief(given)}.{skipped.sentence()}"
+        )
     inside = os.path.join(root, "")  # noqa: PTH118 (a Path drops the separator)
     return list(dict.fromkeys(os.path.normpath(name).removeprefix(inside) for name in found))
 

@@ -18,18 +18,17 @@ MOST = 30
 
 
 @report.paper()
-def confusion_figure(counts: NDArray[np.floating[Any]], names: Sequence[str], of: str, most: int = MOST) -> Figure:
+def confusion_figure(counts: NDArray[np.floating[Any]], names: Sequence[str], of: str) -> Figure:
     """Draw a confusion matrix as shares of the true class.
 
     Args:
         counts: (K, K), by (true class, predicted class).
         names: of the classes.
         of: what is counted, such as "pixels".
-        most: largest number of classes; of more, those with the most wrong predictions are drawn.
     """
     wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
     present = np.flatnonzero(counts.sum(0) + counts.sum(1))
-    chosen = np.sort(present[np.argsort(-wrong[present], kind="stable")][:most])
+    chosen = np.sort(present[np.argsort(-wrong[present], kind="stable")][:MOST])
     total = counts.sum(1, keepdims=True)
     shares = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)[np.ix_(chosen, chosen)]
     short = [_short(names[k]) for k in chosen]

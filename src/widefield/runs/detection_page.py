@@ -8,7 +8,7 @@ import numpy as np
 
 from widefield import report
 from widefield.report import Part, Plot, Section, Table
-from widefield.runs.confusion_figure import MOST, confusion_figure
+from widefield.runs.confusion_figure import confusion_figure
 from widefield.tasks import DetectionScores
 from widefield.tasks.detection_errors import CONFUSION_SCORE
 
@@ -106,11 +106,10 @@ def draw_errors(scores: DetectionScores) -> Figure:
     return figure
 
 
-def draw_object_confusion(scores: DetectionScores, most: int = MOST) -> Figure:
+def draw_object_confusion(scores: DetectionScores) -> Figure:
     """Draw which class is detected where objects of each class are, as shares of the class's objects.
 
     Args:
         scores: of an evaluation.
-        most: largest number of classes; of more, those with the most mistakes are drawn.
     """
-    return confusion_figure(scores.confusion.double().numpy(), [*scores.classes, "none"], "detections", most)
+    return confusion_figure(scores.confusion.double().numpy(), [*scores.classes, "none"], "detections")

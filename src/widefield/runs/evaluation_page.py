@@ -134,7 +134,7 @@ def evaluation_sections(
 def _of_classification(scores: ClassificationScores) -> list[Section]:
     classes, shown_classes = len(scores.classes), scores.weakest(MOST)
     listed = f"The {MOST} of {classes} classes with the lowest accuracy. " if classes > MOST else ""
-    figure = confusion_figure(scores.confusion.double().numpy(), scores.classes, "images", MOST)
+    figure = confusion_figure(scores.confusion.double().numpy(), scores.classes, "images")
     return [
         Section("Classes", [Table(shown_classes, "Classes"), listed + _INTERVALS]),
         Section("What is mistaken for what", [Plot(figure, _MISTAKEN)]),
@@ -189,14 +189,13 @@ def rows_by_size(scores: SegmentationScores) -> list[dict[str, str]]:
     return rows
 
 
-def draw_confusion(scores: SegmentationScores, most: int = MOST) -> Figure:
+def draw_confusion(scores: SegmentationScores) -> Figure:
     """Draw which class the pixels of each class get, as shares of the true class.
 
     Args:
         scores: of an evaluation.
-        most: largest number of classes; of more, those with the most wrong pixels are drawn.
     """
-    return confusion_figure(scores.confusion.double().numpy(), scores.classes, "pixels", most)
+    return confusion_figure(scores.confusion.double().numpy(), scores.classes, "pixels")
 
 
 def example_card(example: Example, subject: Subject, min_score: float = MIN_SCORE) -> report.Card:

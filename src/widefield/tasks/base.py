@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from widefield.data import Sample
 from widefield.report import Report
+from widefield.surgery.answers import evaluating
 from widefield.tasks.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -71,6 +72,18 @@ def built(
         return model(backbone, len(classes), **head_args)
     except TypeError as error:
         raise TypeError(f"task.args.head_args: {model.__name__} refuses {dict(head_args)}: {error}") from error
+
+
+def tried(model: nn.Module, shape: tuple[int, int, int]) -> Any:
+    """Return what a model gives for a black image, from one forward pass in evaluation mode.
+
+    Args:
+        model: left in its mode.
+        shape: (C, H, W) of the image.
+    """
+    first = next(model.parameters(), torch.empty(0))
+    with evaluating(model), torch.no_grad():
+        return model(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
 
 
 class Labeled(Protocol):

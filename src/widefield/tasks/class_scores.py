@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from widefield._intervals import wilson
 from widefield.report import Report
+from widefield.tasks.metric_names import finite, percent
 
 MOST_CLASSES = 4096
 """Classifiers of more classes are not counted by pairs of classes: of 21,841, these would take 3.8 GB."""
@@ -58,8 +59,8 @@ class ClassificationScores(Report):
         weakest = ", ".join(f"{row['class']} {row['accuracy']}" for row in self.weakest(3))
         count = int(self.confusion.sum())
         return (
-            f"top-1 {_percent(found['top1'])} of {count:,} images; mean over classes {_percent(found['class_mean'])}; "
-            f"lowest: {weakest}"
+            f"top-1 {percent(found['top1'], 1)} of {count:,} images; "
+            f"mean over classes {percent(found['class_mean'], 1)}; lowest: {weakest}"
         )
 
     def rows(self) -> list[dict[str, str]]:
@@ -79,20 +80,20 @@ class ClassificationScores(Report):
         return {
             "class": self.classes[index],
             "images": str(count),
-            "accuracy": _percent(float(self.accuracy[index])),
+            "accuracy": percent(float(self.accuracy[index]), 1),
             "95 %": f"{100 * low:.1f} to {100 * high:.1f}" if count else "-",
-            "precision": _percent(float(self.precision[index])),
+            "precision": percent(float(self.precision[index]), 1),
             "mistaken for": self.classes[int(others.argmax())] if missed else "-",
-            "in": _percent(missed / count) if missed else "-",
+            "in": percent(missed / count, 1) if missed else "-",
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types; what is not a number becomes None."""
         named = {"accuracy": self.accuracy, "precision": self.precision}
         return {
-            "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics().items()},
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "classes": list(self.classes),
-            **{name: [x if math.isfinite(x) else None for x in values.tolist()] for name, values in named.items()},
+            **{name: [finite(x) for x in values.tolist()] for name, values in named.items()},
             "confusion": self.confusion.tolist(),
         }
 
@@ -152,7 +153,3 @@ class AnyOf(Metric):
     def compute(self) -> Tensor:
         """Return the fraction; NaN if no sample counted."""
         return self.hits / self.counted
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}%"

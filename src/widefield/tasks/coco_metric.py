@@ -106,10 +106,6 @@ class CocoMetric(RecordMetric[DetectionScores]):
         for place, found, true in zip(self.places(len(preds), index), preds, target, strict=True):
             self._add(place, found, true)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return the metrics of :meth:`DetectionScores.metrics` as float64 scalars on the CPU."""
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scores().metrics().items()}
-
     def _scores(self) -> DetectionScores:
         rows = self.kept("rows")
         rows = rows[np.argsort(rows["image"], kind="stable")]

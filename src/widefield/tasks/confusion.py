@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from widefield._pixels import IGNORED, NO_OBJECT, intersection_over_union
 from widefield.report import Report
+from widefield.tasks.metric_names import finite, percent
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class SegmentationScores(Report):
 
     def summary(self) -> str:
         """Return the metrics in percent, and the number of pixels, as one line."""
-        numbers = ", ".join(f"{name} {_percent(value)}" for name, value in self.metrics().items())
+        numbers = ", ".join(f"{name} {percent(value)}" for name, value in self.metrics().items())
         return f"{numbers}; {int(self.counts.sum()):,} pixels of {len(self.classes)} classes"
 
     def rows(self) -> list[dict[str, str]]:
@@ -101,11 +102,11 @@ class SegmentationScores(Report):
             rows.append(
                 {
                     "class": name,
-                    "IoU": _percent(float(self.iou[index])),
-                    "accuracy": _percent(float(self.accuracy[index])),
-                    "pixels": _percent(int(confusion[index].sum()) / total),
+                    "IoU": percent(float(self.iou[index])),
+                    "accuracy": percent(float(self.accuracy[index])),
+                    "pixels": percent(int(confusion[index].sum()) / total),
                     "mistaken for": self.classes[int(wrong[index].argmax())] if missed else "-",
-                    "in": _percent(missed / int(confusion[index].sum())) if missed else "-",
+                    "in": percent(missed / int(confusion[index].sum())) if missed else "-",
                 }
             )
         return rows
@@ -113,10 +114,10 @@ class SegmentationScores(Report):
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types; what is not a number becomes None."""
         return {
-            "metrics": {name: _json(value) for name, value in self.metrics().items()},
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "classes": list(self.classes),
-            "iou": [_json(value) for value in self.iou.tolist()],
-            "accuracy": [_json(value) for value in self.accuracy.tolist()],
+            "iou": [finite(value) for value in self.iou.tolist()],
+            "accuracy": [finite(value) for value in self.accuracy.tolist()],
             "confusion": self.confusion.tolist(),
             "size_groups": list(self.size_groups),
         }
@@ -224,11 +225,3 @@ def _iou(confusion: Tensor) -> Tensor:
 def _mean(values: Tensor) -> float:
     """Return the mean of the values that are not NaN; NaN if there are none."""
     return float(values.nanmean())
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}%"
-
-
-def _json(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from widefield._coco.curves import Floats, Ints, mean
 from widefield._coco.matching import AREAS
 from widefield.report import Report
 from widefield.tasks.detection_errors import CONFUSION_SCORE, DetectionErrors, DetectionTally, mistakes
+from widefield.tasks.metric_names import finite, heading, percent
 
 AVERAGE_PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The figures that are metrics."""
@@ -105,7 +105,7 @@ class DetectionScores(Report):
 
     def summary(self) -> str:
         """Return the metrics in percent, and the number of objects, as one line."""
-        numbers = ", ".join(f"{name} {_percent(value)}" for name, value in self.metrics().items())
+        numbers = ", ".join(f"{name} {percent(value)}" for name, value in self.metrics().items())
         return f"{numbers}; {int(self.objects.sum()):,} objects of {len(self.classes)} classes"
 
     def rows(self) -> list[dict[str, str]]:
@@ -113,7 +113,7 @@ class DetectionScores(Report):
         return [
             {"class": name, "objects": f"{int(self.objects[index]):,}"}
             | {
-                f"{kind} {title}": _percent(float(values[index]))
+                f"{kind} {title}": percent(float(values[index]))
                 for kind, scores in self.kinds.items()
                 for title, values in (("AP", scores.ap), ("AP50", scores.ap50))
             }
@@ -123,7 +123,7 @@ class DetectionScores(Report):
     def figure_rows(self) -> list[dict[str, str]]:
         """Return one row per kind: COCO's twelve figures."""
         return [
-            {"of": kind} | {_title(name): _percent(value) for name, value in scores.figures.items()}
+            {"of": kind} | {heading(name): percent(value) for name, value in scores.figures.items()}
             for kind, scores in self.kinds.items()
         ]
 
@@ -131,7 +131,7 @@ class DetectionScores(Report):
         """Return one row per finer group of objects by size: objects and average precision."""
         return [
             {"size": name, "objects": f"{int(self.objects_by_size[index].sum()):,}"}
-            | {f"{kind} AP": _percent(float(scores.ap_by_size[index])) for kind, scores in self.kinds.items()}
+            | {f"{kind} AP": percent(float(scores.ap_by_size[index])) for kind, scores in self.kinds.items()}
             for index, name in enumerate(self.size_bins)
         ]
 
@@ -142,7 +142,7 @@ class DetectionScores(Report):
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types; what is not a number becomes None."""
         return {
-            "metrics": {name: _json(value) for name, value in self.metrics().items()},
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "classes": list(self.classes),
             "objects": self.objects.tolist(),
             "size_bins": list(self.size_bins),
@@ -151,10 +151,10 @@ class DetectionScores(Report):
             "confusion_score": CONFUSION_SCORE,
             **{
                 kind: {
-                    "figures": {name: _json(value) for name, value in scores.figures.items()},
-                    "ap": [_json(value) for value in scores.ap.tolist()],
-                    "ap50": [_json(value) for value in scores.ap50.tolist()],
-                    "ap_by_size": [_json(value) for value in scores.ap_by_size.tolist()],
+                    "figures": {name: finite(value) for name, value in scores.figures.items()},
+                    "ap": [finite(value) for value in scores.ap.tolist()],
+                    "ap50": [finite(value) for value in scores.ap50.tolist()],
+                    "ap_by_size": [finite(value) for value in scores.ap_by_size.tolist()],
                     "errors": scores.errors.to_dict(),
                 }
                 for kind, scores in self.kinds.items()
@@ -166,16 +166,3 @@ def _by_class(precision: Floats) -> Floats:
     """Return the mean over thresholds and recalls (T, R, K) of each class, (K,); NaN without objects."""
     found: Floats = precision.mean((0, 1))
     return np.where(found < 0, np.nan, found)
-
-
-def _title(name: str) -> str:
-    word, _, rest = name.partition("_")
-    return f"{word.upper()} {rest}".strip()
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}%"
-
-
-def _json(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from widefield import _checks
-from widefield.surgery.answers import described, evaluating, wrapping
-from widefield.tasks.base import Task
+from widefield.surgery.answers import described, wrapping
+from widefield.tasks.base import Task, tried
 
 
 class ImageClasses(Task):
@@ -59,11 +58,8 @@ def count_outputs(model: nn.Module, shape: tuple[int, int, int]) -> int:
     Raises:
         ValueError: the model refuses such images, or does not return one vector per image.
     """
-    first = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
     try:
-        with evaluating(model), torch.no_grad():
-            logits = model(image)
+        logits = tried(model, shape)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -37,9 +37,25 @@ def lower_is_better(metric: str) -> bool:
 
 def shown(metric: str, value: float | None) -> str:
     """Return a metric's value as text: shares in percent, others with four digits; ``-`` for none."""
-    if value is None or (is_share(metric) and math.isnan(value)):
+    if value is None:
         return "-"
-    return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
+    return percent(value) if is_share(metric) else f"{value:.4g}"
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Return a share as text, in percent; ``-`` for NaN."""
+    return "-" if math.isnan(share) else f"{100 * share:.{digits}f}%"
+
+
+def finite(value: float) -> float | None:
+    """Return a number for JSON, which has neither NaN nor infinity: None for these."""
+    return value if math.isfinite(value) else None
+
+
+def heading(name: str) -> str:
+    """Return the name of a figure of COCO as a heading, such as ``AP small`` for ``ap_small``."""
+    word, _, rest = name.partition("_")
+    return f"{word.upper()} {rest}".strip()
 
 
 def is_share(metric: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from widefield.report import Report
+from widefield.tasks.metric_names import finite, percent
 from widefield.tasks.records import RecordMetric
 
 
@@ -76,8 +77,8 @@ class MultiLabelScores(Report):
         found = self.metrics()
         weakest = ", ".join(f"{row['class']} {row['AP']}" for row in self.weakest(3))
         return (
-            f"mAP {_percent(found['map'])} of {self.images:,} images; from a probability of {self.threshold:g}: CF1 "
-            f"{_percent(found['cf1'])}, OF1 {_percent(found['of1'])}; lowest AP: {weakest}"
+            f"mAP {percent(found['map'], 1)} of {self.images:,} images; from a probability of {self.threshold:g}: CF1 "
+            f"{percent(found['cf1'], 1)}, OF1 {percent(found['of1'], 1)}; lowest AP: {weakest}"
         )
 
     def rows(self) -> list[dict[str, str]]:
@@ -93,7 +94,7 @@ class MultiLabelScores(Report):
         named = {
             "AP": self.average_precision, "precision": self.precision, "recall": self.recall, "F1": self.f1,
         }  # fmt: skip
-        shares = {name: _percent(float(values[index])) for name, values in named.items()}
+        shares = {name: percent(float(values[index]), 1) for name, values in named.items()}
         return {"class": self.classes[index], "images": str(int(self.counts[index, 1])), **shares}
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,9 +104,9 @@ class MultiLabelScores(Report):
             "f1": self.f1,
         }  # fmt: skip
         return {
-            "metrics": {name: value if math.isfinite(value) else None for name, value in self.metrics().items()},
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
             "classes": list(self.classes),
-            **{name: [x if math.isfinite(x) else None for x in values.tolist()] for name, values in named.items()},
+            **{name: [finite(x) for x in values.tolist()] for name, values in named.items()},
             "images": self.counts[:, 1].tolist(),
             "given": self.counts[:, 2].tolist(),
             "threshold": self.threshold,
@@ -134,10 +135,6 @@ class MultiLabelMetric(RecordMetric[MultiLabelScores]):
         records["logits"], records["present"] = preds.float().cpu().numpy(), target.cpu().numpy()
         self.keep("images", records)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``map``, ``cf1`` and ``of1``; see `MultiLabelScores.metrics`."""
-        return {name: torch.tensor(value) for name, value in self.scores().metrics().items()}
-
     def _scores(self) -> MultiLabelScores:
         from torchmetrics.functional.classification import binary_average_precision
 
@@ -150,7 +147,3 @@ class MultiLabelMetric(RecordMetric[MultiLabelScores]):
         given = probabilities >= self.threshold
         counts = torch.stack([(given & present).sum(0), present.sum(0), given.sum(0)], 1)
         return MultiLabelScores(self.classes, precision, counts, len(records), self.threshold)
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}%"

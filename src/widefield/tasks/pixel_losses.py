@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widefield._pixels import IGNORED, best_class
+from widefield._pixels import IGNORED
 
 EPS = torch.finfo(torch.float32).eps
 """Added to the number of pixels in denominators (1.19e-7), as in mmsegmentation."""
@@ -107,17 +107,3 @@ def dice_loss(logits: Tensor, mask: Tensor, *, ignore_index: int = IGNORED) -> T
     both = (shares * target).sum((2, 3))
     each = (shares.square() + target).sum((2, 3))
     return 1 - ((2 * both + 1) / (each + 1)).mean()
-
-
-def pixel_accuracy(logits: Tensor, mask: Tensor, *, ignore_index: int = IGNORED) -> Tensor:
-    """Return the percentage of pixels with a class whose largest logit is that class, a float32 scalar (``acc_seg``).
-
-    Args:
-        logits: (N, K, H, W).
-        mask: int64 (N, H, W), classes or ``ignore_index``.
-        ignore_index: value of pixels without a class.
-    """
-    valid = mask != ignore_index
-    right = (best_class(logits) == mask) & valid
-    # The number of hits times a factor, both in float32, as in mmsegmentation for logits of any dtype.
-    return right.sum().float() * (100 / (valid.sum().double() + EPS)).float()

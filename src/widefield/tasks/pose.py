@@ -19,7 +19,7 @@ from widefield.dense.heatmap_codec import HeatmapCodec
 from widefield.dense.layers import widened
 from widefield.dense.pose_rules import PoseRules
 from widefield.surgery.answers import described, evaluating, meant, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, built, training_on
+from widefield.tasks.base import Batch, Labeled, Task, built, training_on, tried
 from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.pose_scores import PoseScores
 from widefield.tasks.predictions import PosePrediction, Prediction
@@ -161,9 +161,7 @@ class PoseEstimation(Task):
                 has, wants = getattr(model, name), getattr(self.rules, name)
                 if has != wants:
                     raise ValueError(f"its heatmaps have {name} {has!r}, and the task's {wants!r}.")
-        first = next(model.parameters(), torch.empty(0))
-        with evaluating(model), torch.no_grad():
-            output = model(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+        output = tried(model, shape)
         heatmaps = meant(output)
         if heatmaps is None or heatmaps.ndim != 4:
             raise ValueError(f"it gives no heatmaps (N, K, H, W); it gives {described(output)}.{wrapping(output)}")

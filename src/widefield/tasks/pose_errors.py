@@ -14,6 +14,7 @@ import numpy as np
 from widefield._coco.curves import Bools, Floats, Ints
 from widefield._coco.keypoints import overall, similarities
 from widefield.report import Report
+from widefield.tasks.metric_names import percent
 
 MATCHED = 0.1
 """Least object keypoint similarity of a pose and the person that it is compared with."""
@@ -132,7 +133,7 @@ class PoseErrors(Report):
 
     def summary(self) -> str:
         """Return the shares in percent as one line."""
-        parts = ", ".join(f"{name} {_percent(share)}" for name, share in self.shares.items())
+        parts = ", ".join(f"{name} {percent(share, 1)}" for name, share in self.shares.items())
         return f"{int(self.counts.sum()):,} key points of poses that were found: {parts}"
 
     def rows(self) -> list[dict[str, str]]:
@@ -140,7 +141,7 @@ class PoseErrors(Report):
         lines = [*zip(self.keypoints, self.counts, strict=True), ("all", self.counts.sum(0))]
         return [
             {"key point": name, "compared": f"{int(line.sum()):,}"}
-            | {kind: _percent(int(n) / max(int(line.sum()), 1)) for kind, n in zip(KINDS, line, strict=True)}
+            | {kind: percent(int(n) / max(int(line.sum()), 1), 1) for kind, n in zip(KINDS, line, strict=True)}
             for name, line in lines
         ]
 
@@ -150,7 +151,3 @@ class PoseErrors(Report):
             "kinds": list(KINDS),
             "counts": {n: line.tolist() for n, line in zip(self.keypoints, self.counts, strict=True)},
         }
-
-
-def _percent(value: float) -> str:
-    return "-" if np.isnan(value) else f"{100 * value:.1f}%"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from widefield import _checks
@@ -151,10 +150,6 @@ class PoseMetric(RecordMetric[PoseScores]):
         for column, values in columns.items():
             records[column] = (values.double() if values.is_floating_point() else values).cpu().numpy()
         return records
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the metrics of :meth:`PoseScores.metrics` as float64 scalars on the CPU."""
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scores().metrics().items()}
 
     def _scores(self) -> PoseScores:
         poses, people = _by_image(self.kept("poses")), _by_image(self.kept("people"))

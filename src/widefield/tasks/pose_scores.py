@@ -12,6 +12,7 @@ import numpy as np
 from widefield._coco.curves import Floats, Ints, Tally, mean
 from widefield._coco.keypoints import AREAS, MOST
 from widefield.report import Report
+from widefield.tasks.metric_names import finite, heading, percent
 from widefield.tasks.pose_distances import LOOSE, STRICT, Distances, average
 from widefield.tasks.pose_errors import PoseErrors
 
@@ -44,10 +45,10 @@ class KeypointScores:
             {
                 title: name,
                 count: f"{int(self.count[index]):,}",
-                "OKS AP": _percent(float(self.ap[index])),
+                "OKS AP": percent(float(self.ap[index])),
                 "error": "-" if math.isnan(self.error[index]) else f"{self.error[index]:.2f} px",
-                f"PCK@{STRICT}": _percent(float(self.pck[index])),
-                f"PCK@{LOOSE}": _percent(float(self.pck20[index])),
+                f"PCK@{STRICT}": percent(float(self.pck[index])),
+                f"PCK@{LOOSE}": percent(float(self.pck20[index])),
             }
             for index, name in enumerate(self.names)
         ]
@@ -142,7 +143,7 @@ class PoseScores(Report):
 
     def summary(self) -> str:
         """Return the metrics, and the number of people, as one line."""
-        numbers = [f"{name} {_percent(value)}" for name, value in self.metrics().items() if name != "epe"]
+        numbers = [f"{name} {percent(value)}" for name, value in self.metrics().items() if name != "epe"]
         epe = self.distances["epe"]
         error = "-" if math.isnan(epe) else f"{epe:.2f} px"
         return f"{', '.join(numbers)}, epe {error}; {int(self.people.sum()):,} people"
@@ -158,13 +159,13 @@ class PoseScores(Report):
     def class_rows(self) -> list[dict[str, str]]:
         """Return one row per class."""
         return [
-            {"class": name, "people": f"{int(self.people[index]):,}", "OKS AP": _percent(float(self.class_ap[index]))}
+            {"class": name, "people": f"{int(self.people[index]):,}", "OKS AP": percent(float(self.class_ap[index]))}
             for index, name in enumerate(self.classes)
         ]
 
     def figure_rows(self) -> list[dict[str, str]]:
         """Return one row: COCO's ten figures."""
-        return [{_title(name): _percent(value) for name, value in self.figures.items()}]
+        return [{heading(name): percent(value) for name, value in self.figures.items()}]
 
     def error_rows(self) -> list[dict[str, str]]:
         """Return one row per key point, and one for all: kinds of errors."""
@@ -173,8 +174,8 @@ class PoseScores(Report):
     def to_dict(self) -> dict[str, Any]:
         """Return everything in JSON types; what is not a number becomes None."""
         return {
-            "metrics": {name: _json(value) for name, value in self.metrics().items()},
-            "figures": {name: _json(value) for name, value in self.figures.items()},
+            "metrics": {name: finite(value) for name, value in self.metrics().items()},
+            "figures": {name: finite(value) for name, value in self.figures.items()},
             "classes": list(self.classes),
             "people": self.people.tolist(),
             "class_ap": _listed(self.class_ap),
@@ -200,18 +201,5 @@ def _figures(tally: Tally, found: Sequence[Floats]) -> dict[str, float]:
     }
 
 
-def _title(name: str) -> str:
-    word, _, rest = name.partition("_")
-    return f"{word.upper()} {rest}".strip()
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}%"
-
-
-def _json(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _listed(values: Floats) -> list[float | None]:
-    return [_json(value) for value in values.tolist()]
+    return [finite(value) for value in values.tolist()]

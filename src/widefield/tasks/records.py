@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-Scores = TypeVar("Scores")
+
+class Measured(Protocol):
+    """Results of a metric."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return scalars by name."""
+
+
+Scores = TypeVar("Scores", bound=Measured)
 Records = NDArray[Any]
 """A structured array: one row for each record."""
 
@@ -61,6 +69,10 @@ class RecordMetric(Metric, Generic[Scores]):
         if self._found is None:
             self._found = self._scores()
         return self._found
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics of the results as float64 scalars on the CPU."""
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.scores().metrics().items()}
 
     @abstractmethod
     def _scores(self) -> Scores: ...

@@ -15,8 +15,8 @@ from widefield import _checks, dense
 from widefield._pixels import IGNORED, best_class
 from widefield.data import Sample
 from widefield.dense.layers import widened
-from widefield.surgery.answers import described, evaluating, meant, wrapping
-from widefield.tasks.base import Batch, Labeled, Task, built, entropy_of, training_on
+from widefield.surgery.answers import described, meant, wrapping
+from widefield.tasks.base import Batch, Labeled, Task, built, entropy_of, training_on, tried
 from widefield.tasks.metric_names import HEADLINES
 from widefield.tasks.pixel_losses import cross_entropy, dice_loss, hard_pixels
 from widefield.tasks.predictions import MaskPrediction, Prediction
@@ -138,9 +138,7 @@ class Segmentation(Task):
 
     def check(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
         """Raise ValueError unless a model gives a logit for each class at every pixel."""
-        first = next(model.parameters(), torch.empty(0))
-        with evaluating(model), torch.no_grad():
-            output = model(torch.zeros(1, *shape, device=first.device, dtype=first.dtype))
+        output = tried(model, shape)
         logits = meant(output)
         if logits is None or logits.ndim != 4:
             raise ValueError(f"it gives no logits (N, classes, H, W); it gives {described(output)}.{wrapping(output)}")

@@ -94,10 +94,10 @@ def still_sigmas(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: S
     )
 
 
-def brief(warnings: Sequence[str], most: int = 3) -> str:
-    """Return the first few sentences in one line, and the number of others."""
-    rest = len(warnings) - most
-    return "; ".join(warnings[:most]) + (f"; and {rest} more like this" if rest > 0 else "")
+def brief(warnings: Sequence[str]) -> str:
+    """Return the first three sentences in one line, and the number of others."""
+    rest = len(warnings) - 3
+    return "; ".join(warnings[:3]) + (f"; and {rest} more like this" if rest > 0 else "")
 
 
 def _joined(parts: list[list[Routing]]) -> list[Routing]:

@@ -236,15 +236,18 @@ class Learner:
                 torch.distributed.broadcast(buffer, 0)
         return self.raw
 
+    def _stateful(self) -> dict[str, Any]:
+        """Return the parts besides the optimizer whose state a checkpoint holds; None for one that is not in use."""
+        return {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
+
     def state_dict(self) -> dict[str, Any]:
         """Return all state except the weights, in types that a checkpoint accepts.
 
         All processes must call it; the first one's is complete.
         """
-        parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
         return {
             "optimizer": self._sharded.optimizer_state(self._plain) if self._sharded else self.optimizer.state_dict(),
-            **{name: None if part is None else part.state_dict() for name, part in parts.items()},
+            **{name: None if part is None else part.state_dict() for name, part in self._stateful().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], average: Path) -> None:
@@ -255,8 +258,7 @@ class Learner:
             self._sharded.load_optimizer_state(self._plain, state["optimizer"])
         else:
             self.optimizer.load_state_dict(state["optimizer"])
-        parts = {"scheduler": self._scheduler, "scaler": self._accelerator.scaler, "sparsity": self._sparse}
-        for name, part in parts.items():
+        for name, part in self._stateful().items():
             if part is not None:
                 part.load_state_dict(state[name])
 

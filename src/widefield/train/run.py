@@ -241,8 +241,9 @@ class Run:
             self._loss_sum += loss
             self._loss_count += 1
             if step.number % self.recipe.log_every == 0:
-                where = {"step": step.number, "epoch": self.plan.epoch(step.number)}
-                self._write({"kind": "step", **where, "loss": loss, **self._parts(step), "lr": step.lr})
+                self._write(
+                    {"kind": "step", **self._where(step.number), "loss": loss, **self._parts(step), "lr": step.lr}
+                )
         self._pending.clear()
         self.report.step(self.step, numbers({"loss": loss, "lr": step.lr, **self._pace(), **self.metrics}))
 
@@ -257,8 +258,7 @@ class Run:
         """Log a step that was not finite; raises FloatingPointError unless it was skipped by request."""
         indices = gather_object(step.indices.tolist())
         what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
-        where = {"step": step.number, "epoch": self.plan.epoch(step.number)}
-        self._write({"kind": "nonfinite", **where, "lr": step.lr, "images": indices})
+        self._write({"kind": "nonfinite", **self._where(step.number), "lr": step.lr, "images": indices})
         self._skipped += 1
         if step.skipped and self._skipped < _MOST_SKIPPED:
             self.report.line(f"{what} at step {step.number}: skipped")
@@ -312,7 +312,7 @@ class Run:
         raise _Stopped
 
     def _finish_round(self, saved: Checkpoint, seconds: float) -> None:
-        where = {"step": self.step, "epoch": self.plan.epoch(self.step)}
+        where = self._where(self.step)
         about = {"lr": self.learner.lr, "seconds": seconds}
         self._write({"kind": self.plan.evaluation, **where, **about, **self.metrics})
         looks = sigmas(self.learner.whole())
@@ -355,6 +355,10 @@ class Run:
             self.stop.received = signal.Signals(number)
         return number > 0
 
+    def _where(self, step: int) -> dict[str, int]:
+        """Return a step and its epoch, as logs and checkpoints have them."""
+        return {"step": step, "epoch": self.plan.epoch(step)}
+
     def _write(self, entry: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.logs.write(entry)
@@ -374,11 +378,10 @@ class Run:
             "loss": [self._loss_sum, self._loss_count],
             "patience": list(self._patience.state),
         }
-        epoch = self.plan.epoch(self.step)
+        where = self._where(self.step)
         meta = {
-            "step": self.step,
-            "epoch": epoch,
-            "position": self.step - epoch * self.plan.steps_per_epoch,
+            **where,
+            "position": self.step - where["epoch"] * self.plan.steps_per_epoch,
             "processes": self.accelerator.num_processes,
             "model": self.recipe.model.name,
             "headline": self.headline,
