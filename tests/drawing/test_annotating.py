@@ -134,7 +134,7 @@ def test_cards_rows_and_numbers_list_what_is_shown() -> None:
     assert data[2]["box"] == [30, 0, 50, 20]
     card = report.fragment(drawing.card("x", image, found, TRUTH))
     assert "label: 3 objects, 1 not found (dashed)" in card
-    assert "prediction: 2 of a score of at least 0.5; wrong (dashed): 1 background" in card
+    assert "prediction: 2 objects with a score of at least 0.5; wrong (dashed): 1 background" in card
     assert "none is wrong" in report.fragment(drawing.card("x", image, found, found))
     assert "owl: 1" in card
     plain = report.fragment(drawing.card("x", image, found))
@@ -142,7 +142,7 @@ def test_cards_rows_and_numbers_list_what_is_shown() -> None:
     assert "cat: 1" in plain
     nothing = _objects([], [], scores=torch.zeros(0), masks=masks[:0])
     assert drawing.row(nothing)["best"] == "-"
-    assert "0 of a score" in report.fragment(drawing.card("x", image, nothing))
+    assert "0 objects with a score" in report.fragment(drawing.card("x", image, nothing))
     for one in (found, nothing):
         axis = report.blank(2, 2).subplots()
         drawing.panel(axis, image, one)

@@ -151,7 +151,7 @@ def test_cards_show_label_and_prediction() -> None:
     image = Image.new("RGB", (20, 20))
     card = report.fragment(DRAWING.card("x", image, prediction(), prediction(**TRUE)))
     assert "label: 4 key points, 1 of them covered" in card
-    assert "prediction, with lines to the labels: 3 of them sure" in card
+    assert "prediction, with lines to the labels; sure of 3 of " in card
     assert "left (round)" in card
     plain = report.fragment(DRAWING.card("x", image, prediction()))
     assert plain.count("<img") == 2

@@ -136,6 +136,7 @@ def test_the_page_names_every_class_and_shows_the_images(tmp_path: Path) -> None
         "Metrics", "Classes", "Classes by object size", "What is mistaken for what", "Best images", "Worst images",
     ]  # fmt: skip
     assert "8 images of patches" in text
+    assert "<dt>macc</dt><dd>mean over the classes of the share of their pixels that are right</dd>" in text
     assert text.count("data:image") == 2 + 4 * 4  # the confusion matrix and its color bar
 
 

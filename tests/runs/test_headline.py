@@ -82,14 +82,16 @@ def test_other_tasks_compare_the_ratings_of_images() -> None:
     generator = np.random.default_rng(0)
     ratings = generator.uniform(0.4, 0.6, 50)
     text = words(a=found(ratings, share=False, headline="miou"), b=found(ratings + 0.1, share=False, headline="miou"))
-    assert "b is the best. Mean over the images of each one's rating, which is its mean IoU: b 60." in text
+    assert "b is the best. Each image is rated by its mean IoU; mean rating: b 60." in text
     assert "with miou 60." in text
     assert "b is ahead of a by 10.0 points (95 % interval of the difference 10.0 to 10.0)." in text
 
 
 def test_one_run_of_another_task_has_the_interval_of_its_ratings() -> None:
     text = words(a=found(np.linspace(0.4, 0.6, 50), share=False, headline="miou"))
-    assert "a has miou 50.00% on 50 validation images of animals. Mean over the images of each one's rating" in text
+    assert (
+        "a has miou 50.00% on 50 validation images of animals. Each image is rated by its mean IoU; mean rating" in text
+    )
     assert "50.0 % (95 % interval 48" in text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from widefield import data, tasks
-from widefield.tasks.metric_names import is_share, lower_is_better, shown
+from widefield.tasks.metric_names import HEADLINES, is_share, lower_is_better, meaning, shown
 
 
 def test_values_as_text() -> None:
@@ -45,3 +45,24 @@ def test_the_metrics_of_every_task_are_ranked_and_shown_as_what_they_are(name: s
     for other in ("lr", "epoch", "experts", "seconds", "depe", "auction"):
         assert not lower_is_better(other)
         assert not is_share(other)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("top5", "among the 5 likeliest"),
+        ("miou_small", "among the small objects"),
+        ("box_ap75", "an overlap of 0.75"),
+        ("mask_ap_large", "of large objects"),
+        ("oks_ar50", "a similarity of 0.50"),
+        ("pck20", "within 20 %"),
+        ("knn_top1", "nearest neighbors"),
+    ],
+)
+def test_metrics_have_a_meaning(metric: str, words: str) -> None:
+    assert words in meaning(metric)
+    assert not meaning("loss")
+
+
+def test_headlines_have_a_meaning() -> None:
+    assert all(meaning(headline) for headline in HEADLINES.values() if headline != "loss")

@@ -30,6 +30,8 @@ _FAINTEST = 1e-3
 """Lower end of the logarithmic color scale."""
 _DOUBTFUL = 0.5
 """Share of key points below which a model does not find them."""
+_APART = 1.1
+"""Ratio from which radii are said to differ."""
 _WIDEST = 6
 """Largest number of pictures side by side."""
 
@@ -292,9 +294,9 @@ def _read(name: str, result: KeypointFields) -> str:
 
 
 def _ends(text: str, values: Mapping[str, float]) -> str:
-    """Return a text on the smallest and the largest of several values, with a space before it; "" if they are equal."""
+    """Return a text on the smallest and the largest of several values, with a space before it; "" if they are alike."""
     least, most = (chosen(values, key=lambda name: values[name]) for chosen in (min, max))
-    if f"{values[least]:.2f}" == f"{values[most]:.2f}":
+    if values[most] < _APART * values[least]:
         return ""
     return " " + text.format(least, values[least], most, values[most])
 

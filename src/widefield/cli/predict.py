@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         found = json.loads((folder / "predict.json").read_text(encoding="utf-8"))
     args.printer.add(**found, files=written.paths)
     if sys.stdout not in tables.values():
-        _print(written, args.printer)
+        _print(written, args.printer, args.min_score)
     if written.unreadable:
         total = written.images + len(written.unreadable)
         print(f"{len(written.unreadable)} of {counted(total, 'image')} could not be read:", file=sys.stderr)
@@ -140,13 +140,17 @@ SOME_UNREADABLE = 3
 """Exit status if images could not be read, and others were predicted."""
 
 
-def _print(written: Written, printer: Any) -> None:
+def _print(written: Written, printer: Any, min_score: float) -> None:
     from widefield.data.listing import counted
 
     if written.rows:
         printer.table(written.rows, right=["probability", "objects", "poses"])
     if written.images > len(written.rows):
         print(f"and {counted(written.images - len(written.rows), 'more image')}: see the files")
+    if written.rows and all(row.get("objects") == "0" for row in written.rows):
+        print(
+            f"no object has a score of at least {min_score:g}: --min-score draws and lists others, the files have all"
+        )
     print("wrote " + ", ".join(map(str, written.paths)))
 
 

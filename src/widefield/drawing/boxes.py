@@ -11,6 +11,7 @@ from torch import Tensor
 
 from widefield import report
 from widefield._coco.matching import box_overlaps
+from widefield.data.listing import counted
 from widefield.drawing.annotating import Marks, annotated
 from widefield.drawing.parts import GRAY, LISTED, SIDES_OF_BOXES, Drawing, large_enough, patch, preview, view
 from widefield.tasks import BoxPrediction
@@ -22,6 +23,8 @@ _ERRORS = dict(enumerate(tuple(ERRORS)[:-1], start=CLASSIFICATION))
 
 class BoxDrawing(Drawing):
     """Draws objects with boxes, masks, classes and scores."""
+
+    explained = "Numbers at the objects are scores, from 0 to 1. Objects below the least score are not drawn."
 
     wide = True
 
@@ -46,7 +49,7 @@ class BoxDrawing(Drawing):
     ) -> report.Card:
         """Return the true objects if they are known, or the image; next to it the detections; and a legend."""
         small, shown = preview(image).convert("RGB"), prediction.at_least(self.min_score)
-        detected = f"{len(shown)} of a score of at least {self.min_score:g}"
+        detected = f"{counted(len(shown), 'object')} with a score of at least {self.min_score:g}"
         if truth is None:
             views, legend = [view(small, "image"), view(self.annotated(small, shown), detected)], _counts(shown)
         else:
@@ -68,7 +71,7 @@ class BoxDrawing(Drawing):
         listed = list(counts.items())[:LISTED]
         more = len(counts) - len(listed)
         entries = [(self.palette[k], f"{self.name(k)}: {count}") for k, count in listed]
-        return [report.Legend(entries), *([f"and {more} more classes"] if more else [])]
+        return [*([report.Legend(entries)] if entries else []), *([f"and {more} more classes"] if more else [])]
 
     def annotated(
         self, image: Image.Image, prediction: BoxPrediction, errors: Sequence[str] | None = None

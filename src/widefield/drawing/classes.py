@@ -16,6 +16,8 @@ from widefield.tasks import ClassPrediction
 class ClassDrawing(Drawing):
     """Draws classes as bars."""
 
+    explained = "Bars are the probabilities of the likeliest classes."
+
     def best(self, prediction: ClassPrediction) -> dict[str, float]:
         """Return the names and probabilities of the likeliest classes; equal names are told apart by their index."""
         values, labels = prediction.probabilities.topk(min(self.top, len(prediction.probabilities)))

@@ -16,6 +16,8 @@ from widefield.tasks import LabelPrediction
 class LabelDrawing(Drawing):
     """Draws the classes that an image is given, and the likeliest others, as bars."""
 
+    explained = "Bars are the probabilities of the likeliest classes. An image is given those that reach the threshold."
+
     columns = ("rank", "label", "name", "probability")
 
     def _names(self, labels: list[int]) -> list[str]:
@@ -55,7 +57,7 @@ class LabelDrawing(Drawing):
         label = "" if truth is None else f"label: {', '.join(map(self.name, truth.labels)) or 'none'}"
         shown = view(preview(image).convert("RGB"), label)
         given = ", ".join(self._names(prediction.labels)) or "none"
-        words = f"from a probability of {prediction.threshold:g}: {given}"
+        words = f"given, from a probability of {prediction.threshold:g}: {given}"
         return report.Card(title, [report.Views([shown]), words, report.Bars(self.best(prediction))])
 
     def entries(self, prediction: LabelPrediction) -> list[dict[str, Any]]:

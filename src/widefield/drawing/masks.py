@@ -79,6 +79,8 @@ def shares(mask: Mask, count: int) -> dict[int, float]:
 class MaskDrawing(Drawing):
     """Draws masks in the colors of their classes."""
 
+    explained = "The overlay is the image in the colors of its predicted classes. Percentages are shares of its pixels."
+
     wide = True
 
     def row(self, prediction: MaskPrediction) -> dict[str, str]:

@@ -63,6 +63,8 @@ class Drawing(ABC):
     min_score: float = MIN_SCORE
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns of the entries in a CSV file."""
+    explained: ClassVar[str]
+    """What a card shows, in a sentence or two."""
     wide: ClassVar[bool] = False
     """Whether a card takes the whole width of a page."""
     beside: ClassVar[int] = 1

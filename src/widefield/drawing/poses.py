@@ -25,6 +25,8 @@ _WHOLE = 0.5
 class PoseDrawing(Drawing):
     """Draws poses as skeletons, whose colors and shapes tell left from right."""
 
+    explained = "Key points that the model is not sure of are not drawn."
+
     wide = True
 
     def row(self, prediction: PosePrediction) -> dict[str, str]:
@@ -84,7 +86,8 @@ class PoseDrawing(Drawing):
             labeled = truth.shown
             hidden = int((truth.visible == 1).sum()) if truth.visible is not None else 0
             label = f"label: {int(labeled.sum())} key points, {hidden} of them covered (with a dark center)"
-            found = f"prediction, with lines to the labels: {int((prediction.shown & labeled).sum())} of them sure"
+            sure = int((prediction.shown & labeled).sum())
+            found = f"prediction, with lines to the labels; sure of {sure} of {int(labeled.sum())} key points"
             views = [
                 view(self.drawn(small, truth), label),
                 view(self.drawn(small, prediction, truth if len(truth) == len(prediction) else None), found),

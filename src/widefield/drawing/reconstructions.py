@@ -16,6 +16,8 @@ from widefield.tasks import ReconstructionPrediction
 class ReconstructionDrawing(Drawing):
     """Draws an image, its visible part, and the visible part with the prediction at masked pixels."""
 
+    explained = "Gray parts are hidden from the network, and its prediction fills them."
+
     wide = True
     beside = 3
 

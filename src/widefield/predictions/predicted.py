@@ -252,7 +252,10 @@ def page_of(predictions: Predictions, cards: Sequence[report.Card], images: int 
     lead = f"{counted(total, 'image')}, predicted by {predictions.name}. Weights: {predictions.weights}."
     if len(cards) < total:
         lead += f" The page shows the first {len(cards)}."
-    sections = [report.Section("Predictions", [grid_of(cards, predictions.images)])] if cards else []
+    sections = []
+    if cards:
+        explained = DRAWINGS[type(predictions.images[0].prediction)].explained
+        sections = [report.Section("Predictions", [explained, grid_of(cards, predictions.images)])]
     if predictions.unreadable:
         rows = [{"file": str(entry.path), "problem": entry.reason} for entry in predictions.unreadable]
         sections.append(report.Section("Could not be read", [report.Table(rows)]))

@@ -28,7 +28,7 @@ from widefield.tasks import (
     PoseScores,
     SegmentationScores,
 )
-from widefield.tasks.metric_names import shown
+from widefield.tasks.metric_names import meaning, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,8 +79,10 @@ def together(shown: Mapping[str, Sequence[Section]]) -> Section:
         for part in first.parts:
             if isinstance(part, Table):
                 rows += [{"": name, **row} for row in part.rows]
-            else:
-                notes.append(f"{name}: {part}" if isinstance(part, str) else part)
+            elif isinstance(part, str):
+                notes.append(f"{name}: {part}")
+            elif part not in notes:  # what metrics mean is the same for all
+                notes.append(part)
         folds += [report.Fold(f"{name}: {one.heading.lower()}", one.parts) for one in others]
     columns = dict.fromkeys(key for row in rows for key in row)
     table = [Table([{key: row.get(key, "-") for key in columns} for row in rows])] if rows else []
@@ -102,8 +104,10 @@ def evaluation_sections(
     row = {name: shown(name, value) for name, value in evaluation.metrics.items()}
     samples = counted(evaluation.images, "crop" if isinstance(evaluation.scores, PoseScores) else "image")
     about = f"{samples} of {source}, weights {subject.weights}. {note}".strip()
-    meaning = [_MASKED] if subject.work == "masked_image" else []
-    sections = [Section("Metrics", [Table([row]), about, *meaning])]
+    explained = [_MASKED] if subject.work == "masked_image" else []
+    words = {name: meaning(name) for name in row if meaning(name)}
+    terms = [report.Fold("What the metrics mean", [report.Terms(words)])] if words else []
+    sections = [Section("Metrics", [Table([row]), about, *explained, *terms])]
     scores = evaluation.scores
     if isinstance(scores, ClassificationScores):
         sections += _of_classification(scores)

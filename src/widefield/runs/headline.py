@@ -150,7 +150,7 @@ def _measured(found: Found) -> str:
     """Return what the compared numbers are."""
     if found.is_share:
         return f"share of right images ({found.headline})"
-    return f"mean over the images of each one's rating, which is {found.evaluation.rating}"
+    return f"each image is rated by {found.evaluation.rating}; mean rating"
 
 
 def _result(found: Found, values: NDArray[np.float64]) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FIGURES = (
     "Average precision and recall at object keypoint similarities (OKS) from 0.5 to 0.95. Medium people have an area "
-    "of 32^2 to 96^2 pixels, large ones a larger one."
+    "of 32x32 to 96x96 pixels, large ones a larger one."
 )
 _KEYPOINTS = (
     "Left: mean distance to the true key point in pixels of the file. Right: average precision if this key point alone "

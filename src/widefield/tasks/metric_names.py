@@ -61,3 +61,38 @@ def heading(name: str) -> str:
 def is_share(metric: str) -> bool:
     """Return whether a metric is a fraction, of images, pixels, objects or key points, which is shown in percent."""
     return _SHARE.search(metric) is not None
+
+
+_MEANINGS = (
+    (r"top(\d+)", "share of the images whose class is among the {} likeliest ones"),
+    (r"knn_top1", "share of the images whose class is that of their nearest neighbors by the encoder's features"),
+    (r"map", "mean over the classes of the average precision: how well a class's images rank before the others"),
+    (r"cf1", "F1 of the mean precision and the mean recall of the classes, at the threshold"),
+    (r"of1", "F1 of all decisions together, at the threshold"),
+    (r"miou", "mean over the classes of the IoU: pixels in both label and prediction, relative to those in either"),
+    (r"macc", "mean over the classes of the share of their pixels that are right"),
+    (r"aacc", "share of all pixels that are right"),
+    (r"miou_(\w+)", "mean IoU among the {} objects"),
+    (r"box_ap", "average precision of boxes, mean over overlaps (IoU) of 0.5 to 0.95 and over the classes"),
+    (r"mask_ap", "average precision of masks, likewise"),
+    (r"(?:box|mask)_ap(\d\d)", "average precision at an overlap of 0.{}"),
+    (r"(?:box|mask)_ap_(\w+)", "average precision of {} objects; small: below 32x32 pixels, large: above 96x96"),
+    (r"oks_ap", "average precision of poses, mean over similarities (OKS) of 0.5 to 0.95"),
+    (r"oks_ar", "average recall of poses, over the same similarities"),
+    (r"oks_a[pr](\d\d)", "average precision (recall) at a similarity of 0.{}"),
+    (r"oks_a[pr]_(\w+)", "average precision (recall) of {} people; medium: an area of 32x32 to 96x96 pixels"),
+    (r"pck", "share of the key points within 5 % of the longer side of the box"),
+    (r"pck(\d\d)", "share of the key points within {} % of it"),
+    (r"auc", "mean of such shares over limits from 0 up to 30 pixels"),
+    (r"epe", "mean distance of key points from the true ones, in pixels"),
+)
+"""Pattern of a metric's name, and what the metric is, with the first group of the name in braces."""
+
+
+def meaning(metric: str) -> str:
+    """Return what a metric is, in words; "" for those without them, such as a loss."""
+    for pattern, words in _MEANINGS:
+        found = re.fullmatch(pattern, metric)
+        if found is not None:
+            return words.format(*found.groups())
+    return ""
