@@ -6,7 +6,7 @@ CASES = {
     "odd": ((2, 3, 7, 9), (3, 3), {}),
     "odd, per sample": ((2, 3, 7, 9), (3, 3), {"per_sample": True}),
     "no bias": ((2, 2, 8, 5), (5, 5), {"bias": False, "per_sample": True}),
-    "7x7 on 7x7": ((2, 5, 7, 7), (7, 7), {}),
+    "7x7 on 7x7": ((2, 2, 7, 7), (7, 7), {}),
     "larger than the map": ((1, 2, 5, 4), (11, 9), {}),
     "by chunks of rows": ((2, 2, 5, 5), (19, 3), {"per_sample": True}),
     "51x5": ((1, 1, 7, 4), (51, 5), {}),
