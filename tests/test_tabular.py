@@ -129,3 +129,17 @@ def test_a_real_pipe_and_a_real_terminal() -> None:
 
 def _without_colors(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_every_part_of_a_split_table_tells_its_rows_apart() -> None:
+    rows = [
+        {"model": "net", "stage": str(k), **{f"a long heading {i}": str(10 * k + i) for i in range(8)}}
+        for k in range(3)
+    ]
+    tables = _tables(printed(60, rows=rows))
+    assert len(tables) > 1
+    assert all([table[0][0], table[1][0]] == ["model", "stage"] for table in tables)
+    named = [{**row, "model": f"net {row['stage']}"} for row in rows]
+    assert all(
+        [column[0] for column in table[:2]] != ["model", "stage"] for table in _tables(printed(60, rows=named))[1:]
+    )

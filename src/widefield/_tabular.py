@@ -29,7 +29,8 @@ def print_table(
     """Print rows on stdout under the keys of the first.
 
     On a terminal long texts are folded. If columns would become too narrow, several tables follow each other, each with
-    the first column. Output to a file or another program has one line a row, whatever its width, and no colors.
+    as many of the first columns as tell the rows apart. Output to a file or another program has one line a row,
+    whatever its width, and no colors.
 
     Args:
         rows: at least one, all with the same keys.
@@ -93,15 +94,26 @@ def _needed(widths: Sequence[int]) -> int:
 
 
 def _parts(columns: Sequence[_Column], width: int) -> Iterator[list[_Column]]:
-    """Split columns into tables that fit, each of which starts with the first column."""
-    first, *rest = columns
-    part = [first]
-    for column in rest:
-        if len(part) > 1 and _needed([each.narrowest for each in (*part, column)]) > width:
+    """Split columns into tables that fit, each of which starts with the columns that tell the rows apart."""
+    heads = _heads(columns, width)
+    part = list(columns[:heads])
+    for column in columns[heads:]:
+        if len(part) > heads and _needed([each.narrowest for each in (*part, column)]) > width:
             yield part
-            part = [first]
+            part = list(columns[:heads])
         part.append(column)
     yield part
+
+
+def _heads(columns: Sequence[_Column], width: int) -> int:
+    """Return how many of the first columns tell the rows apart; 1 if these would take more than half of the width."""
+    rows = len(columns[0].cells)
+    for count in range(1, len(columns)):
+        if _needed([each.narrowest for each in columns[:count]]) > width / 2:
+            return 1
+        if len(set(zip(*(each.cells for each in columns[:count]), strict=True))) == rows:
+            return count
+    return 1
 
 
 def _widths(columns: Sequence[_Column], width: int) -> list[int]:

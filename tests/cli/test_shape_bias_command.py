@@ -57,8 +57,11 @@ def test_images_are_drawn_for_models_of_scales(tmp_path, capsys):
     ("words", "message"),
     [
         (["test_resnet", "--images", "nowhere"], "no folder of images 'nowhere'"),
-        (["test_resnet", "--generate", "--size", "32"], "has 1000 outputs, and classes names 8"),
-        (["test_resnet", "--generate", "--size", "16"], "size must be at least 32; got 16"),
+        (
+            ["test_resnet", "--generate", "--size", "32"],
+            "test_resnet with its 1000 outputs does not name: give a run of",
+        ),
+        (["test_resnet{num_classes: 8}", "--generate", "--size", "16"], "size must be at least 32; got 16"),
     ],
 )
 def test_a_wrong_argument_is_one_line(words, message, capsys, tmp_path, monkeypatch):
@@ -92,7 +95,8 @@ def test_a_run_keeps_its_own_classes(tmp_path, capsys):
     )
     train(recipe, console=Console(quiet=True))
     assert main(["shape-bias", str(tmp_path / "run"), "--generate", "--per-pair", "1", "--out", str(tmp_path)]) == 1
-    assert "the images show a class 'crescent', which is none of '0', '1', '2'" in capsys.readouterr().err
+    assert "crescent" in (error := capsys.readouterr().err)
+    assert "which run with its 10 outputs does not name: give a run of `widefield train demo_scales`" in error
 
 
 def test_images_must_come_from_somewhere_and_from_one_place():

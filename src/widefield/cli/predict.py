@@ -148,9 +148,7 @@ def _print(written: Written, printer: Any, min_score: float) -> None:
     if written.images > len(written.rows):
         print(f"and {counted(written.images - len(written.rows), 'more image')}: see the files")
     if written.rows and all(row.get("objects") == "0" for row in written.rows):
-        print(
-            f"no object has a score of at least {min_score:g}: --min-score draws and lists others, the files have all"
-        )
+        printer.text(f"no object has a score of at least {min_score:g}: --min-score draws and lists others.")
     print("wrote " + ", ".join(map(str, written.paths)))
 
 

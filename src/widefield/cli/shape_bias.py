@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from widefield.cli import _subjects
+
+if TYPE_CHECKING:
+    from widefield.loading import Subject
 
 SUMMARY = "whether a model decides by shape or by texture"
 
@@ -39,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         size = args.size or found.size
         own = found.classes if found.trained_on else ()
         if args.generate:
+            _check_shapes(found, own)
             folder = args.out / f"conflicts-{size}px-{args.per_pair}-a-pair-seed-{args.seed}"
             write_conflicts(folder, size=size, per_pair=args.per_pair, seed=args.seed)
             classes = own or Scales.classes
@@ -51,3 +57,15 @@ def run(args: argparse.Namespace) -> int:
         results[view.name] = analysis.run(view, progress=True, classes=classes or None)
     _subjects.write(results, args)
     return 0
+
+
+def _check_shapes(found: Subject, own: Sequence[str]) -> None:
+    """Raise ValueError unless a model can name the shapes that are drawn."""
+    from widefield.data import Scales
+
+    count = len(Scales.classes)
+    if not set(Scales.classes) <= set(own) if own else found.outputs != count:
+        raise ValueError(
+            f"--generate draws the {count} shapes of scales ({', '.join(Scales.classes)}), which {found.name} with its "
+            f"{found.outputs} outputs does not name: give a run of `widefield train demo_scales`, or --images FOLDER."
+        )

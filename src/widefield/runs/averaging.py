@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from widefield import _checks
+from widefield.data.listing import counted
 from widefield.loading.load import load
 from widefield.loading.subject_json import attach
 from widefield.loading.subjects import Subject
@@ -57,7 +58,10 @@ def average(
         states, names = _checkpoints(Path(words[0]).expanduser(), last, weights)
     else:
         if len(words) < 2:
-            raise ValueError("an average needs at least two sources, or last=N for the newest checkpoints of a run.")
+            raise ValueError(
+                "an average needs at least two sources, or one run and last (--last N), the number of its newest "
+                "checkpoints."
+            )
         subjects = [load(word, weights=weights if Path(word).expanduser().is_dir() else None) for word in words]
         subject, states, names = subjects[0], [one.model.state_dict() for one in subjects], words
     subject.model.load_state_dict(mean_of(states, names))
@@ -99,8 +103,8 @@ def _checkpoints(run: Path, count: int, weights: str | None) -> tuple[list[dict[
     found = checkpoint.checkpoints(run / "checkpoints")[-count:]
     if len(found) < count:
         raise FileNotFoundError(
-            f"{run} holds {len(found)} checkpoints, not {count}: a run keeps more with checkpoint.keep, and writes one "
-            "at each evaluation or checkpoint.every steps."
+            f"{run} holds {counted(len(found), 'checkpoint')}, not {count}: a run keeps more with checkpoint.keep, and "
+            "writes one at each evaluation or checkpoint.every steps."
         )
     files = [one.weights if weights is None else one.path / f"{weights}.safetensors" for one in found]
     return [load_file(file) for file in files], [one.path.name for one in found]
