@@ -141,7 +141,7 @@ def test_public_names_resolve():
     for name in widefield.__all__:
         assert getattr(widefield, name) is not None
         assert name in dir(widefield)
-    for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models", "drawing"):
+    for name in ("nn", "ops", "surgery", "data", "train", "bench", "report", "analysis", "tasks", "models"):
         assert getattr(widefield, name).__name__ == f"widefield.{name}"
     for name in ("loading", "predictions", "runs"):
         assert getattr(widefield, name).__name__ == f"widefield.{name}"

@@ -75,7 +75,6 @@ _ROOMS = (
     "tasks",
     "analysis",
     "train",
-    "drawing",
     "loading",
     "predictions",
     "runs",

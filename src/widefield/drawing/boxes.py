@@ -13,7 +13,7 @@ from widefield import report
 from widefield._coco.matching import box_overlaps
 from widefield.data.listing import counted
 from widefield.drawing.annotating import Marks, annotated
-from widefield.drawing.parts import GRAY, LISTED, SIDES_OF_BOXES, Drawing, large_enough, patch, preview, view
+from widefield.drawing.parts import GRAY, LISTED, SIDES_OF_BOXES, Drawing, large_enough, legend_below, preview, view
 from widefield.tasks import BoxPrediction
 from widefield.tasks.detection_errors import CLASSIFICATION, ERRORS, ImageErrors, classify
 
@@ -105,9 +105,7 @@ class BoxDrawing(Drawing):
         shown = prediction.at_least(self.min_score)
         axis.imshow(np.asarray(self.annotated(preview(image, 480), shown)))
         found = list(_counts(shown).items())[:4]
-        handles = [patch(self.palette[k], f"{self.name(k)[:18]}: {count}") for k, count in found]
-        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
-                    handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
+        legend_below(axis, [(self.palette[k], f"{self.name(k)[:18]}: {count}") for k, count in found])
 
     columns = ("label", "name", "score", *SIDES_OF_BOXES)
 

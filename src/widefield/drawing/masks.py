@@ -12,7 +12,7 @@ from PIL import Image
 from widefield import report
 from widefield._pixels import IGNORED
 from widefield.drawing.annotating import Color
-from widefield.drawing.parts import GRAY, LISTED, Drawing, encoded, patch, preview, view
+from widefield.drawing.parts import GRAY, LISTED, Drawing, encoded, legend_below, preview, view
 from widefield.tasks import MaskPrediction
 
 Mask = NDArray[np.integer[Any]]
@@ -133,9 +133,7 @@ class MaskDrawing(Drawing):
         mask = resized_mask(prediction.mask.numpy(), small.size)
         axis.imshow(np.asarray(overlay(small, mask, self.palette)))
         found = list(shares(mask, len(self.palette)).items())[:4]
-        handles = [patch(self.palette[k], f"{self.name(k)[:18]} {100 * share:.0f} %") for k, share in found]
-        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
-                    handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip
+        legend_below(axis, [(self.palette[k], f"{self.name(k)[:18]} {100 * share:.0f} %") for k, share in found])
 
     columns = ("label", "name", "share")
 

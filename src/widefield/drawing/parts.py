@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -119,3 +120,10 @@ def patch(color: Color, label: str) -> Any:
 
     red, green, blue = color
     return Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="gray", linewidth=0.4, label=label)
+
+
+def legend_below(axis: Any, entries: Sequence[tuple[Color, str]]) -> None:
+    """List colors and their names under a matplotlib axis, in two columns."""
+    handles = [patch(color, label) for color, label in entries]
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, fontsize=5.5,
+                handlelength=1, columnspacing=0.8, borderpad=0)  # fmt: skip

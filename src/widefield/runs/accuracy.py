@@ -24,6 +24,7 @@ from widefield.data.listing import counted
 from widefield.report import Report
 from widefield.surgery.answers import evaluating
 from widefield.tasks import Batch, Prediction, Task
+from widefield.tasks.metric_names import finite
 from widefield.train.evaluation import Share, measure
 from widefield.train.loaders import batches, shut_down, val_loader
 from widefield.train.pictures import evenly
@@ -128,7 +129,7 @@ class Evaluation(Report):
         found = dataclasses.asdict(dataclasses.replace(self, scores=None, examples=(), spread=(), each=None))
         for name in ("examples", "spread", "scores", "rating", "each"):
             del found[name]
-        found["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
+        found["metrics"] = {name: finite(value) for name, value in self.metrics.items()}
         to_dict = getattr(self.scores, "to_dict", None)
         scores = {"scores": to_dict()} if to_dict else {}
         return {**found, **scores, "images_per_second": self.images_per_second}

@@ -28,7 +28,7 @@ from widefield.tasks import (
     PoseScores,
     SegmentationScores,
 )
-from widefield.tasks.metric_names import meaning, shown
+from widefield.tasks.metric_names import meaning, percent, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,8 +188,7 @@ def rows_by_size(scores: SegmentationScores) -> list[dict[str, str]]:
     for index, name in enumerate(scores.classes):
         found = {group: float(column[index]) for group, column in values.items()}
         if not all(np.isnan(value) for value in found.values()):
-            texts = {group: "-" if np.isnan(value) else f"{100 * value:.2f}%" for group, value in found.items()}
-            rows.append({"class": name, **texts})
+            rows.append({"class": name, **{group: percent(value) for group, value in found.items()}})
     return rows
 
 
