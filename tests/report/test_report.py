@@ -106,6 +106,12 @@ def test_long_tables_are_folded_and_wide_short_ones_become_lists_on_a_phone():
     assert shown(report.Table([row])).all("td", "data-label") == list("abcde")
 
 
+def test_a_column_of_texts_is_aligned_as_one():
+    tree = shown(report.Table([{"error": "a", "what": "x" * 41, "n": "1"}, {"error": "b", "what": "short", "n": "2"}]))
+    assert tree.all("td", "class") == ["text", "text"]
+    assert tree.all("th", "class") == ["text"]
+
+
 def test_figures_of_a_page_are_drawings_and_those_of_a_notebook_images():
     tree = shown(report.Plot(figure(), "f"), report.Photo(b"", "png", "p"))
     assert tree.all("svg", "aria-label") == ["f"]

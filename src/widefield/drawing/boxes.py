@@ -57,11 +57,12 @@ class BoxDrawing(Drawing):
             crowd = np.zeros(len(truth), np.bool_) if truth.crowd is None else truth.crowd.numpy()
             found = judgment.found | crowd
             errors = [_ERRORS.get(kind, "") for kind in judgment.kinds.tolist()]
+            wrong = f"; {_listed_errors(errors)}" if errors else ""
             missing = f"{int((~found).sum())} not found (dashed)" if not found.all() else "all found"
             missed = f"label: {len(truth)} objects, {missing}"
             views = [
                 view(self.annotated(small, truth, ["" if one else "not found" for one in found]), missed),
-                view(self.annotated(small, shown, errors), f"prediction: {detected}; {_listed_errors(errors)}"),
+                view(self.annotated(small, shown, errors), f"prediction: {detected}{wrong}"),
             ]
             legend = {**_counts(truth), **{k: 0 for k in _counts(shown) if k not in _counts(truth)}}
         return report.Card(title, [report.Views(views), *self._legend(legend)])

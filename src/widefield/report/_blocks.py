@@ -18,6 +18,8 @@ LONG = 24
 """Tables with more rows are folded."""
 _FEW = 3
 """Largest number of rows that a narrow window shows as lists of their columns."""
+_WORDY = 40
+"""Letters from which a cell is a text."""
 _NARROW = 3
 """Largest number of columns that fit a narrow window."""
 
@@ -49,6 +51,11 @@ class Table(Block):
     def columns(self) -> list[str]:
         """Return the headings of the columns."""
         return list(self.rows[0])
+
+    @property
+    def wordy(self) -> set[str]:
+        """Return the columns of texts, which are aligned to the left and wrapped."""
+        return {name for name in self.columns if any(len(row[name]) > _WORDY for row in self.rows)}
 
     @property
     def folded(self) -> bool:
