@@ -1,9 +1,11 @@
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +141,25 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
     assert (here / "runs" / "longer" / "checkpoints").is_dir()
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Return the folder of runs with one that was stopped after its first step."""
+    from widefield.train.run import Run
+
+    plain = Run._step
+
+    def stopping(run, group):
+        plain(run, group)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("stopped"))
+        patch.setattr(Run, "_step", stopping)
+        first = ["train", "digits_morf", "--epochs", "2", "--schedule.warmup_epochs", "0", *TINY]
+        assert cli.main(first) == 128 + signal.SIGINT
+        return Path("runs").resolve()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -153,20 +174,8 @@ def test_train_leaves_a_run_that_can_be_resumed(here, capsys):
         (["--workers", "1", "digits_morf"], "Resume with the recipe of that run"),
     ],
 )
-def test_keys_beside_resume_mean_what_they_say(words, message, here, monkeypatch, capsys):
-    from widefield.train.run import Run
-
-    plain = Run._step
-
-    def stopping(run, group):
-        plain(run, group)
-        signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", stopping)
-        first = ["train", "digits_morf", "--epochs", "2", "--schedule.warmup_epochs", "0", *TINY]
-        assert cli.main(first) == 128 + signal.SIGINT
-    capsys.readouterr()
+def test_keys_beside_resume_mean_what_they_say(words, message, stopped, here, capsys):
+    shutil.copytree(stopped, "runs")
     resume = ["--resume", "runs/digits_morf"]
     for order in ([*resume, *words], [*words, *resume]) if message else ([*words, *resume],):
         status = cli.main(["train", *order])
