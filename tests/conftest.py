@@ -1,6 +1,7 @@
 import copy
 import functools
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,12 +19,15 @@ SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generat
 gc.disable()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(30_000, 10, 10)  # a graph of torch.export alone has more objects than the usual 700
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(30_000, 10, 10)  # a graph of torch.export alone has more objects than the usual 700
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
