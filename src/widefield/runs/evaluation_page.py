@@ -74,6 +74,7 @@ def together(shown: Mapping[str, Sequence[Section]]) -> Section:
     """Return several evaluations, by title, as one section: metrics in one table, and the rest folded."""
     rows: list[dict[str, str]] = []
     notes: list[Part] = []
+    shared: list[Part] = []
     folds: list[Part] = []
     for name, (first, *others) in shown.items():
         for part in first.parts:
@@ -81,12 +82,12 @@ def together(shown: Mapping[str, Sequence[Section]]) -> Section:
                 rows += [{"": name, **row} for row in part.rows]
             elif isinstance(part, str):
                 notes.append(f"{name}: {part}")
-            elif part not in notes:  # what metrics mean is the same for all
-                notes.append(part)
+            elif part not in shared:  # what metrics mean is the same for all
+                shared.append(part)
         folds += [report.Fold(f"{name}: {one.heading.lower()}", one.parts) for one in others]
     columns = dict.fromkeys(key for row in rows for key in row)
     table = [Table([{key: row.get(key, "-") for key in columns} for row in rows])] if rows else []
-    return Section("Evaluation", [*table, *notes, *folds])
+    return Section("Evaluation", [*table, *notes, *shared, *folds])
 
 
 def evaluation_sections(
