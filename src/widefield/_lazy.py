@@ -48,7 +48,7 @@ class _Package(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python stores each imported module in its package. A function of the same name, such as runs.predict, stays.
+        # Python stores each imported module in its package. A function of the same name, as predictions.predict, stays.
         if isinstance(value, ModuleType) and name in self._homes:
             value = getattr(value, name)
         super().__setattr__(name, value)

@@ -121,10 +121,20 @@ def test_the_index_of_shards_shows_how_far_it_is(made, monkeypatch, tmp_path):
         ("val.tar", "", "val.tar"),
         ("/val.tar", "/", "val.tar"),
         ("s3://bucket/sets", "s3://bucket/sets", ""),
+        ("https://host/sets?version=3", "https://host/sets?version=3", ""),
     ],
 )
 def test_a_place_may_name_the_tar_files(place, root, files):
     assert divided(place) == (root, files)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "{a}", "x.tar"])
+def test_folders_may_have_the_characters_of_globs_in_their_names(tmp_path, name):
+    folder = tmp_path / name / "sets"
+    folder.mkdir(parents=True)
+    assert divided(str(folder)) == (str(folder), "")
+    assert divided(str(folder.parent)) == (str(folder.parent), "")
+    assert divided(f"{folder}/val-{{0..3}}.tar") == (str(folder), "val-{0..3}.tar")
 
 
 def test_globs_find_the_same_shards_as_braces(made, memory):

@@ -22,7 +22,8 @@ def test_the_page_says_what_was_found(finished: FitResult) -> None:
         assert f">{group.name}</td>" in text
     chosen = ", ".join(map(str, finished.choice.sizes))
     assert re.search(rf"<tr><td[^>]*>{re.escape(chosen)}</td>.*?chosen.*?</tr>", text)
-    assert text.count("<svg ") == 5  # what was wanted, the front, object sizes, the field, the rings
+    assert text.count("<svg ") == 4  # what was wanted, the front, object sizes, the rings
+    assert text.count('src="data:image/svg+xml;base64,') == 1  # the field
     assert 'src="http' not in text  # it holds its pictures
 
 

@@ -31,9 +31,6 @@ def test_one_image_is_weighed_as_in_a_batch(size, layout):
     with torch.inference_mode():
         for image in x.split(1):
             close(router(image), expected(image.double()), FLOAT32)
-    alone = x[:1].clone().requires_grad_()
-    router(alone).square().sum().backward()  # also after inference mode, whose tensors autograd refuses
-    assert alone.grad.any()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

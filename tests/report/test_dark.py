@@ -71,10 +71,53 @@ def test_a_drawing_has_both_colors_of_everything_and_the_figure_stays():
 
 
 def test_names_in_drawings_do_not_meet():
-    figures = [report.curves({"a": ([1, 2], [3, last])}, "x", "y") for last in (4, 5)]
-    names = [set(re.findall(r' id="([^"]*)"', report.svg(figure, ""))) for figure in figures]
+    figures = [report.curves({"a": ([1, 2], [3, last])}, "x", "y") for last in (4, 5, 4)]
+    figures[2].axes[0].lines[0].set_color("red")  # as the first one in all but a color
+    drawings = [report.svg(figure, "") for figure in figures]
+    names = [set(re.findall(r' (?:id|class)="([^"]*)"', drawn)) for drawn in drawings]
     assert all(names)
-    assert not names[0] & names[1]
+    assert not names[0] & names[1] | names[0] & names[2] | names[1] & names[2]
+
+
+def test_texts_and_fonts():
+    figure = report.curves({"a": ([1, 2], [3, 4])}, "x", "y")
+    said = "#01fe00 xlink:href url(#a) id='b' x='0.1234' 'DejaVu Sans'"
+    figure.axes[0].set_title(said)
+    figure.axes[0].set_xlabel("$x^2$")
+    drawn = report.svg(figure, "")
+    assert said in drawn
+    styles = re.findall(r"font(?:-family)?: ?([^;\"]*)", drawn.partition("</style>")[2])
+    assert styles
+    assert all(style.endswith("var(--font)") for style in styles)
+
+
+def test_a_figure_is_as_it_was():
+    figure = report.blank(3, 2)
+    axis = figure.subplots()
+    (line,) = axis.plot([0, 1], [0, 1], "o-", color="black")
+    shown = axis.imshow(np.array([[0.0, 1.0], [np.nan, 0.0]]), cmap="Blues")
+    bar = figure.colorbar(shown, ax=axis)
+    bar.set_ticks([0, 1], labels=["low", "high"])
+    drawn = report.svg(figure, "")
+    assert {"low", "high"} <= set(texts(drawn))
+    assert [text.get_text() for text in bar.ax.get_yticklabels()] == ["low", "high"]
+    line.set_color("red")  # the markers follow
+    assert to_rgba(line.get_markerfacecolor()) == to_rgba(line.get_markeredgecolor()) == to_rgba("red")
+
+
+@pytest.mark.parametrize("cmap", [colormaps["Blues"].with_extremes(bad="red"), colormaps["Blues"].resampled(4)])
+def test_color_maps_of_others_are_kept(cmap):
+    figure = report.blank(2, 2)
+    figure.subplots().imshow(np.array([[0.0, 0.9], [np.nan, 0.4]]), cmap=cmap)
+    drawn = report.svg(figure, "")
+    ((image, _, name),) = images(drawn)
+    assert name == ""
+    assert "<filter" not in drawn
+    pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4) / 255
+    for pixel, value in zip(pixels, (0.0, 1.0, np.nan, 0.4 / 0.9), strict=True):
+        assert pixel[3] == pytest.approx(cmap(value)[3])
+        if pixel[3]:
+            assert pixel == pytest.approx(cmap(value), abs=2 / 255)
 
 
 def test_photographs_are_stored_once_and_what_lies_on_them_stays():

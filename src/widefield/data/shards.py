@@ -184,11 +184,14 @@ def divided(place: str) -> tuple[str, str]:
     """Return the root and the glob below it of a path or URL that names tar files, such as ``data/val-*.tar``.
 
     The glob begins at the first part with wildcards or braces, or is the name of a single tar file. It is empty if
-    ``place`` is a folder.
+    ``place`` is a folder. Folders on this machine may have such characters in their names; in URLs "?" is none.
     """
     scheme, mark, path = place.rpartition("://")
     parts = path.split("/")
-    first = next((k for k, part in enumerate(parts) if set("*?[{") & set(part)), len(parts))
-    if first == len(parts) and parts[-1].endswith(".tar"):
+    heads = () if scheme else range(1, len(parts) + 1)
+    there = max((k for k in heads if Path("/".join(parts[:k])).expanduser().is_dir()), default=0)
+    special = set("*[{" if scheme else "*?[{")
+    first = next((k for k in range(there, len(parts)) if special & set(parts[k])), len(parts))
+    if there < first == len(parts) and parts[-1].endswith(".tar"):
         first -= 1
     return scheme + mark + ("/".join(parts[:first]) or "/" * path.startswith("/")), "/".join(parts[first:])

@@ -146,7 +146,7 @@ def field_of(result: FitResult, caption: str) -> list[Part]:
     file, drawing = result.folder / FIELD, result.folder / DRAWN_FIELD
     if not file.is_file():
         return []
-    drawn = drawing.read_text(encoding="utf-8") if drawing.is_file() else ""
+    drawn = drawing.read_bytes() if drawing.is_file() else b""
     return [report.Photo(file.read_bytes(), "png", caption, drawn)]
 
 

@@ -7,7 +7,6 @@ al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from widefield import _checks
 from widefield.nn._leaf import is_symbolic, recorded
 from widefield.ops._autocast import without_autocast
-from widefield.ops._problem import is_channels_last, is_eager
 
 ROUTING = ("soft", "hard")
 ATTENTION = ("none", "softmax", "sigmoid")
@@ -136,9 +134,8 @@ class Router(nn.Module):
         if is_symbolic(x):
             return recorded(self, x)
         with without_autocast(x):
-            dtype = self.hidden.weight.dtype
-            lone = not torch.is_grad_enabled() and _is_lone(x, dtype)
-            hidden = F.gelu(self.hidden(_mean_of_one(x) if lone else x.mean((2, 3), dtype=dtype)))
+            pooled = x.mean((2, 3), dtype=self.hidden.weight.dtype)
+            hidden = F.gelu(self.hidden(pooled))
             logits = self.gate(hidden)
             if self.noise is None or not self.training:
                 return self._weigh(logits)
@@ -169,32 +166,6 @@ class Router(nn.Module):
         """Show the arguments that the submodules do not show."""
         how = f"top_k={self.top_k}" if self.routing == "hard" else f"attention={self.attention}"
         return f"experts={self.experts}, routing={self.routing}, {how}"
-
-
-def _is_lone(x: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether x is a single image, in inference on a CPU and as :func:`_mean_of_one` takes it."""
-    return (
-        is_eager(x)
-        and len(x) == 1
-        and x.device.type == "cpu"
-        and x.dtype == dtype == torch.float32
-        and is_channels_last(x)
-    )
-
-
-def _mean_of_one(x: Tensor) -> Tensor:
-    """Return the mean of every map of one image in channels_last: (1, C, H, W) -> (1, C).
-
-    Tensor.mean is a sum and a division, and between the layers of a network each takes longer than this product.
-    """
-    _, _, height, width = x.shape
-    return torch.mm(_shares(height * width), x.permute(0, 2, 3, 1).flatten(0, 2))
-
-
-@functools.lru_cache(64)
-def _shares(pixels: int) -> Tensor:
-    """Return the share of each pixel in a mean: (1, pixels)."""
-    return torch.full((1, pixels), 1 / pixels)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def _one_by_one(
     """Convolve the images of a batch one after the other.
 
     Runtimes have fast kernels for layouts with blocks of channels, and leave them to see a batch as one image. OpenVINO
-    runs a mixture of ConvNeXt-T so at 0.92 of the plain network instead of 0.88 (`benchmarks/serving.py runtimes`).
+    runs a mixture of ConvNeXt-T so at 0.96 of the plain network instead of 0.88 (`benchmarks/serving.py runtimes`).
     """
     own_biases = [None] * len(x) if biases is None else biases.unbind()
     images = zip(x.split(1), kernels.unbind(), own_biases, strict=True)

@@ -99,18 +99,26 @@ class Plot(Block):
 
 @dataclass(frozen=True)
 class Photo(Block):
-    """An image file of a kind, "png" or "jpeg", with a caption; pages show its ``drawing``, of :func:`svg`, if any."""
+    """An image file of a kind, "png" or "jpeg", with a caption; pages show ``drawing``, a file of SVG, if there is one.
+
+    An address holds the drawing, so that scripts in a file of somebody else do not run.
+    """
 
     file: bytes
     kind: str
     caption: str
-    drawing: str = ""
+    drawing: bytes = b""
     template = "photo.html"
 
     @property
     def source(self) -> str:
         """Return the image as an address that holds it."""
         return address(self.file, self.kind)
+
+    @property
+    def drawn(self) -> str:
+        """Return what pages show, as an address that holds it."""
+        return address(self.drawing, "svg+xml") if self.drawing else self.source
 
 
 @dataclass(frozen=True)
@@ -182,5 +190,5 @@ class Terms(Block):
 
 
 def address(file: bytes, kind: str) -> str:
-    """Return an image file, "png" or "jpeg", as an address that holds it."""
+    """Return an image file, "png", "jpeg" or "svg+xml", as an address that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"

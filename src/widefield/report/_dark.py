@@ -69,8 +69,11 @@ def dark_maps() -> dict[str, Colormap]:
 
 
 def has_dark_map(image: Any) -> bool:
-    """Return whether an image of an axes gets another color map on dark pages."""
-    return image.get_array().ndim == 2 and image.get_cmap().name in dark_maps()
+    """Return whether an image of an axes gets another color map on dark pages: one of these maps, unchanged."""
+    from matplotlib import colormaps
+
+    cmap = image.get_cmap()
+    return image.get_array().ndim == 2 and cmap.name in dark_maps() and cmap == colormaps[cmap.name]
 
 
 def colored(figure: Figure, skipped: set[Any]) -> Iterator[Colored]:
@@ -101,7 +104,8 @@ def _of_artist(artist: Any) -> Iterator[Colored]:
     elif isinstance(artist, Line2D):
         for name in ("color", "markerfacecolor", "markeredgecolor"):
             color = getattr(artist, f"get_{name}")()
-            if not isinstance(color, str) or color != "none":
+            follows = getattr(artist, f"_{name}", None) == "auto"  # the line's color, as it will be
+            if not follows and not (isinstance(color, str) and color == "none"):
                 yield Colored(getattr(artist, f"set_{name}"), color, line=True)
     elif isinstance(artist, Patch):
         for name, line in (("facecolor", False), ("edgecolor", True)):

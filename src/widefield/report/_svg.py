@@ -11,7 +11,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class _Palette:
     """The pairs of colors of a figure, and a color that stands for each while it is drawn."""
 
     def __init__(self) -> None:
-        self._pairs: dict[tuple[str, str], str] = {}
+        self.pairs: dict[tuple[str, str], str] = {}
 
     def stand_in(self, light: Any, dark: Any) -> RGBA:
         """Return the color that stands for a pair, with the alpha of the light one."""
@@ -67,17 +67,19 @@ class _Palette:
         pair = to_hex(light), to_hex(dark)
         if pair[0] == pair[1]:
             return to_rgba(light)
-        word = self._pairs.setdefault(pair, f"#{_FIRST + len(self._pairs):06x}")
+        word = self.pairs.setdefault(pair, f"#{_FIRST + len(self.pairs):06x}")
         return to_rgba(word, to_rgba(light)[3])
 
     def variables(self, drawn: str, scope: str) -> tuple[str, str]:
         """Return a drawing with variables for the colors that stand for them, and the style that defines these."""
-        light, dark = [], []
-        for number, ((plain, inverse), word) in enumerate(self._pairs.items()):
-            drawn = drawn.replace(word, f"var(--{number})")
-            light.append(f"--{number}:{plain}")
-            dark.append(f"--{number}:{inverse}")
-        return drawn, _in_both(scope, ";".join(light), ";".join(dark)) if light else ""
+        variables = {word: f"var(--{number})" for number, word in enumerate(self.pairs.values())}
+        light = ";".join(f"--{number}:{plain}" for number, (plain, _) in enumerate(self.pairs))
+        dark = ";".join(f"--{number}:{inverse}" for number, (_, inverse) in enumerate(self.pairs))
+
+        def filled(tag: str) -> str:
+            return re.sub("#01[0-9a-f]{4}", lambda word: variables.get(word[0], word[0]), tag)
+
+        return _in_tags(filled, drawn), _in_both(scope, light, dark) if light else ""
 
 
 @contextmanager
@@ -153,7 +155,9 @@ def _gray_maps(figure: Figure) -> Iterator[tuple[dict[str, Colormap], set[Any]]]
             cmap, gid = image.get_cmap(), image.get_gid()
             maps[cmap.name] = cmap
             name = f"map-{cmap.name}"
-            undo.callback(image.set, cmap=cmap, gid=gid)  # color bars are made anew
+            if image in bars:  # which are made anew with each map, and would lose labels that were set
+                bars[image].formatter = bars[image].long_axis.get_major_formatter()
+            undo.callback(image.set, cmap=cmap, gid=gid)
             image.set(cmap="gray", gid=name)
             drawn.add(image)
             if image in bars:
@@ -203,11 +207,9 @@ def _finished(written: str, box: Any, text: str, palette: _Palette, maps: dict[s
     """Return matplotlib's file as a part of a page: smaller, with variables and filters, and names of its own."""
     whole, drawn = _contents(written)
     left, top, wide, high = 72 * box.x0, whole - 72 * box.y1, 72 * box.width, 72 * box.height
-    drawn = _IMAGE.sub(_image, drawn)
-    drawn = re.sub(r'(?<= [dxy]=)"[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), drawn)
-    drawn = re.sub(r"(font: [^;\"]*?px) 'DejaVu Sans'[^;\"]*", "\\1 var(--font)", drawn)
-    name = f"f{hashlib.sha256(drawn.encode()).hexdigest()[:8]}"
-    drawn = _own_names(re.sub(r' id="(map-[^"]*)"', r' class="\1"', drawn), name)
+    drawn = _in_tags(_smaller, drawn)
+    name = f"f{hashlib.sha256(f'{drawn}{palette.pairs}'.encode()).hexdigest()[:8]}"
+    drawn = _own_names(drawn, name)
     drawn, style = palette.variables(drawn, f".{name}")
     style = f".{name}{{--font:{FONT};stroke-linejoin:round;stroke-linecap:butt}}{style}"
     filters = ""
@@ -222,6 +224,19 @@ def _finished(written: str, box: Any, text: str, palette: _Palette, maps: dict[s
     )
 
 
+def _in_tags(change: Callable[[str], str], drawn: str) -> str:
+    """Change the tags of a drawing, and no text that a reader sees."""
+    return re.sub(r"<[^>]*>", lambda tag: change(tag[0]), drawn)
+
+
+def _smaller(tag: str) -> str:
+    """Return a tag with a smaller picture, fewer digits and short fonts; what has the name of a map gets its class."""
+    tag = _IMAGE.sub(_image, tag).replace("xlink:", "")
+    tag = re.sub(r'(?<= [dxy]=)"[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), tag)
+    tag = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", tag)
+    return re.sub(r' id="(map-[^"]*)"', r' class="\1"', tag)
+
+
 _IMAGE = re.compile(r'<image [^>]*?href="data:image/png;base64,\s*([^"]*)"[^>]*>')
 
 
@@ -231,14 +246,19 @@ def _contents(written: str) -> tuple[float, str]:
     head, _, rest = written[start:].partition(">")
     height = float(re.findall(r'viewBox="0 0 \S+ (\S+)"', head)[0])
     rest = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style .*?</style>", "", rest, flags=re.DOTALL)
-    return height, re.sub(r"\s*\n\s*(?=[<\"/])|(?<=>)\s*\n\s*", "", rest).removesuffix("</svg>").replace("xlink:", "")
+    return height, re.sub(r"\s*\n\s*(?=[<\"/])|(?<=>)\s*\n\s*", "", rest).removesuffix("</svg>")
 
 
 def _own_names(drawn: str, name: str) -> str:
     """Return a drawing with names that no other figure of a page has, and without those that nothing refers to."""
-    used = set(re.findall(r'(?:url\(|href=")#([^)"]*)', drawn))
-    drawn = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", drawn)
-    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", drawn)
+    tags = "".join(re.findall(r"<[^>]*>", drawn))
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]*)', tags))
+
+    def renamed(tag: str) -> str:
+        tag = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", tag)
+        return re.sub(r'(url\(|href=")#', rf"\1#{name}-", tag)
+
+    return _in_tags(renamed, drawn)
 
 
 def _image(found: re.Match[str]) -> str:
