@@ -35,7 +35,7 @@ sys.meta_path[:] = [Finder if one is PathFinder else one for one in sys.meta_pat
 """
 
 CALLS = {
-    "train": "from widefield import train; train.load_recipe('demo_digits')",
+    "train": "from widefield import train; train.load_recipe('demo_digits', ['--optimizer.lr', '1'])",
     "digits": "from widefield import data; data.Digits('train')",
     "loop": "from widefield.train import train",
     "metrics": "from widefield.tasks import CocoMetric",
