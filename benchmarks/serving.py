@@ -1,6 +1,6 @@
 """Measure what routing costs in inference: fused soft MoRF against plain networks, in CPU time on one thread.
 
-python benchmarks/serving.py [eager layers runtimes] [--repeats 16] [--batch-sizes 1 8] [--out DIR] [--suffix before]
+python benchmarks/serving.py [eager layers runtimes] [--repeats 64] [--batch-sizes 1 8] [--out DIR] [--suffix before]
 
 - eager: ConvNeXt-T with 7x7 and with 11x11 kernels as timm makes it, the latter with our depthwise convolutions, and
   with fused mixtures of 3x3 to 11x11.
@@ -243,7 +243,7 @@ def publish_part(part: str, repeats: int, batch_sizes: list[int], folder: Path, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(BARS), help=f"of {', '.join(BARS)}; default: all")
-    parser.add_argument("--repeats", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--suffix", default="", help="added to the names of the files, such as 'before'")
