@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,18 +12,15 @@ from types import ModuleType
 
 import pytest
 
+from scripts import load_script
+
 ROOT = Path(__file__).parents[1]
 URL = "https://example.org/widefield"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release", ROOT / "tools" / "release.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/release.py")
 
 
 def test_links_become_absolute(script: ModuleType) -> None:

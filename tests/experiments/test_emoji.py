@@ -1,7 +1,6 @@
 """The script that renders emoji and composes data sets, on hand-written drawings in the form of iconify's packages."""
 
 import csv
-import importlib.util
 import io
 import json
 import sys
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts import load_script
 from widefield import data
 
-SCRIPT = Path(__file__).parents[2] / "experiments/emoji.py"
 TWO = ["--photographs", "china", "flower"]
 DRAWINGS = {
     "disk": '<circle cx="8" cy="8" r="6" fill="#f00"/>',
@@ -30,11 +29,7 @@ CODES = {"disk": "1f534", "bar": "1f4cf", "line": "1f4cd", "twin": "1f535", "fla
 @pytest.fixture(scope="module")
 def emoji():
     pytest.importorskip("resvg_py", reason="needs resvg-py")
-    spec = importlib.util.spec_from_file_location("emoji_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["emoji_script"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("experiments/emoji.py")
 
 
 def pack(folder, style):

@@ -101,7 +101,7 @@ class Plot(Block):
 class Photo(Block):
     """An image file of a kind, "png" or "jpeg", with a caption; pages show ``drawing``, a file of SVG, if there is one.
 
-    An address holds the drawing, so that scripts in a file of somebody else do not run.
+    The drawing becomes an image, as browsers run no scripts in images: the file may come from somebody else.
     """
 
     file: bytes
