@@ -78,5 +78,8 @@ def test_ids_are_counted_or_read(tmp_path: Path) -> None:
     file.write_text("[1]")
     with pytest.raises(ValueError, match="is not a COCO file with images"):
         read_ids(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"ids\.json is not a JSON file"):
+        read_ids(file)
     with pytest.raises(FileNotFoundError):
         read_ids(tmp_path / "none.json")

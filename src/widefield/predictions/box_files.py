@@ -13,7 +13,7 @@ import torch
 
 from widefield import _checks
 from widefield.loading.words import is_path
-from widefield.predictions.coco_results import CocoIds, read_ids
+from widefield.predictions.coco_results import CocoIds, names_by_id, read_ids
 from widefield.predictions.image_paths import matched_names
 from widefield.tasks import BoxPrediction
 
@@ -174,14 +174,7 @@ def _results(path: Path, content: Sequence[Any], classes: Sequence[str], coco: s
 
 
 def _annotations(path: Path, content: Mapping[str, Any]) -> BoxFile:
-    try:
-        images = {int(one["id"]): str(one["file_name"]) for one in content["images"]}
-        names = {int(one["id"]): str(one["name"]) for one in content["categories"]}
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a COCO file with images (file_name, id) and categories (name, id): "
-            f"{type(error).__name__}: {error}."
-        ) from error
+    images, names = names_by_id(path, content)
     entries: dict[str | int, list[Entry]] = {name: [] for name in images.values()}
     for index, one in enumerate(content["annotations"]):
         where = f"{path}: annotation {index}"

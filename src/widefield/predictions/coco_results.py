@@ -178,11 +178,28 @@ def read_ids(path: str | Path | None) -> CocoIds:
     path = Path(path).expanduser()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        images = {str(one["file_name"]): int(one["id"]) for one in content["images"]}
-        categories = {str(one["name"]): int(one["id"]) for one in content["categories"]}
+    except ValueError as error:  # UnicodeDecodeError, too
+        raise ValueError(f"{path} is not a JSON file: {error}.") from error
+    images, categories = names_by_id(path, content)
+    return CocoIds(
+        {name: number for number, name in images.items()},
+        {name: number for number, name in categories.items()},
+        str(path),
+    )
+
+
+def names_by_id(path: Path, content: Any) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the file names of the images and the names of the categories in a COCO file, by their ids.
+
+    Raises:
+        ValueError: it is not a COCO file; the message names ``path``.
+    """
+    try:
+        images = {int(one["id"]): str(one["file_name"]) for one in content["images"]}
+        categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is not a COCO file with images (file_name, id) and categories (name, id): "
             f"{type(error).__name__}: {error}."
         ) from error
-    return CocoIds(images, categories, str(path))
+    return images, categories
